@@ -1,0 +1,17 @@
+"""A small GPT on the source code of Python's own standard library, byte by byte.
+
+    jaxmodels train configs/gpt_stdlib.py
+"""
+
+from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
+from jaxmodels.models.gpt2 import GPT2Config
+
+
+def get_config() -> Config:
+    return Config(
+        model=GPT2Config(vocab_size=256, context=256, layers=4, heads=4, width=128),
+        data=DataConfig(source="stdlib", seq_len=128, batch_size=16),
+        optim=OptimConfig(peak_lr=2e-3, warmup_steps=50),
+        train=TrainConfig(steps=1000),
+        eval=EvalConfig(every=250, batches=50),
+    )

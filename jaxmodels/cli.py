@@ -1,0 +1,115 @@
+"""The command line: `jaxmodels train|eval|sample|models|data|config`.
+
+Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.options import NoOptions, PrepareOptions, RunOptions, configured, parse
+
+COMMANDS = {
+    "train": "train CONFIG.py [--run-dir DIR] [--resume auto|must|never] [--section.field value ...]",
+    "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
+    "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
+    "models": "models [NAME]          families and presets, or one model's tree of parameters",
+    "data": "data inspect|prepare|train-tokenizer          what the model will see; tokenise ahead",
+    "config": "config explain|diff          where a field's value comes from; how two runs differ",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traced = "--traceback" in argv
+    argv = [arg for arg in argv if arg != "--traceback"]
+    try:
+        code = dispatch(argv)
+    except SystemExit as stop:  # --help
+        code = stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        message, code = explain(error)
+        if traced or message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+    if (distributed := sys.modules.get("jaxmodels.parallel.distributed")) is not None:
+        code = distributed.finalize(code)
+    return code
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """What to print of an error that has a message of its own, and the exit code; None: it deserves a traceback."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text, 2
+    if type(error).__name__ in ("NotFinite", "CheckpointError"):
+        return text, 1
+    if "RESOURCE_EXHAUSTED" in text:
+        return (f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "
+                "--train.accumulate 2, --model.remat full, or a larger --mesh.fsdp"), 1
+    return None, 1
+
+
+def dispatch(argv: list[str]) -> int:
+    """Find the command and run it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: jaxmodels COMMAND [--help] [--traceback]\n\n  " + "\n  ".join(COMMANDS.values()) + "\n\n"
+              "exit codes: 0 done, 2 a mistake in what was asked, 75 stopped but saved (run it again), 1 anything else")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise UserError(f"got command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+    if name == "train":
+        return train(rest)
+    from jaxmodels import commands
+
+    groups: dict[str, dict[str, Callable[..., Any]]] = {
+        "data": {"inspect": inspect, "prepare": prepare, "train-tokenizer": commands.train_tokenizer},
+        "config": {"explain": commands.config_explain, "diff": commands.config_diff},
+    }
+    if name not in groups:
+        function = {"eval": commands.evaluate, "sample": commands.sample, "models": commands.models}[name]
+        return parse(function, rest, f"jaxmodels {name}") or 0
+    known = groups[name]
+    if not rest or rest[0] in ("-h", "--help"):
+        print(f"usage: jaxmodels {name} {'|'.join(known)} [--help]")
+        return 0
+    if rest[0] not in known:
+        raise UserError(f"got jaxmodels {name} {rest[0]}, expected one of {', '.join(known)}{nearest(rest[0], known)}")
+    function = known[rest[0]]
+    if function in (inspect, prepare):
+        return function(rest[1:])
+    return parse(function, rest[1:], f"jaxmodels {name} {rest[0]}") or 0
+
+
+def train(argv: list[str]) -> int:
+    """`jaxmodels train CONFIG.py`."""
+    cfg, where = configured(argv, "jaxmodels train", RunOptions)
+    from jaxmodels import commands
+
+    return commands.train(cfg, where, argv[0], argv[1:])
+
+
+def inspect(argv: list[str]) -> int:
+    """`jaxmodels data inspect CONFIG.py`."""
+    cfg, _ = configured(argv, "jaxmodels data inspect", NoOptions)
+    from jaxmodels.data import commands
+
+    commands.inspect(cfg)
+    return 0
+
+
+def prepare(argv: list[str]) -> int:
+    """`jaxmodels data prepare CONFIG.py --out DIR`."""
+    cfg, where = configured(argv, "jaxmodels data prepare", PrepareOptions)
+    from jaxmodels.data import commands
+
+    commands.prepare(cfg.data, where.out)
+    return 0

@@ -1,0 +1,208 @@
+"""What each command does, once its arguments are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels import config as configs
+from jaxmodels import data
+from jaxmodels.config import Config, MeshConfig
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.models.functional import create, list_models
+from jaxmodels.options import RunOptions
+from jaxmodels.parallel import distributed
+
+SAVED = 75
+"""Exit code of a run that was told to stop and has saved."""
+
+
+def train(cfg: Config, where: RunOptions, file: str, overrides: list[str]) -> int:
+    """Train; returns the exit code."""
+    distributed.initialize()
+    from jaxmodels.train import run as runs
+
+    runs.compilation_cache()
+    run = Path(where.run_dir or f"runs/{Path(file).stem}")
+    experiment, result = runs.train(cfg, run, where.resume, {"file": file, "overrides": overrides})
+    if distributed.is_main():
+        if result.ended == "preempted":
+            print(f"stopped and saved at step {result.step} in {run}; the same command goes on from there")
+        else:
+            farewell(experiment, result, run, file)
+    return SAVED if result.ended == "preempted" else 0
+
+
+def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
+    """What came out, where it lies, and what to do next."""
+    from jaxmodels.report import curves
+    from jaxmodels.train.run import averaged
+
+    train_data, eval_data, tokenizer = experiment.train_data, experiment.eval_data, experiment.train_data.tokenizer
+    found = result.metrics or curves.last(run)
+    print(f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
+          + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    baseline = {}
+    if isinstance(train_data, data.Windows) and isinstance(eval_data, data.Windows):
+        baseline["unigram model"] = data.unigram_loss(train_data, eval_data)
+        print(f"a unigram model of the same text has a loss of {baseline['unigram model']:.4f} nats a token")
+    curves.draw(run, run / "curves.png", baseline)
+    more = f"jaxmodels eval {run}"
+    if experiment.task.unit == "tokens" and tokenizer is not None and jax.process_count() == 1:
+        params = averaged(result.state)["model"]
+        text = continued(experiment.task.networks["model"], params, tokenizer, "def ", 240, temperature=0.7, seed=1)
+        print("\na sample:\n" + "\n".join("  | " + line for line in text.splitlines()))
+        more = f"jaxmodels sample {run} --prompt 'class ' --tokens 200"
+    print(f"""
+everything is in {run}/: metrics.jsonl, curves.png, checkpoints/, tensorboard/, config.json, log.txt
+try next:
+  {more}
+  jaxmodels train {file} --run-dir {run}-2 --optim.peak-lr {experiment.cfg.optim.peak_lr / 2:g}
+  jaxmodels config explain {run} optim.peak_lr""")
+
+
+def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, tokens: int, **how: Any) -> str:
+    """A prompt and its continuation as text, no longer than the model takes."""
+    from jaxmodels.generate import sample as draw
+
+    ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise UserError(f"got prompt {prompt!r}, expected at least one token, try --prompt 'def '")
+    room = tokens if model.longest is None else max(min(tokens, model.longest - len(ids)), 1)
+    return tokenizer.decode(draw(model, params, ids, room, **how)[0])
+
+
+def evaluate(run: str, /, split: str | None = None, best: bool = False, json: Path | None = None) -> None:
+    """Metrics of a run on held-out data.
+
+    Args:
+        run: run directory.
+        split: another split of a TFDS set than the run's own.
+        best: the best checkpoint instead of the newest.
+        json: write the metrics to this file too.
+    """
+    from jaxmodels.train import evaluate as evaluation
+    from jaxmodels.train import run as runs
+    from jaxmodels.train.checkpoint import Checkpointer
+
+    runs.compilation_cache()
+    cfg, _ = configs.read(run)
+    section = cfg.data if split is None else dataclasses.replace(cfg.data, eval_split=split)
+    # the result does not depend on the mesh: whatever is here will do
+    plain = dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
+    cfg = dataclasses.replace(cfg, data=section, mesh=MeshConfig(), train=plain)
+    experiment = runs.setup(cfg)
+    checkpointer = Checkpointer(Path(run) / "checkpoints")
+    kind = "params" if cfg.train.ema is None else "ema"
+    params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind, abstract=experiment.layout.params)
+    stats = experiment.layout.stats
+    if jax.tree.leaves(stats):
+        stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
+    found = evaluation.build(experiment.task, experiment.mesh)(params, stats, experiment.loader("eval").once()) or {}
+    print(f"{run}, step {at}, on {experiment.eval_data.describe()}")
+    for name, value in found.items():
+        print(f"  {name:12s} {value:.6g}")
+    if json is not None:
+        json.write_text(dumps({"run": run, "step": at, **found}, indent=2) + "\n")
+
+
+def sample(run: str, /, prompt: str = "\n", tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
+           top_p: float = 1.0, seed: int = 0, best: bool = False) -> None:
+    """Text from a run.
+
+    Args:
+        run: run directory.
+        prompt: what the text begins with.
+        tokens: how many tokens to add.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_k: choose among the k likeliest tokens only.
+        top_p: choose among the likeliest tokens that together have this probability.
+        seed: the same seed gives the same text.
+        best: the best checkpoint instead of the newest.
+    """
+    from jaxmodels.train.checkpoint import Checkpointer
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    cfg, _ = configs.read(run)
+    if cfg.task.name != "causal_lm":
+        raise UserError(f"got a run of task {cfg.task.name}, expected causal_lm, try jaxmodels eval {run}")
+    kind = "params" if cfg.train.ema is None else "ema"
+    params, _, _ = Checkpointer(Path(run) / "checkpoints").restore_params("best" if best else None, subtree=kind)
+    params = jax.tree.map(np.asarray, params["model"])
+    print(continued(create(cfg.model), params, data.load_tokenizer(Path(run)), prompt, tokens, temperature=temperature,
+                    top_k=top_k, top_p=top_p, seed=seed))
+
+
+def models(name: str | None = None, /) -> None:
+    """Families and presets with their numbers of parameters, or one model's tree of parameters.
+
+    Args:
+        name: a preset or a family, such as llama3-8b.
+    """
+    if name is None:
+        for family, presets in list_models().items():
+            print(family)
+            for preset in presets:
+                print(f"  {preset:14s} {create(preset).count():>19,} parameters")
+        return
+    model = create(name)
+    axes = dict(jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple)))
+    print(model.config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes()):
+        dims = "  ".join(f"{axis}={size}" for axis, size in zip(axes[path], leaf.shape, strict=True))
+        print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):24s} {dims}")
+    print(f"{model.count():,} parameters")
+
+
+def train_tokenizer(paths: tuple[str, ...], /, vocab_size: int = 8192, out: Path = Path("tokenizer.json")) -> None:
+    """Train a byte-level BPE on files of text.
+
+    Args:
+        paths: files or globs.
+        vocab_size: tokens to learn.
+        out: where the tokenizer.json goes.
+    """
+    from jaxmodels.data import commands
+
+    commands.train_tokenizer(paths, vocab_size, out)
+
+
+def config_explain(source: str, field: str | None = None, /) -> None:
+    """A field's value, what it means, and where the value came from.
+
+    Args:
+        source: a run directory or a config file.
+        field: its dotted name, such as optim.peak_lr; all fields when not given.
+    """
+    if Path(source).is_file():
+        cfg, origin = configs.load(source), {"file": source, "overrides": []}
+    else:
+        cfg, origin = configs.read(source)
+    values = configs.flatten(cfg)
+    wanted = field.replace("-", "_").removeprefix("__") if field else None
+    if wanted is not None and wanted not in values:
+        raise UserError(f"got field {field!r}, expected one such as optim.peak_lr{nearest(wanted, values)}")
+    for name in [wanted] if wanted else list(values):
+        print(f"{name} = {values[name]!r}  ({configs.provenance(cfg, name, origin)})")
+        if wanted:
+            print(f"  {configs.documentation(cfg, name)}")
+
+
+def config_diff(a: str, b: str, /) -> None:
+    """Fields in which two runs differ.
+
+    Args:
+        a: a run directory.
+        b: another one.
+    """
+    found = configs.differences(configs.read(a)[0], configs.read(b)[0])
+    for name, (left, right) in found.items():
+        print(f"{name}: {left!r} in {a}, {right!r} in {b}")
+    if not found:
+        print("the same config")

@@ -1,0 +1,188 @@
+"""Texts, split for training and evaluation, and how they become tokens."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from jaxmodels.config import DataConfig
+from jaxmodels.data import tokenizer as tokenizers
+from jaxmodels.data.source import Split
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+
+# Besides tests and installed packages: tables that a script generated (encodings, pydoc_data: a quarter of the text,
+# which no one wrote), and packages whose data files only look like Python.
+_NOT_STDLIB = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data",
+    "__pycache__",
+}  # fmt: skip
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of each split, read when asked for. `whole`: parts of one text, joined with nothing between."""
+
+    label: str
+    documents: Callable[[Split], Iterable[str]]
+    whole: bool = False
+
+    def all_documents(self) -> Iterable[str]:
+        """Those of both splits, and the line end that may be put between them."""
+        return chain(self.documents("train"), self.documents("eval"), () if self.whole else ("\n",))
+
+
+def stdlib(cfg: DataConfig) -> Corpus:
+    """The source code of Python's standard library, split by file."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files: list[Path] = []
+    for directory, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - _NOT_STDLIB)
+        files += [Path(directory, name) for name in sorted(names) if name.endswith(".py")]
+    if not files:
+        raise UserError(f"got no .py files in {root}, expected Python's standard library there, try --data.source text")
+    parts = split_files(files, root, cfg.eval_fraction)
+    return Corpus(f"stdlib, {len(files)} files of {root}", lambda split: read(parts[split], strict=False))
+
+
+def text(cfg: DataConfig) -> Corpus:
+    """Files of text: several are split by file, one by its last part."""
+    files = expand(cfg.path, "text")
+    if len(files) == 1:
+        return Corpus(str(files[0]), lambda split: [_part(files[0], split, cfg.eval_fraction)], whole=True)
+    parts = split_files(files, Path(os.path.commonpath([f.parent for f in files])), cfg.eval_fraction)
+    return Corpus(f"text, {len(files)} files", lambda split: read(parts[split], strict=True))
+
+
+def expand(patterns: Sequence[str], source: str) -> list[Path]:
+    """The files that paths and globs name, sorted, each once."""
+    if not patterns:
+        raise UserError(
+            f"got data.source {source} without data.path, expected files or globs, try --data.path 'data/*'"
+        )
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_file():
+            found[path.resolve()] = None
+        elif path.is_dir():
+            raise UserError(f"got the directory {pattern}, expected files, try --data.path '{path}/**/*.txt'")
+        elif glob.has_magic(pattern):
+            files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+            if not files:
+                raise UserError(
+                    f"got data.path {pattern!r}, which matches no file, expected one that does, try ls {pattern}"
+                )
+            found |= {p.resolve(): None for p in files}
+        else:
+            names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(path.name, names, 1)
+            hint = str(path.parent / near[0]) if near else "a path that ls shows"
+            raise UserError(f"got data.path {pattern!r}, which does not exist, expected a file or a glob, try {hint}")
+    return sorted(found)
+
+
+def split_files(files: Sequence[Path], root: Path, eval_fraction: float) -> dict[Split, list[Path]]:
+    """Each file goes to one split by a hash of its path below `root`, and neither split is left empty."""
+    check_fraction(eval_fraction)
+
+    def place(file: Path) -> float:
+        name = file.relative_to(root).as_posix().encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") / 2**64
+
+    places = {file: place(file) for file in files}
+    ranked = sorted(files, key=places.__getitem__)
+    count = sum(p < eval_fraction for p in places.values())
+    if eval_fraction > 0:
+        count = min(max(count, 1), len(files) - 1)
+    held_out = set(ranked[:count])
+    return {"train": [f for f in files if f not in held_out], "eval": [f for f in files if f in held_out]}
+
+
+def check_fraction(eval_fraction: float) -> None:
+    """Raises UserError unless it lies in [0, 1)."""
+    if not 0 <= eval_fraction < 1:
+        raise UserError(
+            f"got data.eval_fraction {eval_fraction}, expected 0 <= fraction < 1, try --data.eval-fraction 0.1"
+        )
+
+
+def read(files: Iterable[Path], strict: bool) -> Iterator[str]:
+    """The text of each file; one that is not UTF-8 is an error (strict) or left out."""
+    for file in files:
+        raw = file.read_bytes()
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if strict:
+                raise UserError(
+                    f"got {file}, whose byte {error.start} is not UTF-8, expected UTF-8, try iconv -t utf-8"
+                ) from error
+
+
+def _part(file: Path, split: Split, eval_fraction: float) -> str:
+    check_fraction(eval_fraction)
+    whole = next(read([file], strict=True))
+    cut = int(len(whole) * (1 - eval_fraction))
+    return whole[:cut] if split == "train" else whole[cut:]
+
+
+def build_tokenizer(corpus: Corpus, cfg: DataConfig, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer that the config names.
+
+    Raises: UserError where it has more tokens than `vocab_size`, the model's.
+    """
+    tokenizer = tokenizers.build(cfg.tokenizer, corpus.all_documents)
+    check_vocab(tokenizer.vocab_size, vocab_size)
+    return tokenizer
+
+
+def check_vocab(size: int, vocab_size: int | None) -> None:
+    """Raises UserError where a model of `vocab_size` has no room for a tokenizer of `size`."""
+    if vocab_size is not None and vocab_size < size:
+        raise UserError(
+            f"got model.vocab_size {vocab_size}, expected at least the tokenizer's {size}, "
+            f"try --model.vocab-size {size}"
+        )
+
+
+def encode(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of a split, some documents at a time, in the smallest dtype that holds the vocabulary.
+
+    A document ends with the tokenizer's end token or, where it has none, with one more line end.
+    """
+    dtype = smallest_dtype(tokenizer.vocab_size)
+    end = np.array([], np.int32)
+    if not corpus.whole:
+        end = tokenizer.encode("\n") if tokenizer.end is None else np.array([tokenizer.end], np.int32)
+    for chunk in _chunks(corpus.documents(split)):
+        parts = chain.from_iterable((ids, end) for ids in tokenizer.encode_many(chunk))
+        yield np.concatenate([part.astype(dtype) for part in parts])
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """uint8, uint16 or uint32."""
+    return np.min_scalar_type(max(vocab_size - 1, 0))
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

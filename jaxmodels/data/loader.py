@@ -1,0 +1,138 @@
+"""From a source and an order to batches on devices."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxmodels.data.order import Order
+from jaxmodels.data.source import Source, spec
+from jaxmodels.errors import UserError
+
+Batch = dict[str, Any]
+
+_LABELS = ("targets", "labels")
+
+
+class Loader:
+    """The batches of an order, each process reading only the rows that its own devices hold.
+
+    With `shardings` (one for each array of a batch) batches are global `jax.Array`s; with None they are numpy arrays
+    of the whole batch.
+    """
+
+    def __init__(
+        self, source: Source, order: Order, shardings: Mapping[str, NamedSharding] | None = None, *, prefetch: int = 2
+    ) -> None:
+        if prefetch < 0:
+            raise UserError(f"got data.prefetch {prefetch}, expected 0 or more, try --data.prefetch 2")
+        self.source, self.order, self.shardings, self.prefetch = source, order, shardings, prefetch
+        self.spec = spec(source, order.batch_size)
+        self.rows = np.arange(order.batch_size)
+        if shardings is not None:
+            if missing := self.spec.keys() - shardings.keys():
+                raise ValueError(f"got shardings for {sorted(shardings)}, expected {sorted(missing)} too")
+            held = [rows_held(shardings[name], x.shape) for name, x in self.spec.items()]
+            self.rows = np.unique(np.concatenate(held))
+
+    def batch(self, step: int) -> Batch:
+        """Batch `step`, made now."""
+        return self._place(self.local(step))
+
+    def local(self, step: int) -> dict[str, np.ndarray]:
+        """The rows of batch `step` that this process holds (`self.rows`), in the host's memory."""
+        return self.source.batch(self.order.indices(step)[self.rows], self.order.epochs(step)[self.rows])
+
+    def iterate(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """Batches `start ... stop - 1`, up to `prefetch` of them made ahead by one thread."""
+        return ahead(self.batch, range(start, stop), self.prefetch)
+
+    def once(self, batches: int | None = None) -> Generator[Batch, None, None]:
+        """Each example once, in order; the last batch is filled up with rows whose labels are ignored (-1)."""
+        total = -(-len(self.source) // self.order.batch_size)
+        count = total if batches is None else min(batches, total)
+        return ahead(self._in_order, range(count), self.prefetch)
+
+    def _in_order(self, k: int) -> Batch:
+        indices = k * self.order.batch_size + self.rows
+        missing = indices >= len(self.source)
+        local = self.source.batch(np.where(missing, 0, indices), np.zeros_like(indices))
+        for name in _LABELS:
+            if name in local:
+                local[name][missing] = -1
+        return self._place(local)
+
+    def _place(self, local: dict[str, np.ndarray]) -> Batch:
+        if self.shardings is None:
+            return dict(local)
+        return {name: self._array(x, self.spec[name].shape, self.shardings[name]) for name, x in local.items()}
+
+    def _array(self, local: np.ndarray, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            first, *others = index or (slice(None),)
+            begin, end, _ = first.indices(shape[0])
+            at = int(np.searchsorted(self.rows, begin))
+            return local[(slice(at, at + end - begin), *others)]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+
+def rows_held(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """The rows (places along the first dimension) that this process's devices hold.
+
+    Raises: UserError where the sharding does not divide the batch.
+    """
+    first = sharding.spec[0] if len(sharding.spec) else None
+    names = (first,) if isinstance(first, str) else tuple(first or ())
+    shards = int(np.prod([sharding.mesh.shape[name] for name in names], dtype=np.int64))
+    if shape[0] % shards:
+        near = -(-shape[0] // shards) * shards
+        raise UserError(
+            f"got a batch of {shape[0]} over {shards} shards ({' x '.join(names)}), expected a multiple of {shards}, "
+            f"try --data.batch-size {near}"
+        )
+    held = {
+        index[0].indices(shape[0])[:2] for index in sharding.addressable_devices_indices_map(shape).values() if index
+    }
+    return np.unique(np.concatenate([np.arange(*ends) for ends in held]))
+
+
+def ahead(make: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
+    """`make(step)` for each step, made by one thread that is at most `depth` results ahead; 0: no thread.
+
+    What the thread raises is raised here; closing the iterator ends the thread.
+    """
+    if depth == 0:
+        yield from map(make, steps)
+        return
+    free, done, stop = threading.Semaphore(depth), queue.SimpleQueue(), threading.Event()
+
+    def work() -> None:
+        try:
+            for step in steps:
+                free.acquire()
+                if stop.is_set():
+                    return
+                done.put((make(step), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    thread = threading.Thread(target=work, name="jaxmodels-data", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            batch, error = done.get()
+            if error is not None:
+                raise error
+            free.release()
+            yield batch
+    finally:
+        stop.set()
+        free.release()
+        thread.join()

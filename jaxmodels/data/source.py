@@ -1,0 +1,208 @@
+"""Sources: finite sets of examples with random access."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+
+Split = Literal["train", "eval"]
+
+_BLOCK, _BLOCKS, _WHOLE = 1 << 14, 256, 1 << 26
+_GOLDEN = 2654435769  # 2^32 / golden ratio: multiples of it, mod 2^32, stay evenly spread
+
+
+class Source(ABC):
+    """A finite set of examples that can be read in any order.
+
+    `fingerprint` is a short hash that changes when the data, the tokenizer, seq_len or the split does.
+    """
+
+    fingerprint: str
+    tokenizer: Tokenizer | None = None
+    vocab_size: int | None = None
+    num_classes: int | None = None
+    class_names: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        """Fresh arrays of the examples `indices`, each as its epoch shows it.
+
+        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,).
+        A target or label of -1 is ignored.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What it is and how large, in one line."""
+
+
+def spec(source: Source, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a global batch, learned from one example."""
+    one = source.batch(np.zeros(1, np.int64), np.zeros(1, np.int64))
+    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in one.items()}
+
+
+class Windows(Source):
+    """Windows of T tokens, each with the tokens that follow.
+
+    In training the windows of an epoch start at a shift of its own, so that epochs cut the text differently; at most
+    2T - 1 tokens of an epoch are left out. In evaluation the shift is 0 and every token but the first is a target
+    exactly once: the last window is filled up with ignored targets.
+    """
+
+    def __init__(
+        self,
+        arrays: Sequence[np.ndarray],
+        seq_len: int,
+        *,
+        split: Split,
+        label: str,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int | None = None,
+        check: int | None = None,
+    ) -> None:
+        """`check`: refuse tokens of this number or above, which a file without a description may hold."""
+        if seq_len < 1:
+            raise UserError(f"got data.seq_len {seq_len}, expected at least 1, try --data.seq-len 256")
+        self.arrays, self.seq_len, self.split, self.label, self._check = tuple(arrays), seq_len, split, label, check
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        lengths = np.array([len(a) for a in self.arrays], np.int64)
+        counts = lengths // seq_len - 1 if split == "train" else -(-(lengths - 1) // seq_len)
+        self._counts = np.maximum(counts, 0)
+        self._ends = np.cumsum(self._counts)
+        self.tokens = int(lengths.sum())
+        if not len(self):
+            least = 2 * seq_len if split == "train" else 2
+            raise UserError(
+                f"got {self.tokens} tokens to {split} on ({label}), expected at least {least}, "
+                "try more text, a smaller --data.seq-len or another --data.eval-fraction"
+            )
+        identity = tokenizer.to_json() if tokenizer else None
+        self.fingerprint = fingerprint(self.arrays, "windows", split, seq_len, identity)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        which = np.searchsorted(self._ends, indices, side="right")
+        starts = (indices - (self._ends - self._counts)[which]) * self.seq_len
+        if self.split == "train":
+            starts += shift(epochs, self.seq_len)
+        rows = np.empty((len(indices), self.seq_len + 1), np.int32)
+        for i in np.unique(which):
+            here = which == i
+            rows[here] = _read(self.arrays[i], starts[here], self.seq_len + 1)
+        if self._check is not None and rows.max() >= self._check:
+            raise UserError(_too_large(int(rows.max()), self._check, self.label))
+        return {"tokens": np.maximum(rows[:, :-1], 0), "targets": np.ascontiguousarray(rows[:, 1:])}
+
+    def describe(self) -> str:
+        name = f"tokenizer {self.tokenizer}" if self.tokenizer else "no tokenizer"
+        return f"{self.label}: {self.tokens:,} tokens, {len(self):,} examples of {self.seq_len} ({self.split}), {name}"
+
+
+def shift(epochs: np.ndarray, seq_len: int) -> np.ndarray:
+    """Where the windows of each epoch begin, in [0, seq_len): a golden-ratio sequence, so epochs spread evenly."""
+    share = epochs.astype(np.uint64) * np.uint64(_GOLDEN) % np.uint64(2**32)
+    return (share * np.uint64(seq_len) >> np.uint64(32)).astype(np.int64)
+
+
+def _read(array: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+    whole = starts + width <= len(array)
+    if whole.all():
+        return np.lib.stride_tricks.sliding_window_view(array, width)[starts]
+    rows = np.full((len(starts), width), -1, np.int32)
+    if whole.any():
+        rows[whole] = np.lib.stride_tricks.sliding_window_view(array, width)[starts[whole]]
+    for row in np.flatnonzero(~whole):
+        rest = array[starts[row] :]
+        rows[row, : len(rest)] = rest
+    return rows
+
+
+class Examples(Source):
+    """Inputs and labels held in memory."""
+
+    def __init__(
+        self,
+        inputs: np.ndarray,
+        labels: np.ndarray,
+        *,
+        split: Split,
+        label: str,
+        num_classes: int | None = None,
+        class_names: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.inputs, self.labels, self.split, self.label = inputs, labels.astype(np.int32), split, label
+        self.num_classes, self.class_names = num_classes, tuple(class_names)
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size if tokenizer else None
+        identity = tokenizer.to_json() if tokenizer else None
+        self.fingerprint = fingerprint([self.inputs, self.labels], "examples", split, identity)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        return {"inputs": self.inputs[indices], "labels": self.labels[indices]}
+
+    def describe(self) -> str:
+        shape = "x".join(map(str, self.inputs.shape[1:]))
+        what = f"{len(self):,} examples of {shape} {self.inputs.dtype}, {self.num_classes} classes"
+        return f"{self.label}: {what} ({self.split})"
+
+
+def fingerprint(arrays: Sequence[np.ndarray], *facts: Any) -> str:
+    """A hash of `facts` and of the arrays: all of each up to 64 MiB, 256 evenly spread blocks of a larger one."""
+    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        for block in blocks(array):
+            digest.update(np.ascontiguousarray(block).data)
+    return digest.hexdigest()
+
+
+def blocks(array: np.ndarray) -> list[np.ndarray]:
+    """The whole array, flat, if it is small; blocks spread over it if reading it all would take long."""
+    flat = array.reshape(-1)
+    if flat.nbytes <= _WHOLE:
+        return [flat]
+    size = _BLOCK // flat.itemsize
+    return [flat[i : i + size] for i in np.linspace(0, len(flat) - size, _BLOCKS).astype(np.int64)]
+
+
+def check_tokens(arrays: Sequence[np.ndarray], vocab_size: int, label: str) -> None:
+    """Refuses arrays that hold a token of `vocab_size` or above (of a large array, those of some blocks are seen)."""
+    largest = max((int(block.max()) for array in arrays for block in blocks(array) if block.size), default=0)
+    if largest >= vocab_size:
+        raise UserError(_too_large(largest, vocab_size, label))
+
+
+def _too_large(token: int, vocab_size: int, label: str) -> str:
+    return (
+        f"got token {token} in {label}, expected all below model.vocab_size {vocab_size}, "
+        f"try --model.vocab-size {token + 1} or the dtype the file was written with"
+    )
+
+
+def unigram_loss(train: Windows, held_out: Windows) -> float:
+    """Cross-entropy, in nats a token, of the held-out tokens under the training tokens' frequencies (plus one each).
+
+    What a model reaches that knows how often each token comes, and nothing else.
+    """
+    parts = [[block for a in source.arrays for block in blocks(a) if a.size] for source in (train, held_out)]
+    size = 1 + max(int(block.max()) for group in parts for block in group)
+    counts = [sum((np.bincount(b, minlength=size) for b in group), np.zeros(size, np.int64)) for group in parts]
+    seen, asked = counts[0] + 1, counts[1]
+    return float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())

@@ -1,0 +1,227 @@
+"""Tokenizers: text to token ids and back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxmodels.errors import UserError
+
+FILE = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+
+_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_PIECE = 1 << 18
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. `end` is the token that closes a document, where the vocabulary has one."""
+
+    end: int | None
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """int32 (T,)."""
+        ...
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def decode(self, ids: Any) -> str:
+        """The text of `ids`; those outside the vocabulary show as the replacement character or not at all."""
+        ...
+
+    def to_json(self) -> str: ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class _Saved:
+    """What all tokenizers do alike."""
+
+    end: int | None = None
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        raise NotImplementedError
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` into the directory; `load_tokenizer` reads it."""
+        (directory / FILE).write_text(self.to_json(), encoding="utf-8")
+
+
+class Bytes(_Saved):
+    """The bytes of UTF-8."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Any) -> str:
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        # 0xFF never occurs in UTF-8, so what is no byte decodes as the replacement character.
+        return np.where((ids >= 0) & (ids < 256), ids, 0xFF).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "bytes"})
+
+    def __str__(self) -> str:
+        return "bytes (256)"
+
+
+class Chars(_Saved):
+    """The characters of a text, in the order of their code points."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        codes = _codes(self.characters)
+        self._ids = np.full(int(codes.max(initial=0)) + 1, -1, np.int32)
+        self._ids[codes] = np.arange(len(codes))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = _codes(text)
+        ids = np.where(codes < len(self._ids), self._ids[np.minimum(codes, len(self._ids) - 1)], -1)
+        if (unknown := np.flatnonzero(ids < 0)).size:
+            raise UserError(
+                f"got the character {chr(int(codes[unknown[0]]))!r}, expected one of the {self.vocab_size} that the "
+                "tokenizer was made from, try a text without it or --data.tokenizer bytes"
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: Any) -> str:
+        known = self.characters
+        return "".join(known[i] if 0 <= i < len(known) else "\N{REPLACEMENT CHARACTER}" for i in np.ravel(ids).tolist())
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": "chars", "characters": self.characters})
+
+    def __str__(self) -> str:
+        return f"chars ({self.vocab_size})"
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+class HuggingFace(_Saved):
+    """A Hugging Face `tokenizer.json`, run by the `tokenizers` library; no special tokens are added to a text."""
+
+    def __init__(self, serialized: str) -> None:
+        from tokenizers import Tokenizer as Rust
+
+        self._rust = Rust.from_str(serialized)
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        # Ids may have gaps; what a model needs is room for the largest.
+        self.vocab_size = 1 + max(self._rust.get_vocab(with_added_tokens=True).values())
+        found = (self._rust.token_to_id(token) for token in _END_TOKENS)
+        self.end = next((i for i in found if i is not None), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        cut = [pieces(text) for text in texts]
+        done = self._rust.encode_batch_fast([piece for group in cut for piece in group], add_special_tokens=False)
+        ids = iter([np.array(encoding.ids, np.int32) for encoding in done])
+        return [np.concatenate([next(ids) for _ in group]) for group in cut]
+
+    def decode(self, ids: Any) -> str:
+        known = [i for i in np.ravel(ids).tolist() if 0 <= i < self.vocab_size]
+        return self._rust.decode(known, skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        return self._rust.to_str()
+
+    def __str__(self) -> str:
+        return f"tokenizer.json ({self.vocab_size:,})"
+
+
+def pieces(text: str) -> list[str]:
+    """A long text cut at line ends into pieces of some 256,000 characters, which cores can share.
+
+    A cut lies between two lines that are not blank, where byte-level BPE gives the same tokens as uncut.
+    """
+    out, start = [], 0
+    while len(text) - start > _PIECE:
+        cut = text.find("\n", start + _PIECE)
+        while cut != -1 and (text[cut - 1].isspace() or text[cut + 1 : cut + 2].isspace()):
+            cut = text.find("\n", cut + 1)
+        if cut == -1:
+            break
+        out.append(text[start : cut + 1])
+        start = cut + 1
+    return [*out, text[start:]]
+
+
+def build(name: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names; `documents` is asked only where the vocabulary is made from them."""
+    if name == "bytes":
+        return Bytes()
+    if name == "chars":
+        found: set[str] = set()
+        for document in documents():
+            found.update(document)
+        return Chars("".join(found))
+    return load_tokenizer(Path(name).expanduser())
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer saved in a directory, or in a file."""
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        near = difflib.get_close_matches(str(path), ["bytes", "chars"], 1)
+        known = "bytes, chars or the path of a tokenizer.json that exists"
+        raise UserError(f"got tokenizer {str(path)!r}, expected {known}, try {near[0] if near else 'bytes'}")
+    text = file.read_text(encoding="utf-8")
+    try:
+        kind = json.loads(text).get("kind")
+        if kind == "bytes":
+            return Bytes()
+        if kind == "chars":
+            return Chars(json.loads(text)["characters"])
+        return HuggingFace(text)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = str(error).splitlines()[0]
+        raise UserError(f"got {file}, expected a Hugging Face tokenizer.json ({reason}), try another file") from error
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
+    """Trains a byte-level BPE with one special token, `<|endoftext|>`, and saves it to `out` as a tokenizer.json.
+
+    Source: Sennrich et al. 2016; over bytes as in GPT-2 (Radford et al. 2019).
+    """
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"got vocab_size {vocab_size}, expected at least 257 (256 bytes and {END_OF_TEXT}), try 4096")
+    rust = Rust(models.BPE())
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    rust.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rust.train_from_iterator(texts, trainer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rust.save(str(out))
+    return load_tokenizer(out)

@@ -1,0 +1,171 @@
+"""One attention over all kernels: each equals the reference or refuses, and `auto` says which it took.
+
+Dims: B batch, T queries, S keys, H heads, G heads of keys and values, K head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.models.kernels import partition
+from jaxmodels.models.kernels.contract import CONTRACT, Call, absence, refusal
+
+Array = jax.Array
+FUSED = ("cudnn", "splash", "tokamax")
+"""Kernels that XLA cannot partition by itself, or not in every case."""
+SHORT = 48
+"""Below so many queries or keys one pass is faster than blocks on CPU (benchmarks/results/attention_cpu.md)."""
+
+log = logging.getLogger("jaxmodels")
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    rng: Array | None = None,
+    softcap: float | None = None,
+    q_offset: int | Array = 0,
+    kv_length: int | Array | None = None,
+    kernel: str = "auto",
+) -> Array:
+    """softmax(scale·qkᵀ)·v over the keys each query may see, computed in float32; a query that sees none gives zeros.
+
+    Scores are scaled, capped (`softcap`), biased, masked, in this order. A query at position t (q_offset is the first
+    one's) sees key s if s < kv_length, s <= t when causal, |t - s| < window, and their segments are equal.
+
+    Shapes: q (B, T, H, K); k and v (B, S, G, K), G dividing H; segment_ids (B, T), or a pair (B, T) and (B, S); bias
+    broadcastable to (B, H, T, S); q_offset and kv_length () or (B,). Returns (B, T, H, K).
+
+    Raises:
+        UserError: shapes that do not fit, or a kernel that does not compute what is asked.
+    """
+    segments = segment_ids if segment_ids is None or isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    check(q, k, v, window, segments, bias, dropout, rng)
+    arrays = {
+        "q": q, "k": k, "v": v, "segments": segments, "bias": bias, "rng": rng if dropout else None,
+        "q_offset": q_offset if isinstance(q_offset, int) else jnp.atleast_1d(q_offset).astype(jnp.int32),
+        "kv_length": None if kv_length is None else jnp.atleast_1d(kv_length).astype(jnp.int32),
+    }
+    options = {"causal": causal, "window": window, "dropout": dropout, "softcap": softcap,
+               "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale}
+    call, place = describe(arrays, options), platform()
+    if kernel == "auto":
+        kernel, reason = choose(place, call, max(1, jax.sharding.get_abstract_mesh().size))
+        say(kernel, reason)
+    else:
+        insist(kernel, place, call)
+    attend = importlib.import_module(f"jaxmodels.models.kernels.{kernel}").attend
+    if kernel == "splash":
+        options["interpret"] = place == "cpu"
+    attend = functools.partial(attend, **options)
+    return partition.shard(attend, arrays) if kernel in FUSED else attend(**arrays)
+
+
+def describe(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
+    """What a kernel is chosen by."""
+    q, k, offset = arrays["q"], arrays["k"], arrays["q_offset"]
+    whole, windowed = isinstance(offset, int), options["window"] is not None
+    asked = {
+        "causal": options["causal"],
+        "window": windowed and options["causal"],
+        "two-sided window": windowed and not options["causal"],
+        "segment_ids": arrays["segments"] is not None,
+        "bias": arrays["bias"] is not None,
+        "scale": options["scale"] != 1 / math.sqrt(q.shape[3]),
+        "grouped heads": q.shape[2] != k.shape[2],
+        "dropout": options["dropout"] > 0,
+        "softcap": options["softcap"] is not None,
+        "q_offset": whole and offset != 0,
+        "q_offset array": not whole,
+        "kv_length": arrays["kv_length"] is not None,
+        "float32": q.dtype == jnp.float32,
+    }
+    features = frozenset(name for name, wanted in asked.items() if wanted)
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: what the ambient mesh is made of (also when compiling for it elsewhere), else the default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = str(getattr(device, "platform", None) or getattr(device, "device_kind", "")).lower()
+    for name, signs in {"tpu": ("tpu",), "gpu": ("gpu", "cuda", "rocm", "nvidia", "amd"), "cpu": ("cpu",)}.items():
+        if any(sign in kind for sign in signs):
+            return name
+    return jax.default_backend()
+
+
+def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:
+    """The kernel that `auto` takes for a call spread over so many devices, and why."""
+    best = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+    prefix = ""
+    if best is not None:
+        reason = refusal(best, call) or absence(best, platform)
+        if reason is None:
+            return best, f"the fused kernel of {platform}"
+        prefix = f"{best} {reason}; "
+    reason = refusal("blockwise", call)
+    if reason is not None:
+        return "xla", f"{prefix}blockwise {reason}"
+    if platform == "cpu":
+        short = min(call.T, call.S) < SHORT
+        return "xla" if short else "blockwise", f"fastest on cpu for T={call.T}, S={call.S}"
+    gigabytes = call.B * call.H * call.T * call.S * 4 / 2**30 / devices
+    return "blockwise" if gigabytes > 1 else "xla", f"{prefix}the scores take {gigabytes:.2g} GiB a device"
+
+
+@functools.lru_cache(maxsize=None)
+def say(kernel: str, reason: str) -> None:
+    """Log a choice, each once."""
+    log.info("attention: kernel %s: %s", kernel, reason)
+
+
+def insist(kernel: str, platform: str, call: Call) -> None:
+    """Refuse a kernel, asked for by name, that cannot compute the call."""
+    if kernel not in CONTRACT:
+        raise UserError(f"got attention kernel {kernel!r}, expected auto, {', '.join(CONTRACT)}"
+                        f"{nearest(kernel, ['auto', *CONTRACT])}")
+    if reason := refusal(kernel, call):
+        able = [name for name in CONTRACT if not (refusal(name, call) or absence(name, platform))]
+        raise UserError(f"kernel {kernel!r} {reason}; kernels that do: {', '.join(able)}; try kernel='auto'")
+    if reason := absence(kernel, platform):
+        raise UserError(f"kernel {kernel!r} {reason}; try kernel='auto'")
+
+
+def check(q: Array, k: Array, v: Array, window: int | None, segments: tuple[Array, Array] | None,
+          bias: Array | None, dropout: float, rng: Array | None) -> None:
+    """Refuse shapes and values that cannot be meant."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise UserError(f"got q {q.shape}, k {k.shape}, v {v.shape}, expected (B, T, H, K), (B, S, G, K), (B, S, G, K)")
+    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    if H % G:
+        raise UserError(f"got {H} heads of queries and {G} of keys, expected a number that {G} divides")
+    if window is not None and window < 1:
+        raise UserError(f"got attention window {window}, expected at least 1, try window=None for no window")
+    if segments is not None and (segments[0].shape, segments[1].shape) != ((B, T), (B, S)):
+        raise UserError(f"got segment_ids {segments[0].shape}, {segments[1].shape}, expected {(B, T)}, {(B, S)}")
+    if bias is not None and any(n not in (1, full) for n, full in zip(bias.shape, (B, H, T, S), strict=True)):
+        raise UserError(f"got attention bias {bias.shape}, expected a shape that broadcasts to {(B, H, T, S)}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"got attention dropout {dropout}, expected a share from 0 up to 1")
+    if dropout and rng is None:
+        raise UserError("got attention dropout without rng, expected a key, try dropout=0.0 when not training")

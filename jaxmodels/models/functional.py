@@ -1,0 +1,186 @@
+"""A model as pure functions over a plain dict of arrays, and the registry of families.
+
+Flax stays behind this file: a family writes a Linen module, `register` turns it into a `Model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError, nearest
+
+Params = dict[str, Any]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Three pure functions and the config they came from.
+
+    `init(key) -> params`; `apply(params, inputs, *, stats=None, cache=None, train=False, rng=None, …) -> outputs`;
+    `axes() -> ` the tree of params with logical axis names for arrays. With `stats` (batch statistics) or `cache`
+    (key-value cache) given, apply returns `(outputs, new stats or cache)`. `stats()` and `cache(batch, length)`
+    make the initial ones; a model without batch statistics has an empty tree.
+    """
+
+    config: Any
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., Any]
+    axes: Callable[[], Params]
+    stats: Callable[[], Params]
+    cache: Callable[[int, int], Any]
+    inputs: Callable[[int], tuple[jax.ShapeDtypeStruct, ...]]
+    unembedding: Callable[[Params], jax.Array] | None = None
+    """The output layer (V, D) of a language model, for losses that never hold all logits."""
+    longest: int | None = None
+    """The most tokens `apply` takes; None: no limit."""
+
+    def shapes(self) -> Params:
+        """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def count(self) -> int:
+        """Number of parameters, from shapes alone."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A registered family: its config class, its network, and its published presets."""
+
+    name: str
+    config: type
+    network: Callable[[Any], nn.Module]
+    inputs: Callable[[Any, int], tuple[jax.ShapeDtypeStruct, ...]]
+    presets: Mapping[str, Any]
+    cache: Callable[[Any, int, int], Any] | None = None
+    unembedding: Callable[[Any, Params], jax.Array] | None = None
+    longest: Callable[[Any], int] | None = None
+
+
+FAMILIES = {"gpt2": "jaxmodels.models.gpt2", "llama": "jaxmodels.models.llama", "mlp": "jaxmodels.models.mlp"}
+"""Family -> the module that registers it, so that a family is imported when it is asked for."""
+
+_registered: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known to `create` and `list_models`."""
+    _registered[family.name] = family
+
+
+def family(name: str) -> Family:
+    """The family of that name, imported if need be."""
+    if name not in FAMILIES and name not in _registered:
+        raise UserError(f"got model family {name!r}, expected one of {', '.join(FAMILIES)}{nearest(name, FAMILIES)}")
+    if name not in _registered:
+        importlib.import_module(FAMILIES[name])
+    return _registered[name]
+
+
+def family_of(config: Any) -> Family:
+    """The family whose config this is."""
+    for name in _registered:
+        if type(config) is _registered[name].config:
+            return _registered[name]
+    raise UserError(f"got model config {config!r}, expected one of {', '.join(FAMILIES)}")
+
+
+def list_models() -> dict[str, list[str]]:
+    """Families and the names of their presets."""
+    return {name: list(family(name).presets) for name in FAMILIES}
+
+
+def preset(name: str) -> Any:
+    """The config of a published model, or a family's default.
+
+    Raises:
+        UserError: no such name; says the nearest.
+    """
+    known: dict[str, Any] = {}
+    for key in FAMILIES:
+        known |= {key: family(key).config()} | dict(family(key).presets)
+    if name not in known:
+        raise UserError(f"got model {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
+    return known[name]
+
+
+def create(model: Any, **overrides: Any) -> Model:
+    """A model from a preset's name ("gpt2", "llama3-8b") or a family's config, with fields overridden.
+
+    Raises:
+        UserError: unknown name, unknown field, or values that do not fit together.
+    """
+    config = preset(model) if isinstance(model, str) else model
+    fields = [f.name for f in dataclasses.fields(config)]
+    for name in overrides:
+        if name not in fields:
+            raise UserError(f"got {type(config).__name__} field {name!r}, expected one of {', '.join(fields)}"
+                            f"{nearest(name, fields)}")
+    config = dataclasses.replace(config, **overrides)
+    return functional(config, family_of(config))
+
+
+def functional(config: Any, family: Family) -> Model:
+    """The pure functions of a family's network."""
+    module = family.network(config)
+
+    def inputs(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return family.inputs(config, batch)
+
+    def variables(key: jax.Array) -> dict[str, Any]:
+        # one example, zeros: initial values depend on shapes alone
+        return module.init({"params": key}, *(jnp.zeros(x.shape, x.dtype) for x in inputs(1)))
+
+    def boxed() -> dict[str, Any]:
+        return jax.eval_shape(variables, jax.random.key(0))
+
+    def init(key: jax.Array) -> Params:
+        return nn.unbox(variables(key))["params"]
+
+    def axes() -> Params:
+        def names(leaf: Any) -> tuple[str | None, ...]:
+            return leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+
+        return jax.tree.map(names, boxed()["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+    def stats() -> Params:
+        return nn.unbox(variables(jax.random.key(0))).get("stats", {}) if "stats" in boxed() else {}
+
+    def cache(batch: int, length: int) -> Any:
+        if family.cache is None:
+            raise UserError(f"got a key-value cache for {family.name}, expected a model that decodes")
+        return family.cache(config, batch, length)
+
+    def apply(params: Params, *args: Any, stats: Params | None = None, rng: jax.Array | None = None,
+              **kwargs: Any) -> Any:
+        rngs = None if rng is None else {"dropout": rng}
+        if stats is None:
+            return module.apply({"params": params}, *args, rngs=rngs, **kwargs)
+        out, updated = module.apply({"params": params, "stats": stats}, *args, rngs=rngs, mutable=["stats"], **kwargs)
+        return out, updated.get("stats", {})
+
+    unembedding = family.unembedding
+    return Model(config, init, apply, axes, stats, cache, inputs,
+                 None if unembedding is None else lambda params: unembedding(config, params),
+                 None if family.longest is None else family.longest(config))
+
+
+def divide(config: Any, whole: str, parts: str) -> None:
+    """Check that one field of a config divides by another; for a config's `__post_init__`."""
+    a, b = getattr(config, whole), getattr(config, parts)
+    if b < 1 or a % b:
+        near = [n for n in range(1, a + 1) if a % n == 0]
+        best = min(near, key=lambda n: (abs(n - b), n))
+        raise UserError(f"got {whole} {a} with {parts} {b}, expected {whole} to be a multiple of {parts}, "
+                        f"try {parts} {best}")

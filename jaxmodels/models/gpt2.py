@@ -1,0 +1,152 @@
+"""GPT-2 and GPT-3: a decoder with learned positions and pre-normalisation (Radford et al. 2019, Brown et al. 2020).
+
+GPT-3 is computed with dense attention in every layer; the paper alternates dense and banded sparse layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.models import layers
+from jaxmodels.models.attention import attention
+from jaxmodels.models.decoding import Context, KeyValues, empty_cache, update
+from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """GPT-2; the defaults are GPT-2 small (124M)."""
+
+    vocab_size: int = 50257
+    """Rows of the embedding, which is also the output layer (V)."""
+    context: int = 1024
+    """Learned positions: the most tokens the model sees at once."""
+    layers: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads (H); must divide `width`."""
+    width: int = 768
+    """Size of the residual stream (D)."""
+    mlp_width: int | None = None
+    """Hidden units of a block's MLP (F); 4 * width when not given."""
+    dropout: float = 0.0
+    """Share dropped after embeddings, attention and MLP while training."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+    attention: str = "auto"
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
+    unroll: int = 1
+    """Blocks unrolled in each iteration of the scan over layers."""
+
+    def __post_init__(self) -> None:
+        divide(self, "width", "heads")
+
+
+class Attention(nn.Module):
+    config: GPT2Config
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
+        c = self.config
+        heads = (c.heads, c.width // c.heads)
+
+        def project(name: str) -> jax.Array:
+            y = layers.Linear(heads, ("embed", "heads", "head_dim"), dtype=c.dtype, name=name)(x)
+            return layers.shard(y, "batch", "seq", "heads", None)
+
+        q, k, v = project("q"), project("k"), project("v")
+        k, v, kv = update(kv, k, v, ctx)
+        rng = self.make_rng("dropout") if self.train and c.dropout else None
+        y = attention(q, k, v, causal=True, dropout=c.dropout if self.train else 0.0, rng=rng, kernel=c.attention,
+                      **ctx.masks())
+        init = layers.normal(0.02 / (2 * c.layers) ** 0.5)
+        return layers.Linear((c.width,), ("heads", "head_dim", "embed"), init=init, dtype=c.dtype, name="o")(y), kv
+
+
+class MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        hidden = c.mlp_width or 4 * c.width
+        x = layers.Linear((hidden,), ("embed", "mlp"), dtype=c.dtype, name="up")(x)
+        x = layers.gelu(layers.shard(x, "batch", "seq", "mlp"))
+        init = layers.normal(0.02 / (2 * c.layers) ** 0.5)
+        return layers.Linear((c.width,), ("mlp", "embed"), init=init, dtype=c.dtype, name="down")(x)
+
+
+class Block(nn.Module):
+    config: GPT2Config
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
+        drop = layers.Dropout(self.config.dropout)
+        y, kv = Attention(self.config, self.train, name="attn")(layers.LayerNorm(name="attn_norm")(x), kv, ctx)
+        x = x + drop(y, self.train)
+        y = MLP(self.config, name="mlp")(layers.LayerNorm(name="mlp_norm")(x))
+        x = x + drop(y, self.train)
+        return layers.shard(x, "batch", "seq", None), kv
+
+
+class GPT2(nn.Module):
+    """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D)."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
+                 cache: dict[str, Any] | None = None, train: bool = False, head: bool = True) -> Any:
+        c = self.config
+        ctx = Context.of(tokens, cache, positions, segment_ids, longest=c.context)
+        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
+        places = layers.Embed(c.context, c.width, ("positions", "embed"), dtype=c.dtype, name="positions")
+        x = embed(tokens) + places(ctx.positions)
+        x = layers.Dropout(c.dropout)(layers.shard(x, "batch", "seq", None), train)
+        blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
+        x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
+        x = layers.LayerNorm(name="norm")(x)
+        y = embed.logits(x) if head else x
+        return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})
+
+
+small = GPT2Config()
+medium = dataclasses.replace(small, layers=24, heads=16, width=1024)
+large = dataclasses.replace(small, layers=36, heads=20, width=1280)
+xl = dataclasses.replace(small, layers=48, heads=25, width=1600)
+gpt3 = GPT2Config(context=2048)
+
+register(Family(
+    name="gpt2",
+    config=GPT2Config,
+    network=GPT2,
+    inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, min(8, c.context)), jnp.int32),),
+    cache=lambda c, batch, length: empty_cache(c.layers, batch, length, c.heads, c.width // c.heads, c.dtype),
+    unembedding=lambda c, params: params["embed"]["w"],
+    longest=lambda c: c.context,
+    presets={
+        "gpt2-small": small,
+        "gpt2-medium": medium,
+        "gpt2-large": large,
+        "gpt2-xl": xl,
+        # Brown et al. 2020, table 2.1; 13B has 40 heads of 128
+        "gpt3-125m": gpt3,
+        "gpt3-350m": dataclasses.replace(gpt3, layers=24, heads=16, width=1024),
+        "gpt3-760m": dataclasses.replace(gpt3, layers=24, heads=16, width=1536),
+        "gpt3-1.3b": dataclasses.replace(gpt3, layers=24, heads=16, width=2048),
+        "gpt3-2.7b": dataclasses.replace(gpt3, layers=32, heads=32, width=2560),
+        "gpt3-6.7b": dataclasses.replace(gpt3, layers=32, heads=32, width=4096),
+        "gpt3-13b": dataclasses.replace(gpt3, layers=40, heads=40, width=5120),
+        "gpt3-175b": dataclasses.replace(gpt3, layers=96, heads=96, width=12288),
+    },
+))

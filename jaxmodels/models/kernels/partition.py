@@ -1,0 +1,54 @@
+"""Fused kernels, which XLA cannot partition, run on each device's own examples and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxmodels.parallel import rules
+
+Array = jax.Array
+
+
+def shard(attend: Callable[..., Array], inputs: dict[str, Any]) -> Array:
+    """`attend(**inputs)` under the ambient mesh: examples and heads are split as the table of axes says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return attend(**inputs)
+    if not set(rules.AXES) <= set(mesh.axis_names):
+        return attend(**inputs)
+    (B, _, H, _), G = inputs["q"].shape, inputs["k"].shape[2]
+    batch, heads = rules.RULES["batch"], rules.RULES["heads"]
+    pieces = rules.shards(mesh, heads)
+    if G % pieces and pieces % G == 0 and H % pieces == 0:
+        inputs = {**inputs, **{name: jnp.repeat(inputs[name], pieces // G, axis=2) for name in ("k", "v")}}
+        G = pieces
+    rows = batch if B % rules.shards(mesh, batch) == 0 else None
+    split = heads if G % pieces == 0 else None
+
+    def spec(name: str, x: Array) -> PartitionSpec:
+        first = rows if x.shape[0] > 1 else None
+        if name == "bias":
+            return PartitionSpec(first, split if x.shape[1] > 1 else None)
+        return PartitionSpec(first, None, split) if name in ("q", "k", "v") else PartitionSpec(first)
+
+    segments = inputs["segments"]
+    alike = segments is not None and segments[0] is segments[1]  # told by identity, which the mapping would lose
+    arrays = {name: x for name, x in inputs.items() if isinstance(x, jax.Array)}
+    if segments is not None:
+        arrays |= {"q_segments": segments[0]} if alike else {"q_segments": segments[0], "kv_segments": segments[1]}
+    fixed = {name: x for name, x in inputs.items() if name not in arrays and name != "segments"}
+
+    def local(arrays: dict[str, Array]) -> Array:
+        arrays = dict(arrays)
+        ids = arrays.pop("q_segments", None)
+        pair = None if ids is None else (ids, arrays.pop("kv_segments", ids))
+        return attend(**arrays, **fixed, segments=pair)
+
+    specs = {name: spec(name, x) for name, x in arrays.items()}
+    out = PartitionSpec(rows, None, split)
+    return jax.shard_map(local, in_specs=(specs,), out_specs=out, check_vma=False)(arrays)

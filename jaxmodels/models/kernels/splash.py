@@ -1,0 +1,53 @@
+"""Splash attention: JAX's Pallas kernel for TPU, which skips blocks that the mask hides."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.models.kernels.contract import LANES
+from jaxmodels.models.kernels.visibility import zero_blind
+
+PADDING = jnp.iinfo(jnp.int32).min
+"""Segment of the keys beyond `kv_length`."""
+
+
+def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length,
+           interpret=False):
+    """Attention by the Pallas kernel; causality and window are compiled in, the keys' length becomes a segment.
+
+    Shapes: as `xla.attend`.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    del bias, dropout, rng  # refused by the contract
+    (B, T, H, _), S = q.shape, k.shape[1]
+    seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
+    if window is not None:
+        sides = (window - 1, 0 if causal else window - 1)
+        mask = splash.LocalMask((T, S), sides, q_offset)
+    else:
+        mask = splash.CausalMask((T, S), q_offset) if causal else splash.FullMask((T, S))
+    if segments is None and kv_length is not None:
+        segments = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+    if segments is not None:
+        ids = segments[1].astype(jnp.int32)
+        if kv_length is not None:
+            ids = jnp.where(jnp.arange(S) < kv_length[:, None], ids, PADDING)
+        segments = splash.SegmentIds(segments[0].astype(jnp.int32), ids)
+    bq, bk = block_length(T), block_length(S)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * H),
+        block_sizes=splash.BlockSizes(bq, bk, bk, bq, bk, bk, bq, bk),
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    out = jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
+    return zero_blind(out, S, q_offset, **seen)
+
+
+def block_length(n: int) -> int:
+    """The longest block that divides n and that the kernel's scratch memory holds."""
+    return next(size for size in (512, 384, 256, LANES) if n % size == 0)

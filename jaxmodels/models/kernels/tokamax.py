@@ -1,0 +1,29 @@
+"""Tokamax's attention: Pallas kernels on GPU and TPU where they fit, else its own XLA formulation."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxmodels.models.kernels.visibility import full_mask, zero_blind
+
+
+def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length):
+    """Attention by `tokamax.dot_product_attention`; segments and offsets become a mask in memory, (B, 1, T, S).
+
+    Shapes: as `xla.attend`.
+    """
+    import tokamax
+
+    del dropout, rng  # refused by the contract
+    (B, T, H, _), S = q.shape, k.shape[1]
+    seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
+    options = {}
+    if segments is None and kv_length is None and window is None and isinstance(q_offset, int) and q_offset == 0:
+        options["is_causal"] = causal
+    else:
+        mask = full_mask(T, S, q_offset, **seen)
+        options["mask"] = None if mask is None else jnp.broadcast_to(mask, (B, T, S))[:, None]
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (bias.shape[0], H, T, S)).astype(q.dtype)
+    out = tokamax.dot_product_attention(q, k, v, bias, scale=scale, logits_soft_cap=softcap, **options)
+    return zero_blind(out, S, q_offset, **seen)

@@ -1,0 +1,41 @@
+"""The reference kernel: two einsums and a softmax, every feature, memory quadratic in the length."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.models.kernels.visibility import full_mask
+
+FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Least maximum of a row of scores: finite, so that a row of -inf (nothing visible) has weights 0, not nan."""
+
+
+def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length):
+    """Attention with its whole matrix of weights.
+
+    Shapes: q (B, T, H, K), k and v (B, S, G, K), bias (B or 1, H or 1, T or 1, S or 1), segments (B, T) and (B, S),
+    q_offset an integer or (B or 1,), kv_length (B or 1,); returns (B, T, H, K).
+    """
+    B, T, H, K = q.shape
+    S, G = k.shape[1:3]
+    R = H // G
+    q = q.reshape(B, T, G, R, K)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        b, h, t, s = bias.shape
+        scores = scores + bias.reshape(b, *((1, 1) if h == 1 else (G, R)), t, s).astype(jnp.float32)
+    mask = full_mask(T, S, q_offset, causal=causal, window=window, segments=segments, kv_length=kv_length)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), FLOOR))
+    p = jnp.exp(scores - top)
+    total = p.sum(-1, keepdims=True)
+    p = p / jnp.where(total == 0, 1.0, total)
+    if dropout > 0:
+        keep = jax.random.bernoulli(rng, 1 - dropout, p.shape)
+        p = jnp.where(keep, p / (1 - dropout), 0.0)
+    out = jnp.einsum("bgrts,bsgk->btgrk", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, H, K).astype(q.dtype)

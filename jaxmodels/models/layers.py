@@ -1,0 +1,203 @@
+"""The leaf layers: the only code that creates a parameter and names its logical axes.
+
+Parameters are float32; each layer casts its inputs and weights to its compute `dtype`. Normalisation is computed in
+float32. Dims: B batch, T tokens, D width, H heads, K head size, F hidden, V vocabulary, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.parallel.rules import constrain
+
+Init = Callable[..., jax.Array]
+normal = nn.initializers.normal
+zeros = nn.initializers.zeros
+ones = nn.initializers.ones
+
+
+class Linear(nn.Module):
+    """x[..., inputs] · w[inputs, outputs] + b, over one or more contracted dimensions.
+
+    `axes` names the dimensions of w: the contracted ones, then the outputs.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    bias: bool = True
+    init: Init = normal(0.02)
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contracted = len(self.axes) - len(self.shape)
+        inputs = x.shape[x.ndim - contracted:]
+        w = self.param("w", nn.with_logical_partitioning(self.init, self.axes), inputs + self.shape)
+        y = jnp.tensordot(x.astype(self.dtype), w.astype(self.dtype), contracted)
+        if self.bias:
+            b = self.param("b", nn.with_logical_partitioning(zeros, self.axes[contracted:]), self.shape)
+            y = y + b.astype(self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """A table of vectors: `embed(ids)` looks up, `embed.logits(x)` multiplies by its transpose in float32."""
+
+    count: int
+    width: int
+    axes: tuple[str, str] = ("vocab", "embed")
+    init: Init = normal(0.02)
+    dtype: str = "float32"
+
+    def setup(self) -> None:
+        self.w = self.param("w", nn.with_logical_partitioning(self.init, self.axes), (self.count, self.width))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        # gathered over fsdp first: a lookup in rows that are cut across devices would replicate its gradient
+        w = constrain(self.w.astype(self.dtype), (self.axes[0], None))
+        return jnp.take(w, ids, axis=0)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.w.astype(self.dtype),
+                          preferred_element_type=jnp.float32)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016)."""
+
+    eps: float = 1e-5
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * scale
+        if self.bias:
+            y = y + self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), x.shape[-1:])
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square over the last dimension (Zhang & Sennrich 2019)."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Conv(nn.Module):
+    """Convolution of (B, …, C) by w[window…, C_in / groups, C_out]; any number of spatial dimensions."""
+
+    features: int
+    window: tuple[int, ...] = (3, 3)
+    strides: tuple[int, ...] | None = None
+    padding: str | Sequence[tuple[int, int]] = "SAME"
+    groups: int = 1
+    bias: bool = True
+    init: Init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        spatial = len(self.window)
+        axes = ("window",) * spatial + ("channels_in", "channels_out")
+        shape = (*self.window, x.shape[-1] // self.groups, self.features)
+        w = self.param("w", nn.with_logical_partitioning(self.init, axes), shape)
+        letters = "".join(map(chr, range(ord("0"), ord("0") + spatial)))
+        layout = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
+        y = jax.lax.conv_general_dilated(x.astype(self.dtype), w.astype(self.dtype), self.strides or (1,) * spatial,
+                                         self.padding, dimension_numbers=layout, feature_group_count=self.groups)
+        if self.bias:
+            y = y + self.param("b", nn.with_logical_partitioning(zeros, axes[-1:]),
+                               (self.features,)).astype(self.dtype)
+        return y
+
+
+REPLICAS = "replicas"
+"""The axis that replicated data parallelism (pmap) binds; batch statistics are averaged over it."""
+
+
+class BatchNorm(nn.Module):
+    """Normalisation by statistics of the global batch, with running averages in the explicit `stats` tree.
+
+    Source: Ioffe & Szegedy 2015. `momentum` is the share of the old average kept; running variance is unbiased, as
+    in PyTorch.
+    """
+
+    momentum: float = 0.9
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        width = x.shape[-1:]
+        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), width)
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), width)
+        running_mean = self.variable("stats", "mean", jnp.zeros, width)
+        running_var = self.variable("stats", "var", jnp.ones, width)
+        y = x.astype(jnp.float32)
+        if train:
+            over = tuple(range(x.ndim - 1))
+            count = math.prod(x.shape[:-1])
+            mean, square = y.mean(over), jnp.square(y).mean(over)
+            try:
+                count *= jax.lax.axis_size(REPLICAS)
+                mean, square = jax.lax.pmean((mean, square), REPLICAS)
+            except NameError:  # no replicas: the mean above is already over the global batch
+                pass
+            var = square - jnp.square(mean)
+            if not self.is_initializing():
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_var.value = keep * running_var.value + (1 - keep) * var * count / max(count - 1, 1)
+        else:
+            mean, var = running_mean.value, running_var.value
+        return ((y - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Zero a share `rate` of x while training, and scale the rest to keep the mean."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if not train or self.rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1) -> Callable[..., Any]:
+    """`layers` blocks as one scan with stacked parameters; a block maps (x, cache, *shared) to (x, cache).
+
+    `remat`: "none" keeps all activations, "dots" only the results of weight products, "full" only block inputs.
+    """
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        block = nn.remat(block, policy=policy, prevent_cse=False)
+    return nn.scan(block, variable_axes={"params": 0, "stats": 0}, split_rngs={"params": True, "dropout": True},
+                   in_axes=(0, nn.broadcast), out_axes=0, length=layers, unroll=min(unroll, layers),
+                   metadata_params={nn.PARTITION_NAME: "layers"})
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016), as GPT-2 and BERT's first code use it."""
+    return nn.gelu(x, approximate=True)
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pin an activation's dimensions to logical axes (no effect without a mesh)."""
+    return constrain(x, names)

@@ -1,0 +1,59 @@
+"""A multilayer perceptron: flattened inputs, hidden layers, one logit a class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.models import layers
+from jaxmodels.models.functional import Dtype, Family, register
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """A multilayer perceptron; the defaults fit MNIST."""
+
+    input_shape: tuple[int, ...] = (28, 28, 1)
+    """Shape of one example; it is flattened."""
+    classes: int = 10
+    """Outputs."""
+    hidden: tuple[int, ...] = (512, 512)
+    """Units of each hidden layer."""
+    dropout: float = 0.0
+    """Share of hidden units dropped while training."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+
+
+class MLP(nn.Module):
+    """Inputs (B, …) to logits (B, classes) in float32."""
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        c = self.config
+        if x.shape[1:] != tuple(c.input_shape):
+            raise ValueError(f"got inputs of shape {x.shape[1:]}, expected {tuple(c.input_shape)}, "
+                             "try --model.input-shape")
+        x = x.reshape(x.shape[0], math.prod(c.input_shape))
+        he = nn.initializers.he_normal()
+        for i, width in enumerate(c.hidden):
+            axes = ("features", "mlp") if i == 0 else ("embed", "mlp")
+            x = nn.relu(layers.Linear((width,), axes, init=he, dtype=c.dtype, name=f"hidden{i}")(x))
+            x = layers.Dropout(c.dropout)(x, train)
+        return layers.Linear((c.classes,), ("embed", "classes"), init=he, dtype=c.dtype, name="head")(x).astype(
+            jnp.float32)
+
+
+register(Family(
+    name="mlp",
+    config=MLPConfig,
+    network=MLP,
+    inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+    presets={"mlp-mnist": MLPConfig()},
+))

@@ -1,0 +1,127 @@
+"""The command line as typed objects: tyro over frozen dataclasses, with mistakes as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from jaxmodels.config import Config, load
+from jaxmodels.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run lives, and the fields of its experiment."""
+
+    run_dir: str | None = None
+    """Run directory; runs/<name of the config file> when not given."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on from the newest checkpoint of the same config; must: with a changed config too, but never from
+    nothing; never: start anew, moving an earlier run aside."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Where prepared tokens go, and the fields of the experiment."""
+
+    out: Path = Path("tokens")
+    """Folder for train.bin, val.bin and tokenizer.json."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The fields of the experiment."""
+
+
+def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, description: str | None = None) -> Any:
+    """Command-line arguments as a typed object (tyro), with mistakes as one-line `UserError`s.
+
+    `kind` is a dataclass or a function; `--help` prints and exits with 0.
+    """
+    import tyro
+
+    given: dict[str, Any] = {"config": (tyro.conf.FlagConversionOff,)} | ({} if default is None else {"default": default})
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _one_column_wide() if not {"-h", "--help"} & set(argv) else said:
+            value, unknown = tyro.cli(kind, prog=prog, description=description, args=list(argv),
+                                      return_unknown_args=True, **given)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(said.getvalue(), prog)) from None
+    if unknown:
+        usage = tyro.extras.get_parser(kind, **given).format_help()
+        raise UserError(_unknown(unknown[0].split("=")[0], sorted(set(re.findall(r"--[a-z][\w.-]*", usage))), prog))
+    return value
+
+
+@contextlib.contextmanager
+def _one_column_wide() -> Iterator[None]:
+    """A terminal so wide that tyro's messages are not broken into lines."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _unknown(name: str, known: Sequence[str], prog: str) -> str:
+    """What to say about an option that does not exist: the nearest of its section, or of all."""
+    section, _, field_name = name.rpartition(".")
+    here = [option.rpartition(".")[2] for option in known if section and option.startswith(section + ".")]
+    close = difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)
+    close = [f"{section}.{close[0]}"] if close else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f", did you mean {close[0]!r}?" if close else f", try {prog} --help"
+    what = "an option" if name.startswith("-") else "options only"
+    return f"got {name!r}, expected {what} of {prog}{hint}"
+
+
+def _one_line(message: str, prog: str) -> str:
+    """tyro's boxed error as one line: got, expected, try."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯─ ") for line in message.splitlines()]
+    lines = [line for line in lines if line and "--help" not in line and not re.search(
+        r"(^(Parsing|Value|Invalid|Missing|Required|Unrecognized)[\w ]*|helptext:|options?)$", line)]
+    text = " ".join(lines)
+    if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
+        got, option, names = choice.groups()
+        names = names.replace("'", "")
+        return f"got {option} {got!r}, expected one of {names}{nearest(got, names.split(', '))}"
+    if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
+        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {prog} --help"
+    return f"got {text}, try {prog} --help" if text else message
+
+
+def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
+    """The config named first in `argv`, overridden by the rest, and a `more` of the options beside it.
+
+    Raises:
+        UserError: no config named, or an option that is wrong.
+    """
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        raise UserError(f"got {argv[0] if argv else 'no config'}, expected a config file first, "
+                        f"try {prog} configs/gpt_stdlib.py")
+    if argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} CONFIG.py [options]; the options of a config: {prog} CONFIG.py --help")
+        raise SystemExit(0)
+    config = load(argv[0])
+    # the model's own type, so that its fields are options
+    hints = {**get_type_hints(Config), "model": type(config.model)}
+    fields = [(f.name, hints[f.name], dataclasses.field(default=getattr(config, f.name)))
+              for f in dataclasses.fields(Config)]
+    both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
+    both.__doc__ = more.__doc__
+    value = parse(both, argv[1:], f"{prog} {argv[0]}", both())
+    rest = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
+    return Config(**{f.name: getattr(value, f.name) for f in dataclasses.fields(Config)}), rest

@@ -1,0 +1,227 @@
+"""Several processes as one run: joining them, stopping them at one step, and leaving without a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+import jax
+from jax._src.distributed import global_state as _state
+from jax.experimental import multihost_utils
+
+from jaxmodels.errors import UserError
+
+# A process silent for so long is taken for dead and ends the others (JAX's default is 100 s).
+_HEARTBEAT_SECONDS = 15
+# How long a process that leaves waits for the others to leave too (JAX's default is 300 s).
+_SHUTDOWN_SECONDS = 20
+# A process that dies ends the wait of the others sooner.
+_BARRIER_SECONDS = 24 * 3600
+_barriers = itertools.count()
+# Pods and containers of one job start minutes apart; processes on one machine do not.
+_JOIN_SECONDS, _JOIN_LOCAL_SECONDS = 300, 60
+
+
+def initialize() -> None:
+    """Join the other processes of this run, if there are any; call it before any device is used.
+
+    The launchers say who is who by JAXMODELS_NUM_PROCESSES, JAXMODELS_PROCESS_ID and JAX_COORDINATOR_ADDRESS. Without
+    them JAX asks SLURM, Open MPI, Kubernetes or the TPU machine, where one of these shows more than one process.
+    JAXMODELS_HEARTBEAT_SECONDS sets after how long a silent process is taken for dead.
+
+    Raises: UserError where the variables contradict each other.
+    """
+    explicit = _explicit()
+    alone = not _clustered() if explicit is None else explicit[1] == 1
+    if alone:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    heartbeat = _integer("JAXMODELS_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS))
+    timeouts: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
+    if explicit is None:
+        jax.distributed.initialize(initialization_timeout=_JOIN_SECONDS, **timeouts)
+    else:
+        address, count, index = explicit
+        local = _is_loopback(address.rpartition(":")[0])
+        _check_name(local)
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=count,
+            process_id=index,
+            cluster_detection_method="deactivate",
+            initialization_timeout=_JOIN_LOCAL_SECONDS if local else _JOIN_SECONDS,
+            **timeouts,
+        )
+    sys.excepthook = _leave_at_once
+
+
+def finalize(code: int) -> int:
+    """Leave the run; returns the exit code to end the process with.
+
+    Processes that are done (0) or saved and stopped (75) wait for each other, so that none is taken for dead while
+    another still writes. With any other code the process ends here and now: the others can never reach the barrier at
+    exit, where JAX would wait for them, and the code must not be lost in its error.
+    """
+    if not jax.distributed.is_initialized():
+        return code
+    if code not in (0, 75):
+        _exit(code)
+    barrier("finalize")
+    jax.distributed.shutdown()
+    return code
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints, plots and writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here, however long that takes; `name` must be the same on all.
+
+    Before the first step this is a duty: on CPUs the first collective of each group of devices fails where one process
+    begins it 30 s after another (gloo's limit, which no flag moves); later ones may wait without end.
+    """
+    # Not a collective, as multihost_utils.sync_global_devices is: that one would meet the same limit.
+    client = _state.client
+    if client is not None:
+        client.wait_at_barrier(f"jaxmodels/{name}/{next(_barriers)}", timeout_in_ms=_BARRIER_SECONDS * 1000)
+
+
+class Preemption:
+    """Turns SIGTERM and SIGINT into a stop between two steps, the same step on every process.
+
+    Alone, a handler notes the signal. Among several processes SIGTERM belongs to JAX's preemption service from
+    `initialize` on (it kills nobody any more): it tells all of them within about a second and picks the next poll that
+    all can reach. SIGINT is handed on to it. A second Ctrl-C raises KeyboardInterrupt at once.
+    """
+
+    step: int | None = None
+    """The step at which to stop; None: not asked to."""
+
+    def __init__(self) -> None:
+        self._polls = 0
+        self._signals: set[int] = set()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        # Python delivers signals to the main thread only, and lets no other thread set a handler.
+        if threading.current_thread() is threading.main_thread():
+            caught = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+            self._previous = {number: signal.signal(number, self._note) for number in caught}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop now; once true, always true.
+
+        Every process must ask equally often, in the same places: each step, and each batch of an evaluation.
+        """
+        if self.step is None:
+            # JAX stops at one exact number, and an evaluation asks many times within a step: so polls are counted.
+            self._polls += 1
+            alone = not jax.distributed.is_initialized()
+            if bool(self._signals) if alone else multihost_utils.reached_preemption_sync_point(self._polls):
+                self.step = step
+        return self.step is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self._signals:
+            raise KeyboardInterrupt
+        self._signals.add(number)
+        if jax.distributed.is_initialized():
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _explicit() -> tuple[str, int, int] | None:
+    """Coordinator, number of processes and index as a launcher set them; None: it did not."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAXMODELS_NUM_PROCESSES", "JAXMODELS_PROCESS_ID")
+    if not any(name in os.environ for name in names[1:]):
+        return None
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"got a run of several processes without {' and '.join(missing)}, expected all of "
+                        f"{', '.join(names)}, try python -m launch, which sets them")
+    count, index = _integer(names[1]), _integer(names[2])
+    if not 0 <= index < count:
+        raise UserError(f"got {names[2]}={index} with {names[1]}={count}, expected an index from 0 to {count - 1}, "
+                        "try python -m launch, which sets them")
+    return os.environ[names[0]], count, index
+
+
+def _clustered() -> bool:
+    """Whether more than one process was started, as far as the environment tells without asking a server.
+
+    A SLURM allocation is not enough: its batch script and a one-task step run alone.
+    """
+    env = os.environ
+    if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env and _integer("SLURM_STEP_NUM_TASKS", "1") > 1:
+        return True
+    if _integer("OMPI_COMM_WORLD_SIZE", "1") > 1:
+        return True
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        return True
+    platforms = env.get("JAX_PLATFORMS") or "tpu"
+    if "tpu" not in platforms.split(",") or importlib.util.find_spec("libtpu") is None:
+        return False
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
+    if hosts is not None or "MEGASCALE_NUM_SLICES" in env:
+        return "," in (hosts or "") or _integer("MEGASCALE_NUM_SLICES", "1") > 1
+    # Importing JAX sets this where there is no TPU; with one, the machine's metadata server knows its peers.
+    return "TPU_SKIP_MDS_QUERY" not in env
+
+
+def _integer(name: str, default: str | None = None) -> int:
+    value = os.environ.get(name) or default or ""
+    if not value.isdecimal():
+        raise UserError(f"got {name}={value!r}, expected a whole number, try unset {name}")
+    return int(value)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return False
+
+
+def _check_name(local: bool) -> None:
+    """Say what gloo does not: it meets its peers at the address of this machine's own name, and no setting helps."""
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        return
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        raise UserError(f"got a machine name {name} that has no address, expected one at which processes can meet, "
+                        "try a line with its address and name in /etc/hosts") from None
+    if address.startswith("127.") and not local:
+        print(f"warning: this machine's name {name} has the address {address}, which no other machine can reach; if "
+              f"processes do not find each other, give {name} its real address in /etc/hosts", file=sys.stderr)
+
+
+def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Excepthook: print, then end; an ordinary exit would wait for peers that wait for this process."""
+    traceback.print_exception(kind, error, trace)
+    _exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+
+def _exit(code: int) -> NoReturn:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

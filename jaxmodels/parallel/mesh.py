@@ -1,0 +1,43 @@
+"""The mesh: how devices are divided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from jaxmodels.config import MeshConfig
+from jaxmodels.errors import UserError
+from jaxmodels.parallel import rules
+
+
+def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+    """Size of each mesh axis for so many devices.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    got = {axis: getattr(cfg, axis) for axis in rules.AXES}
+    free = [axis for axis, size in got.items() if size == -1]
+    fixed = math.prod(size for size in got.values() if size != -1)
+    shown = " ".join(f"{axis}={size}" for axis, size in got.items())
+    if len(free) > 1 or any(size < 1 and size != -1 for size in got.values()):
+        raise UserError(f"got mesh {shown}, expected positive sizes and at most one -1, try --mesh.data -1")
+    if free:
+        if devices % fixed:
+            raise UserError(f"got mesh {shown} for {devices} device(s), expected sizes that divide {devices}, "
+                            f"try --mesh.{max(got, key=lambda axis: got[axis])} 1")
+        got[free[0]] = devices // fixed
+    elif fixed != devices:
+        raise UserError(f"got mesh {shown} = {fixed} device(s), expected {devices}, try --mesh.data -1")
+    return got
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of an experiment over these devices (all, when not given); axes are Auto."""
+    devices = jax.devices() if devices is None else devices
+    shape = sizes(cfg, len(devices))
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape),
+                         devices=devices)

@@ -1,0 +1,115 @@
+"""The one table from logical axis names, which models speak, to mesh axes, which hardware has.
+
+Nothing else in the project spells a mesh axis in a sharding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmodels.errors import UserError, nearest
+
+AXES = ("data", "fsdp", "tensor")
+"""Mesh axes, outermost (slowest network) first."""
+
+RULES: Mapping[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "seq": (),
+    # parameters; heads, mlp and vocab name activations' dimensions too
+    "embed": ("fsdp",),
+    "embed_out": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "positions": (),
+    "features": (),
+    "classes": (),
+    "window": (),
+    "channels_in": ("fsdp",),
+    "channels_out": ("tensor",),
+    "norm": (),
+}
+"""Logical axis -> mesh axes it is split over; () is replicated."""
+
+Names = tuple[str | None, ...]
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+    """The partition of an array whose dimensions have these logical names (None: replicated).
+
+    Raises:
+        ValueError: a name is not in the table, or two dimensions ask for the same mesh axis.
+    """
+    parts: list[tuple[str, ...] | None] = []
+    taken: dict[str, str] = {}
+    for name in names:
+        if name is None:
+            parts.append(None)
+            continue
+        if name not in RULES:
+            raise ValueError(f"got logical axis {name!r}, expected one of {', '.join(RULES)}{nearest(name, RULES)}")
+        for axis in RULES[name]:
+            if axis in taken:
+                raise ValueError(f"got logical axes {taken[axis]!r} and {name!r} in {tuple(names)}, "
+                                 f"expected them on different mesh axes, both are on {axis!r}")
+            taken[axis] = name
+        parts.append(RULES[name] or None)
+    return PartitionSpec(*parts)
+
+
+def sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
+    """`spec(names)` on a mesh."""
+    return NamedSharding(mesh, spec(names))
+
+
+def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """Pin an activation to the table, if a mesh is ambient; a dimension that does not divide stays free."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+    if any(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types):
+        return x
+    fits = [name and size % shards(mesh.shape, RULES[name]) == 0 for name, size in zip(names, x.shape, strict=True)]
+    kept = [name if fit else None for name, fit in zip(names, fits, strict=True)]
+    return jax.lax.with_sharding_constraint(x, spec(kept))
+
+
+def shards(sizes: Mapping[str, int], axes: Sequence[str]) -> int:
+    """Into how many pieces these mesh axes cut a dimension."""
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Shardings of a tree of arrays, from the tree of their logical axes.
+
+    Raises:
+        UserError: a dimension does not divide by its mesh axes; names parameter, dimension, size and mesh axis.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any, names: Names) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if len(names) != len(leaf.shape):
+            raise ValueError(f"got {len(names)} logical axes {names} for {name}, expected {len(leaf.shape)}")
+        placed = sharding(mesh, names)
+        for logical, size in zip(names, leaf.shape, strict=True):
+            part = RULES[logical] if logical else ()
+            if size % (count := shards(mesh.shape, part)):
+                raise UserError(f"got parameter {name} with dimension {logical}={size}, expected a multiple of "
+                                f"mesh axis {'*'.join(part)}={count}, try another size or --mesh.{part[-1]} 1")
+        return placed
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes, is_leaf=lambda x: x is None)
+
+
+def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
+    """Sharding of a batch field: rows over the batch axes, tokens over the sequence's."""
+    return sharding(mesh, ("batch", "seq")[:rank] + (None,) * (rank - 2))

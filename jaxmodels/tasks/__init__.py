@@ -1,0 +1,20 @@
+"""What is optimised: the losses, metrics and batch contract of each kind of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.models.functional import create
+from jaxmodels.tasks.causal_lm import causal_lm
+from jaxmodels.tasks.classification import classification
+from jaxmodels.tasks.task import Aux, Loss, Sums, Task
+
+__all__ = ["Aux", "Loss", "Sums", "Task", "build"]
+
+TASKS = {"causal_lm": causal_lm, "classification": classification}
+
+
+def build(task: TaskConfig, model: Any, data: DataConfig) -> Task:
+    """The task of an experiment: this kind of training of this model on batches of this shape."""
+    return TASKS[task.name](task, create(model), data)

@@ -1,0 +1,108 @@
+"""A task joins networks and losses, all pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.errors import UserError
+from jaxmodels.models.functional import Model
+
+Params = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+"""Metric -> (sum, count): added up over batches and devices, divided once at the end."""
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside its sum."""
+
+    weight: jax.Array
+    """What the sum is divided by to give the loss (the number of tokens or examples)."""
+    sums: Sums
+    stats: Params
+    """The networks' batch statistics after this batch."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss and the network it trains: `fn(params, stats, batch, rng) -> (sum over the batch, Aux)`.
+
+    Sums rather than means, so that microbatches, devices and padded rows add up to the loss of the whole batch.
+    """
+
+    name: str
+    trains: str
+    fn: Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Aux]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Networks by name, the ordered losses that train them, and what is measured on held-out data."""
+
+    networks: Mapping[str, Model]
+    losses: tuple[Loss, ...]
+    metrics: Callable[[Params, Params, Batch], Sums]
+    """Sums over a batch, in evaluation mode."""
+    batch_spec: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
+    """Names, shapes and dtypes of a batch of so many examples."""
+    unit: Literal["tokens", "examples"] = "examples"
+    """What throughput counts."""
+    summarise: Callable[[dict[str, float]], dict[str, float]] = lambda values: values
+    """Adds what follows from the divided sums, such as perplexity."""
+
+    def init(self, key: jax.Array) -> Params:
+        """Initial parameters of each network."""
+        keys = jax.random.split(key, len(self.networks))
+        return {name: model.init(k) for (name, model), k in zip(self.networks.items(), keys, strict=True)}
+
+    def axes(self) -> Params:
+        """Logical axes of each network's parameters."""
+        return {name: model.axes() for name, model in self.networks.items()}
+
+    def stats(self) -> Params:
+        """Initial batch statistics of the networks that have them."""
+        stats = {name: model.stats() for name, model in self.networks.items()}
+        return {name: tree for name, tree in stats.items() if tree}
+
+
+def forward(task_model: tuple[str, Model], params: Params, stats: Params, *args: Any, train: bool = False,
+            **kwargs: Any) -> tuple[Any, Params]:
+    """Apply one of a task's networks, threading its batch statistics: (outputs, all statistics)."""
+    name, model = task_model
+    if name not in stats:
+        return model.apply(params[name], *args, train=train, **kwargs), stats
+    out, new = model.apply(params[name], *args, stats=stats[name], train=train, **kwargs)
+    return out, {**stats, name: new}
+
+
+def divide(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """The metrics that sums stand for."""
+    return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
+
+
+def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, np.ndarray]) -> None:
+    """Compare a batch from the data with what the task takes; integers may stand for floats (scaled on the device).
+
+    Raises:
+        UserError: a field is missing or has another shape or kind of dtype.
+    """
+    for name, want in spec.items():
+        if name not in batch:
+            raise UserError(f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data.source "
+                            "or --task.name")
+        got = batch[name]
+        kinds = (got.dtype.kind, np.dtype(want.dtype).kind)
+        if got.shape != want.shape or (kinds[0] != kinds[1] and kinds not in (("u", "f"), ("i", "f"))):
+            raise UserError(f"got {name} of shape {got.shape} {got.dtype} from the data, expected {want.shape} "
+                            f"{want.dtype}, try a model whose inputs have the data's shape")
+
+
+def floats(x: jax.Array) -> jax.Array:
+    """Bytes (images as stored) scaled to [0, 1]; anything else as it is."""
+    return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x

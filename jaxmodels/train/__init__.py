@@ -1,0 +1,1 @@
+"""The loop: state, optimizer, step, evaluation, checkpoints and metrics of a run."""

@@ -1,0 +1,204 @@
+"""The loop. Its order is an invariant: evaluate if due, save if due, take the batch, dispatch the step, read the metrics
+of the step before (so that the device is never idle), check for preemption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.tasks.task import Batch
+from jaxmodels.train.metrics import Clock, Display, Writer
+from jaxmodels.train.state import State
+from jaxmodels.train.step import Step
+
+
+class NotFinite(RuntimeError):
+    """The loss stopped being a number."""
+
+
+@dataclass
+class Progress:
+    """What the loop must remember over a restart, beside the state; saved in each checkpoint."""
+
+    best: float | None = None
+    """Best value of `eval.metric` so far."""
+    best_step: int | None = None
+    waited: int = 0
+    """Evaluations since the best one."""
+    evaluated: int = -1
+    """Step of the last evaluation."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls out to."""
+
+    batches: Callable[[int, int], Iterator[Batch]]
+    """Batches of steps start to stop."""
+    evaluate: Callable[[State], dict[str, float] | None]
+    """Metrics of the held-out set; None: told to stop meanwhile."""
+    save: Callable[[int, State, Progress, bool], None]
+    """Save after so many steps; True: the best so far."""
+    stop: Callable[[int], bool]
+    """Whether to save and end after this many steps."""
+    examples: Callable[[int], np.ndarray]
+    """Ids of the examples in the batch of a step."""
+    last_good: Callable[[], int | None]
+    """Step of the newest complete checkpoint."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the loop ended."""
+
+    state: State
+    step: int
+    ended: Literal["done", "preempted", "early"]
+    metrics: dict[str, float]
+    """The last evaluation."""
+    progress: Progress
+
+
+def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, hooks: Hooks, writer: Writer | None,
+        display: Display, clock: Clock, schedule: Callable[[int], float], run_dir: Path) -> Result:
+    """Train from `start` to the configured step.
+
+    Raises:
+        NotFinite: a step's loss is not a number; names the step, its examples and the last good checkpoint.
+        UserError: `eval.metric` names a metric that the task does not have.
+    """
+    steps, evaluated, saved = cfg.train.steps, {}, start
+    first, last = profile_steps(cfg.profile.steps, steps)
+    pending: tuple[int, Any, float] | None = None
+
+    def read() -> None:
+        """Wait for the pending step and take its metrics."""
+        nonlocal pending
+        if pending is None:
+            return
+        done, values, waited = pending
+        pending = None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        clock.tick(waited)
+        loss = next((value for name, value in values.items() if name.endswith("loss")), 0.0)
+        if not all(math.isfinite(value) for value in values.values()):
+            ids = hooks.examples(done - 1)
+            shown = ", ".join(map(str, ids[:16])) + (", …" if len(ids) > 16 else "")
+            good = hooks.last_good()
+            raise NotFinite(f"got loss {loss} at step {done}, on examples {shown}; last good checkpoint: "
+                            f"{'none' if good is None else f'step {good}'}; try a lower --optim.peak-lr or "
+                            "--optim.clip-norm 1.0")
+        display.update(done, loss, clock.rate)
+        if done % cfg.metrics.every == 0 or done == steps:
+            row = {f"train/{name}": value for name, value in values.items()}
+            row |= {"train/learning_rate": float(schedule(done - 1)), **clock.read()}
+            record(done, row)
+
+    def record(done: int, row: dict[str, float]) -> None:
+        if writer is not None:
+            writer.add(done, row)
+        display.log(done, row)
+
+    def save(best: bool = False) -> None:
+        nonlocal saved
+        read()
+        if writer is not None:
+            writer.flush()
+        hooks.save(now, state, progress, best)
+        saved = now
+        clock.pause()
+
+    batches = hooks.batches(start, steps)
+    now, ended = start, "done"
+    try:
+        while True:
+            due = now == steps or (cfg.eval.every and now % cfg.eval.every == 0 and now > 0)
+            if due and progress.evaluated < now:
+                read()
+                found = hooks.evaluate(state)
+                clock.pause()
+                if found is None:
+                    ended = "preempted"
+                    break
+                evaluated = {f"eval/{name}": value for name, value in found.items()}
+                record(now, evaluated)
+                better = judge(cfg, progress, now, evaluated)
+                if better and cfg.checkpoint.best and now < steps:
+                    save(best=True)
+            if cfg.eval.early_stop is not None and progress.waited >= cfg.eval.early_stop:
+                ended = "early"
+            if now == steps or ended == "early":
+                break
+            if cfg.checkpoint.every and now % cfg.checkpoint.every == 0 and now > saved:
+                save()
+            if now == first:
+                read()
+                jax.profiler.start_trace(str(run_dir / "profile"))
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            state, metrics = step(state, batch)
+            now += 1
+            read()
+            pending = (now, metrics, waited)
+            if now == last:
+                read()
+                jax.profiler.stop_trace()
+                display.say(f"profile of steps {first} to {last}: {run_dir / 'profile'}")
+            if hooks.stop(now):
+                ended = "preempted"
+                break
+        read()
+        if saved < now:
+            save(best=cfg.checkpoint.best and progress.best_step == now)
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
+    return Result(state, now, ended, evaluated, progress)  # type: ignore[arg-type]
+
+
+def judge(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -> bool:
+    """Note an evaluation; whether it is the best so far."""
+    progress.evaluated = now
+    wanted = cfg.eval.metric
+    if wanted not in values:
+        if cfg.eval.early_stop is None and not cfg.checkpoint.best:
+            return False
+        raise UserError(f"got eval.metric {wanted!r}, expected one of {', '.join(values)}")
+    value = values[wanted]
+    better = progress.best is None or (value < progress.best if cfg.eval.mode == "min" else value > progress.best)
+    if better:
+        progress.best, progress.best_step, progress.waited = value, now, 0
+    else:
+        progress.waited += 1
+    return better
+
+
+def profile_steps(text: str, steps: int) -> tuple[int, int]:
+    """FIRST:LAST as numbers; (-1, -1) for none.
+
+    Raises:
+        UserError: not of that form, or beyond the run.
+    """
+    if not text:
+        return -1, -1
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= steps):
+        raise UserError(f"got profile.steps {text!r}, expected FIRST:LAST within {steps} steps, try --profile.steps 10:15")
+    return int(first), int(last)
+
+
+def as_json(progress: Progress) -> dict[str, Any]:
+    """For a checkpoint's meta."""
+    return dataclasses.asdict(progress)

@@ -1,0 +1,97 @@
+"""The files of a checkpoint: hashed when written, verified when read, flushed to the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+class Damaged(Exception):
+    """What is wrong with one checkpoint."""
+
+
+def seal(folder: Path) -> None:
+    """Hash and flush this process's share of the files, and leave the hashes as a part of the manifest."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".part")
+    share = names[jax.process_index() :: jax.process_count()]
+    for name in share:
+        flush(folder / name)
+    write_text(
+        folder / f"{jax.process_index()}.part", json.dumps(dict(zip(share, _digests(folder, share), strict=True)))
+    )
+
+
+def _digests(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    def digest(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": file.tell()}
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(digest, names))
+
+
+def verify(folder: Path, check: Callable[[Mapping[str, str]], None]) -> dict[str, str]:
+    """The tree of a checkpoint all of whose files are as they were written (this process looks at its share)."""
+    manifest = read_manifest(folder)
+    check(manifest["tree"])
+    files = manifest["files"]
+    share = sorted(files)[jax.process_index() :: jax.process_count()]
+    for name in share:
+        if not (folder / name).is_file():
+            raise Damaged(f"file {folder / name} is missing")
+    for name, found in zip(share, _digests(folder, share), strict=True):
+        if found["size"] != files[name]["size"]:
+            raise Damaged(f"file {folder / name} has {found['size']} bytes, not {files[name]['size']}")
+        if found["sha256"] != files[name]["sha256"]:
+            raise Damaged(f"file {folder / name} has changed since it was written (its sha256 differs)")
+    return manifest["tree"]
+
+
+def render(manifest: Mapping[str, Any]) -> str:
+    """The manifest with a hash of itself."""
+    body = json.dumps(manifest, indent=1)
+    return json.dumps({**manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        text = path.read_text()
+        manifest = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"file {path} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or render({k: v for k, v in manifest.items() if k != "sha256"}) != text:
+        raise Damaged(f"file {path} has changed since it was written")
+    return manifest
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta.json").read_text())
+
+
+def write_text(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"

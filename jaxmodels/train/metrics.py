@@ -1,0 +1,194 @@
+"""What a run reports: one line a step in metrics.jsonl, TensorBoard events, and the progress display."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels.config import MetricsConfig
+
+
+class Writer:
+    """metrics.jsonl and TensorBoard events of a run; each step is one line, written when the next one begins."""
+
+    def __init__(self, run: Path, cfg: MetricsConfig, start: int):
+        self.path = run / "metrics.jsonl"
+        self.row: dict[str, Any] = {}
+        rewind(self.path, start)
+        self.file = self.path.open("a")
+        self.events: Any = None
+        self.events_dir = run / "tensorboard" if cfg.tensorboard else None
+        self.start = start
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of a step; steps must not go back."""
+        if self.row and self.row["step"] != step:
+            self.flush()
+        self.row = {"step": step, **self.row, **values}
+
+    def flush(self) -> None:
+        """Write the step's line out, so that a checkpoint of this step never lacks it."""
+        if not self.row:
+            return
+        self.file.write(json.dumps(self.row) + "\n")
+        self.file.flush()
+        if self.events_dir is not None:
+            if self.events is None:
+                from tensorboardX import SummaryWriter
+
+                # purge_step: TensorBoard forgets what a killed run wrote beyond the checkpoint
+                self.events = SummaryWriter(str(self.events_dir), purge_step=self.start or None)
+            for name, value in self.row.items():
+                if name != "step":
+                    self.events.add_scalar(name, value, self.row["step"])
+        self.row = {}
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def read(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; a line cut short by a kill is left out."""
+    rows = []
+    if (path := run / "metrics.jsonl").exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop lines beyond `step`, which a resumed run will write again, and any line cut short."""
+    if not path.exists():
+        return
+    rows = [row for row in read(path.parent) if row["step"] <= step] if step else []
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if text != path.read_text():
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)
+
+
+class Clock:
+    """Time a step takes on the device, between readings of finished steps; `pause` leaves out other work."""
+
+    def __init__(self, amount: int, unit: str, flops: float | None, peak: float | None):
+        """`amount`: tokens or examples a step (`unit`); `flops`: model FLOPs a step; `peak`: FLOP/s of all devices."""
+        self.amount, self.unit, self.flops, self.peak = amount, unit, flops, peak
+        self.seconds = self.waited = 0.0
+        self.steps = 0
+        self.last: float | None = None
+        self.rate: float | None = None
+
+    def tick(self, waited: float) -> None:
+        """A step has finished on the device; the loop waited so many seconds for its data."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds += now - self.last
+            self.waited += waited
+            self.steps += 1
+            fresh = (now - self.last) / self.amount
+            self.rate = 1 / (0.9 / self.rate + 0.1 * fresh) if self.rate else 1 / fresh
+        self.last = now
+
+    def pause(self) -> None:
+        """The next step's time does not count: something else runs before it."""
+        self.last = None
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, empty before a whole step was seen."""
+        if not self.steps:
+            return {}
+        seconds = self.seconds / self.steps
+        values = {"perf/step_seconds": seconds, "perf/data_wait_seconds": self.waited / self.steps,
+                  f"perf/{self.unit}_per_second": self.amount / seconds, "perf/memory_gib": memory()}
+        if self.flops and self.peak:
+            values["perf/mfu"] = self.flops / seconds / self.peak
+        self.seconds = self.waited = 0.0
+        self.steps = 0
+        return values
+
+
+def memory() -> float:
+    """Peak memory in GiB: of the first local device where it says, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+class Display:
+    """Progress for a person: live on a terminal, else a line each time metrics are written."""
+
+    def __init__(self, kind: str, steps: int, unit: str):
+        self.unit = unit
+        if kind == "auto":
+            kind = "live" if sys.stdout.isatty() else "plain"
+        self.plain = kind == "plain"
+        self.live: Any = None
+        self.status = "compiling"
+        if kind == "live":
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.live = Progress(
+                TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=24),
+                TextColumn("{task.fields[shown]}"), TextColumn("left"), TimeRemainingColumn(), refresh_per_second=2)
+            self.task = self.live.add_task("train", total=steps, shown=self.status)
+        self.steps = steps
+        self.began: tuple[int, float] | None = None
+        self.held = ""
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live display."""
+        if self.live:
+            self.live.console.print(text, highlight=False, markup=False)
+        elif self.plain:
+            print(text, flush=True)
+
+    def update(self, step: int, loss: float, rate: float | None) -> None:
+        """The live display after a step."""
+        if self.live:
+            speed = f"{rate:,.0f} {self.unit}/s" if rate else ""
+            self.live.update(self.task, completed=step, shown=f"loss {loss:.4f}  {speed}{self.held}")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """The values of a step as a plain line, and what was evaluated beside the live bar."""
+        if held := values.get("eval/loss"):
+            self.held = f"  eval {held:.4f}"
+        if not self.plain:
+            return
+        now = time.perf_counter()
+        self.began = self.began or (step, now)
+        done, spent = step - self.began[0], now - self.began[1]
+        parts = [f"step {step}/{self.steps}"]
+        if "train/loss" in values:
+            parts.append(f"loss {values['train/loss']:.4f}")
+        parts += [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("eval/")]
+        if rate := values.get(f"perf/{self.unit}_per_second"):
+            parts.append(f"{rate:,.0f} {self.unit}/s")
+        if done and step < self.steps:
+            left = int(spent / done * (self.steps - step))
+            parts.append(f"left {left // 60}:{left % 60:02d}")
+        print("  ".join(parts), flush=True)

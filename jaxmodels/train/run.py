@@ -1,0 +1,274 @@
+"""One run, from a config to its final state and a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+import jaxmodels
+from jaxmodels import config as configs
+from jaxmodels import data, tasks
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.parallel import distributed, mesh, rules
+from jaxmodels.tasks.task import Task, check_batch
+from jaxmodels.train import evaluate, loop, optim, step
+from jaxmodels.train import state as states
+from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.metrics import Clock, Display, Writer
+from jaxmodels.train.state import State
+
+log = logging.getLogger("jaxmodels")
+
+Resume = Literal["auto", "must", "never"]
+NEUTRAL = ("metrics.", "profile.", "checkpoint.", "mesh.", "data.prefetch", "data.dir", "train.strategy", "init.")
+"""Fields that may differ when a run is resumed: they do not change what is computed."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config made real on this hardware; built before anything is compiled."""
+
+    cfg: Config
+    mesh: Mesh
+    task: Task
+    optimizers: states.Optimizers
+    layout: State
+    train_data: data.Source
+    eval_data: data.Source
+
+    def loader(self, split: Literal["train", "eval"]) -> data.Loader:
+        """Batches of a split, placed on the mesh."""
+        source = self.train_data if split == "train" else self.eval_data
+        size = self.cfg.data.batch_size if split == "train" else self.cfg.eval.batch_size or self.cfg.data.batch_size
+        shardings = {name: rules.batch_sharding(self.mesh, x.ndim) for name, x in data.spec(source, size).items()}
+        order = data.Order(len(source), size, self.cfg.train.seed)
+        return data.Loader(source, order, shardings, prefetch=self.cfg.data.prefetch)
+
+
+def setup(cfg: Config) -> Experiment:
+    """Everything that can be refused, refused before anything is compiled.
+
+    Raises:
+        UserError: mesh, batch, model, task and data do not fit together.
+    """
+    sizes = mesh.sizes(cfg.mesh, jax.device_count())
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy)
+    if cfg.eval.batch_size:
+        step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
+    loop.profile_steps(cfg.profile.steps, cfg.train.steps)
+    task = tasks.build(cfg.task, cfg.model, cfg.data)
+    train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
+    check_batch(task.batch_spec(cfg.data.batch_size), data.spec(train_data, cfg.data.batch_size))
+    axes = task.axes()  # before any mesh is ambient
+    optimizers = {loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains]) for loss in task.losses}
+    where = mesh.make_mesh(cfg.mesh)
+    layout = states.layout(task, optimizers, where, cfg.train.ema is not None)
+    return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
+
+
+def initial(experiment: Experiment) -> State:
+    """The state before the first step, made where its arrays live; from `init.source` if one is given."""
+    cfg, shardings = experiment.cfg, jax.tree.map(lambda leaf: leaf.sharding, experiment.layout)
+    make = functools.partial(states.init, experiment.task, experiment.optimizers, ema=cfg.train.ema is not None)
+    state = jax.jit(make, out_shardings=shardings)(jax.random.key(cfg.train.seed))
+    if cfg.init.source is None:
+        return state
+    folder = Path(cfg.init.source) / "checkpoints"
+    params, _, at = Checkpointer(folder).restore_params(abstract=experiment.layout.params)
+    log.info("parameters from %s, step %d", cfg.init.source, at)
+    # a copy each: params are donated every step, the average lives on
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+    return dataclasses.replace(state, params=params, ema=ema)
+
+
+def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, Any] | None = None) -> tuple[
+        Experiment, loop.Result]:
+    """Train as configured, leaving config, metrics, checkpoints and log in `run`; resumes what is there.
+
+    Raises:
+        UserError: the config does not fit the hardware, the data, or the run that is in the directory.
+        NotFinite: a loss stopped being a number.
+        CheckpointError: the last checkpoint could not be written.
+    """
+    experiment = setup(cfg)
+    main = distributed.is_main()
+    checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
+    if main:
+        prepare(cfg, run, resume, bool(checkpointer.steps()), origin or {})
+    distributed.barrier("run directory")
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps,
+                                              experiment.task.unit))
+        stack.enter_context(logging_to(run / "log.txt" if main else None, display))
+        stack.callback(checkpointer.wait)  # also after an error: what is being saved is saved
+        describe(experiment, run)
+        restored = None if resume == "never" else checkpointer.restore(experiment.layout)
+        if restored is None and resume == "must":
+            raise UserError(f"got --resume must for {run}, expected a checkpoint there, try --resume auto")
+        if restored is None:
+            state, start, progress = initial(experiment), 0, loop.Progress()
+            checkpointer.warm()
+        else:
+            state, meta, start = restored
+            progress = loop.Progress(**meta["progress"])
+            if meta["data"] != experiment.train_data.fingerprint and resume != "must":
+                raise UserError(f"got data with fingerprint {experiment.train_data.fingerprint}, expected that of the "
+                                f"run in {run}, {meta['data']}, try --resume must to go on with other data")
+            log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
+        if main and experiment.train_data.tokenizer is not None:
+            experiment.train_data.tokenizer.save(run)
+        writer = Writer(run, cfg.metrics, start) if main else None
+        preemption = stack.enter_context(distributed.Preemption())
+        result = run_loop(experiment, state, start, progress, checkpointer, preemption, writer, display, run)
+        if writer is not None:
+            writer.close()
+        checkpointer.wait()
+    return experiment, result
+
+
+def run_loop(experiment: Experiment, state: State, start: int, progress: loop.Progress, checkpointer: Checkpointer,
+             preemption: distributed.Preemption, writer: Writer | None, display: Display, run: Path) -> loop.Result:
+    """The loop with its hooks joined to data, evaluation and checkpoints."""
+    cfg, task = experiment.cfg, experiment.task
+    loaders = {"train": experiment.loader("train"), "eval": experiment.loader("eval")}
+    take = step.build(task, experiment.optimizers, experiment.mesh, experiment.layout, strategy=cfg.train.strategy,
+                      accumulate=cfg.train.accumulate, ema=cfg.train.ema)
+    measure = evaluate.build(task, experiment.mesh, stop=lambda: preemption.requested(-1))
+
+    def save(now: int, state: State, progress: loop.Progress, best: bool) -> None:
+        meta = {"progress": dataclasses.asdict(progress), "data": experiment.train_data.fingerprint,
+                "config": configs.to_json(cfg), "versions": versions(),
+                "metric": {cfg.eval.metric: progress.best} if best else None}
+        checkpointer.save(now, state, meta, best=best)
+
+    hooks = loop.Hooks(
+        batches=loaders["train"].iterate,
+        evaluate=lambda state: measure(averaged(state), state.stats, loaders["eval"].once(cfg.eval.batches)),
+        save=save,
+        stop=preemption.requested,
+        examples=loaders["train"].order.indices,
+        last_good=lambda: max(checkpointer.steps(), default=None),
+    )
+    spec = data.spec(experiment.train_data, cfg.data.batch_size)
+    clock = Clock(spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size, task.unit, *speed(experiment))
+    return loop.run(cfg, take, state, start, progress, hooks, writer, display, clock,
+                    optim.schedule(cfg.optim, cfg.train.steps), run)
+
+
+def averaged(state: State) -> Any:
+    """The parameters to evaluate: the moving average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def speed(experiment: Experiment) -> tuple[float | None, float | None]:
+    """Model FLOPs a step and peak FLOP/s of all devices; None where the hardware is not known."""
+    from jaxmodels.plan import flops, hardware
+
+    peak = hardware.peak(jax.devices()[0], getattr(experiment.cfg.model, "dtype", "float32"))
+    if peak is None:
+        return None, None
+    return flops.per_step(experiment.task, experiment.cfg.data.batch_size), peak * jax.device_count()
+
+
+def prepare(cfg: Config, run: Path, resume: Resume, has_checkpoints: bool, origin: Mapping[str, Any]) -> None:
+    """Make the run directory; refuse one that holds another experiment.
+
+    Raises:
+        UserError: it does, and `resume` is not "must"; shows the difference.
+    """
+    if resume == "never" and (run / "config.json").exists():
+        aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
+        run.rename(aside)
+        print(f"moved the run that was in {run} to {aside}")
+    elif has_checkpoints and resume == "auto":
+        before, _ = configs.read(run)
+        differ = {name: values for name, values in configs.differences(before, cfg).items()
+                  if not name.startswith(NEUTRAL)}
+        if differ:
+            shown = "; ".join(f"{name} was {a!r}, now {b!r}" for name, (a, b) in differ.items())
+            raise UserError(f"got run directory {run} of another config ({shown}), expected the same, try another "
+                            "--run-dir, --resume must to go on with the change, or --resume never to start anew")
+    run.mkdir(parents=True, exist_ok=True)
+    configs.save(cfg, run / "config.json", {**origin, "versions": versions(), "commit": commit()})
+
+
+def describe(experiment: Experiment, run: Path) -> None:
+    """Say what is about to run."""
+    count = sum(model.count() for model in experiment.task.networks.values())
+    sizes = " ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items() if size > 1)
+    kind = jax.devices()[0].device_kind
+    log.info("%s, %s parameters, on %d %s device(s) %s", type(experiment.cfg.model).__name__.removesuffix("Config"),
+             f"{count:,}", jax.device_count(), kind, sizes)
+    log.info("train: %s", experiment.train_data.describe())
+    log.info("eval:  %s", experiment.eval_data.describe())
+    log.info("run:   %s", run)
+
+
+@contextlib.contextmanager
+def logging_to(path: Path | None, display: Display) -> Iterator[None]:
+    """The project's log goes to log.txt and, above the live display, to the terminal."""
+
+    class Terminal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            loud = "" if record.levelno <= logging.INFO else record.levelname.lower() + ": "
+            display.say(loud + record.getMessage())
+
+    handlers: list[logging.Handler] = [Terminal()]
+    if path is not None:
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file)
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": platform.python_version(), "jaxmodels": jaxmodels.__version__}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the working directory, with + if it has changes; None outside git."""
+    try:
+        here = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True,
+                              timeout=5, cwd=Path(__file__).parent, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return here.stdout.strip() or None
+
+
+def compilation_cache() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place (JAX_COMPILATION_CACHE_DIR) already."""
+    if not jax.config.jax_compilation_cache_dir:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxmodels" / "xla"))

@@ -1,0 +1,80 @@
+"""What a run carries from step to step, and where each of its arrays lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxmodels.parallel import rules
+from jaxmodels.tasks.task import Task
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """All that changes while training."""
+
+    step: jax.Array
+    """Steps taken, int32."""
+    params: dict[str, Any]
+    """Parameters by network."""
+    stats: dict[str, Any]
+    """Batch statistics by network."""
+    opt_state: dict[str, Any]
+    """Optimizer state by loss."""
+    ema: dict[str, Any] | None
+    """Moving average of the parameters, or None."""
+    rng: jax.Array
+    """The key that dropout's keys are folded from; it never changes."""
+
+
+Optimizers = dict[str, optax.GradientTransformation]
+"""Loss name -> its optimizer."""
+
+
+def init(task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False) -> State:
+    """The state before the first step."""
+    init_key, rng = jax.random.split(key)
+    params = task.init(init_key)
+    opt_state = {loss.name: optimizers[loss.name].init(params[loss.trains]) for loss in task.losses}
+    return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng)
+
+
+def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False) -> State:
+    """The state as `jax.ShapeDtypeStruct`s with shardings, from shapes alone.
+
+    The optimizer's arrays that have a parameter's shape live where that parameter lives; all others are replicated.
+
+    Raises:
+        UserError: a parameter does not divide by the mesh.
+    """
+    shapes = jax.eval_shape(lambda key: init(task, optimizers, key, ema), jax.random.key(0))
+    params = rules.place(mesh, task.axes(), shapes.params)
+    everywhere = rules.sharding(mesh, ())
+
+    where = {path: (leaf.shape, place) for network, tree in params.items() for (path, place), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes.params[network]), strict=True)}
+
+    def beside(path: tuple[Any, ...], leaf: Any) -> Any:
+        # an optimizer keeps trees shaped like the params: a leaf's path ends with that of its parameter
+        for start in range(len(path)):
+            shape, place = where.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return place
+        return everywhere
+
+    shardings = State(
+        step=everywhere,
+        params=params,
+        stats=jax.tree.map(lambda _: everywhere, shapes.stats),
+        opt_state=jax.tree_util.tree_map_with_path(beside, shapes.opt_state),
+        ema=params if ema else None,
+        rng=everywhere,
+    )
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
+                        shardings)

@@ -1,0 +1,143 @@
+"""One step: losses in order, gradients over microbatches, updates; under `jit` on a mesh, or replicated by `pmap`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxmodels.errors import UserError
+from jaxmodels.models.layers import REPLICAS
+from jaxmodels.parallel import rules
+from jaxmodels.tasks.task import Aux, Batch, Loss, Task
+from jaxmodels.train.state import Optimizers, State
+
+Metrics = dict[str, Any]
+Step = Callable[[State, Batch], tuple[State, Metrics]]
+
+
+def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate: int) -> tuple[Any, jax.Array, Aux]:
+    """Gradient of the loss's sum, the sum, and what came with it, over `accumulate` microbatches."""
+
+    def total(trained: Any, stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
+        return loss.fn({**state.params, loss.trains: trained}, stats, part, key)
+
+    grad = jax.value_and_grad(total, has_aux=True)
+    trained = state.params[loss.trains]
+    if accumulate == 1:
+        (value, aux), grads = grad(trained, state.stats, batch, rng)
+        return grads, value, aux
+
+    def split(x: jax.Array) -> jax.Array:
+        # strided, so that each microbatch has rows of every device
+        x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+        return rules.constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+    def body(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
+        sums, stats = carry
+        (value, aux), grads = grad(trained, stats, *part)
+        new = (grads, value, aux.weight, aux.sums)
+        return (jax.tree.map(jnp.add, sums, new), aux.stats), None
+
+    parts = (jax.tree.map(split, dict(batch)), jax.random.split(rng, accumulate))
+    first = jax.tree.map(lambda x: x[0], parts)
+    (value, aux), grads = jax.eval_shape(grad, trained, state.stats, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, aux.weight, aux.sums))
+    ((grads, value, weight, sums), stats), _ = jax.lax.scan(body, (zeros, state.stats), parts)
+    return grads, value, Aux(weight, sums, stats)
+
+
+def advance(task: Task, optimizers: Optimizers, state: State, batch: Batch, *, accumulate: int, ema: float | None,
+            across: str | None = None) -> tuple[State, Metrics]:
+    """The state after one step on a batch, and the step's metrics; pure.
+
+    `across` names a mapped axis to sum gradients over (pmap); under `jit` the compiler does it.
+    """
+    metrics: Metrics = {}
+    params, stats, opt_state = dict(state.params), state.stats, dict(state.opt_state)
+    rng = jax.random.fold_in(state.rng, state.step)
+    if across is not None:
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(across))
+    for index, loss in enumerate(task.losses):
+        now = dataclasses.replace(state, params=params, stats=stats)
+        grads, value, aux = gradient(loss, now, batch, jax.random.fold_in(rng, index), accumulate)
+        weight, sums, stats = aux.weight, aux.sums, aux.stats
+        if across is not None:
+            grads, value, weight, sums = jax.lax.psum((grads, value, weight, sums), across)
+        share = 1.0 / jnp.maximum(weight, 1)
+        grads = jax.tree.map(lambda g, share=share: (g * share).astype(g.dtype), grads)
+        trained = params[loss.trains]
+        updates, opt_state[loss.name] = optimizers[loss.name].update(grads, opt_state[loss.name], trained)
+        params[loss.trains] = optax.apply_updates(trained, updates)
+        prefix = "" if len(task.losses) == 1 else f"{loss.name}/"
+        metrics |= {prefix + name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
+        metrics[prefix + "grad_norm"] = optax.global_norm(grads)
+    average = None
+    if ema is not None:
+        # the early average follows closely: min(decay, (1 + t) / (10 + t)), as TensorFlow's moving averages
+        t = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema, (1 + t) / (10 + t))
+        average = jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.ema, params)
+    return State(state.step + 1, params, stats, opt_state, average, state.rng), metrics
+
+
+def build(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, *, strategy: str = "jit", accumulate: int = 1,
+          ema: float | None = None) -> Step:
+    """The compiled step; its state argument is donated.
+
+    """
+    options: dict[str, Any] = {"accumulate": accumulate, "ema": ema}
+    if strategy == "pmap":
+        return replicated(task, optimizers, mesh, layout, options)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+
+    def run(state: State, batch: Batch) -> tuple[State, Metrics]:
+        return advance(task, optimizers, state, batch, **options)
+
+    compiled = jax.jit(run, in_shardings=(shardings, None), out_shardings=(shardings, None), donate_argnums=0)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        with jax.set_mesh(mesh):
+            return compiled(state, batch)
+
+    return step
+
+
+def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, options: dict[str, Any]) -> Step:
+    """The step under `jax.pmap`: each device holds the whole state and takes its rows of the batch."""
+    devices = list(mesh.devices.flat)
+
+    def run(state: State, batch: Batch) -> tuple[State, Metrics]:
+        return advance(task, optimizers, state, batch, across=REPLICAS, **options)
+
+    # axes None: the state goes in and comes out as one replicated value, as under jit, so that checkpoints agree
+    compiled = jax.pmap(run, axis_name=REPLICAS, in_axes=(None, 0), out_axes=None, devices=devices)
+    rows = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        state, metrics = compiled(state, rows(batch))
+        return jax.device_put(state, shardings), metrics
+
+    return step
+
+
+def check(mesh_sizes: Mapping[str, int], batch_size: int, accumulate: int, strategy: str,
+          field: str = "data.batch_size") -> None:
+    """Refuse a batch that does not divide, before anything is compiled."""
+    rows = rules.shards(mesh_sizes, rules.RULES["batch"])
+    if batch_size % (rows * accumulate):
+        better = max(1, round(batch_size / (rows * accumulate))) * rows * accumulate
+        raise UserError(f"got {field} {batch_size}, expected a multiple of {rows * accumulate} (mesh data*fsdp = {rows}, "
+                        f"train.accumulate = {accumulate}), try --{field.replace('_', '-')} {better}")
+    if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):
+        raise UserError(f"got train.strategy pmap with mesh {dict(mesh_sizes)}, expected data only, "
+                        "try --train.strategy jit")
+    if strategy == "pmap" and jax.process_count() > 1:
+        raise UserError(f"got train.strategy pmap on {jax.process_count()} processes, expected one process, "
+                        "try --train.strategy jit")

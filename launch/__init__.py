@@ -1,0 +1,1 @@
+"""Taking a run to where it shall run; `python -m launch --help` lists the places."""

@@ -1,0 +1,88 @@
+"""The output of several processes on one screen: each line with its rank before it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections import deque
+
+_COLOURS = (36, 33, 35, 32, 34, 31)
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[\r\n]")
+# The command line's one-line answer to a mistake, which every rank gives alike.
+_MISTAKE = re.compile(r"(\w+: )?error: ")
+# Gloo's greeting, one for each device and each group of devices that talk to each other.
+_GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to")
+
+
+class Console:
+    """Writes what the ranks say to standard output, and keeps the last lines of each."""
+
+    def __init__(self, ranks: int) -> None:
+        self.live = sys.stdout.isatty()
+        self.tails: list[deque[str]] = [deque(maxlen=200) for _ in range(ranks)]
+        self._digits = len(str(ranks - 1))
+        self._lock = threading.Lock()
+        self._mistakes: dict[str, int] = {}
+        self._at_line_start = True
+        self._closed = False
+
+    @property
+    def prefix_width(self) -> int:
+        return self._digits + 3
+
+    def line(self, rank: int, text: str) -> None:
+        """Write a line of a rank's; a mistake that another rank has reported already is not said again."""
+        if _GREETING.match(text):
+            return
+        self.tails[rank].append(text)
+        with self._lock:
+            if _MISTAKE.match(text) and self._mistakes.setdefault(text, rank) != rank:
+                return
+            # Rank 0's display may stand on this line: it is wiped here and redrawn by its owner below.
+            wipe = "" if self._at_line_start else "\r\x1b[2K"
+            self._at_line_start = True
+            self._write(f"{wipe}{self._prefix(rank)}{text}\n")
+
+    def redraw(self, rank: int, chunk: str) -> None:
+        """Write a piece of a display that redraws itself, with the prefix wherever a line of it begins."""
+        tail = self.tails[rank]
+        out: list[str] = []
+        with self._lock:
+            for piece in re.split(f"({_CONTROL.pattern})", chunk):
+                if piece in ("\r", "\n"):
+                    if piece == "\n":
+                        tail.append("")
+                    elif tail:
+                        tail[-1] = ""
+                    self._at_line_start = True
+                elif piece and not _CONTROL.fullmatch(piece):
+                    if self._at_line_start:
+                        out.append(self._prefix(rank))
+                    self._at_line_start = False
+                    tail.append((tail.pop() if tail else "") + piece)
+                out.append(piece)
+            self._write("".join(out))
+
+    def close(self) -> None:
+        """Leave the terminal as it was: a display that was cut off has hidden the cursor and stands on its line."""
+        with self._lock:
+            if self.live:
+                self._write("\x1b[?25h" if self._at_line_start else "\x1b[?25h\n")
+
+    def _prefix(self, rank: int) -> str:
+        prefix = f"[{rank:>{self._digits}}]"
+        return f"\x1b[{_COLOURS[rank % len(_COLOURS)]}m{prefix}\x1b[0m " if self.live else f"{prefix} "
+
+    def _write(self, text: str) -> None:
+        if self._closed:
+            return
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError:
+            # Nobody reads any more (`| head`, a closed terminal): stop as asked to, and go on emptying the pipes.
+            self._closed = True
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,211 @@
+"""Real processes on this machine, joined by jax.distributed: watched, named when they fail, and never left behind."""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import fcntl
+import glob
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.console import Console
+from launch.watch import Events, Rank, judge, signals_to, watch
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Mistake(ValueError):
+    """Something was asked of a launcher that cannot be; said in one line."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """Several processes on this machine: python -m launch local [OPTIONS] -- CONFIG.py [--section.field value]."""
+
+    processes: int = 2
+    """Processes to start."""
+    devices_per_process: int = 1
+    """Devices of each process: virtual ones of the CPU, or real GPUs, shared out in order."""
+    platform: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: gpu where there is one, unless JAX_PLATFORMS says cpu."""
+    grace_seconds: float = 60.0
+    """Time to save, once this command is told to stop."""
+
+
+def run(command: Sequence[str], options: Local) -> int:
+    """Run `command` in every process and return the exit code of the whole.
+
+    0: all done; 75: all saved and stopped, run it again; 2: the user's mistake; 1: anything else. When one process
+    fails all are ended, and the first that failed is named with its cause and its last lines.
+
+    Raises: Mistake where the options cannot be met on this machine.
+    """
+    environments = _environments(options)
+    console = Console(options.processes)
+    events: Events[Rank | int] = Events()
+    ranks: list[Rank] = []
+    readers: list[threading.Thread] = []
+    began = time.monotonic()
+    with signals_to(events):
+        try:
+            outputs = []
+            for index, environment in enumerate(environments):
+                process, output = _start(command, environment, console if console.live and index == 0 else None)
+                ranks.append(Rank(index, process))
+                outputs.append(output)
+            # Threads come after the last fork.
+            for rank, output in zip(ranks, outputs, strict=True):
+                readers.append(threading.Thread(target=_read, args=(rank.index, output, console), daemon=True))
+                readers[-1].start()
+                threading.Thread(target=rank.wait, args=(events,), daemon=True).start()
+            late = watch(ranks, events, options.grace_seconds)
+            for rank, reader in zip(ranks, readers, strict=True):
+                if rank.code is not None:
+                    reader.join(timeout=1.0)
+            code, message = judge(ranks, console.tails, late, began)
+        finally:
+            for rank in ranks:
+                rank.kill()
+    for reader in readers:
+        reader.join(timeout=1.0)
+    console.close()
+    if message:
+        print(f"launch: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _environments(options: Local) -> list[dict[str, str]]:
+    """The environment of each rank.
+
+    Raises: Mistake: fewer than one process or device, or more GPUs than there are.
+    """
+    count, each = options.processes, options.devices_per_process
+    if count < 1 or each < 1:
+        raise Mistake(f"got {count} processes with {each} devices each, expected at least one of both, "
+                      "try --processes 2 --devices-per-process 1")
+    gpus = _gpus()
+    wants_cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
+    on_gpu = options.platform == "gpu" or (options.platform == "auto" and bool(gpus) and not wants_cpu)
+    if on_gpu and count * each > len(gpus):
+        raise Mistake(f"got {count} processes with {each} GPUs each, expected at most the {len(gpus)} visible here, "
+                      "try --platform cpu")
+    address = f"127.0.0.1:{_free_port()}"
+    common = {name: value for name, value in os.environ.items() if name != "JAX_LOCAL_DEVICE_IDS"}
+    common |= {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_BIND_ADDRESS": address,
+        "JAXMODELS_NUM_PROCESSES": str(count),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if not on_gpu:
+        flags = re.sub(r"--xla_force_host_platform_device_count=\S*", "", common.get("XLA_FLAGS", ""))
+        common |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={each}".strip(),
+        }
+    environments = []
+    for index in range(count):
+        environment = common | {"JAXMODELS_PROCESS_ID": str(index)}
+        if on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[index * each : (index + 1) * each])
+        environments.append(environment)
+    return environments
+
+
+def _gpus() -> list[str]:
+    """The NVIDIA GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return [str(index) for index in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(
+    command: Sequence[str], environment: dict[str, str], screen: Console | None
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a rank; returns the file descriptor of what it says.
+
+    With a screen the rank speaks to a terminal of its own, so that its display redraws itself as if alone.
+    """
+    reading, writing = os.openpty() if screen else os.pipe()
+    if screen:
+        columns, rows = shutil.get_terminal_size()
+        size = struct.pack("HHHH", rows, columns - screen.prefix_width, 0, 0)
+        fcntl.ioctl(writing, termios.TIOCSWINSZ, size)
+        attributes = termios.tcgetattr(writing)
+        attributes[1] &= ~termios.OPOST
+        termios.tcsetattr(writing, termios.TCSANOW, attributes)
+    try:
+        process = subprocess.Popen(
+            list(command),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=writing,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+    finally:
+        os.close(writing)
+    return process, reading
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """A hook for the child (Linux only): even a launcher that is killed leaves no rank behind."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def hook() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return hook
+
+
+def _read(rank: int, descriptor: int, console: Console) -> None:
+    if os.isatty(descriptor):
+        for chunk in _decoded(descriptor):
+            console.redraw(rank, chunk)
+        return
+    rest = ""
+    for chunk in _decoded(descriptor):
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            # Of a line that was written over, the last state.
+            console.line(rank, line.rstrip("\r").rpartition("\r")[2])
+    if rest:
+        console.line(rank, rest)
+
+
+def _decoded(descriptor: int) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    with open(descriptor, "rb", buffering=0) as stream:
+        while True:
+            try:
+                data = stream.read(65536)
+            except OSError:  # how the terminal of a process that has ended says "end"
+                data = b""
+            if not data:
+                return
+            yield decoder.decode(data)

@@ -1,0 +1,205 @@
+"""The sources stdlib, text, tokens and synthetic."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxmodels.config import DataConfig
+from jaxmodels.data import Windows, corpus, open_source
+from jaxmodels.errors import UserError
+
+
+def open_lm(split: Any = "train", vocab_size: int | None = None, **fields: Any) -> Any:
+    return open_source(DataConfig(**fields), split, "causal_lm", vocab_size=vocab_size)
+
+
+def text_of(source: Windows) -> str:
+    assert source.tokenizer is not None
+    return source.tokenizer.decode(np.concatenate(source.arrays))
+
+
+def test_stdlib_is_python_and_opens_at_once():
+    begin = time.process_time()
+    train = open_lm()
+    assert time.process_time() - begin < 0.7
+    held_out = open_lm("eval")
+    assert train.tokens > 4_000_000 and 0.05 < held_out.tokens / (train.tokens + held_out.tokens) < 0.2
+    assert train.vocab_size == 256 and "import " in text_of(held_out)[:5000]
+    assert open_lm().fingerprint == train.fingerprint != held_out.fingerprint
+
+
+def test_no_line_of_a_held_out_file_is_trained_on():
+    parts = {split: list(corpus.stdlib(DataConfig()).documents(split)) for split in ("train", "eval")}
+    real = {split: {d for d in parts[split] if len(d) > 500} for split in parts}
+    assert len(real["eval"]) > 20 and not real["train"] & real["eval"]
+
+
+def test_a_file_s_split_depends_on_its_name_alone(tmp_path):
+    files = [tmp_path / "a" / f"{i}.txt" for i in range(200)]
+    before = corpus.split_files(files, tmp_path, 0.2)
+    after = corpus.split_files(files[:100], tmp_path, 0.2)
+    assert set(after["eval"]) == set(before["eval"]) & set(files[:100])
+    assert sorted(before["train"] + before["eval"]) == sorted(files)
+    assert 20 <= len(before["eval"]) <= 60
+
+
+def test_neither_split_of_a_few_files_is_empty(tmp_path):
+    for i in range(20):
+        files = [tmp_path / f"{i}-{j}" for j in range(2)]
+        assert all(len(part) == 1 for part in corpus.split_files(files, tmp_path, 0.1).values())
+    assert corpus.split_files(files, tmp_path, 0.0)["eval"] == []
+
+
+def test_one_file_holds_out_its_end(tmp_path):
+    file = tmp_path / "one.txt"
+    file.write_text("".join(chr(97 + i % 26) for i in range(1000)))
+    train, held_out = (open_lm(split, source="text", path=(str(file),), seq_len=10) for split in ("train", "eval"))
+    assert text_of(train) + text_of(held_out) == file.read_text() and held_out.tokens == 100
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"file {i} says é\n" * 10)
+    return tmp_path
+
+
+def test_several_files_are_split_by_file_and_globs_find_each_once(folder):
+    path = (f"{folder}/*.txt", f"{folder}/1*.txt", f"{folder}/3.txt")
+    texts = [text_of(open_lm(split, source="text", path=path, seq_len=4)) for split in ("train", "eval")]
+    for i in range(12):
+        assert sum(text.count(f"file {i} says é\n" * 10) for text in texts) == 1
+    assert texts[1].count("says") >= 10
+
+
+def test_chars_number_the_characters_of_both_splits(folder):
+    fields: Any = {"source": "text", "path": (f"{folder}/*.txt",), "tokenizer": "chars", "seq_len": 4}
+    train, held_out = open_lm("train", **fields), open_lm("eval", **fields)
+    assert train.tokenizer.to_json() == held_out.tokenizer.to_json()
+    assert train.vocab_size == len(set("file says é\n0123456789"))
+    assert "says é" in text_of(held_out)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("{}/3.text", r"which does not exist, expected a file or a glob, try .*/3.txt"),
+        ("{}/*.md", "which matches no file"),
+        ("{}", r"got the directory .* try --data.path '.*/\*\*/\*.txt'"),
+        ("{}/nowhere/x.txt", "does not exist"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named(folder, path, message):
+    with pytest.raises(UserError, match=message):
+        open_lm(source="text", path=(path.format(folder),))
+
+
+def test_no_path_bad_text_and_bad_fractions_are_refused(folder):
+    with pytest.raises(UserError, match="got data.source text without data.path"):
+        open_lm(source="text")
+    with pytest.raises(UserError, match="got data.eval_fraction 1.0, expected 0 <= fraction < 1"):
+        open_lm(source="text", path=(f"{folder}/*.txt",), eval_fraction=1.0)
+    (folder / "bad.txt").write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match="bad.txt, whose byte 3 is not UTF-8"):
+        open_lm(source="text", path=(f"{folder}/bad.txt",))
+
+
+def test_nothing_held_out_is_nothing_to_evaluate_on(folder):
+    assert open_lm(source="text", path=(f"{folder}/*.txt",), eval_fraction=0.0, seq_len=4).tokens > 0
+    with pytest.raises(UserError, match="got 0 tokens to eval on .* another --data.eval-fraction"):
+        open_lm("eval", source="text", path=(f"{folder}/*.txt",), eval_fraction=0.0, seq_len=4)
+
+
+def test_a_vocabulary_below_the_tokenizer_s_is_refused():
+    with pytest.raises(UserError) as error:
+        open_lm(vocab_size=128)
+    assert str(error.value) == (
+        "got model.vocab_size 128, expected at least the tokenizer's 256, try --model.vocab-size 256"
+    )
+
+
+def test_texts_have_no_classes():
+    with pytest.raises(UserError, match="got data.source stdlib for classification, expected tfds or synthetic"):
+        open_source(DataConfig(), "train", "classification")
+
+
+def write_tokens(file: Any, n: int, dtype: str = "uint16", **facts: Any) -> np.ndarray:
+    tokens = (np.arange(n) * 7 % 1000).astype(dtype)
+    tokens.tofile(file)
+    if facts:
+        file.with_name(file.name + ".json").write_text(json.dumps({"dtype": dtype, **facts}))
+    return tokens
+
+
+def test_a_token_file_without_a_description_is_nanogpt_s(tmp_path):
+    tokens = write_tokens(tmp_path / "train.bin", 5000)
+    fields: Any = {"source": "tokens", "path": (f"{tmp_path}/train.bin",), "seq_len": 16}
+    train, held_out = open_lm("train", **fields), open_lm("eval", **fields)
+    assert np.array_equal(np.concatenate([*train.arrays, *held_out.arrays]), tokens) and held_out.tokens == 500
+    row = train.batch(np.array([3]), np.array([0]))
+    assert np.array_equal(row["tokens"][0], tokens[48:64]) and np.array_equal(row["targets"][0], tokens[49:65])
+    assert train.tokenizer is None and train.vocab_size is None
+
+
+def test_a_described_token_file_is_read_as_it_says(tmp_path):
+    tokens = write_tokens(tmp_path / "a.bin", 5000, "uint32", vocab_size=70_000)
+    source = open_lm(source="tokens", path=(f"{tmp_path}/a.bin",), eval_fraction=0.0)
+    assert np.array_equal(source.arrays[0], tokens) and source.vocab_size == 70_000
+    with pytest.raises(UserError, match="got model.vocab_size 50257, expected at least the tokenizer's 70000"):
+        open_lm(source="tokens", path=(f"{tmp_path}/a.bin",), vocab_size=50_257)
+
+
+def test_a_token_file_named_val_is_the_evaluation_split(tmp_path):
+    sizes = {"one": 900, "two": 800, "val_x": 700}
+    parts = {name: write_tokens(tmp_path / f"{name}.bin", n) for name, n in sizes.items()}
+    train, held_out = (open_lm(s, source="tokens", path=(f"{tmp_path}/*",), seq_len=16) for s in ("train", "eval"))
+    assert train.tokens == 1700 and np.array_equal(held_out.arrays[0], parts["val_x"])
+
+
+def test_token_files_that_cannot_be_right_are_refused(tmp_path):
+    file = tmp_path / "train.bin"
+    write_tokens(file, 5000)
+    with pytest.raises(UserError, match=r"got token 999 in .*, expected all below model.vocab_size 512, .* 1000"):
+        open_lm(source="tokens", path=(str(file),), vocab_size=512)
+    file.write_bytes(b"abc")
+    with pytest.raises(UserError, match="of 3 bytes, expected a multiple of 2"):
+        open_lm(source="tokens", path=(str(file),))
+    write_tokens(file, 5000, vocab_size=9)
+    (tmp_path / "train.bin.json").write_text('{"dtype": "int7"}')
+    with pytest.raises(UserError, match="got dtype 'int7' .* expected one of uint8, uint16, uint32"):
+        open_lm(source="tokens", path=(str(file),))
+
+
+def test_a_token_too_large_that_the_opening_missed_is_caught_in_its_batch(tmp_path, monkeypatch):
+    write_tokens(tmp_path / "train.bin", 5000)
+    monkeypatch.setattr("jaxmodels.data.tokens.check_tokens", lambda *_: None)
+    source = open_lm(source="tokens", path=(f"{tmp_path}/train.bin",), vocab_size=512)
+    with pytest.raises(UserError, match="expected all below model.vocab_size 512"):
+        source.batch(np.arange(10), np.zeros(10, np.int64))
+
+
+def test_synthetic_batches_have_the_shape_and_depend_on_the_index_alone():
+    source = open_lm(source="synthetic", vocab_size=65, seq_len=32)
+    a, b = source.batch(np.array([5, 9, 5]), np.array([0, 0, 1])), source.batch(np.array([9]), np.array([0]))
+    assert a["tokens"].shape == a["targets"].shape == (3, 32) and a["tokens"].dtype == np.int32
+    assert np.array_equal(a["tokens"][0], a["tokens"][2]) and np.array_equal(a["tokens"][1], b["tokens"][0])
+    assert np.array_equal(a["tokens"][:, 1:], a["targets"][:, :-1])
+    many = source.batch(np.arange(500), np.zeros(500))["tokens"]
+    assert many.min() == 0 and many.max() == 64 and np.bincount(many.ravel()).std() < 0.1 * many.size / 65
+    other = open_lm("eval", source="synthetic", vocab_size=65, seq_len=32).batch(np.array([5]), np.array([0]))
+    assert not np.array_equal(other["tokens"][0], a["tokens"][0])
+
+
+@pytest.mark.parametrize("shape, dtype", [((28, 28, 1), np.uint8), ((7,), np.float32)])
+def test_synthetic_examples_have_classes(shape, dtype):
+    source = open_source(DataConfig(source="synthetic"), "train", "classification", inputs_shape=shape, num_classes=10)
+    batch = source.batch(np.arange(200), np.zeros(200, np.int64))
+    assert batch["inputs"].shape == (200, *shape) and batch["inputs"].dtype == dtype
+    assert batch["labels"].dtype == np.int32 and sorted(set(batch["labels"].tolist())) == list(range(10))
+    with pytest.raises(UserError, match="got data.source synthetic"):
+        open_source(DataConfig(source="synthetic"), "train", "classification")

@@ -1,0 +1,368 @@
+"""`attention`: every kernel equals the reference or refuses by name; what the reference computes; what `auto` takes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxmodels.models.attention as module
+from jaxmodels.errors import UserError
+from jaxmodels.models.attention import attention, choose, describe, platform
+from jaxmodels.models.kernels import blockwise, cudnn
+from jaxmodels.models.kernels.contract import CONTRACT, FEATURES, Call, refusal, table
+
+B, T, H, K = 2, 256, 4, 16
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of tests' programs: half the time is compiling."""
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+"""Largest difference from the reference in float32, as a share of its largest value."""
+
+SEGMENTS = np.stack([np.repeat([0, 1, 2], [90, 60, 106]), np.repeat([3, 1], [129, 127])])
+NORMAL = np.random.RandomState(0).normal
+CASES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": 70},
+    "two-sided window": {"window": 70},
+    "segment_ids": {"segment_ids": SEGMENTS},
+    "segment_ids of keys": {"segment_ids": (SEGMENTS, SEGMENTS[:, ::-1] % 3)},
+    "bias of heads": {"bias": NORMAL(size=(H, T, T))},
+    "bias of keys": {"bias": NORMAL(size=(B, 1, 1, T))},
+    "scale": {"scale": 0.7},
+    "grouped heads": {"G": 2},
+    "one head of keys": {"G": 1, "causal": True},
+    "dropout": {"dropout": 0.2, "rng": 0},
+    "softcap": {"softcap": 0.5},
+    "q_offset": {"causal": True, "q_offset": 100, "T": 128},
+    "q_offset array": {"causal": True, "q_offset": np.array([128, 7]), "T": 128},
+    "kv_length": {"kv_length": np.array([0, 200])},
+    "packed": {"causal": True, "segment_ids": SEGMENTS, "G": 2},
+    "packed window": {"causal": True, "window": 40, "segment_ids": SEGMENTS},
+    "bias, softcap": {"bias": NORMAL(size=(1, H, T, T)), "softcap": 0.5},
+    "bias, packed": {"bias": NORMAL(size=(1, H, T, T)), "segment_ids": SEGMENTS, "causal": True},
+    "kv_length, causal": {"kv_length": np.array([150, 0]), "causal": True},
+    "kv_length, window, offset": {"kv_length": 210, "causal": True, "window": 50, "q_offset": 128, "T": 128},
+    "softcap, window, grouped": {"softcap": 0.5, "causal": True, "window": 70, "G": 1, "scale": 0.5},
+    "decoding": {"causal": True, "q_offset": np.array([200, 0]), "kv_length": np.array([201, 1]), "T": 1},
+    "short": {"causal": True, "T": 37, "S": 53},
+    "more queries than keys": {"T": 256, "S": 128, "causal": True},
+}
+
+
+def arrays(T=T, S=256, G=H, dtype="float32"):
+    """q, k, v and the weights of a sum over the output."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = (B, T, H, K), (B, S, G, K), (B, S, G, K), (B, T, H, K)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def options(case):
+    case = {name: value for name, value in CASES[case].items() if name not in ("T", "S", "G")}
+    if "rng" in case:
+        case["rng"] = jax.random.key(case["rng"])
+    return jax.tree.map(lambda x: jnp.asarray(x, "float32" if x.dtype == float else "int32")
+                        if isinstance(x, np.ndarray) else x, case)
+
+
+@functools.lru_cache(maxsize=None)
+def outcome(case, kernel, dtype):
+    """Output and gradients of q, k, v and the bias if there is one."""
+    q, k, v, w = arrays(dtype=dtype, **{n: x for n, x in CASES[case].items() if n in ("T", "S", "G")})
+    given = options(case)
+    bias = given.pop("bias", None)
+
+    def total(q, k, v, bias):
+        out = attention(q, k, v, bias=bias, kernel=kernel, **given)
+        return jnp.vdot(out.astype("float32"), w.astype("float32")), out
+
+    wanted = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    (_, out), grads = jax.jit(jax.value_and_grad(total, wanted, has_aux=True), compiler_options=QUICK)(q, k, v, bias)
+    return [np.asarray(x, "float32") for x in (out, *grads)]
+
+
+def call_of(case, dtype):
+    """What the case asks of a kernel."""
+    q, k, _, _ = arrays(dtype=dtype, **{n: x for n, x in CASES[case].items() if n in ("T", "S", "G")})
+    given = {"window": None, "causal": False, "dropout": 0.0, "softcap": None, "scale": K**-0.5, **options(case)}
+    full = {"segments": given.get("segment_ids"), "bias": None, "kv_length": None, "q_offset": 0, **given}
+    return describe({"q": q, "k": k, **full}, given)
+
+
+@pytest.fixture
+def cudnn_as_xla(monkeypatch):
+    """The arguments that cuDNN would get, given to jax.nn's own formulation."""
+    absent = module.absence
+    monkeypatch.setattr(module, "absence", lambda name, place: None if name == "cudnn" else absent(name, place))
+    monkeypatch.setattr(cudnn, "attend", functools.partial(cudnn.attend, implementation="xla"))
+
+
+KERNELS = [(kernel, "float32") for kernel in CONTRACT if kernel not in ("xla", "cudnn")] + [("cudnn", "bfloat16")]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+def test_each_kernel_equals_the_reference_or_refuses_by_name(kernel, dtype, case, cudnn_as_xla):
+    if kernel == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        pytest.skip("the package tokamax is not installed")
+    if reason := refusal(kernel, call_of(case, dtype)):
+        with pytest.raises(UserError, match=f"kernel '{kernel}' {re.escape(reason)}; kernels that do: xla") as error:
+            outcome(case, kernel, dtype)
+        assert "\n" not in str(error.value)
+        return
+    compare(outcome(case, kernel, dtype), outcome(case, "xla", "float32"), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", ["packed", "softcap, window, grouped", "bias of heads"])
+@pytest.mark.parametrize("kernel", ["xla", "blockwise", "splash"])
+def test_bfloat16_is_near_the_float32_reference(kernel, case):
+    if refusal(kernel, call_of(case, "bfloat16")) is None:
+        compare(outcome(case, kernel, "bfloat16"), outcome(case, "xla", "float32"), TOLERANCE["bfloat16"])
+
+
+def compare(got, expected, tolerance):
+    for name, x, y in zip(("output", "dq", "dk", "dv", "dbias"), got, expected, strict=False):
+        assert np.abs(x - y).max() <= tolerance * max(np.abs(y).max(), 1e-3), name
+    assert len(got) == len(expected)
+
+
+def test_the_cases_cover_the_contract():
+    asked = frozenset().union(*(call_of(case, "float32").features for case in CASES))
+    assert asked == frozenset(FEATURES) and set(CONTRACT) <= set(re.findall(r"\w+", table()))
+
+
+def test_the_reference_is_the_textbook_formula():
+    q, k, v, _ = (np.asarray(x, "float64") for x in arrays(T=8, S=8))
+    expected = np.zeros_like(q)
+    for b, t, h in np.ndindex(B, 8, H):
+        scores = np.array([q[b, t, h] @ k[b, s, h] / 4 for s in range(t + 1)])
+        weights = np.exp(scores) / np.exp(scores).sum()
+        expected[b, t, h] = sum(p * v[b, s, h] for s, p in enumerate(weights))
+    got = attention(*map(jnp.float32, (q, k, v)), causal=True, kernel="xla")
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "blockwise"])
+def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(kernel):
+    out, dq, dk, dv = outcome("kv_length", kernel, "float32")
+    assert not out[0].any() and not dq[0].any() and not dk[0].any() and not dv[0].any()
+    assert out[1].any() and not dk[1, 200:].any()
+
+
+@pytest.mark.parametrize("kernel", ["xla", "blockwise"])
+@pytest.mark.parametrize("case", ["causal", "window", "two-sided window", "packed window"])
+def test_hidden_keys_get_exactly_no_gradient(kernel, case):
+    q, k, v, w = arrays()
+    t = 140
+
+    def row(k, v):
+        return jnp.vdot(attention(q, k, v, kernel=kernel, **options(case))[:, t], w[:, t])
+
+    seen = np.any([np.abs(g).sum((2, 3)) > 0 for g in jax.jit(jax.grad(row, (0, 1)))(k, v)], axis=0)
+    s = np.arange(256)
+    expected = {
+        "causal": s <= t,
+        "window": (s <= t) & (t - s < 70),
+        "two-sided window": abs(t - s) < 70,
+        "packed window": (s <= t) & (t - s < 40) & (SEGMENTS == SEGMENTS[:, [t]]),
+    }[case]
+    np.testing.assert_array_equal(seen, np.broadcast_to(expected, (B, 256)))
+
+
+def test_grouped_heads_equal_repeated_heads():
+    q, k, v, _ = arrays(G=2)
+    repeated = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+    got, expected = attention(q, k, v, kernel="xla"), attention(q, *repeated, kernel="xla")
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "blockwise"])
+def test_decoding_step_by_step_equals_the_whole(kernel):
+    q, k, v, _ = arrays(T=12, S=12)
+    whole = attention(q, k, v, causal=True, window=5, kernel=kernel)
+    empty = jnp.full((B, 20, H, K), jnp.nan).at[:, :12].set(0)
+    step = jax.jit(lambda q, k, v, t: attention(
+        q, k, v, causal=True, window=5, q_offset=t, kv_length=t + q.shape[1], kernel=kernel))
+    parts = []
+    for first, last in [(0, 5), (5, 6), (6, 7), (7, 12)]:
+        cached = (jnp.nan_to_num(empty).at[:, :last].set(x[:, :last]) for x in (k, v))
+        parts.append(step(q[:, first:last], *cached, jnp.int32(first)))
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, atol=1e-6)
+
+
+def test_dropout_has_the_right_mean_and_is_a_function_of_rng():
+    q, k, v, _ = arrays(T=64, S=64)
+    drop = jax.jit(lambda key: attention(q, k, v, dropout=0.25, rng=key, kernel="xla"))
+    keys = jax.random.split(jax.random.key(3), 400)
+    mean = jax.lax.map(drop, keys).mean(0)
+    plain = attention(q, k, v, kernel="xla")
+    assert jnp.abs(mean - plain).max() < 0.1 and jnp.abs(mean - plain).mean() < 0.01
+    assert jnp.array_equal(drop(keys[0]), drop(keys[0])) and not jnp.array_equal(drop(keys[0]), drop(keys[1]))
+    # v = 1: each output is the share of weight kept, times 4/3; all zeros and all kept are not possible.
+    ones = attention(q, k, jnp.ones_like(v), dropout=0.25, rng=keys[0], kernel="xla")
+    assert 0.05 < ones.std() < 0.3
+
+
+def test_blockwise_computes_just_the_blocks_with_something_visible():
+    random = np.random.RandomState(0)
+    for _ in range(200):
+        T, S, offset = (int(n) for n in random.randint(1, 40, 3))
+        causal, window = bool(random.randint(2)), (None, 1, 3, 9)[random.randint(4)]
+        length = None if random.randint(2) else int(random.randint(S + 1))
+        plan = blockwise.Plan(causal, window, 1.0, None, *(int(n) for n in random.randint(1, 9, 2)))
+        hidden = blockwise.Hidden(np.array([offset]), None if length is None else np.array([length]), None, None)
+        nq, nk = -(-T // plan.Q), -(-S // plan.S)
+        t, s = offset + np.arange(nq * plan.Q)[:, None], np.arange(nk * plan.S)
+        seen = (s < (nk * plan.S if length is None else length)) & (s <= t if causal else s <= t + 999)
+        if window is not None:
+            seen &= abs(t - s) < window
+        blocks = seen.reshape(nq, plan.Q, nk, plan.S).any((1, 3))
+        for i in range(nq):
+            first, last = map(int, blockwise.keys_of(plan, hidden, i, nk))
+            assert set(np.flatnonzero(blocks[i])) == set(range(first, last)) & set(range(nk))
+        for j in range(nk):
+            first, last = map(int, blockwise.queries_of(plan, hidden, j, nq))
+            assert set(np.flatnonzero(blocks[:, j])) == set(range(first, last)) & set(range(nq))
+
+
+def test_blockwise_memory_grows_as_the_length_and_the_references_as_its_square():
+    def temporary(kernel, T):
+        x = jax.ShapeDtypeStruct((1, T, 1, K), "float32")
+        grad = jax.grad(lambda q, k, v: attention(q, k, v, causal=True, kernel=kernel).sum(), (0, 1, 2))
+        return jax.jit(grad).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("blockwise", 4096) < 2.2 * temporary("blockwise", 2048)
+    assert temporary("xla", 4096) > 3.5 * temporary("xla", 2048)
+
+
+MESHES = [(4, 1, 2), (1, 2, 4)]
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("kernel", ["blockwise", "splash", "cudnn"])
+def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    dtype = "bfloat16" if kernel == "cudnn" else "float32"
+    q, k, v, _ = (x.astype(dtype) for x in arrays(T=128, S=128, G=2))
+    q, k, v = (jnp.concatenate([x, x + 1]) for x in (q, k, v))
+    bias = None if kernel == "splash" else jnp.asarray(CASES["bias, softcap"]["bias"][..., :128, :128], dtype)
+    ids = jnp.asarray(np.tile(SEGMENTS[:, :128], (2, 1)), "int32")
+
+    def total(q, k, v, bias, ids, kernel):
+        out = attention(q, k, v, causal=True, segment_ids=ids, bias=bias, kernel=kernel)
+        return (out.astype("float32") ** 2).sum()
+
+    wanted = (0, 1, 2) if bias is None else (0, 1, 2, 3)
+    grad = jax.jit(jax.grad(total, wanted), static_argnums=5)
+    expected = grad(q, k, v, bias, ids, "xla")
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        by_head = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+        k, v = (jax.device_put(x, by_head if 2 % shape[2] == 0 else rows) for x in (k, v))
+        got = grad(jax.device_put(q, by_head), k, v, bias, jax.device_put(ids, rows), kernel)
+    compare([np.asarray(x, "float32") for x in got], [np.asarray(x, "float32") for x in expected], TOLERANCE[dtype])
+
+
+def test_blockwise_works_inside_shard_map():
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(None, None, "tensor")
+    q, k, v, _ = arrays()
+    mapped = jax.shard_map(functools.partial(attention, kernel="blockwise"), mesh=mesh, in_specs=spec, out_specs=spec)
+    got = jax.jit(jax.grad(lambda q: (mapped(q, k, v) ** 2).sum()))(q)
+    expected = jax.grad(lambda q: (attention(q, k, v, kernel="xla") ** 2).sum())(q)
+    compare([got], [expected], TOLERANCE["float32"])
+
+
+LONG = Call(8, 2048, 2048, 16, 16, 128, "bfloat16", frozenset({"causal"}))
+
+
+@pytest.mark.parametrize(("place", "call", "kernel", "why"), [
+    ("cpu", LONG, "blockwise", "fastest on cpu"),
+    ("cpu", LONG._replace(T=1), "xla", "fastest on cpu"),
+    ("cpu", LONG._replace(features=frozenset({"dropout"})), "xla", "blockwise does not support dropout"),
+    ("tpu", LONG, "splash", "fused kernel of tpu"),
+    ("tpu", LONG._replace(T=1), "xla", "splash needs lengths that 128 divides"),
+    ("tpu", LONG._replace(features=frozenset({"bias"})), "blockwise", "splash does not support bias; the scores take 2"),
+    ("gpu", LONG, "cudnn", "fused kernel of gpu"),
+    ("gpu", LONG._replace(features=frozenset({"softcap"})), "blockwise", "cudnn does not support softcap"),
+])
+def test_auto_picks_by_hardware_and_shapes(place, call, kernel, why, monkeypatch):
+    monkeypatch.setattr(module, "absence", lambda name, place: None)
+    got, reason = choose(place, call)
+    assert got == kernel and why in reason
+
+
+def test_auto_takes_no_kernel_that_is_not_installed():
+    if importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("JAX's CUDA plugin is installed")
+    assert choose("gpu", LONG)[0] != "cudnn"
+
+
+def test_auto_says_which_kernel_it_took_and_says_it_once(caplog):
+    module.say.cache_clear()
+    q, k, v, _ = arrays(T=9, S=9)
+    with caplog.at_level(logging.INFO, "jaxmodels"):
+        for _ in range(2):
+            attention(q, k, v)
+    assert [r.message for r in caplog.records] == ["attention: kernel xla: fastest on cpu for T=9, S=9"]
+
+
+def test_the_platform_is_the_ambient_meshs():
+    assert platform() == "cpu"
+    for device, expected in {"TPU v5 lite": "tpu", "NVIDIA H100 80GB HBM3": "gpu", "cpu": "cpu"}.items():
+        abstract = type("Device", (), {"device_kind": device, "platform": None})()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.sharding, "get_abstract_mesh", lambda a=abstract: type("M", (), {"abstract_device": a}))
+            assert platform() == expected
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"kernel": "splach"}, "got attention kernel 'splach', expected auto, xla, .* did you mean 'splash'"),
+    ({"kernel": "splash", "bias": np.ones(256)}, "kernel 'splash' does not support bias; kernels that do: xla, block"),
+    ({"kernel": "splash", "T": 100}, "needs lengths that 128 divides, got 100 and 256"),
+    ({"kernel": "cudnn"}, "kernel 'cudnn' does not support float32"),
+    ({"G": 3}, "got 4 heads of queries and 3 of keys"),
+    ({"S": 255, "segment_ids": np.zeros((B, 256), int)}, "got segment_ids"),
+    ({"bias": np.ones((3, 1, 1))}, "expected a shape that broadcasts to"),
+    ({"window": 0}, "got attention window 0, expected at least 1"),
+    ({"dropout": 0.1}, "dropout without rng"),
+    ({"dropout": 1.5, "rng": 0}, "got attention dropout 1.5"),
+])
+def test_a_mistake_is_refused_in_one_line(change, message):
+    q, k, v, _ = arrays(**{n: x for n, x in change.items() if n in "TSG"})
+    with pytest.raises(UserError, match=message) as error:
+        attention(q, k, v, **{n: x for n, x in change.items() if n not in "TSG"})
+    assert "\n" not in str(error.value)
+
+
+def compile_elsewhere(script, package):
+    """Run a script beside this file in a process of its own, as compilers for other hardware register themselves."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"the package {package} is not installed")
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, Path(__file__).parent / script], env=env, capture_output=True, text=True,
+                          timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith("case:"))
+
+
+def test_splash_compiles_for_tpu_forward_and_backward_under_a_mesh():
+    got = compile_elsewhere("compile_attention_tpu.py", "libtpu")
+    assert len(got) >= 4 and set(got.values()) == {"splash custom_calls=3 gathers=0"}
+
+
+def test_cudnn_compiles_for_an_h100_forward_and_backward_under_a_mesh():
+    got = compile_elsewhere("compile_attention_gpu.py", "jax_cuda12_plugin")
+    assert len(got) >= 4 and set(got.values()) == {"cudnn custom_calls=2 gathers=0"}
