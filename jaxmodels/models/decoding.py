@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.errors import UserError
+
 KeyValues = dict[str, jax.Array]
 
 
@@ -31,8 +33,8 @@ class Context(NamedTuple):
         """The context of a call on tokens (B, T); refuses more than `longest` positions."""
         T = tokens.shape[1]
         if longest is not None and T > longest:
-            raise ValueError(f"got {T} tokens, expected at most the model's context of {longest}, "
-                             "try a shorter --data.seq-len or a larger --model.context")
+            raise UserError(f"got {T} tokens, expected at most the model's context of {longest}, "
+                            "try a shorter --data.seq-len or a larger --model.context")
         offset = None if cache is None else cache["length"]
         if positions is None:
             positions = (jnp.arange(T) + (0 if offset is None else offset))[None]

@@ -122,13 +122,14 @@ def create(model: Any, **overrides: Any) -> Model:
         UserError: unknown name, unknown field, or values that do not fit together.
     """
     config = preset(model) if isinstance(model, str) else model
+    kind = family_of(config)
     fields = [f.name for f in dataclasses.fields(config)]
     for name in overrides:
         if name not in fields:
             raise UserError(f"got {type(config).__name__} field {name!r}, expected one of {', '.join(fields)}"
                             f"{nearest(name, fields)}")
     config = dataclasses.replace(config, **overrides)
-    return functional(config, family_of(config))
+    return functional(config, kind)
 
 
 def functional(config: Any, family: Family) -> Model:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.errors import UserError
 from jaxmodels.models import layers
 from jaxmodels.models.attention import attention
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache, update
@@ -73,6 +74,9 @@ class LlamaConfig:
             divide(self, "width", "heads")
         if self.kv_heads is not None:
             divide(self, "heads", "kv_heads")
+        if self.head_size % 2:
+            raise UserError(f"got head size {self.head_size}, expected an even number, whose halves rotary positions pair, "
+                            f"try head_dim {self.head_size + 1}")
 
     @property
     def head_size(self) -> int:

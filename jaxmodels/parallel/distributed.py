@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import importlib.util
-import itertools
 import logging
 import os
 import signal
@@ -27,7 +27,7 @@ _HEARTBEAT_SECONDS = 15
 _SHUTDOWN_SECONDS = 20
 # A process that dies ends the wait of the others sooner.
 _BARRIER_SECONDS = 24 * 3600
-_barriers = itertools.count()
+_barriers: collections.Counter[str] = collections.Counter()
 # Pods and containers of one job start minutes apart; processes on one machine do not.
 _JOIN_SECONDS, _JOIN_LOCAL_SECONDS = 300, 60
 
@@ -95,7 +95,9 @@ def barrier(name: str) -> None:
     # Not a collective, as multihost_utils.sync_global_devices is: that one would meet the same limit.
     client = _state.client
     if client is not None:
-        client.wait_at_barrier(f"jaxmodels/{name}/{next(_barriers)}", timeout_in_ms=_BARRIER_SECONDS * 1000)
+        # Counted by name, so that threads may wait at different ones in any order.
+        _barriers[name] += 1
+        client.wait_at_barrier(f"jaxmodels/{name}/{_barriers[name]}", timeout_in_ms=_BARRIER_SECONDS * 1000)
 
 
 class Preemption:

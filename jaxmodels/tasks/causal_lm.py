@@ -11,13 +11,18 @@ import numpy as np
 from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
-from jaxmodels.tasks.losses import Scores, cross_entropy
+from jaxmodels.models.layers import shard
+from jaxmodels.tasks.losses import Scores, cross_entropy, linear_cross_entropy
 from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward
+
+FEW = 2048
+"""Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
 
 
 def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     """Train a decoder on `tokens` (B, T) and `targets` (B, T), the tokens that follow; targets below 0 are ignored."""
-    if model.unembedding is None:
+    unembedding = model.unembedding
+    if unembedding is None:
         raise UserError(f"got task causal_lm with {type(model.config).__name__}, expected a language model, "
                         "try --task.name classification")
     if model.longest is not None and data.seq_len > model.longest:
@@ -26,8 +31,12 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
 
     def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
         packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-        logits, stats = forward(("model", model), params, stats, batch["tokens"], **packed, **kwargs)
-        return cross_entropy(logits, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
+        features, stats = forward(("model", model), params, stats, batch["tokens"], head=False, **packed, **kwargs)
+        output = shard(unembedding(params["model"]).astype(features.dtype), "vocab", None)
+        if output.shape[0] < FEW:
+            logits = jnp.einsum("btd,vd->btv", features, output, preferred_element_type=jnp.float32)
+            return cross_entropy(logits, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
+        return linear_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
 
     def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         s, stats = score(params, stats, batch, train=True, rng=rng)

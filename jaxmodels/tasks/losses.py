@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +39,70 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
         objective = objective + jnp.where(counts, z_loss * jnp.square(log_z), 0.0)
     correct = counts & (picked >= logits.max(-1))
     return Scores(objective.sum(), loss.sum(), correct.sum(), counts.sum())
+
+
+def linear_cross_entropy(features: jax.Array, unembedding: jax.Array, targets: jax.Array, smoothing: float = 0.0,
+                         z_loss: float = 0.0, chunk: int = 32) -> Scores:
+    """`cross_entropy(features @ unembedding.T, targets)` that never holds all logits.
+
+    The logits of `chunk` positions at a time are made, scored and dropped; the gradients of features and unembedding
+    are made beside them in the forward pass, so that nothing is computed twice. Positions are cut, not rows: rows stay
+    on their devices. Only `objective` carries a gradient.
+    Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
+    """
+    return Scores(*_linear(features, unembedding, targets, (smoothing, z_loss, chunk)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(features: Any, unembedding: Any, targets: Any, how: tuple[float, float, int]) -> tuple[jax.Array, ...]:
+    smoothing, z_loss, chunk = how
+
+    def body(sums: Any, part: Any) -> tuple[Any, None]:
+        h, t = part
+        return jax.tree.map(jnp.add, sums, tuple(cross_entropy(_logits(h, unembedding), t, smoothing, z_loss))), None
+
+    zero = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
+    return jax.lax.scan(body, zero, (_cut(features, chunk, 0), _cut(targets, chunk, -1)))[0]
+
+
+def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[float, float, int]) -> Any:
+    smoothing, z_loss, chunk = how
+
+    def body(carry: Any, part: Any) -> tuple[Any, Any]:
+        sums, dw = carry
+        h, t = part
+
+        def score(logits: jax.Array) -> tuple[jax.Array, Scores]:
+            scores = cross_entropy(logits, t, smoothing, z_loss)
+            return scores.objective, scores
+
+        dlogits, scores = jax.grad(score, has_aux=True)(_logits(h, unembedding))
+        dlogits = dlogits.astype(h.dtype)
+        dh = jnp.einsum("btv,vd->btd", dlogits, unembedding)
+        dw = dw + jnp.einsum("btv,btd->vd", dlogits, h, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, tuple(scores)), dw), dh
+
+    zero = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
+    start = (zero, jnp.zeros(unembedding.shape, jnp.float32))
+    (sums, dw), dh = jax.lax.scan(body, start, (_cut(features, chunk, 0), _cut(targets, chunk, -1)))
+    B, T, D = features.shape
+    return sums, (jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T], dw.astype(unembedding.dtype))
+
+
+def _linear_backward(how: Any, gradients: Any, given: Any) -> tuple[Any, Any, None]:
+    scale = given[0]
+    return (gradients[0] * scale).astype(gradients[0].dtype), (gradients[1] * scale).astype(gradients[1].dtype), None
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _logits(features: jax.Array, unembedding: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,vd->btv", features, unembedding, preferred_element_type=jnp.float32)
+
+
+def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
+    """(B, T, …) as (T / chunk, B, chunk, …), filled up at the end."""
+    short = -x.shape[1] % chunk
+    x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)

@@ -4,7 +4,6 @@ of the step before (so that the device is never idle), check for preemption.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -54,8 +53,8 @@ class Hooks:
     """Whether to save and end after this many steps."""
     examples: Callable[[int], np.ndarray]
     """Ids of the examples in the batch of a step."""
-    last_good: Callable[[], int | None]
-    """Step of the newest complete checkpoint."""
+    last_good: Callable[[int], int | None]
+    """Step of the newest complete checkpoint before a step."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, h
         NotFinite: a step's loss is not a number; names the step, its examples and the last good checkpoint.
         UserError: `eval.metric` names a metric that the task does not have.
     """
-    steps, evaluated, saved = cfg.train.steps, {}, start
+    steps, evaluated = cfg.train.steps, {}
+    unsaved = tracing = False
     first, last = profile_steps(cfg.profile.steps, steps)
     pending: tuple[int, Any, float] | None = None
 
@@ -95,7 +95,7 @@ def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, h
         if not all(math.isfinite(value) for value in values.values()):
             ids = hooks.examples(done - 1)
             shown = ", ".join(map(str, ids[:16])) + (", …" if len(ids) > 16 else "")
-            good = hooks.last_good()
+            good = hooks.last_good(done)
             raise NotFinite(f"got loss {loss} at step {done}, on examples {shown}; last good checkpoint: "
                             f"{'none' if good is None else f'step {good}'}; try a lower --optim.peak-lr or "
                             "--optim.clip-norm 1.0")
@@ -111,12 +111,12 @@ def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, h
         display.log(done, row)
 
     def save(best: bool = False) -> None:
-        nonlocal saved
+        nonlocal unsaved
         read()
         if writer is not None:
-            writer.flush()
+            writer.sync()
         hooks.save(now, state, progress, best)
-        saved = now
+        unsaved = False
         clock.pause()
 
     batches = hooks.batches(start, steps)
@@ -131,41 +131,50 @@ def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, h
                 if found is None:
                     ended = "preempted"
                     break
-                evaluated = {f"eval/{name}": value for name, value in found.items()}
+                evaluated, unsaved = {f"eval/{name}": value for name, value in found.items()}, True
                 record(now, evaluated)
                 better = judge(cfg, progress, now, evaluated)
                 if better and cfg.checkpoint.best and now < steps:
                     save(best=True)
-            if cfg.eval.early_stop is not None and progress.waited >= cfg.eval.early_stop:
+            if exhausted(cfg, progress):
                 ended = "early"
             if now == steps or ended == "early":
                 break
-            if cfg.checkpoint.every and now % cfg.checkpoint.every == 0 and now > saved:
+            if cfg.checkpoint.every and now % cfg.checkpoint.every == 0 and unsaved:
                 save()
             if now == first:
                 read()
                 jax.profiler.start_trace(str(run_dir / "profile"))
+                tracing = True
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
             state, metrics = step(state, batch)
-            now += 1
+            now, unsaved = now + 1, True
             read()
             pending = (now, metrics, waited)
-            if now == last:
+            if now == last and tracing:  # not so in a run resumed between the two
                 read()
                 jax.profiler.stop_trace()
+                tracing = False
                 display.say(f"profile of steps {first} to {last}: {run_dir / 'profile'}")
             if hooks.stop(now):
                 ended = "preempted"
                 break
         read()
-        if saved < now:
+        if unsaved:
             save(best=cfg.checkpoint.best and progress.best_step == now)
     finally:
+        if tracing:
+            jax.profiler.stop_trace()
         if hasattr(batches, "close"):
             batches.close()
     return Result(state, now, ended, evaluated, progress)  # type: ignore[arg-type]
+
+
+def exhausted(cfg: Config, progress: Progress) -> bool:
+    """Whether patience has run out."""
+    return cfg.eval.early_stop is not None and progress.waited >= cfg.eval.early_stop
 
 
 def judge(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -> bool:
@@ -177,7 +186,8 @@ def judge(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -
             return False
         raise UserError(f"got eval.metric {wanted!r}, expected one of {', '.join(values)}")
     value = values[wanted]
-    better = progress.best is None or (value < progress.best if cfg.eval.mode == "min" else value > progress.best)
+    best = progress.best
+    better = math.isfinite(value) and (best is None or (value < best if cfg.eval.mode == "min" else value > best))
     if better:
         progress.best, progress.best_step, progress.waited = value, now, 0
     else:
@@ -197,8 +207,3 @@ def profile_steps(text: str, steps: int) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= steps):
         raise UserError(f"got profile.steps {text!r}, expected FIRST:LAST within {steps} steps, try --profile.steps 10:15")
     return int(first), int(last)
-
-
-def as_json(progress: Progress) -> dict[str, Any]:
-    """For a checkpoint's meta."""
-    return dataclasses.asdict(progress)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxmodels.config import MetricsConfig
+
+log = logging.getLogger("jaxmodels")
 
 
 class Writer:
@@ -20,8 +25,9 @@ class Writer:
     def __init__(self, run: Path, cfg: MetricsConfig, start: int):
         self.path = run / "metrics.jsonl"
         self.row: dict[str, Any] = {}
-        rewind(self.path, start)
-        self.file = self.path.open("a")
+        self.written: dict[str, Any] = rewind(self.path, start)
+        self.unwritten = b""
+        self.file = self.path.open("ab", buffering=0)
         self.events: Any = None
         self.events_dir = run / "tensorboard" if cfg.tensorboard else None
         self.start = start
@@ -33,11 +39,18 @@ class Writer:
         self.row = {"step": step, **self.row, **values}
 
     def flush(self) -> None:
-        """Write the step's line out, so that a checkpoint of this step never lacks it."""
+        """Write the step's line out."""
         if not self.row:
             return
-        self.file.write(json.dumps(self.row) + "\n")
-        self.file.flush()
+        if self.row["step"] == self.written.get("step"):
+            # a run told to stop saved this step's line before its evaluation, which has only been made now
+            self.row = {**self.written, **self.row}
+            self.file.close()
+            store(self.path, [*read(self.path.parent)[:-1], self.row])
+            self.file = self.path.open("ab", buffering=0)
+        else:
+            self.append(json.dumps(self.row) + "\n")
+        self.written = self.row
         if self.events_dir is not None:
             if self.events is None:
                 from tensorboardX import SummaryWriter
@@ -48,6 +61,25 @@ class Writer:
                 if name != "step":
                     self.events.add_scalar(name, value, self.row["step"])
         self.row = {}
+
+    def append(self, text: str) -> None:
+        """Add to the file; a full disk is said, and what did not fit goes first the next time."""
+        full = bool(self.unwritten)
+        self.unwritten += text.encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except OSError as error:
+            if not full:
+                log.error("metrics NOT written to %s: %s; the next line tries again", self.path, error.strerror)
+
+    def sync(self) -> None:
+        """Have everything on the disk, so that a checkpoint of this step never lacks its line."""
+        self.flush()
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
+            if self.events is not None:
+                self.events.flush()
 
     def close(self) -> None:
         self.flush()
@@ -68,11 +100,16 @@ def read(run: Path) -> list[dict[str, float]]:
     return rows
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop lines beyond `step`, which a resumed run will write again, and any line cut short."""
-    if not path.exists():
-        return
+def rewind(path: Path, step: int) -> dict[str, Any]:
+    """Drop lines beyond `step`, which a resumed run will write again, and any line cut short; returns the last one."""
     rows = [row for row in read(path.parent) if row["step"] <= step] if step else []
+    if path.exists():
+        store(path, rows)
+    return rows[-1] if rows else {}
+
+
+def store(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the file by these lines, at one blow, unless it is the same."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if text != path.read_text():
         part = path.with_suffix(".part")

@@ -27,7 +27,7 @@ from jaxmodels.parallel import distributed, mesh, rules
 from jaxmodels.tasks.task import Task, check_batch
 from jaxmodels.train import evaluate, loop, optim, step
 from jaxmodels.train import state as states
-from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.metrics import Clock, Display, Writer
 from jaxmodels.train.state import State
 
@@ -114,11 +114,11 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
         display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps,
                                               experiment.task.unit))
         stack.enter_context(logging_to(run / "log.txt" if main else None, display))
+        # a second SIGTERM must not end what the first one made us save
+        preemption = stack.enter_context(distributed.Preemption())
         stack.callback(checkpointer.wait)  # also after an error: what is being saved is saved
         describe(experiment, run)
         restored = None if resume == "never" else checkpointer.restore(experiment.layout)
-        if restored is None and resume == "must":
-            raise UserError(f"got --resume must for {run}, expected a checkpoint there, try --resume auto")
         if restored is None:
             state, start, progress = initial(experiment), 0, loop.Progress()
             checkpointer.warm()
@@ -128,15 +128,19 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
             if meta["data"] != experiment.train_data.fingerprint and resume != "must":
                 raise UserError(f"got data with fingerprint {experiment.train_data.fingerprint}, expected that of the "
                                 f"run in {run}, {meta['data']}, try --resume must to go on with other data")
+            if start > cfg.train.steps:
+                raise UserError(f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at "
+                                f"least {start}, try --train.steps {2 * start}")
             log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
+            if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
+                log.info("nothing is left to do: this run ended there; another --run-dir starts another, "
+                         "--resume never starts this one anew")
         if main and experiment.train_data.tokenizer is not None:
             experiment.train_data.tokenizer.save(run)
         writer = Writer(run, cfg.metrics, start) if main else None
-        preemption = stack.enter_context(distributed.Preemption())
-        result = run_loop(experiment, state, start, progress, checkpointer, preemption, writer, display, run)
         if writer is not None:
-            writer.close()
-        checkpointer.wait()
+            stack.callback(writer.close)  # also after an error: its last line explains it
+        result = run_loop(experiment, state, start, progress, checkpointer, preemption, writer, display, run)
     return experiment, result
 
 
@@ -155,13 +159,19 @@ def run_loop(experiment: Experiment, state: State, start: int, progress: loop.Pr
                 "metric": {cfg.eval.metric: progress.best} if best else None}
         checkpointer.save(now, state, meta, best=best)
 
+    def last_good(step: int) -> int | None:
+        with contextlib.suppress(CheckpointError):  # said already, by the log
+            checkpointer.wait()
+        # newer ones are damaged: the run went on from before them
+        return max((saved for saved in checkpointer.steps() if saved < step), default=None)
+
     hooks = loop.Hooks(
         batches=loaders["train"].iterate,
         evaluate=lambda state: measure(averaged(state), state.stats, loaders["eval"].once(cfg.eval.batches)),
         save=save,
         stop=preemption.requested,
         examples=loaders["train"].order.indices,
-        last_good=lambda: max(checkpointer.steps(), default=None),
+        last_good=last_good,
     )
     spec = data.spec(experiment.train_data, cfg.data.batch_size)
     clock = Clock(spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size, task.unit, *speed(experiment))
@@ -188,8 +198,10 @@ def prepare(cfg: Config, run: Path, resume: Resume, has_checkpoints: bool, origi
     """Make the run directory; refuse one that holds another experiment.
 
     Raises:
-        UserError: it does, and `resume` is not "must"; shows the difference.
+        UserError: it does, and `resume` is not "must"; shows the difference. It is "must" and there is no checkpoint.
     """
+    if resume == "must" and not has_checkpoints:
+        raise UserError(f"got --resume must for {run}, expected a checkpoint there, try --resume auto")
     if resume == "never" and (run / "config.json").exists():
         aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
         run.rename(aside)
@@ -203,7 +215,9 @@ def prepare(cfg: Config, run: Path, resume: Resume, has_checkpoints: bool, origi
             raise UserError(f"got run directory {run} of another config ({shown}), expected the same, try another "
                             "--run-dir, --resume must to go on with the change, or --resume never to start anew")
     run.mkdir(parents=True, exist_ok=True)
-    configs.save(cfg, run / "config.json", {**origin, "versions": versions(), "commit": commit()})
+    part = run / "config.json.part"
+    configs.save(cfg, part, {**origin, "versions": versions(), "commit": commit()})
+    part.replace(run / "config.json")  # at one blow: a run killed here must find its config again
 
 
 def describe(experiment: Experiment, run: Path) -> None:

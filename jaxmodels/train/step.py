@@ -76,7 +76,7 @@ def advance(task: Task, optimizers: Optimizers, state: State, batch: Batch, *, a
         params[loss.trains] = optax.apply_updates(trained, updates)
         prefix = "" if len(task.losses) == 1 else f"{loss.name}/"
         metrics |= {prefix + name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
-        metrics[prefix + "grad_norm"] = optax.global_norm(grads)
+        metrics[prefix + "grad_norm"] = optax.tree.norm(grads)
     average = None
     if ema is not None:
         # the early average follows closely: min(decay, (1 + t) / (10 + t)), as TensorFlow's moving averages

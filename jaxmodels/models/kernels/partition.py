@@ -23,11 +23,11 @@ def shard(attend: Callable[..., Array], inputs: dict[str, Any]) -> Array:
         return attend(**inputs)
     (B, _, H, _), G = inputs["q"].shape, inputs["k"].shape[2]
     batch, heads = rules.RULES["batch"], rules.RULES["heads"]
-    pieces = rules.shards(mesh, heads)
+    pieces = rules.shards(mesh.shape, heads)
     if G % pieces and pieces % G == 0 and H % pieces == 0:
         inputs = {**inputs, **{name: jnp.repeat(inputs[name], pieces // G, axis=2) for name in ("k", "v")}}
         G = pieces
-    rows = batch if B % rules.shards(mesh, batch) == 0 else None
+    rows = batch if B % rules.shards(mesh.shape, batch) == 0 else None
     split = heads if G % pieces == 0 else None
 
     def spec(name: str, x: Array) -> PartitionSpec:

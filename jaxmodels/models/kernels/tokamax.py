@@ -13,7 +13,10 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
     Shapes: as `xla.attend`.
     """
     import tokamax
+    from absl import flags
 
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tokamax"])  # else it would parse this program's command line
     del dropout, rng  # refused by the contract
     (B, T, H, _), S = q.shape, k.shape[1]
     seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}

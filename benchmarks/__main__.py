@@ -1,0 +1,42 @@
+"""`python -m benchmarks NAME [options]`: a benchmark is a module beside this file with `Options` and `run(options)`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jaxmodels.errors import UserError, nearest
+
+BENCHMARKS = {
+    "attention": "attention kernels over sequence lengths: time, memory, error",
+    "step": "a training step through the engine against a bare jitted step and other frameworks",
+}
+"""Name of a module here -> one line of help."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one benchmark; returns the exit code."""
+    usage = "\n".join(["usage: python -m benchmarks NAME [options]; NAME --help shows its options", ""]
+                      + [f"  {name:<12} {text}" for name, text in BENCHMARKS.items()])
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if argv else 2
+    name, *rest = argv
+    try:
+        if name not in BENCHMARKS:
+            raise UserError(f"got benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}"
+                            f"{nearest(name, BENCHMARKS)}")
+        import tyro
+
+        module = importlib.import_module(f"benchmarks.{name}")
+        module.run(tyro.cli(module.Options, prog=f"python -m benchmarks {name}", description=BENCHMARKS[name],
+                            args=rest))
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

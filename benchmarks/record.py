@@ -1,0 +1,156 @@
+"""What every benchmark shares: interleaved timing, and a record that names hardware, versions, commit and command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "libtpu", "tokamax", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+def interleave(fns: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each function, each called once a round in turn, so that a busy machine slows all alike.
+
+    One call of each comes before the first round, to compile; results are waited for.
+    """
+    for fn in fns.values():
+        jax.block_until_ready(fn())
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn())
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, commit and command of this process."""
+    device = jax.devices()[0]
+    return {
+        "hardware": processor() if device.platform == "cpu" else device.device_kind,
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": device.platform,
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **versions()},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "command": command(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that decide speed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git(*arguments: str) -> str:
+    """What git prints, or nothing where there is no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def command() -> str:
+    """The command line as one would type it."""
+    main = sys.modules["__main__"]
+    package = getattr(main, "__package__", None)
+    program = ["python", "-m", package] if package else ["python", Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def write(name: str, title: str, rows: Sequence[Mapping[str, Any]], *, out: Path | None = None,
+          notes: Sequence[str] = (), columns: Mapping[str, str] | None = None,
+          plot: Callable[[Any, Sequence[Mapping[str, Any]]], None] | None = None) -> Path:
+    """Write NAME.json, NAME.md and, with `plot(figure, rows)`, NAME.png; returns the path of the Markdown.
+
+    `columns` chooses and orders the table's columns: key -> heading with its unit.
+    """
+    folder = RESULTS if out is None else out
+    folder.mkdir(parents=True, exist_ok=True)
+    about = environment()
+    record = {"title": title, **about, "notes": list(notes), "rows": [dict(row) for row in rows]}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    state = " (with changes that are not committed)" if about["changed"] else ""
+    lines = [
+        f"# {title}", "",
+        f"- hardware: {about['hardware']}, {about['cores']} cores, {about['devices']} JAX device(s)",
+        "- versions: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
+        f"- commit: {about['commit'][:12]}{state}, {about['time']}",
+        f"- command: `{about['command']}`",
+        *(f"- {note}" for note in notes), "", markdown(rows, columns),
+    ]
+    if plot is not None:
+        draw(folder / f"{name}.png", plot, rows)
+        lines += ["", f"![{title}]({name}.png)"]
+    path = folder / f"{name}.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
+    """Rows as a Markdown table; numbers to three figures."""
+    columns = columns or {key: key for row in rows for key in row}
+    lines = ["| " + " | ".join(columns.values()) + " |", "| --- " * len(columns) + "|"]
+    lines += ["| " + " | ".join(show(row.get(key)) for key in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def show(value: Any) -> str:
+    """A cell of a table."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def draw(path: Path, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None],
+         rows: Sequence[Mapping[str, Any]]) -> None:
+    """Save what `plot(figure, rows)` draws."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                            "axes.spines.right": False, "savefig.dpi": 130})
+    figure = pyplot.figure(figsize=(10, 4.2), layout="constrained")
+    plot(figure, rows)
+    figure.savefig(path)
+    pyplot.close(figure)

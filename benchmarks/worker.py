@@ -1,0 +1,116 @@
+"""One contestant of the step benchmark in a process of its own: `python -m benchmarks.worker NAME CONFIG [overrides]`.
+
+Prints a JSON line when its first step is done, then one for each number of steps read from standard input, and at the
+end its peak memory. A process each keeps memory, compiled programs and thread pools apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.config import Config
+from jaxmodels.options import NoOptions, configured
+
+Run = Callable[[int], Any]
+
+
+def engine(cfg: Config) -> Run:
+    """The project's loop, with data, metrics and display; not saving."""
+    import dataclasses
+
+    from jaxmodels.train import loop, optim, run, step
+    from jaxmodels.train.metrics import Clock, Display, Writer
+
+    experiment = run.setup(cfg)
+    loader = experiment.loader("train")
+    take = step.build(experiment.task, experiment.optimizers, experiment.mesh, experiment.layout,
+                      strategy=cfg.train.strategy, accumulate=cfg.train.accumulate, ema=cfg.train.ema)
+    folder = Path(tempfile.mkdtemp())
+    writer = Writer(folder, cfg.metrics, 0)
+    hooks = loop.Hooks(loader.iterate, lambda state: {}, lambda *_: None, lambda now: False, loader.order.indices,
+                       lambda: None)
+    held: dict[str, Any] = {"state": run.initial(experiment), "step": 0}
+
+    def steps(count: int) -> None:
+        start = held["step"]
+        here = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=start + count))
+        clock = Clock(cfg.data.batch_size * cfg.data.seq_len, experiment.task.unit, None, None)
+        with Display("none", start + count, experiment.task.unit) as display:
+            result = loop.run(here, take, held.pop("state"), start, loop.Progress(), hooks, writer, display, clock,
+                              optim.schedule(cfg.optim, cfg.train.steps), folder)
+        held.update(state=result.state, step=result.step)
+
+    return steps
+
+
+def bare(cfg: Config) -> Run:
+    """The same model's step under a bare `jax.jit`, on one batch that is already on the device."""
+    import jax
+
+    from jaxmodels.train import run, state, step
+
+    experiment = run.setup(cfg)
+    batch = experiment.loader("train").batch(0)
+    take = jax.jit(lambda now, batch: step.advance(experiment.task, experiment.optimizers, now, batch,
+                                                   accumulate=cfg.train.accumulate, ema=cfg.train.ema), donate_argnums=0)
+    make = jax.jit(lambda key: state.init(experiment.task, experiment.optimizers, key, cfg.train.ema is not None))
+    held = [make(jax.random.key(0))]
+
+    def steps(count: int) -> None:
+        metrics: Any = None
+        for _ in range(count):
+            held[0], metrics = take(held[0], batch)
+        jax.block_until_ready(metrics)
+
+    return steps
+
+
+def peer(name: str) -> Callable[[Config], Run]:
+    """A GPT of the config's shape written in another way."""
+
+    def build(cfg: Config) -> Run:
+        import importlib
+
+        m = cfg.model
+        step = importlib.import_module(f"benchmarks.peers.{name}").make(
+            m.vocab_size, cfg.data.batch_size, cfg.data.seq_len, m.layers, m.heads, m.width)
+
+        def steps(count: int) -> None:
+            value = None
+            for _ in range(count):
+                value = step()
+            float(value)  # type: ignore[arg-type]  # waits for the last one
+
+        return steps
+
+    return build
+
+
+CONTESTANTS = {"engine": engine, "bare": bare, "linen": peer("linen"), "torch": peer("eager"),
+               "torch-avx512": peer("eager")}
+
+
+def main(name: str, argv: list[str]) -> None:
+    born = float(os.environ.get("BENCHMARK_BORN", time.time()))
+    cfg, _ = configured(argv, "python -m benchmarks step", NoOptions)
+    run = CONTESTANTS[name](cfg)
+    run(1)
+    print(json.dumps({"first_step": time.time() - born}), flush=True)
+    for line in sys.stdin:
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        run(int(line))
+        spent, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(json.dumps({"seconds": spent, "cpu": cpu, "peak_mib": after.ru_maxrss / 1024}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,101 @@
+"""One device and eight compute the same thing, however the mesh divides it."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.train import optim, state, step
+
+GPT2 = GPT2Config(layers=2, width=32, heads=8, vocab_size=64, context=16, attention="xla")
+LLAMA = LlamaConfig(layers=2, width=32, heads=8, kv_heads=8, mlp_width=64, vocab_size=64, attention="xla")
+STEPS = 20
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        rows = rng.integers(0, 64, (16, 17)).astype(np.int32)
+        rows %= 8  # an eighth of the vocabulary, which is soon learned
+        targets = rows[:, 1:].copy()
+        targets[: rng.integers(0, 8), rng.integers(0, 16) :] = -1  # devices hold different numbers of targets
+        yield {"tokens": rows[:, :-1], "targets": targets}
+
+
+def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="adamw"):
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
+    task = tasks.build(TaskConfig(), model, DataConfig(seq_len=16))
+    cfg = OptimConfig(name=optimizer, peak_lr=1e-2, warmup_steps=5)
+    optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
+    layout = state.layout(task, optimizers, mesh, ema=True)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    now = jax.jit(lambda key: state.init(task, optimizers, key, True), out_shardings=shardings)(jax.random.key(0))
+    take = step.build(task, optimizers, mesh, layout, strategy=strategy, accumulate=accumulate, ema=0.99)
+    losses = []
+    for batch in batches():
+        placed = {name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in batch.items()}
+        now, metrics = take(now, placed)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), now, layout
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {name: train(model, MeshConfig(), 1) for name, model in (("gpt2", GPT2), ("llama", LLAMA))}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "strategy"),
+    [
+        (MeshConfig(data=8), "jit"),
+        (MeshConfig(data=1, fsdp=8), "jit"),
+        (MeshConfig(data=1, fsdp=4, tensor=2), "jit"),
+        (MeshConfig(data=1, tensor=8), "jit"),
+        (MeshConfig(data=8), "pmap"),
+    ],
+    ids=["data8", "fsdp8", "fsdp4-tensor2", "tensor8", "pmap"],
+)
+def test_eight_devices_give_the_loss_of_one(alone, mesh, strategy):
+    losses, now, _ = train(GPT2, mesh, 8, strategy)
+    expected, end, _ = alone["gpt2"]
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+    assert expected[-1] < expected[0] - 0.5, "the model must have learned something for this to mean anything"
+    close = jax.tree.map(lambda a, b: np.allclose(np.asarray(a), np.asarray(b), atol=1e-4), now.params, end.params)
+    assert all(jax.tree.leaves(close))
+
+
+def test_llama_on_every_axis_gives_the_loss_of_one_device(alone):
+    losses, _, _ = train(LLAMA, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    np.testing.assert_allclose(losses, alone["llama"][0], rtol=0, atol=1e-5)
+
+
+def test_microbatches_give_the_loss_of_the_whole_batch(alone):
+    losses, _, _ = train(GPT2, MeshConfig(data=1, fsdp=2), 2, accumulate=4)
+    np.testing.assert_allclose(losses, alone["gpt2"][0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_parameters_and_optimizer_state_are_sharded_as_the_table_says(optimizer):
+    _, now, layout = train(GPT2, MeshConfig(data=1, fsdp=4, tensor=2), 8, optimizer=optimizer)
+    for leaf, planned in zip(jax.tree.leaves(now), jax.tree.leaves(layout), strict=True):
+        assert leaf.sharding.is_equivalent_to(planned.sharding, leaf.ndim)
+    up = now.params["model"]["layers"]["mlp"]["up"]["w"]  # layers, embed over fsdp, mlp over tensor
+    assert up.addressable_shards[0].data.shape == (2, 32 // 4, 128 // 2)
+    moments = [leaf for leaf in jax.tree.leaves(now.opt_state) if leaf.shape == up.shape]
+    assert moments or optimizer == "adafactor"
+    assert all(leaf.addressable_shards[0].data.shape == (2, 8, 64) for leaf in moments)
+    assert now.ema["model"]["layers"]["mlp"]["up"]["w"].addressable_shards[0].data.shape == (2, 8, 64)
+
+
+def test_a_device_holds_its_share_of_the_state_only():
+    _, now, _ = train(GPT2, MeshConfig(data=1, fsdp=8), 8)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(now.params))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(now.params))
+    replicated = sum(leaf.nbytes for leaf in jax.tree.leaves(now.params) if leaf.sharding.is_fully_replicated)
+    assert held == (whole - replicated) / 8 + replicated
+    assert replicated < 0.1 * whole

@@ -1,0 +1,90 @@
+"""The table of logical axes, and what is refused by it."""
+
+import ast
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxmodels import create
+from jaxmodels.config import MeshConfig
+from jaxmodels.errors import UserError
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh, sizes
+
+
+def test_names_become_mesh_axes():
+    assert rules.spec(("layers", "embed", "heads", "head_dim")) == P(None, "fsdp", "tensor", None)
+    assert rules.spec(("batch", "seq", None)) == P(("data", "fsdp"), None, None)
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'heads'"):
+        rules.spec(("haeds",))
+
+
+def test_two_dimensions_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="'heads' and 'mlp'.*both are on 'tensor'"):
+        rules.spec(("heads", "mlp"))
+
+
+def test_a_dimension_that_does_not_divide_is_refused_by_name():
+    model = create("gpt2", layers=1, width=32, heads=4, vocab_size=65, context=8)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    with pytest.raises(UserError, match=r"embed/w with dimension vocab=65, expected a multiple of mesh axis tensor=2"):
+        rules.place(mesh, model.axes(), model.shapes())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        (MeshConfig(data=3), "data=3 fsdp=1 tensor=1 = 3 device.s., expected 8"),
+        (MeshConfig(data=-1, fsdp=3), "expected sizes that divide 8"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
+        (MeshConfig(data=0), "expected positive sizes"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
+    with pytest.raises(UserError, match=said):
+        sizes(mesh, 8)
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert sizes(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, "fsdp": 1, "tensor": 2}
+
+
+def test_activations_are_pinned_under_a_mesh_and_left_alone_without():
+    x = np.zeros((8, 4, 16), np.float32)
+    assert rules.constrain(x, ("batch", "seq", None)) is x
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        pinned = jax.jit(lambda x: rules.constrain(x, ("batch", "seq", "mlp")))(x)
+        odd = jax.jit(lambda x: rules.constrain(x, ("batch", "seq", "mlp")))(x[:, :, :3])
+    assert pinned.addressable_shards[0].data.shape == (2, 4, 8)
+    assert odd.addressable_shards[0].data.shape == (2, 4, 3), "a dimension that does not divide stays whole"
+
+
+def test_nothing_but_the_table_spells_a_mesh_axis(root):
+    """Mesh axes appear as strings in rules.py alone (config.py names them as fields)."""
+    found = []
+    for path in (root / "jaxmodels").rglob("*.py"):
+        if path == root / "jaxmodels" / "parallel" / "rules.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in ("fsdp", "tensor"):
+                found.append(f"{path.name}:{node.lineno}")
+            if isinstance(node, ast.Name) and re.fullmatch(r"PartitionSpec|NamedSharding", node.id):
+                text = ast.unparse(node)
+                assert "data" not in text
+    assert not found, found
+
+
+def test_only_models_import_flax(root):
+    users = {
+        str(path.relative_to(root / "jaxmodels").parts[0])
+        for path in (root / "jaxmodels").rglob("*.py")
+        if re.search(r"^\s*(import|from) flax", path.read_text(), re.M)
+    }
+    assert users == {"models"}

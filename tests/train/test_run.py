@@ -1,0 +1,357 @@
+"""A run through the real command line: killed, told to stop, damaged, refused; and the same bits at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels import cli
+from jaxmodels import config as configs
+from jaxmodels.train import evaluate, loop, metrics
+from jaxmodels.train import run as runs
+from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.manifest import verify
+
+STEPS = 60
+CONFIG = f"""
+from pathlib import Path
+from jaxmodels.config import *
+from jaxmodels.models.gpt2 import GPT2Config
+
+def get_config():
+    return Config(
+        model=GPT2Config(vocab_size=256, context=32, layers=1, heads=2, width=16, dropout=0.1),
+        data=DataConfig(source="text", path=(str(Path(__file__).parent / "corpus.txt"),), seq_len=32, batch_size=8),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=1),
+        train=TrainConfig(steps={STEPS}, ema=0.9),
+        eval=EvalConfig(every=10, batches=2),
+        checkpoint=CheckpointConfig(every=5, keep=3),
+        metrics=MetricsConfig(every=1, tensorboard=False, progress="plain"),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model so small that a run is little more than its start."""
+    folder = tmp_path_factory.mktemp("config")
+    words = [f"{a}{b} " for a in ("to", "be", "or", "not") for b in ("day", "gin", "chid", "tle", ",", ".\n")]
+    (folder / "corpus.txt").write_text("".join(random.Random(0).choices(words, k=2000)))
+    (folder / "tiny.py").write_text(CONFIG)
+    return folder / "tiny.py"
+
+
+class Process:
+    """`jaxmodels train` in a process of its own, its output read line by line."""
+
+    def __init__(self, root: Path, config: Path, run: Path, *options: str):
+        self.run = run
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(root)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxmodels", "train", str(config), "--run-dir", str(run), *options],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        self.output = ""
+
+    def until(self, step: int) -> Process:
+        """Wait until a step of at least this number is reported."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= step:
+                return self
+        raise AssertionError(f"ended before step {step}:\n{self.output}")
+
+    def end(self, number: signal.Signals | None = None) -> int:
+        """Send a signal, if any, and wait; the exit code."""
+        if number is not None:
+            self.process.send_signal(number)
+        self.output += self.process.communicate(timeout=120)[0]
+        return self.process.returncode
+
+
+def broken_checkpoints(run: Path) -> list[str]:
+    """What is wrong with the numbered checkpoints of a run."""
+    found = []
+    for folder in (run / "checkpoints").glob("*"):
+        if folder.name.isdigit():
+            try:
+                verify(folder, lambda tree: None)
+            except Exception as error:
+                found.append(str(error))
+    return found
+
+
+def bits(run: Path) -> dict[str, str]:
+    """A hash of every array of the newest checkpoint."""
+    layout = runs.setup(configs.read(run)[0]).layout
+    found = Checkpointer(run / "checkpoints").restore(layout)
+    assert found is not None and found[2] == STEPS
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found[0])}
+    return {name: hashlib.sha256(np.asarray(jax.random.key_data(leaf) if name == ".rng" else leaf).tobytes()).hexdigest()
+            for name, leaf in leaves.items()}
+
+
+def values(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, without what the clock says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in sorted(row) if not name.startswith("perf/")} for row in rows]
+
+
+def snapshot(run: Path) -> dict[str, Any]:
+    """Contents of what a run that does nothing must not touch."""
+    paths = [run / "metrics.jsonl", *(p for p in (run / "checkpoints").rglob("*") if p.is_file())]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed."""
+    process = Process(root, config, tmp_path_factory.mktemp("whole") / "run")
+    assert process.end() == 0, process.output
+    return process.run
+
+
+@dataclass
+class Disturbed:
+    """A run that was stopped in every way, and what was seen."""
+
+    run: Path
+    codes: dict[str, int] = field(default_factory=dict)
+    output: dict[str, str] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    saved: dict[str, list[int]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def disturbed(root: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    seen = Disturbed(tmp_path_factory.mktemp("disturbed") / "run")
+    checkpoints = Checkpointer(seen.run / "checkpoints")
+
+    def disturb(name: str, process: Process, number: signal.Signals | None = None) -> None:
+        seen.codes[name] = process.end(number)
+        seen.output[name] = process.output
+        seen.broken += broken_checkpoints(seen.run)
+        seen.saved[name] = checkpoints.steps()
+
+    def start() -> Process:
+        return Process(root, config, seen.run)
+
+    disturb("kill", start().until(12), signal.SIGKILL)
+    process = start().until(18)
+    patience = time.monotonic() + 20
+    while not list(checkpoints.directory.glob("*.saving")) and time.monotonic() < patience:
+        time.sleep(0.001)
+    disturb("kill while saving", process, signal.SIGKILL)
+    with (seen.run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train/lo')  # what a kill may leave of a line
+    disturb("SIGTERM", start().until(27), signal.SIGTERM)
+    disturb("SIGINT", start().until(38), signal.SIGINT)
+    newest, older = checkpoints.steps()[:-3:-1]
+    flip(largest(checkpoints.directory / str(newest)))
+    cut(largest(checkpoints.directory / str(older)))
+    disturb("damage", start())
+    return seen
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_run_stopped_in_every_way_ends_in_the_same_bits(whole: Path, disturbed: Disturbed) -> None:
+    assert [disturbed.codes[name] for name in ("kill", "kill while saving")] == [-signal.SIGKILL] * 2
+    assert bits(disturbed.run) == bits(whole)
+
+
+def test_metrics_have_each_step_once_with_the_same_values(whole: Path, disturbed: Disturbed) -> None:
+    assert [row["step"] for row in values(whole)] == list(range(1, STEPS + 1))
+    assert sum("eval/loss" in row for row in values(whole)) == STEPS // 10
+    assert values(disturbed.run) == values(whole)
+
+
+def test_a_kill_leaves_only_readable_checkpoints(disturbed: Disturbed) -> None:
+    assert disturbed.saved["kill"] and disturbed.broken == [
+        text for text in disturbed.broken if "sha256 differs" in text or "bytes, not" in text][:0]
+
+
+def test_sigterm_and_ctrl_c_save_and_exit_with_75(disturbed: Disturbed) -> None:
+    for name, least in (("SIGTERM", 27), ("SIGINT", 38)):
+        at = disturbed.saved[name][-1]
+        assert disturbed.codes[name] == 75 and at >= least
+        assert f"stopped and saved at step {at} in" in disturbed.output[name]
+    assert f"resumed at step {disturbed.saved['SIGTERM'][-1]} of {STEPS}" in disturbed.output["SIGINT"]
+
+
+def test_damaged_checkpoints_are_said_and_the_one_before_is_used(disturbed: Disturbed) -> None:
+    third, second, first = disturbed.saved["SIGINT"][-3:]
+    said = disturbed.output["damage"]
+    assert disturbed.codes["damage"] == 0
+    assert f"error: CHECKPOINT DAMAGED: step {first}: " in said and f"Using step {third} instead" in said
+    assert "its sha256 differs" in said and re.search(rf"step {second}: file \S+ has \d+ bytes, not \d+", said)
+    assert "CHECKPOINT DAMAGED" in (disturbed.run / "log.txt").read_text()
+
+
+def train(config: Path, run: Path, *options: str) -> int:
+    """The command line in this process."""
+    return cli.main(["train", str(config), "--run-dir", str(run), *options])
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+        config: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(whole)
+    assert train(config, whole) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert snapshot(whole) == before
+
+
+def test_a_run_directory_of_another_config_is_refused_with_the_difference(
+        config: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(whole), (whole / "config.json").read_bytes()
+    assert train(config, whole, "--optim.peak-lr", "1e-4", "--metrics.every", "2") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "(optim.peak_lr was 0.003, now 0.0001), expected the same" in message
+    assert (snapshot(whole), (whole / "config.json").read_bytes()) == before
+
+
+def test_other_data_is_refused(config: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, corpus = snapshot(whole), config.parent / "corpus.txt"
+    text = corpus.read_text()
+    try:
+        corpus.write_text("x" + text[1:])
+        assert train(config, whole) == 2
+    finally:
+        corpus.write_text(text)
+    message = capsys.readouterr().err
+    assert "got data with fingerprint" in message and "--resume must" in message
+    assert snapshot(whole) == before
+
+
+def test_must_wants_a_checkpoint_and_never_moves_the_run_aside(
+        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("--train.steps", "3", "--eval.every", "0")
+    run = tmp_path / "run"
+    assert train(config, run, *short, "--resume", "must") == 2
+    assert "expected a checkpoint there" in capsys.readouterr().err and not run.exists()
+    assert train(config, run, *short) == 0
+    first = snapshot(run)
+    assert train(config, run, "--train.steps", "2", "--resume", "must") == 2
+    assert f"got train.steps 2 for {run}, which is at step 3" in capsys.readouterr().err
+    assert train(config, run, "--train.steps", "5", "--eval.every", "0", "--resume", "must") == 0
+    assert "resumed at step 3 of 5" in capsys.readouterr().out
+    assert [row["step"] for row in values(run)] == [1, 2, 3, 4, 5]
+    went_on = snapshot(run)
+    assert train(config, run, *short, "--resume", "never") == 0
+    assert f"moved the run that was in {run} to {run}.old1" in capsys.readouterr().out
+    assert [row["step"] for row in values(run)] == [1, 2, 3]
+    assert len(went_on) == len(snapshot(tmp_path / "run.old1")) and first != went_on
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    run, wild = tmp_path / "run", ("--optim.name", "sgd", "--optim.clip-norm", "None", "--optim.peak-lr", "1e30")
+    assert train(config, run, *wild, "--checkpoint.every", "1", "--optim.schedule", "constant") == 1
+    message = capsys.readouterr().err
+    found = re.search(r"got loss (\S+) at step (\d+), on examples ([\d, ]+), …?;? ?.*last good checkpoint: step (\d+);"
+                      r"|got loss (\S+) at step (\d+), on examples ([\d, ]+); last good checkpoint: step (\d+);", message)
+    assert found, message
+    loss, step, examples, good = [group for group in found.groups() if group is not None]
+    assert not math.isfinite(float(loss)) and int(good) == int(step) - 1
+    order = runs.setup(configs.read(run)[0]).loader("train").order
+    assert [int(i) for i in examples.split(",")] == list(order.indices(int(step) - 1))
+    assert broken_checkpoints(run) == [] and int(good) in Checkpointer(run / "checkpoints").steps()
+    assert [row["step"] for row in values(run)] == list(range(1, int(step)))
+
+
+@pytest.fixture
+def stopped(config: Path, tmp_path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A run whose accuracy is never above the first one's, because it learns nothing; patience of 2 evaluations."""
+    options = ("--eval.every", "3", "--eval.early-stop", "2", "--checkpoint.best", "True", "--optim.peak-lr", "0.0",
+               "--optim.final-lr-fraction", "0", "--checkpoint.keep", "1")
+    assert train(config, tmp_path / "run", *options) == 0
+    yield tmp_path / "run", options
+
+
+def test_an_early_stop_keeps_the_best_checkpoint_and_is_not_undone(
+        config: Path, stopped: tuple[Path, tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    run, options = stopped
+    assert "stopped early at step 9" in capsys.readouterr().out
+    checkpoints = Checkpointer(run / "checkpoints")
+    best = checkpoints.best()
+    assert checkpoints.steps() == [3, 9] and best is not None and best["step"] == 3
+    assert best["metric"] == {"eval/loss": pytest.approx(values(run)[2]["eval/loss"])}
+    before = snapshot(run)
+    assert train(config, run, *options) == 0
+    said = capsys.readouterr().out
+    assert "nothing is left to do" in said and "stopped early at step 9" in said
+    assert snapshot(run) == before
+
+
+def test_the_moving_average_is_what_is_evaluated(config: Path, tmp_path: Path) -> None:
+    short = ("--train.steps", "6", "--eval.every", "0")
+    assert train(config, tmp_path / "with", *short) == 0
+    assert train(config, tmp_path / "without", *short, "--train.ema", "None") == 0
+    average, plain = values(tmp_path / "with")[-1], values(tmp_path / "without")[-1]
+    assert average["train/loss"] == plain["train/loss"] and average["eval/loss"] > plain["eval/loss"]
+    cfg = configs.read(tmp_path / "with")[0]
+    experiment = runs.setup(cfg)
+    found = Checkpointer(tmp_path / "with" / "checkpoints").restore(experiment.layout)
+    assert found is not None
+    measure = evaluate.build(experiment.task, experiment.mesh)
+    for part, expected in ((found[0].ema, average), (found[0].params, plain)):
+        got = measure(part, found[0].stats, experiment.loader("eval").once(cfg.eval.batches))
+        assert got is not None and got["loss"] == pytest.approx(expected["eval/loss"], rel=1e-6)
+
+
+def test_progress_survives_a_checkpoint() -> None:
+    progress = loop.Progress(1.5, 10, 2, 30)
+    assert loop.Progress(**json.loads(json.dumps(vars(progress)))) == progress
+
+
+def test_a_full_disk_is_said_once_and_no_line_of_the_metrics_is_lost(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = metrics.Writer(tmp_path, configs.MetricsConfig(tensorboard=False), 0)
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        def fileno(self) -> int:
+            return file.fileno()
+
+        def close(self) -> None:
+            raise AssertionError
+
+    file, writer.file = writer.file, Full()  # type: ignore[assignment]
+    for step in (1, 2, 3):
+        writer.add(step, {"train/loss": 1.0})
+    writer.sync()
+    assert caplog.text.count("metrics NOT written") == 1 and "No space left on device" in caplog.text
+    writer.file = file
+    writer.add(4, {"train/loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in values(tmp_path)] == [1, 2, 3, 4]
