@@ -11,32 +11,31 @@ ARGS ?=
 BIN := $(VENV)/bin
 comma := ,
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+with = $(if $(EXTRA),$(comma)$(EXTRA))
+# the extras of a stamp: train has none of its own
+extras = $(subst train,,$(subst train$(comma),,$*))
 
 .PHONY: train test lint clean
-.DELETE_ON_ERROR:
 
-train: $(VENV)/.installed$(EXTRA)
+train: $(VENV)/.installed-train$(with)
 	@PATH="$(abspath $(BIN)):$$PATH" jaxmodels train $(CONFIG) --run-dir $(RUN) $(ARGS)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test$(with)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed-lint
+lint: $(VENV)/.installed-lint$(with)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-$(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "got Python %d.%d, expected 3.11 or newer, try make PYTHON=python3.12" % sys.version_info[:2])'
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "got Python %d.%d, expected 3.11 or newer, try make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed$(EXTRA): $(VENV)/bin/python pyproject.toml
-	$(INSTALL) -e '.$(if $(EXTRA),[$(EXTRA)])'
-	@touch $@
-
-$(VENV)/.installed-%: $(VENV)/bin/python pyproject.toml
-	$(INSTALL) -e '.[$*$(if $(EXTRA),$(comma)$(EXTRA))]'
-	@touch $@
+$(VENV)/.installed-%: $(BIN)/python pyproject.toml
+	@echo "installing into $(VENV)$(if $(extras), with $(extras)) ..."
+	@$(INSTALL) -e '.$(if $(extras),[$(extras)])'
+	@touch '$@'
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,7 @@ def run(options: Options) -> Path:
         "memory: the compiled program's temporary bytes; error: largest difference from the `xla` kernel in float32 "
         "at highest precision, as a share of its largest value (of output, or of the gradients)",
         "auto: the kernel that `kernel=\"auto\"` takes for this shape",
+        *device_memory(),
         *(f"not measured: `{name}` {reason}" for name, reason in refused.items()),
     ]
     if not rows:
@@ -99,6 +100,12 @@ def run(options: Options) -> Path:
         print(f"not measured: {kernel} {reason}")
     print(f"wrote {path}")
     return path
+
+
+def device_memory() -> list[str]:
+    """The device's own peak, where it keeps one (CPU does not)."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return [f"device memory: at most {peak / 2**20:,.0f} MiB in use over the whole run"] if peak else []
 
 
 def random_inputs(options: Options, T: int) -> list[Array]:
@@ -150,9 +157,15 @@ def measure(options: Options, T: int, kernels: Sequence[str], inputs: Sequence[A
             "T": T, "pass": "forward+backward" if backward else "forward", "kernel": name,
             "auto": "←" if name == taken else "", "ms": seconds * 1e3, "all_ms": [s * 1e3 for s in times[name]],
             "tflops": flops(options, T, backward) / seconds / 1e12,
-            "memory_mib": f.memory_analysis().temp_size_in_bytes / 2**20, "error": error(f(*inputs), expected),
+            "memory_mib": temporary_bytes(f) / 2**20, "error": error(f(*inputs), expected),
         })
     return rows
+
+
+def temporary_bytes(compiled: Any) -> float:
+    """What a program needs beside its arguments and results; nan where the backend does not say."""
+    analysis = compiled.memory_analysis()
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes
 
 
 def error(got: Any, expected: Any) -> float:
@@ -161,7 +174,7 @@ def error(got: Any, expected: Any) -> float:
     return max(float(jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()) for x, y in pairs)
 
 
-def plot(figure: Any, rows: Sequence[dict[str, Any]]) -> None:
+def plot(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Time forward, time forward+backward, and memory, over the length."""
     kernels = [name for name in CONTRACT if any(row["kernel"] == name for row in rows)]
     colors = dict(zip(CONTRACT, ("#5b6770", "#d1495b", "#2e8b57", "#2a6fbb", "#8e5ea2"), strict=True))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def environment() -> dict[str, Any]:
         "hardware": processor() if device.platform == "cpu" else device.device_kind,
         "devices": jax.device_count(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "platform": device.platform,
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **versions()},
@@ -52,7 +53,7 @@ def environment() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") or "unknown",
         "changed": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
         "command": command(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -109,14 +110,15 @@ def write(name: str, title: str, rows: Sequence[Mapping[str, Any]], *, out: Path
     state = " (with changes that are not committed)" if about["changed"] else ""
     lines = [
         f"# {title}", "",
-        f"- hardware: {about['hardware']}, {about['cores']} cores, {about['devices']} JAX device(s)",
+        f"- hardware: {about['hardware']}, {about['cores']} cores, {about['devices']} JAX device(s), load average "
+        f"{about['load']} at the end",
         "- versions: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
         f"- commit: {about['commit'][:12]}{state}, {about['time']}",
         f"- command: `{about['command']}`",
         *(f"- {note}" for note in notes), "", markdown(rows, columns),
     ]
     if plot is not None:
-        draw(folder / f"{name}.png", plot, rows)
+        draw(folder / f"{name}.png", f"{title}: {about['hardware']}, {about['cores']} cores", plot, rows)
         lines += ["", f"![{title}]({name}.png)"]
     path = folder / f"{name}.md"
     path.write_text("\n".join(lines) + "\n")
@@ -136,11 +138,12 @@ def show(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        small, large = value and abs(value) < 1e-3, abs(value) >= 100
+        return f"{value:.1e}" if small else f"{value:,.0f}" if large else f"{value:.3g}"
     return str(value)
 
 
-def draw(path: Path, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None],
+def draw(path: Path, title: str, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None],
          rows: Sequence[Mapping[str, Any]]) -> None:
     """Save what `plot(figure, rows)` draws."""
     import matplotlib
@@ -151,6 +154,7 @@ def draw(path: Path, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None],
     pyplot.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                             "axes.spines.right": False, "savefig.dpi": 130})
     figure = pyplot.figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title)
     plot(figure, rows)
     figure.savefig(path)
     pyplot.close(figure)

@@ -26,13 +26,12 @@ def engine(cfg: Config) -> Run:
     """The project's loop, with data, metrics and display; not saving."""
     import dataclasses
 
-    from jaxmodels.train import loop, optim, run, step
+    from jaxmodels.train import loop, optim, run
     from jaxmodels.train.metrics import Clock, Display, Writer
 
     experiment = run.setup(cfg)
     loader = experiment.loader("train")
-    take = step.build(experiment.task, experiment.optimizers, experiment.mesh, experiment.layout,
-                      strategy=cfg.train.strategy, accumulate=cfg.train.accumulate, ema=cfg.train.ema)
+    take = run.compiled(experiment)
     folder = Path(tempfile.mkdtemp())
     writer = Writer(folder, cfg.metrics, 0)
     hooks = loop.Hooks(loader.iterate, lambda state: {}, lambda *_: None, lambda now: False, loader.order.indices,

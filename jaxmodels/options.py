@@ -59,8 +59,11 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, descri
             raise
         raise UserError(_one_line(said.getvalue(), prog)) from None
     if unknown:
-        usage = tyro.extras.get_parser(kind, **given).format_help()
-        raise UserError(_unknown(unknown[0].split("=")[0], sorted(set(re.findall(r"--[a-z][\w.-]*", usage))), prog))
+        usage = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(usage):
+            tyro.cli(kind, args=["--help"], **given)
+        known = sorted(set(re.findall(r"--[a-z][\w.-]*", usage.getvalue())))
+        raise UserError(_unknown(unknown[0].split("=")[0], known, prog))
     return value
 
 
@@ -83,6 +86,8 @@ def _unknown(name: str, known: Sequence[str], prog: str) -> str:
     here = [option.rpartition(".")[2] for option in known if section and option.startswith(section + ".")]
     close = difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)
     close = [f"{section}.{close[0]}"] if close else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not section:  # a field without its section
+        close = [option for option in known if option.endswith("." + name.lstrip("-"))] or close
     hint = f", did you mean {close[0]!r}?" if close else f", try {prog} --help"
     what = "an option" if name.startswith("-") else "options only"
     return f"got {name!r}, expected {what} of {prog}{hint}"

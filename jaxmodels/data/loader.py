@@ -41,6 +41,11 @@ class Loader:
             held = [rows_held(shardings[name], x.shape) for name, x in self.spec.items()]
             self.rows = np.unique(np.concatenate(held))
 
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch as shapes, dtypes and shardings."""
+        where = self.shardings or {}
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(name)) for name, x in self.spec.items()}
+
     def batch(self, step: int) -> Batch:
         """Batch `step`, made now."""
         return self._place(self.local(step))

@@ -133,7 +133,7 @@ def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:
     return "blockwise" if gigabytes > 1 else "xla", f"{prefix}the scores take {gigabytes:.2g} GiB a device"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def say(kernel: str, reason: str) -> None:
     """Log a choice, each once."""
     log.info("attention: kernel %s: %s", kernel, reason)

@@ -32,7 +32,7 @@ class Context(NamedTuple):
            segment_ids: jax.Array | None, longest: int | None = None) -> Context:
         """The context of a call on tokens (B, T); refuses more than `longest` positions."""
         T = tokens.shape[1]
-        if longest is not None and T > longest:
+        if longest is not None and longest < T:
             raise UserError(f"got {T} tokens, expected at most the model's context of {longest}, "
                             "try a shorter --data.seq-len or a larger --model.context")
         offset = None if cache is None else cache["length"]

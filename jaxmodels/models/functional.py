@@ -47,7 +47,7 @@ class Model:
 
     def shapes(self) -> Params:
         """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def count(self) -> int:
         """Number of parameters, from shapes alone."""
@@ -144,7 +144,7 @@ def functional(config: Any, family: Family) -> Model:
         return module.init({"params": key}, *(jnp.zeros(x.shape, x.dtype) for x in inputs(1)))
 
     def boxed() -> dict[str, Any]:
-        return jax.eval_shape(variables, jax.random.key(0))
+        return jax.eval_shape(lambda: variables(jax.random.key(0)))
 
     def init(key: jax.Array) -> Params:
         return nn.unbox(variables(key))["params"]

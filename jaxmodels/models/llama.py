@@ -1,4 +1,4 @@
-"""LLaMA 1, 2 and 3: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023; Llama team 2024)."""
+"""LLaMA 1, 2, 3: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023, Llama team 2024)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LlamaConfig:
         if self.kv_heads is not None:
             divide(self, "heads", "kv_heads")
         if self.head_size % 2:
-            raise UserError(f"got head size {self.head_size}, expected an even number, whose halves rotary positions pair, "
+            raise UserError(f"got head size {self.head_size}, expected an even number for rotary positions, "
                             f"try head_dim {self.head_size + 1}")
 
     @property
@@ -110,7 +110,8 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
-            y = layers.Linear((heads, c.head_size), ("embed", axis, "head_dim"), bias=False, dtype=c.dtype, name=name)(x)
+            axes = ("embed", axis, "head_dim")
+            y = layers.Linear((heads, c.head_size), axes, bias=False, dtype=c.dtype, name=name)(x)
             return layers.shard(y, "batch", "seq", axis, None)
 
         freq = frequencies(c.head_size, c.rope_theta, c.rope_scaling)

@@ -28,14 +28,11 @@ def per_step(task: Task, batch_size: int) -> int:
     Attention is counted in full, causal or not, whatever the kernel skips, and recomputation is not counted.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    networks = {name: create(_plain(model.config)) for name, model in task.networks.items()}
-    plain = dataclasses.replace(task, networks=networks)
-    shapes = {name: model.shapes() for name, model in plain.networks.items()}
-    batch = task.batch_spec(batch_size)
+    inputs = next(iter(task.batch_spec(batch_size).values()))
     total = 0
-    for name, model in networks.items():
-        inputs = next(iter(batch.values()))
-        total += 3 * count(model.apply, shapes[name], inputs)
+    for model in task.networks.values():
+        plain = create(_plain(model.config))
+        total += 3 * count(plain.apply, plain.shapes(), inputs, stats=jax.eval_shape(plain.stats) or None)
     return total
 
 
@@ -56,7 +53,9 @@ def _count(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
             taps = math.prod(kernel[i] for i in numbers.rhs_spec[1:])  # inputs a group and window
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * taps // params["batch_group_count"]
+            # a dilated input (of a transposed convolution, or a strided one's gradient) is mostly zeros
+            zeros = params["batch_group_count"] * math.prod(params["lhs_dilation"])
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * taps // zeros
         elif name == "scan":
             total += params["length"] * _count(params["jaxpr"].jaxpr)
         elif name == "cond":

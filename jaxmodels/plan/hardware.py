@@ -19,7 +19,7 @@ class Hardware:
 
 
 TABLE = (
-    Hardware(("NVIDIA H200",), {"bfloat16": 989e12, "float32": 494e12}, "NVIDIA H200 data sheet: bf16, TF32, no sparsity"),
+    Hardware(("NVIDIA H200",), {"bfloat16": 989e12, "float32": 494e12}, "NVIDIA H200 data sheet: bf16, TF32, dense"),
     Hardware(("NVIDIA H100 PCIe",), {"bfloat16": 756e12, "float32": 378e12}, "NVIDIA H100 data sheet, PCIe"),
     Hardware(("NVIDIA H100 80GB HBM3",), {"bfloat16": 989e12, "float32": 494e12}, "NVIDIA H100 data sheet, SXM5"),
     Hardware(("NVIDIA A100",), {"bfloat16": 312e12, "float32": 156e12}, "NVIDIA A100 data sheet: bf16, TF32"),

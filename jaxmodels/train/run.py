@@ -84,7 +84,10 @@ def initial(experiment: Experiment) -> State:
     """The state before the first step, made where its arrays live; from `init.source` if one is given."""
     cfg, shardings = experiment.cfg, jax.tree.map(lambda leaf: leaf.sharding, experiment.layout)
     make = functools.partial(states.init, experiment.task, experiment.optimizers, ema=cfg.train.ema is not None)
-    state = jax.jit(make, out_shardings=shardings)(jax.random.key(cfg.train.seed))
+    # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
+    quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(experiment.layout.params)) < 3e7
+    options = {"xla_backend_optimization_level": 0} if quick else None
+    state = jax.jit(make, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
     if cfg.init.source is None:
         return state
     folder = Path(cfg.init.source) / "checkpoints"
@@ -118,6 +121,7 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
         preemption = stack.enter_context(distributed.Preemption())
         stack.callback(checkpointer.wait)  # also after an error: what is being saved is saved
         describe(experiment, run)
+        take = compiled(experiment)  # in the background, while the state is made or read
         restored = None if resume == "never" else checkpointer.restore(experiment.layout)
         if restored is None:
             state, start, progress = initial(experiment), 0, loop.Progress()
@@ -140,17 +144,22 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
         writer = Writer(run, cfg.metrics, start) if main else None
         if writer is not None:
             stack.callback(writer.close)  # also after an error: its last line explains it
-        result = run_loop(experiment, state, start, progress, checkpointer, preemption, writer, display, run)
+        result = run_loop(experiment, take, state, start, progress, checkpointer, preemption, writer, display, run)
     return experiment, result
 
 
-def run_loop(experiment: Experiment, state: State, start: int, progress: loop.Progress, checkpointer: Checkpointer,
+def compiled(experiment: Experiment) -> step.Step:
+    """The experiment's training step."""
+    cfg, loader = experiment.cfg, experiment.loader("train")
+    return step.build(experiment.task, experiment.optimizers, experiment.mesh, experiment.layout, loader.abstract(),
+                      strategy=cfg.train.strategy, accumulate=cfg.train.accumulate, ema=cfg.train.ema)
+
+
+def run_loop(experiment: Experiment, take: step.Step, state: State, start: int, progress: loop.Progress, checkpointer: Checkpointer,
              preemption: distributed.Preemption, writer: Writer | None, display: Display, run: Path) -> loop.Result:
     """The loop with its hooks joined to data, evaluation and checkpoints."""
     cfg, task = experiment.cfg, experiment.task
     loaders = {"train": experiment.loader("train"), "eval": experiment.loader("eval")}
-    take = step.build(task, experiment.optimizers, experiment.mesh, experiment.layout, strategy=cfg.train.strategy,
-                      accumulate=cfg.train.accumulate, ema=cfg.train.ema)
     measure = evaluate.build(task, experiment.mesh, stop=lambda: preemption.requested(-1))
 
     def save(now: int, state: State, progress: loop.Progress, best: bool) -> None:

@@ -53,7 +53,7 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False) ->
     Raises:
         UserError: a parameter does not divide by the mesh.
     """
-    shapes = jax.eval_shape(lambda key: init(task, optimizers, key, ema), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(task, optimizers, jax.random.key(0), ema))
     params = rules.place(mesh, task.axes(), shapes.params)
     everywhere = rules.sharding(mesh, ())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.layers import REPLICAS
-from jaxmodels.parallel import rules
+from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State
 
@@ -86,10 +88,11 @@ def advance(task: Task, optimizers: Optimizers, state: State, batch: Batch, *, a
     return State(state.step + 1, params, stats, opt_state, average, state.rng), metrics
 
 
-def build(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, *, strategy: str = "jit", accumulate: int = 1,
-          ema: float | None = None) -> Step:
-    """The compiled step; its state argument is donated.
+def build(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, batch: Batch, *, strategy: str = "jit",
+          accumulate: int = 1, ema: float | None = None) -> Step:
+    """The step, compiling in the background from shapes alone; its state argument is donated.
 
+    `layout` and `batch` are `jax.ShapeDtypeStruct`s with shardings.
     """
     options: dict[str, Any] = {"accumulate": accumulate, "ema": ema}
     if strategy == "pmap":
@@ -99,13 +102,20 @@ def build(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, *, stra
     def run(state: State, batch: Batch) -> tuple[State, Metrics]:
         return advance(task, optimizers, state, batch, **options)
 
-    compiled = jax.jit(run, in_shardings=(shardings, None), out_shardings=(shardings, None), donate_argnums=0)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0).lower(layout, batch)
+    pool = ThreadPoolExecutor(1)
+    compiling = pool.submit(lowered.compile)
+    pool.shutdown(wait=False)
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        with jax.set_mesh(mesh):
-            return compiled(state, batch)
+    @functools.cache
+    def program() -> Callable[[State, Batch], Any]:
+        compiled = compiling.result()
+        # the first collective of processes that come far apart fails: all begin together
+        distributed.barrier("step compiled")
+        return compiled
 
-    return step
+    return lambda state, batch: program()(state, batch)
 
 
 def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, options: dict[str, Any]) -> Step:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxmodels.models.attention as module
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, choose, describe, platform
-from jaxmodels.models.kernels import blocks, blockwise, cudnn, looped
+from jaxmodels.models.kernels import blocks, blockwise, cudnn, looped, partition
 from jaxmodels.models.kernels.contract import CONTRACT, FEATURES, Call, refusal, table
 
 B, T, H, K = 2, 256, 4, 16
@@ -87,7 +87,7 @@ def options(case):
                         if isinstance(x, np.ndarray) else x, case)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def outcome(case, kernel, dtype):
     """Output and gradients of q, k, v and the bias if there is one."""
     q, k, v, w = arrays(dtype=dtype, **{n: x for n, x in CASES[case].items() if n in ("T", "S", "G")})
@@ -189,13 +189,14 @@ def test_hidden_keys_get_exactly_no_gradient(kernel, case):
     def row(k, v):
         return jnp.vdot(attention(q, k, v, kernel=kernel, **options(case))[:, t], w[:, t])
 
-    seen = np.any([np.abs(g).sum((2, 3)) > 0 for g in jax.jit(jax.grad(row, (0, 1)), compiler_options=QUICK)(k, v)], axis=0)
+    grads = jax.jit(jax.grad(row, (0, 1)), compiler_options=QUICK)(k, v)
+    seen = np.any([np.abs(g).sum((2, 3)) > 0 for g in grads], axis=0)
     s = np.arange(256)
     expected = {
         "causal": s <= t,
         "window": (s <= t) & (t - s < 70),
         "two-sided window": abs(t - s) < 70,
-        "packed window": (s <= t) & (t - s < 40) & (SEGMENTS == SEGMENTS[:, [t]]),
+        "packed window": (s <= t) & (t - s < 40) & (SEGMENTS[:, [t]] == SEGMENTS),
     }[case]
     np.testing.assert_array_equal(seen, np.broadcast_to(expected, (B, 256)))
 
@@ -291,6 +292,20 @@ def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
     compare([np.asarray(x, "float32") for x in got], [np.asarray(x, "float32") for x in expected], TOLERANCE[dtype])
 
 
+def test_fused_kernels_get_only_their_devices_examples_and_heads():
+    mesh, seen = jax.make_mesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3), {}
+
+    def attend(q, k, v, **rest):
+        seen.update(q=q.shape, k=k.shape, ids=rest["segments"][0].shape, same=rest["segments"][0] is rest["segments"][1])
+        return q
+
+    q, k, v, _ = arrays(T=128, S=128, G=2)
+    ids = jnp.asarray(SEGMENTS[:, :128])
+    with jax.set_mesh(mesh):
+        jax.eval_shape(lambda: partition.shard(attend, {"q": q, "k": k, "v": v, "segments": (ids, ids), "bias": None}))
+    assert seen == {"q": (1, 128, 1, K), "k": (1, 128, 1, K), "ids": (1, 128), "same": True}
+
+
 def test_blockwise_works_inside_shard_map():
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, None, "tensor")
@@ -311,7 +326,7 @@ LONG = Call(8, 2048, 2048, 16, 16, 128, "bfloat16", frozenset({"causal"}))
     ("cpu", LONG._replace(features=frozenset({"dropout"})), "xla", "blockwise does not support dropout"),
     ("tpu", LONG, "splash", "fused kernel of tpu"),
     ("tpu", LONG._replace(T=1), "xla", "splash needs lengths that 128 divides"),
-    ("tpu", LONG._replace(features=frozenset({"bias"})), "blockwise", "splash does not support bias; the scores take 2"),
+    ("tpu", LONG._replace(features=frozenset({"bias"})), "blockwise", "splash does not support bias; the scores"),
     ("gpu", LONG, "cudnn", "fused kernel of gpu"),
     ("gpu", LONG._replace(features=frozenset({"softcap"})), "blockwise", "cudnn does not support softcap"),
 ])

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pytest
 
 from jaxmodels import cli
 from jaxmodels import config as configs
-from jaxmodels.train import evaluate, loop, metrics
+from jaxmodels.train import evaluate, metrics
 from jaxmodels.train import run as runs
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import verify
@@ -38,7 +37,7 @@ def get_config():
     return Config(
         model=GPT2Config(vocab_size=256, context=32, layers=1, heads=2, width=16, dropout=0.1),
         data=DataConfig(source="text", path=(str(Path(__file__).parent / "corpus.txt"),), seq_len=32, batch_size=8),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=1),
+        optim=OptimConfig(peak_lr=3e-3, schedule="constant"),
         train=TrainConfig(steps={STEPS}, ema=0.9),
         eval=EvalConfig(every=10, batches=2),
         checkpoint=CheckpointConfig(every=5, keep=3),
@@ -103,8 +102,8 @@ def bits(run: Path) -> dict[str, str]:
     found = Checkpointer(run / "checkpoints").restore(layout)
     assert found is not None and found[2] == STEPS
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found[0])}
-    return {name: hashlib.sha256(np.asarray(jax.random.key_data(leaf) if name == ".rng" else leaf).tobytes()).hexdigest()
-            for name, leaf in leaves.items()}
+    leaves[".rng"] = jax.random.key_data(leaves[".rng"])
+    return {name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for name, leaf in leaves.items()}
 
 
 def values(run: Path) -> list[dict[str, float]]:
@@ -195,8 +194,8 @@ def test_metrics_have_each_step_once_with_the_same_values(whole: Path, disturbed
 
 
 def test_a_kill_leaves_only_readable_checkpoints(disturbed: Disturbed) -> None:
-    assert disturbed.saved["kill"] and disturbed.broken == [
-        text for text in disturbed.broken if "sha256 differs" in text or "bytes, not" in text][:0]
+    assert disturbed.saved["kill"] and disturbed.saved["kill while saving"]
+    assert disturbed.broken == []
 
 
 def test_sigterm_and_ctrl_c_save_and_exit_with_75(disturbed: Disturbed) -> None:
@@ -272,14 +271,13 @@ def test_must_wants_a_checkpoint_and_never_moves_the_run_aside(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
-        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, wild = tmp_path / "run", ("--optim.name", "sgd", "--optim.clip-norm", "None", "--optim.peak-lr", "1e30")
-    assert train(config, run, *wild, "--checkpoint.every", "1", "--optim.schedule", "constant") == 1
+    assert train(config, run, *wild, "--checkpoint.every", "1", "--train.ema", "None") == 1
     message = capsys.readouterr().err
-    found = re.search(r"got loss (\S+) at step (\d+), on examples ([\d, ]+), …?;? ?.*last good checkpoint: step (\d+);"
-                      r"|got loss (\S+) at step (\d+), on examples ([\d, ]+); last good checkpoint: step (\d+);", message)
+    found = re.search(r"loss (\S+) at step (\d+), on examples ([\d, ]+); last good checkpoint: step (\d+);", message)
     assert found, message
-    loss, step, examples, good = [group for group in found.groups() if group is not None]
+    loss, step, examples, good = found.groups()
     assert not math.isfinite(float(loss)) and int(good) == int(step) - 1
     order = runs.setup(configs.read(run)[0]).loader("train").order
     assert [int(i) for i in examples.split(",")] == list(order.indices(int(step) - 1))
@@ -287,18 +285,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert [row["step"] for row in values(run)] == list(range(1, int(step)))
 
 
-@pytest.fixture
-def stopped(config: Path, tmp_path: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """A run whose accuracy is never above the first one's, because it learns nothing; patience of 2 evaluations."""
-    options = ("--eval.every", "3", "--eval.early-stop", "2", "--checkpoint.best", "True", "--optim.peak-lr", "0.0",
-               "--optim.final-lr-fraction", "0", "--checkpoint.keep", "1")
-    assert train(config, tmp_path / "run", *options) == 0
-    yield tmp_path / "run", options
-
-
 def test_an_early_stop_keeps_the_best_checkpoint_and_is_not_undone(
-        config: Path, stopped: tuple[Path, tuple[str, ...]], capsys: pytest.CaptureFixture[str]) -> None:
-    run, options = stopped
+        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the higher loss counts as the better one, so that the first evaluation stays the best
+    run, options = tmp_path / "run", ("--eval.every", "3", "--eval.early-stop", "2", "--eval.mode", "max",
+                                      "--checkpoint.best", "True", "--checkpoint.keep", "1")
+    assert train(config, run, *options) == 0
     assert "stopped early at step 9" in capsys.readouterr().out
     checkpoints = Checkpointer(run / "checkpoints")
     best = checkpoints.best()
@@ -311,25 +303,16 @@ def test_an_early_stop_keeps_the_best_checkpoint_and_is_not_undone(
     assert snapshot(run) == before
 
 
-def test_the_moving_average_is_what_is_evaluated(config: Path, tmp_path: Path) -> None:
-    short = ("--train.steps", "6", "--eval.every", "0")
-    assert train(config, tmp_path / "with", *short) == 0
-    assert train(config, tmp_path / "without", *short, "--train.ema", "None") == 0
-    average, plain = values(tmp_path / "with")[-1], values(tmp_path / "without")[-1]
-    assert average["train/loss"] == plain["train/loss"] and average["eval/loss"] > plain["eval/loss"]
-    cfg = configs.read(tmp_path / "with")[0]
+def test_the_moving_average_is_what_is_evaluated(whole: Path) -> None:
+    cfg = configs.read(whole)[0]
     experiment = runs.setup(cfg)
-    found = Checkpointer(tmp_path / "with" / "checkpoints").restore(experiment.layout)
+    found = Checkpointer(whole / "checkpoints").restore(experiment.layout)
     assert found is not None
     measure = evaluate.build(experiment.task, experiment.mesh)
-    for part, expected in ((found[0].ema, average), (found[0].params, plain)):
-        got = measure(part, found[0].stats, experiment.loader("eval").once(cfg.eval.batches))
-        assert got is not None and got["loss"] == pytest.approx(expected["eval/loss"], rel=1e-6)
-
-
-def test_progress_survives_a_checkpoint() -> None:
-    progress = loop.Progress(1.5, 10, 2, 30)
-    assert loop.Progress(**json.loads(json.dumps(vars(progress)))) == progress
+    average, plain = [measure(part, found[0].stats, experiment.loader("eval").once(cfg.eval.batches))
+                      for part in (found[0].ema, found[0].params)]
+    assert average is not None and plain is not None and abs(average["loss"] - plain["loss"]) > 1e-3
+    assert values(whole)[-1]["eval/loss"] == pytest.approx(average["loss"], rel=1e-6)
 
 
 def test_a_full_disk_is_said_once_and_no_line_of_the_metrics_is_lost(

@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Integer inputs that decide what is visible: queries' positions, keys' number, segments (cut, where blocks are)."""
+    """Integers that decide what is visible: positions, the number of keys, segments (cut in blocks for `looped`)."""
 
     q_offset: Array
     kv_length: Array | None

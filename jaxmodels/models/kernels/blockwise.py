@@ -6,13 +6,16 @@ algorithms 1 and 2.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jaxmodels.models.kernels import looped, unrolled
 from jaxmodels.models.kernels.blocks import Hidden, Plan
 
+ROWS = 64
+"""Queries in an unrolled block, the fastest on CPU."""
 UNROLLED = 4
-"""Most blocks of queries that are unrolled: more would take longer to compile than they save."""
+"""Most blocks of queries that are unrolled: from 512 tokens on, loops are faster and compile faster."""
 
 
 def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length):
@@ -29,18 +32,14 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
     if bias is not None:
         b, h, t, s = bias.shape
         bias = bias.reshape(b, 1 if h == 1 else G, 1 if h == 1 else R, t, s).astype(jnp.float32)
-    plan = Plan(causal, window, scale, softcap, short(T), S, q_offset if isinstance(q_offset, int) else None)
+    plan = Plan(causal, window, scale, softcap, min(T, ROWS), S, q_offset if isinstance(q_offset, int) else None)
     hidden = Hidden(jnp.atleast_1d(jnp.asarray(q_offset, jnp.int32)), kv_length, *(segments or (None, None)))
+    out: jax.Array
     if plan.offset is not None and kv_length is None and -(-T // plan.Q) <= UNROLLED:
         out = unrolled.attend(plan, q, k, v, bias, hidden)
     else:
         out = looped.attend(plan._replace(Q=equal(T), S=equal(S)), q, k, v, bias, hidden)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
-
-
-def short(T: int) -> int:
-    """Queries in an unrolled block: 64 is fastest on CPU, but for too many blocks."""
-    return min(T, 64 if T <= 64 * UNROLLED else 128)
 
 
 def equal(n: int) -> int:

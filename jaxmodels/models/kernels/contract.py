@@ -76,7 +76,8 @@ def refusal(kernel: str, call: Call) -> str | None:
     if kernel == "splash":
         if call.T % LANES or call.S % LANES:
             return f"needs lengths that {LANES} divides, got {call.T} and {call.S}"
-        if call.offset < 0 or call.features & {"window", "two-sided window"} and call.T + call.offset > call.S:
+        windowed = call.features & {"window", "two-sided window"}
+        if call.offset < 0 or (windowed and call.T + call.offset > call.S):
             return "needs a key at each query's own position"
     return None
 

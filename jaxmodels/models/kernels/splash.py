@@ -44,8 +44,8 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
     )
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     heads_first = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    out = jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
-    return zero_blind(out, S, q_offset, **seen)
+    out: jax.Array = jax.vmap(kernel)(*heads_first, segments)  # pyright: ignore[reportAssignmentType]
+    return zero_blind(out.transpose(0, 2, 1, 3), S, q_offset, **seen)
 
 
 def block_length(n: int) -> int:

@@ -28,5 +28,6 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
         options["mask"] = None if mask is None else jnp.broadcast_to(mask, (B, T, S))[:, None]
     if bias is not None:
         bias = jnp.broadcast_to(bias, (bias.shape[0], H, T, S)).astype(q.dtype)
-    out = tokamax.dot_product_attention(q, k, v, bias, scale=scale, logits_soft_cap=softcap, **options)
+    compute = tokamax.dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
+    out = compute(q, k, v, bias, scale=scale, logits_soft_cap=softcap, **options)
     return zero_blind(out, S, q_offset, **seen)

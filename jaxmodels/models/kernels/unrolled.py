@@ -18,8 +18,8 @@ def blocks(plan: Plan, T: int, S: int) -> Iterator[tuple[slice, slice]]:
     """Each block of queries, with the keys that any of them can see."""
     for a in range(0, T, plan.Q):
         b = min(a + plan.Q, T)
-        low, high = plan.offset + a, plan.offset + b
-        ahead = S if not plan.causal and plan.window is None else 0 if plan.causal else plan.window - 1
+        low, high = (plan.offset or 0) + a, (plan.offset or 0) + b
+        ahead = 0 if plan.causal else S if plan.window is None else plan.window - 1
         first = 0 if plan.window is None else min(S, max(0, low - plan.window + 1))
         yield slice(a, b), slice(first, max(first, min(S, high + ahead)))
 
@@ -28,7 +28,9 @@ def cut(plan: Plan, rows: slice, keys: slice, q, k, bias, hidden: Hidden):
     """The arguments of `score` for a block of an unrolled call."""
     if bias is not None:
         bias = bias[:, :, :, rows if bias.shape[3] > 1 else slice(None), keys if bias.shape[4] > 1 else slice(None)]
-    segments = None if hidden.q_segments is None else (hidden.q_segments[:, rows], hidden.kv_segments[:, keys])
+    segments = None
+    if hidden.q_segments is not None and hidden.kv_segments is not None:
+        segments = hidden.q_segments[:, rows], hidden.kv_segments[:, keys]
     t, s = hidden.q_offset[:, None] + jnp.arange(rows.start, rows.stop), jnp.arange(keys.start, keys.stop)
     return plan, q[:, :, :, rows], k[:, :, keys], bias, t, s, segments, None
 
@@ -61,15 +63,16 @@ def backward(plan: Plan, saved: Any, d_out):
     d_bias = None if bias is None else jnp.zeros_like(bias)
     for rows, keys in blocks(plan, q.shape[3], k.shape[2]):
         arguments = cut(plan, rows, keys, q, k, bias, hidden)
+        _, q_part, k_part, bias_part, *_ = arguments
         at = (slice(None),) * 3 + (rows,)
-        dq, dk_part, dv_part, dx = pull(plan, arguments[1], arguments[2], v[:, :, keys], d_out[at], delta[at], lse[at],
+        dq, dk_part, dv_part, dx = pull(plan, q_part, k_part, v[:, :, keys], d_out[at], delta[at], lse[at],
                                         *score(*arguments))
         room = [(0, 0)] * 2 + [(keys.start, k.shape[2] - keys.stop), (0, 0)]
         dqs.append(dq)
         dk, dv = dk + jnp.pad(dk_part, room), dv + jnp.pad(dv_part, room)
-        if bias is not None:
-            corner = (0, 0, 0, rows.start if bias.shape[3] > 1 else 0, keys.start if bias.shape[4] > 1 else 0)
-            part = fold(dx, arguments[3].shape)
+        if d_bias is not None and bias_part is not None:
+            corner = (0, 0, 0, rows.start if d_bias.shape[3] > 1 else 0, keys.start if d_bias.shape[4] > 1 else 0)
+            part = fold(dx, bias_part.shape)
             d_bias = lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, corner, part.shape) + part, corner)
     return jnp.concatenate(dqs, 3).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_bias, None
 

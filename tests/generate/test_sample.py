@@ -1,0 +1,150 @@
+"""Sampling: the cache changes nothing, the seed decides, and each option keeps what it says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmodels
+from jaxmodels.errors import UserError
+from jaxmodels.generate import sample as public
+from jaxmodels.generate.sample import choose, sample
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+
+V = 23
+CONFIGS = {
+    "gpt2": GPT2Config(layers=2, width=16, heads=2, vocab_size=V, context=24),
+    "llama": LlamaConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24, vocab_size=V),
+}
+
+
+@functools.cache
+def load(name):
+    model = jaxmodels.create(CONFIGS[name])
+    rng = np.random.default_rng(0)
+    # large enough that the likeliest token is not always the same, nor always the last one
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), model.shapes())
+    return model, params
+
+
+def prompt(length, rows=2):
+    return np.random.default_rng(length).integers(0, V, (rows, length)).astype(np.int32)
+
+
+OPTIONS = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 1.3, "top_k": 5, "top_p": 0.8}]
+CASES = [("gpt2", OPTIONS[0]), ("llama", OPTIONS[0]), ("gpt2", OPTIONS[1]), ("llama", OPTIONS[2])]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_the_cache_changes_no_token(name, options):
+    model, params = load(name)
+    for length in (1, 3, 8):
+        given = prompt(length)
+        out = sample(model, params, given, 14, seed=7, **options)
+        assert out.shape == (2, length + 14)
+        np.testing.assert_array_equal(out[:, :length], given)
+        assert set(out.flat) <= set(range(V)) and len(set(out[:, length:].flat)) > 2
+        np.testing.assert_array_equal(out, sample(model, params, given, 14, seed=7, cached=False, **options))
+
+
+def test_greedy_takes_the_likeliest_token_of_a_plain_pass():
+    model, params = load("llama")
+    out = sample(model, params, prompt(3), 6, temperature=0)
+    logits = np.asarray(jax.jit(model.apply)(params, jnp.asarray(out)))
+    np.testing.assert_array_equal(out[:, 3:], logits[:, 2:-1].argmax(-1))
+
+
+def test_the_seed_decides():
+    model, params = load("gpt2")
+    one, same, other = (sample(model, params, prompt(3), 14, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    twins = sample(model, params, np.repeat(prompt(3, 1), 2, 0), 14, seed=1)
+    assert (twins[0] != twins[1]).any(), "rows of a batch are drawn each for itself"
+
+
+def test_fewer_tokens_are_the_beginning_of_more():
+    model, params = load("gpt2")
+    np.testing.assert_array_equal(sample(model, params, prompt(3), 14, seed=1)[:, :9],
+                                  sample(model, params, prompt(3), 6, seed=1))
+
+
+def test_one_prompt_may_be_a_plain_list():
+    model, params = load("gpt2")
+    assert public is sample
+    np.testing.assert_array_equal(sample(model, params, [1, 2], 3), sample(model, params, np.array([[1, 2]]), 3))
+
+
+def test_the_likeliest_alone_is_greedy():
+    model, params = load("gpt2")
+    greedy = sample(model, params, prompt(3), 14, temperature=0)
+    np.testing.assert_array_equal(sample(model, params, prompt(3), 14, temperature=1.0, top_k=1, seed=5), greedy)
+
+
+@functools.cache
+def drawn(shares, **options):
+    """How often each token is chosen from these shares, out of 4000."""
+    logits = jnp.log(jnp.array(shares))[None].repeat(4000, 0)
+    tokens = choose(logits, jax.random.key(0), **{"temperature": 1.0, "top_k": None, "top_p": 1.0, **options})
+    return np.bincount(np.asarray(tokens), minlength=len(shares)) / 4000
+
+
+SHARES = (0.1, 0.4, 0.05, 0.25, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_k": 1}, {1}),
+        ({"top_k": 3}, {1, 3, 4}),
+        ({"top_k": 99}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.01}, {1}),
+        ({"top_p": 0.39}, {1}),
+        ({"top_p": 0.41}, {1, 3}),
+        ({"top_p": 0.64}, {1, 3}),
+        ({"top_p": 0.66}, {1, 3, 4}),
+        ({"top_p": 0.96}, {0, 1, 2, 3, 4}),
+        # of the three that are left the first has 0.4 / 0.85, the first two 0.65 / 0.85
+        ({"top_k": 3, "top_p": 0.5}, {1, 3}),
+        ({"top_k": 3, "top_p": 0.45}, {1}),
+        # shares squared: 0.582 and 0.227 of the whole
+        ({"temperature": 0.5, "top_p": 0.58}, {1}),
+        ({"temperature": 0.5, "top_p": 0.6}, {1, 3}),
+        ({"temperature": 0}, {1}),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_from_the_right_set_by_their_shares(options, kept):
+    got = drawn(SHARES, **options)
+    assert set(np.flatnonzero(got)) == kept
+    heat = options.get("temperature", 1.0) or 1.0
+    expected = np.array([share ** (1 / heat) if i in kept else 0 for i, share in enumerate(SHARES)])
+    np.testing.assert_allclose(got, expected / expected.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("length", "tokens", "options", "message"),
+    [
+        (20, 5, {}, "20 tokens and 5 to add, expected at most the model's context of 24 in all, try --tokens 4"),
+        (3, 0, {}, "expected at least 1 of each"),
+        (0, 3, {}, "expected at least 1 of each"),
+        (3, 3, {"temperature": -1.0}, "temperature -1.0"),
+        (3, 3, {"top_k": 0}, "top_k 0"),
+        (3, 3, {"top_p": 0.0}, "top_p 0.0"),
+        (3, 3, {"top_p": 1.5}, "top_p 1.5"),
+    ],
+)
+def test_a_mistake_is_refused(length, tokens, options, message):
+    model, params = load("gpt2")
+    with pytest.raises(UserError) as error:
+        sample(model, params, np.zeros((1, length), np.int32), tokens, **options)
+    assert message in str(error.value)
+
+
+def test_the_context_may_be_filled_to_the_last_token():
+    model, params = load("gpt2")
+    assert sample(model, params, prompt(20), 4, temperature=0).shape == (2, 24)

@@ -1,0 +1,181 @@
+"""FLOPs against closed forms."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxmodels
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.models import functional, layers
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.plan import flops
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def multiply(x, w):
+    return x @ w
+
+
+X, W, SQUARE = array(3, 5), array(5, 7), array(5, 5)
+PRODUCT = 2 * 3 * 5 * 7
+STEP = 2 * 3 * 5 * 5
+
+
+def loop(x, w):
+    return jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=6)[0]
+
+
+def nested(x, w):
+    return jax.lax.scan(lambda c, _: (loop(c, w), None), x, None, length=4)[0]
+
+
+def branches(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "expected"),
+    [
+        (multiply, (X, W), PRODUCT),
+        (jax.jit(multiply), (X, W), PRODUCT),
+        (lambda x, w: jnp.einsum("btd,dhk->bthk", x, w), (array(2, 3, 5), array(5, 7, 4)), 2 * 2 * 3 * 5 * 7 * 4),
+        (lambda q, k: jnp.einsum("bthk,bshk->bhts", q, k), (array(2, 3, 5, 7),) * 2, 2 * 2 * 5 * 3 * 3 * 7),
+        (lambda x: x + x, (X,), 0),
+        (loop, (X, SQUARE), 6 * STEP),
+        (nested, (X, SQUARE), 24 * STEP),
+        (lambda x, w: jax.lax.fori_loop(0, 9, lambda _, c: c @ w, x), (X, SQUARE), 9 * STEP),
+        (lambda x, w: jax.lax.while_loop(lambda c: c.sum() < 0, lambda c: c @ w, x), (X, SQUARE), STEP),
+        (branches, (X, SQUARE), 2 * STEP),
+        (jax.vmap(multiply, (0, None)), (array(8, 3, 5), W), 8 * PRODUCT),
+        (jax.grad(lambda x, w: (x @ w).sum(), (0, 1)), (X, W), 3 * PRODUCT),
+        (jax.grad(lambda x, w: jnp.sin(loop(x, w)).sum(), (0, 1)), (X, SQUARE), 3 * 6 * STEP),
+        (jax.checkpoint(multiply), (X, W), PRODUCT),
+    ],
+    ids=["product", "jit", "contraction", "batch", "sum", "scan", "scan in scan", "fori", "while", "cond", "vmap",
+         "grad", "grad of scan", "checkpoint"],
+)
+def test_products_count_two_for_each_multiply_and_add(fn, args, expected):
+    assert flops.count(fn, *args) == expected
+
+
+def test_recomputation_is_counted_where_it_is_asked_for():
+    def two(x, w):
+        return jnp.sin(jnp.sin(x @ w) @ w)
+
+    args = (X, SQUARE)
+    plain = flops.count(jax.grad(lambda x, w: two(x, w).sum(), (0, 1)), *args)
+    again = flops.count(jax.grad(lambda x, w: jax.checkpoint(two)(x, w).sum(), (0, 1)), *args)
+    assert (plain, again) == (3 * 2 * STEP, 4 * 2 * STEP)
+
+
+def test_custom_gradients_are_seen_through():
+    @jax.custom_vjp
+    def twice(x, w):
+        return x @ w @ w
+
+    twice.defvjp(lambda x, w: (twice(x, w), w), lambda w, g: (g @ w.T, None))
+    assert flops.count(twice, X, SQUARE) == 2 * STEP
+    assert flops.count(jax.grad(lambda x, w: twice(x, w).sum()), X, SQUARE) == 3 * STEP
+
+
+def conv(x, w, stride=1, groups=1, padding="SAME", dilation=None):
+    return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, lhs_dilation=dilation,
+                                        feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def test_convolutions_count_their_taps():
+    x, w = array(2, 8, 6, 4), array(3, 5, 4, 10)
+    full = 2 * 2 * 8 * 6 * 10 * (3 * 5 * 4)
+    assert flops.count(conv, x, w) == full
+    assert flops.count(lambda x, w: conv(x, w, 2), x, w) == full // 4
+    assert flops.count(lambda x, w: conv(x, w, groups=2), x, array(3, 5, 2, 10)) == full // 2
+    assert flops.count(jax.grad(lambda w, x: conv(x, w).sum()), w, x) == 2 * full
+
+
+def test_zeros_between_inputs_are_no_products():
+    x, w = array(2, 8, 6, 4), array(3, 5, 4, 10)
+    up = flops.count(lambda x, w: conv(x, w, padding=((1, 1), (2, 2)), dilation=(2, 2)), x, w)
+    assert up == 2 * 2 * 15 * 11 * 10 * (3 * 5 * 4) // 4
+    # the gradient of a strided convolution costs what the convolution does
+    strided = flops.count(lambda x, w: conv(x, w, 2), x, w)
+    assert flops.count(jax.grad(lambda x, w: conv(x, w, 2).sum()), x, w) == 2 * strided
+
+
+GPT2 = GPT2Config(layers=2, width=24, heads=3, vocab_size=37, context=16)
+LLAMA = LlamaConfig(layers=2, width=24, heads=6, kv_heads=2, head_dim=8, mlp_width=40, vocab_size=37)
+B, T = 2, 10
+
+
+def forward(config):
+    model = jaxmodels.create(config, attention="xla")
+    return flops.count(model.apply, model.shapes(), jax.ShapeDtypeStruct((B, T), jnp.int32))
+
+
+def gpt2_by_hand(c):
+    D, F = c.width, c.mlp_width or 4 * c.width
+    weights = 4 * D * D + 2 * D * F
+    return B * (c.layers * (2 * T * weights + 4 * T * T * D) + 2 * T * D * c.vocab_size)
+
+
+def llama_by_hand(c):
+    D, F, q, kv = c.width, c.mlp_width, c.heads * c.head_size, (c.kv_heads or c.heads) * c.head_size
+    weights = 2 * D * q + 2 * D * kv + 3 * D * F
+    return B * (c.layers * (2 * T * weights + 4 * T * T * q) + 2 * T * D * c.vocab_size)
+
+
+def test_gpt2_counts_its_closed_form():
+    assert forward(GPT2) == gpt2_by_hand(GPT2)
+
+
+def test_llama_with_grouped_heads_counts_its_closed_form():
+    assert forward(LLAMA) == llama_by_hand(LLAMA)
+
+
+def test_each_layer_of_the_scan_counts():
+    deep = GPT2Config(layers=8, width=24, heads=3, vocab_size=37, context=16)
+    head = B * 2 * T * 24 * 37
+    assert forward(deep) - head == 4 * (forward(GPT2) - head)
+
+
+@pytest.mark.parametrize("change", [{}, {"remat": "full"}, {"attention": "blockwise"}, {"dtype": "bfloat16"}], ids=str)
+def test_a_step_is_three_forwards_whatever_is_recomputed_or_skipped(change):
+    data = DataConfig(seq_len=T)
+    for config, by_hand in ((GPT2, gpt2_by_hand), (LLAMA, llama_by_hand)):
+        task = tasks.build(TaskConfig(), jaxmodels.create(config, **change).config, data)
+        assert flops.per_step(task, B) == 3 * by_hand(config)
+
+
+def test_a_step_of_a_classifier():
+    task = tasks.build(TaskConfig(name="classification"), MLPConfig((3, 3, 1), 4, (5,)), DataConfig())
+    assert flops.per_step(task, 6) == 3 * 2 * 6 * (9 * 5 + 5 * 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetConfig:
+    classes: int = 4
+
+
+class Net(nn.Module):
+    config: NetConfig
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = layers.BatchNorm()(layers.Linear((5,), ("features", "embed"))(x), train)
+        return layers.Linear((self.config.classes,), ("embed", "classes"))(x)
+
+
+def test_a_step_of_a_model_with_batch_statistics(monkeypatch):
+    monkeypatch.setattr(functional, "_registered", dict(functional._registered))
+    spec = lambda c, batch: (jax.ShapeDtypeStruct((batch, 3), jnp.float32),)  # noqa: E731
+    functional.register(functional.Family("net", NetConfig, Net, spec, {}))
+    task = tasks.build(TaskConfig(name="classification"), NetConfig(), DataConfig())
+    assert flops.per_step(task, 6) == 3 * 2 * 6 * (3 * 5 + 5 * 4)

@@ -1,0 +1,94 @@
+"""Cross-entropy against numpy, in sums that add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels.tasks.losses import cross_entropy, linear_cross_entropy
+
+B, T, D, V = 3, 7, 5, 11
+SETTINGS = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.05)]
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    features, table = rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+    logits = features @ table.T
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    targets[1] = logits[1].argmax(-1)  # so that some are right
+    targets[0, :3], targets[2, 3:] = -1, -100
+    return features, table, targets, logits
+
+
+def by_hand(logits, targets, smoothing, z_loss):
+    objective = loss = correct = count = 0
+    for row, target in zip(logits.reshape(-1, V).astype(np.float64), targets.reshape(-1), strict=True):
+        if target < 0:
+            continue
+        log_z = np.log(np.exp(row).sum())
+        wanted = np.full(V, smoothing / V)
+        wanted[target] += 1 - smoothing
+        objective += -(wanted * (row - log_z)).sum() + z_loss * log_z**2
+        loss += log_z - row[target]
+        correct += row.argmax() == target
+        count += 1
+    return objective, loss, correct, count
+
+
+@pytest.mark.parametrize(("smoothing", "z_loss"), SETTINGS)
+def test_cross_entropy_equals_its_formula(case, smoothing, z_loss):
+    _, _, targets, logits = case
+    expected = by_hand(logits, targets, smoothing, z_loss)
+    assert T <= expected[2] < expected[3] == B * T - 7
+    np.testing.assert_allclose(cross_entropy(logits, targets, smoothing, z_loss), expected, rtol=1e-5)
+
+
+def test_the_gradient_is_the_softmax_less_the_target_and_0_where_ignored(case):
+    _, _, targets, logits = case
+    got = jax.grad(lambda x: cross_entropy(x, targets).objective)(jnp.asarray(logits))
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = (share - np.eye(V)[np.maximum(targets, 0)]) * (targets >= 0)[..., None]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    scores = cross_entropy(jnp.array([[1e4, -1e4, 0.0]]), jnp.array([1]), 0.1, 1e-4)
+    assert scores.loss == pytest.approx(2e4)
+    assert np.isfinite(scores.objective)
+
+
+def test_sums_of_parts_add_to_the_whole(case):
+    _, _, targets, logits = case
+    whole = cross_entropy(logits, targets, 0.1, 0.01)
+    parts = [cross_entropy(logits[i : i + 1], targets[i : i + 1], 0.1, 0.01) for i in range(B)]
+    np.testing.assert_allclose(np.sum([np.array(p, np.float64) for p in parts], axis=0), np.array(whole), rtol=1e-5)
+    assert [int(p.count) for p in parts] == [4, 7, 3], "the mean of the parts' means would be another number"
+
+
+def test_nothing_to_predict_is_a_sum_of_0_of_0(case):
+    _, _, targets, logits = case
+    assert [float(x) for x in cross_entropy(logits, np.full_like(targets, -1), 0.1, 0.1)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 32])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [SETTINGS[0], SETTINGS[-1]])
+def test_chunks_of_logits_give_the_scores_and_gradients_of_the_whole(case, chunk, smoothing, z_loss):
+    features, table, targets, _ = case
+
+    def whole(h, w):
+        scores = cross_entropy(h @ w.T, targets, smoothing, z_loss)
+        return 0.5 * scores.objective, scores
+
+    def chunked(h, w):
+        scores = linear_cross_entropy(h, w, targets, smoothing, z_loss, chunk)
+        return 0.5 * scores.objective, scores
+
+    (_, expected), gradients = jax.value_and_grad(whole, (0, 1), has_aux=True)(features, table)
+    (_, got), gradients2 = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(features, table)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for a, b in zip(gradients2, gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    plain = linear_cross_entropy(features, table, targets, smoothing, z_loss, chunk)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5)

@@ -1,0 +1,178 @@
+"""Configs as data, and the one line that a mistake on the command line gets."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxmodels import config as configs
+from jaxmodels.config import Config, OptimConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig, RopeScaling
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.options import RunOptions, configured
+
+FILE = "configs/gpt_stdlib.py"
+
+
+@pytest.fixture(autouse=True)
+def at_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.mark.parametrize("model", [GPT2Config(layers=3), LlamaConfig(rope_scaling=RopeScaling(8.0)), MLPConfig()])
+def test_a_config_survives_json(model):
+    cfg = Config(model=model, optim=OptimConfig(name="lion", clip_norm=None, decay_on=("matrix",)))
+    assert configs.from_json(json.loads(json.dumps(configs.to_json(cfg)))) == cfg
+
+
+def test_every_config_file_loads(root):
+    for path in sorted((root / "configs").glob("*.py")):
+        cfg = configs.load(path)
+        assert configs.from_json(configs.to_json(cfg)) == cfg, path
+
+
+def test_options_override_fields_of_every_section():
+    argv = [FILE, "--optim.peak-lr", "1e-4", "--mesh.fsdp", "4", "--model.layers", "2", "--run-dir", "x", "--resume", "must",
+            "--train.ema", "0.99", "--data.path", "a", "b", "--metrics.tensorboard", "False", "--optim.clip_norm", "None"]
+    cfg, where = configured(argv, "jaxmodels train", RunOptions)
+    assert (cfg.optim.peak_lr, cfg.mesh.fsdp, cfg.model.layers, cfg.train.ema) == (1e-4, 4, 2, 0.99)
+    assert cfg.data.path == ("a", "b") and cfg.metrics.tensorboard is False and cfg.optim.clip_norm is None
+    assert where == RunOptions("x", "must")
+
+
+def test_the_help_documents_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        configured([FILE, "--help"], "jaxmodels train", RunOptions)
+    assert not stop.value.code
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for kind, section in ((OptimConfig, "optim."), (GPT2Config, "model."), (RunOptions, "")):
+        for name, text in configs.docs(kind).items():
+            assert f"--{section}{name}".replace("_", "-") in shown
+            assert " ".join(text.split()[:4]) in shown, (name, text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--optim.peek-lr", "3"], "got '--optim.peek-lr', expected an option of jaxmodels train configs/gpt_stdlib.py, "
+                                  "did you mean '--optim.peak-lr'?"),
+        (["--modl.layers", "3"], "did you mean '--model.layers'?"),
+        (["--batch-size", "3"], "did you mean '--data.batch-size'?"),
+        (["--optim.peak-lr", "high"], "got --optim.peak-lr 'high', expected FLOAT"),
+        (["--train.steps", "1.5"], "got --train.steps '1.5', expected INT"),
+        (["--optim.name", "adamw2"], "got --optim.name 'adamw2', expected one of adamw, "),
+        (["--optim.name", "adamw2"], "did you mean 'adamw'?"),
+        (["--optim.peak-lr"], "--optim.peak-lr"),
+        (["extra"], "got 'extra', expected options only"),
+        (["--model.heads", "7"], "got width 128 with heads 7, expected width to be a multiple of heads, try heads 8"),
+    ],
+)
+def test_a_mistake_gets_one_line(argv, said):
+    with pytest.raises(UserError) as error:
+        configured([FILE, *argv], "jaxmodels train", RunOptions)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "got no config, expected a config file first, try jaxmodels train configs/gpt_stdlib.py"),
+        (["--train.steps", "3"], "expected a config file first"),
+        (["configs/gpt_stdlb.py"], "did you mean 'configs/gpt_stdlib.py'?"),
+        (["README.md"], "expected"),
+    ],
+)
+def test_a_config_that_is_not_there_gets_one_line(argv, said):
+    with pytest.raises(UserError, match="got") as error:
+        configured(argv, "jaxmodels train", RunOptions)
+    assert said in str(error.value)
+
+
+def test_an_error_inside_a_config_file_names_the_file(tmp_path):
+    file = tmp_path / "wrong.py"
+    file.write_text("from jaxmodels.models.gpt2 import GPT2Config\ndef get_config():\n    return GPT2Config()\n")
+    with pytest.raises(UserError, match=r"got GPT2Config from get_config\(\)"):
+        configs.load(file)
+    file.write_text("import nothing_like_this\n")
+    with pytest.raises(UserError, match=r"wrong.py' that fails with ModuleNotFoundError"):
+        configs.load(file)
+
+
+def test_differences_and_provenance():
+    cfg = configs.load(FILE)
+    other = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, peak_lr=1.0))
+    assert configs.differences(cfg, other) == {"optim.peak_lr": (cfg.optim.peak_lr, 1.0)}
+    origin = {"file": FILE, "overrides": ["--optim.peak-lr", "1.0"]}
+    assert configs.provenance(other, "optim.peak_lr", origin) == "command line"
+    assert configs.provenance(cfg, "model.width", {"file": FILE}) == f"config file {FILE}"
+    assert configs.provenance(cfg, "optim.b1", {"file": FILE}) == "default"
+    assert configs.documentation(cfg, "optim.b1").startswith("First-moment decay")
+
+
+def test_a_config_of_another_version_is_refused_by_name():
+    value = configs.to_json(configs.load(FILE))
+    value["optim"]["peak_rate"] = 3
+    with pytest.raises(UserError, match="got unknown field 'peak_rate' for OptimConfig"):
+        configs.from_json(value)
+
+
+def run(*argv, **env):
+    return subprocess.run([sys.executable, "-m", "jaxmodels", *argv], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **env})
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--data.batch-size", "12", "--mesh.fsdp", "8"], "got data.batch_size 12, expected a multiple of 8"),
+        (["--model.vocab-size", "100"], "got model.vocab_size 100, expected at least the tokenizer's 256"),
+        (["--data.source", "text", "--data.path", "no/such/*.txt"], "no/such/*.txt"),
+        (["--mesh.data", "3"], "expected 8"),
+        (["--data.seq-len", "4096"], "got data.seq_len 4096, expected at most model.context"),
+        (["--train.strategy", "pmap", "--mesh.data", "4", "--mesh.tensor", "2"], "expected data only"),
+        (["--model.attention", "flash"], "flash"),
+        (["--task.name", "classification"], "expected a classifier"),
+        (["--profile.steps", "9:3"], "got profile.steps '9:3'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_compiled(argv, said, capsys, tmp_path, monkeypatch):
+    import jax
+
+    from jaxmodels.cli import main
+
+    def never(*_, **__):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(jax._src.compiler, "backend_compile_and_load", never)
+    assert main(["train", FILE, "--run-dir", str(tmp_path / "run"), *argv]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and shown.startswith("error: got") and shown.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_in_a_process_of_its_own():
+    typo = run("trian")
+    assert typo.returncode == 2
+    assert typo.stderr == ("error: got command 'trian', expected one of train, eval, sample, models, data, config, did you "
+                           "mean 'train'?\n")
+    assert run("--help").stdout.startswith("usage: jaxmodels COMMAND")
+    traced = run("sample", "no/such/run", "--traceback")
+    assert traced.returncode == 1 and "Traceback" in traced.stderr and "UserError" in traced.stderr
+
+
+def test_models_lists_presets_and_shows_a_tree(capsys):
+    from jaxmodels.cli import main
+
+    assert main(["models"]) == 0
+    listed = capsys.readouterr().out
+    assert "llama3-8b" in listed and "8,030,261,248" in listed and "124,439,808" in listed
+    assert main(["models", "llama3-8b"]) == 0
+    assert "layers/attn/k/w          layers=32  embed=4096  kv_heads=8  head_dim=128" in capsys.readouterr().out
+    assert main(["models", "llama3-8"]) == 2
+    assert "did you mean 'llama3-8b'" in capsys.readouterr().err
