@@ -11,6 +11,7 @@ from jaxmodels.errors import UserError, nearest
 BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
+    "data": "training on real data against synthetic batches",
 }
 """Name of a module here -> one line of help."""
 

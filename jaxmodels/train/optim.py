@@ -9,18 +9,14 @@ import optax
 from optax import contrib
 
 from jaxmodels.config import OptimConfig
-from jaxmodels.errors import UserError
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then the configured shape.
+    """Learning rate as a function of the step: linear warm-up, then the configured shape up to the last step.
 
     Source: wsd is MiniCPM's warmup-stable-decay (Hu et al. 2024).
     """
     warmup = cfg.warmup_steps
-    if warmup >= steps > 0 and warmup > 0:
-        raise UserError(f"got optim.warmup_steps {warmup}, expected fewer than train.steps {steps}, "
-                        f"try --optim.warmup-steps {steps // 10}")
     rest, peak, final = max(steps - warmup, 1), cfg.peak_lr, cfg.peak_lr * cfg.final_lr_fraction
     if cfg.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, cfg.final_lr_fraction)

@@ -296,7 +296,8 @@ def test_fused_kernels_get_only_their_devices_examples_and_heads():
     mesh, seen = jax.make_mesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3), {}
 
     def attend(q, k, v, **rest):
-        seen.update(q=q.shape, k=k.shape, ids=rest["segments"][0].shape, same=rest["segments"][0] is rest["segments"][1])
+        ids, other = rest["segments"]
+        seen.update(q=q.shape, k=k.shape, ids=ids.shape, same=ids is other)
         return q
 
     q, k, v, _ = arrays(T=128, S=128, G=2)

@@ -221,6 +221,8 @@ def test_dropout_happens_in_training_only_and_is_a_function_of_the_key():
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.1
     assert np.abs(one - calm).max() > 0.1
+    silent = {**params, "layers": jax.tree.map(jnp.zeros_like, params["layers"])}  # leaves that of the embeddings alone
+    assert np.abs(apply(silent, tokens, train=True, rng=jax.random.key(0)) - apply(silent, tokens)).max() > 0.1
 
 
 @pytest.mark.parametrize("config", [CONFIGS["gpt2"], LLAMA], ids=["gpt2", "llama"])

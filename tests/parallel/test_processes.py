@@ -1,0 +1,52 @@
+"""Two real processes compute what one does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+FIELDS = ["--train.steps", "6", "--metrics.every", "1", "--checkpoint.every", "3", "--eval.batches", "2", "--model.layers", "1",
+          "--model.width", "32", "--model.attention", "xla", "--data.seq-len", "32", "--data.batch-size", "8",
+          "--eval.every", "3", "--metrics.progress", "plain"]
+
+
+def train(run, processes, root, *fields):
+    command = [sys.executable, "-m", "launch", "local", "--processes", str(processes), "--devices-per-process",
+               str(4 // processes), "--platform", "cpu", "--", "configs/gpt_stdlib.py", "--run-dir", str(run), *FIELDS, *fields]
+    env = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return rows, done.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, root):
+    folder = tmp_path_factory.mktemp("processes")
+    fields = ("--mesh.data", "2", "--mesh.fsdp", "2")
+    return folder, train(folder / "one", 1, root, *fields), train(folder / "two", 2, root, *fields)
+
+
+def test_two_processes_give_the_losses_of_one(runs):
+    _, (one, _), (two, _) = runs
+    assert [row["step"] for row in two] == [1, 2, 3, 4, 5, 6]
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/accuracy"):
+        a, b = ([row[name] for row in rows if name in row] for rows in (one, two))
+        assert len(a) == len(b) and a
+        assert b == pytest.approx(a, abs=1e-5), name
+
+
+def test_only_the_first_process_shows_progress(runs):
+    _, _, (_, shown) = runs
+    assert sum("step 6/6  loss" in line for line in shown.splitlines()) == 1
+
+
+def test_a_run_of_two_processes_goes_on_as_one(runs, root):
+    folder, (one, _), _ = runs
+    more = ("--mesh.data", "4", "--train.steps", "8", "--resume", "must")
+    rows, shown = train(folder / "two", 1, root, *more)
+    assert "resumed at step 6 of 8" in shown
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[5]["train/loss"] == pytest.approx(one[5]["train/loss"], abs=1e-5)
