@@ -11,6 +11,7 @@ from jaxmodels.errors import UserError, nearest
 BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
+    "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
     "data": "training on real data against synthetic batches",
 }
 """Name of a module here -> one line of help."""
@@ -18,21 +19,25 @@ BENCHMARKS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one benchmark; returns the exit code."""
-    usage = "\n".join(["usage: python -m benchmarks NAME [options]; NAME --help shows its options", ""]
-                      + [f"  {name:<12} {text}" for name, text in BENCHMARKS.items()])
+    usage = "\n".join(
+        ["usage: python -m benchmarks NAME [options]; NAME --help shows its options", ""]
+        + [f"  {name:<12} {text}" for name, text in BENCHMARKS.items()]
+    )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0 if argv else 2
     name, *rest = argv
     try:
         if name not in BENCHMARKS:
-            raise UserError(f"got benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}"
-                            f"{nearest(name, BENCHMARKS)}")
+            raise UserError(
+                f"got benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}{nearest(name, BENCHMARKS)}"
+            )
         import tyro
 
         module = importlib.import_module(f"benchmarks.{name}")
-        module.run(tyro.cli(module.Options, prog=f"python -m benchmarks {name}", description=BENCHMARKS[name],
-                            args=rest))
+        module.run(
+            tyro.cli(module.Options, prog=f"python -m benchmarks {name}", description=BENCHMARKS[name], args=rest)
+        )
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

@@ -75,7 +75,7 @@ def run(options: Options) -> Path:
                 able.append(name)
         for backward in (False, True):
             rows += measure(options, T, able, inputs, backward, taken)
-            for row in rows[-len(able):] if able else []:
+            for row in rows[-len(able) :] if able else []:
                 print(f"T={T:<6} {row['pass']:<17} {row['kernel']:<10} {row['ms']:9.2f} ms", flush=True)
     notes = [
         f"shapes: batch {options.batch}, {options.heads} heads of queries, {options.kv_heads or options.heads} of "
@@ -85,17 +85,26 @@ def run(options: Options) -> Path:
         + (", half of it as causal hides half" if options.causal else ""),
         "memory: the compiled program's temporary bytes; error: largest difference from the `xla` kernel in float32 "
         "at highest precision, as a share of its largest value (of output, or of the gradients)",
-        "auto: the kernel that `kernel=\"auto\"` takes for this shape",
+        'auto: the kernel that `kernel="auto"` takes for this shape',
         *device_memory(),
         *(f"not measured: `{name}` {reason}" for name, reason in refused.items()),
     ]
     if not rows:
         raise UserError("got no kernel that runs here, " + "; ".join(f"{n} {r}" for n, r in refused.items()))
-    columns = {"T": "T", "pass": "pass", "kernel": "kernel", "auto": "auto", "ms": "ms", "tflops": "TFLOP/s",
-               "memory_mib": "memory, MiB", "error": "error"}
+    columns = {
+        "T": "T",
+        "pass": "pass",
+        "kernel": "kernel",
+        "auto": "auto",
+        "ms": "ms",
+        "tflops": "TFLOP/s",
+        "memory_mib": "memory, MiB",
+        "error": "error",
+    }
     name = f"attention_{platform()}"
-    path = record.write(name, f"Attention on {platform()}", rows, out=options.out, notes=notes, columns=columns,
-                        plot=plot)
+    path = record.write(
+        name, f"Attention on {platform()}", rows, out=options.out, notes=notes, columns=columns, plot=plot
+    )
     for kernel, reason in refused.items():
         print(f"not measured: {kernel} {reason}")
     print(f"wrote {path}")
@@ -118,8 +127,13 @@ def random_inputs(options: Options, T: int) -> list[Array]:
 def call_of(options: Options, inputs: Sequence[Array]) -> Call:
     """What the kernels are asked for."""
     q, k = inputs[:2]
-    asked: dict[str, Any] = {"causal": options.causal, "window": None, "dropout": 0.0, "softcap": None,
-                             "scale": options.head_dim**-0.5}
+    asked: dict[str, Any] = {
+        "causal": options.causal,
+        "window": None,
+        "dropout": 0.0,
+        "softcap": None,
+        "scale": options.head_dim**-0.5,
+    }
     return describe({"q": q, "k": k, "segments": None, "bias": None, "q_offset": 0, "kv_length": None}, asked)
 
 
@@ -142,8 +156,9 @@ def program(options: Options, kernel: str, backward: bool) -> Callable[..., Any]
     return gradients if backward else lambda q, k, v, d_out: forward(q, k, v)
 
 
-def measure(options: Options, T: int, kernels: Sequence[str], inputs: Sequence[Array], backward: bool,
-            taken: str) -> list[dict[str, Any]]:
+def measure(
+    options: Options, T: int, kernels: Sequence[str], inputs: Sequence[Array], backward: bool, taken: str
+) -> list[dict[str, Any]]:
     """One row for each kernel."""
     exact = [x.astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):
@@ -153,12 +168,19 @@ def measure(options: Options, T: int, kernels: Sequence[str], inputs: Sequence[A
     rows = []
     for name, f in compiled.items():
         seconds = statistics.median(times[name])
-        rows.append({
-            "T": T, "pass": "forward+backward" if backward else "forward", "kernel": name,
-            "auto": "←" if name == taken else "", "ms": seconds * 1e3, "all_ms": [s * 1e3 for s in times[name]],
-            "tflops": flops(options, T, backward) / seconds / 1e12,
-            "memory_mib": temporary_bytes(f) / 2**20, "error": error(f(*inputs), expected),
-        })
+        rows.append(
+            {
+                "T": T,
+                "pass": "forward+backward" if backward else "forward",
+                "kernel": name,
+                "auto": "←" if name == taken else "",
+                "ms": seconds * 1e3,
+                "all_ms": [s * 1e3 for s in times[name]],
+                "tflops": flops(options, T, backward) / seconds / 1e12,
+                "memory_mib": temporary_bytes(f) / 2**20,
+                "error": error(f(*inputs), expected),
+            }
+        )
     return rows
 
 
@@ -179,16 +201,24 @@ def plot(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     kernels = [name for name in CONTRACT if any(row["kernel"] == name for row in rows)]
     colors = dict(zip(CONTRACT, ("#5b6770", "#d1495b", "#2e8b57", "#2a6fbb", "#8e5ea2"), strict=True))
     marks = dict(zip(CONTRACT, "osD^v", strict=True))
-    panels = [("forward", "ms", "milliseconds"), ("forward+backward", "ms", "milliseconds"),
-              ("forward+backward", "memory_mib", "temporary memory, MiB")]
+    panels = [
+        ("forward", "ms", "milliseconds"),
+        ("forward+backward", "ms", "milliseconds"),
+        ("forward+backward", "memory_mib", "temporary memory, MiB"),
+    ]
     axes = figure.subplots(1, 3)
     for ax, (part, key, unit) in zip(axes, panels, strict=True):
         for name in kernels:
             points = [(row["T"], row[key]) for row in rows if row["kernel"] == name and row["pass"] == part]
             ax.plot(*zip(*points, strict=True), marker=marks[name], color=colors[name], label=name, linewidth=2)
         lengths = sorted({row["T"] for row in rows})
-        ax.set(xscale="log", yscale="log", xlabel="sequence length, tokens", ylabel=unit,
-               title=part if key == "ms" else "memory, " + part)
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="sequence length, tokens",
+            ylabel=unit,
+            title=part if key == "ms" else "memory, " + part,
+        )
         ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
         ax.minorticks_off()
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")

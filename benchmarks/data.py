@@ -45,10 +45,23 @@ def run(options: Options) -> None:
         for contestant in (real, synthetic):
             contestant.end()
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(real.turns[1:], synthetic.turns[1:], strict=True)]
-    rows = [{"data": name, "seconds": statistics.median(t["seconds"] for t in c.turns[1:]) / options.steps,
-             "ratio": statistics.median(ratios) if c is real else 1.0}
-            for name, c in (("real", real), ("synthetic", synthetic))]
-    path = record.write(f"data_{Path(options.config).stem}", f"Real against synthetic data, {Path(options.config).stem}",
-                        rows, out=options.out, columns={"data": "data", "seconds": "seconds a step (median)",
-                                                        "ratio": "throughput ÷ synthetic (median of rounds)"})
+    rows = [
+        {
+            "data": name,
+            "seconds": statistics.median(t["seconds"] for t in c.turns[1:]) / options.steps,
+            "ratio": statistics.median(ratios) if c is real else 1.0,
+        }
+        for name, c in (("real", real), ("synthetic", synthetic))
+    ]
+    path = record.write(
+        f"data_{Path(options.config).stem}",
+        f"Real against synthetic data, {Path(options.config).stem}",
+        rows,
+        out=options.out,
+        columns={
+            "data": "data",
+            "seconds": "seconds a step (median)",
+            "ratio": "throughput ÷ synthetic (median of rounds)",
+        },
+    )
     print(path.read_text())

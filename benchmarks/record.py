@@ -95,9 +95,16 @@ def command() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
-def write(name: str, title: str, rows: Sequence[Mapping[str, Any]], *, out: Path | None = None,
-          notes: Sequence[str] = (), columns: Mapping[str, str] | None = None,
-          plot: Callable[[Any, Sequence[Mapping[str, Any]]], None] | None = None) -> Path:
+def write(
+    name: str,
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    out: Path | None = None,
+    notes: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    plot: Callable[[Any, Sequence[Mapping[str, Any]]], None] | None = None,
+) -> Path:
     """Write NAME.json, NAME.md and, with `plot(figure, rows)`, NAME.png; returns the path of the Markdown.
 
     `columns` chooses and orders the table's columns: key -> heading with its unit.
@@ -109,13 +116,16 @@ def write(name: str, title: str, rows: Sequence[Mapping[str, Any]], *, out: Path
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     state = " (with changes that are not committed)" if about["changed"] else ""
     lines = [
-        f"# {title}", "",
+        f"# {title}",
+        "",
         f"- hardware: {about['hardware']}, {about['cores']} cores, {about['devices']} JAX device(s), load average "
         f"{about['load']} at the end",
         "- versions: " + ", ".join(f"{name} {number}" for name, number in about["versions"].items()),
         f"- commit: {about['commit'][:12]}{state}, {about['time']}",
         f"- command: `{about['command']}`",
-        *(f"- {note}" for note in notes), "", markdown(rows, columns),
+        *(f"- {note}" for note in notes),
+        "",
+        markdown(rows, columns),
     ]
     if plot is not None:
         draw(folder / f"{name}.png", f"{title}: {about['hardware']}, {about['cores']} cores", plot, rows)
@@ -143,16 +153,25 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def draw(path: Path, title: str, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None],
-         rows: Sequence[Mapping[str, Any]]) -> None:
+def draw(
+    path: Path, title: str, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None], rows: Sequence[Mapping[str, Any]]
+) -> None:
     """Save what `plot(figure, rows)` draws."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                            "axes.spines.right": False, "savefig.dpi": 130})
+    pyplot.rcParams.update(
+        {
+            "font.size": 11,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "savefig.dpi": 130,
+        }
+    )
     figure = pyplot.figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(title)
     plot(figure, rows)

@@ -26,8 +26,20 @@ from benchmarks import record
 from jaxmodels.errors import UserError
 
 # all that a state can hold changes: dropout uses the key, the average lags behind the parameters
-OVERRIDES = ("--model.dropout", "0.1", "--train.ema", "0.99", "--metrics.every", "1", "--metrics.progress", "plain",
-             "--eval.batches", "4", "--checkpoint.keep", "3")
+OVERRIDES = [
+    "--model.dropout",
+    "0.1",
+    "--train.ema",
+    "0.99",
+    "--metrics.every",
+    "1",
+    "--metrics.progress",
+    "plain",
+    "--eval.batches",
+    "4",
+    "--checkpoint.keep",
+    "3",
+]
 PATIENCE = 600.0  # seconds that a run may be silent
 
 
@@ -53,12 +65,28 @@ class Run:
     def __init__(self, name: str, folder: Path, options: Options):
         self.name, self.folder, self.log = name, folder / "run", folder / "output.txt"
         self.every = max(1, options.steps // 12)
-        self.command = [sys.executable, "-m", "jaxmodels", "train", options.config, "--run-dir", str(self.folder),
-                        "--train.steps", str(options.steps), "--checkpoint.every", str(self.every),
-                        "--eval.every", str(2 * self.every), *OVERRIDES]
+        self.command = [
+            sys.executable,
+            "-m",
+            "jaxmodels",
+            "train",
+            options.config,
+            "--run-dir",
+            str(self.folder),
+            "--train.steps",
+            str(options.steps),
+            "--checkpoint.every",
+            str(self.every),
+            "--eval.every",
+            str(2 * self.every),
+            *OVERRIDES,
+        ]
         # a cache of its own: a kill may come while a compiled program is being written to it
-        self.environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
-                            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self.rows: list[dict[str, Any]] = []
         self.claims: list[tuple[str, bool]] = []
         self.spoiled: set[str] = set()
@@ -66,8 +94,9 @@ class Run:
     def start(self) -> None:
         self.began = time.perf_counter()
         with self.log.open("w") as file:
-            self.process = subprocess.Popen(self.command, cwd=record.ROOT, env=self.environment, stdout=file,
-                                            stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                self.command, cwd=record.ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT
+            )
 
     def wait(self, until: Callable[[], Any], what: str) -> bool:
         """Wait for something to be so; False: the process ended before."""
@@ -88,12 +117,19 @@ class Run:
         self.wait(lambda: self.process.poll() is not None, "end")
         resumed = re.search(r"resumed at step (\d+)", self.output())
         good, bad = self.checkpoints()
-        self.rows.append({
-            "run": self.name, "what": what, "after_s": time.perf_counter() - self.began,
-            "code": self.process.returncode,
-            "from": int(resumed[1]) if resumed else 0 if self.step() else None, "step": self.step() or None,
-            "checkpoints": " ".join(map(str, good)) or "none yet", "unreadable": "; ".join(bad) or "none",
-            "unfinished": " ".join(p.name for p in self.numbered(r"\d+\.\w+")) or "none"})
+        self.rows.append(
+            {
+                "run": self.name,
+                "what": what,
+                "after_s": time.perf_counter() - self.began,
+                "code": self.process.returncode,
+                "from": int(resumed[1]) if resumed else 0 if self.step() else None,
+                "step": self.step() or None,
+                "checkpoints": " ".join(map(str, good)) or "none yet",
+                "unreadable": "; ".join(bad) or "none",
+                "unfinished": " ".join(p.name for p in self.numbered(r"\d+\.\w+")) or "none",
+            }
+        )
         print("  ".join(f"{name}={value}" for name, value in self.rows[-1].items()), flush=True)
         return self.rows[-1]
 
@@ -149,8 +185,11 @@ def run(options: Options) -> Path:
 
         whole = make("left alone")
         times = leave(whole)
-        runs = [kill(make("killed"), options, times), stop(make("told to stop"), options),
-                damage(make("damaged"), options)]
+        runs = [
+            kill(make("killed"), options, times),
+            stop(make("told to stop"), options),
+            damage(make("damaged"), options),
+        ]
         full = make("disk full")
         size = sum(path.stat().st_size for path in whole.numbered()[-1].rglob("*"))
         if refused := mount(full.folder.parent / "disk", 8 * size + 2**22, stack):
@@ -160,13 +199,24 @@ def run(options: Options) -> Path:
         claims = [*compare(options, whole, runs), *(claim for each in runs for claim in each.claims)]
     for claim, holds in claims:
         print(f"{'holds' if holds else 'FAILS'}: {claim}")
-    notes = [*(f"{'holds' if holds else '**FAILS**'}: {claim}" for claim, holds in claims), *skipped,
-             f"setting: `{options.config}`, {options.steps} steps, a checkpoint of {size / 1e6:.1f} MB every "
-             f"{whole.every}, an evaluation every {2 * whole.every}, dropout and a moving average of the parameters on"
-             f"; moments drawn with seed {options.seed}, spread over start, compilation, steps and saves"]
-    columns = {"run": "run", "what": "what happened", "after_s": "s after start", "code": "exit code",
-               "from": "began at step", "step": "printed step", "checkpoints": "checkpoints, all files verified",
-               "unreadable": "unreadable", "unfinished": "left unfinished"}
+    notes = [
+        *(f"{'holds' if holds else '**FAILS**'}: {claim}" for claim, holds in claims),
+        *skipped,
+        f"setting: `{options.config}`, {options.steps} steps, a checkpoint of {size / 1e6:.1f} MB every "
+        f"{whole.every}, an evaluation every {2 * whole.every}, dropout and a moving average of the parameters on"
+        f"; moments drawn with seed {options.seed}, spread over start, compilation, steps and saves",
+    ]
+    columns = {
+        "run": "run",
+        "what": "what happened",
+        "after_s": "s after start",
+        "code": "exit code",
+        "from": "began at step",
+        "step": "printed step",
+        "checkpoints": "checkpoints, all files verified",
+        "unreadable": "unreadable",
+        "unfinished": "left unfinished",
+    }
     rows = [row for each in (whole, *runs) for row in each.rows]
     path = record.write("resume", "Kill and resume", rows, out=options.out, notes=notes, columns=columns)
     print(f"wrote {path}")
@@ -207,8 +257,12 @@ def kill(run: Run, options: Options, times: dict[str, float]) -> Run:
     run.start()
     run.end("finished")
     codes = [row["code"] for row in run.rows]
-    run.claims.append((f"the run was killed {options.kills} times and then finished",
-                       codes == [-signal.SIGKILL] * options.kills + [0]))
+    run.claims.append(
+        (
+            f"the run was killed {options.kills} times and then finished",
+            codes == [-signal.SIGKILL] * options.kills + [0],
+        )
+    )
     return run
 
 
@@ -219,8 +273,12 @@ def stop(run: Run, options: Options) -> Run:
         run.wait(lambda share=share: run.step() >= share * options.steps, "step")
         row = run.end(signal.Signals(number).name, number)
         saved = run.checkpoints()[0]
-        run.claims.append((f"{row['what']}: exit code 75, saved where it was (step {saved[-1]})",
-                           row["code"] == 75 and row["step"] == saved[-1]))
+        run.claims.append(
+            (
+                f"{row['what']}: exit code 75, saved where it was (step {saved[-1]})",
+                row["code"] == 75 and row["step"] == saved[-1],
+            )
+        )
     run.start()
     run.end("finished")
     return run
@@ -239,8 +297,12 @@ def damage(run: Run, options: Options) -> Run:
         run.wait(run.step, "first step")
         row = run.end(f"{how.__doc__} in {newest.name}, then kill -9", signal.SIGKILL)
         said = f"CHECKPOINT DAMAGED: step {newest.name}" in run.output()
-        run.claims.append((f"{how.__doc__}: detected, said, step {before.name} used instead of {newest.name}",
-                           said and row["from"] == int(before.name)))
+        run.claims.append(
+            (
+                f"{how.__doc__}: detected, said, step {before.name} used instead of {newest.name}",
+                said and row["from"] == int(before.name),
+            )
+        )
     run.start()
     run.end("finished")
     return run
@@ -274,8 +336,12 @@ def fill(run: Run, size: int) -> Run:
     row = run.end("disk full")
     good, bad = run.checkpoints()
     said = re.search(r"error: checkpoint of step \d+ NOT saved: No space left on device", run.output())
-    run.claims.append((f"disk full: said, exit code 1, the last good checkpoint (step {good[-1] if good else None}) "
-                       "survives", bool(said and good and not bad and row["code"] == 1)))
+    run.claims.append(
+        (
+            f"disk full: said, exit code 1, the last good checkpoint (step {good[-1] if good else None}) survives",
+            bool(said and good and not bad and row["code"] == 1),
+        )
+    )
     ballast.unlink()
     run.start()
     run.end("room made, finished")
@@ -287,8 +353,9 @@ def mount(folder: Path, size: int, stack: contextlib.ExitStack) -> str:
     folder.mkdir()
     if sys.platform != "linux" or os.geteuid():
         return "a tmpfs of its own needs root on Linux"
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return " ".join(done.stderr.split())
     stack.callback(subprocess.run, ["umount", "-l", folder], check=True)
@@ -303,15 +370,24 @@ def compare(options: Options, whole: Run, runs: Sequence[Run]) -> list[tuple[str
     looked = sum(len(re.findall(r"\d+", row["checkpoints"])) for row in rows)
     digest = hashlib.sha256("".join(expected.values()).encode()).hexdigest()
     return [
-        (f"the final state ({len(expected)} arrays: parameters, optimizer, average, key, step; sha256 {digest[:16]}) "
-         f"is bit-identical in the runs {names}", all(bits(run, options) == expected for run in runs)),
-        (f"no checkpoint was ever unreadable, but for two spoiled on purpose: {looked} looked at after {len(rows)} "
-         "ends, every file hashed",
-         all(row["unreadable"] == "none" for row in rows)),
-        (f"metrics.jsonl has each of the {options.steps} steps once",
-         all([row["step"] for row in run.metrics()] == list(range(1, options.steps + 1)) for run in (whole, *runs))),
-        (f"and the same values in every run ({sum('eval/loss' in row for row in metrics)} evaluations)",
-         all(run.metrics() == metrics for run in runs)),
+        (
+            f"the final state ({len(expected)} arrays: parameters, optimizer, average, key, step; sha256 {digest[:16]}) "
+            f"equals bit by bit in {names}",
+            all(bits(run, options) == expected for run in runs),
+        ),
+        (
+            f"no checkpoint was ever unreadable, but for two spoiled on purpose: {looked} looked at after {len(rows)} "
+            "ends, every file hashed",
+            all(row["unreadable"] == "none" for row in rows),
+        ),
+        (
+            f"metrics.jsonl has each of the {options.steps} steps once",
+            all([row["step"] for row in run.metrics()] == list(range(1, options.steps + 1)) for run in (whole, *runs)),
+        ),
+        (
+            f"and the same values in every run ({sum('eval/loss' in row for row in metrics)} evaluations)",
+            all(run.metrics() == metrics for run in runs),
+        ),
     ]
 
 
@@ -325,8 +401,10 @@ def bits(run: Run, options: Options) -> dict[str, str]:
     found = Checkpointer(run.folder / "checkpoints").restore(layout)
     if found is None or found[2] != options.steps:
         return {}
-    return {jax.tree_util.keystr(path): hashlib.sha256(raw(leaf).tobytes()).hexdigest()
-            for path, leaf in jax.tree_util.tree_leaves_with_path(found[0])}
+    return {
+        jax.tree_util.keystr(path): hashlib.sha256(raw(leaf).tobytes()).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found[0])
+    }
 
 
 def raw(leaf: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step`: tokens/s of a config through the engine, a bare jitted step, and other ways to write it."""
+"""`python -m benchmarks step`: tokens/s of a config through the engine, a bare jitted step, and in other frameworks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Contestant:
 
 
 def shim(folder: Path) -> Path:
-    """A library that answers MKL's question for an Intel CPU with yes; without it MKL leaves AVX-512 unused on others."""
+    """A library that answers MKL's question for an Intel CPU with yes; else MKL leaves AVX-512 unused on others."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise UserError("got contestant torch-avx512, expected a C compiler to build its shim, try torch")
@@ -92,7 +92,9 @@ def run(options: Options) -> None:
 
     for name in options.against:
         if name not in CONTESTANTS:
-            raise UserError(f"got contestant {name!r}, expected one of {', '.join(CONTESTANTS)}{nearest(name, CONTESTANTS)}")
+            raise UserError(
+                f"got contestant {name!r}, expected one of {', '.join(CONTESTANTS)}{nearest(name, CONTESTANTS)}"
+            )
     arguments = [options.config, *shlex.split(options.override)]
     cfg, _ = configured(arguments, "python -m benchmarks step", NoOptions)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,11 +110,25 @@ def run(options: Options) -> None:
     rows = summarise(everyone, cfg.data.batch_size * cfg.data.seq_len, options.steps)
     stem = options.name or f"step_{Path(options.config).stem}"
     title = f"Training step of {Path(options.config).stem}" + (f" with {options.override}" if options.override else "")
-    path = record.write(stem, title, rows, out=options.out, columns={
-        "name": "contestant", "tokens_per_second": "tokens/s (median)", "ratio": "engine ÷ this, tokens/s",
-        "ratio_cpu": "this ÷ engine, CPU seconds a step", "first_step": "first step after start, s", "peak_mib": "peak memory, MiB"},
-        notes=["the ratio is the median over rounds of the ratio within a round; contestants ran at the same time in one "
-               "process each, taking turns"], plot=plot)
+    path = record.write(
+        stem,
+        title,
+        rows,
+        out=options.out,
+        columns={
+            "name": "contestant",
+            "tokens_per_second": "tokens/s (median)",
+            "ratio": "engine ÷ this, tokens/s",
+            "ratio_cpu": "this ÷ engine, CPU seconds a step",
+            "first_step": "first step after start, s",
+            "peak_mib": "peak memory, MiB",
+        },
+        notes=[
+            "the ratio is the median over rounds of the ratio within a round; contestants ran at the same time in one "
+            "process each, taking turns"
+        ],
+        plot=plot,
+    )
     print(path.read_text())
 
 
@@ -124,12 +140,17 @@ def summarise(everyone: list[Contestant], tokens: int, steps: int) -> list[dict[
         turns = contestant.turns[1:]
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(engine.turns[1:], turns, strict=True)]
         cpu = statistics.median(t["cpu"] for t in turns) / statistics.median(t["cpu"] for t in engine.turns[1:])
-        rows.append({
-            "name": contestant.name,
-            "tokens_per_second": tokens * steps / statistics.median(t["seconds"] for t in turns),
-            "ratio": statistics.median(ratios), "ratio_cpu": cpu, "first_step": contestant.first_step,
-            "peak_mib": turns[-1]["peak_mib"], "seconds": [t["seconds"] for t in turns],
-        })
+        rows.append(
+            {
+                "name": contestant.name,
+                "tokens_per_second": tokens * steps / statistics.median(t["seconds"] for t in turns),
+                "ratio": statistics.median(ratios),
+                "ratio_cpu": cpu,
+                "first_step": contestant.first_step,
+                "peak_mib": turns[-1]["peak_mib"],
+                "seconds": [t["seconds"] for t in turns],
+            }
+        )
     return rows
 
 

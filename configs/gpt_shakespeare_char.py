@@ -2,8 +2,8 @@
 
     jaxmodels train configs/gpt_shakespeare_char.py --data.dir DIR
 
-DIR is a TFDS data directory. The last tenth of the text (validation and test together) is held out, as nanoGPT does; its
-README reports a loss of 1.88 there. FIGURE
+DIR is a TFDS data directory. The last tenth of the text (validation and test together) is held out, as
+nanoGPT does; its README reports a loss of 1.88 there. FIGURE
 """
 
 from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
@@ -13,9 +13,15 @@ from jaxmodels.models.gpt2 import GPT2Config
 def get_config() -> Config:
     return Config(
         model=GPT2Config(vocab_size=65, context=64, layers=4, heads=4, width=128),
-        data=DataConfig(source="tfds", name="tiny_shakespeare", eval_split="validation+test", tokenizer="chars",
-                        seq_len=64, batch_size=12),
-        optim=OptimConfig(peak_lr=1e-3, b2=0.99, warmup_steps=100),
+        data=DataConfig(
+            source="tfds",
+            name="tiny_shakespeare",
+            eval_split="validation+test",
+            tokenizer="chars",
+            seq_len=64,
+            batch_size=12,
+        ),
+        optim=OptimConfig(peak_lr=3e-3, b2=0.99, warmup_steps=100),
         train=TrainConfig(steps=2000),
         eval=EvalConfig(every=500, batch_size=128),
     )

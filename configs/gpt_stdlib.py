@@ -1,6 +1,8 @@
-"""A small GPT on the source code of Python's own standard library, byte by byte.
+"""A small GPT on the source code of Python's own standard library, byte by byte: what `make train` runs.
 
     jaxmodels train configs/gpt_stdlib.py
+
+FIGURE
 """
 
 from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig
@@ -10,8 +12,8 @@ from jaxmodels.models.gpt2 import GPT2Config
 def get_config() -> Config:
     return Config(
         model=GPT2Config(vocab_size=256, context=256, layers=4, heads=4, width=128),
-        data=DataConfig(source="stdlib", seq_len=128, batch_size=16),
-        optim=OptimConfig(peak_lr=2e-3, warmup_steps=50),
+        data=DataConfig(source="stdlib", seq_len=256, batch_size=8),
+        optim=OptimConfig(name="muon", peak_lr=4e-3, warmup_steps=50, final_lr_fraction=0.02),
         train=TrainConfig(steps=1000),
-        eval=EvalConfig(every=250, batches=50),
+        eval=EvalConfig(every=250, batches=100),
     )

@@ -49,9 +49,13 @@ def table(kind: type, section: str) -> list[str]:
 
 def page() -> str:
     """docs/config.md."""
-    lines = ["# Every field of an experiment", "",
-             "Generated from the dataclasses by `python docs/generate.py`; a test fails when it is out of date.",
-             "A config file defines `get_config() -> Config`; each field is an option of `jaxmodels train CONFIG.py`.", ""]
+    lines = [
+        "# Every field of an experiment",
+        "",
+        "Generated from the dataclasses by `python docs/generate.py`; a test fails when it is out of date.",
+        "A config file defines `get_config() -> Config`; each field is an option of `jaxmodels train CONFIG.py`.",
+        "",
+    ]
     hints = get_type_hints(config.Config)
     for f in dataclasses.fields(config.Config):
         if f.name != "model":
@@ -60,8 +64,16 @@ def page() -> str:
     lines += ["# Models", "", "`model` is a family's config; its fields are `--model.…`.", ""]
     for name in functional.FAMILIES:
         family = functional.family(name)
-        lines += [f"## {name}: {family.config.__name__}", "", (family.config.__doc__ or "").splitlines()[0], "",
-                  *table(family.config, "model"), "", "Presets: " + ", ".join(f"`{p}`" for p in family.presets) + ".", ""]
+        lines += [
+            f"## {name}: {family.config.__name__}",
+            "",
+            (family.config.__doc__ or "").splitlines()[0],
+            "",
+            *table(family.config, "model"),
+            "",
+            "Presets: " + ", ".join(f"`{p}`" for p in family.presets) + ".",
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -52,16 +52,20 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if type(error).__name__ in ("NotFinite", "CheckpointError"):
         return text, 1
     if "RESOURCE_EXHAUSTED" in text:
-        return (f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "
-                "--train.accumulate 2, --model.remat full, or a larger --mesh.fsdp"), 1
+        return (
+            f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "
+            "--train.accumulate 2, --model.remat full, or a larger --mesh.fsdp"
+        ), 1
     return None, 1
 
 
 def dispatch(argv: list[str]) -> int:
     """Find the command and run it."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: jaxmodels COMMAND [--help] [--traceback]\n\n  " + "\n  ".join(COMMANDS.values()) + "\n\n"
-              "exit codes: 0 done, 2 a mistake in what was asked, 75 stopped but saved (run it again), 1 anything else")
+        print(
+            "usage: jaxmodels COMMAND [--help] [--traceback]\n\n  " + "\n  ".join(COMMANDS.values()) + "\n\n"
+            "exit codes: 0 done, 2 a mistake in what was asked, 75 stopped but saved (run it again), 1 anything else"
+        )
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:

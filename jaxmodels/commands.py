@@ -45,8 +45,10 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
 
     train_data, eval_data, tokenizer = experiment.train_data, experiment.eval_data, experiment.train_data.tokenizer
     found = result.metrics or curves.last(run)
-    print(f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
-          + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    print(
+        f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+    )
     baseline = {}
     if isinstance(train_data, data.Windows) and isinstance(eval_data, data.Windows):
         baseline["unigram model"] = data.unigram_loss(train_data, eval_data)
@@ -54,12 +56,12 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
     curves.draw(run, run / "curves.png", baseline)
     more = f"jaxmodels eval {run}"
     if experiment.task.unit == "tokens" and tokenizer is not None and jax.process_count() == 1:
-        params = averaged(result.state)["model"]
-        text = continued(experiment.task.networks["model"], params, tokenizer, "def ", 240, temperature=0.7, seed=1)
+        params, prompt = averaged(result.state)["model"], "def " if experiment.cfg.data.source == "stdlib" else "\n"
+        text = continued(experiment.task.networks["model"], params, tokenizer, prompt, 400, temperature=0.6, seed=1)
         print("\na sample:\n" + "\n".join("  | " + line for line in text.splitlines()))
-        more = f"jaxmodels sample {run} --prompt 'class ' --tokens 200"
+        more = f"jaxmodels sample {run} --temperature 0.5 --tokens 200"
     print(f"""
-everything is in {run}/: metrics.jsonl, curves.png, checkpoints/, tensorboard/, config.json, log.txt
+everything is in {run}/: {", ".join(sorted(path.name for path in run.iterdir()))}
 try next:
   {more}
   jaxmodels train {file} --run-dir {run}-2 --optim.peak-lr {experiment.cfg.optim.peak_lr / 2:g}
@@ -99,7 +101,9 @@ def evaluate(run: str, /, split: str | None = None, best: bool = False, json: Pa
     experiment = runs.setup(cfg)
     checkpointer = Checkpointer(Path(run) / "checkpoints")
     kind = "params" if cfg.train.ema is None else "ema"
-    params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind, abstract=experiment.layout.params)
+    params, _, at = checkpointer.restore_params(
+        "best" if best else None, subtree=kind, abstract=experiment.layout.params
+    )
     stats = experiment.layout.stats
     if jax.tree.leaves(stats):
         stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
@@ -111,8 +115,17 @@ def evaluate(run: str, /, split: str | None = None, best: bool = False, json: Pa
         json.write_text(dumps({"run": run, "step": at, **found}, indent=2) + "\n")
 
 
-def sample(run: str, /, prompt: str = "\n", tokens: int = 200, temperature: float = 0.8, top_k: int | None = None,
-           top_p: float = 1.0, seed: int = 0, best: bool = False) -> None:
+def sample(
+    run: str,
+    /,
+    prompt: str = "\n",
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    best: bool = False,
+) -> None:
     """Text from a run.
 
     Args:
@@ -135,8 +148,19 @@ def sample(run: str, /, prompt: str = "\n", tokens: int = 200, temperature: floa
     kind = "params" if cfg.train.ema is None else "ema"
     params, _, _ = Checkpointer(Path(run) / "checkpoints").restore_params("best" if best else None, subtree=kind)
     params = jax.tree.map(np.asarray, params["model"])
-    print(continued(create(cfg.model), params, data.load_tokenizer(Path(run)), prompt, tokens, temperature=temperature,
-                    top_k=top_k, top_p=top_p, seed=seed))
+    print(
+        continued(
+            create(cfg.model),
+            params,
+            data.load_tokenizer(Path(run)),
+            prompt,
+            tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+    )
 
 
 def models(name: str | None = None, /) -> None:

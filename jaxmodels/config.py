@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -18,6 +19,15 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from jaxmodels.errors import UserError, nearest
+
+
+def _at_least(name: str, least: int, **fields: int | None) -> None:
+    """Check numbers of a section; for its `__post_init__`."""
+    for field, value in fields.items():
+        if value is not None and value < least:
+            raise UserError(
+                f"got {name}.{field} {value}, expected at least {least}, try --{name}.{field.replace('_', '-')} {least}"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,9 @@ class DataConfig:
     prefetch: int = 2
     """Batches made ahead of the step."""
 
+    def __post_init__(self) -> None:
+        _at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -111,6 +124,9 @@ class TrainConfig:
     ema: float | None = None
     """Decay of the moving average of the parameters, which evaluation then uses; None: none."""
 
+    def __post_init__(self) -> None:
+        _at_least("train", 1, steps=self.steps, accumulate=self.accumulate)
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -129,6 +145,9 @@ class EvalConfig:
     mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `metric` is better."""
 
+    def __post_init__(self) -> None:
+        _at_least("eval", 1, batches=self.batches, batch_size=self.batch_size, early_stop=self.early_stop)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -140,6 +159,9 @@ class CheckpointConfig:
     """Newest checkpoints kept, beside the best one."""
     best: bool = False
     """Keep the checkpoint that is best by `eval.metric` (saved after each evaluation that improves on it)."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", 1, keep=self.keep)
 
 
 @dataclass(frozen=True)
@@ -164,6 +186,9 @@ class MetricsConfig:
     """Write TensorBoard events too."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """live: a display that redraws; plain: a line each `every` steps; auto: live on a terminal."""
+
+    def __post_init__(self) -> None:
+        _at_least("metrics", 1, every=self.every)
 
 
 @dataclass(frozen=True)
@@ -241,16 +266,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
     """Fields that differ, by dotted name: (in a, in b)."""
     left, right = flatten(a), flatten(b)
-    return {name: (left.get(name), right.get(name)) for name in sorted(left | right)
-            if left.get(name) != right.get(name)}
+    return {
+        name: (left.get(name), right.get(name)) for name in sorted(left | right) if left.get(name) != right.get(name)
+    }
 
 
 def to_json(config: Config) -> dict[str, Any]:
     """The config as JSON values, with the model's family."""
     from jaxmodels.models.functional import family_of
 
-    return {**dataclasses.asdict(config), "model": {"family": family_of(config.model).name,
-                                                    **dataclasses.asdict(config.model)}}
+    return {
+        **dataclasses.asdict(config),
+        "model": {"family": family_of(config.model).name, **dataclasses.asdict(config.model)},
+    }
 
 
 def from_json(value: Mapping[str, Any]) -> Config:
@@ -259,20 +287,25 @@ def from_json(value: Mapping[str, Any]) -> Config:
 
     model = dict(value["model"])
     kind = family(model.pop("family")).config
-    sections = {f.name: _decode(get_type_hints(Config)[f.name], value[f.name]) for f in dataclasses.fields(Config)
-                if f.name != "model" and f.name in value}
+    sections = {
+        f.name: _decode(get_type_hints(Config)[f.name], value[f.name])
+        for f in dataclasses.fields(Config)
+        if f.name != "model" and f.name in value
+    }
     return Config(model=_decode(kind, model), **sections)
 
 
 def _decode(kind: Any, value: Any) -> Any:
     options = [arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)]
     kind = options[0] if options and isinstance(value, Mapping) else kind
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         hints = get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         if extra := set(value) - known:
-            raise UserError(f"got unknown field {sorted(extra)[0]!r} for {kind.__name__}, expected one of "
-                            f"{', '.join(sorted(known))}, try the version that wrote this config")
+            raise UserError(
+                f"got unknown field {sorted(extra)[0]!r} for {kind.__name__}, expected one of "
+                f"{', '.join(sorted(known))}, try the version that wrote this config"
+            )
         return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
     return tuple(_decode(None, item) for item in value) if isinstance(value, list) else value
 
@@ -320,7 +353,7 @@ def docs(kind: type) -> dict[str, str]:
     """The documentation string under each field of a dataclass."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     found: dict[str, str] = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
     return found

@@ -48,12 +48,15 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, descri
     """
     import tyro
 
-    given: dict[str, Any] = {"config": (tyro.conf.FlagConversionOff,)} | ({} if default is None else {"default": default})
+    given: dict[str, Any] = {"config": (tyro.conf.FlagConversionOff,)} | (
+        {} if default is None else {"default": default}
+    )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _one_column_wide() if not {"-h", "--help"} & set(argv) else said:
-            value, unknown = tyro.cli(kind, prog=prog, description=description, args=list(argv),
-                                      return_unknown_args=True, **given)
+            value, unknown = tyro.cli(
+                kind, prog=prog, description=description, args=list(argv), return_unknown_args=True, **given
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -96,8 +99,13 @@ def _unknown(name: str, known: Sequence[str], prog: str) -> str:
 def _one_line(message: str, prog: str) -> str:
     """tyro's boxed error as one line: got, expected, try."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯─ ") for line in message.splitlines()]
-    lines = [line for line in lines if line and "--help" not in line and not re.search(
-        r"(^(Parsing|Value|Invalid|Missing|Required|Unrecognized)[\w ]*|helptext:|options?)$", line)]
+    lines = [
+        line
+        for line in lines
+        if line
+        and "--help" not in line
+        and not re.search(r"(^(Parsing|Value|Invalid|Missing|Required|Unrecognized)[\w ]*|helptext:|options?)$", line)
+    ]
     text = " ".join(lines)
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
         got, option, names = choice.groups()
@@ -114,17 +122,19 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     Raises:
         UserError: no config named, or an option that is wrong.
     """
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise UserError(f"got {argv[0] if argv else 'no config'}, expected a config file first, "
-                        f"try {prog} configs/gpt_stdlib.py")
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        raise UserError(
+            f"got {argv[0] if argv else 'no config'}, expected a config file first, try {prog} configs/gpt_stdlib.py"
+        )
     if argv[0] in ("-h", "--help"):
         print(f"usage: {prog} CONFIG.py [options]; the options of a config: {prog} CONFIG.py --help")
         raise SystemExit(0)
     config = load(argv[0])
     # the model's own type, so that its fields are options
     hints = {**get_type_hints(Config), "model": type(config.model)}
-    fields = [(f.name, hints[f.name], dataclasses.field(default=getattr(config, f.name)))
-              for f in dataclasses.fields(Config)]
+    fields = [
+        (f.name, hints[f.name], dataclasses.field(default=getattr(config, f.name))) for f in dataclasses.fields(Config)
+    ]
     both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
     both.__doc__ = more.__doc__
     value = parse(both, argv[1:], f"{prog} {argv[0]}", both())

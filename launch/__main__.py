@@ -34,8 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = _parse(own)
         if not passed:
-            raise Mistake(f"got nothing to train, expected a config after --, try python -m launch {' '.join(own)} -- "
-                          "configs/gpt_stdlib.py")
+            raise Mistake(
+                f"got nothing to train, expected a config after --, try python -m launch {' '.join(own)} -- "
+                "configs/gpt_stdlib.py"
+            )
         return run([sys.executable, "-m", "jaxmodels", "train", *passed], options)
     except Mistake as mistake:
         print(f"launch: error: {mistake}", file=sys.stderr)

@@ -94,14 +94,18 @@ def _environments(options: Local) -> list[dict[str, str]]:
     """
     count, each = options.processes, options.devices_per_process
     if count < 1 or each < 1:
-        raise Mistake(f"got {count} processes with {each} devices each, expected at least one of both, "
-                      "try --processes 2 --devices-per-process 1")
+        raise Mistake(
+            f"got {count} processes with {each} devices each, expected at least one of both, "
+            "try --processes 2 --devices-per-process 1"
+        )
     gpus = _gpus()
     wants_cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
     on_gpu = options.platform == "gpu" or (options.platform == "auto" and bool(gpus) and not wants_cpu)
     if on_gpu and count * each > len(gpus):
-        raise Mistake(f"got {count} processes with {each} GPUs each, expected at most the {len(gpus)} visible here, "
-                      "try --platform cpu")
+        raise Mistake(
+            f"got {count} processes with {each} GPUs each, expected at most the {len(gpus)} visible here, "
+            "try --platform cpu"
+        )
     address = f"127.0.0.1:{_free_port()}"
     common = {name: value for name, value in os.environ.items() if name != "JAX_LOCAL_DEVICE_IDS"}
     common |= {

@@ -37,8 +37,28 @@ def test_every_config_file_loads(root):
 
 
 def test_options_override_fields_of_every_section():
-    argv = [FILE, "--optim.peak-lr", "1e-4", "--mesh.fsdp", "4", "--model.layers", "2", "--run-dir", "x", "--resume", "must",
-            "--train.ema", "0.99", "--data.path", "a", "b", "--metrics.tensorboard", "False", "--optim.clip_norm", "None"]
+    argv = [
+        FILE,
+        "--optim.peak-lr",
+        "1e-4",
+        "--mesh.fsdp",
+        "4",
+        "--model.layers",
+        "2",
+        "--run-dir",
+        "x",
+        "--resume",
+        "must",
+        "--train.ema",
+        "0.99",
+        "--data.path",
+        "a",
+        "b",
+        "--metrics.tensorboard",
+        "False",
+        "--optim.clip_norm",
+        "None",
+    ]
     cfg, where = configured(argv, "jaxmodels train", RunOptions)
     assert (cfg.optim.peak_lr, cfg.mesh.fsdp, cfg.model.layers, cfg.train.ema) == (1e-4, 4, 2, 0.99)
     assert cfg.data.path == ("a", "b") and cfg.metrics.tensorboard is False and cfg.optim.clip_norm is None
@@ -59,8 +79,11 @@ def test_the_help_documents_every_field(capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--optim.peek-lr", "3"], "got '--optim.peek-lr', expected an option of jaxmodels train configs/gpt_stdlib.py, "
-                                  "did you mean '--optim.peak-lr'?"),
+        (
+            ["--optim.peek-lr", "3"],
+            "got '--optim.peek-lr', expected an option of jaxmodels train configs/gpt_stdlib.py, "
+            "did you mean '--optim.peak-lr'?",
+        ),
         (["--modl.layers", "3"], "did you mean '--model.layers'?"),
         (["--batch-size", "3"], "did you mean '--data.batch-size'?"),
         (["--optim.peak-lr", "high"], "got --optim.peak-lr 'high', expected FLOAT"),
@@ -69,6 +92,7 @@ def test_the_help_documents_every_field(capsys):
         (["--optim.name", "adamw2"], "did you mean 'adamw'?"),
         (["--optim.peak-lr"], "--optim.peak-lr"),
         (["extra"], "got 'extra', expected options only"),
+        (["--metrics.every", "0"], "got metrics.every 0, expected at least 1, try --metrics.every 1"),
         (["--model.heads", "7"], "got width 128 with heads 7, expected width to be a multiple of heads, try heads 8"),
     ],
 )
@@ -123,8 +147,13 @@ def test_a_config_of_another_version_is_refused_by_name():
 
 
 def run(*argv, **env):
-    return subprocess.run([sys.executable, "-m", "jaxmodels", *argv], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, "-m", "jaxmodels", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,8 +188,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(argv, said, ca
 def test_the_command_line_in_a_process_of_its_own():
     typo = run("trian")
     assert typo.returncode == 2
-    assert typo.stderr == ("error: got command 'trian', expected one of train, eval, sample, models, data, config, did you "
-                           "mean 'train'?\n")
+    assert typo.stderr == (
+        "error: got command 'trian', expected one of train, eval, sample, models, data, config, did you mean 'train'?\n"
+    )
     assert run("--help").stdout.startswith("usage: jaxmodels COMMAND")
     traced = run("sample", "no/such/run", "--traceback")
     assert traced.returncode == 1 and "Traceback" in traced.stderr and "UserError" in traced.stderr

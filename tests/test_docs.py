@@ -41,8 +41,20 @@ def test_the_extras_of_the_readme_exist(root):
 
 def test_no_machine_path_is_committed(root):
     found = subprocess.run(
-        ["git", "grep", "-nE", r"(^|[^A-Za-z0-9_.$-])/(work|root|home)/[a-z]", "--", "*.py", "*.md", "*.toml", "Makefile"],
-        cwd=root, capture_output=True, text=True,
+        [
+            "git",
+            "grep",
+            "-nE",
+            r"(^|[^A-Za-z0-9_.$-])/(work|root|home)/[a-z]",
+            "--",
+            "*.py",
+            "*.md",
+            "*.toml",
+            "Makefile",
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     lines = [line for line in found.stdout.splitlines() if "tests/test_docs.py" not in line]
     assert found.returncode in (0, 1, 128) and not lines, lines

@@ -47,8 +47,10 @@ class GPT(nn.Module):
 def make(vocab: int, batch: int, length: int, layers: int, heads: int, width: int) -> Callable[[], Any]:
     torch.manual_seed(0)
     model = GPT(vocab, length, layers, heads, width)
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
-              for matrix, decay in ((True, 0.1), (False, 0.0))]
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
+        for matrix, decay in ((True, 0.1), (False, 0.0))
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     rows = torch.randint(0, vocab, (batch, length + 1))
 

@@ -55,7 +55,7 @@ def make(vocab: int, batch: int, length: int, layers: int, heads: int, width: in
         params, moments = state
 
         def loss(params: Any) -> jax.Array:
-            logits = model.apply({"params": params}, tokens)
+            logits: Any = model.apply({"params": params}, tokens)
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
         value, grads = jax.value_and_grad(loss)(params)

@@ -13,8 +13,18 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 
 
-def sample(model: Model, params: Any, prompt: np.ndarray, tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-           top_p: float = 1.0, seed: int = 0, cached: bool = True) -> np.ndarray:
+def sample(
+    model: Model,
+    params: Any,
+    prompt: np.ndarray,
+    tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    cached: bool = True,
+) -> np.ndarray:
     """Continue prompts by `tokens` tokens.
 
     `temperature` 0 takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with
@@ -30,16 +40,20 @@ def sample(model: Model, params: Any, prompt: np.ndarray, tokens: int, *, temper
     if prompt.shape[1] < 1 or tokens < 1:
         raise UserError(f"got a prompt of {prompt.shape[1]} tokens and {tokens} to add, expected at least 1 of each")
     if model.longest is not None and length > model.longest:
-        raise UserError(f"got a prompt of {prompt.shape[1]} tokens and {tokens} to add, expected at most the model's "
-                        f"context of {model.longest} in all, try --tokens {max(model.longest - prompt.shape[1], 1)}")
+        raise UserError(
+            f"got a prompt of {prompt.shape[1]} tokens and {tokens} to add, expected at most the model's "
+            f"context of {model.longest} in all, try --tokens {max(model.longest - prompt.shape[1], 1)}"
+        )
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise UserError(f"got temperature {temperature}, top_k {top_k}, top_p {top_p}, expected temperature >= 0, "
-                        "top_k >= 1, 0 < top_p <= 1")
+        raise UserError(
+            f"got temperature {temperature}, top_k {top_k}, top_p {top_p}, expected temperature >= 0, "
+            "top_k >= 1, 0 < top_p <= 1"
+        )
     run = _cached if cached else _uncached
     # lengths are rounded up, so that prompts of similar length share a compiled program
     room = -(-length // 64) * 64 if model.longest is None else min(-(-length // 64) * 64, model.longest)
     padded = np.zeros((prompt.shape[0], room), np.int32)
-    padded[:, :prompt.shape[1]] = prompt
+    padded[:, : prompt.shape[1]] = prompt
     numbers = (jnp.int32(prompt.shape[1]), jnp.int32(length))
     out = run(model, params, jnp.asarray(padded), *numbers, jax.random.key(seed), temperature, top_k, top_p)
     return np.asarray(out)[:, :length]
@@ -64,8 +78,17 @@ def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | N
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
-def _cached(model: Model, params: Any, tokens: jax.Array, prompt: jax.Array, length: jax.Array, key: jax.Array,
-            temperature: float, top_k: int | None, top_p: float) -> jax.Array:
+def _cached(
+    model: Model,
+    params: Any,
+    tokens: jax.Array,
+    prompt: jax.Array,
+    length: jax.Array,
+    key: jax.Array,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> jax.Array:
     B, room = tokens.shape
 
     def put(tokens: jax.Array, at: jax.Array, logits: jax.Array) -> jax.Array:
@@ -85,8 +108,17 @@ def _cached(model: Model, params: Any, tokens: jax.Array, prompt: jax.Array, len
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
-def _uncached(model: Model, params: Any, tokens: jax.Array, prompt: jax.Array, length: jax.Array, key: jax.Array,
-              temperature: float, top_k: int | None, top_p: float) -> jax.Array:
+def _uncached(
+    model: Model,
+    params: Any,
+    tokens: jax.Array,
+    prompt: jax.Array,
+    length: jax.Array,
+    key: jax.Array,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+) -> jax.Array:
     def body(at: jax.Array, tokens: jax.Array) -> jax.Array:
         logits = jax.lax.dynamic_index_in_dim(model.apply(params, tokens), at, axis=1, keepdims=False)
         new = choose(logits, jax.random.fold_in(key, at), temperature, top_k, top_p).astype(tokens.dtype)

@@ -22,7 +22,7 @@ Array = jax.Array
 FUSED = ("cudnn", "splash", "tokamax")
 """Kernels that XLA cannot partition by itself, or not in every case."""
 SHORT = 48
-"""Below so many queries or keys one pass is faster than blocks on CPU (benchmarks/results/attention_cpu.md)."""
+"""Below so many queries or keys one pass is as fast as blocks on CPU, forward and backward."""
 
 log = logging.getLogger("jaxmodels")
 
@@ -61,12 +61,22 @@ def attention(
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
     check(q, k, v, window, segments, bias, dropout, rng)
     arrays = {
-        "q": q, "k": k, "v": v, "segments": segments, "bias": bias, "rng": rng if dropout else None,
+        "q": q,
+        "k": k,
+        "v": v,
+        "segments": segments,
+        "bias": bias,
+        "rng": rng if dropout else None,
         "q_offset": q_offset if isinstance(q_offset, int) else jnp.atleast_1d(q_offset).astype(jnp.int32),
         "kv_length": None if kv_length is None else jnp.atleast_1d(kv_length).astype(jnp.int32),
     }
-    options = {"causal": causal, "window": window, "dropout": dropout, "softcap": softcap,
-               "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale}
+    options = {
+        "causal": causal,
+        "window": window,
+        "dropout": dropout,
+        "softcap": softcap,
+        "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
+    }
     call, place = describe(arrays, options), platform()
     if kernel == "auto":
         kernel, reason = choose(place, call, max(1, jax.sharding.get_abstract_mesh().size))
@@ -142,8 +152,10 @@ def say(kernel: str, reason: str) -> None:
 def insist(kernel: str, platform: str, call: Call) -> None:
     """Refuse a kernel, asked for by name, that cannot compute the call."""
     if kernel not in CONTRACT:
-        raise UserError(f"got attention kernel {kernel!r}, expected auto, {', '.join(CONTRACT)}"
-                        f"{nearest(kernel, ['auto', *CONTRACT])}")
+        raise UserError(
+            f"got attention kernel {kernel!r}, expected auto, {', '.join(CONTRACT)}"
+            f"{nearest(kernel, ['auto', *CONTRACT])}"
+        )
     if reason := refusal(kernel, call):
         able = [name for name in CONTRACT if not (refusal(name, call) or absence(name, platform))]
         raise UserError(f"kernel {kernel!r} {reason}; kernels that do: {', '.join(able)}; try kernel='auto'")
@@ -151,8 +163,16 @@ def insist(kernel: str, platform: str, call: Call) -> None:
         raise UserError(f"kernel {kernel!r} {reason}; try kernel='auto'")
 
 
-def check(q: Array, k: Array, v: Array, window: int | None, segments: tuple[Array, Array] | None,
-          bias: Array | None, dropout: float, rng: Array | None) -> None:
+def check(
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None,
+    segments: tuple[Array, Array] | None,
+    bias: Array | None,
+    dropout: float,
+    rng: Array | None,
+) -> None:
     """Refuse shapes and values that cannot be meant."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise UserError(f"got q {q.shape}, k {k.shape}, v {v.shape}, expected (B, T, H, K), (B, S, G, K), (B, S, G, K)")

@@ -28,17 +28,25 @@ class Context(NamedTuple):
         return {"segment_ids": self.segment_ids, **cached}
 
     @staticmethod
-    def of(tokens: jax.Array, cache: dict[str, Any] | None, positions: jax.Array | None,
-           segment_ids: jax.Array | None, longest: int | None = None) -> Context:
+    def of(
+        tokens: jax.Array,
+        cache: dict[str, Any] | None,
+        positions: jax.Array | None,
+        segment_ids: jax.Array | None,
+        longest: int | None = None,
+    ) -> Context:
         """The context of a call on tokens (B, T); refuses more than `longest` positions."""
         T = tokens.shape[1]
         if longest is not None and longest < T:
-            raise UserError(f"got {T} tokens, expected at most the model's context of {longest}, "
-                            "try a shorter --data.seq-len or a larger --model.context")
+            raise UserError(
+                f"got {T} tokens, expected at most the model's context of {longest}, "
+                "try a shorter --data.seq-len or a larger --model.context"
+            )
         offset = None if cache is None else cache["length"]
-        if positions is None:
-            positions = (jnp.arange(T) + (0 if offset is None else offset))[None]
-        return Context(positions, segment_ids, offset, None if offset is None else offset + T)
+        counted = (jnp.arange(T) + (0 if offset is None else offset))[None]
+        return Context(
+            counted if positions is None else positions, segment_ids, offset, None if offset is None else offset + T
+        )
 
 
 def empty_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
@@ -47,12 +55,14 @@ def empty_cache(layers: int, batch: int, length: int, heads: int, head_dim: int,
     return {"layers": {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}, "length": jnp.zeros((), jnp.int32)}
 
 
-def update(cache: KeyValues | None, k: jax.Array, v: jax.Array,
-           ctx: Context) -> tuple[jax.Array, jax.Array, KeyValues | None]:
+def update(
+    cache: KeyValues | None, k: jax.Array, v: jax.Array, ctx: Context
+) -> tuple[jax.Array, jax.Array, KeyValues | None]:
     """Keys and values to attend to: with a cache, the whole of it after writing the new ones (B, T, H, K)."""
     if cache is None:
         return k, v, None
-    at = (0, ctx.offset, 0, 0)
+    start: Any = ctx.offset
+    at = (0, start, 0, 0)
     k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), at)
     v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), at)
     return k, v, {"k": k, "v": v}

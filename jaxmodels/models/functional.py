@@ -126,8 +126,10 @@ def create(model: Any, **overrides: Any) -> Model:
     fields = [f.name for f in dataclasses.fields(config)]
     for name in overrides:
         if name not in fields:
-            raise UserError(f"got {type(config).__name__} field {name!r}, expected one of {', '.join(fields)}"
-                            f"{nearest(name, fields)}")
+            raise UserError(
+                f"got {type(config).__name__} field {name!r}, expected one of {', '.join(fields)}"
+                f"{nearest(name, fields)}"
+            )
     config = dataclasses.replace(config, **overrides)
     return functional(config, kind)
 
@@ -141,7 +143,8 @@ def functional(config: Any, family: Family) -> Model:
 
     def variables(key: jax.Array) -> dict[str, Any]:
         # one example, zeros: initial values depend on shapes alone
-        return module.init({"params": key}, *(jnp.zeros(x.shape, x.dtype) for x in inputs(1)))
+        made: Any = module.init({"params": key}, *(jnp.zeros(x.shape, x.dtype) for x in inputs(1)))
+        return made
 
     def boxed() -> dict[str, Any]:
         return jax.eval_shape(lambda: variables(jax.random.key(0)))
@@ -163,8 +166,9 @@ def functional(config: Any, family: Family) -> Model:
             raise UserError(f"got a key-value cache for {family.name}, expected a model that decodes")
         return family.cache(config, batch, length)
 
-    def apply(params: Params, *args: Any, stats: Params | None = None, rng: jax.Array | None = None,
-              **kwargs: Any) -> Any:
+    def apply(
+        params: Params, *args: Any, stats: Params | None = None, rng: jax.Array | None = None, **kwargs: Any
+    ) -> Any:
         rngs = None if rng is None else {"dropout": rng}
         if stats is None:
             return module.apply({"params": params}, *args, rngs=rngs, **kwargs)
@@ -172,9 +176,17 @@ def functional(config: Any, family: Family) -> Model:
         return out, updated.get("stats", {})
 
     unembedding = family.unembedding
-    return Model(config, init, apply, axes, stats, cache, inputs,
-                 None if unembedding is None else lambda params: unembedding(config, params),
-                 None if family.longest is None else family.longest(config))
+    return Model(
+        config,
+        init,
+        apply,
+        axes,
+        stats,
+        cache,
+        inputs,
+        None if unembedding is None else lambda params: unembedding(config, params),
+        None if family.longest is None else family.longest(config),
+    )
 
 
 def divide(config: Any, whole: str, parts: str) -> None:
@@ -183,5 +195,6 @@ def divide(config: Any, whole: str, parts: str) -> None:
     if b < 1 or a % b:
         near = [n for n in range(1, a + 1) if a % n == 0]
         best = min(near, key=lambda n: (abs(n - b), n))
-        raise UserError(f"got {whole} {a} with {parts} {b}, expected {whole} to be a multiple of {parts}, "
-                        f"try {parts} {best}")
+        raise UserError(
+            f"got {whole} {a} with {parts} {b}, expected {whole} to be a multiple of {parts}, try {parts} {best}"
+        )

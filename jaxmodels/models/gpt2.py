@@ -66,10 +66,13 @@ class Attention(nn.Module):
         q, k, v = project("q"), project("k"), project("v")
         k, v, kv = update(kv, k, v, ctx)
         rng = self.make_rng("dropout") if self.train and c.dropout else None
-        y = attention(q, k, v, causal=True, dropout=c.dropout if self.train else 0.0, rng=rng, kernel=c.attention,
-                      **ctx.masks())
+        y = attention(
+            q, k, v, causal=True, dropout=c.dropout if self.train else 0.0, rng=rng, kernel=c.attention, **ctx.masks()
+        )
         init = layers.normal(0.02 / (2 * c.layers) ** 0.5)
-        return layers.Linear((c.width,), ("heads", "head_dim", "embed"), init=init, dtype=c.dtype, name="o")(y), kv
+        return layers.Linear((c.width,), ("heads", "head_dim", "embed"), initializer=init, dtype=c.dtype, name="o")(
+            y
+        ), kv
 
 
 class MLP(nn.Module):
@@ -82,7 +85,7 @@ class MLP(nn.Module):
         x = layers.Linear((hidden,), ("embed", "mlp"), dtype=c.dtype, name="up")(x)
         x = layers.gelu(layers.shard(x, "batch", "seq", "mlp"))
         init = layers.normal(0.02 / (2 * c.layers) ** 0.5)
-        return layers.Linear((c.width,), ("mlp", "embed"), init=init, dtype=c.dtype, name="down")(x)
+        return layers.Linear((c.width,), ("mlp", "embed"), initializer=init, dtype=c.dtype, name="down")(x)
 
 
 class Block(nn.Module):
@@ -105,8 +108,16 @@ class GPT2(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
-                 cache: dict[str, Any] | None = None, train: bool = False, head: bool = True) -> Any:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+        train: bool = False,
+        head: bool = True,
+    ) -> Any:
         c = self.config
         ctx = Context.of(tokens, cache, positions, segment_ids, longest=c.context)
         embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
@@ -126,27 +137,29 @@ large = dataclasses.replace(small, layers=36, heads=20, width=1280)
 xl = dataclasses.replace(small, layers=48, heads=25, width=1600)
 gpt3 = GPT2Config(context=2048)
 
-register(Family(
-    name="gpt2",
-    config=GPT2Config,
-    network=GPT2,
-    inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, min(8, c.context)), jnp.int32),),
-    cache=lambda c, batch, length: empty_cache(c.layers, batch, length, c.heads, c.width // c.heads, c.dtype),
-    unembedding=lambda c, params: params["embed"]["w"],
-    longest=lambda c: c.context,
-    presets={
-        "gpt2-small": small,
-        "gpt2-medium": medium,
-        "gpt2-large": large,
-        "gpt2-xl": xl,
-        # Brown et al. 2020, table 2.1; 13B has 40 heads of 128
-        "gpt3-125m": gpt3,
-        "gpt3-350m": dataclasses.replace(gpt3, layers=24, heads=16, width=1024),
-        "gpt3-760m": dataclasses.replace(gpt3, layers=24, heads=16, width=1536),
-        "gpt3-1.3b": dataclasses.replace(gpt3, layers=24, heads=16, width=2048),
-        "gpt3-2.7b": dataclasses.replace(gpt3, layers=32, heads=32, width=2560),
-        "gpt3-6.7b": dataclasses.replace(gpt3, layers=32, heads=32, width=4096),
-        "gpt3-13b": dataclasses.replace(gpt3, layers=40, heads=40, width=5120),
-        "gpt3-175b": dataclasses.replace(gpt3, layers=96, heads=96, width=12288),
-    },
-))
+register(
+    Family(
+        name="gpt2",
+        config=GPT2Config,
+        network=GPT2,
+        inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, min(8, c.context)), jnp.int32),),
+        cache=lambda c, batch, length: empty_cache(c.layers, batch, length, c.heads, c.width // c.heads, c.dtype),
+        unembedding=lambda c, params: params["embed"]["w"],
+        longest=lambda c: c.context,
+        presets={
+            "gpt2-small": small,
+            "gpt2-medium": medium,
+            "gpt2-large": large,
+            "gpt2-xl": xl,
+            # Brown et al. 2020, table 2.1; 13B has 40 heads of 128
+            "gpt3-125m": gpt3,
+            "gpt3-350m": dataclasses.replace(gpt3, layers=24, heads=16, width=1024),
+            "gpt3-760m": dataclasses.replace(gpt3, layers=24, heads=16, width=1536),
+            "gpt3-1.3b": dataclasses.replace(gpt3, layers=24, heads=16, width=2048),
+            "gpt3-2.7b": dataclasses.replace(gpt3, layers=32, heads=32, width=2560),
+            "gpt3-6.7b": dataclasses.replace(gpt3, layers=32, heads=32, width=4096),
+            "gpt3-13b": dataclasses.replace(gpt3, layers=40, heads=40, width=5120),
+            "gpt3-175b": dataclasses.replace(gpt3, layers=96, heads=96, width=12288),
+        },
+    )
+)

@@ -23,6 +23,12 @@ zeros = nn.initializers.zeros
 ones = nn.initializers.ones
 
 
+def parameter(module: nn.Module, name: str, initializer: Init, axes: Sequence[str], shape: Sequence[int]) -> jax.Array:
+    """A float32 parameter of a module, with a logical axis name for each dimension."""
+    value: Any = module.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(shape))
+    return value
+
+
 class Linear(nn.Module):
     """x[..., inputs] · w[inputs, outputs] + b, over one or more contracted dimensions.
 
@@ -32,17 +38,17 @@ class Linear(nn.Module):
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     bias: bool = True
-    init: Init = normal(0.02)
+    initializer: Init = normal(0.02)
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = len(self.axes) - len(self.shape)
-        inputs = x.shape[x.ndim - contracted:]
-        w = self.param("w", nn.with_logical_partitioning(self.init, self.axes), inputs + self.shape)
+        inputs = x.shape[x.ndim - contracted :]
+        w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape)
         y = jnp.tensordot(x.astype(self.dtype), w.astype(self.dtype), contracted)
         if self.bias:
-            b = self.param("b", nn.with_logical_partitioning(zeros, self.axes[contracted:]), self.shape)
+            b = parameter(self, "b", zeros, self.axes[contracted:], self.shape)
             y = y + b.astype(self.dtype)
         return y
 
@@ -53,11 +59,11 @@ class Embed(nn.Module):
     count: int
     width: int
     axes: tuple[str, str] = ("vocab", "embed")
-    init: Init = normal(0.02)
+    initializer: Init = normal(0.02)
     dtype: str = "float32"
 
     def setup(self) -> None:
-        self.w = self.param("w", nn.with_logical_partitioning(self.init, self.axes), (self.count, self.width))
+        self.w = parameter(self, "w", self.initializer, self.axes, (self.count, self.width))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         # gathered over fsdp first: a lookup in rows that are cut across devices would replicate its gradient
@@ -65,8 +71,9 @@ class Embed(nn.Module):
         return jnp.take(w, ids, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.w.astype(self.dtype),
-                          preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...d,vd->...v", x.astype(self.dtype), self.w.astype(self.dtype), preferred_element_type=jnp.float32
+        )
 
 
 class LayerNorm(nn.Module):
@@ -77,12 +84,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), x.shape[-1:])
+        scale = parameter(self, "scale", ones, ("norm",), x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * scale
         if self.bias:
-            y = y + self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), x.shape[-1:])
+            y = y + parameter(self, "bias", zeros, ("norm",), x.shape[-1:])
         return y.astype(x.dtype)
 
 
@@ -93,7 +100,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), x.shape[-1:])
+        scale = parameter(self, "scale", ones, ("norm",), x.shape[-1:])
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * scale.astype(x.dtype)
@@ -108,7 +115,7 @@ class Conv(nn.Module):
     padding: str | Sequence[tuple[int, int]] = "SAME"
     groups: int = 1
     bias: bool = True
-    init: Init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    initializer: Init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     dtype: str = "float32"
 
     @nn.compact
@@ -116,14 +123,19 @@ class Conv(nn.Module):
         spatial = len(self.window)
         axes = ("window",) * spatial + ("channels_in", "channels_out")
         shape = (*self.window, x.shape[-1] // self.groups, self.features)
-        w = self.param("w", nn.with_logical_partitioning(self.init, axes), shape)
+        w = parameter(self, "w", self.initializer, axes, shape)
         letters = "".join(map(chr, range(ord("0"), ord("0") + spatial)))
         layout = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
-        y = jax.lax.conv_general_dilated(x.astype(self.dtype), w.astype(self.dtype), self.strides or (1,) * spatial,
-                                         self.padding, dimension_numbers=layout, feature_group_count=self.groups)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            w.astype(self.dtype),
+            self.strides or (1,) * spatial,
+            self.padding,
+            dimension_numbers=layout,
+            feature_group_count=self.groups,
+        )
         if self.bias:
-            y = y + self.param("b", nn.with_logical_partitioning(zeros, axes[-1:]),
-                               (self.features,)).astype(self.dtype)
+            y = y + parameter(self, "b", zeros, axes[-1:], (self.features,)).astype(self.dtype)
         return y
 
 
@@ -144,8 +156,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         width = x.shape[-1:]
-        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), width)
-        bias = self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), width)
+        scale = parameter(self, "scale", ones, ("norm",), width)
+        bias = parameter(self, "bias", zeros, ("norm",), width)
         running_mean = self.variable("stats", "mean", jnp.zeros, width)
         running_var = self.variable("stats", "var", jnp.ones, width)
         y = x.astype(jnp.float32)
@@ -190,9 +202,16 @@ def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         block = nn.remat(block, policy=policy, prevent_cse=False)
-    return nn.scan(block, variable_axes={"params": 0, "stats": 0}, split_rngs={"params": True, "dropout": True},
-                   in_axes=(0, nn.broadcast), out_axes=0, length=layers, unroll=min(unroll, layers),
-                   metadata_params={nn.PARTITION_NAME: "layers"})
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "stats": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        out_axes=0,
+        length=layers,
+        unroll=min(unroll, layers),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -75,8 +75,10 @@ class LlamaConfig:
         if self.kv_heads is not None:
             divide(self, "heads", "kv_heads")
         if self.head_size % 2:
-            raise UserError(f"got head size {self.head_size}, expected an even number for rotary positions, "
-                            f"try head_dim {self.head_size + 1}")
+            raise UserError(
+                f"got head size {self.head_size}, expected an even number for rotary positions, "
+                f"try head_dim {self.head_size + 1}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -157,8 +159,16 @@ class Llama(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, segment_ids: jax.Array | None = None, positions: jax.Array | None = None,
-                 cache: dict[str, Any] | None = None, train: bool = False, head: bool = True) -> Any:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+        train: bool = False,
+        head: bool = True,
+    ) -> Any:
         c = self.config
         ctx = Context.of(tokens, cache, positions, segment_ids)
         embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
@@ -177,27 +187,31 @@ third = LlamaConfig(vocab_size=128256, context=8192, kv_heads=8, mlp_width=14336
 extended = dataclasses.replace(third, context=131072, rope_scaling=RopeScaling(factor=8.0))
 compact = dataclasses.replace(extended, rope_scaling=RopeScaling(factor=32.0), tied=True, mlp_width=8192)
 
-register(Family(
-    name="llama",
-    config=LlamaConfig,
-    network=Llama,
-    inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, 8), jnp.int32),),
-    cache=lambda c, batch, length: empty_cache(c.layers, batch, length, c.kv_heads or c.heads, c.head_size, c.dtype),
-    unembedding=lambda c, params: params["embed" if c.tied else "head"]["w"],
-    presets={
-        "llama-7b": base,
-        "llama-13b": dataclasses.replace(base, layers=40, heads=40, width=5120, mlp_width=13824),
-        "llama-33b": dataclasses.replace(base, layers=60, heads=52, width=6656, mlp_width=17920),
-        "llama-65b": dataclasses.replace(base, layers=80, heads=64, width=8192, mlp_width=22016),
-        "llama2-7b": second,
-        "llama2-13b": dataclasses.replace(second, layers=40, heads=40, width=5120, mlp_width=13824),
-        "llama2-70b": dataclasses.replace(second, layers=80, heads=64, kv_heads=8, width=8192, mlp_width=28672),
-        "llama3-8b": third,
-        "llama3-70b": dataclasses.replace(third, layers=80, heads=64, width=8192, mlp_width=28672),
-        "llama3.1-8b": extended,
-        "llama3.1-70b": dataclasses.replace(extended, layers=80, heads=64, width=8192, mlp_width=28672),
-        "llama3.1-405b": dataclasses.replace(extended, layers=126, heads=128, width=16384, mlp_width=53248),
-        "llama3.2-1b": dataclasses.replace(compact, layers=16, heads=32, width=2048),
-        "llama3.2-3b": dataclasses.replace(compact, layers=28, heads=24, width=3072),
-    },
-))
+register(
+    Family(
+        name="llama",
+        config=LlamaConfig,
+        network=Llama,
+        inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, 8), jnp.int32),),
+        cache=lambda c, batch, length: empty_cache(
+            c.layers, batch, length, c.kv_heads or c.heads, c.head_size, c.dtype
+        ),
+        unembedding=lambda c, params: params["embed" if c.tied else "head"]["w"],
+        presets={
+            "llama-7b": base,
+            "llama-13b": dataclasses.replace(base, layers=40, heads=40, width=5120, mlp_width=13824),
+            "llama-33b": dataclasses.replace(base, layers=60, heads=52, width=6656, mlp_width=17920),
+            "llama-65b": dataclasses.replace(base, layers=80, heads=64, width=8192, mlp_width=22016),
+            "llama2-7b": second,
+            "llama2-13b": dataclasses.replace(second, layers=40, heads=40, width=5120, mlp_width=13824),
+            "llama2-70b": dataclasses.replace(second, layers=80, heads=64, kv_heads=8, width=8192, mlp_width=28672),
+            "llama3-8b": third,
+            "llama3-70b": dataclasses.replace(third, layers=80, heads=64, width=8192, mlp_width=28672),
+            "llama3.1-8b": extended,
+            "llama3.1-70b": dataclasses.replace(extended, layers=80, heads=64, width=8192, mlp_width=28672),
+            "llama3.1-405b": dataclasses.replace(extended, layers=126, heads=128, width=16384, mlp_width=53248),
+            "llama3.2-1b": dataclasses.replace(compact, layers=16, heads=32, width=2048),
+            "llama3.2-3b": dataclasses.replace(compact, layers=28, heads=24, width=3072),
+        },
+    )
+)

@@ -39,22 +39,26 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         c = self.config
         if x.shape[1:] != tuple(c.input_shape):
-            raise UserError(f"got inputs of shape {x.shape[1:]}, expected {tuple(c.input_shape)}, "
-                            "try --model.input-shape")
+            raise UserError(
+                f"got inputs of shape {x.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
+            )
         x = x.reshape(x.shape[0], math.prod(c.input_shape))
         he = nn.initializers.he_normal()
         for i, width in enumerate(c.hidden):
             axes = ("features", "mlp") if i == 0 else ("embed", "mlp")
-            x = nn.relu(layers.Linear((width,), axes, init=he, dtype=c.dtype, name=f"hidden{i}")(x))
+            x = nn.relu(layers.Linear((width,), axes, initializer=he, dtype=c.dtype, name=f"hidden{i}")(x))
             x = layers.Dropout(c.dropout)(x, train)
-        return layers.Linear((c.classes,), ("embed", "classes"), init=he, dtype=c.dtype, name="head")(x).astype(
-            jnp.float32)
+        return layers.Linear((c.classes,), ("embed", "classes"), initializer=he, dtype=c.dtype, name="head")(x).astype(
+            jnp.float32
+        )
 
 
-register(Family(
-    name="mlp",
-    config=MLPConfig,
-    network=MLP,
-    inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
-    presets={"mlp-mnist": MLPConfig()},
-))
+register(
+    Family(
+        name="mlp",
+        config=MLPConfig,
+        network=MLP,
+        inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        presets={"mlp-mnist": MLPConfig()},
+    )
+)

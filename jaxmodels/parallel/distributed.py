@@ -155,12 +155,16 @@ def _explicit() -> tuple[str, int, int] | None:
         return None
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UserError(f"got a run of several processes without {' and '.join(missing)}, expected all of "
-                        f"{', '.join(names)}, try python -m launch, which sets them")
+        raise UserError(
+            f"got a run of several processes without {' and '.join(missing)}, expected all of "
+            f"{', '.join(names)}, try python -m launch, which sets them"
+        )
     count, index = _integer(names[1]), _integer(names[2])
     if not 0 <= index < count:
-        raise UserError(f"got {names[2]}={index} with {names[1]}={count}, expected an index from 0 to {count - 1}, "
-                        "try python -m launch, which sets them")
+        raise UserError(
+            f"got {names[2]}={index} with {names[1]}={count}, expected an index from 0 to {count - 1}, "
+            "try python -m launch, which sets them"
+        )
     return os.environ[names[0]], count, index
 
 
@@ -208,11 +212,16 @@ def _check_name(local: bool) -> None:
     try:
         address = socket.gethostbyname(name)
     except OSError:
-        raise UserError(f"got a machine name {name} that has no address, expected one at which processes can meet, "
-                        "try a line with its address and name in /etc/hosts") from None
+        raise UserError(
+            f"got a machine name {name} that has no address, expected one at which processes can meet, "
+            "try a line with its address and name in /etc/hosts"
+        ) from None
     if address.startswith("127.") and not local:
-        print(f"warning: this machine's name {name} has the address {address}, which no other machine can reach; if "
-              f"processes do not find each other, give {name} its real address in /etc/hosts", file=sys.stderr)
+        print(
+            f"warning: this machine's name {name} has the address {address}, which no other machine can reach; if "
+            f"processes do not find each other, give {name} its real address in /etc/hosts",
+            file=sys.stderr,
+        )
 
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

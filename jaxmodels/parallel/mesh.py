@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -27,17 +28,18 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         raise UserError(f"got mesh {shown}, expected positive sizes and at most one -1, try --mesh.data -1")
     if free:
         if devices % fixed:
-            raise UserError(f"got mesh {shown} for {devices} device(s), expected sizes that divide {devices}, "
-                            f"try --mesh.{max(got, key=lambda axis: got[axis])} 1")
+            raise UserError(
+                f"got mesh {shown} for {devices} device(s), expected sizes that divide {devices}, "
+                f"try --mesh.{max(got, key=lambda axis: got[axis])} 1"
+            )
         got[free[0]] = devices // fixed
     elif fixed != devices:
         raise UserError(f"got mesh {shown} = {fixed} device(s), expected {devices}, try --mesh.data -1")
     return got
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of an experiment over these devices (all, when not given); axes are Auto."""
     devices = jax.devices() if devices is None else devices
     shape = sizes(cfg, len(devices))
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape),
-                         devices=devices)
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)

@@ -59,8 +59,10 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
             raise ValueError(f"got logical axis {name!r}, expected one of {', '.join(RULES)}{nearest(name, RULES)}")
         for axis in RULES[name]:
             if axis in taken:
-                raise ValueError(f"got logical axes {taken[axis]!r} and {name!r} in {tuple(names)}, "
-                                 f"expected them on different mesh axes, both are on {axis!r}")
+                raise ValueError(
+                    f"got logical axes {taken[axis]!r} and {name!r} in {tuple(names)}, "
+                    f"expected them on different mesh axes, both are on {axis!r}"
+                )
             taken[axis] = name
         parts.append(RULES[name] or None)
     return PartitionSpec(*parts)
@@ -101,10 +103,12 @@ def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             raise ValueError(f"got {len(names)} logical axes {names} for {name}, expected {len(leaf.shape)}")
         placed = sharding(mesh, names)
         for logical, size in zip(names, leaf.shape, strict=True):
-            part = RULES[logical] if logical else ()
+            part: tuple[str, ...] = RULES[logical] if logical else ()
             if size % (count := shards(mesh.shape, part)):
-                raise UserError(f"got parameter {name} with dimension {logical}={size}, expected a multiple of "
-                                f"mesh axis {'*'.join(part)}={count}, try another size or --mesh.{part[-1]} 1")
+                raise UserError(
+                    f"got parameter {name} with dimension {logical}={size}, expected a multiple of "
+                    f"mesh axis {'*'.join(part)}={count}, try another size or --mesh.{''.join(part[-1:])} 1"
+                )
         return placed
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes, is_leaf=lambda x: x is None)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import jax
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ TABLE = (
 )
 
 
-def peak(device: jax.Device, dtype: str) -> float | None:
+def peak(device: Any, dtype: str) -> float | None:
     """Peak FLOP/s of a device at a compute dtype; None where it is not in the table."""
     for row in TABLE:
         if device.device_kind.startswith(row.names):

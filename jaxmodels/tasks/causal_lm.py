@@ -23,11 +23,15 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     """Train a decoder on `tokens` (B, T) and `targets` (B, T), the tokens that follow; targets below 0 are ignored."""
     unembedding = model.unembedding
     if unembedding is None:
-        raise UserError(f"got task causal_lm with {type(model.config).__name__}, expected a language model, "
-                        "try --task.name classification")
+        raise UserError(
+            f"got task causal_lm with {type(model.config).__name__}, expected a language model, "
+            "try --task.name classification"
+        )
     if model.longest is not None and data.seq_len > model.longest:
-        raise UserError(f"got data.seq_len {data.seq_len}, expected at most model.context {model.longest}, "
-                        f"try --model.context {data.seq_len}")
+        raise UserError(
+            f"got data.seq_len {data.seq_len}, expected at most model.context {model.longest}, "
+            f"try --model.context {data.seq_len}"
+        )
 
     def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
         packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}

@@ -15,10 +15,12 @@ from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, f
 
 
 def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
-    """Train a classifier on `inputs` (B, …) and `labels` (B,); labels below 0 are ignored; bytes are scaled to [0, 1]."""
+    """Train a classifier on `inputs` (B, …) and `labels` (B,); labels below 0 are ignored, bytes scaled to [0, 1]."""
     if not hasattr(model.config, "classes"):
-        raise UserError(f"got task classification with {type(model.config).__name__}, expected a classifier, "
-                        "try --task.name causal_lm")
+        raise UserError(
+            f"got task classification with {type(model.config).__name__}, expected a classifier, "
+            "try --task.name causal_lm"
+        )
 
     def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
         logits, stats = forward(("model", model), params, stats, floats(batch["inputs"]), **kwargs)

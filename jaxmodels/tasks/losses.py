@@ -41,8 +41,14 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
     return Scores(objective.sum(), loss.sum(), correct.sum(), counts.sum())
 
 
-def linear_cross_entropy(features: jax.Array, unembedding: jax.Array, targets: jax.Array, smoothing: float = 0.0,
-                         z_loss: float = 0.0, chunk: int = 32) -> Scores:
+def linear_cross_entropy(
+    features: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 32,
+) -> Scores:
     """`cross_entropy(features @ unembedding.T, targets)` that never holds all logits.
 
     The logits of `chunk` positions at a time are made, scored and dropped; the gradients of features and unembedding
@@ -50,11 +56,12 @@ def linear_cross_entropy(features: jax.Array, unembedding: jax.Array, targets: j
     on their devices. Only `objective` carries a gradient.
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
-    return Scores(*_linear(features, unembedding, targets, (smoothing, z_loss, chunk)))
+    sums: Any = _linear(features, unembedding, targets, (smoothing, z_loss, chunk))
+    return Scores(*sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linear(features: Any, unembedding: Any, targets: Any, how: tuple[float, float, int]) -> tuple[jax.Array, ...]:
+def _linear(features: Any, unembedding: Any, targets: Any, how: tuple[float, float, int]) -> Any:
     smoothing, z_loss, chunk = how
 
     def body(sums: Any, part: Any) -> tuple[Any, None]:

@@ -71,8 +71,9 @@ class Task:
         return {name: tree for name, tree in stats.items() if tree}
 
 
-def forward(task_model: tuple[str, Model], params: Params, stats: Params, *args: Any, train: bool = False,
-            **kwargs: Any) -> tuple[Any, Params]:
+def forward(
+    task_model: tuple[str, Model], params: Params, stats: Params, *args: Any, train: bool = False, **kwargs: Any
+) -> tuple[Any, Params]:
     """Apply one of a task's networks, threading its batch statistics: (outputs, all statistics)."""
     name, model = task_model
     if name not in stats:
@@ -86,7 +87,7 @@ def divide(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
 
 
-def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, np.ndarray]) -> None:
+def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, Any]) -> None:
     """Compare a batch from the data with what the task takes; integers may stand for floats (scaled on the device).
 
     Raises:
@@ -94,13 +95,17 @@ def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, np
     """
     for name, want in spec.items():
         if name not in batch:
-            raise UserError(f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data.source "
-                            "or --task.name")
+            raise UserError(
+                f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data.source "
+                "or --task.name"
+            )
         got = batch[name]
         kinds = (got.dtype.kind, np.dtype(want.dtype).kind)
         if got.shape != want.shape or (kinds[0] != kinds[1] and kinds not in (("u", "f"), ("i", "f"))):
-            raise UserError(f"got {name} of shape {got.shape} {got.dtype} from the data, expected {want.shape} "
-                            f"{want.dtype}, try a model whose inputs have the data's shape")
+            raise UserError(
+                f"got {name} of shape {got.shape} {got.dtype} from the data, expected {want.shape} "
+                f"{want.dtype}, try a model whose inputs have the data's shape"
+            )
 
 
 def floats(x: jax.Array) -> jax.Array:

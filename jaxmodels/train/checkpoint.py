@@ -11,8 +11,10 @@ A folder with a plain number is complete by construction: it is written as `1000
 from __future__ import annotations
 
 import collections
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 import threading
@@ -123,6 +125,9 @@ class Checkpointer:
             if failure is None:
                 if not folder.is_dir():
                     raise OSError(f"process 0 could not create {folder}")
+                if shutil.disk_usage(folder).free < total_bytes(leaves):
+                    # known beforehand: TensorStore would print a traceback for each array
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 futures = start_writing(folder / "state", leaves)
         except Exception as error:  # a full disk shows as one of several types; the run must go on
             failure = error

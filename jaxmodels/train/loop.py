@@ -1,12 +1,12 @@
-"""The loop. Its order is an invariant: evaluate if due, save if due, take the batch, dispatch the step, read the metrics
-of the step before (so that the device is never idle), check for preemption.
+"""The loop. Its order is an invariant: evaluate if due, save if due, take the batch, dispatch the step, read the
+metrics of the step before (so that the device is never idle), check for preemption.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class Progress:
 class Hooks:
     """What the loop calls out to."""
 
-    batches: Callable[[int, int], Iterator[Batch]]
+    batches: Callable[[int, int], Generator[Batch, None, None]]
     """Batches of steps start to stop."""
     evaluate: Callable[[State], dict[str, float] | None]
     """Metrics of the held-out set; None: told to stop meanwhile."""
@@ -69,8 +69,19 @@ class Result:
     progress: Progress
 
 
-def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, hooks: Hooks, writer: Writer | None,
-        display: Display, clock: Clock, schedule: Callable[[int], float], run_dir: Path) -> Result:
+def run(
+    cfg: Config,
+    step: Step,
+    state: State,
+    start: int,
+    progress: Progress,
+    hooks: Hooks,
+    writer: Writer | None,
+    display: Display,
+    clock: Clock,
+    schedule: Callable[[int], float],
+    run_dir: Path,
+) -> Result:
     """Train from `start` to the configured step.
 
     Raises:
@@ -96,13 +107,15 @@ def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, h
             ids = hooks.examples(done - 1)
             shown = ", ".join(map(str, ids[:16])) + (", …" if len(ids) > 16 else "")
             good = hooks.last_good(done)
-            raise NotFinite(f"got loss {loss} at step {done}, on examples {shown}; last good checkpoint: "
-                            f"{'none' if good is None else f'step {good}'}; try a lower --optim.peak-lr or "
-                            "--optim.clip-norm 1.0")
+            raise NotFinite(
+                f"got loss {loss} at step {done}, on examples {shown}; last good checkpoint: "
+                f"{'none' if good is None else f'step {good}'}; try a lower --optim.peak-lr or "
+                "--optim.clip-norm 1.0"
+            )
         display.update(done, loss, clock.rate)
         if done % cfg.metrics.every == 0 or done == steps:
             row = {f"train/{name}": value for name, value in values.items()}
-            row |= {"train/learning_rate": float(schedule(done - 1)), **clock.read()}
+            row |= {"train/learning_rate": schedule(done - 1), **clock.read()}
             record(done, row)
 
     def record(done: int, row: dict[str, float]) -> None:
@@ -167,8 +180,7 @@ def run(cfg: Config, step: Step, state: State, start: int, progress: Progress, h
     finally:
         if tracing:
             jax.profiler.stop_trace()
-        if hasattr(batches, "close"):
-            batches.close()
+        batches.close()
     return Result(state, now, ended, evaluated, progress)  # type: ignore[arg-type]
 
 
@@ -205,5 +217,7 @@ def profile_steps(text: str, steps: int) -> tuple[int, int]:
         return -1, -1
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= steps):
-        raise UserError(f"got profile.steps {text!r}, expected FIRST:LAST within {steps} steps, try --profile.steps 10:15")
+        raise UserError(
+            f"got profile.steps {text!r}, expected FIRST:LAST within {steps} steps, try --profile.steps 10:15"
+        )
     return int(first), int(last)

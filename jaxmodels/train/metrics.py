@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import jax
 from jaxmodels.config import MetricsConfig
 
 log = logging.getLogger("jaxmodels")
+
+_EVENTS_SECONDS = 30  # how old a running TensorBoard may be
 
 
 class Writer:
@@ -28,9 +30,7 @@ class Writer:
         self.written: dict[str, Any] = rewind(self.path, start)
         self.unwritten = b""
         self.file = self.path.open("ab", buffering=0)
-        self.events: Any = None
-        self.events_dir = run / "tensorboard" if cfg.tensorboard else None
-        self.start = start
+        self.events = Events(run / "tensorboard", start) if cfg.tensorboard else None
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a step; steps must not go back."""
@@ -51,15 +51,8 @@ class Writer:
         else:
             self.append(json.dumps(self.row) + "\n")
         self.written = self.row
-        if self.events_dir is not None:
-            if self.events is None:
-                from tensorboardX import SummaryWriter
-
-                # purge_step: TensorBoard forgets what a killed run wrote beyond the checkpoint
-                self.events = SummaryWriter(str(self.events_dir), purge_step=self.start or None)
-            for name, value in self.row.items():
-                if name != "step":
-                    self.events.add_scalar(name, value, self.row["step"])
+        if self.events is not None:
+            self.events.add(self.row)
         self.row = {}
 
     def append(self, text: str) -> None:
@@ -68,7 +61,7 @@ class Writer:
         self.unwritten += text.encode()
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
             if not full:
                 log.error("metrics NOT written to %s: %s; the next line tries again", self.path, error.strerror)
@@ -78,14 +71,76 @@ class Writer:
         self.flush()
         with contextlib.suppress(OSError):
             os.fsync(self.file.fileno())
-            if self.events is not None:
-                self.events.flush()
+        if self.events is not None:
+            self.events.flush()
 
     def close(self) -> None:
         self.flush()
         self.file.close()
         if self.events is not None:
-            self.events.close()
+            self.events.flush()
+
+
+class Events:
+    """TensorBoard events, written at once: tensorboardX's own thread dies of a full disk and then hangs the run."""
+
+    def __init__(self, folder: Path, start: int):
+        self.folder, self.start = folder, start
+        self.file: Any = None
+        self.flushed = 0.0
+        self.failed = False
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """The values of a step."""
+        if not self.failed:
+            with self.reported():
+                self.write(row)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        # tensorboardX imports torch where it is installed: a second and 200 MB, for nothing that is used here
+        blocked = "torch" not in sys.modules
+        if blocked:
+            sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            self.append(row)
+        finally:
+            if blocked:
+                del sys.modules["torch"]
+
+    def append(self, row: Mapping[str, float]) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.summary import scalar
+
+        if self.file is None:
+            self.folder.mkdir(exist_ok=True)
+            self.file = EventsWriter(str(self.folder / "events"))
+            if self.start:
+                # TensorBoard forgets what a killed run wrote beyond the checkpoint
+                again = SessionLog(status=SessionLog.START)
+                self.file.write_event(Event(wall_time=time.time(), step=self.start + 1, session_log=again))
+        for name, value in row.items():
+            if name != "step":
+                summary = scalar(name, value)
+                self.file.write_event(Event(wall_time=time.time(), step=int(row["step"]), summary=summary))
+        if time.monotonic() - self.flushed > _EVENTS_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """To the disk."""
+        if self.file is not None and not self.failed:
+            with self.reported():
+                self.file.flush()
+            self.flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """A failure ends the events (half a record may be in the file), not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.failed = True
+            log.error("TensorBoard events in %s end here: %s; metrics.jsonl goes on", self.folder, error.strerror)
 
 
 def read(run: Path) -> list[dict[str, float]]:
@@ -148,8 +203,12 @@ class Clock:
         if not self.steps:
             return {}
         seconds = self.seconds / self.steps
-        values = {"perf/step_seconds": seconds, "perf/data_wait_seconds": self.waited / self.steps,
-                  f"perf/{self.unit}_per_second": self.amount / seconds, "perf/memory_gib": memory()}
+        values = {
+            "perf/step_seconds": seconds,
+            "perf/data_wait_seconds": self.waited / self.steps,
+            f"perf/{self.unit}_per_second": self.amount / seconds,
+            "perf/memory_gib": memory(),
+        }
         if self.flops and self.peak:
             values["perf/mfu"] = self.flops / seconds / self.peak
         self.seconds = self.waited = 0.0
@@ -181,8 +240,13 @@ class Display:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.live = Progress(
-                TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=24),
-                TextColumn("{task.fields[shown]}"), TextColumn("left"), TimeRemainingColumn(), refresh_per_second=2)
+                TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[shown]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                refresh_per_second=2,
+            )
             self.task = self.live.add_task("train", total=steps, shown=self.status)
         self.steps = steps
         self.began: tuple[int, float] | None = None

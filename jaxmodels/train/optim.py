@@ -76,8 +76,15 @@ def build(cfg: OptimConfig, steps: int, axes: Any) -> optax.GradientTransformati
     elif cfg.name == "adafactor":
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     elif cfg.name == "muon":
-        muon = contrib.muon(1.0, beta=cfg.b1, eps=cfg.eps, adam_b1=cfg.b1, adam_b2=cfg.b2, consistent_rms=0.2,
-                            muon_weight_dimension_numbers=matrices(axes))
+        muon = contrib.muon(
+            1.0,
+            beta=cfg.b1,
+            eps=cfg.eps,
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=matrices(axes),
+        )
         rule = optax.chain(muon, optax.scale(-1.0))
     else:
         rule = optax.identity()

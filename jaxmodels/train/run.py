@@ -85,7 +85,9 @@ def initial(experiment: Experiment) -> State:
     cfg, shardings = experiment.cfg, jax.tree.map(lambda leaf: leaf.sharding, experiment.layout)
     make = functools.partial(states.init, experiment.task, experiment.optimizers, ema=cfg.train.ema is not None)
     # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
-    quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(experiment.layout.params)) < 3e7
+    quick = (
+        jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(experiment.layout.params)) < 3e7
+    )
     options = {"xla_backend_optimization_level": 0} if quick else None
     state = jax.jit(make, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
     if cfg.init.source is None:
@@ -98,8 +100,9 @@ def initial(experiment: Experiment) -> State:
     return dataclasses.replace(state, params=params, ema=ema)
 
 
-def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, Any] | None = None) -> tuple[
-        Experiment, loop.Result]:
+def train(
+    cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, Any] | None = None
+) -> tuple[Experiment, loop.Result]:
     """Train as configured, leaving config, metrics, checkpoints and log in `run`; resumes what is there.
 
     Raises:
@@ -114,8 +117,9 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
         prepare(cfg, run, resume, bool(checkpointer.steps()), origin or {})
     distributed.barrier("run directory")
     with contextlib.ExitStack() as stack:
-        display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps,
-                                              experiment.task.unit))
+        display = stack.enter_context(
+            Display(cfg.metrics.progress if main else "none", cfg.train.steps, experiment.task.unit)
+        )
         stack.enter_context(logging_to(run / "log.txt" if main else None, display))
         # a second SIGTERM must not end what the first one made us save
         preemption = stack.enter_context(distributed.Preemption())
@@ -130,15 +134,21 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
             state, meta, start = restored
             progress = loop.Progress(**meta["progress"])
             if meta["data"] != experiment.train_data.fingerprint and resume != "must":
-                raise UserError(f"got data with fingerprint {experiment.train_data.fingerprint}, expected that of the "
-                                f"run in {run}, {meta['data']}, try --resume must to go on with other data")
+                raise UserError(
+                    f"got data with fingerprint {experiment.train_data.fingerprint}, expected that of the "
+                    f"run in {run}, {meta['data']}, try --resume must to go on with other data"
+                )
             if start > cfg.train.steps:
-                raise UserError(f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at "
-                                f"least {start}, try --train.steps {2 * start}")
+                raise UserError(
+                    f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at "
+                    f"least {start}, try --train.steps {2 * start}"
+                )
             log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
             if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
-                log.info("nothing is left to do: this run ended there; another --run-dir starts another, "
-                         "--resume never starts this one anew")
+                log.info(
+                    "nothing is left to do: this run ended there; another --run-dir starts another, "
+                    "--resume never starts this one anew"
+                )
         if main and experiment.train_data.tokenizer is not None:
             experiment.train_data.tokenizer.save(run)
         writer = Writer(run, cfg.metrics, start) if main else None
@@ -151,21 +161,43 @@ def train(cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, 
 def compiled(experiment: Experiment) -> step.Step:
     """The experiment's training step."""
     cfg, loader = experiment.cfg, experiment.loader("train")
-    return step.build(experiment.task, experiment.optimizers, experiment.mesh, experiment.layout, loader.abstract(),
-                      strategy=cfg.train.strategy, accumulate=cfg.train.accumulate, ema=cfg.train.ema)
+    return step.build(
+        experiment.task,
+        experiment.optimizers,
+        experiment.mesh,
+        experiment.layout,
+        loader.abstract(),
+        strategy=cfg.train.strategy,
+        accumulate=cfg.train.accumulate,
+        ema=cfg.train.ema,
+    )
 
 
-def run_loop(experiment: Experiment, take: step.Step, state: State, start: int, progress: loop.Progress, checkpointer: Checkpointer,
-             preemption: distributed.Preemption, writer: Writer | None, display: Display, run: Path) -> loop.Result:
+def run_loop(
+    experiment: Experiment,
+    take: step.Step,
+    state: State,
+    start: int,
+    progress: loop.Progress,
+    checkpointer: Checkpointer,
+    preemption: distributed.Preemption,
+    writer: Writer | None,
+    display: Display,
+    run: Path,
+) -> loop.Result:
     """The loop with its hooks joined to data, evaluation and checkpoints."""
     cfg, task = experiment.cfg, experiment.task
     loaders = {"train": experiment.loader("train"), "eval": experiment.loader("eval")}
     measure = evaluate.build(task, experiment.mesh, stop=lambda: preemption.requested(-1))
 
     def save(now: int, state: State, progress: loop.Progress, best: bool) -> None:
-        meta = {"progress": dataclasses.asdict(progress), "data": experiment.train_data.fingerprint,
-                "config": configs.to_json(cfg), "versions": versions(),
-                "metric": {cfg.eval.metric: progress.best} if best else None}
+        meta = {
+            "progress": dataclasses.asdict(progress),
+            "data": experiment.train_data.fingerprint,
+            "config": configs.to_json(cfg),
+            "versions": versions(),
+            "metric": {cfg.eval.metric: progress.best} if best else None,
+        }
         checkpointer.save(now, state, meta, best=best)
 
     def last_good(step: int) -> int | None:
@@ -184,8 +216,10 @@ def run_loop(experiment: Experiment, take: step.Step, state: State, start: int, 
     )
     spec = data.spec(experiment.train_data, cfg.data.batch_size)
     clock = Clock(spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size, task.unit, *speed(experiment))
-    return loop.run(cfg, take, state, start, progress, hooks, writer, display, clock,
-                    optim.schedule(cfg.optim, cfg.train.steps), run)
+    schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
+    return loop.run(
+        cfg, take, state, start, progress, hooks, writer, display, clock, lambda now: float(schedule(now)), run
+    )
 
 
 def averaged(state: State) -> Any:
@@ -217,12 +251,15 @@ def prepare(cfg: Config, run: Path, resume: Resume, has_checkpoints: bool, origi
         print(f"moved the run that was in {run} to {aside}")
     elif has_checkpoints and resume == "auto":
         before, _ = configs.read(run)
-        differ = {name: values for name, values in configs.differences(before, cfg).items()
-                  if not name.startswith(NEUTRAL)}
+        differ = {
+            name: values for name, values in configs.differences(before, cfg).items() if not name.startswith(NEUTRAL)
+        }
         if differ:
             shown = "; ".join(f"{name} was {a!r}, now {b!r}" for name, (a, b) in differ.items())
-            raise UserError(f"got run directory {run} of another config ({shown}), expected the same, try another "
-                            "--run-dir, --resume must to go on with the change, or --resume never to start anew")
+            raise UserError(
+                f"got run directory {run} of another config ({shown}), expected the same, try another "
+                "--run-dir, --resume must to go on with the change, or --resume never to start anew"
+            )
     run.mkdir(parents=True, exist_ok=True)
     part = run / "config.json.part"
     configs.save(cfg, part, {**origin, "versions": versions(), "commit": commit()})
@@ -234,8 +271,14 @@ def describe(experiment: Experiment, run: Path) -> None:
     count = sum(model.count() for model in experiment.task.networks.values())
     sizes = " ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items() if size > 1)
     kind = jax.devices()[0].device_kind
-    log.info("%s, %s parameters, on %d %s device(s) %s", type(experiment.cfg.model).__name__.removesuffix("Config"),
-             f"{count:,}", jax.device_count(), kind, sizes)
+    log.info(
+        "%s, %s parameters, on %d %s device(s) %s",
+        type(experiment.cfg.model).__name__.removesuffix("Config"),
+        f"{count:,}",
+        jax.device_count(),
+        kind,
+        sizes,
+    )
     log.info("train: %s", experiment.train_data.describe())
     log.info("eval:  %s", experiment.eval_data.describe())
     log.info("run:   %s", run)
@@ -283,8 +326,14 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The commit of the working directory, with + if it has changes; None outside git."""
     try:
-        here = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=12"], capture_output=True, text=True,
-                              timeout=5, cwd=Path(__file__).parent, check=False)
+        here = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            cwd=Path(__file__).parent,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return here.stdout.strip() or None
@@ -292,6 +341,6 @@ def commit() -> str | None:
 
 def compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user has chosen a place (JAX_COMPILATION_CACHE_DIR) already."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxmodels" / "xla"))

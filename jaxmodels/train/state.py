@@ -57,8 +57,13 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False) ->
     params = rules.place(mesh, task.axes(), shapes.params)
     everywhere = rules.sharding(mesh, ())
 
-    where = {path: (leaf.shape, place) for network, tree in params.items() for (path, place), leaf in zip(
-        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes.params[network]), strict=True)}
+    where = {
+        path: (leaf.shape, place)
+        for network, tree in params.items()
+        for (path, place), leaf in zip(
+            jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shapes.params[network]), strict=True
+        )
+    }
 
     def beside(path: tuple[Any, ...], leaf: Any) -> Any:
         # an optimizer keeps trees shaped like the params: a leaf's path ends with that of its parameter
@@ -68,13 +73,15 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False) ->
                 return place
         return everywhere
 
+    replicated: Any = everywhere
     shardings = State(
-        step=everywhere,
+        step=replicated,
         params=params,
         stats=jax.tree.map(lambda _: everywhere, shapes.stats),
         opt_state=jax.tree_util.tree_map_with_path(beside, shapes.opt_state),
         ema=params if ema else None,
-        rng=everywhere,
+        rng=replicated,
     )
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes,
-                        shardings)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )

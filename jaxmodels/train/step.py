@@ -54,8 +54,16 @@ def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate:
     return grads, value, Aux(weight, sums, stats)
 
 
-def advance(task: Task, optimizers: Optimizers, state: State, batch: Batch, *, accumulate: int, ema: float | None,
-            across: str | None = None) -> tuple[State, Metrics]:
+def advance(
+    task: Task,
+    optimizers: Optimizers,
+    state: State,
+    batch: Batch,
+    *,
+    accumulate: int,
+    ema: float | None,
+    across: str | None = None,
+) -> tuple[State, Metrics]:
     """The state after one step on a batch, and the step's metrics; pure.
 
     `across` names a mapped axis to sum gradients over (pmap); under `jit` the compiler does it.
@@ -88,8 +96,17 @@ def advance(task: Task, optimizers: Optimizers, state: State, batch: Batch, *, a
     return State(state.step + 1, params, stats, opt_state, average, state.rng), metrics
 
 
-def build(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, batch: Batch, *, strategy: str = "jit",
-          accumulate: int = 1, ema: float | None = None) -> Step:
+def build(
+    task: Task,
+    optimizers: Optimizers,
+    mesh: Mesh,
+    layout: State,
+    batch: Mapping[str, Any],
+    *,
+    strategy: str = "jit",
+    accumulate: int = 1,
+    ema: float | None = None,
+) -> Step:
     """The step, compiling in the background from shapes alone; its state argument is donated.
 
     `layout` and `batch` are `jax.ShapeDtypeStruct`s with shardings.
@@ -137,17 +154,23 @@ def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, op
     return step
 
 
-def check(mesh_sizes: Mapping[str, int], batch_size: int, accumulate: int, strategy: str,
-          field: str = "data.batch_size") -> None:
+def check(
+    mesh_sizes: Mapping[str, int], batch_size: int, accumulate: int, strategy: str, field: str = "data.batch_size"
+) -> None:
     """Refuse a batch that does not divide, before anything is compiled."""
     rows = rules.shards(mesh_sizes, rules.RULES["batch"])
     if batch_size % (rows * accumulate):
         better = max(1, round(batch_size / (rows * accumulate))) * rows * accumulate
-        raise UserError(f"got {field} {batch_size}, expected a multiple of {rows * accumulate} (mesh data*fsdp = {rows}, "
-                        f"train.accumulate = {accumulate}), try --{field.replace('_', '-')} {better}")
+        raise UserError(
+            f"got {field} {batch_size}, expected a multiple of {rows * accumulate} (mesh data*fsdp = {rows}, "
+            f"train.accumulate = {accumulate}), try --{field.replace('_', '-')} {better}"
+        )
     if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):
-        raise UserError(f"got train.strategy pmap with mesh {dict(mesh_sizes)}, expected data only, "
-                        "try --train.strategy jit")
+        raise UserError(
+            f"got train.strategy pmap with mesh {dict(mesh_sizes)}, expected data only, try --train.strategy jit"
+        )
     if strategy == "pmap" and jax.process_count() > 1:
-        raise UserError(f"got train.strategy pmap on {jax.process_count()} processes, expected one process, "
-                        "try --train.strategy jit")
+        raise UserError(
+            f"got train.strategy pmap on {jax.process_count()} processes, expected one process, "
+            "try --train.strategy jit"
+        )

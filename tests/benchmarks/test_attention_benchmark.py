@@ -18,7 +18,8 @@ def test_a_run_measures_what_runs_here_and_lists_the_rest_with_reasons(tmp_path,
     saved = json.loads((tmp_path / "attention_cpu.json").read_text())
     rows = saved["rows"]
     assert {(row["T"], row["pass"]) for row in rows} == {
-        (T, part) for T in (64, 96) for part in ("forward", "forward+backward")}
+        (T, part) for T in (64, 96) for part in ("forward", "forward+backward")
+    }
     assert {"xla", "blockwise"} <= {row["kernel"] for row in rows}
     for row in rows:
         assert row["ms"] > 0 and len(row["all_ms"]) == 2 and row["memory_mib"] > 0 and 0 <= row["error"] < 1e-5
@@ -27,11 +28,14 @@ def test_a_run_measures_what_runs_here_and_lists_the_rest_with_reasons(tmp_path,
     assert "wrote" in capsys.readouterr().out and (tmp_path / "attention_cpu.png").exists()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--kernels", "flash"], "got kernel 'flash', expected some of xla"),
-    (["--heads", "4", "--kv-heads", "3"], "got 4 heads and 3 of keys"),
-    (["--kernels", "splash"], "got no kernel that runs here, splash runs on TPU"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernels", "flash"], "got kernel 'flash', expected some of xla"),
+        (["--heads", "4", "--kv-heads", "3"], "got 4 heads and 3 of keys"),
+        (["--kernels", "splash"], "got no kernel that runs here, splash runs on TPU"),
+    ],
+)
 def test_a_mistake_is_answered_in_one_line(arguments, message, tmp_path, capsys):
     assert main([*SMALL, "--out", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err

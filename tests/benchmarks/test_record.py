@@ -20,8 +20,15 @@ def test_interleaved_functions_take_turns_after_one_call_each_to_compile():
 
 def test_a_record_names_hardware_versions_commit_and_command(tmp_path):
     drawn = []
-    path = record.write("made", "A title", [{"n": 1, "ms": 0.00012, "all": [1]}, {"n": 2000, "ms": None}], out=tmp_path,
-                        notes=["a note"], columns={"n": "n", "ms": "ms"}, plot=lambda figure, rows: drawn.append(rows))
+    path = record.write(
+        "made",
+        "A title",
+        [{"n": 1, "ms": 0.00012, "all": [1]}, {"n": 2000, "ms": None}],
+        out=tmp_path,
+        notes=["a note"],
+        columns={"n": "n", "ms": "ms"},
+        plot=lambda figure, rows: drawn.append(rows),
+    )
     saved = json.loads((tmp_path / "made.json").read_text())
     assert set(saved) >= {"hardware", "cores", "versions", "commit", "changed", "command", "time", "rows", "notes"}
     assert saved["hardware"] and saved["cores"] >= 1 and {"python", "jax", "jaxlib"} <= set(saved["versions"])
@@ -37,9 +44,18 @@ def test_the_commit_is_the_repositorys():
     assert commit == "unknown" or len(commit) == 40
 
 
-@pytest.mark.parametrize(("value", "cell"), [
-    (None, "–"), (0.0, "0"), (1.23456, "1.23"), (4.5e-5, "4.5e-05"), (12345.6, "12,346"), (7, "7"), ("x", "x"),
-])
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (1.23456, "1.23"),
+        (4.5e-5, "4.5e-05"),
+        (12345.6, "12,346"),
+        (7, "7"),
+        ("x", "x"),
+    ],
+)
 def test_cells_show_three_figures(value, cell):
     assert record.show(value) == cell
 

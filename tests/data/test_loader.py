@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -57,7 +57,7 @@ def test_the_rows_of_all_processes_are_the_batch(processes):
 
 def test_a_process_reads_only_its_own_rows():
     class Watched(Windows):
-        read: list[np.ndarray] = []
+        read: ClassVar[list[np.ndarray]] = []
 
         def batch(self, indices, epochs):
             self.read.append(indices)

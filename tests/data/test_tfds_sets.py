@@ -50,7 +50,9 @@ def test_mnist_opens_quickly_and_is_the_digits(sets, shared_data):
 
     import gzip
 
-    raw = np.frombuffer(gzip.open(shared_data / "raw/mnist/t10k-images-idx3-ubyte.gz").read()[16:], np.uint8)
+    raw = np.frombuffer(
+        gzip.decompress((shared_data / "raw/mnist/t10k-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8
+    )
     originals = {image.tobytes() for image in raw.reshape(10_000, 784)}
     ours = {image.tobytes() for image in batch["inputs"]}
     assert ours <= originals and len(ours) == 8500

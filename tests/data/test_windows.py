@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -19,7 +20,7 @@ def every(source: Windows, epoch: int = 0) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("lengths", [[2], [9], [16], [17], [18], [1000], [100, 2, 33, 1, 0, 17]])
 def test_evaluation_predicts_each_token_but_the_first_once(lengths):
     total = np.cumsum([0, *lengths])
-    arrays = [np.arange(a, b, dtype=np.uint16) for a, b in zip(total[:-1], total[1:], strict=True)]
+    arrays = [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(total)]
     rows = every(Windows(arrays, 16, split="eval", label="numbers"))
     expected = np.concatenate([a[1:] for a in arrays])
     real = rows["targets"] >= 0

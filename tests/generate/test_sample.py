@@ -68,8 +68,9 @@ def test_the_seed_decides():
 
 def test_fewer_tokens_are_the_beginning_of_more():
     model, params = load("gpt2")
-    np.testing.assert_array_equal(sample(model, params, prompt(3), 14, seed=1)[:, :9],
-                                  sample(model, params, prompt(3), 6, seed=1))
+    np.testing.assert_array_equal(
+        sample(model, params, prompt(3), 14, seed=1)[:, :9], sample(model, params, prompt(3), 6, seed=1)
+    )
 
 
 def test_one_prompt_may_be_a_plain_list():

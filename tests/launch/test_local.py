@@ -212,13 +212,15 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(cases: dict[str, Case])
 
 def test_on_a_terminal_rank_0_has_one_of_its_own(tmp_path: Path) -> None:
     script = tmp_path / "show.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import os, sys
         print("terminal", sys.stdout.isatty(), flush=True)
         if sys.stdout.isatty():
             print("columns", os.get_terminal_size(1).columns, end="\\r\\x1b[2K", flush=True)
             print("redrawn", flush=True)
-    """))
+    """)
+    )
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER, sys.executable, str(script)],

@@ -20,13 +20,18 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_
 def main() -> None:
     devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=H100).devices
     mesh = Mesh(np.array(devices).reshape(2, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    compile_cases(mesh, "cuda", "__cudnn$fmha", {
-        "causal": {"causal": True},
-        "packed, one head of keys for two devices": {"causal": True, "G": 2, "segment_ids": True, "K": 64},
-        "window": {"causal": True, "window": 100, "K": 64},
-        "bias": {"bias": True},
-        "kv_length, causal": {"causal": True, "kv_length": 300},
-    })
+    compile_cases(
+        mesh,
+        "cuda",
+        "__cudnn$fmha",
+        {
+            "causal": {"causal": True},
+            "packed, one head of keys for two devices": {"causal": True, "G": 2, "segment_ids": True, "K": 64},
+            "window": {"causal": True, "window": 100, "K": 64},
+            "bias": {"bias": True},
+            "kv_length, causal": {"causal": True, "kv_length": 300},
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -16,12 +16,23 @@ import jaxmodels.models.attention as module
 def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
     mesh = Mesh(np.array(devices).reshape(2, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    compile_cases(mesh, "tpu", "tpu_custom_call", {
-        "causal": {"causal": True},
-        "packed, grouped": {"causal": True, "G": 4, "segment_ids": True},
-        "window, softcap, narrow heads": {"causal": True, "window": 100, "softcap": 30.0, "K": 64},
-        "kv_length, offset, float32": {"causal": True, "T": 256, "q_offset": 128, "kv_length": 300, "dtype": "float32"},
-    })
+    compile_cases(
+        mesh,
+        "tpu",
+        "tpu_custom_call",
+        {
+            "causal": {"causal": True},
+            "packed, grouped": {"causal": True, "G": 4, "segment_ids": True},
+            "window, softcap, narrow heads": {"causal": True, "window": 100, "softcap": 30.0, "K": 64},
+            "kv_length, offset, float32": {
+                "causal": True,
+                "T": 256,
+                "q_offset": 128,
+                "kv_length": 300,
+                "dtype": "float32",
+            },
+        },
+    )
 
 
 def compile_cases(mesh: Mesh, platform: str, custom_call: str, cases: dict[str, dict[str, Any]]) -> None:

@@ -83,8 +83,9 @@ def options(case):
     case = {name: value for name, value in CASES[case].items() if name not in ("T", "S", "G")}
     if "rng" in case:
         case["rng"] = jax.random.key(case["rng"])
-    return jax.tree.map(lambda x: jnp.asarray(x, "float32" if x.dtype == float else "int32")
-                        if isinstance(x, np.ndarray) else x, case)
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, "float32" if x.dtype == float else "int32") if isinstance(x, np.ndarray) else x, case
+    )
 
 
 @functools.cache
@@ -135,10 +136,22 @@ def test_each_kernel_equals_the_reference_or_refuses_by_name(kernel, dtype, case
     compare(outcome(case, kernel, dtype), outcome(case, "xla", "float32"), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("case", [
-    "causal", "packed window", "two-sided window", "segment_ids of keys", "bias of heads", "bias of keys",
-    "bias, softcap", "softcap, window, grouped", "q_offset", "short", "more queries than keys",
-])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "causal",
+        "packed window",
+        "two-sided window",
+        "segment_ids of keys",
+        "bias of heads",
+        "bias of keys",
+        "bias, softcap",
+        "softcap, window, grouped",
+        "q_offset",
+        "short",
+        "more queries than keys",
+    ],
+)
 def test_blockwise_in_loops_equals_the_reference(case, monkeypatch):
     monkeypatch.setattr(blockwise, "UNROLLED", 0)
     compare(outcome.__wrapped__(case, "blockwise", "float32"), outcome(case, "xla", "float32"), TOLERANCE["float32"])
@@ -212,8 +225,12 @@ def test_grouped_heads_equal_repeated_heads():
 def test_decoding_step_by_step_equals_the_whole(kernel):
     q, k, v, _ = arrays(T=12, S=12)
     whole = jax.jit(functools.partial(attention, causal=True, window=5, kernel=kernel), compiler_options=QUICK)(q, k, v)
-    step = jax.jit(lambda q, k, v, t: attention(
-        q, k, v, causal=True, window=5, q_offset=t, kv_length=t + q.shape[1], kernel=kernel), compiler_options=QUICK)
+    step = jax.jit(
+        lambda q, k, v, t: attention(
+            q, k, v, causal=True, window=5, q_offset=t, kv_length=t + q.shape[1], kernel=kernel
+        ),
+        compiler_options=QUICK,
+    )
     parts = []
     for first, last in [(0, 5), (5, 6), (6, 7), (7, 12)]:
         cached = (np.pad(x[:, :last], [(0, 0), (0, 20 - last), (0, 0), (0, 0)], constant_values=9) for x in (k, v))
@@ -264,10 +281,7 @@ def test_blockwise_memory_grows_as_the_length_and_the_references_as_its_square()
     assert temporary("xla", 4096) > 3.5 * temporary("xla", 2048)
 
 
-MESHES = [(4, 1, 2), (1, 2, 4)]
-
-
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [(4, 1, 2), (1, 2, 4)])
 @pytest.mark.parametrize("kernel", ["blockwise", "splash", "cudnn"])
 def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
     mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -321,16 +335,19 @@ def test_blockwise_works_inside_shard_map():
 LONG = Call(8, 2048, 2048, 16, 16, 128, "bfloat16", frozenset({"causal"}))
 
 
-@pytest.mark.parametrize(("place", "call", "kernel", "why"), [
-    ("cpu", LONG, "blockwise", "fastest on cpu"),
-    ("cpu", LONG._replace(T=1), "xla", "fastest on cpu"),
-    ("cpu", LONG._replace(features=frozenset({"dropout"})), "xla", "blockwise does not support dropout"),
-    ("tpu", LONG, "splash", "fused kernel of tpu"),
-    ("tpu", LONG._replace(T=1), "xla", "splash needs lengths that 128 divides"),
-    ("tpu", LONG._replace(features=frozenset({"bias"})), "blockwise", "splash does not support bias; the scores"),
-    ("gpu", LONG, "cudnn", "fused kernel of gpu"),
-    ("gpu", LONG._replace(features=frozenset({"softcap"})), "blockwise", "cudnn does not support softcap"),
-])
+@pytest.mark.parametrize(
+    ("place", "call", "kernel", "why"),
+    [
+        ("cpu", LONG, "blockwise", "fastest on cpu"),
+        ("cpu", LONG._replace(T=1), "xla", "fastest on cpu"),
+        ("cpu", LONG._replace(features=frozenset({"dropout"})), "xla", "blockwise does not support dropout"),
+        ("tpu", LONG, "splash", "fused kernel of tpu"),
+        ("tpu", LONG._replace(T=1), "xla", "splash needs lengths that 128 divides"),
+        ("tpu", LONG._replace(features=frozenset({"bias"})), "blockwise", "splash does not support bias; the scores"),
+        ("gpu", LONG, "cudnn", "fused kernel of gpu"),
+        ("gpu", LONG._replace(features=frozenset({"softcap"})), "blockwise", "cudnn does not support softcap"),
+    ],
+)
 def test_auto_picks_by_hardware_and_shapes(place, call, kernel, why, monkeypatch):
     monkeypatch.setattr(module, "absence", lambda name, place: None)
     got, reason = choose(place, call)
@@ -361,18 +378,24 @@ def test_the_platform_is_the_ambient_meshs():
             assert platform() == expected
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"kernel": "splach"}, "got attention kernel 'splach', expected auto, xla, .* did you mean 'splash'"),
-    ({"kernel": "splash", "bias": np.ones(256)}, "kernel 'splash' does not support bias; kernels that do: xla, block"),
-    ({"kernel": "splash", "T": 100}, "needs lengths that 128 divides, got 100 and 256"),
-    ({"kernel": "cudnn"}, "kernel 'cudnn' does not support float32"),
-    ({"G": 3}, "got 4 heads of queries and 3 of keys"),
-    ({"S": 255, "segment_ids": np.zeros((B, 256), int)}, "got segment_ids"),
-    ({"bias": np.ones((3, 1, 1))}, "expected a shape that broadcasts to"),
-    ({"window": 0}, "got attention window 0, expected at least 1"),
-    ({"dropout": 0.1}, "dropout without rng"),
-    ({"dropout": 1.5, "rng": 0}, "got attention dropout 1.5"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": "splach"}, "got attention kernel 'splach', expected auto, xla, .* did you mean 'splash'"),
+        (
+            {"kernel": "splash", "bias": np.ones(256)},
+            "kernel 'splash' does not support bias; kernels that do: xla, block",
+        ),
+        ({"kernel": "splash", "T": 100}, "needs lengths that 128 divides, got 100 and 256"),
+        ({"kernel": "cudnn"}, "kernel 'cudnn' does not support float32"),
+        ({"G": 3}, "got 4 heads of queries and 3 of keys"),
+        ({"S": 255, "segment_ids": np.zeros((B, 256), int)}, "got segment_ids"),
+        ({"bias": np.ones((3, 1, 1))}, "expected a shape that broadcasts to"),
+        ({"window": 0}, "got attention window 0, expected at least 1"),
+        ({"dropout": 0.1}, "dropout without rng"),
+        ({"dropout": 1.5, "rng": 0}, "got attention dropout 1.5"),
+    ],
+)
 def test_a_mistake_is_refused_in_one_line(change, message):
     q, k, v, _ = arrays(**{n: x for n, x in change.items() if n in "TSG"})
     with pytest.raises(UserError, match=message) as error:
@@ -386,8 +409,9 @@ def compile_elsewhere(script, package):
         pytest.skip(f"the package {package} is not installed")
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, Path(__file__).parent / script], env=env, capture_output=True, text=True,
-                          timeout=240)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / script], env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith("case:"))
 

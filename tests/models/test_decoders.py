@@ -24,8 +24,12 @@ CONFIGS = {
     "llama": LLAMA,
     "llama-grouped-tied": dataclasses.replace(LLAMA, kv_heads=2, tied=True),
     "llama-head-dim-scaled": dataclasses.replace(
-        LLAMA, kv_heads=1, head_dim=6, rope_theta=100.0,
-        rope_scaling=RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)),
+        LLAMA,
+        kv_heads=1,
+        head_dim=6,
+        rope_theta=100.0,
+        rope_scaling=RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32),
+    ),
 }
 
 
@@ -50,8 +54,9 @@ def prepare(config):
     # no token twice, so that a row of the embedding's gradient belongs to one position
     tokens = jnp.asarray(np.random.default_rng(1).permutation(V)[: B * T].reshape(B, T), jnp.int32)
     apply = jit(model.apply, static_argnames=("train", "head"))
-    return SimpleNamespace(config=config, model=model, params=params, tokens=tokens, apply=apply,
-                           logits=np.asarray(apply(params, tokens)))
+    return SimpleNamespace(
+        config=config, model=model, params=params, tokens=tokens, apply=apply, logits=np.asarray(apply(params, tokens))
+    )
 
 
 def close(got, expected, atol=2e-5):
@@ -267,7 +272,8 @@ def published(inverse, scaling):
     if wavelength > low:
         return inverse / scaling.factor
     smooth = (scaling.original_context / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor)
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     return (1 - smooth) * inverse / scaling.factor + smooth * inverse
 
 

@@ -40,8 +40,16 @@ PUBLISHED = {
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
 }
-NAMED = {"125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9, "13b": 13e9,
-         "175b": 175e9}
+NAMED = {
+    "125m": 125e6,
+    "350m": 350e6,
+    "760m": 760e6,
+    "1.3b": 1.3e9,
+    "2.7b": 2.7e9,
+    "6.7b": 6.7e9,
+    "13b": 13e9,
+    "175b": 175e9,
+}
 QUICK = {"xla_backend_optimization_level": 0}  # LLVM's optimisations take longer than all else here
 TINY = {
     "gpt2": GPT2Config(layers=2, width=16, heads=2, vocab_size=31, context=8),
@@ -96,7 +104,8 @@ def test_initial_params_are_a_plain_dict_and_a_function_of_the_key(config):
     walk(params)
     assert kinds == {dict, type(jnp.zeros(()))}
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), model.shapes())
+        lambda x: (x.shape, x.dtype), model.shapes()
+    )
     jax.tree.map(np.testing.assert_array_equal, params, again)
     assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True))
 
@@ -111,7 +120,8 @@ def test_paths_read_as_what_they_are():
     norms = {f"{name}/{leaf}" for name in ("layers/attn_norm", "layers/mlp_norm", "norm") for leaf in ("scale", "bias")}
     assert paths("gpt2") == {"embed/w", "positions/w"} | block | norms
     assert paths("llama") == {"embed/w", "head/w", "norm/scale", "layers/attn_norm/scale", "layers/mlp_norm/scale"} | {
-        f"layers/attn/{name}/w" for name in "qkvo"} | {f"layers/mlp/{name}/w" for name in ("gate", "up", "down")}
+        f"layers/attn/{name}/w" for name in "qkvo"
+    } | {f"layers/mlp/{name}/w" for name in ("gate", "up", "down")}
     assert paths("mlp") == {f"{name}/{leaf}" for name in ("hidden0", "hidden1", "head") for leaf in "wb"}
 
 

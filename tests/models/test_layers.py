@@ -43,7 +43,7 @@ def test_linear_contracts_as_its_axes_say(shape, axes, inputs, formula):
     x, w, b = rand(2, 3, *inputs), rand(*inputs, *shape, seed=1), rand(*shape, seed=2)
     layer = layers.Linear(shape, axes)
     params = made(layer, x)
-    assert (params["w"].names, params["b"].names) == (axes, axes[len(inputs):])
+    assert (params["w"].names, params["b"].names) == (axes, axes[len(inputs) :])
     assert params["w"].value.shape == w.shape
     product = np.einsum(formula, x, w)
     close(run(layer, x, w=w, b=b), product + b)
@@ -167,8 +167,9 @@ class Net(nn.Module):
         return layers.Linear((2,), ("embed", "classes"), name="head")(y.mean((1, 2)))
 
 
-FAMILY = functional.Family("net", NetConfig, Net,
-                           lambda c, batch: (jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32),), {})
+FAMILY = functional.Family(
+    "net", NetConfig, Net, lambda c, batch: (jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32),), {}
+)
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,10 @@ def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="ada
     layout = state.layout(task, optimizers, mesh, ema=True)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key, True), out_shardings=shardings)(jax.random.key(0))
-    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, 2))
-            for name, x in task.batch_spec(16).items()}
+    rows = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, 2))
+        for name, x in task.batch_spec(16).items()
+    }
     take = step.build(task, optimizers, mesh, layout, rows, strategy=strategy, accumulate=accumulate, ema=0.99)
     losses = []
     for batch in batches():

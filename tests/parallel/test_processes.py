@@ -7,14 +7,51 @@ import sys
 
 import pytest
 
-FIELDS = ["--train.steps", "6", "--metrics.every", "1", "--checkpoint.every", "3", "--eval.batches", "2", "--model.layers", "1",
-          "--model.width", "32", "--model.attention", "xla", "--data.seq-len", "32", "--data.batch-size", "8",
-          "--eval.every", "3", "--metrics.progress", "plain"]
+FIELDS = [
+    "--train.steps",
+    "6",
+    "--metrics.every",
+    "1",
+    "--checkpoint.every",
+    "3",
+    "--eval.batches",
+    "2",
+    "--model.layers",
+    "1",
+    "--model.width",
+    "32",
+    "--model.attention",
+    "xla",
+    "--data.seq-len",
+    "32",
+    "--data.batch-size",
+    "8",
+    "--eval.every",
+    "3",
+    "--metrics.progress",
+    "plain",
+]
 
 
 def train(run, processes, root, *fields):
-    command = [sys.executable, "-m", "launch", "local", "--processes", str(processes), "--devices-per-process",
-               str(4 // processes), "--platform", "cpu", "--", "configs/gpt_stdlib.py", "--run-dir", str(run), *FIELDS, *fields]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "local",
+        "--processes",
+        str(processes),
+        "--devices-per-process",
+        str(4 // processes),
+        "--platform",
+        "cpu",
+        "--",
+        "configs/gpt_stdlib.py",
+        "--run-dir",
+        str(run),
+        *FIELDS,
+        *fields,
+    ]
     env = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -29,8 +29,9 @@ CASES = {
     "gpt2-wide-mlp": GPT2Config(vocab_size=V, context=24, layers=3, heads=2, width=20, mlp_width=36),
     "llama-1-kv-head": LLAMA,
     "llama-all-heads-tied": dataclasses.replace(LLAMA, kv_heads=None, tied=True, norm_eps=1e-6),
-    "llama-3-scaling-head-dim": dataclasses.replace(LLAMA, kv_heads=2, head_dim=10, rope_theta=500.0,
-                                                    rope_scaling=SCALING),
+    "llama-3-scaling-head-dim": dataclasses.replace(
+        LLAMA, kv_heads=2, head_dim=10, rope_theta=500.0, rope_scaling=SCALING
+    ),
 }
 
 
@@ -39,20 +40,45 @@ def theirs(config):
     torch.manual_seed(0)
     common = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
     if isinstance(config, GPT2Config):
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            n_positions=config.context, n_embd=config.width, n_layer=config.layers, n_head=config.heads,
-            n_inner=config.mlp_width, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common))
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_positions=config.context,
+                n_embd=config.width,
+                n_layer=config.layers,
+                n_head=config.heads,
+                n_inner=config.mlp_width,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **common,
+            )
+        )
     else:
         rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
         if config.rope_scaling.factor != 1:
             s = config.rope_scaling
-            rope |= {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
-                     "high_freq_factor": s.high_freq_factor, "original_max_position_embeddings": s.original_context}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            hidden_size=config.width, intermediate_size=config.mlp_width, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, num_key_value_heads=config.kv_heads or config.heads,
-            head_dim=config.head_size, max_position_embeddings=config.context, rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tied, rope_parameters=rope, **common))
+            rope |= {
+                "rope_type": "llama3",
+                "factor": s.factor,
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_context,
+            }
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=config.width,
+                intermediate_size=config.mlp_width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.kv_heads or config.heads,
+                head_dim=config.head_size,
+                max_position_embeddings=config.context,
+                rms_norm_eps=config.norm_eps,
+                tie_word_embeddings=config.tied,
+                rope_parameters=rope,
+                **common,
+            )
+        )
     for name, p in model.named_parameters():
         p.data = torch.randn_like(p) * (0.1 if p.ndim > 1 else 0.2) + float("norm" in name or ".ln_" in name)
     return model.float()
@@ -76,23 +102,36 @@ def ours(config, model):
             return {"scale": stack(h + name + ".weight"), "bias": stack(h + name + ".bias")}
 
         merged, o, K = layer("attn.c_attn"), layer("attn.c_proj"), D // H
-        attn = {name: {"w": merged["w"][..., i * D : (i + 1) * D].reshape(-1, D, H, K),
-                       "b": merged["b"][..., i * D : (i + 1) * D].reshape(-1, H, K)} for i, name in enumerate("qkv")}
+        attn = {
+            name: {
+                "w": merged["w"][..., i * D : (i + 1) * D].reshape(-1, D, H, K),
+                "b": merged["b"][..., i * D : (i + 1) * D].reshape(-1, H, K),
+            }
+            for i, name in enumerate("qkv")
+        }
         attn["o"] = {"w": o["w"].reshape(-1, H, K, D), "b": o["b"]}
         return {
-            "embed": {"w": w["transformer.wte.weight"]}, "positions": {"w": w["transformer.wpe.weight"]},
-            "layers": {"attn": attn, "attn_norm": norm("ln_1"), "mlp_norm": norm("ln_2"),
-                       "mlp": {"up": layer("mlp.c_fc"), "down": layer("mlp.c_proj")}},
+            "embed": {"w": w["transformer.wte.weight"]},
+            "positions": {"w": w["transformer.wpe.weight"]},
+            "layers": {
+                "attn": attn,
+                "attn_norm": norm("ln_1"),
+                "mlp_norm": norm("ln_2"),
+                "mlp": {"up": layer("mlp.c_fc"), "down": layer("mlp.c_proj")},
+            },
             "norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
         }
     h, K = "model.layers.{}.", config.head_size
     tree = {
-        "embed": {"w": w["model.embed_tokens.weight"]}, "norm": {"scale": w["model.norm.weight"]},
+        "embed": {"w": w["model.embed_tokens.weight"]},
+        "norm": {"scale": w["model.norm.weight"]},
         "layers": {
             "attn_norm": {"scale": stack(h + "input_layernorm.weight")},
             "mlp_norm": {"scale": stack(h + "post_attention_layernorm.weight")},
-            "attn": {name: {"w": stack(h + f"self_attn.{name}_proj.weight", lambda x: x.T.reshape(D, -1, K))}
-                     for name in "qkv"},
+            "attn": {
+                name: {"w": stack(h + f"self_attn.{name}_proj.weight", lambda x: x.T.reshape(D, -1, K))}
+                for name in "qkv"
+            },
             "mlp": {name: {"w": stack(h + f"mlp.{name}_proj.weight", np.transpose)} for name in ("gate", "up", "down")},
         },
     }
@@ -141,8 +180,9 @@ def train_theirs(model, lr, decay):
 def train_ours(config, params, lr, decay):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     task = tasks.build(TaskConfig(), config, DataConfig(seq_len=T, batch_size=B))
-    cfg = OptimConfig(name="adamw", peak_lr=lr, schedule="constant", b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay,
-                      clip_norm=1.0)
+    cfg = OptimConfig(
+        name="adamw", peak_lr=lr, schedule="constant", b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay, clip_norm=1.0
+    )
     optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     params = jax.tree.map(jnp.asarray, params)

@@ -60,8 +60,22 @@ def branches(x, w):
         (jax.grad(lambda x, w: jnp.sin(loop(x, w)).sum(), (0, 1)), (X, SQUARE), 3 * 6 * STEP),
         (jax.checkpoint(multiply), (X, W), PRODUCT),
     ],
-    ids=["product", "jit", "contraction", "batch", "sum", "scan", "scan in scan", "fori", "while", "cond", "vmap",
-         "grad", "grad of scan", "checkpoint"],
+    ids=[
+        "product",
+        "jit",
+        "contraction",
+        "batch",
+        "sum",
+        "scan",
+        "scan in scan",
+        "fori",
+        "while",
+        "cond",
+        "vmap",
+        "grad",
+        "grad of scan",
+        "checkpoint",
+    ],
 )
 def test_products_count_two_for_each_multiply_and_add(fn, args, expected):
     assert flops.count(fn, *args) == expected
@@ -88,8 +102,15 @@ def test_custom_gradients_are_seen_through():
 
 
 def conv(x, w, stride=1, groups=1, padding="SAME", dilation=None):
-    return jax.lax.conv_general_dilated(x, w, (stride, stride), padding, lhs_dilation=dilation,
-                                        feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x,
+        w,
+        (stride, stride),
+        padding,
+        lhs_dilation=dilation,
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def test_convolutions_count_their_taps():

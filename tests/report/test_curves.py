@@ -9,7 +9,10 @@ from jaxmodels.report import curves
 
 
 def test_curves_show_what_the_metrics_say(tmp_path):
-    rows = [{"step": s, "train/loss": 3 / s, "train/learning_rate": 1e-3, "perf/tokens_per_second": 5e4} for s in range(1, 30)]
+    rows = [
+        {"step": s, "train/loss": 3 / s, "train/learning_rate": 1e-3, "perf/tokens_per_second": 5e4}
+        for s in range(1, 30)
+    ]
     rows[9] |= {"eval/loss": 0.5}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 30, "tra')
     curves.draw(tmp_path, tmp_path / "a.png", {"unigram": 3.1})

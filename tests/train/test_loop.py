@@ -73,13 +73,30 @@ class World:
         self.events.clear()
         start = max(self.saved.keys() - self.damaged, default=0)
         state, progress, _ = self.saved.get(start, (0, Progress(), False))
-        hooks = Hooks(self.batches, self.evaluate, self.save, self.stop, lambda step: np.arange(step, step + 20),
-                      lambda step: max((s for s in self.saved if s < step), default=None))
+        hooks = Hooks(
+            self.batches,
+            self.evaluate,
+            self.save,
+            self.stop,
+            lambda step: np.arange(step, step + 20),
+            lambda step: max((s for s in self.saved if s < step), default=None),
+        )
         writer = Writer(self.run, self.cfg.metrics, start)
         try:
             display, clock = Display("none", self.cfg.train.steps, "tokens"), Clock(8, "tokens", None, None)
-            return loop.run(self.cfg, self.step, state, start, dataclasses.replace(progress), hooks, writer, display,
-                            clock, lambda step: 0.1, self.run)
+            return loop.run(
+                self.cfg,
+                self.step,
+                state,
+                start,
+                dataclasses.replace(progress),
+                hooks,
+                writer,
+                display,
+                clock,
+                lambda step: 0.1,
+                self.run,
+            )
         finally:
             writer.close()
 
@@ -94,12 +111,24 @@ Make = Callable[..., World]
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(jax, "device_get", lambda values: values)
 
-    def build(steps: int = 6, eval_: EvalConfig | None = None, checkpoint: CheckpointConfig | None = None,
-              every: int = 1, profile: str = "") -> World:
-        return World(tmp_path, Config(
-            model=None, train=TrainConfig(steps=steps), eval=eval_ or EvalConfig(every=3),
-            checkpoint=checkpoint or CheckpointConfig(every=2), profile=ProfileConfig(steps=profile),
-            metrics=MetricsConfig(every=every, tensorboard=False)))
+    def build(
+        steps: int = 6,
+        eval_: EvalConfig | None = None,
+        checkpoint: CheckpointConfig | None = None,
+        every: int = 1,
+        profile: str = "",
+    ) -> World:
+        return World(
+            tmp_path,
+            Config(
+                model=None,
+                train=TrainConfig(steps=steps),
+                eval=eval_ or EvalConfig(every=3),
+                checkpoint=checkpoint or CheckpointConfig(every=2),
+                profile=ProfileConfig(steps=profile),
+                metrics=MetricsConfig(every=every, tensorboard=False),
+            ),
+        )
 
     return build
 
@@ -108,11 +137,22 @@ def test_the_order_is_evaluate_save_batch_dispatch_read_the_step_before(make: Ma
     world = make(steps=4, eval_=EvalConfig(every=2))
     result = world.train()
     assert world.events == [
-        "batch 0", "dispatch 1",
-        "batch 1", "dispatch 2", "read 1", "read 2",
-        "evaluate 2", "save 2", "batch 2", "dispatch 3",
-        "batch 3", "dispatch 4", "read 3", "read 4",
-        "evaluate 4", "save 4",
+        "batch 0",
+        "dispatch 1",
+        "batch 1",
+        "dispatch 2",
+        "read 1",
+        "read 2",
+        "evaluate 2",
+        "save 2",
+        "batch 2",
+        "dispatch 3",
+        "batch 3",
+        "dispatch 4",
+        "read 3",
+        "read 4",
+        "evaluate 4",
+        "save 4",
     ]
     assert (result.step, result.ended, result.metrics) == (4, "done", {"eval/loss": 0.25})
 
@@ -121,7 +161,12 @@ def test_each_step_has_one_line_and_an_evaluation_shares_it(make: Make) -> None:
     world = make(steps=7, every=2)
     world.train()
     assert [(row["step"], "train/loss" in row, "eval/loss" in row) for row in world.rows()] == [
-        (2, True, False), (3, False, True), (4, True, False), (6, True, True), (7, True, True)]
+        (2, True, False),
+        (3, False, True),
+        (4, True, False),
+        (6, True, True),
+        (7, True, True),
+    ]
 
 
 def test_a_checkpoint_never_lacks_the_line_of_its_step(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,11 @@ def test_cosine_rises_to_the_peak_and_ends_at_its_share():
 
 @pytest.mark.parametrize(
     ("shape", "values"),
-    [("linear", {10: 1.0, 60: 0.55, 110: 0.1}), ("constant", {10: 1.0, 110: 1.0}), ("wsd", {10: 1.0, 87: 1.0, 99: 0.55, 110: 0.1})],
+    [
+        ("linear", {10: 1.0, 60: 0.55, 110: 0.1}),
+        ("constant", {10: 1.0, 110: 1.0}),
+        ("wsd", {10: 1.0, 87: 1.0, 99: 0.55, 110: 0.1}),
+    ],
 )
 def test_the_other_schedules(shape, values):
     rate = optim.schedule(OptimConfig(peak_lr=1.0, warmup_steps=10, schedule=shape), 110)
@@ -58,7 +62,9 @@ def test_kinds_come_from_names_and_axes(model):
 
 @pytest.mark.parametrize("decayed", [("matrix",), ("matrix", "embedding"), ("bias", "norm")])
 def test_weight_decay_touches_the_chosen_kinds_alone(model, params, decayed):
-    cfg = OptimConfig(name="adamw", peak_lr=1.0, weight_decay=0.5, decay_on=decayed, clip_norm=None, schedule="constant")
+    cfg = OptimConfig(
+        name="adamw", peak_lr=1.0, weight_decay=0.5, decay_on=decayed, clip_norm=None, schedule="constant"
+    )
     tx = optim.build(cfg, 10, model.axes())
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), ones)
@@ -74,15 +80,26 @@ def test_adam_never_decays(model, params):
 
 
 def test_adamw_is_the_published_rule(model, params):
-    cfg = OptimConfig(name="adamw", peak_lr=0.1, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3, decay_on=("matrix",), clip_norm=1.0,
-                      schedule="constant")
+    cfg = OptimConfig(
+        name="adamw",
+        peak_lr=0.1,
+        b1=0.8,
+        b2=0.9,
+        eps=1e-6,
+        weight_decay=0.3,
+        decay_on=("matrix",),
+        clip_norm=1.0,
+        schedule="constant",
+    )
     tx = optim.build(cfg, 10, model.axes())
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
     updates, _ = tx.update(grads, tx.init(params), params)
     g, p = (np.asarray(tree["layers"]["mlp"]["up"]["w"]) for tree in (grads, params))
     g = g / norm  # clipped to norm 1; after one step the corrected moments are g and g²
-    np.testing.assert_allclose(updates["layers"]["mlp"]["up"]["w"], -0.1 * (g / (np.abs(g) + 1e-6) + 0.3 * p), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        updates["layers"]["mlp"]["up"]["w"], -0.1 * (g / (np.abs(g) + 1e-6) + 0.3 * p), rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

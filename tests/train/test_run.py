@@ -64,7 +64,11 @@ class Process:
         environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(root)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxmodels", "train", str(config), "--run-dir", str(run), *options],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
         self.output = ""
 
     def until(self, step: int) -> Process:
@@ -221,7 +225,8 @@ def train(config: Path, run: Path, *options: str) -> int:
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
-        config: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(whole)
     assert train(config, whole) == 0
     assert "nothing is left to do" in capsys.readouterr().out
@@ -229,7 +234,8 @@ def test_a_finished_run_says_so_and_changes_nothing(
 
 
 def test_a_run_directory_of_another_config_is_refused_with_the_difference(
-        config: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = snapshot(whole), (whole / "config.json").read_bytes()
     assert train(config, whole, "--optim.peak-lr", "1e-4", "--metrics.every", "2") == 2
     message = capsys.readouterr().err
@@ -251,7 +257,8 @@ def test_other_data_is_refused(config: Path, whole: Path, capsys: pytest.Capture
 
 
 def test_must_wants_a_checkpoint_and_never_moves_the_run_aside(
-        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     short = ("--train.steps", "3", "--eval.every", "0")
     run = tmp_path / "run"
     assert train(config, run, *short, "--resume", "must") == 2
@@ -271,7 +278,8 @@ def test_must_wants_a_checkpoint_and_never_moves_the_run_aside(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
-        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, wild = tmp_path / "run", ("--optim.name", "sgd", "--optim.clip-norm", "None", "--optim.peak-lr", "1e30")
     assert train(config, run, *wild, "--checkpoint.every", "1", "--train.ema", "None") == 1
     message = capsys.readouterr().err
@@ -286,10 +294,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_an_early_stop_keeps_the_best_checkpoint_and_is_not_undone(
-        config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # the higher loss counts as the better one, so that the first evaluation stays the best
-    run, options = tmp_path / "run", ("--eval.every", "3", "--eval.early-stop", "2", "--eval.mode", "max",
-                                      "--checkpoint.best", "True", "--checkpoint.keep", "1")
+    run, options = (
+        tmp_path / "run",
+        (
+            "--eval.every",
+            "3",
+            "--eval.early-stop",
+            "2",
+            "--eval.mode",
+            "max",
+            "--checkpoint.best",
+            "True",
+            "--checkpoint.keep",
+            "1",
+        ),
+    )
     assert train(config, run, *options) == 0
     assert "stopped early at step 9" in capsys.readouterr().out
     checkpoints = Checkpointer(run / "checkpoints")
@@ -309,14 +331,17 @@ def test_the_moving_average_is_what_is_evaluated(whole: Path) -> None:
     found = Checkpointer(whole / "checkpoints").restore(experiment.layout)
     assert found is not None
     measure = evaluate.build(experiment.task, experiment.mesh)
-    average, plain = [measure(part, found[0].stats, experiment.loader("eval").once(cfg.eval.batches))
-                      for part in (found[0].ema, found[0].params)]
+    average, plain = [
+        measure(part, found[0].stats, experiment.loader("eval").once(cfg.eval.batches))
+        for part in (found[0].ema, found[0].params)
+    ]
     assert average is not None and plain is not None and abs(average["loss"] - plain["loss"]) > 1e-3
     assert values(whole)[-1]["eval/loss"] == pytest.approx(average["loss"], rel=1e-6)
 
 
 def test_a_full_disk_is_said_once_and_no_line_of_the_metrics_is_lost(
-        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     writer = metrics.Writer(tmp_path, configs.MetricsConfig(tensorboard=False), 0)
 
     class Full:
@@ -338,3 +363,42 @@ def test_a_full_disk_is_said_once_and_no_line_of_the_metrics_is_lost(
     writer.add(4, {"train/loss": 1.0})
     writer.close()
     assert [row["step"] for row in values(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_events_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboardX import record_writer
+
+    monkeypatch.setattr(record_writer, "open_file", lambda path: Path("/dev/full").open("wb"))  # noqa: SIM115
+    writer = metrics.Writer(tmp_path, configs.MetricsConfig(), 0)
+    for step in range(1, 30):
+        writer.add(step, {"train/loss": 1.0})
+        writer.sync()
+    writer.close()
+    assert caplog.text.count("TensorBoard events") == 1 and "No space left on device" in caplog.text
+    assert [row["step"] for row in values(tmp_path)] == list(range(1, 30))
+
+
+def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    for start, stop in ((0, 4), (2, 5)):
+        writer = metrics.Writer(tmp_path, configs.MetricsConfig(), start)
+        for step in range(start + 1, stop + 1):
+            writer.add(step, {"train/loss": 1 / step})
+        writer.close()
+        time.sleep(1.1)  # an event file is named by the second
+    shown: dict[int, float] = {}
+    for path in sorted((tmp_path / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.HasField("session_log"):  # as TensorBoard reads it: forget this step and all beyond
+                shown = {step: value for step, value in shown.items() if step < event.step}
+            for value in event.summary.value:
+                assert event.step not in shown and value.tag == "train/loss"
+                shown[event.step] = value.simple_value
+    assert shown == pytest.approx({step: 1 / step for step in range(1, 6)})

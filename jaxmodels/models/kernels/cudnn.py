@@ -10,8 +10,23 @@ import jax.numpy as jnp
 from jaxmodels.models.kernels.visibility import full_mask, zero_blind
 
 
-def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length,
-           implementation: Literal["cudnn", "xla"] = "cudnn"):
+def attend(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    window,
+    segments,
+    bias,
+    scale,
+    dropout,
+    rng,
+    softcap,
+    q_offset,
+    kv_length,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+):
     """Attention by cuDNN; segments and offsets become a mask in memory, (B, 1, T, S).
 
     Shapes: as `xla.attend`.

@@ -24,8 +24,9 @@ def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
         length = jnp.full(1, S, jnp.int32) if hidden.kv_length is None else jnp.minimum(hidden.kv_length, S)
         hidden = hidden._replace(kv_length=length)
     if hidden.q_segments is not None:
-        hidden = hidden._replace(q_segments=cut(hidden.q_segments, 1, nq, plan.Q),
-                                 kv_segments=cut(hidden.kv_segments, 1, nk, plan.S))
+        hidden = hidden._replace(
+            q_segments=cut(hidden.q_segments, 1, nq, plan.Q), kv_segments=cut(hidden.kv_segments, 1, nk, plan.S)
+        )
     if bias is not None:
         room = nq * plan.Q - T if bias.shape[3] > 1 else 0, nk * plan.S - S if bias.shape[4] > 1 else 0
         bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, n) for n in room])
@@ -37,7 +38,7 @@ def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
 def cut(x, axis: int, n: int, size: int):
     """An axis cut into n blocks, padded, in front: (n, ..., size, ...)."""
     x = jnp.pad(x, [(0, n * size - x.shape[a] if a == axis else 0) for a in range(x.ndim)])
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1:]), axis, 0)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def keys_of(plan: Plan, hidden: Hidden, i, nk):

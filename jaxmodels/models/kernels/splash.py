@@ -12,8 +12,9 @@ PADDING = jnp.iinfo(jnp.int32).min
 """Segment of the keys beyond `kv_length`."""
 
 
-def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length,
-           interpret=False):
+def attend(
+    q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length, interpret=False
+):
     """Attention by the Pallas kernel; causality and window are compiled in, the keys' length becomes a segment.
 
     Shapes: as `xla.attend`.

@@ -65,8 +65,9 @@ def backward(plan: Plan, saved: Any, d_out):
         arguments = cut(plan, rows, keys, q, k, bias, hidden)
         _, q_part, k_part, bias_part, *_ = arguments
         at = (slice(None),) * 3 + (rows,)
-        dq, dk_part, dv_part, dx = pull(plan, q_part, k_part, v[:, :, keys], d_out[at], delta[at], lse[at],
-                                        *score(*arguments))
+        dq, dk_part, dv_part, dx = pull(
+            plan, q_part, k_part, v[:, :, keys], d_out[at], delta[at], lse[at], *score(*arguments)
+        )
         room = [(0, 0)] * 2 + [(keys.start, k.shape[2] - keys.stop), (0, 0)]
         dqs.append(dq)
         dk, dv = dk + jnp.pad(dk_part, room), dv + jnp.pad(dv_part, room)

@@ -9,7 +9,12 @@ Array = jax.Array
 
 
 def visible(
-    t: Array, s: Array, *, causal: bool, window: int | None, segments: tuple[Array, Array] | None,
+    t: Array,
+    s: Array,
+    *,
+    causal: bool,
+    window: int | None,
+    segments: tuple[Array, Array] | None,
     kv_length: Array | None,
 ) -> Array | None:
     """Which keys a query may see, or None for all.
