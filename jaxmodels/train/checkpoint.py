@@ -127,7 +127,7 @@ class Checkpointer:
                     raise OSError(f"process 0 could not create {folder}")
                 if shutil.disk_usage(folder).free < total_bytes(leaves):
                     # known beforehand: TensorStore would print a traceback for each array
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise OSError(os.strerror(errno.ENOSPC))
                 futures = start_writing(folder / "state", leaves)
         except Exception as error:  # a full disk shows as one of several types; the run must go on
             failure = error

@@ -189,7 +189,8 @@ def train_ours(config, params, lr, decay):
     moments = {loss.name: optimizers[loss.name].init(params) for loss in task.losses}
     now = state.State(jnp.zeros((), jnp.int32), {"model": params}, {}, moments, None, jax.random.key(0))
     now = jax.device_put(now, jax.tree.map(lambda leaf: leaf.sharding, layout))
-    take = step.build(task, optimizers, mesh, layout)
+    rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in task.batch_spec(B).items()}
+    take = step.build(task, optimizers, mesh, layout, rows)
     losses, norms = [], []
     for tokens, targets in batches():
         batch = {"tokens": tokens, "targets": targets}
