@@ -12,6 +12,7 @@ BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
+    "startup": "time to import, and to say that an option is mistyped",
     "data": "training on real data against synthetic batches",
 }
 """Name of a module here -> one line of help."""
