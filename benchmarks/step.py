@@ -32,7 +32,7 @@ class Options:
     """What the engine is compared with: bare (the same step under jax.jit), linen (Flax's stock layers and Optax),
     torch (eager), torch-avx512 (the same, with Intel MKL told that any CPU is Intel's)."""
     override: str = ""
-    """Fields of the config, as on the command line: '--model.vocab-size 50304'."""
+    """Fields of the config, as on the command line: --override='--model.vocab-size 50304'."""
     rounds: int = 5
     """Turns of each contestant."""
     steps: int = 5

@@ -12,6 +12,9 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 
+How = tuple[float, int | None, float]
+"""Temperature, top_k, top_p: known when the loop is compiled."""
+
 
 def sample(
     model: Model,
@@ -55,7 +58,7 @@ def sample(
     padded = np.zeros((prompt.shape[0], room), np.int32)
     padded[:, : prompt.shape[1]] = prompt
     numbers = (jnp.int32(prompt.shape[1]), jnp.int32(length))
-    out = run(model, params, jnp.asarray(padded), *numbers, jax.random.key(seed), temperature, top_k, top_p)
+    out = run(model, params, jnp.asarray(padded), *numbers, jax.random.key(seed), (temperature, top_k, top_p))
     return np.asarray(out)[:, :length]
 
 
@@ -77,51 +80,36 @@ def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | N
     return jax.random.categorical(key, logits)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
+def _put(tokens: jax.Array, at: Any, logits: jax.Array, key: jax.Array, how: How) -> jax.Array:
+    """Tokens with the one behind position `at` drawn from its logits (B, V)."""
+    new = choose(logits, jax.random.fold_in(key, at), *how).astype(tokens.dtype)
+    return jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at + 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def _cached(
-    model: Model,
-    params: Any,
-    tokens: jax.Array,
-    prompt: jax.Array,
-    length: jax.Array,
-    key: jax.Array,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
+    model: Model, params: Any, tokens: jax.Array, prompt: Any, length: Any, key: jax.Array, how: How
 ) -> jax.Array:
     B, room = tokens.shape
-
-    def put(tokens: jax.Array, at: jax.Array, logits: jax.Array) -> jax.Array:
-        new = choose(logits, jax.random.fold_in(key, at), temperature, top_k, top_p).astype(tokens.dtype)
-        return jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at + 1))
 
     def body(carry: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, Any, jax.Array]:
         tokens, cache, at = carry
         logits, cache = model.apply(params, jax.lax.dynamic_slice(tokens, (0, at), (B, 1)), cache=cache)
-        return put(tokens, at, logits[:, -1]), cache, at + 1
+        return _put(tokens, at, logits[:, -1], key, how), cache, at + 1
 
     # The whole row goes through at once; what lies behind the prompt is overwritten before it is ever attended to.
     logits, cache = model.apply(params, tokens, cache=model.cache(B, room))
-    tokens = put(tokens, prompt - 1, jax.lax.dynamic_index_in_dim(logits, prompt - 1, axis=1, keepdims=False))
-    start = (tokens, {**cache, "length": prompt}, prompt)
+    last = jax.lax.dynamic_index_in_dim(logits, prompt - 1, axis=1, keepdims=False)
+    start = (_put(tokens, prompt - 1, last, key, how), {**cache, "length": prompt}, prompt)
     return jax.lax.while_loop(lambda carry: carry[2] + 1 < length, body, start)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def _uncached(
-    model: Model,
-    params: Any,
-    tokens: jax.Array,
-    prompt: jax.Array,
-    length: jax.Array,
-    key: jax.Array,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
+    model: Model, params: Any, tokens: jax.Array, prompt: Any, length: Any, key: jax.Array, how: How
 ) -> jax.Array:
     def body(at: jax.Array, tokens: jax.Array) -> jax.Array:
         logits = jax.lax.dynamic_index_in_dim(model.apply(params, tokens), at, axis=1, keepdims=False)
-        new = choose(logits, jax.random.fold_in(key, at), temperature, top_k, top_p).astype(tokens.dtype)
-        return jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at + 1))
+        return _put(tokens, at, logits, key, how)
 
     return jax.lax.fori_loop(prompt - 1, length - 1, body, tokens)

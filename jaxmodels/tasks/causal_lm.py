@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.tasks.losses import Scores, cross_entropy, linear_cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, forward, scored
 
 FEW = 2048
 """Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
@@ -42,14 +42,6 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             return cross_entropy(logits, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
         return linear_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
 
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        s, stats = score(params, stats, batch, train=True, rng=rng)
-        return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
-
-    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-        s, _ = score(params, stats, batch)
-        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
-
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
         return {"tokens": rows, "targets": rows}
@@ -57,4 +49,5 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     def summarise(values: dict[str, float]) -> dict[str, float]:
         return {**values, "perplexity": float(np.exp(min(values["loss"], 700.0)))}
 
+    loss, metrics = scored(score)
     return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", summarise)

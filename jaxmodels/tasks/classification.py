@@ -11,7 +11,7 @@ from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, floats, forward, scored
 
 
 def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -26,16 +26,9 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         logits, stats = forward(("model", model), params, stats, floats(batch["inputs"]), **kwargs)
         return cross_entropy(logits, batch["labels"], cfg.label_smoothing, cfg.z_loss), stats
 
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        s, stats = score(params, stats, batch, train=True, rng=rng)
-        return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
-
-    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-        s, _ = score(params, stats, batch)
-        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
-
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         (inputs,) = model.inputs(batch_size)
         return {"inputs": inputs, "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
 
+    loss, metrics = scored(score)
     return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec)

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
+from jaxmodels.tasks.losses import Scores
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -80,6 +81,20 @@ def forward(
         return model.apply(params[name], *args, train=train, **kwargs), stats
     out, new = model.apply(params[name], *args, stats=stats[name], train=train, **kwargs)
     return out, {**stats, name: new}
+
+
+def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., Any], Callable[..., Sums]]:
+    """The loss and the metrics of a task that has one set of scores: `score(params, stats, batch, train=…, rng=…)`."""
+
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        s, stats = score(params, stats, batch, train=True, rng=rng)
+        return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
+
+    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+        s, _ = score(params, stats, batch)
+        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
+
+    return loss, metrics
 
 
 def divide(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
