@@ -3,7 +3,8 @@
     jaxmodels train configs/gpt_shakespeare_char.py --data.dir DIR
 
 DIR is a TFDS data directory. The last tenth of the text (validation and test together) is held out, as
-nanoGPT does; its README reports a loss of 1.88 there. FIGURE
+nanoGPT does; its README reports a loss of 1.88 there. Reached: 1.767 in 1.5 minutes on two CPU cores, with a
+peak learning rate of 3e-3 (1.900 with nanoGPT's 1e-3, 1.615 with --optim.name muon); benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -2,7 +2,8 @@
 
     jaxmodels train configs/gpt_stdlib.py
 
-FIGURE
+On two CPU cores: 2.4 minutes, loss 1.350 nats a byte on files it has not seen (a unigram model: 3.131), with Python
+3.11's standard library; benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TrainConfig

@@ -3,7 +3,8 @@
     jaxmodels train configs/mlp_mnist.py
     jaxmodels train configs/mlp_mnist.py --data.dir DIR     # a TFDS data directory
 
-FIGURE
+Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: accuracy 0.977 in 8 seconds on two CPU
+cores; benchmarks/results/quality.md. On the full set: not yet run.
 """
 
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
