@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test$(with)
 lint: $(VENV)/.installed-lint$(with)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "got Python %d.%d, expected 3.11 or newer, try make PYTHON=python3.12" % v)'

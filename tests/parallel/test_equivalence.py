@@ -1,5 +1,7 @@
 """One device and eight compute the same thing, however the mesh divides it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks.causal_lm import FEW
 from jaxmodels.train import optim, state, step
 
 GPT2 = GPT2Config(layers=2, width=32, heads=8, vocab_size=64, context=16, attention="xla")
@@ -76,6 +79,13 @@ def test_eight_devices_give_the_loss_of_one(alone, mesh, strategy):
 def test_llama_on_every_axis_gives_the_loss_of_one_device(alone):
     losses, _, _ = train(LLAMA, MeshConfig(data=2, fsdp=2, tensor=2), 8)
     np.testing.assert_allclose(losses, alone["llama"][0], rtol=0, atol=1e-5)
+
+
+def test_a_large_vocabulary_scored_in_pieces_gives_the_loss_of_one_device():
+    large = dataclasses.replace(GPT2, vocab_size=2 * FEW)
+    one, _, _ = train(large, MeshConfig(), 1)
+    eight, _, _ = train(large, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
 
 
 def test_microbatches_give_the_loss_of_the_whole_batch(alone):
