@@ -48,9 +48,9 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, descri
     """
     import tyro
 
-    given: dict[str, Any] = {"config": (tyro.conf.FlagConversionOff,)} | (
-        {} if default is None else {"default": default}
-    )
+    given: dict[str, Any] = {}
+    if default is not None:  # every field of a config takes a value, also a bool
+        given = {"default": default, "config": (tyro.conf.FlagConversionOff,)}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _one_column_wide() if not {"-h", "--help"} & set(argv) else said:

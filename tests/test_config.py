@@ -196,6 +196,13 @@ def test_the_command_line_in_a_process_of_its_own():
     assert traced.returncode == 1 and "Traceback" in traced.stderr and "UserError" in traced.stderr
 
 
+def test_a_command_takes_flags(capsys):
+    from jaxmodels.cli import main
+
+    assert main(["eval", "no/such/run", "--best"]) == 2
+    assert capsys.readouterr().err.startswith("error: got run 'no/such/run', expected a directory with config.json")
+
+
 def test_models_lists_presets_and_shows_a_tree(capsys):
     from jaxmodels.cli import main
 
