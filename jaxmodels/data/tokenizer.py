@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,16 +43,16 @@ class Tokenizer(Protocol):
     def save(self, directory: Path) -> None: ...
 
 
-class _Saved:
+class _Saved(ABC):
     """What all tokenizers do alike."""
 
     end: int | None = None
 
-    def encode(self, text: str) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray: ...
 
-    def to_json(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def to_json(self) -> str: ...
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
