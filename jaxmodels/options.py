@@ -41,7 +41,7 @@ class NoOptions:
     """The fields of the experiment."""
 
 
-def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, description: str | None = None) -> Any:
+def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
     """Command-line arguments as a typed object (tyro), with mistakes as one-line `UserError`s.
 
     `kind` is a dataclass or a function; `--help` prints and exits with 0.
@@ -53,10 +53,10 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, descri
         given = {"default": default, "config": (tyro.conf.FlagConversionOff,)}
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), _one_column_wide() if not {"-h", "--help"} & set(argv) else said:
-            value, unknown = tyro.cli(
-                kind, prog=prog, description=description, args=list(argv), return_unknown_args=True, **given
-            )
+        # help is broken into lines for the reader's terminal, a mistake is one line
+        width = contextlib.nullcontext() if {"-h", "--help"} & set(argv) else _wide_terminal()
+        with contextlib.redirect_stderr(said), width:
+            value, unknown = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True, **given)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -71,7 +71,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, descri
 
 
 @contextlib.contextmanager
-def _one_column_wide() -> Iterator[None]:
+def _wide_terminal() -> Iterator[None]:
     """A terminal so wide that tyro's messages are not broken into lines."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"

@@ -23,7 +23,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "seq": (),
     # parameters; heads, mlp and vocab name activations' dimensions too
     "embed": ("fsdp",),
-    "embed_out": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
