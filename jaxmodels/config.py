@@ -172,6 +172,8 @@ class MeshConfig:
     """Replicas, each with its own share of the batch."""
     fsdp: int = 1
     """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
+    expert: int = 1
+    """Shards of the experts of a mixture, and of the batch."""
     tensor: int = 1
     """Shards of heads, hidden units and vocabulary (Megatron)."""
 

@@ -15,11 +15,12 @@ KeyValues = dict[str, jax.Array]
 class Context(NamedTuple):
     """Shared by all blocks of one call. Shapes: positions (B, T) or (1, T); offset and kv_length scalars."""
 
-    positions: jax.Array
-    segment_ids: jax.Array | None
-    offset: jax.Array | None
+    positions: Any = None
+    segment_ids: Any = None
+    """(B, T), or those of queries (B, T) and keys (B, S)."""
+    offset: jax.Array | None = None
     """Absolute position of the first token, with a cache."""
-    kv_length: jax.Array | None
+    kv_length: jax.Array | None = None
     """Keys that are valid after this call, with a cache."""
 
     def masks(self) -> dict[str, Any]:

@@ -39,11 +39,14 @@ class Model:
     axes: Callable[[], Params]
     stats: Callable[[], Params]
     cache: Callable[[int, int], Any]
-    inputs: Callable[[int], tuple[jax.ShapeDtypeStruct, ...]]
+    inputs: Callable[..., tuple[jax.ShapeDtypeStruct, ...]]
+    """`inputs(batch, length=8)`: shapes and dtypes of what `apply` takes; a model of images ignores the length."""
     unembedding: Callable[[Params], jax.Array] | None = None
     """The output layer (V, D) of a language model, for losses that never hold all logits."""
     longest: int | None = None
     """The most tokens `apply` takes; None: no limit."""
+    auxiliary: bool = False
+    """Whether `apply(..., auxiliary=True)` gives `(outputs, {name: loss})`: weighted losses to add to the mean."""
 
     def shapes(self) -> Params:
         """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
@@ -61,14 +64,23 @@ class Family:
     name: str
     config: type
     network: Callable[[Any], nn.Module]
-    inputs: Callable[[Any, int], tuple[jax.ShapeDtypeStruct, ...]]
+    inputs: Callable[[Any, int, int], tuple[jax.ShapeDtypeStruct, ...]]
+    """(config, batch, length) -> what `apply` takes."""
     presets: Mapping[str, Any]
     cache: Callable[[Any, int, int], Any] | None = None
     unembedding: Callable[[Any, Params], jax.Array] | None = None
     longest: Callable[[Any], int] | None = None
+    auxiliary: bool = False
 
 
-FAMILIES = {"gpt2": "jaxmodels.models.gpt2", "llama": "jaxmodels.models.llama", "mlp": "jaxmodels.models.mlp"}
+FAMILIES = {
+    name: f"jaxmodels.models.{name}"
+    for name in (
+        "gpt2",
+        "llama",
+        "mlp",
+    )
+}
 """Family -> the module that registers it, so that a family is imported when it is asked for."""
 
 _registered: dict[str, Family] = {}
@@ -138,8 +150,8 @@ def functional(config: Any, family: Family) -> Model:
     """The pure functions of a family's network."""
     module = family.network(config)
 
-    def inputs(batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return family.inputs(config, batch)
+    def inputs(batch: int, length: int = 8) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return family.inputs(config, batch, length)
 
     def variables(key: jax.Array) -> dict[str, Any]:
         # one example, zeros: initial values depend on shapes alone
@@ -159,7 +171,10 @@ def functional(config: Any, family: Family) -> Model:
         return jax.tree.map(names, boxed()["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
     def stats() -> Params:
-        return nn.unbox(variables(jax.random.key(0))).get("stats", {}) if "stats" in boxed() else {}
+        if "stats" not in boxed():
+            return {}
+        # compiled, so that the parameters beside them are never made
+        return jax.jit(lambda: nn.unbox(variables(jax.random.key(0)))["stats"])()
 
     def cache(batch: int, length: int) -> Any:
         if family.cache is None:
@@ -169,7 +184,7 @@ def functional(config: Any, family: Family) -> Model:
     def apply(
         params: Params, *args: Any, stats: Params | None = None, rng: jax.Array | None = None, **kwargs: Any
     ) -> Any:
-        rngs = None if rng is None else {"dropout": rng}
+        rngs = None if rng is None else {"dropout": rng, "latent": jax.random.fold_in(rng, 1)}
         if stats is None:
             return module.apply({"params": params}, *args, rngs=rngs, **kwargs)
         out, updated = module.apply({"params": params, "stats": stats}, *args, rngs=rngs, mutable=["stats"], **kwargs)
@@ -186,6 +201,7 @@ def functional(config: Any, family: Family) -> Model:
         inputs,
         None if unembedding is None else lambda params: unembedding(config, params),
         None if family.longest is None else family.longest(config),
+        family.auxiliary,
     )
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.models import layers
-from jaxmodels.models.attention import attention
-from jaxmodels.models.decoding import Context, KeyValues, empty_cache, update
+from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
 
 
@@ -50,55 +50,32 @@ class GPT2Config:
         divide(self, "width", "heads")
 
 
-class Attention(nn.Module):
-    config: GPT2Config
-    train: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
-        c = self.config
-        heads = (c.heads, c.width // c.heads)
-
-        def project(name: str) -> jax.Array:
-            y = layers.Linear(heads, ("embed", "heads", "head_dim"), dtype=c.dtype, name=name)(x)
-            return layers.shard(y, "batch", "seq", "heads", None)
-
-        q, k, v = project("q"), project("k"), project("v")
-        k, v, kv = update(kv, k, v, ctx)
-        rng = self.make_rng("dropout") if self.train and c.dropout else None
-        y = attention(
-            q, k, v, causal=True, dropout=c.dropout if self.train else 0.0, rng=rng, kernel=c.attention, **ctx.masks()
-        )
-        init = layers.normal(0.02 / (2 * c.layers) ** 0.5)
-        return layers.Linear((c.width,), ("heads", "head_dim", "embed"), initializer=init, dtype=c.dtype, name="o")(
-            y
-        ), kv
-
-
-class MLP(nn.Module):
-    config: GPT2Config
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        hidden = c.mlp_width or 4 * c.width
-        x = layers.Linear((hidden,), ("embed", "mlp"), dtype=c.dtype, name="up")(x)
-        x = layers.gelu(layers.shard(x, "batch", "seq", "mlp"))
-        init = layers.normal(0.02 / (2 * c.layers) ** 0.5)
-        return layers.Linear((c.width,), ("mlp", "embed"), initializer=init, dtype=c.dtype, name="down")(x)
-
-
 class Block(nn.Module):
     config: GPT2Config
     train: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
-        drop = layers.Dropout(self.config.dropout)
-        y, kv = Attention(self.config, self.train, name="attn")(layers.LayerNorm(name="attn_norm")(x), kv, ctx)
+        c = self.config
+        drop, init = layers.Dropout(c.dropout), layers.normal(0.02)
+        residual = layers.normal(0.02 / (2 * c.layers) ** 0.5)
+        attn = MultiHead(
+            c.heads,
+            c.width // c.heads,
+            causal=True,
+            dropout=c.dropout,
+            train=self.train,
+            initializers=(init, init, init, residual),
+            dtype=c.dtype,
+            kernel=c.attention,
+            name="attn",
+        )
+        mlp = layers.MLP(
+            c.mlp_width or 4 * c.width, layers.gelu, initializers=(init, residual), dtype=c.dtype, name="mlp"
+        )
+        y, kv = attn(layers.LayerNorm(name="attn_norm")(x), ctx, kv)
         x = x + drop(y, self.train)
-        y = MLP(self.config, name="mlp")(layers.LayerNorm(name="mlp_norm")(x))
-        x = x + drop(y, self.train)
+        x = x + drop(mlp(layers.LayerNorm(name="mlp_norm")(x)), self.train)
         return layers.shard(x, "batch", "seq", None), kv
 
 
@@ -142,7 +119,7 @@ register(
         name="gpt2",
         config=GPT2Config,
         network=GPT2,
-        inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, min(8, c.context)), jnp.int32),),
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, min(length, c.context)), jnp.int32),),
         cache=lambda c, batch, length: empty_cache(c.layers, batch, length, c.heads, c.width // c.heads, c.dtype),
         unembedding=lambda c, params: params["embed"]["w"],
         longest=lambda c: c.context,

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.errors import UserError
 from jaxmodels.parallel.rules import constrain
 
 Init = Callable[..., jax.Array]
@@ -40,6 +41,7 @@ class Linear(nn.Module):
     bias: bool = True
     initializer: Init = normal(0.02)
     dtype: str = "float32"
+    bias_initializer: Init = zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,7 +50,7 @@ class Linear(nn.Module):
         w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape)
         y = jnp.tensordot(x.astype(self.dtype), w.astype(self.dtype), contracted)
         if self.bias:
-            b = parameter(self, "b", zeros, self.axes[contracted:], self.shape)
+            b = parameter(self, "b", self.bias_initializer, self.axes[contracted:], self.shape)
             y = y + b.astype(self.dtype)
         return y
 
@@ -74,6 +76,33 @@ class Embed(nn.Module):
         return jnp.einsum(
             "...d,vd->...v", x.astype(self.dtype), self.w.astype(self.dtype), preferred_element_type=jnp.float32
         )
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or with `gated` down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    hidden: int
+    activation: Callable[[jax.Array], jax.Array]
+    gated: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+    """Share of hidden units dropped while training."""
+    train: bool = False
+    initializers: tuple[Init, Init] = (normal(0.02), normal(0.02))
+    """Of up (and gate), and of down."""
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, last = self.initializers
+
+        def project(name: str) -> jax.Array:
+            linear = Linear((self.hidden,), ("embed", "mlp"), self.bias, first, self.dtype, name=name)
+            return shard(linear(x), "batch", "seq", "mlp")
+
+        y = self.activation(project("gate")) * project("up") if self.gated else self.activation(project("up"))
+        y = Dropout(self.dropout)(y, self.train)
+        return Linear(x.shape[-1:], ("mlp", "embed"), self.bias, last, self.dtype, name="down")(y)
 
 
 class LayerNorm(nn.Module):
@@ -115,13 +144,15 @@ class Conv(nn.Module):
     padding: str | Sequence[tuple[int, int]] = "SAME"
     groups: int = 1
     bias: bool = True
+    axes: tuple[str, str] = ("channels_in", "channels_out")
+    """Logical axes of the channels; those of an image are ("features", "channels_out")."""
     initializer: Init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         spatial = len(self.window)
-        axes = ("window",) * spatial + ("channels_in", "channels_out")
+        axes = ("window",) * spatial + self.axes
         shape = (*self.window, x.shape[-1] // self.groups, self.features)
         w = parameter(self, "w", self.initializer, axes, shape)
         letters = "".join(map(chr, range(ord("0"), ord("0") + spatial)))
@@ -137,6 +168,19 @@ class Conv(nn.Module):
         if self.bias:
             y = y + parameter(self, "b", zeros, axes[-1:], (self.features,)).astype(self.dtype)
         return y
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
+    """The greatest of each window of (B, H, W, C), as in PyTorch: what does not fill a window at the end is left out."""
+    # a chain of maxima of slices and not reduce_window, whose gradient took 3 to 10 times as long on a CPU
+    for axis in (1, 2):
+        if padding:
+            around = [(0, 0, 0)] * x.ndim
+            around[axis] = (padding, padding, 0)
+            x = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), around)
+        reach = (x.shape[axis] - window) // stride * stride + 1
+        x = functools.reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(window)])
+    return x
 
 
 REPLICAS = "replicas"
@@ -155,30 +199,40 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if not self.is_initializing() and not self.has_variable("stats", "mean"):
+            raise UserError(
+                "got no batch statistics for a model that has them, expected apply(..., stats=model.stats()), "
+                "which gives (outputs, new statistics)"
+            )
         width = x.shape[-1:]
         scale = parameter(self, "scale", ones, ("norm",), width)
         bias = parameter(self, "bias", zeros, ("norm",), width)
         running_mean = self.variable("stats", "mean", jnp.zeros, width)
         running_var = self.variable("stats", "var", jnp.ones, width)
         y = x.astype(jnp.float32)
-        if train:
-            over = tuple(range(x.ndim - 1))
-            count = math.prod(x.shape[:-1])
-            try:
-                count *= jax.lax.axis_size(REPLICAS)
-                average = functools.partial(jax.lax.pmean, axis_name=REPLICAS)
-            except NameError:  # no replicas: a mean is already over the global batch
-                average = jnp.asarray
-            mean = average(y.mean(over))
-            # not mean(y²) - mean², which cancels where the mean is large, down to below 0
-            var = average(jnp.square(y - mean).mean(over))
-            if not self.is_initializing():
-                keep = self.momentum
-                running_mean.value = keep * running_mean.value + (1 - keep) * mean
-                running_var.value = keep * running_var.value + (1 - keep) * var * count / max(count - 1, 1)
-        else:
+        if not train:
             mean, var = running_mean.value, running_var.value
-        return ((y - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(x.dtype)
+            return ((y - mean) * (jax.lax.rsqrt(var + self.eps) * scale) + bias).astype(x.dtype)
+        over = tuple(range(x.ndim - 1))
+        count = math.prod(x.shape[:-1])
+        try:
+            count *= jax.lax.axis_size(REPLICAS)
+            average = functools.partial(jax.lax.pmean, axis_name=REPLICAS)
+        except NameError:  # no replicas: a mean is already over the global batch
+            average = jnp.asarray
+        # mean(y²) - mean² takes one pass, but cancels where the mean is large, down to below 0; so the mean of one
+        # example is taken away first. The result does not depend on it, hence no gradient
+        near = jax.lax.stop_gradient(average(y[:1].mean(over)))
+        y = y - near
+        mean, square = average(y.mean(over)), average(jnp.square(y).mean(over))
+        var = jnp.maximum(square - jnp.square(mean), 0)
+        if not self.is_initializing():
+            keep = self.momentum
+            running_mean.value = keep * running_mean.value + (1 - keep) * (near + mean)
+            running_var.value = keep * running_var.value + (1 - keep) * var * count / max(count - 1, 1)
+        # y as it stands and not less its mean, so that the backward pass has two sums over it and no more
+        factor = jax.lax.rsqrt(var + self.eps) * scale
+        return (y * factor + (bias - mean * factor)).astype(x.dtype)
 
 
 class Dropout(nn.Module):

@@ -1,9 +1,12 @@
-"""LLaMA 1, 2, 3: RMSNorm, rotary positions, SwiGLU, grouped-query attention (Touvron et al. 2023, Llama team 2024)."""
+"""LLaMA 1, 2, 3 and its kin: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Source: Touvron et al. 2023, Llama team 2024; Mistral's sliding window (Jiang et al. 2023), Qwen2's biases (Yang et al.
+2024) and Qwen3's QK-norm (Qwen team 2025) are fields.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +16,9 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.attention import attention
-from jaxmodels.models.decoding import Context, KeyValues, empty_cache, update
+from jaxmodels.models.attention import MultiHead, RopeScaling, rotary_frequencies
+from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretch of slow rotations, as published in its reference code (`apply_scaling`)."""
-
-    factor: float = 1.0
-    """Low frequencies are divided by this; 1 leaves them as they are."""
-    low_freq_factor: float = 1.0
-    """Wavelengths above `original_context` / this are scaled in full."""
-    high_freq_factor: float = 4.0
-    """Wavelengths below `original_context` / this are left alone."""
-    original_context: int = 8192
-    """The context of pre-training before the stretch."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,12 @@ class LlamaConfig:
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling = RopeScaling()
     """Llama 3.1's scaling; none with a factor of 1."""
+    window: int | None = None
+    """Tokens that each one sees, itself included (Mistral); None: all before it."""
+    qkv_bias: bool = False
+    """Whether the projections of queries, keys and values have biases (Qwen2)."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys go through RMSNorm (Qwen3)."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tied: bool = False
@@ -85,71 +80,30 @@ class LlamaConfig:
         return self.head_dim or self.width // self.heads
 
 
-def frequencies(size: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """Angle per position of each pair of dimensions, (K/2,) float32."""
-    freq = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if scaling.factor == 1.0:
-        return freq
-    turns = scaling.original_context * freq / (2 * math.pi)  # rotations within the original context
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return smooth * freq + (1 - smooth) * freq / scaling.factor
-
-
-def rotate(x: jax.Array, positions: jax.Array, freq: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al. 2021) on x (B, T, H, K), pairing dimension i with i + K/2."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-class Attention(nn.Module):
-    config: LlamaConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
-        c = self.config
-
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            axes = ("embed", axis, "head_dim")
-            y = layers.Linear((heads, c.head_size), axes, bias=False, dtype=c.dtype, name=name)(x)
-            return layers.shard(y, "batch", "seq", axis, None)
-
-        freq = frequencies(c.head_size, c.rope_theta, c.rope_scaling)
-        q = rotate(project("q", c.heads, "heads"), ctx.positions, freq)
-        k = rotate(project("k", c.kv_heads or c.heads, "kv_heads"), ctx.positions, freq)
-        v = project("v", c.kv_heads or c.heads, "kv_heads")
-        k, v, kv = update(kv, k, v, ctx)
-        y = attention(q, k, v, causal=True, kernel=c.attention, **ctx.masks())
-        out = layers.Linear((c.width,), ("heads", "head_dim", "embed"), bias=False, dtype=c.dtype, name="o")
-        return out(y), kv
-
-
-class MLP(nn.Module):
-    config: LlamaConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-
-        def hidden(name: str) -> jax.Array:
-            y = layers.Linear((c.mlp_width,), ("embed", "mlp"), bias=False, dtype=c.dtype, name=name)(x)
-            return layers.shard(y, "batch", "seq", "mlp")
-
-        y = nn.silu(hidden("gate")) * hidden("up")
-        return layers.Linear((c.width,), ("mlp", "embed"), bias=False, dtype=c.dtype, name="down")(y)
-
-
 class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
         c = self.config
-        y, kv = Attention(c, name="attn")(layers.RMSNorm(c.norm_eps, name="attn_norm")(x), kv, ctx)
+        attn = MultiHead(
+            c.heads,
+            c.head_size,
+            c.kv_heads,
+            causal=True,
+            window=c.window,
+            bias=c.qkv_bias,
+            out_bias=False,
+            norm_eps=c.norm_eps if c.qk_norm else None,
+            dtype=c.dtype,
+            kernel=c.attention,
+            name="attn",
+        )
+        mlp = layers.MLP(c.mlp_width, nn.silu, gated=True, bias=False, dtype=c.dtype, name="mlp")
+        freq = rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling)
+        y, kv = attn(layers.RMSNorm(c.norm_eps, name="attn_norm")(x), ctx, kv, frequencies=freq)
         x = x + y
-        x = x + MLP(c, name="mlp")(layers.RMSNorm(c.norm_eps, name="mlp_norm")(x))
+        x = x + mlp(layers.RMSNorm(c.norm_eps, name="mlp_norm")(x))
         return layers.shard(x, "batch", "seq", None), kv
 
 
@@ -186,13 +140,31 @@ second = LlamaConfig(context=4096)
 third = LlamaConfig(vocab_size=128256, context=8192, kv_heads=8, mlp_width=14336, rope_theta=500_000.0)
 extended = dataclasses.replace(third, context=131072, rope_scaling=RopeScaling(factor=8.0))
 compact = dataclasses.replace(extended, rope_scaling=RopeScaling(factor=32.0), tied=True, mlp_width=8192)
+mistral = LlamaConfig(context=32768, kv_heads=8, mlp_width=14336)
+
+
+def qwen2(layers: int, heads: int, kv_heads: int, width: int, mlp_width: int, **more: Any) -> LlamaConfig:
+    """A size of Qwen2 or Qwen2.5."""
+    base = LlamaConfig(vocab_size=151936, context=32768, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True)
+    return dataclasses.replace(
+        base, layers=layers, heads=heads, kv_heads=kv_heads, width=width, mlp_width=mlp_width, **more
+    )
+
+
+def qwen3(layers: int, heads: int, width: int, mlp_width: int, tied: bool = False) -> LlamaConfig:
+    """A size of Qwen3: 8 key and value heads, all heads of 128."""
+    base = LlamaConfig(vocab_size=151936, context=40960, rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tied=tied)
+    return dataclasses.replace(
+        base, layers=layers, heads=heads, kv_heads=8, head_dim=128, width=width, mlp_width=mlp_width
+    )
+
 
 register(
     Family(
         name="llama",
         config=LlamaConfig,
         network=Llama,
-        inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, 8), jnp.int32),),
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, length), jnp.int32),),
         cache=lambda c, batch, length: empty_cache(
             c.layers, batch, length, c.kv_heads or c.heads, c.head_size, c.dtype
         ),
@@ -212,6 +184,21 @@ register(
             "llama3.1-405b": dataclasses.replace(extended, layers=126, heads=128, width=16384, mlp_width=53248),
             "llama3.2-1b": dataclasses.replace(compact, layers=16, heads=32, width=2048),
             "llama3.2-3b": dataclasses.replace(compact, layers=28, heads=24, width=3072),
+            "mistral-7b": dataclasses.replace(mistral, window=4096),
+            "mistral-7b-v0.3": dataclasses.replace(mistral, vocab_size=32768, rope_theta=1e6),
+            "qwen2-0.5b": qwen2(24, 14, 2, 896, 4864, tied=True),
+            "qwen2-1.5b": qwen2(28, 12, 2, 1536, 8960, tied=True),
+            "qwen2-7b": qwen2(28, 28, 4, 3584, 18944, vocab_size=152064),
+            "qwen2-72b": qwen2(80, 64, 8, 8192, 29568, vocab_size=152064),
+            "qwen2.5-3b": qwen2(36, 16, 2, 2048, 11008, tied=True),
+            "qwen2.5-14b": qwen2(48, 40, 8, 5120, 13824, vocab_size=152064),
+            "qwen2.5-32b": qwen2(64, 40, 8, 5120, 27648, vocab_size=152064),
+            "qwen3-0.6b": qwen3(28, 16, 1024, 3072, tied=True),
+            "qwen3-1.7b": qwen3(28, 16, 2048, 6144, tied=True),
+            "qwen3-4b": qwen3(36, 32, 2560, 9728, tied=True),
+            "qwen3-8b": qwen3(36, 32, 4096, 12288),
+            "qwen3-14b": qwen3(40, 40, 5120, 17408),
+            "qwen3-32b": qwen3(64, 64, 5120, 25600),
         },
     )
 )

@@ -58,7 +58,7 @@ register(
         name="mlp",
         config=MLPConfig,
         network=MLP,
-        inputs=lambda c, batch: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
         presets={"mlp-mnist": MLPConfig()},
     )
 )

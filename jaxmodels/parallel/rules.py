@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError, nearest
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 """Mesh axes, outermost (slowest network) first."""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "seq": (),
     # parameters; heads, mlp and vocab name activations' dimensions too
     "embed": ("fsdp",),
@@ -28,6 +28,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "expert": ("expert",),
+    "gates": (),
     "layers": (),
     "positions": (),
     "features": (),

@@ -47,12 +47,12 @@ def kinds(axes: Any) -> Any:
 
 
 def matrices(axes: Any) -> Any:
-    """For Muon: which dimensions of each matrix are inputs and which outputs; the rest (stacked layers) are a batch."""
+    """For Muon: which dimensions of each matrix are inputs and which outputs; stacked layers, experts are a batch."""
 
     def dims(kind: str, names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers | None:
         if kind != "matrix":
             return None
-        used = [i for i, name in enumerate(names) if name != "layers"]
+        used = [i for i, name in enumerate(names) if name not in ("layers", "expert", "gates")]
         outputs = used[-2:] if names[-1] == "head_dim" else used[-1:]
         return contrib.MuonDimensionNumbers(tuple(i for i in used if i not in outputs), tuple(outputs))
 

@@ -162,7 +162,8 @@ def check(
     if batch_size % (rows * accumulate):
         better = max(1, round(batch_size / (rows * accumulate))) * rows * accumulate
         raise UserError(
-            f"got {field} {batch_size}, expected a multiple of {rows * accumulate} (mesh data*fsdp = {rows}, "
+            f"got {field} {batch_size}, expected a multiple of {rows * accumulate} "
+            f"(mesh {'*'.join(rules.RULES['batch'])} = {rows}, "
             f"train.accumulate = {accumulate}), try --{field.replace('_', '-')} {better}"
         )
     if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 from compile_attention_tpu import compile_cases
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+
+from jaxmodels.config import MeshConfig
+from jaxmodels.parallel.mesh import make_mesh
 
 H100 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -19,7 +20,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_
 
 def main() -> None:
     devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=H100).devices
-    mesh = Mesh(np.array(devices).reshape(2, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, tensor=4), devices)
     compile_cases(
         mesh,
         "cuda",

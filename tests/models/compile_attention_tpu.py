@@ -6,16 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxmodels.models.attention as module
+from jaxmodels.config import MeshConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
 
 
 def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = Mesh(np.array(devices).reshape(2, 1, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=2, tensor=4), devices)
     compile_cases(
         mesh,
         "tpu",
@@ -38,7 +40,7 @@ def main() -> None:
 def compile_cases(mesh: Mesh, platform: str, custom_call: str, cases: dict[str, dict[str, Any]]) -> None:
     taken = []
     module.say = lambda kernel, reason: taken.append(kernel)
-    rows, by_head = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
+    rows, by_head = rules.spec(("batch",)), rules.spec(("batch", "seq", "heads"))
 
     def abstract(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

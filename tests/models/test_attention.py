@@ -15,13 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxmodels.models.attention as module
+from jaxmodels.config import MeshConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, choose, describe, platform
 from jaxmodels.models.kernels import blocks, blockwise, cudnn, looped, partition
 from jaxmodels.models.kernels.contract import CONTRACT, FEATURES, Call, refusal, table
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
 
 B, T, H, K = 2, 256, 4, 16
 
@@ -281,10 +284,10 @@ def test_blockwise_memory_grows_as_the_length_and_the_references_as_its_square()
     assert temporary("xla", 4096) > 3.5 * temporary("xla", 2048)
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 2), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [(4, 1, 1, 2), (1, 2, 1, 4)])
 @pytest.mark.parametrize("kernel", ["blockwise", "splash", "cudnn"])
 def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
-    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(*shape))
     dtype = "bfloat16" if kernel == "cudnn" else "float32"
     q, k, v, _ = (x.astype(dtype) for x in arrays(T=128, S=128, G=2))
     q, k, v = (jnp.concatenate([x, x + 1]) for x in (q, k, v))
@@ -299,15 +302,15 @@ def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
     grad = jax.jit(jax.grad(total, wanted), static_argnums=5, compiler_options=QUICK)
     expected = grad(q, k, v, bias, ids, "xla")
     with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        by_head = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
-        k, v = (jax.device_put(x, by_head if 2 % shape[2] == 0 else rows) for x in (k, v))
+        rows = rules.sharding(mesh, ("batch",))
+        by_head = rules.sharding(mesh, ("batch", "seq", "heads"))
+        k, v = (jax.device_put(x, by_head if 2 % shape[3] == 0 else rows) for x in (k, v))
         got = grad(jax.device_put(q, by_head), k, v, bias, jax.device_put(ids, rows), kernel)
     compare([np.asarray(x, "float32") for x in got], [np.asarray(x, "float32") for x in expected], TOLERANCE[dtype])
 
 
 def test_fused_kernels_get_only_their_devices_examples_and_heads():
-    mesh, seen = jax.make_mesh((1, 2, 4), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3), {}
+    mesh, seen = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)), {}
 
     def attend(q, k, v, **rest):
         ids, other = rest["segments"]

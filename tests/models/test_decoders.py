@@ -11,8 +11,9 @@ import pytest
 
 import jaxmodels
 from jaxmodels.errors import UserError
+from jaxmodels.models.attention import RopeScaling, rotary_frequencies, rotate
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.models.llama import LlamaConfig, RopeScaling, frequencies, rotate
+from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.plan import flops
 
 # at these shapes LLVM's optimisations take longer than all else
@@ -285,8 +286,8 @@ def test_rotary_frequencies_are_llama_3_1s(scaling):
     kinds = {"kept": plain == expected, "stretched": expected == plain / scaling.factor}
     between = ~(kinds["kept"] | kinds["stretched"])
     assert kinds["kept"].any() and kinds["stretched"].any() and between.any(), "all three cases must occur"
-    np.testing.assert_allclose(frequencies(size, theta, scaling), expected, rtol=2e-5)
-    np.testing.assert_allclose(frequencies(size, theta, RopeScaling()), plain, rtol=2e-5)
+    np.testing.assert_allclose(rotary_frequencies(size, theta, scaling), expected, rtol=2e-5)
+    np.testing.assert_allclose(rotary_frequencies(size, theta, RopeScaling()), plain, rtol=2e-5)
 
 
 def test_rotation_turns_each_pair_by_its_angle_and_scores_see_distances_only():

@@ -11,8 +11,9 @@ import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
 from jaxmodels.models import layers
+from jaxmodels.models.attention import RopeScaling
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.models.llama import LlamaConfig, RopeScaling
+from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train import optim, state, step
