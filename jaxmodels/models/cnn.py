@@ -1,0 +1,79 @@
+"""A small convolutional network: convolutions with poolings, hidden layers, one logit a class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError
+from jaxmodels.models import layers
+from jaxmodels.models.functional import Dtype, Family, register
+
+
+@dataclass(frozen=True)
+class CNNConfig:
+    """A small convolutional network; the defaults fit MNIST."""
+
+    input_shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels of an image."""
+    classes: int = 10
+    """Outputs."""
+    widths: tuple[int, ...] = (32, 64)
+    """Channels of each 3×3 convolution; a pooling after each halves height and width."""
+    hidden: tuple[int, ...] = (128,)
+    """Units of each hidden layer after the convolutions."""
+    dropout: float = 0.0
+    """Share of hidden units dropped while training."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        side = min(self.input_shape[:2])
+        if side < 2 ** len(self.widths):
+            raise UserError(
+                f"got images of {self.input_shape[0]}×{self.input_shape[1]} for {len(self.widths)} convolutions with a "
+                f"pooling each, expected at least {2 ** len(self.widths)} pixels a side, "
+                f"try widths {self.widths[: side.bit_length() - 1]}"
+            )
+
+
+class CNN(nn.Module):
+    """Images (B, H, W, C) to logits (B, classes) in float32, or with `head=False` to the last hidden units (B, D)."""
+
+    config: CNNConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
+        c, x = self.config, images
+        if x.shape[1:] != tuple(c.input_shape):
+            raise UserError(
+                f"got inputs of shape {x.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
+            )
+        he = nn.initializers.he_normal()
+        for i, width in enumerate(c.widths):
+            axes = ("channels_in" if i else "features", "channels_out")
+            x = nn.relu(layers.Conv(width, axes=axes, initializer=he, dtype=c.dtype, name=f"conv{i}")(x))
+            x = layers.shard(layers.max_pool(x, 2, 2), "batch", None, None, "channels_out")
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(c.hidden):
+            x = layers.Linear((width,), ("embed", "mlp"), initializer=he, dtype=c.dtype, name=f"hidden{i}")(x)
+            x = layers.Dropout(c.dropout)(nn.relu(x), train)
+        if not head:
+            return x
+        return layers.Linear((c.classes,), ("embed", "classes"), initializer=he, dtype=c.dtype, name="head")(x).astype(
+            jnp.float32
+        )
+
+
+register(
+    Family(
+        name="cnn",
+        config=CNNConfig,
+        network=CNN,
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        presets={"cnn-mnist": CNNConfig()},
+    )
+)

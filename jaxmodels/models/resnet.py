@@ -1,0 +1,187 @@
+"""ResNet v1.5: residual convolutions with batch normalisation (He et al. 2015).
+
+v1.5 is how PyTorch and NVIDIA have it: the stride of a bottleneck is in its 3×3 convolution, not in the first 1×1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError
+from jaxmodels.models import layers
+from jaxmodels.models.functional import Dtype, Family, register
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """ResNet; the defaults are ResNet-50."""
+
+    input_shape: tuple[int, int, int] = (224, 224, 3)
+    """Height, width and channels of an image."""
+    classes: int = 1000
+    """Outputs."""
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    """Blocks of each stage; each stage but the first begins by halving height and width."""
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    """Channels that each stage gives; inside a bottleneck there are a quarter of them."""
+    bottleneck: bool = True
+    """Blocks of 1×1, 3×3 and 1×1 convolutions, or else of two 3×3."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """7×7 with stride 2 and a pooling, or for images such as 32×32 a 3×3 convolution alone."""
+    stem_width: int = 64
+    """Channels that the stem gives."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+    remat: Literal["none", "full"] = "none"
+    """What the backward pass recomputes: nothing, or whole blocks."""
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != len(self.widths) or not self.depths:
+            raise UserError(
+                f"got depths {self.depths} with widths {self.widths}, expected one of each for a stage, "
+                f"try widths {tuple(64 * 2**i for i in range(len(self.depths) or 4))}"
+            )
+        least = 4 if self.bottleneck else 1
+        if min(self.depths) < 1 or min(self.widths) < least:
+            raise UserError(
+                f"got depths {self.depths} and widths {self.widths}, "
+                f"expected depths from 1 and widths from {least} up, try the defaults"
+            )
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, padded to keep the size, and batch normalisation."""
+
+    features: int
+    window: int
+    stride: int
+    train: bool
+    dtype: Dtype
+    inputs: str = "channels_in"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        around = self.window // 2
+        x = layers.Conv(
+            self.features,
+            (self.window, self.window),
+            (self.stride, self.stride),
+            ((around, around), (around, around)),
+            bias=False,
+            axes=(self.inputs, "channels_out"),
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return layers.BatchNorm(name="norm")(x, self.train)
+
+
+class Block(nn.Module):
+    """Two or three convolutions beside a shortcut, which is a convolution where the shape changes."""
+
+    config: ResNetConfig
+    features: int
+    stride: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, width = self.config, self.features
+
+        def unit(x: jax.Array, name: str, features: int, window: int, stride: int = 1) -> jax.Array:
+            return ConvNorm(features, window, stride, self.train, c.dtype, name=name)(x)
+
+        if c.bottleneck:
+            y = nn.relu(unit(x, "unit0", width // 4, 1))
+            y = nn.relu(unit(y, "unit1", width // 4, 3, self.stride))
+            y = unit(y, "unit2", width, 1)
+        else:
+            y = nn.relu(unit(x, "unit0", width, 3, self.stride))
+            y = unit(y, "unit1", width, 3)
+        if x.shape[-1] != width or self.stride != 1:
+            x = unit(x, "shortcut", width, 1, self.stride)
+        return layers.shard(nn.relu(x + y), "batch", None, None, "channels_out")
+
+
+class Stage(nn.Module):
+    """Blocks of one width, of which the first has the stride."""
+
+    config: ResNetConfig
+    index: int
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        block = nn.remat(Block, prevent_cse=False) if c.remat == "full" else Block
+        for i in range(c.depths[self.index]):
+            stride = 2 if self.index and not i else 1
+            x = block(c, c.widths[self.index], stride, self.train, name=str(i))(x)
+        return x
+
+
+class Stages(nn.Module):
+    config: ResNetConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(len(self.config.depths)):
+            x = Stage(self.config, i, self.train, name=str(i))(x)
+        return x
+
+
+class ResNet(nn.Module):
+    """Images (B, H, W, C) to logits (B, classes) in float32, or with `head=False` to averaged features (B, D)."""
+
+    config: ResNetConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
+        c = self.config
+        if images.shape[1:] != tuple(c.input_shape):
+            raise UserError(
+                f"got inputs of shape {images.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
+            )
+        window, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
+        x = nn.relu(ConvNorm(c.stem_width, window, stride, train, c.dtype, "features", name="stem")(images))
+        if c.stem == "imagenet":
+            x = layers.max_pool(x, 3, 2, 1)
+        x = Stages(c, train, name="stages")(layers.shard(x, "batch", None, None, "channels_out"))
+        x = x.mean((1, 2))
+        if not head:
+            return x
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # up to 1 / sqrt(inputs), as PyTorch
+
+        def bias(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+            bound = x.shape[-1] ** -0.5
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        return layers.Linear(
+            (c.classes,), ("embed", "classes"), initializer=init, bias_initializer=bias, dtype=c.dtype, name="head"
+        )(x).astype(jnp.float32)
+
+
+basic = ResNetConfig(bottleneck=False, depths=(2, 2, 2, 2), widths=(64, 128, 256, 512))
+
+register(
+    Family(
+        name="resnet",
+        config=ResNetConfig,
+        network=ResNet,
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        presets={
+            # He et al. 2015, table 1
+            "resnet-18": basic,
+            "resnet-34": dataclasses.replace(basic, depths=(3, 4, 6, 3)),
+            "resnet-50": ResNetConfig(),
+            "resnet-101": ResNetConfig(depths=(3, 4, 23, 3)),
+            "resnet-152": ResNetConfig(depths=(3, 8, 36, 3)),
+        },
+    )
+)
