@@ -1,0 +1,350 @@
+"""The encoder-decoder Transformer (Vaswani et al. 2017) and T5 (Raffel et al. 2020)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.errors import UserError
+from jaxmodels.models import layers
+from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.decoding import Context, KeyValues, empty_cache
+from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+
+ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu, "gated_gelu": layers.gelu}
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """An encoder and a decoder; the defaults are the base model of Vaswani et al."""
+
+    variant: Literal["original", "t5"] = "original"
+    """original: sinusoids added to scaled embeddings, LayerNorm, biases; t5: a learned bias of the scores by distance,
+    RMSNorm, no biases, and scores that are not scaled."""
+    vocab_size: int = 37000
+    """Rows of the embedding, shared by encoder and decoder (V)."""
+    layers: int = 6
+    """Blocks of the encoder."""
+    decoder_layers: int | None = None
+    """Blocks of the decoder; as many as `layers` when not given."""
+    heads: int = 8
+    """Attention heads (H)."""
+    width: int = 512
+    """Size of the residual stream (D)."""
+    head_dim: int | None = None
+    """Size of a head (K); width / heads when not given."""
+    mlp_width: int = 2048
+    """Hidden units of a block's MLP (F)."""
+    norm: Literal["post", "pre"] = "post"
+    """post: after each residual sum; pre: before each sublayer, and once after the last block."""
+    norm_eps: float = 1e-6
+    """Added to the variance, or to the mean square, in a norm."""
+    activation: Literal["relu", "gelu", "gated_gelu"] = "relu"
+    """Of the MLP; GELU in its tanh form."""
+    relative_buckets: int = 32
+    """Distances that t5 tells apart; in the encoder half of them to each side."""
+    relative_distance: int = 128
+    """From so many tokens on, t5 tells distances apart no more."""
+    tied: bool = True
+    """Whether the output layer is the embedding."""
+    dropout: float = 0.1
+    """Share dropped while training of embeddings, attention weights, hidden units and what each sublayer adds."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+    attention: str = "auto"
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
+    unroll: int = 1
+    """Blocks unrolled in each iteration of a scan over layers."""
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None:
+            divide(self, "width", "heads")
+        if self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2:
+            raise UserError(
+                f"got relative_buckets {self.relative_buckets} with relative_distance {self.relative_distance}, "
+                "expected at least 4 buckets and a distance above half of them, try relative_buckets 32, "
+                "relative_distance 128"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def t5(self) -> bool:
+        return self.variant == "t5"
+
+
+def xavier(inputs: int, outputs: int) -> layers.Init:
+    """Uniform with the variance 2 / (inputs + outputs) (Glorot & Bengio 2010)."""
+    limit = math.sqrt(6 / (inputs + outputs))
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+class Initializers(NamedTuple):
+    """Of attention's q, k, v and o, and of the MLP's up and down."""
+
+    attn: tuple[layers.Init, ...]
+    mlp: tuple[layers.Init, layers.Init]
+
+    @staticmethod
+    def of(c: TransformerConfig) -> Initializers:
+        """Source: `torch.nn.Transformer`, to which q, k and v are one matrix; T5, `_init_weights` of transformers."""
+        D, F, inner = c.width, c.mlp_width, c.heads * c.head_size
+        if not c.t5:
+            first = xavier(D, F)
+            return Initializers((xavier(D, 3 * inner),) * 3 + (xavier(inner, D),), (first, first))
+        q, narrow = layers.normal((D * c.head_size) ** -0.5), layers.normal(D**-0.5)
+        return Initializers((q, narrow, narrow, layers.normal(inner**-0.5)), (narrow, layers.normal(F**-0.5)))
+
+
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+    """Positions (…) as (…, D) float32: sin and cos by turns, wavelengths from 2π to 10000·2π (section 3.5)."""
+    freq = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions[..., None].astype(jnp.float32) * freq
+    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return waves.reshape(*positions.shape, -1)[..., :width]
+
+
+def places(segment_ids: jax.Array) -> jax.Array:
+    """Positions that start from 0 with each run of equal segment ids, (B, T)."""
+    index = jnp.arange(segment_ids.shape[1])[None]
+    fresh = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    return index - jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
+
+
+def bucket(buckets: int, distance: int, both: bool) -> np.ndarray:
+    """The bucket of each key position less query position from -distance to distance, (2·distance + 1,).
+
+    Half of the buckets hold one distance each, the others a range that grows as the logarithm. `both`: keys after the
+    query have buckets of their own; otherwise they are those of distance 0.
+    """
+    ahead = np.arange(-distance, distance + 1)
+    count = buckets // 2 if both else buckets
+    apart = np.abs(ahead) if both else np.maximum(-ahead, 0)
+    exact = count // 2
+    share = np.log(np.maximum(apart, 1).astype(np.float32) / exact) / math.log(distance / exact)
+    far = np.minimum(exact + (share * (count - exact)).astype(np.int32), count - 1)
+    return np.where(apart < exact, apart, far) + (count * (ahead > 0) if both else 0)
+
+
+def relative_bias(c: TransformerConfig, table: layers.Embed, T: int, S: int, offset: Any, both: bool) -> jax.Array:
+    """T5's bias of the scores, (1, H, T, S) float32, of queries from `offset` on and keys from 0 on."""
+    far = c.relative_distance
+    ahead = jnp.clip(jnp.arange(1 - T, S + 1) - offset, -far, far)
+    line = table(jnp.asarray(bucket(c.relative_buckets, far, both))[ahead + far]).T  # (H, T + S), one for each distance
+    # row t is line[T-1-t:][:S]: the line written T times over, read in rows one shorter than it, so that the gradient
+    # is a sum and no scatter of T·S values into a few buckets
+    N = T + S - 1
+    rows = jnp.tile(line, (1, T))[:, T - 1 : T - 1 + T * N].reshape(1, c.heads, T, N)
+    return layers.shard(rows[..., :S], None, "heads", None, None)
+
+
+class Shared(NamedTuple):
+    """What all blocks of a stack are given."""
+
+    ctx: Context
+    bias: jax.Array | None = None
+    memory: jax.Array | None = None
+    """What the encoder made, (B, S, D); None in the encoder."""
+    cross: Context = Context()
+    """Of targets and sources."""
+
+
+def norm(c: TransformerConfig, name: str) -> nn.Module:
+    """The kind of norm that the variant has."""
+    return layers.RMSNorm(c.norm_eps, name=name) if c.t5 else layers.LayerNorm(c.norm_eps, name=name)
+
+
+class Block(nn.Module):
+    config: TransformerConfig
+    decoder: bool
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: KeyValues | None, shared: Shared) -> tuple[jax.Array, KeyValues | None]:
+        c, init, pre = self.config, Initializers.of(self.config), self.config.norm == "pre"
+        drop = layers.Dropout(c.dropout)
+
+        def attention(name: str, causal: bool) -> MultiHead:
+            return MultiHead(
+                c.heads,
+                c.head_size,
+                causal=causal,
+                scale=1.0 if c.t5 else None,
+                bias=not c.t5,
+                out_bias=not c.t5,
+                dropout=c.dropout,
+                train=self.train,
+                initializers=init.attn,
+                dtype=c.dtype,
+                kernel=c.attention,
+                name=name,
+            )
+
+        def add(name: str, x: jax.Array, sublayer: Any) -> tuple[jax.Array, KeyValues | None]:
+            normalise: Any = norm(c, f"{name}_norm")
+            y, kv = sublayer(normalise(x) if pre else x)
+            x = x + drop(y, self.train)
+            return layers.shard(x if pre else normalise(x), "batch", "seq", None), kv
+
+        attn = attention("attn", causal=self.decoder)
+        x, kv = add("attn", x, lambda y: attn(y, shared.ctx, kv, bias=shared.bias))
+        if self.decoder:
+            cross = attention("cross", causal=False)
+            x, _ = add("cross", x, lambda y: cross(y, shared.cross, memory=shared.memory))
+        mlp = layers.MLP(
+            c.mlp_width,
+            ACTIVATIONS[c.activation],
+            gated=c.activation == "gated_gelu",
+            bias=not c.t5,
+            dropout=c.dropout,
+            train=self.train,
+            initializers=init.mlp,
+            dtype=c.dtype,
+            name="mlp",
+        )
+        x, _ = add("mlp", x, lambda y: (mlp(y), None))
+        return x, kv
+
+
+class Stack(nn.Module):
+    """Embeddings (B, T, D) through the blocks of the encoder, or with `memory` of the decoder."""
+
+    config: TransformerConfig
+    depth: int
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        ctx: Context,
+        kv: KeyValues | None = None,
+        memory: jax.Array | None = None,
+        cross: Context | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        c, drop, decoder = self.config, layers.Dropout(self.config.dropout), memory is not None
+        bias = None
+        if c.t5:
+            T = x.shape[1]
+            S, offset = (T, 0) if kv is None or ctx.offset is None else (kv["k"].shape[2], ctx.offset)
+            init = layers.normal(c.width**-0.5)
+            table = layers.Embed(c.relative_buckets, c.heads, ("positions", "heads"), init, name="relative")
+            bias = relative_bias(c, table, T, S, offset, both=not decoder)
+        else:
+            x = x * c.width**0.5 + sinusoids(ctx.positions, c.width).astype(x.dtype)
+        x = layers.shard(drop(x, self.train), "batch", "seq", None)
+        blocks = layers.scan_layers(Block, self.depth, c.remat, c.unroll)(c, decoder, self.train, name="layers")
+        x, kv = blocks(x, kv, Shared(ctx, bias, memory, cross or Context()))
+        if c.norm == "pre":
+            last: Any = norm(c, "norm")
+            x = last(x)
+        return drop(x, self.train) if c.t5 else x, kv
+
+
+class Transformer(nn.Module):
+    """Sources (B, S) and the targets so far (B, T) to logits (B, T, V) in float32.
+
+    With `head=False` features (B, T, D); with no targets what the encoder makes, (B, S, D), which is `memory` in a call
+    with no sources, so that a decoder with a cache need not encode again. `segment_ids` are those of the sources; where
+    only one of the two is given, the other is all ones. A target attends to sources of its own id.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array | None,
+        targets: jax.Array | None,
+        *,
+        segment_ids: jax.Array | None = None,
+        target_segment_ids: jax.Array | None = None,
+        memory: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+        train: bool = False,
+        head: bool = True,
+    ) -> Any:
+        c = self.config
+        if (inputs is None) == (memory is None):
+            given = "neither inputs nor memory" if memory is None else "inputs and memory"
+            raise UserError(f"got {given}, expected one of them, try memory=model.apply(params, inputs, None)")
+        if cache is not None and target_segment_ids is not None:
+            raise UserError(
+                "got target_segment_ids with a cache, expected one of them, try segment_ids for the sources"
+            )
+        init = layers.normal(1.0 if c.t5 else c.width**-0.5)
+        embed = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, name="embed")
+
+        def begin(tokens: jax.Array, ids: jax.Array | None, cache: Any = None) -> tuple[jax.Array, Context]:
+            return embed(tokens), Context.of(tokens, cache, None if ids is None or c.t5 else places(ids), ids)
+
+        if inputs is not None:
+            memory, _ = Stack(c, c.layers, train, name="encoder")(*begin(inputs, segment_ids))
+        if targets is None or memory is None:
+            return memory
+        pair = None
+        if segment_ids is not None or target_segment_ids is not None:
+            ones = [jnp.ones(x.shape[:2], jnp.int32) for x in (targets, memory)]
+            given = (target_segment_ids, segment_ids)
+            pair = tuple(one if ids is None else ids for ids, one in zip(given, ones, strict=True))
+        decoder = Stack(c, c.decoder_layers or c.layers, train, name="decoder")
+        x, ctx = begin(targets, target_segment_ids, cache)
+        x, kv = decoder(x, ctx, None if cache is None else cache["layers"], memory, Context(segment_ids=pair))
+        output = embed
+        if not c.tied:
+            output = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, name="head")
+        elif c.t5:  # as published, where the output layer is the embedding
+            x = x * c.width**-0.5
+        y = output.logits(x) if head else x
+        return y if cache is None else (y, {"layers": kv, "length": cache["length"] + targets.shape[1]})
+
+
+base = TransformerConfig()
+
+
+def t5(layers: int, heads: int, width: int, mlp_width: int, head_dim: int = 64, **more: Any) -> TransformerConfig:
+    """A size of T5; version 1.1 has a gated MLP and an output layer of its own."""
+    sizes = {"layers": layers, "heads": heads, "width": width, "head_dim": head_dim, "mlp_width": mlp_width}
+    return TransformerConfig(variant="t5", vocab_size=32128, norm="pre", **sizes, **more)
+
+
+later = {"activation": "gated_gelu", "tied": False}
+
+register(
+    Family(
+        name="transformer",
+        config=TransformerConfig,
+        network=Transformer,
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, length), jnp.int32),) * 2,
+        cache=lambda c, batch, length: empty_cache(
+            c.decoder_layers or c.layers, batch, length, c.heads, c.head_size, c.dtype
+        ),
+        unembedding=lambda c, params: params["embed" if c.tied else "head"]["w"],
+        presets={
+            # Vaswani et al. 2017, table 3
+            "transformer-base": base,
+            "transformer-big": dataclasses.replace(base, heads=16, width=1024, mlp_width=4096, dropout=0.3),
+            "t5-small": t5(6, 8, 512, 2048),
+            "t5-base": t5(12, 12, 768, 3072),
+            "t5-large": t5(24, 16, 1024, 4096),
+            "t5-3b": t5(24, 32, 1024, 16384, 128),
+            "t5-11b": t5(24, 128, 1024, 65536, 128),
+            "t5-v1.1-small": t5(8, 6, 512, 1024, **later),
+            "t5-v1.1-base": t5(12, 12, 768, 2048, **later),
+            "t5-v1.1-large": t5(24, 16, 1024, 2816, **later),
+            "t5-v1.1-xl": t5(24, 32, 2048, 5120, **later),
+            "t5-v1.1-xxl": t5(24, 64, 4096, 10240, **later),
+        },
+    )
+)
