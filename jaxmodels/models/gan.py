@@ -1,0 +1,133 @@
+"""Generative adversarial networks: DCGAN (Radford et al. 2015) and WGAN-GP (Gulrajani et al. 2017) for small images.
+
+Generator and discriminator are models of their own, each with its parameters and statistics; `network` says which one a
+config is. A critic that is trained with a gradient penalty has no batch normalisation: the penalty is each example's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError
+from jaxmodels.models import layers
+from jaxmodels.models.functional import Dtype, Family, register
+
+
+@dataclass(frozen=True)
+class GANConfig:
+    """One network of a GAN; the defaults are DCGAN's generator at the size of MNIST."""
+
+    network: Literal["generator", "discriminator"] = "generator"
+    """Which of the two networks this is: latents to images, or images to logits."""
+    kind: Literal["dcgan", "wgan-gp"] = "dcgan"
+    """dcgan: batch normalisation in both networks, logistic loss; wgan-gp: a critic without, Wasserstein distance."""
+    input_shape: tuple[int, int, int] = (28, 28, 1)
+    """Height, width and channels of an image, with values in [-1, 1]."""
+    latents: int = 100
+    """Numbers that the generator makes an image from, normally distributed (Z)."""
+    channels: tuple[int, ...] = (64, 128)
+    """Channels after each halving of the image, from the outside in; the generator goes the other way."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+
+    def __post_init__(self) -> None:
+        halvings(self.input_shape, self.channels, "channels")
+
+
+def halvings(input_shape: tuple[int, int, int], channels: tuple[int, ...], field: str) -> tuple[int, int]:
+    """Height and width after a halving for each of the channels; for a config's `__post_init__` too.
+
+    Raises:
+        UserError: they are not even each time.
+    """
+    height, width, _ = input_shape
+    times = 2 ** len(channels)
+    if height % times or width % times:
+        even = math.gcd(height, width)
+        most = (even & -even).bit_length() - 1
+        raise UserError(
+            f"got {field} {channels} for images of {height}×{width}, expected sides that {times} divides, "
+            f"try at most {most} {field}"
+        )
+    return height // times, width // times
+
+
+class GAN(nn.Module):
+    """The generator, latents (B, Z) to images (B, H, W, C), or the discriminator, images to logits (B,); in float32."""
+
+    config: GANConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        c = self.config
+        expected = (c.latents,) if c.network == "generator" else tuple(c.input_shape)
+        if x.shape[1:] != expected:
+            raise UserError(f"got inputs of shape {x.shape[1:]} for a {c.network}, expected {expected}")
+        return self.generate(x, train) if c.network == "generator" else self.judge(x, train)
+
+    def norm(self, index: int) -> layers.BatchNorm:
+        return layers.BatchNorm(initializer=scales, name=f"norm{index}")
+
+    def generate(self, z: jax.Array, train: bool) -> jax.Array:
+        c = self.config
+        shape = (*halvings(c.input_shape, c.channels, "channels"), c.channels[-1])
+        axes = ("features", "window", "window", "channels_out")
+        x = layers.Linear(shape, axes, bias=False, dtype=c.dtype, name="project")(z)
+        for i, width in enumerate((*c.channels[-2::-1], c.input_shape[-1])):
+            x = layers.shard(nn.relu(self.norm(i)(x, train)), "batch", None, None, "channels_out")
+            last = i == len(c.channels) - 1
+            axes = ("channels_in", "features" if last else "channels_out")
+            x = layers.ConvTranspose(width, bias=last, axes=axes, dtype=c.dtype, name=f"up{i}")(x)
+        return jnp.tanh(x.astype(jnp.float32))
+
+    def judge(self, x: jax.Array, train: bool) -> jax.Array:
+        c = self.config
+        for i, width in enumerate(c.channels):
+            normal = c.kind == "dcgan" and i > 0
+            axes, init = ("channels_in" if i else "features", "channels_out"), layers.normal(0.02)
+            conv = layers.Conv(
+                width, (4, 4), (2, 2), bias=not normal, axes=axes, initializer=init, dtype=c.dtype, name=f"down{i}"
+            )
+            x = conv(x)
+            x = nn.leaky_relu(self.norm(i)(x, train) if normal else x, 0.2)
+            x = layers.shard(x, "batch", None, None, "channels_out")
+        axes = ("window", "window", "channels_in", "classes")
+        return layers.Linear((1,), axes, dtype=c.dtype, name="head")(x)[:, 0].astype(jnp.float32)
+
+
+def scales(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """DCGAN's initial scales of batch normalisation: normal around 1."""
+    return 1 + 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def inputs(c: GANConfig, batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What the network takes: latents or images."""
+    shape = (c.latents,) if c.network == "generator" else c.input_shape
+    return (jax.ShapeDtypeStruct((batch, *shape), jnp.float32),)
+
+
+dcgan = GANConfig()
+wgan = GANConfig(kind="wgan-gp", latents=128)
+
+register(
+    Family(
+        name="gan",
+        config=GANConfig,
+        network=GAN,
+        inputs=inputs,
+        presets={
+            # the published networks, halving twice instead of four (Radford) or three times (Gulrajani)
+            "dcgan-mnist": dcgan,
+            "dcgan-mnist-discriminator": dataclasses.replace(dcgan, network="discriminator"),
+            "wgan-gp-mnist": wgan,
+            "wgan-gp-mnist-critic": dataclasses.replace(wgan, network="discriminator"),
+        },
+    )
+)
