@@ -21,6 +21,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "seq": (),
+    "expert_batch": ("data", "fsdp"),
     # parameters; heads, mlp and vocab name activations' dimensions too
     "embed": ("fsdp",),
     "heads": ("tensor",),
