@@ -1,4 +1,4 @@
-"""The command line: `jaxmodels train|eval|sample|models|data|config`.
+"""The command line: `jaxmodels train|eval|sample|models|import|export|data|config`.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
 """
@@ -17,6 +17,8 @@ COMMANDS = {
     "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
     "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
     "models": "models [NAME]          families and presets, or one model's tree of parameters",
+    "import": "import DIR --out RUN          a run from weights in Hugging Face's format",
+    "export": "export RUN DIR [--best]          a run's weights in Hugging Face's format",
     "data": "data inspect|prepare|train-tokenizer          what the model will see; tokenise ahead",
     "config": "config explain|diff          where a field's value comes from; how two runs differ",
 }
@@ -79,7 +81,12 @@ def dispatch(argv: list[str]) -> int:
         "config": {"explain": commands.config_explain, "diff": commands.config_diff},
     }
     if name not in groups:
-        function = {"eval": commands.evaluate, "sample": commands.sample, "models": commands.models}[name]
+        if name in ("import", "export"):
+            from jaxmodels.hf import commands as weights
+
+            function = weights.import_run if name == "import" else weights.export_run
+        else:
+            function = {"eval": commands.evaluate, "sample": commands.sample, "models": commands.models}[name]
         return parse(function, rest, f"jaxmodels {name}") or 0
     known = groups[name]
     if not rest or rest[0] in ("-h", "--help"):

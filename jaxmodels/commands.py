@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxmodels import config as configs
-from jaxmodels import data
+from jaxmodels import data, hf
 from jaxmodels.config import Config, MeshConfig
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.models.functional import create, list_models
@@ -164,16 +164,22 @@ def sample(
 
 
 def models(name: str | None = None, /) -> None:
-    """Families and presets with their numbers of parameters, or one model's tree of parameters.
+    """Families and presets with their sizes, or one model's tree of parameters.
+
+    FLOPs are those of a forward pass, for each token (at a context of at most 2,048) or example.
 
     Args:
         name: a preset or a family, such as llama3-8b.
     """
     if name is None:
+        readable = hf.supported()
+        print(f"{'':27s}{'parameters':>17s}   FLOPs forward")
         for family, presets in list_models().items():
-            print(family)
-            for preset in presets:
-                print(f"  {preset:14s} {create(preset).count():>19,} parameters")
+            kinds = readable.get(family)
+            print(f"{family}{f' (weights in and out: {chr(44).join(kinds)})' if kinds else ''}")
+            for preset in presets:  # each as soon as it is known
+                model = create(preset)
+                print(f"  {preset:25s}{model.count():>17,}   {forward_flops(model)}", flush=True)
         return
     model = create(name)
     axes = dict(jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple)))
@@ -182,6 +188,16 @@ def models(name: str | None = None, /) -> None:
         dims = "  ".join(f"{axis}={size}" for axis, size in zip(axes[path], leaf.shape, strict=True))
         print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):24s} {dims}")
     print(f"{model.count():,} parameters")
+
+
+def forward_flops(model: Any) -> str:
+    """FLOPs of a forward pass as text."""
+    from jaxmodels.plan import flops
+
+    if not np.issubdtype(model.inputs(1)[0].dtype, np.integer):
+        return f"{flops.forward(model, 1):.3g} an example"
+    length = min(getattr(model.config, "context", 2048), 2048)
+    return f"{flops.forward(model, 1, length) / length:.3g} a token, T={length:,}"
 
 
 def train_tokenizer(paths: tuple[str, ...], /, vocab_size: int = 8192, out: Path = Path("tokenizer.json")) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxmodels.models.functional import create
+from jaxmodels.models.functional import Model, create
 from jaxmodels.tasks.task import Task
 
 
@@ -17,29 +17,34 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs of the products (dot, convolution) in `fn(*args)`; args may be `jax.ShapeDtypeStruct`s.
 
     A multiply-add is 2. Loops count by their trip counts, a branch by its dearest arm; a `while` of unknown length
-    counts once.
+    counts once. A `ragged_dot` counts each row with the one group that it belongs to.
     """
     return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
 
 
-def per_step(task: Task, batch_size: int) -> int:
-    """Model FLOPs of a training step: 3 × the forward products of each loss (backward is twice the forward).
+def forward(model: Model, batch: int, length: int = 8) -> int:
+    """Model FLOPs of one application to so many examples (of so many tokens).
 
-    Attention is counted in full, causal or not, whatever the kernel skips, and recomputation is not counted.
+    Attention is counted in full, causal or not, whatever the kernel skips; of experts, those that a token is sent to;
+    recomputation is not counted.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    inputs = next(iter(task.batch_spec(batch_size).values()))
-    total = 0
-    for model in task.networks.values():
-        plain = create(_plain(model.config))
-        total += 3 * count(plain.apply, plain.shapes(), inputs, stats=jax.eval_shape(plain.stats) or None)
-    return total
+    plain = create(_plain(model.config))
+    stats = jax.eval_shape(plain.stats) or None
+    return count(plain.apply, plain.shapes(), *plain.inputs(batch, length), stats=stats)
+
+
+def per_step(task: Task, batch_size: int) -> int:
+    """Model FLOPs of a training step: 3 × `forward` of each network (backward is twice the forward)."""
+    lengths = [x.shape[1] for x in task.batch_spec(batch_size).values() if len(x.shape) == 2]
+    return sum(3 * forward(model, batch_size, *lengths[:1]) for model in task.networks.values())
 
 
 def _plain(config: Any) -> Any:
-    """The config with the reference attention, whose products the walk can see, and nothing recomputed."""
+    """The config with the reference attention, whose products the walk can see, no free places, nothing recomputed."""
     known = {f.name for f in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{k: v for k, v in {"attention": "xla", "remat": "none"}.items() if k in known})
+    plain = {"attention": "xla", "routing": "dropless", "remat": "none"}
+    return dataclasses.replace(config, **{name: value for name, value in plain.items() if name in known})
 
 
 def _count(jaxpr: Any) -> int:
@@ -56,6 +61,13 @@ def _count(jaxpr: Any) -> int:
             # a dilated input (of a transposed convolution, or a strided one's gradient) is mostly zeros
             zeros = params["batch_group_count"] * math.prod(params["lhs_dilation"])
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * taps // zeros
+        elif name == "ragged_dot_general":
+            # each row of the left with one group of the right (or all of both, summed up group by group)
+            numbers = params["ragged_dot_dimension_numbers"]
+            (_, contract), (_, batch) = numbers.dot_dimension_numbers
+            seen = {*contract, *batch, *numbers.rhs_group_dimensions}
+            left, right = (eqn.invars[i].aval.shape for i in (0, 1))
+            total += 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in seen)
         elif name == "scan":
             total += params["length"] * _count(params["jaxpr"].jaxpr)
         elif name == "cond":

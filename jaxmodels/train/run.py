@@ -94,10 +94,13 @@ def initial(experiment: Experiment) -> State:
         return state
     folder = Path(cfg.init.source) / "checkpoints"
     params, _, at = Checkpointer(folder).restore_params(abstract=experiment.layout.params)
+    stats = state.stats
+    if jax.tree.leaves(stats):
+        stats, _, _ = Checkpointer(folder).restore_params(at, subtree="stats", abstract=experiment.layout.stats)
     log.info("parameters from %s, step %d", cfg.init.source, at)
     # a copy each: params are donated every step, the average lives on
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
-    return dataclasses.replace(state, params=params, ema=ema)
+    return dataclasses.replace(state, params=params, stats=stats, ema=ema)
 
 
 def train(

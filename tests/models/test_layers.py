@@ -168,7 +168,7 @@ class Net(nn.Module):
 
 
 FAMILY = functional.Family(
-    "net", NetConfig, Net, lambda c, batch: (jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32),), {}
+    "net", NetConfig, Net, lambda c, batch, length: (jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32),), {}
 )
 
 

@@ -1,6 +1,6 @@
 """The same weights give the logits and the training that transformers and torch give."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,154 +11,111 @@ import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
 from jaxmodels.models import layers
-from jaxmodels.models.attention import RopeScaling
-from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks.losses import cross_entropy
+from jaxmodels.tasks.task import Loss, Task, forward, scored
 from jaxmodels.train import optim, state, step
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
 
-V, B, T, STEPS = 97, 4, 24, 20
-SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32)
-LLAMA = LlamaConfig(vocab_size=V, layers=2, heads=6, kv_heads=1, width=48, mlp_width=88, context=64, norm_eps=1e-5)
-CASES = {
-    "gpt2": GPT2Config(vocab_size=V, context=32, layers=2, heads=3, width=48),
-    "gpt2-wide-mlp": GPT2Config(vocab_size=V, context=24, layers=3, heads=2, width=20, mlp_width=36),
-    "llama-1-kv-head": LLAMA,
-    "llama-all-heads-tied": dataclasses.replace(LLAMA, kv_heads=None, tied=True, norm_eps=1e-6),
-    "llama-3-scaling-head-dim": dataclasses.replace(
-        LLAMA, kv_heads=2, head_dim=10, rope_theta=500.0, rope_scaling=SCALING
-    ),
+V, B, T, STEPS = 97, 4, 24, 50
+EAGER = {"attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 0}
+LLAMA = {
+    "vocab_size": V,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    **EAGER,
+}
+TOWER = {
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "attn_implementation": "eager",
 }
 
 
-def theirs(config):
-    """The model of transformers with these settings and random weights."""
+def gpt2():
+    sizes = {"vocab_size": V, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 32}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **EAGER))
+
+
+def llama(**settings):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **settings}))
+
+
+def bert():
+    # to the embedding of padding they give no gradient
+    sizes = {"vocab_size": V, "max_position_embeddings": 32, "pad_token_id": None}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, **TOWER))
+
+
+def vit():
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(image_size=12, patch_size=4, num_labels=5, **TOWER)
+    )
+
+
+MODELS = {
+    "gpt2": gpt2,
+    "llama-1-kv-head": llama,
+    "llama-all-heads-tied": functools.partial(llama, num_key_value_heads=6, tie_word_embeddings=True),
+    "bert-masked-lm": bert,
+    "vit-classification": vit,
+}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, tmp_path):
+    """A model of transformers with random weights, and what loads it here."""
     torch.manual_seed(0)
-    common = {"vocab_size": V, "bos_token_id": 0, "eos_token_id": 0, "attn_implementation": "eager"}
-    if isinstance(config, GPT2Config):
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                n_positions=config.context,
-                n_embd=config.width,
-                n_layer=config.layers,
-                n_head=config.heads,
-                n_inner=config.mlp_width,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **common,
-            )
-        )
-    else:
-        rope: dict = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rope_scaling.factor != 1:
-            s = config.rope_scaling
-            rope |= {
-                "rope_type": "llama3",
-                "factor": s.factor,
-                "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor,
-                "original_max_position_embeddings": s.original_context,
-            }
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                hidden_size=config.width,
-                intermediate_size=config.mlp_width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.kv_heads or config.heads,
-                head_dim=config.head_size,
-                max_position_embeddings=config.context,
-                rms_norm_eps=config.norm_eps,
-                tie_word_embeddings=config.tied,
-                rope_parameters=rope,
-                **common,
-            )
-        )
-    for name, p in model.named_parameters():
-        p.data = torch.randn_like(p) * (0.1 if p.ndim > 1 else 0.2) + float("norm" in name or ".ln_" in name)
-    return model.float()
+    theirs = MODELS[request.param]()
+    for name, p in theirs.named_parameters():
+        scale = name.endswith("weight") and p.ndim == 1
+        p.data = torch.randn_like(p) * (0.1 if p.ndim > 1 else 0.2) + float(scale)
+    theirs.float().eval().save_pretrained(tmp_path)  # eval: no dropout, also while it is trained
+    dropout = {} if request.param.startswith("llama") else {"dropout": 0.0}
+    return theirs, functools.partial(jaxmodels.load_pretrained, tmp_path, **dropout)
 
 
-def ours(config, model):
-    """The weights of a model of transformers as our tree."""
-    w = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    D, H, L = config.width, config.heads, range(config.layers)
-
-    def stack(name, convert=lambda x: x):
-        return np.stack([convert(w[name.format(i)]) for i in L])
-
-    if isinstance(config, GPT2Config):
-        h = "transformer.h.{}."
-
-        def layer(name):  # Conv1D keeps its weights as (inputs, outputs)
-            return {"w": stack(h + name + ".weight"), "b": stack(h + name + ".bias")}
-
-        def norm(name):
-            return {"scale": stack(h + name + ".weight"), "bias": stack(h + name + ".bias")}
-
-        merged, o, K = layer("attn.c_attn"), layer("attn.c_proj"), D // H
-        attn = {
-            name: {
-                "w": merged["w"][..., i * D : (i + 1) * D].reshape(-1, D, H, K),
-                "b": merged["b"][..., i * D : (i + 1) * D].reshape(-1, H, K),
-            }
-            for i, name in enumerate("qkv")
-        }
-        attn["o"] = {"w": o["w"].reshape(-1, H, K, D), "b": o["b"]}
-        return {
-            "embed": {"w": w["transformer.wte.weight"]},
-            "positions": {"w": w["transformer.wpe.weight"]},
-            "layers": {
-                "attn": attn,
-                "attn_norm": norm("ln_1"),
-                "mlp_norm": norm("ln_2"),
-                "mlp": {"up": layer("mlp.c_fc"), "down": layer("mlp.c_proj")},
-            },
-            "norm": {"scale": w["transformer.ln_f.weight"], "bias": w["transformer.ln_f.bias"]},
-        }
-    h, K = "model.layers.{}.", config.head_size
-    tree = {
-        "embed": {"w": w["model.embed_tokens.weight"]},
-        "norm": {"scale": w["model.norm.weight"]},
-        "layers": {
-            "attn_norm": {"scale": stack(h + "input_layernorm.weight")},
-            "mlp_norm": {"scale": stack(h + "post_attention_layernorm.weight")},
-            "attn": {
-                name: {"w": stack(h + f"self_attn.{name}_proj.weight", lambda x: x.T.reshape(D, -1, K))}
-                for name in "qkv"
-            },
-            "mlp": {name: {"w": stack(h + f"mlp.{name}_proj.weight", np.transpose)} for name in ("gate", "up", "down")},
-        },
-    }
-    tree["layers"]["attn"]["o"] = {"w": stack(h + "self_attn.o_proj.weight", lambda x: x.T.reshape(H, K, D))}
-    return tree if config.tied else {**tree, "head": {"w": w["lm_head.weight"]}}
-
-
-def batches():
+def batches(model):
+    """Inputs and labels, below 0 where there is none; learned soon: an eighth of the vocabulary, or bright and dark."""
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
-        rows = rng.integers(0, V // 8, (B, T + 1)).astype(np.int32) * 8  # an eighth of the vocabulary: soon learned
-        yield rows[:, :-1], rows[:, 1:]
+        if model.config.model_type == "vit":
+            labels = rng.integers(0, 5, B).astype(np.int32)
+            yield rng.normal(labels[:, None, None, None] / 4, 1, (B, 12, 12, 3)).astype(np.float32), labels
+            continue
+        rows = rng.integers(0, V // 8, (B, T + 1)).astype(np.int32) * 8
+        if model.config.model_type == "bert":
+            masked = rng.random((B, T)) < 0.3
+            yield np.where(masked, V - 1, rows[:, 1:]), np.where(masked, rows[:, 1:], -100)
+        else:
+            yield rows[:, :-1], rows[:, 1:]
 
 
-@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
-def test_logits_equal_those_of_transformers(config):
-    reference, model = theirs(config), jaxmodels.create(config)
-    params = ours(config, reference)
-    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, model.shapes())
-    tokens = np.random.default_rng(1).integers(0, V, (B, T)).astype(np.int32)
+def logits_of(model, x):
+    x = torch.from_numpy(x)
+    return model(x.permute(0, 3, 1, 2) if x.ndim == 4 else x.long()).logits
+
+
+def test_logits_equal_those_of_transformers(pair):
+    reference, load = pair
+    x, _ = next(batches(reference))
     with torch.no_grad():
-        expected = reference(torch.from_numpy(tokens).long()).logits.numpy()
+        expected = logits_of(reference, x).numpy()
     assert expected.std() > 0.2
     for kernel in ("xla", "blockwise"):
-        apply = jax.jit(jaxmodels.create(config, attention=kernel).apply)
-        np.testing.assert_allclose(apply(params, tokens), expected, rtol=0, atol=1e-4)
+        model, params = load(attention=kernel)
+        np.testing.assert_allclose(jax.jit(model.apply)(params, x), expected, rtol=0, atol=1e-4)
 
 
 def train_theirs(model, lr, decay):
@@ -167,9 +124,9 @@ def train_theirs(model, lr, decay):
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
     losses, norms = [], []
-    for tokens, targets in batches():
-        logits = model(torch.from_numpy(tokens).long()).logits
-        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, V), torch.from_numpy(targets).long().reshape(-1))
+    for x, labels in batches(model):
+        logits, wanted = logits_of(model, x), torch.from_numpy(labels).long()
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1))
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
@@ -178,41 +135,60 @@ def train_theirs(model, lr, decay):
     return losses, norms
 
 
-def train_ours(config, params, lr, decay):
+def restoring(model):
+    """The task of predicting the tokens that have a label, from all others."""
+
+    def score(params, stats, batch, **kwargs):
+        logits, stats = forward(("model", model), params, stats, batch["tokens"], **kwargs)
+        return cross_entropy(logits, batch["targets"]), stats
+
+    rows = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    loss, metrics = scored(score)
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, lambda _: {"tokens": rows, "targets": rows})
+
+
+def train_ours(reference, model, params, lr, decay):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    task = tasks.build(TaskConfig(), config, DataConfig(seq_len=T, batch_size=B))
+    section = DataConfig(seq_len=T, batch_size=B)
+    kind = reference.config.model_type
+    names = ("inputs", "labels") if kind == "vit" else ("tokens", "targets")
+    if kind == "bert":
+        task = restoring(model)
+    else:
+        task = tasks.build(TaskConfig("classification" if kind == "vit" else "causal_lm"), model.config, section)
     cfg = OptimConfig(
         name="adamw", peak_lr=lr, schedule="constant", b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay, clip_norm=1.0
     )
     optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
-    params = jax.tree.map(jnp.asarray, params)
     moments = {loss.name: optimizers[loss.name].init(params) for loss in task.losses}
     now = state.State(jnp.zeros((), jnp.int32), {"model": params}, {}, moments, None, jax.random.key(0))
     now = jax.device_put(now, jax.tree.map(lambda leaf: leaf.sharding, layout))
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in task.batch_spec(B).items()}
     take = step.build(task, optimizers, mesh, layout, rows)
     losses, norms = [], []
-    for tokens, targets in batches():
-        batch = {"tokens": tokens, "targets": targets}
-        now, metrics = take(now, jax.device_put(batch, rules.batch_sharding(mesh, 2)))
+    for batch in batches(reference):
+        placed = {
+            name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in zip(names, batch, strict=True)
+        }
+        now, metrics = take(now, placed)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     return losses, norms, now.params["model"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-1-kv-head", "llama-all-heads-tied"])
-def test_twenty_steps_of_adamw_are_those_of_torch(name):
-    config, lr, decay = CASES[name], 1e-2, 0.3
-    reference = theirs(config)
-    losses, norms, end = train_ours(config, ours(config, reference), lr, decay)
+def test_fifty_steps_of_adamw_are_those_of_torch(pair, tmp_path):
+    (reference, load), lr, decay = pair, 3e-3, 0.3
+    losses, norms, end = train_ours(reference, *load(), lr, decay)
     expected, their_norms = train_theirs(reference, lr, decay)
-    assert expected[-1] < expected[0] - 1 and max(their_norms) > 2, "learned, and clipped"
+    assert np.mean(expected[-5:]) < np.mean(expected[:5]) - 0.3 and max(their_norms) > 1, "learned, and clipped"
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-3)
-    np.testing.assert_allclose(norms, their_norms, rtol=1e-2)
-    # after 20 steps of 1e-2 each; Adam enlarges rounding where a gradient is nearly 0 (as that of keys' biases)
-    wrong = jax.tree.map(lambda a, b: np.mean(np.abs(np.asarray(a) - b) > 2e-3), end, ours(config, reference))
-    wrong.get("layers", {}).get("attn", {}).get("k", {}).pop("b", None)
+    np.testing.assert_allclose(norms, their_norms, rtol=2e-2)
+    # Adam enlarges rounding where a gradient is nearly 0, as that of keys' biases
+    reference.save_pretrained(tmp_path / "end")
+    _, wanted = jaxmodels.load_pretrained(tmp_path / "end")
+    wrong = jax.tree.map(lambda a, b: np.mean(np.abs(np.asarray(a) - np.asarray(b)) > 2e-3), end, wanted)
+    wrong["layers"]["attn"]["k"].pop("b", None)
     assert max(jax.tree.leaves(wrong)) < 0.01
 
 

@@ -10,9 +10,10 @@ import pytest
 import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, TaskConfig
-from jaxmodels.models import functional, layers
+from jaxmodels.models import experts, functional, layers
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.plan import flops
 
@@ -131,8 +132,21 @@ def test_zeros_between_inputs_are_no_products():
     assert flops.count(jax.grad(lambda x, w: conv(x, w, 2).sum()), x, w) == 2 * strided
 
 
+def test_rows_of_ragged_products_count_once_each():
+    x, w, sizes = array(30, 5), array(4, 5, 7), jax.ShapeDtypeStruct((4,), jnp.int32)
+    once = 2 * 30 * 5 * 7
+    assert flops.count(jax.lax.ragged_dot, x, w, sizes) == once
+    assert flops.count(jax.grad(lambda x, w, n: jax.lax.ragged_dot(x, w, n).sum(), (0, 1)), x, w, sizes) == 3 * once
+    for fn in (experts.grouped, jax.jit(experts.grouped)):
+        assert flops.count(fn, x, w, sizes) == once
+        assert flops.count(jax.grad(lambda x, w, n, fn=fn: fn(x, w, n).sum(), (0, 1)), x, w, sizes) == 3 * once
+
+
 GPT2 = GPT2Config(layers=2, width=24, heads=3, vocab_size=37, context=16)
 LLAMA = LlamaConfig(layers=2, width=24, heads=6, kv_heads=2, head_dim=8, mlp_width=40, vocab_size=37)
+MIXTRAL = MixtralConfig(
+    layers=2, width=24, heads=6, kv_heads=2, head_dim=8, mlp_width=40, vocab_size=37, experts=5, experts_per_token=3
+)
 B, T = 2, 10
 
 
@@ -159,6 +173,14 @@ def test_gpt2_counts_its_closed_form():
 
 def test_llama_with_grouped_heads_counts_its_closed_form():
     assert forward(LLAMA) == llama_by_hand(LLAMA)
+
+
+@pytest.mark.parametrize("routing", ["dropless", "capacity"])
+def test_mixtral_counts_the_experts_that_a_token_is_sent_to(routing):
+    c = MIXTRAL
+    dense = dataclasses.replace(LLAMA, mlp_width=c.experts_per_token * c.mlp_width)
+    expected = llama_by_hand(dense) + 2 * B * T * c.layers * c.width * c.experts
+    assert flops.forward(jaxmodels.create(c, routing=routing), B, T) == expected
 
 
 def test_each_layer_of_the_scan_counts():
@@ -196,7 +218,7 @@ class Net(nn.Module):
 
 def test_a_step_of_a_model_with_batch_statistics(monkeypatch):
     monkeypatch.setattr(functional, "_registered", dict(functional._registered))
-    spec = lambda c, batch: (jax.ShapeDtypeStruct((batch, 3), jnp.float32),)  # noqa: E731
+    spec = lambda c, batch, length: (jax.ShapeDtypeStruct((batch, 3), jnp.float32),)  # noqa: E731
     functional.register(functional.Family("net", NetConfig, Net, spec, {}))
     task = tasks.build(TaskConfig(name="classification"), NetConfig(), DataConfig())
     assert flops.per_step(task, 6) == 3 * 2 * 6 * (3 * 5 + 5 * 4)

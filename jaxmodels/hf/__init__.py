@@ -1,0 +1,72 @@
+"""Weights in and out of Hugging Face's format: one engine, and one table a family."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxmodels.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxmodels.hf.table import Format
+    from jaxmodels.models.functional import Model
+
+TYPES: Mapping[str, tuple[str, ...]] = {
+    "gpt2": ("gpt2",),
+    "llama": ("llama", "mistral", "qwen2", "qwen3"),
+    "mixtral": ("mixtral",),
+    "transformer": ("t5",),
+    "bert": ("bert",),
+    "vit": ("vit",),
+    "resnet": ("resnet",),
+    "clip": ("clip",),
+}
+"""Our family, which is a module here too -> the `model_type`s of config.json that it reads."""
+
+
+def supported() -> dict[str, tuple[str, ...]]:
+    """The families whose weights can be read and written, and their names in Hugging Face's config.json."""
+    return dict(TYPES)
+
+
+def format_of(family: str) -> Format:
+    """How a family of ours is read and written.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    if family not in TYPES:
+        raise UserError(
+            f"got a model of family {family}, which transformers does not have, expected one of {', '.join(TYPES)}"
+        )
+    return importlib.import_module(f"jaxmodels.hf.{family}").FORMAT
+
+
+def family_of(model_type: Any) -> str:
+    """Our family for a `model_type` of config.json."""
+    for family, kinds in TYPES.items():
+        if model_type in kinds:
+            return family
+    known = [kind for kinds in TYPES.values() for kind in kinds]
+    raise UserError(
+        f"got model_type {model_type!r}, expected one of {', '.join(known)}{nearest(str(model_type), known)}"
+    )
+
+
+def load_pretrained(directory: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> tuple[Model, Any]:
+    """A model and its parameters from a directory in Hugging Face's format (config.json, model.safetensors).
+
+    Parameters become float32, whatever the file's type. On a mesh each lies where the table of `parallel.rules` puts
+    it, and a process holds its own part alone. `overrides` are fields of the config that leave the weights as they are
+    (dtype, attention, remat, dropout). A family with batch statistics gives the loaded ones from `model.stats()`.
+
+    Raises:
+        UserError: a setting that is not computed here, or tensors that do not fit; all are named, before any is read.
+    """
+    from jaxmodels.hf import load
+
+    return load.load_pretrained(Path(directory), mesh, overrides)

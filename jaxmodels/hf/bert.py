@@ -1,0 +1,115 @@
+"""BERT, with any of its heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxmodels.hf.table import Format, Settings, Weight, block, classes, labels
+from jaxmodels.models.bert import BERTConfig
+
+HEADS = {
+    "BertForMaskedLM": "masked_lm",
+    "BertForSequenceClassification": "classification",
+    "BertForPreTraining": "pretraining",
+    "BertModel": "none",
+}
+"""`architectures` -> ours."""
+
+
+def config(s: Settings) -> BERTConfig:
+    architecture = Settings({"architectures": s.get("architectures", ["BertModel"])[0]}, s.where, s.refused)
+    head = HEADS[architecture.only("architectures", *HEADS)]
+    s.only("hidden_act", "gelu")
+    s.only("position_embedding_type", "absolute")
+    s.only("is_decoder", False)
+    s.only("add_cross_attention", False)
+    s.only("tie_word_embeddings", True)
+    fields = {
+        "vocab_size": s.get("vocab_size"),
+        "context": s.get("max_position_embeddings", 512),
+        "types": s.get("type_vocab_size", 2),
+        "layers": s.get("num_hidden_layers"),
+        "heads": s.get("num_attention_heads"),
+        "width": s.get("hidden_size"),
+        "mlp_width": s.get("intermediate_size"),
+        "norm_eps": s.get("layer_norm_eps", 1e-12),
+        "dropout": s.get("hidden_dropout_prob", 0.1),
+        "classes": classes(s) if head == "classification" else None,
+    }
+    s.check()
+    return BERTConfig(head=head, **fields)  # type: ignore[arg-type]
+
+
+def describe(c: BERTConfig) -> dict[str, Any]:
+    (architecture,) = (name for name, head in HEADS.items() if head == c.head)
+    found = {
+        "architectures": [architecture],
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.context,
+        "type_vocab_size": c.types,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp_width,
+        "layer_norm_eps": c.norm_eps,
+        "hidden_dropout_prob": c.dropout,
+        "attention_probs_dropout_prob": c.dropout,
+        "tie_word_embeddings": True,
+    }
+    return found if c.classes is None else {**found, **labels(c.classes)}
+
+
+def weights(c: BERTConfig) -> list[Weight]:
+    def linear(theirs: str, ours: str) -> list[Weight]:
+        return [Weight(theirs + ".weight", ours + "/w", "f d -> d f"), Weight(theirs + ".bias", ours + "/b")]
+
+    def norm(theirs: str, ours: str) -> list[Weight]:
+        return [Weight(theirs + ".weight", ours + "/scale"), Weight(theirs + ".bias", ours + "/bias")]
+
+    embeddings, h = "bert.embeddings.", "bert.encoder.layer.{layer}."
+    return [
+        Weight(embeddings + "word_embeddings.weight", "embed/w"),
+        Weight(embeddings + "position_embeddings.weight", "positions/w"),
+        Weight(embeddings + "token_type_embeddings.weight", "types/w"),
+        *norm(embeddings + "LayerNorm", "embed_norm"),
+        *block(
+            "layers/",
+            q=h + "attention.self.query",
+            k=h + "attention.self.key",
+            v=h + "attention.self.value",
+            o=h + "attention.output.dense",
+            attn_norm=h + "attention.output.LayerNorm",
+            up=h + "intermediate.dense",
+            down=h + "output.dense",
+            mlp_norm=h + "output.LayerNorm",
+        ),
+        *linear("bert.pooler.dense", "pooler"),
+        *linear("cls.predictions.transform.dense", "transform"),
+        *norm("cls.predictions.transform.LayerNorm", "transform_norm"),
+        Weight("cls.predictions.bias", "output/b"),
+        *linear("cls.seq_relationship", "next_sentence"),
+        *linear("classifier", "head"),
+    ]
+
+
+def task(c: BERTConfig) -> str:
+    return "classification" if c.head == "classification" else "masked_lm"
+
+
+FORMAT = Format(
+    family="bert",
+    config=config,
+    describe=describe,
+    weights=weights,
+    prefix="bert.",
+    copies={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    # heads that the published files hold, whichever of them config.json asks for
+    skipped=(r"^bert\.embeddings\.position_ids$", r"^bert\.pooler\.", r"^cls\.(predictions|seq_relationship)\."),
+    aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    task=task,
+)

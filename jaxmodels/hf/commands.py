@@ -1,0 +1,178 @@
+"""What `jaxmodels import` and `jaxmodels export` do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels import config as configs
+from jaxmodels import data, hf, tasks
+from jaxmodels.config import Config, DataConfig, TaskConfig
+from jaxmodels.data.tokenizer import FILE
+from jaxmodels.errors import UserError
+from jaxmodels.hf import load, save
+from jaxmodels.hf import tokenizer as tokenizers
+from jaxmodels.models.functional import create, family_of
+
+KEPT = "pretrained"
+"""Folder of a run with the files that came beside the weights, and that go out with them again."""
+BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "config.json",
+)
+_SAID = 1_000_000_000  # bytes from which on progress is said
+
+
+def import_run(directory: Path, /, out: Path) -> None:
+    """A run directory from weights in Hugging Face's format, to sample from, evaluate, or start a training from.
+
+    Args:
+        directory: a folder with config.json and model.safetensors (or its index and shards).
+        out: the run directory to make.
+    """
+    from jaxmodels.train import run as runs
+    from jaxmodels.train.checkpoint import Checkpointer
+
+    with save.complete(out) as part:
+        source = load.open_source(directory)
+        config = source.model.config
+        tokenizer = (directory / FILE).is_file()
+        if tokenizer:
+            data.load_tokenizer(directory)  # before the weights: it may be none that works
+            shutil.copyfile(directory / FILE, part / FILE)
+        (part / KEPT).mkdir()
+        for pattern in BESIDE:
+            for path in directory.glob(pattern):
+                shutil.copyfile(path, part / KEPT / path.name)
+        with progress("reading", source.size) as done:
+            params, stats = load.nested(load.read(source, done=done))
+        state = {"params": {"model": params}, "stats": {"model": stats}}
+        cfg = experiment(config, source.format.task(config), out / FILE if tokenizer else None)
+        meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}
+        checkpointer = Checkpointer(part / "checkpoints")
+        checkpointer.save(0, state, meta)
+        checkpointer.wait()
+        origin = {"file": str(directory), "overrides": [], "versions": runs.versions(), "commit": runs.commit()}
+        configs.save(cfg, part / "config.json", origin)  # last: without it this is no run
+    what = family_of(config).name
+    print(f"{out}: {what}, {source.model.count():,} parameters from {len(source.found)} tensors of {directory}")
+
+
+def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
+    """The config of an imported run: its model, and data that the model can take."""
+    if task not in tasks.TASKS:
+        return Config(model=model)  # to be exported again; there is no task that trains it
+    if task == "causal_lm":
+        length = min(DataConfig().seq_len, getattr(model, "context", DataConfig().seq_len))
+        section = DataConfig(seq_len=length, tokenizer=str(tokenizer) if tokenizer else DataConfig().tokenizer)
+    else:
+        section = DataConfig(source="synthetic")
+    return Config(model=model, task=TaskConfig(name=task), data=section)  # type: ignore[arg-type]
+
+
+def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: str = "5GB") -> None:
+    """Weights of a run in Hugging Face's format, with config.json and the tokenizer.
+
+    Args:
+        run: run directory.
+        directory: the folder to make.
+        best: the best checkpoint instead of the newest.
+        shard_size: largest file of weights, such as 500MB.
+    """
+    from jaxmodels.train.checkpoint import Checkpointer
+
+    limit = size(shard_size)
+    cfg, _ = configs.read(run)
+    model = create(cfg.model)
+    form = hf.format_of(family_of(cfg.model).name)
+    form.describe(cfg.model)  # before anything is read
+    with save.complete(directory) as part:
+        more = beside(run, part, cfg)
+        checkpointer = Checkpointer(run / "checkpoints")
+        kind = "params" if cfg.train.ema is None else "ema"
+        params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind)
+        stats: Any = {}
+        if jax.tree.leaves(jax.eval_shape(model.stats)):
+            stats, _, _ = checkpointer.restore_params(at, subtree="stats")
+        with progress("writing", 4 * model.count()) as done:
+            save.save_pretrained(
+                part, model, params["model"], stats.get("model", {}), shard_size=limit, more=more, done=done
+            )
+    print(f"{directory}: step {at} of {run}, {model.count():,} parameters")
+
+
+def beside(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
+    """Put the tokenizer and what came beside the weights into the folder; returns further settings of config.json."""
+    if (run / KEPT).is_dir():
+        for path in (run / KEPT).iterdir():
+            if path.name != "config.json":  # that comes last, with the weights
+                shutil.copyfile(path, part / path.name)
+        settings = json.loads((run / KEPT / "config.json").read_text())
+        # those say how the weights came, not how they go
+        return {
+            key: value for key, value in settings.items() if key not in ("dtype", "auto_map", "transformers_version")
+        }
+    if not (run / FILE).is_file():
+        return {}
+    tokenizer = data.load_tokenizer(run)
+    tokenizers.save(tokenizer, part)
+    return {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end} if cfg.task.name == "causal_lm" else {}
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 5GB or 500MB.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    count = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")) if found else 0
+    if count < 1:
+        raise UserError(f"got --shard-size {text!r}, expected a size in bytes, try 5GB")
+    return count
+
+
+@contextlib.contextmanager
+def progress(verb: str, total: int) -> Iterator[Callable[[int], Any]]:
+    """What is to be told of bytes done: a bar on a terminal, else a line for every tenth of what is large."""
+    if sys.stdout.isatty():
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar:
+            task = bar.add_task(verb, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    so_far = 0
+
+    def tell(count: int) -> None:
+        nonlocal so_far
+        before, so_far = so_far, so_far + count
+        if total >= _SAID and so_far * 10 // total > before * 10 // total:
+            print(f"{verb} {so_far / 1e9:.1f} of {total / 1e9:.1f} GB", flush=True)
+
+    yield tell

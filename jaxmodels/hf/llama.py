@@ -1,0 +1,177 @@
+"""LLaMA and its kin: Mistral, Qwen2 and Qwen3, which are fields of one config here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxmodels.errors import UserError
+from jaxmodels.hf.table import Format, Settings, Weight
+from jaxmodels.models.attention import RopeScaling
+from jaxmodels.models.llama import LlamaConfig
+
+UNSAID: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+}
+"""What transformers takes for settings that a config.json of this `model_type` leaves out, where it is not LLaMA's."""
+
+
+def rope(s: Settings) -> dict[str, Any]:
+    """Base and scaling of the wavelengths, as transformers writes them since version 5 or before it."""
+    inner = Settings({**s.get("rope_scaling", {}), **s.get("rope_parameters", {})}, s.where, s.refused)
+    base = s.get("rope_theta", 1e4)
+    found: dict[str, Any] = {"rope_theta": float(inner.get("rope_theta", base))}
+    # before it was renamed, the type was called type
+    old = inner.values.get("type", "default")
+    kind = Settings({"rope_type": old, **inner.values}, s.where, s.refused).only("rope_type", "default", "llama3")
+    if kind == "llama3":
+        found["rope_scaling"] = RopeScaling(
+            float(inner.get("factor")),
+            float(inner.get("low_freq_factor")),
+            float(inner.get("high_freq_factor")),
+            int(inner.get("original_max_position_embeddings")),
+        )
+    return found
+
+
+def window(s: Settings) -> int | None:
+    """Tokens that each one sees; refused where layers differ."""
+    layers, kind = s.get("num_hidden_layers"), s.values["model_type"]
+    width = s.get("sliding_window", None)
+    if kind == "llama" or width is None:
+        return None
+    if kind in ("mistral", "mixtral"):
+        return width
+    if not s.get("use_sliding_window", False):
+        return None
+    first = s.get("max_window_layers", 28)
+    kinds = s.get("layer_types", ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first))
+    if len(set(kinds)) > 1:
+        s.refused.append("layer_types that differ (computed here: all sliding_attention or all full_attention)")
+    return width if "sliding_attention" in kinds else None
+
+
+def common(s: Settings) -> dict[str, Any]:
+    """What decoders of this kind have in common."""
+    s = Settings({**UNSAID[s.values["model_type"]], **s.values}, s.where, s.refused)  # null is not left out
+    s.only("hidden_act", "silu")
+    heads, width = s.get("num_attention_heads"), s.get("hidden_size")
+    groups, size = s.get("num_key_value_heads", None), s.get("head_dim", None)
+    return {
+        "vocab_size": s.get("vocab_size"),
+        "context": s.get("max_position_embeddings", 2048),
+        "layers": s.get("num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": None if groups == heads else groups,
+        "width": width,
+        "head_dim": None if size and size * heads == width else size,
+        "mlp_width": s.get("intermediate_size"),
+        "norm_eps": s.get("rms_norm_eps", 1e-6),
+        "tied": bool(s.get("tie_word_embeddings", False)),
+        "window": window(s),
+        **rope(s),
+    }
+
+
+def config(s: Settings) -> LlamaConfig:
+    kind = s.values["model_type"]
+    s.only("attention_bias", False)
+    s.only("mlp_bias", False)
+    fields = common(s)
+    s.check()
+    return LlamaConfig(**fields, qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3")
+
+
+def described(c: Any, kind: str, architecture: str) -> dict[str, Any]:
+    """What `common` reads; rotary settings as all versions of transformers read them."""
+    found = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "vocab_size": c.vocab_size,
+        "max_position_embeddings": c.context,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads or c.heads,
+        "hidden_size": c.width,
+        "head_dim": c.head_size,
+        "intermediate_size": c.mlp_width,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": None,
+        "attention_dropout": 0.0,
+    }
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    scaling = getattr(c, "rope_scaling", RopeScaling())
+    if scaling.factor != 1:
+        found["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
+        parameters |= found["rope_scaling"]
+    return {**found, "rope_parameters": parameters}
+
+
+def describe(c: LlamaConfig) -> dict[str, Any]:
+    if c.qkv_bias and c.qk_norm:
+        raise UserError("got qkv_bias with qk_norm, which no model of transformers has, expected one of them")
+    if c.qkv_bias or c.qk_norm:
+        kind = "qwen2" if c.qkv_bias else "qwen3"
+        found = described(c, kind, f"{kind.capitalize()}ForCausalLM")
+        sliding = c.window is not None
+        kinds = ["sliding_attention" if sliding else "full_attention"] * c.layers
+        found |= {"use_sliding_window": sliding, "sliding_window": c.window, "layer_types": kinds}
+        return {**found, "max_window_layers": 0 if sliding else c.layers, "attention_bias": False}
+    if c.window is not None:
+        return {**described(c, "mistral", "MistralForCausalLM"), "sliding_window": c.window}
+    return {**described(c, "llama", "LlamaForCausalLM"), "attention_bias": False, "mlp_bias": False}
+
+
+def attention() -> list[Weight]:
+    """Rows of the embedding, the norms and attention, which Mixtral has too."""
+    h = "model.layers.{layer}."
+    rows = [
+        Weight("model.embed_tokens.weight", "embed/w"),
+        Weight(h + "input_layernorm.weight", "layers/attn_norm/scale"),
+    ]
+    for x in "qkv":
+        rows += [
+            Weight(h + f"self_attn.{x}_proj.weight", f"layers/attn/{x}/w", "(h k) d -> d h k"),
+            Weight(h + f"self_attn.{x}_proj.bias", f"layers/attn/{x}/b", "(h k) -> h k"),
+            Weight(h + f"self_attn.{x}_norm.weight", f"layers/attn/{x}_norm/scale"),
+        ]
+    return [
+        *rows,
+        Weight(h + "self_attn.o_proj.weight", "layers/attn/o/w", "d (h k) -> h k d"),
+        Weight(h + "post_attention_layernorm.weight", "layers/mlp_norm/scale"),
+        Weight("model.norm.weight", "norm/scale"),
+        Weight("lm_head.weight", "head/w"),
+    ]
+
+
+def weights(c: LlamaConfig) -> list[Weight]:
+    h = "model.layers.{layer}.mlp."
+    return [
+        *attention(),
+        Weight(h + "gate_proj.weight", "layers/mlp/gate/w", "f d -> d f"),
+        Weight(h + "up_proj.weight", "layers/mlp/up/w", "f d -> d f"),
+        Weight(h + "down_proj.weight", "layers/mlp/down/w", "d f -> f d"),
+    ]
+
+
+FORMAT = Format(
+    family="llama",
+    config=config,
+    describe=describe,
+    weights=weights,
+    prefix="model.",
+    copies={"lm_head.weight": "model.embed_tokens.weight"},
+    skipped=(r"rotary_emb\.inv_freq$",),
+)

@@ -1,0 +1,110 @@
+"""T5, the one encoder-decoder of `models/transformer.py` that transformers has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxmodels.errors import UserError
+from jaxmodels.hf.table import Format, Settings, Weight
+from jaxmodels.models.transformer import TransformerConfig
+
+ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gated-gelu": "gated_gelu"}
+"""`feed_forward_proj` -> ours; in both GELU is the tanh form."""
+
+
+def config(s: Settings) -> TransformerConfig:
+    activation = s.only("feed_forward_proj", *ACTIVATIONS)
+    # since version 5 transformers says whether features are scaled, and calls all weights tied; before, those were one
+    tied = s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True))
+    if tied:
+        s.only("tie_word_embeddings", True)
+    s.only("is_encoder_decoder", True)
+    fields = {
+        "vocab_size": s.get("vocab_size"),
+        "layers": s.get("num_layers"),
+        "decoder_layers": s.get("num_decoder_layers", None),
+        "heads": s.get("num_heads"),
+        "width": s.get("d_model"),
+        "head_dim": s.get("d_kv"),
+        "mlp_width": s.get("d_ff"),
+        "norm_eps": s.get("layer_norm_epsilon", 1e-6),
+        "relative_buckets": s.get("relative_attention_num_buckets", 32),
+        "relative_distance": s.get("relative_attention_max_distance", 128),
+        "dropout": s.get("dropout_rate", 0.1),
+    }
+    s.check()
+    return TransformerConfig(variant="t5", norm="pre", activation=ACTIVATIONS[activation], tied=tied, **fields)  # type: ignore
+
+
+def describe(c: TransformerConfig) -> dict[str, Any]:
+    if not c.t5 or c.norm != "pre":
+        raise UserError(
+            f"got a transformer of variant {c.variant!r} and norm {c.norm!r}, which transformers does not have, "
+            "expected variant t5 and norm pre"
+        )
+    (activation,) = (name for name, ours in ACTIVATIONS.items() if ours == c.activation)
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "vocab_size": c.vocab_size,
+        "num_layers": c.layers,
+        "num_decoder_layers": c.decoder_layers or c.layers,
+        "num_heads": c.heads,
+        "d_model": c.width,
+        "d_kv": c.head_size,
+        "d_ff": c.mlp_width,
+        "layer_norm_epsilon": c.norm_eps,
+        "relative_attention_num_buckets": c.relative_buckets,
+        "relative_attention_max_distance": c.relative_distance,
+        "dropout_rate": c.dropout,
+        "feed_forward_proj": activation,
+        "tie_word_embeddings": c.tied,
+        "scale_decoder_outputs": c.tied,
+        "is_encoder_decoder": True,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def weights(c: TransformerConfig) -> list[Weight]:
+    rows = [Weight("shared.weight", "embed/w")]
+    for stack, sublayers in (("encoder", ("attn", "mlp")), ("decoder", ("attn", "cross", "mlp"))):
+        theirs = {"attn": "SelfAttention", "cross": "EncDecAttention", "mlp": "DenseReluDense"}
+        for i, ours in enumerate(sublayers):
+            h, at = f"{stack}.block.{{layer}}.layer.{i}.", f"{stack}/layers/{ours}"
+            name = h + theirs[ours]
+            rows.append(Weight(h + "layer_norm.weight", at + "_norm/scale"))
+            if ours == "mlp":
+                gated = c.activation == "gated_gelu"
+                rows += [
+                    Weight(name + ".wi_0.weight", at + "/gate/w", "f d -> d f"),
+                    Weight(name + (".wi_1.weight" if gated else ".wi.weight"), at + "/up/w", "f d -> d f"),
+                    Weight(name + ".wo.weight", at + "/down/w", "d f -> f d"),
+                ]
+            else:
+                rows += [Weight(f"{name}.{x}.weight", f"{at}/{x}/w", "(h k) d -> d h k") for x in "qkv"]
+                rows.append(Weight(name + ".o.weight", at + "/o/w", "d (h k) -> h k d"))
+        first = f"{stack}.block.0.layer.0.SelfAttention."
+        rows += [
+            Weight(first + "relative_attention_bias.weight", f"{stack}/relative/w"),
+            Weight(f"{stack}.final_layer_norm.weight", f"{stack}/norm/scale"),
+        ]
+    return [*rows, Weight("lm_head.weight", "head/w")]
+
+
+FORMAT = Format(
+    family="transformer",
+    config=config,
+    describe=describe,
+    weights=weights,
+    copies={
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+        "lm_head.weight": "shared.weight",
+    },
+    spare={"lm_head.weight": "shared.weight"},
+    # the first T5 was saved with a bias of the cross-attention, which its own code never used
+    skipped=(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",),
+    task=lambda config: "seq2seq",
+)

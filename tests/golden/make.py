@@ -1,0 +1,182 @@
+"""`python tests/golden/make.py [NAME ...]`: small random models of transformers, with inputs and what they give.
+
+A folder each: config.json and model.safetensors as `save_pretrained` writes them, expected.npz with the inputs (as
+jaxmodels takes them) and the outputs in float32. Needs the parity extra; the tests that read the folders do not.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as tf
+
+V, B, T = 23, 2, 7
+SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
+DECODER = {
+    **SIZES,
+    "num_key_value_heads": 1,
+    "vocab_size": V,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+DECODER |= {"attn_implementation": "eager"}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+TEXT = {**SIZES, "vocab_size": V, "max_position_embeddings": 9, "attn_implementation": "eager"}
+IMAGE = {**SIZES, "image_size": 8, "patch_size": 4, "attn_implementation": "eager"}
+CLASSES = {"id2label": {0: "cat", 1: "dog", 2: "cow"}, "label2id": {"cat": 0, "dog": 1, "cow": 2}}
+
+rng = np.random.default_rng(0)
+
+
+def tokens(count: int = V, length: int = T) -> np.ndarray:
+    return rng.integers(2, count, (B, length)).astype(np.int32)
+
+
+def causal(model):
+    ids = tokens()
+    return {"0": ids}, {"logits": model(torch.from_numpy(ids).long()).logits}
+
+
+def gpt2():
+    config = tf.GPT2Config(
+        vocab_size=V, n_embd=12, n_layer=2, n_head=3, n_positions=9, n_inner=20, bos_token_id=0, eos_token_id=0
+    )
+    return tf.GPT2LMHeadModel(config), causal
+
+
+def llama():
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, rope_parameters=LLAMA3)), causal
+
+
+def mistral():
+    return tf.MistralForCausalLM(tf.MistralConfig(**DECODER, sliding_window=3, head_dim=6)), causal
+
+
+def qwen2():
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER, tie_word_embeddings=True)), causal
+
+
+def qwen3():
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**DECODER, head_dim=6)), causal
+
+
+def mixtral():
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=3, num_experts_per_tok=2)), causal
+
+
+def t5():
+    config = tf.T5Config(
+        vocab_size=V, d_model=12, d_kv=5, d_ff=20, num_layers=2, num_decoder_layers=1, num_heads=3,
+        relative_attention_num_buckets=6, relative_attention_max_distance=9,
+    )  # fmt: skip
+
+    def run(model):
+        source, target = tokens(length=6), tokens()
+        logits = model(
+            input_ids=torch.from_numpy(source).long(), decoder_input_ids=torch.from_numpy(target).long()
+        ).logits
+        return {"0": source, "1": target}, {"logits": logits}
+
+    return tf.T5ForConditionalGeneration(config), run
+
+
+def bert(model):
+    ids, types = tokens(), rng.integers(0, 2, (B, T)).astype(np.int32)
+    mask = np.ones((B, T), np.int32)
+    mask[1, -2:] = 0  # padding
+    logits = model(
+        torch.from_numpy(ids).long(),
+        attention_mask=torch.from_numpy(mask),
+        token_type_ids=torch.from_numpy(types).long(),
+    ).logits
+    if logits.ndim == 3:
+        logits[mask == 0] = torch.nan  # what padding gives is nobody's business
+    return {"0": ids, "types": types, "segment_ids": mask}, {"logits": logits}
+
+
+def bert_masked_lm():
+    return tf.BertForMaskedLM(tf.BertConfig(**TEXT)), bert
+
+
+def bert_classifier():
+    return tf.BertForSequenceClassification(tf.BertConfig(**TEXT, **CLASSES)), bert
+
+
+def images(size: int) -> np.ndarray:
+    return rng.normal(size=(B, size, size, 3)).astype(np.float32)
+
+
+def classify(model):
+    x = images(getattr(model.config, "image_size", 32))
+    return {"0": x}, {"logits": model(torch.from_numpy(x).permute(0, 3, 1, 2)).logits}
+
+
+def vit():
+    return tf.ViTForImageClassification(tf.ViTConfig(**IMAGE, **CLASSES)), classify
+
+
+def resnet():
+    config = tf.ResNetConfig(embedding_size=6, hidden_sizes=[8, 12], depths=[1, 2], **CLASSES)
+    config.image_size = 32  # ours is made for one size
+    return tf.ResNetForImageClassification(config), classify
+
+
+def clip():
+    config = tf.CLIPConfig(
+        text_config={**TEXT, "eos_token_id": 1, "bos_token_id": 0}, vision_config={**IMAGE}, projection_dim=10
+    )
+
+    def run(model):
+        ids, x = tokens(), images(8)
+        ids[0, 4], ids[1, 6] = 1, 1  # where the texts end
+        out = model(input_ids=torch.from_numpy(ids).long(), pixel_values=torch.from_numpy(x).permute(0, 3, 1, 2))
+        scale = {"scale": model.logit_scale.exp()}
+        return {"0": x, "1": ids}, {"image": out.image_embeds, "text": out.text_embeds, **scale}
+
+    return tf.CLIPModel(config), run
+
+
+MODELS = (gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, clip)
+
+
+def fill(model: torch.nn.Module) -> torch.nn.Module:
+    """Random numbers in which every parameter matters: no bias of 0, no scale of 1."""
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        if "running_var" in name:
+            x.data = torch.rand_like(x) + 0.5
+        elif "running_mean" in name or isinstance(x, torch.nn.Parameter):
+            norm = x.ndim == 1 and name.endswith("weight")
+            x.data = torch.randn_like(x) * 0.3 + float(norm)
+    return model.float().eval()
+
+
+def main(names: list[str]) -> None:
+    global rng
+    for make in MODELS:
+        if names and make.__name__ not in names:
+            continue
+        torch.manual_seed(1)
+        rng = np.random.default_rng(1)
+        model, run = make()
+        folder = Path(__file__).parent / make.__name__
+        fill(model).save_pretrained(folder)
+        with torch.no_grad():
+            inputs, outputs = run(model)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        found = {f"in/{name}": x for name, x in inputs.items()}
+        found |= {f"out/{name}": x.numpy() for name, x in outputs.items()}
+        np.savez(folder / "expected.npz", **found)
+        print(make.__name__, sum(path.stat().st_size for path in folder.iterdir()), "bytes")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

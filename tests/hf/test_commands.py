@@ -1,0 +1,254 @@
+"""`jaxmodels import` and `jaxmodels export`: a run from weights and back, whole or not at all, in little memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmodels
+from jaxmodels import cli, data
+from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, InitConfig, MetricsConfig, TrainConfig
+from jaxmodels.data.tokenizer import Bytes, Chars
+from jaxmodels.errors import UserError
+from jaxmodels.hf import commands, save
+from jaxmodels.hf import tokenizer as tokenizers
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.models.resnet import ResNetConfig
+from jaxmodels.train import run as runs
+
+GPT2 = GPT2Config(vocab_size=300, context=16, layers=2, width=16, heads=2)
+TEXT = "def f(x):\n    return x  # naïve\n" * 40
+
+
+def filled(model, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), model.shapes())
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What one downloads: weights, a tokenizer, and what lies beside them."""
+    folder = tmp_path_factory.mktemp("given") / "gpt2"
+    folder.mkdir()
+    tokenizer = data.train_bpe([TEXT], 300, folder / "tokenizer.json")
+    config = GPT2Config(**{**GPT2.__dict__, "vocab_size": tokenizer.vocab_size})
+    model = jaxmodels.create(config)
+    save.save_pretrained(folder, model, filled(model), more={"bos_token_id": 3, "custom": [1, 2]})
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "generation_config.json"):
+        (folder / name).write_text(json.dumps({"from": name}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "README.md").write_text("not part of the model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(given, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "gpt2"
+    assert cli.main(["import", str(given), "--out", str(run)]) == 0
+    return run
+
+
+def test_import_then_export_gives_the_same_files(given, imported, tmp_path, capsys):
+    assert cli.main(["export", str(imported), str(tmp_path / "out")]) == 0
+    assert "step 0" in capsys.readouterr().out
+    names = {path.name for path in given.iterdir()} - {"README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (given / name).read_bytes(), name
+
+
+def test_an_imported_run_is_sampled_from(imported, given, capsys):
+    assert cli.main(["sample", str(imported), "--prompt", "def", "--tokens", "5", "--seed", "1"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("def")
+    model, params = jaxmodels.load_pretrained(given)
+    from jaxmodels.commands import continued
+
+    again = continued(
+        model, params, data.load_tokenizer(given), "def", 5, temperature=0.8, top_k=None, top_p=1.0, seed=1
+    )
+    assert text == again + "\n"
+
+
+def test_an_imported_run_is_evaluated_on_its_own_tokens(imported, tmp_path, capsys):
+    cfg, origin = jaxmodels.config.read(imported)
+    assert origin["file"].endswith("gpt2")
+    assert cfg.data.tokenizer == str(imported / "tokenizer.json")
+    assert cfg.data.seq_len == 16
+    assert cli.main(["config", "explain", str(imported), "model.layers"]) == 0
+    assert "model.layers = 2" in capsys.readouterr().out
+
+
+def test_a_training_starts_from_an_imported_run_and_its_average_is_exported(imported, given, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    cfg = Config(
+        model=jaxmodels.config.read(imported)[0].model,
+        data=DataConfig(
+            source="text", path=(str(text),), tokenizer=str(imported / "tokenizer.json"), seq_len=8, batch_size=8
+        ),
+        train=TrainConfig(steps=2, ema=0.5),
+        eval=EvalConfig(batches=1),
+        checkpoint=CheckpointConfig(every=0),
+        metrics=MetricsConfig(progress="none"),
+        init=InitConfig(source=str(imported)),
+    )
+    _, result = runs.train(cfg, tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--shard-size", "20KB"]) == 0
+    _, params = jaxmodels.load_pretrained(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, params, result.state.ema["model"])
+    before = jaxmodels.load_pretrained(given)[1]["embed"]["w"]
+    assert 0 < np.abs(params["embed"]["w"] - before).max() < 0.01
+    ids = data.load_tokenizer(tmp_path / "out").encode(TEXT)
+    np.testing.assert_array_equal(ids, data.load_tokenizer(given).encode(TEXT))
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+
+
+def test_a_classifier_keeps_its_statistics_and_the_names_of_its_classes(tmp_path):
+    config = ResNetConfig(input_shape=(16, 16, 3), classes=3, depths=(1, 1), widths=(8, 16), stem_width=8)
+    model = jaxmodels.create(config)
+    stats = jax.tree.map(lambda x: np.full(x.shape, 0.75, np.float32), jax.eval_shape(model.stats))
+    names = {"id2label": {"0": "cat", "1": "dog", "2": "cow"}, "label2id": {"cat": 0, "dog": 1, "cow": 2}}
+    (tmp_path / "in").mkdir()
+    save.save_pretrained(tmp_path / "in", model, filled(model), stats, more=names)
+    commands.import_run(tmp_path / "in", tmp_path / "run")
+    cfg, _ = jaxmodels.config.read(tmp_path / "run")
+    assert (cfg.task.name, cfg.model) == ("classification", config)
+    commands.export_run(tmp_path / "run", tmp_path / "out")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "in" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert cli.main(["eval", str(tmp_path / "run"), "--json", str(tmp_path / "metrics.json")]) == 0
+    assert np.isfinite(json.loads((tmp_path / "metrics.json").read_text())["loss"])
+
+
+@pytest.mark.parametrize("tokenizer", [Bytes(), Chars("abc defnrtuxï\n#():")], ids=["bytes", "chars"])
+def test_our_own_tokenizers_become_tokenizers_of_hugging_face(tokenizer, tmp_path):
+    tokenizers.save(tokenizer, tmp_path)
+    theirs = data.load_tokenizer(tmp_path)
+    text = "def f(x):\n    return ï # cab\n"
+    text = "".join(c for c in text if isinstance(tokenizer, Bytes) or c in tokenizer.characters)
+    np.testing.assert_array_equal(theirs.encode(text), tokenizer.encode(text))
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.vocab_size == tokenizer.vocab_size
+
+
+# ---- mistakes
+
+
+def test_a_directory_that_is_not_empty_is_left_alone(given, imported, tmp_path):
+    (tmp_path / "mine").write_text("")
+    for command in (["import", str(given), "--out", str(tmp_path)], ["export", str(imported), str(tmp_path)]):
+        assert cli.main(command) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["export", str(imported), str(tmp_path / "empty")]) == 0
+
+
+def test_a_family_that_transformers_lacks_is_refused_in_one_line(tmp_path, capsys):
+    cfg = Config(model=MLPConfig())
+    (tmp_path / "run").mkdir()
+    jaxmodels.config.save(cfg, tmp_path / "run" / "config.json", {})
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    assert "family mlp, which transformers does not have" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("text", "count"), [("5GB", 5e9), ("1.5 mb", 1.5e6), ("20K", 2e4), ("7", 7)])
+def test_sizes_are_read(text, count):
+    assert commands.size(text) == count
+
+
+@pytest.mark.parametrize("text", ["five", "0", "-1GB", "5TB", ""])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match="expected a size in bytes, try 5GB"):
+        commands.size(text)
+
+
+def test_an_import_that_fails_leaves_nothing(given, tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in given.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "tokenizer.json").write_text('{"model": 1}')
+    assert cli.main(["import", str(broken), "--out", str(tmp_path / "run")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+# ---- kills and memory
+
+
+def child(*code, **environment):
+    """A process of its own that runs a line after importing what all of these need."""
+    setup = "import resource, sys\nfrom jaxmodels import cli\nfrom jaxmodels.hf import files, load\n"
+    env = {**os.environ, "XLA_FLAGS": "", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", setup + "\n".join(code)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_kill_leaves_nothing_that_looks_complete_and_the_next_one_succeeds(command, given, imported, tmp_path):
+    out = tmp_path / "out"
+    arguments = (
+        ["import", str(given), "--out", str(out)] if command == "import" else ["export", str(imported), str(out)]
+    )
+    # all is read, or all of the last file is written; then it waits to be killed
+    stall = "import time; print('here', flush=True); time.sleep(100)"
+    where = (
+        f"old = load.nested\ndef nested(leaves): {stall}\nload.nested = nested"
+        if command == "import"
+        else f"import os\ndef fsync(fd): {stall}\nfiles.os.fsync = fsync"
+    )
+    process = child(where, f"cli.main({arguments!r})")
+    assert process.stdout.readline() == "here\n"
+    assert (tmp_path / "out.part").is_dir()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert not (tmp_path / "out.part" / "config.json").exists()
+    assert cli.main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_is_imported_in_little_more_memory_than_its_own(tmp_path):
+    sizes = {}
+    for name, config in {
+        "tiny": GPT2Config(vocab_size=97, context=32, layers=1, width=16, heads=2),
+        "large": GPT2Config(vocab_size=30011, context=256, layers=8, width=768, heads=12),
+    }.items():
+        model = jaxmodels.create(config)
+        (tmp_path / name).mkdir()
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), model.shapes())  # noqa: B023
+        save.save_pretrained(tmp_path / name, model, params)
+        sizes[name] = 4 * model.count()
+    assert sizes["large"] > 300e6
+
+    def peak(name, limit=None):
+        """Address space that an import takes, in bytes."""
+        begin = f"resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))" if limit else ""
+        run = tmp_path / f"{name}-run"
+        process = child(
+            begin,
+            f"code = cli.main(['import', {str(tmp_path / name)!r}, '--out', {str(run)!r}])",
+            "text = open('/proc/self/status').read()",
+            "print(text.split('VmPeak:')[1].split()[0]); sys.exit(code)",
+            JAX_PLATFORMS="cpu",
+        )
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, said
+        return 1024 * int(said.split()[-1])
+
+    base = peak("tiny")
+    peak("large", int(base + 1.35 * sizes["large"]))
+    assert (tmp_path / "large-run" / "config.json").is_file()
