@@ -11,9 +11,11 @@ from jaxmodels.errors import UserError, nearest
 BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
+    "families": "every family against its PyTorch reference: forward and train step",
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
     "startup": "time to import, and to say that an option is mistyped",
     "data": "training on real data against synthetic batches",
+    "weights": "import and export of a model of 1 GB: seconds and memory",
 }
 """Name of a module here -> one line of help."""
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,16 +45,14 @@ class Options:
 
 
 class Contestant:
-    """A worker process that runs steps on demand."""
+    """A worker process that runs steps on demand: `command` is its module and arguments."""
 
-    def __init__(self, name: str, arguments: list[str], folder: Path) -> None:
-        env = {**os.environ, "BENCHMARK_BORN": str(time.time())}
-        if name == "torch-avx512":
-            env["LD_PRELOAD"] = str(shim(folder))
-        command = [sys.executable, "-m", "benchmarks.worker", name, *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    def __init__(self, name: str, command: list[str], env: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
         self.name = name
-        self.first_step = self.read()["first_step"]
+        self.ready = self.read()
         self.turns: list[dict[str, float]] = []
 
     def read(self) -> dict[str, float]:
@@ -63,11 +62,12 @@ class Contestant:
                 return json.loads(line)
         raise RuntimeError(f"contestant {self.name} ended with {self.process.wait()}")
 
-    def turn(self, steps: int) -> None:
+    def ask(self, line: str) -> dict[str, float]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         self.turns.append(self.read())
+        return self.turns[-1]
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -98,13 +98,18 @@ def run(options: Options) -> None:
     arguments = [options.config, *shlex.split(options.override)]
     cfg, _ = configured(arguments, "python -m benchmarks step", NoOptions)
     with tempfile.TemporaryDirectory() as folder:
-        everyone = [Contestant(name, arguments, Path(folder)) for name in ("engine", *options.against)]
+        everyone = []
+        for name in ("engine", *options.against):
+            env = {**os.environ, "BENCHMARK_BORN": str(time.time())}
+            if name == "torch-avx512":
+                env["LD_PRELOAD"] = str(shim(Path(folder)))
+            everyone.append(Contestant(name, ["benchmarks.worker", name, *arguments], env))
         for contestant in everyone:
-            contestant.turn(1)  # warm
+            contestant.ask("1")  # warm
         for number in range(options.rounds):
             # every other round backwards, so that nobody always follows the same neighbour
             for contestant in everyone if number % 2 == 0 else everyone[::-1]:
-                contestant.turn(options.steps)
+                contestant.ask(str(options.steps))
         for contestant in everyone:
             contestant.end()
     rows = summarise(everyone, cfg.data.batch_size * cfg.data.seq_len, options.steps)
@@ -146,7 +151,7 @@ def summarise(everyone: list[Contestant], tokens: int, steps: int) -> list[dict[
                 "tokens_per_second": tokens * steps / statistics.median(t["seconds"] for t in turns),
                 "ratio": statistics.median(ratios),
                 "ratio_cpu": cpu,
-                "first_step": contestant.first_step,
+                "first_step": contestant.ready["first_step"],
                 "peak_mib": turns[-1]["peak_mib"],
                 "seconds": [t["seconds"] for t in turns],
             }

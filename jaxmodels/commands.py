@@ -55,7 +55,7 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
         print(f"a unigram model of the same text has a loss of {baseline['unigram model']:.4f} nats a token")
     curves.draw(run, run / "curves.png", baseline)
     more = f"jaxmodels eval {run}"
-    if experiment.task.unit == "tokens" and tokenizer is not None and jax.process_count() == 1:
+    if experiment.cfg.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
         params, prompt = averaged(result.state)["model"], "def " if experiment.cfg.data.source == "stdlib" else "\n"
         text = continued(experiment.task.networks["model"], params, tokenizer, prompt, 400, temperature=0.6, seed=1)
         print("\na sample:\n" + "\n".join("  | " + line for line in text.splitlines()))

@@ -34,12 +34,31 @@ def _at_least(name: str, least: int, **fields: int | None) -> None:
 class TaskConfig:
     """What the model is trained to do."""
 
-    name: Literal["causal_lm", "classification"] = "causal_lm"
-    """causal_lm: predict each next token; classification: one label an example."""
+    name: Literal["causal_lm", "masked_lm", "classification", "seq2seq", "contrastive", "vae", "gan"] = "causal_lm"
+    """causal_lm: predict each next token; masked_lm: tokens taken out of a text; classification: one label an example;
+    seq2seq: each next token of a target, from a source; contrastive: which text goes with which image;
+    vae: a code for each image; gan: a generator of images."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over all classes (Szegedy et al. 2016)."""
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
+    mask_fraction: float = 0.15
+    """Share of a text's tokens that are taken out (masked_lm; Devlin et al. 2018)."""
+    mask_token: int | None = None
+    """Id that stands in their places (masked_lm); None: the last of the vocabulary."""
+    keep: tuple[int, ...] = ()
+    """Ids that are never taken out (masked_lm), such as those of [PAD], [CLS] and [SEP]."""
+    beta: float = 1.0
+    """Weight of the divergence of the codes from the prior (vae; Higgins et al. 2017)."""
+    gradient_penalty: float = 10.0
+    """Weight of the penalty on the critic's gradient (gan of kind wgan-gp; Gulrajani et al. 2017)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_fraction < 1:
+            raise UserError(
+                f"got task.mask_fraction {self.mask_fraction}, expected a share above 0 and below 1, "
+                "try --task.mask-fraction 0.15"
+            )
 
 
 @dataclass(frozen=True)

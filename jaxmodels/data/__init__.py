@@ -35,22 +35,24 @@ def open_source(
     """
     from jaxmodels.data import corpus, synthetic, tfds, tokens
 
-    if task == "classification":
+    if task in ("classification", "vae", "gan"):
         if cfg.source == "tfds":
             source = tfds.examples(cfg, split, vocab_size)
         elif cfg.source == "synthetic":
             return synthetic.Synthetic(
-                cfg, split, task, vocab_size=None, inputs_shape=inputs_shape, num_classes=num_classes
+                cfg, split, task, vocab_size=vocab_size, inputs_shape=inputs_shape, num_classes=num_classes
             )
         else:
             raise UserError(
-                f"got data.source {cfg.source} for classification, expected tfds or synthetic, try --data.source tfds"
+                f"got data.source {cfg.source} for {task}, expected tfds or synthetic, try --data.source tfds"
             )
         check_classes(source, num_classes)
         return source
 
+    if task in ("seq2seq", "contrastive") and cfg.source != "synthetic":
+        raise UserError(f"got data.source {cfg.source} for {task}, expected synthetic, try --data.source synthetic")
     if cfg.source == "synthetic":
-        return synthetic.Synthetic(cfg, split, task, vocab_size=vocab_size, inputs_shape=None, num_classes=None)
+        return synthetic.Synthetic(cfg, split, task, vocab_size=vocab_size, inputs_shape=inputs_shape, num_classes=None)
     if cfg.source == "tokens":
         return tokens.open_tokens(cfg, split, vocab_size)
     texts = {"stdlib": corpus.stdlib, "text": corpus.text, "tfds": tfds.corpus}[cfg.source](cfg)

@@ -38,7 +38,9 @@ class Source(ABC):
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Fresh arrays of the examples `indices`, each as its epoch shows it.
 
-        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,).
+        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,);
+        masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32 (B, T); contrastive: images (B, H, W, C),
+        tokens int32 (B, T), labels int32 (B,).
         A target or label of -1 is ignored.
         """
 

@@ -97,8 +97,10 @@ def _cached(
         logits, cache = model.apply(params, jax.lax.dynamic_slice(tokens, (0, at), (B, 1)), cache=cache)
         return _put(tokens, at, logits[:, -1], key, how), cache, at + 1
 
-    # The whole row goes through at once; what lies behind the prompt is overwritten before it is ever attended to.
-    logits, cache = model.apply(params, tokens, cache=model.cache(B, room))
+    # The whole row goes through at once. What lies behind the prompt is padding: it leaves a recurrent state as it is,
+    # and keys are overwritten before they are ever attended to.
+    real = jnp.broadcast_to(jnp.arange(room) < prompt, (B, room)).astype(jnp.int32)
+    logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
     last = jax.lax.dynamic_index_in_dim(logits, prompt - 1, axis=1, keepdims=False)
     start = (_put(tokens, prompt - 1, last, key, how), {**cache, "length": prompt}, prompt)
     return jax.lax.while_loop(lambda carry: carry[2] + 1 < length, body, start)[0]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, register
+from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
         c, x = self.config, images
-        if x.shape[1:] != tuple(c.input_shape):
-            raise UserError(
-                f"got inputs of shape {x.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
-            )
+        check_shape(x, c.input_shape)
         he = nn.initializers.he_normal()
         for i, width in enumerate(c.widths):
             axes = ("channels_in" if i else "features", "channels_out")

@@ -6,9 +6,10 @@ Flax stays behind this file: a family writes a Linen module, `register` turns it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,8 @@ class Model:
     init: Callable[[jax.Array], Params]
     apply: Callable[..., Any]
     axes: Callable[[], Params]
+    shapes: Callable[[], Params]
+    """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
     stats: Callable[[], Params]
     cache: Callable[[int, int], Any]
     inputs: Callable[..., tuple[jax.ShapeDtypeStruct, ...]]
@@ -47,10 +50,6 @@ class Model:
     """The most tokens `apply` takes; None: no limit."""
     auxiliary: bool = False
     """Whether `apply(..., auxiliary=True)` gives `(outputs, {name: loss})`: weighted losses to add to the mean."""
-
-    def shapes(self) -> Params:
-        """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def count(self) -> int:
         """Number of parameters, from shapes alone."""
@@ -78,7 +77,18 @@ FAMILIES = {
     for name in (
         "gpt2",
         "llama",
+        "mixtral",
         "mlp",
+        "transformer",
+        "cnn",
+        "resnet",
+        "vgg",
+        "lstm",
+        "vae",
+        "gan",
+        "bert",
+        "vit",
+        "clip",
     )
 }
 """Family -> the module that registers it, so that a family is imported when it is asked for."""
@@ -158,6 +168,7 @@ def functional(config: Any, family: Family) -> Model:
         made: Any = module.init({"params": key}, *(jnp.zeros(x.shape, x.dtype) for x in inputs(1)))
         return made
 
+    @functools.cache
     def boxed() -> dict[str, Any]:
         return jax.eval_shape(lambda: variables(jax.random.key(0)))
 
@@ -169,6 +180,9 @@ def functional(config: Any, family: Family) -> Model:
             return leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
 
         return jax.tree.map(names, boxed()["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+    def shapes() -> Params:
+        return nn.unbox(boxed())["params"]
 
     def stats() -> Params:
         if "stats" not in boxed():
@@ -196,6 +210,7 @@ def functional(config: Any, family: Family) -> Model:
         init,
         apply,
         axes,
+        shapes,
         stats,
         cache,
         inputs,
@@ -214,3 +229,39 @@ def divide(config: Any, whole: str, parts: str) -> None:
         raise UserError(
             f"got {whole} {a} with {parts} {b}, expected {whole} to be a multiple of {parts}, try {parts} {best}"
         )
+
+
+def halvings(input_shape: tuple[int, int, int], channels: tuple[int, ...], field: str) -> tuple[int, int]:
+    """Height and width after a halving for each of the channels; for a config's `__post_init__` too.
+
+    Raises:
+        UserError: they are not even each time.
+    """
+    height, width, _ = input_shape
+    times = 2 ** len(channels)
+    if height % times or width % times:
+        even = math.gcd(height, width)
+        most = (even & -even).bit_length() - 1
+        raise UserError(
+            f"got {field} {channels} for images of {height}×{width}, expected sides that {times} divides, "
+            f"try at most {most} {field}"
+        )
+    return height // times, width // times
+
+
+def check_patches(input_shape: tuple[int, int, int], patch: int) -> None:
+    """Refuse images that patches do not fill; for a config's `__post_init__`."""
+    height, width, _ = input_shape
+    if patch < 1 or height % patch or width % patch:
+        near = [n for n in range(1, min(height, width) + 1) if not height % n and not width % n]
+        best = min(near, key=lambda n: (abs(n - patch), n))
+        raise UserError(
+            f"got patch {patch} with images of {height}x{width}, expected one that divides height and width, "
+            f"try --model.patch {best}"
+        )
+
+
+def check_shape(x: jax.Array, expected: Sequence[int]) -> None:
+    """Refuse inputs whose examples have another shape than the config's."""
+    if x.shape[1:] != tuple(expected):
+        raise UserError(f"got inputs of shape {x.shape[1:]}, expected {tuple(expected)}, try --model.input-shape")

@@ -7,7 +7,6 @@ config is. A critic that is trained with a gradient penalty has no batch normali
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, register
+from jaxmodels.models.functional import Dtype, Family, halvings, register
 
 
 @dataclass(frozen=True)
@@ -39,24 +38,6 @@ class GANConfig:
 
     def __post_init__(self) -> None:
         halvings(self.input_shape, self.channels, "channels")
-
-
-def halvings(input_shape: tuple[int, int, int], channels: tuple[int, ...], field: str) -> tuple[int, int]:
-    """Height and width after a halving for each of the channels; for a config's `__post_init__` too.
-
-    Raises:
-        UserError: they are not even each time.
-    """
-    height, width, _ = input_shape
-    times = 2 ** len(channels)
-    if height % times or width % times:
-        even = math.gcd(height, width)
-        most = (even & -even).bit_length() - 1
-        raise UserError(
-            f"got {field} {channels} for images of {height}×{width}, expected sides that {times} divides, "
-            f"try at most {most} {field}"
-        )
-    return height // times, width // times
 
 
 class GAN(nn.Module):

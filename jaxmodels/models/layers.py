@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.parallel.rules import constrain
+from jaxmodels.parallel.rules import constrain, gather
 
 Init = Callable[..., jax.Array]
 normal = nn.initializers.normal
@@ -28,6 +28,13 @@ def parameter(module: nn.Module, name: str, initializer: Init, axes: Sequence[st
     """A float32 parameter of a module, with a logical axis name for each dimension."""
     value: Any = module.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(shape))
     return value
+
+
+def weight(
+    module: nn.Module, name: str, initializer: Init, axes: Sequence[str], shape: Sequence[int], dtype: str
+) -> jax.Array:
+    """A parameter as a product takes it: in the compute dtype, and whole along what fsdp cuts."""
+    return gather(parameter(module, name, initializer, axes, shape).astype(dtype), tuple(axes))
 
 
 class Linear(nn.Module):
@@ -47,8 +54,8 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = len(self.axes) - len(self.shape)
         inputs = x.shape[x.ndim - contracted :]
-        w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape)
-        y = jnp.tensordot(x.astype(self.dtype), w.astype(self.dtype), contracted)
+        w = weight(self, "w", self.initializer, self.axes, inputs + self.shape, self.dtype)
+        y = jnp.tensordot(x.astype(self.dtype), w, contracted)
         if self.bias:
             b = parameter(self, "b", self.bias_initializer, self.axes[contracted:], self.shape)
             y = y + b.astype(self.dtype)
@@ -65,17 +72,13 @@ class Embed(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
-        self.w = parameter(self, "w", self.initializer, self.axes, (self.count, self.width))
+        self.w = weight(self, "w", self.initializer, self.axes, (self.count, self.width), self.dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        # gathered over fsdp first: a lookup in rows that are cut across devices would replicate its gradient
-        w = constrain(self.w.astype(self.dtype), (self.axes[0], None))
-        return jnp.take(w, ids, axis=0)
+        return jnp.take(self.w, ids, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            "...d,vd->...v", x.astype(self.dtype), self.w.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.w, preferred_element_type=jnp.float32)
 
 
 class MLP(nn.Module):
@@ -115,7 +118,33 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return parameter(self, "w", self.initializer, self.axes, self.shape).astype(self.dtype)
+        return weight(self, "w", self.initializer, self.axes, self.shape, self.dtype)
+
+
+def embed_patches(
+    images: jax.Array,
+    patch: int,
+    width: int,
+    *,
+    token: Init | None,
+    bias: bool = True,
+    dtype: str = "float32",
+) -> jax.Array:
+    """Patches of images (B, H, W, C), row by row, with their positions, (B, N, D); for use inside a network.
+
+    With `token`, the initializer of a learned class token, that one is in front of them.
+    """
+    B, height, breadth, C = images.shape
+    rows, columns = height // patch, breadth // patch
+    x = images.reshape(B, rows, patch, columns, patch, C).swapaxes(2, 3).reshape(B, rows * columns, patch, patch, C)
+    # a product, which on a CPU is faster than a convolution with stride and window the same
+    axes = ("window", "window", "features", "embed")
+    x = Linear((width,), axes, bias, dtype=dtype, name="patches")(x)
+    if token is not None:
+        first = Embed(1, width, ("positions", "embed"), token, dtype, name="class_token")
+        x = jnp.concatenate([jnp.broadcast_to(first(jnp.zeros((1, 1), jnp.int32)), (B, 1, width)), x], axis=1)
+    places = Embed(x.shape[1], width, ("positions", "embed"), dtype=dtype, name="positions")
+    return shard(x + places(jnp.arange(x.shape[1])[None]), "batch", "seq", None)
 
 
 class LayerNorm(nn.Module):
@@ -167,9 +196,7 @@ class Conv(nn.Module):
         spatial = len(self.window)
         axes = ("window",) * spatial + self.axes
         shape = (*self.window, x.shape[-1] // self.groups, self.features)
-        w = parameter(self, "w", self.initializer, axes, shape).astype(self.dtype)
-        # gathered over fsdp first: left to itself, XLA's partitioner gets the gradient of such a convolution wrong
-        w = constrain(w, (None,) * (spatial + 1) + self.axes[1:])
+        w = weight(self, "w", self.initializer, axes, shape, self.dtype)
         letters = "".join(map(chr, range(ord("0"), ord("0") + spatial)))
         layout = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
         y = jax.lax.conv_general_dilated(
@@ -206,8 +233,8 @@ class ConvTranspose(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         spatial = len(self.window)
         shape, axes = (*self.window, x.shape[-1], self.features), ("window",) * spatial + self.axes
-        w = parameter(self, "w", self.initializer, axes, shape)
-        y = jnp.tensordot(x.astype(self.dtype), w.astype(self.dtype), ((-1,), (spatial,)))
+        w = weight(self, "w", self.initializer, axes, shape, self.dtype)
+        y = jnp.tensordot(x.astype(self.dtype), w, ((-1,), (spatial,)))
         for i, (size, stride) in enumerate(zip(self.window, self.strides, strict=True)):
             if isinstance(self.padding, str):
                 low = max(size - stride, 0) // 2

@@ -157,7 +157,7 @@ class Recurrent(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         shape, axes = (self.hidden, 4, self.hidden), ("embed", "gates", "mlp")
-        return layers.parameter(self, "w", uniform(self.hidden**-0.5), axes, shape).astype(self.dtype)
+        return layers.weight(self, "w", uniform(self.hidden**-0.5), axes, shape, self.dtype)
 
 
 class Direction(nn.Module):

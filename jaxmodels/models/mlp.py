@@ -9,9 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, register
+from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         c = self.config
-        if x.shape[1:] != tuple(c.input_shape):
-            raise UserError(
-                f"got inputs of shape {x.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
-            )
+        check_shape(x, c.input_shape)
         x = x.reshape(x.shape[0], math.prod(c.input_shape))
         he = nn.initializers.he_normal()
         for i, width in enumerate(c.hidden):

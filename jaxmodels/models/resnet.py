@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, register
+from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
         c = self.config
-        if images.shape[1:] != tuple(c.input_shape):
-            raise UserError(
-                f"got inputs of shape {images.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
-            )
+        check_shape(images, c.input_shape)
         window, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
         x = nn.relu(ConvNorm(c.stem_width, window, stride, train, c.dtype, "features", name="stem")(images))
         if c.stem == "imagenet":

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, register
-from jaxmodels.models.gan import halvings
+from jaxmodels.models.functional import Dtype, Family, check_shape, halvings, register
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,8 @@ class VAE(nn.Module):
         self, images: jax.Array | None = None, *, latents: jax.Array | None = None, train: bool = False
     ) -> Any:
         c = self.config
-        if images is not None and images.shape[1:] != tuple(c.input_shape):
-            raise UserError(
-                f"got inputs of shape {images.shape[1:]}, expected {tuple(c.input_shape)}, try --model.input-shape"
-            )
+        if images is not None:
+            check_shape(images, c.input_shape)
         decoder = Decoder(c, name="decoder")
         if images is None:
             if latents is None or latents.shape[1:] != (c.latents,):

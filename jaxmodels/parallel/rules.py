@@ -5,6 +5,7 @@ Nothing else in the project spells a mesh axis in a sharding.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,6 +86,18 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     fits = [name and size % shards(mesh.shape, RULES[name]) == 0 for name, size in zip(names, x.shape, strict=True)]
     kept = [name if fit else None for name, fit in zip(names, fits, strict=True)]
     return jax.lax.with_sharding_constraint(x, spec(kept))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, names: Names) -> jax.Array:
+    """A parameter as its layer needs it: whole along what fsdp cuts, while its gradient is cut at once again (ZeRO-3).
+
+    Left to choose, XLA's partitioner may sum over fsdp instead, and on meshes of three axes got some gradients wrong.
+    """
+    return constrain(x, [None if name and AXES[1] in RULES[name] else name for name in names])
+
+
+gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
 
 
 def shards(sizes: Mapping[str, int], axes: Sequence[str]) -> int:

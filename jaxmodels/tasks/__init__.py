@@ -8,11 +8,24 @@ from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.models.functional import create
 from jaxmodels.tasks.causal_lm import causal_lm
 from jaxmodels.tasks.classification import classification
+from jaxmodels.tasks.contrastive import contrastive
+from jaxmodels.tasks.gan import gan
+from jaxmodels.tasks.masked_lm import masked_lm
+from jaxmodels.tasks.seq2seq import seq2seq
 from jaxmodels.tasks.task import Aux, Loss, Sums, Task
+from jaxmodels.tasks.vae import vae
 
 __all__ = ["Aux", "Loss", "Sums", "Task", "build"]
 
-TASKS = {"causal_lm": causal_lm, "classification": classification}
+TASKS = {
+    "causal_lm": causal_lm,
+    "masked_lm": masked_lm,
+    "classification": classification,
+    "seq2seq": seq2seq,
+    "contrastive": contrastive,
+    "vae": vae,
+    "gan": gan,
+}
 
 
 def build(task: TaskConfig, model: Any, data: DataConfig) -> Task:

@@ -6,26 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
-from jaxmodels.models.layers import shard
-from jaxmodels.tasks.losses import Scores, cross_entropy, linear_cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, forward, scored
-
-FEW = 2048
-"""Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
+from jaxmodels.tasks.losses import Scores, language_cross_entropy
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Task, forward, perplexity, scored
 
 
 def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
-    """Train a decoder on `tokens` (B, T) and `targets` (B, T), the tokens that follow; targets below 0 are ignored."""
+    """Train a decoder on `tokens` (B, T) and `targets` (B, T), the tokens that follow; targets below 0 are ignored.
+
+    A model's auxiliary losses (a router's) are added to the mean loss in training, and shown; evaluation has none.
+    """
     unembedding = model.unembedding
-    if unembedding is None:
+    if unembedding is None or len(model.inputs(1)) != 1:
         raise UserError(
-            f"got task causal_lm with {type(model.config).__name__}, expected a language model, "
-            "try --task.name classification"
+            f"got task causal_lm with {type(model.config).__name__}, expected a language model of one text, "
+            "try --task.name classification or seq2seq"
         )
     if model.longest is not None and data.seq_len > model.longest:
         raise UserError(
@@ -33,21 +31,30 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             f"try --model.context {data.seq_len}"
         )
 
-    def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
+    def run(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params, dict[str, jax.Array]]:
         packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-        features, stats = forward(("model", model), params, stats, batch["tokens"], head=False, **packed, **kwargs)
-        output = shard(unembedding(params["model"]).astype(features.dtype), "vocab", None)
-        if output.shape[0] < FEW:
-            logits = jnp.einsum("btd,vd->btv", features, output, preferred_element_type=jnp.float32)
-            return cross_entropy(logits, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
-        return linear_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
+        auxiliary = {"auxiliary": True} if model.auxiliary else {}
+        out, stats = forward(
+            ("model", model), params, stats, batch["tokens"], head=False, **packed, **auxiliary, **kwargs
+        )
+        features, extra = out if model.auxiliary else (out, {})
+        output = unembedding(params["model"])
+        scores = language_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss)
+        return scores, stats, extra
+
+    def score(params: Params, stats: Params, batch: Batch) -> tuple[Scores, Params]:
+        return run(params, stats, batch)[:2]
+
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        s, stats, extra = run(params, stats, batch, train=True, rng=rng)
+        # times the count that the sum is divided by, so that the mean loss has each once
+        added = {name: s.count * value for name, value in extra.items()}
+        sums = {"loss": s.objective + sum(added.values()), "accuracy": s.correct, **added}
+        return sums["loss"], Aux(s.count, {name: (total, s.count) for name, total in sums.items()}, stats)
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
         return {"tokens": rows, "targets": rows}
 
-    def summarise(values: dict[str, float]) -> dict[str, float]:
-        return {**values, "perplexity": float(np.exp(min(values["loss"], 700.0)))}
-
-    loss, metrics = scored(score)
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", summarise)
+    _, metrics = scored(score)
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)

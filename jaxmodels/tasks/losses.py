@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxmodels.models.layers import shard
+
+FEW = 2048
+"""Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
 
 
 class Scores(NamedTuple):
@@ -39,6 +45,19 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
         objective = objective + jnp.where(counts, z_loss * jnp.square(log_z), 0.0)
     correct = counts & (picked >= logits.max(-1))
     return Scores(objective.sum(), loss.sum(), correct.sum(), counts.sum())
+
+
+def language_cross_entropy(
+    features: jax.Array, unembedding: jax.Array, targets: jax.Array, smoothing: float = 0.0, z_loss: float = 0.0
+) -> Scores:
+    """`cross_entropy(features @ unembedding.T, targets)`, in pieces where the vocabulary is large.
+
+    Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
+    """
+    output = shard(unembedding.astype(features.dtype), "vocab", None)
+    if output.shape[0] < FEW:
+        return cross_entropy(_logits(features, output), targets, smoothing, z_loss)
+    return linear_cross_entropy(features, output, targets, smoothing, z_loss)
 
 
 def linear_cross_entropy(
@@ -113,3 +132,34 @@ def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
     short = -x.shape[1] % chunk
     x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy in nats of each logit with its target in [0, 1]; of shades between, as of their probability."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.softplus(logits) - logits * targets
+
+
+def gaussian_kl(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """Divergence in nats of normal distributions with diagonal covariance from the standard one.
+
+    Shapes: mean and log_variance (…, Z), returns (…).
+    Source: Kingma & Welling 2013, appendix B.
+    """
+    return 0.5 * (jnp.exp(log_variance) + jnp.square(mean) - 1 - log_variance).sum(-1)
+
+
+def gradient_penalty(
+    critic: Callable[[jax.Array], jax.Array], real: jax.Array, fake: jax.Array, share: jax.Array
+) -> jax.Array:
+    """Squared distance from 1 of the norm of the critic's gradient, at points between real and fake examples.
+
+    The critic maps each example by itself, so it has no batch normalisation.
+    Shapes: real and fake (B, …), share (B,) of the way to fake, returns (B,).
+    Source: Gulrajani et al. 2017, equation 3.
+    """
+    share = share.reshape(-1, *(1,) * (real.ndim - 1))
+    gradients = jax.grad(lambda x: critic(x).sum())(real + share * (fake - real))
+    square = jnp.square(gradients).sum(range(1, real.ndim))
+    # the root of 0 has no gradient
+    return jnp.square(jnp.sqrt(square + 1e-12) - 1)

@@ -97,6 +97,11 @@ def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., A
     return loss, metrics
 
 
+def perplexity(values: dict[str, float]) -> dict[str, float]:
+    """Metrics with the perplexity that their loss in nats means; for a language model's `summarise`."""
+    return {**values, "perplexity": float(np.exp(min(values["loss"], 700.0)))}
+
+
 def divide(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """The metrics that sums stand for."""
     return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
@@ -126,3 +131,24 @@ def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, An
 def floats(x: jax.Array) -> jax.Array:
     """Bytes (images as stored) scaled to [0, 1]; anything else as it is."""
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
+
+
+def rows(batch: Batch) -> jax.Array:
+    """1 for each example that counts, 0 for one that fills up a batch (its label is below 0); (B,) float32."""
+    if "labels" not in batch:
+        return jnp.ones(len(batch["inputs"]), jnp.float32)
+    return (batch["labels"] >= 0).astype(jnp.float32)
+
+
+def seeds(inputs: jax.Array) -> jax.Array:
+    """A number for each example that is a function of it alone, (B,) uint32."""
+    words = jax.lax.bitcast_convert_type(inputs.astype(jnp.float32), jnp.uint32).reshape(len(inputs), -1)
+    words = words ^ (words >> 16)  # the low bits of short fractions are 0
+    odd = (2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1) * jnp.uint32(2654435769)
+    return (words * odd).sum(1, dtype=jnp.uint32)
+
+
+def noise_of(inputs: jax.Array, size: int) -> jax.Array:
+    """Standard normal noise (B, size) that is a function of each example alone, so that evaluation is one too."""
+    key = jax.random.key(0)
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(key, seed), (size,)))(seeds(inputs))

@@ -1,4 +1,4 @@
-"""GPT-2 and LLaMA: causal, equal however they are run, and as published where a formula says so."""
+"""GPT-2, LLaMA and its kin: causal, equal however they are run, and as published where a formula says so."""
 
 import dataclasses
 import functools
@@ -31,6 +31,8 @@ CONFIGS = {
         rope_theta=100.0,
         rope_scaling=RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=32),
     ),
+    "mistral": dataclasses.replace(LLAMA, kv_heads=2, window=5),
+    "qwen": dataclasses.replace(LLAMA, kv_heads=2, qkv_bias=True, qk_norm=True),
 }
 
 
@@ -91,9 +93,12 @@ def test_no_feature_has_a_gradient_from_the_future(case):
     if "positions" in found:
         reach["positions"] = found["positions"]["w"][:, :T]
         assert not np.any(found["positions"]["w"][:, T:])
+    far = case.config.layers * (
+        (getattr(case.config, "window", None) or T) - 1
+    )  # each layer sees window - 1 tokens back
     for values in reach.values():
         seen = np.abs(np.asarray(values)).max(-1) > 0  # (T of the feature, T of the input)
-        np.testing.assert_array_equal(seen, np.tril(np.ones((T, T), bool)))
+        np.testing.assert_array_equal(seen, np.tri(T, dtype=bool) & ~np.tri(T, k=-far - 1, dtype=bool))
 
 
 def test_a_scan_over_layers_equals_the_unrolled_layers(case):

@@ -12,7 +12,7 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.tasks.causal_lm import FEW
+from jaxmodels.tasks.losses import FEW
 from jaxmodels.train import optim, state, step
 
 GPT2 = GPT2Config(layers=2, width=32, heads=8, vocab_size=64, context=16, attention="xla")

@@ -1,0 +1,173 @@
+"""BERT: an encoder of text with post-normalisation, and the heads it is published with (Devlin et al. 2018)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError
+from jaxmodels.models import layers
+from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.decoding import Context, KeyValues
+from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+
+
+@dataclass(frozen=True)
+class BERTConfig:
+    """BERT; the defaults are BERT-base uncased (110M)."""
+
+    vocab_size: int = 30522
+    """Rows of the embedding, which is also the output layer of masked language modelling (V)."""
+    context: int = 512
+    """Learned positions: the most tokens the model sees at once."""
+    types: int = 2
+    """Token types: parts of the input that have an embedding of their own, such as a first and a second sentence."""
+    layers: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads (H); must divide `width`."""
+    width: int = 768
+    """Size of the residual stream (D)."""
+    mlp_width: int = 3072
+    """Hidden units of a block's MLP (F)."""
+    head: Literal["masked_lm", "classification", "pretraining", "none"] = "masked_lm"
+    """masked_lm: logits of each token; classification: of `classes`, from the first token; pretraining: logits of each
+    token, and of whether the second sentence follows the first (2); none: features, and the first token's pooled."""
+    classes: int | None = None
+    """Outputs of the classification head; None for other heads."""
+    norm_eps: float = 1e-12
+    """Added to the variance in LayerNorm."""
+    dropout: float = 0.1
+    """Share dropped while training of embeddings, attention weights, what each sublayer adds, and pooled features."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+    attention: str = "auto"
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
+    unroll: int = 1
+    """Blocks unrolled in each iteration of the scan over layers."""
+
+    def __post_init__(self) -> None:
+        divide(self, "width", "heads")
+        if (self.head == "classification") != (self.classes is not None):
+            hint = "--model.classes 2" if self.classes is None else "--model.head classification"
+            raise UserError(
+                f"got head {self.head} with classes {self.classes}, expected classes for head classification and for "
+                f"no other, try {hint}"
+            )
+
+
+class Block(nn.Module):
+    config: BERTConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
+        c, drop = self.config, layers.Dropout(self.config.dropout)
+        attn = MultiHead(
+            c.heads,
+            c.width // c.heads,
+            dropout=c.dropout,
+            train=self.train,
+            dtype=c.dtype,
+            kernel=c.attention,
+            name="attn",
+        )
+        y, kv = attn(x, ctx, kv)
+        x = layers.LayerNorm(c.norm_eps, name="attn_norm")(x + drop(y, self.train))
+        y = layers.MLP(c.mlp_width, layers.exact_gelu, dtype=c.dtype, name="mlp")(x)
+        x = layers.LayerNorm(c.norm_eps, name="mlp_norm")(x + drop(y, self.train))
+        return layers.shard(x, "batch", "seq", None), kv
+
+
+class Bias(nn.Module):
+    """x (…, V) and a learned number for each token of the vocabulary, in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + layers.parameter(self, "b", layers.zeros, ("vocab",), x.shape[-1:])
+
+
+class BERT(nn.Module):
+    """Tokens (B, T) to what the head gives, in float32, or with `head=False` to features (B, T, D).
+
+    masked_lm: logits (B, T, V), or (B, P, V) `at` places (B, P) alone; classification: logits (B, classes);
+    pretraining: logits as of masked_lm and (B, 2); none: features (B, T, D) and pooled features (B, D). `types` (B, T)
+    are the token types, 0 where not given.
+    """
+
+    config: BERTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        types: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        at: jax.Array | None = None,
+        train: bool = False,
+        head: bool = True,
+    ) -> Any:
+        c, drop = self.config, layers.Dropout(self.config.dropout)
+        ctx = Context.of(tokens, None, positions, segment_ids, longest=c.context)
+        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
+        places = layers.Embed(c.context, c.width, ("positions", "embed"), dtype=c.dtype, name="positions")
+        parts = layers.Embed(c.types, c.width, ("positions", "embed"), dtype=c.dtype, name="types")
+        x = embed(tokens) + places(ctx.positions) + parts(jnp.zeros((1, 1), jnp.int32) if types is None else types)
+        x = drop(layers.LayerNorm(c.norm_eps, name="embed_norm")(x), train)
+        blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
+        x, _ = blocks(layers.shard(x, "batch", "seq", None), None, ctx)
+        if not head:
+            return x
+
+        def pooled() -> jax.Array:
+            y = jnp.tanh(layers.Linear((c.width,), ("embed", "mlp"), dtype=c.dtype, name="pooler")(x[:, 0]))
+            return layers.shard(y, "batch", None)
+
+        def classify(name: str, classes: int) -> jax.Array:
+            linear = layers.Linear((classes,), ("embed", "classes"), dtype=c.dtype, name=name)
+            return linear(drop(pooled(), train) if name == "head" else pooled()).astype(jnp.float32)
+
+        def restore() -> jax.Array:
+            y = x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+            y = layers.Linear((c.width,), ("embed", "mlp"), dtype=c.dtype, name="transform")(y)
+            y = layers.LayerNorm(c.norm_eps, name="transform_norm")(layers.exact_gelu(y))
+            # pinned: left to itself, XLA's partitioner gets the gradient wrong on a mesh of data, fsdp and tensor
+            y = layers.shard(y, "batch", "seq", None)
+            return layers.shard(Bias(name="output")(embed.logits(y)), "batch", "seq", "vocab")
+
+        if c.head == "masked_lm":
+            return restore()
+        if c.head == "classification":
+            return classify("head", c.classes or 0)
+        if c.head == "pretraining":
+            return restore(), classify("next_sentence", 2)
+        return x.astype(jnp.float32), pooled().astype(jnp.float32)
+
+
+base = BERTConfig()
+large = dataclasses.replace(base, layers=24, heads=16, width=1024, mlp_width=4096)
+
+register(
+    Family(
+        name="bert",
+        config=BERTConfig,
+        network=BERT,
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, min(length, c.context)), jnp.int32),),
+        longest=lambda c: c.context,
+        presets={
+            "bert-base": base,
+            "bert-large": large,
+            "bert-base-cased": dataclasses.replace(base, vocab_size=28996),
+            "bert-large-cased": dataclasses.replace(large, vocab_size=28996),
+        },
+    )
+)

@@ -1,0 +1,116 @@
+"""Vision Transformer: an encoder of image patches with pre-normalisation (Dosovitskiy et al. 2020)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.models import layers
+from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.decoding import Context
+from jaxmodels.models.functional import Dtype, Family, Remat, check_patches, check_shape, divide, register
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """ViT; the defaults are ViT-B/16."""
+
+    input_shape: tuple[int, int, int] = (224, 224, 3)
+    """Height, width and channels of an image."""
+    patch: int = 16
+    """Side of a square patch; must divide height and width."""
+    classes: int = 1000
+    """Outputs."""
+    layers: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads (H); must divide `width`."""
+    width: int = 768
+    """Size of the residual stream (D)."""
+    mlp_width: int = 3072
+    """Hidden units of a block's MLP (F)."""
+    pool: Literal["class", "mean"] = "class"
+    """class: the head sees a learned token before the patches; mean: the mean over patches, without such a token."""
+    norm_eps: float = 1e-6
+    """Added to the variance in LayerNorm."""
+    dropout: float = 0.0
+    """Share dropped while training of embeddings, hidden units and what each sublayer adds."""
+    dtype: Dtype = "float32"
+    """Type of activations and products; parameters stay float32."""
+    attention: str = "auto"
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
+    unroll: int = 1
+    """Blocks unrolled in each iteration of the scan over layers."""
+
+    def __post_init__(self) -> None:
+        divide(self, "width", "heads")
+        check_patches(self.input_shape, self.patch)
+
+
+class Block(nn.Module):
+    config: ViTConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, carried: None, ctx: Context) -> tuple[jax.Array, None]:
+        c, drop = self.config, layers.Dropout(self.config.dropout)
+        attn = MultiHead(c.heads, c.width // c.heads, dtype=c.dtype, kernel=c.attention, name="attn")
+        mlp = layers.MLP(c.mlp_width, layers.exact_gelu, dropout=c.dropout, train=self.train, dtype=c.dtype, name="mlp")
+        y, _ = attn(layers.LayerNorm(c.norm_eps, name="attn_norm")(x), ctx)
+        x = x + drop(y, self.train)
+        x = x + drop(mlp(layers.LayerNorm(c.norm_eps, name="mlp_norm")(x)), self.train)
+        return layers.shard(x, "batch", "seq", None), None
+
+
+class ViT(nn.Module):
+    """Images (B, H, W, C) to logits (B, classes) in float32, or with `head=False` to pooled features (B, D).
+
+    Source: mean pooling as in Google's big_vision: over normalised patches, with no class token.
+    """
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
+        c = self.config
+        token = layers.normal(0.02) if c.pool == "class" else None
+        check_shape(images, c.input_shape)
+        x = layers.embed_patches(images, c.patch, c.width, token=token, dtype=c.dtype)
+        x = layers.Dropout(c.dropout)(x, train)
+        x, _ = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")(x, None, Context())
+        norm = layers.LayerNorm(c.norm_eps, name="norm")
+        x = norm(x[:, 0]) if c.pool == "class" else norm(x).mean(1)
+        if not head:
+            return x
+        return layers.Linear((c.classes,), ("embed", "classes"), dtype=c.dtype, name="head")(x).astype(jnp.float32)
+
+
+base = ViTConfig()
+sizes = {
+    # Touvron et al. 2020, table 1 (Ti and S); Dosovitskiy et al. 2020, table 1 (B and L)
+    "ti": dataclasses.replace(base, heads=3, width=192, mlp_width=768),
+    "s": dataclasses.replace(base, heads=6, width=384, mlp_width=1536),
+    "b": base,
+    "l": dataclasses.replace(base, layers=24, heads=16, width=1024, mlp_width=4096),
+}
+
+register(
+    Family(
+        name="vit",
+        config=ViTConfig,
+        network=ViT,
+        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        presets={
+            f"vit-{size}{patch}": dataclasses.replace(config, patch=patch)
+            for patch in (16, 32)
+            for size, config in sizes.items()
+        },
+    )
+)

@@ -1,0 +1,96 @@
+"""Contrastive training: which text goes with which image of a batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.clip import CLIPConfig
+from jaxmodels.models.functional import Model
+from jaxmodels.models.layers import REPLICAS, shard
+from jaxmodels.tasks.losses import Scores, cross_entropy
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward
+
+LARGEST = 100.0
+"""Bound of what similarities are multiplied by (Radford et al. 2021, section 2.5)."""
+
+
+def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+    """Train two towers on `images` (B, H, W, C) and their `tokens` (B, T); pairs with a label below 0 are ignored.
+
+    Cross-entropy of each image over the texts of the global batch, and of each text over its images, halved and added.
+    With train.accumulate above 1 the others are those of a microbatch, and in evaluation those of an evaluation's
+    batch, so that the loss depends on their size. A batch may have `segment_ids` (B, T).
+    """
+    if not isinstance(model.config, CLIPConfig):
+        raise UserError(
+            f"got task contrastive with {type(model.config).__name__}, expected a model of images and texts, "
+            "try CLIPConfig or another --task.name"
+        )
+    if cfg.label_smoothing or cfg.z_loss:
+        raise UserError(
+            f"got task.label_smoothing {cfg.label_smoothing} and task.z_loss {cfg.z_loss} for contrastive, "
+            "expected neither, try --task.label-smoothing 0 --task.z-loss 0"
+        )
+    if data.seq_len > model.config.context:
+        raise UserError(
+            f"got data.seq_len {data.seq_len}, expected at most model.context {model.config.context}, "
+            f"try --data.seq-len {model.config.context}"
+        )
+
+    def score(
+        params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
+    ) -> tuple[Scores, Scores, Params]:
+        images, tokens = floats(batch["images"]), batch["tokens"]
+        packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+        (seen, read, scale), stats = forward(
+            ("model", model), params, stats, images, tokens, train=train, rng=rng, **packed
+        )
+        counts = batch["labels"] >= 0 if "labels" in batch else jnp.ones(len(tokens), bool)
+        others, targets = everywhere(counts), jnp.where(counts, first(len(tokens)) + jnp.arange(len(tokens)), -1)
+
+        def choose(mine: jax.Array, all_of_theirs: jax.Array) -> Scores:
+            logits = jnp.minimum(scale, LARGEST) * mine @ all_of_theirs.T
+            least = jnp.finfo(logits.dtype).min
+            return cross_entropy(shard(jnp.where(others, logits, least), "batch", None), targets)
+
+        return choose(seen, everywhere(read)), choose(read, everywhere(seen)), stats
+
+    def sums(image: Scores, text: Scores) -> Sums:
+        return {
+            "loss": ((image.loss + text.loss) / 2, image.count),
+            "image_to_text": (image.correct, image.count),
+            "text_to_image": (text.correct, text.count),
+        }
+
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        image, text, stats = score(params, stats, batch, train=True, rng=rng)
+        found = sums(image, text)
+        return found["loss"][0], Aux(image.count, found, stats)
+
+    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+        return sums(*score(params, stats, batch)[:2])
+
+    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        images, tokens = model.inputs(batch_size, data.seq_len)
+        return {"images": images, "tokens": tokens}
+
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+    """Rows of all replicas; without replicas x has them all."""
+    try:
+        return jax.lax.all_gather(x, REPLICAS, tiled=True)
+    except NameError:
+        return x
+
+
+def first(count: int) -> int | jax.Array:
+    """The place among rows of all replicas where this one's `count` begin."""
+    try:
+        return jax.lax.axis_index(REPLICAS) * count
+    except NameError:
+        return 0

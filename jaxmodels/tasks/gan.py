@@ -1,0 +1,85 @@
+"""Adversarial training: a generator against a discriminator, or against a critic with a gradient penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.functional import Model, create
+from jaxmodels.models.gan import GANConfig
+from jaxmodels.models.layers import shard
+from jaxmodels.tasks.losses import gradient_penalty
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward, noise_of, rows
+
+
+def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+    """Train both networks of a GAN on `inputs` (B, H, W, C) in [0, 1]; rows with a label below 0 are ignored.
+
+    A step updates the discriminator, then the generator; each one's batch statistics follow its own loss alone. DCGAN:
+    logistic loss, for the generator in its form that does not saturate (Goodfellow et al. 2014, section 3). WGAN-GP:
+    Wasserstein distance with gradient penalty (Gulrajani et al. 2017, equation 3). Evaluation gives the discriminator's
+    loss (without penalty) and the generator's, from latents that are a function of the example.
+    """
+    config = model.config
+    if not isinstance(config, GANConfig):
+        raise UserError(f"got task gan with {type(config).__name__}, expected a GAN, try --task.name classification")
+    wasserstein = config.kind == "wgan-gp"
+    generator = ("generator", create(config, network="generator"))
+    discriminator = ("discriminator", create(config, network="discriminator"))
+
+    def scale(batch: Batch) -> jax.Array:
+        return 2 * floats(batch["inputs"]) - 1
+
+    def latents(key: jax.Array, batch: Batch) -> jax.Array:
+        # the same whatever the number of devices, and on each device those of its rows
+        return shard(jax.random.normal(key, (len(batch["inputs"]), config.latents)), "batch", None)
+
+    def judged(real: jax.Array, fake: jax.Array) -> jax.Array:
+        return fake - real if wasserstein else jax.nn.softplus(-real) + jax.nn.softplus(fake)
+
+    def fooled(fake: jax.Array) -> jax.Array:
+        return -fake if wasserstein else jax.nn.softplus(-fake)
+
+    def total(each: Mapping[str, jax.Array], batch: Batch) -> Sums:
+        counts = rows(batch)
+        return {name: ((counts * values).sum(), counts.sum()) for name, values in each.items()}
+
+    def train_discriminator(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        keys = jax.random.split(rng, 2)
+        real = scale(batch)
+        fake, _ = forward(generator, params, stats, latents(keys[0], batch), train=True)
+        on_real, stats = forward(discriminator, params, stats, real, train=True)
+        on_fake, stats = forward(discriminator, params, stats, fake, train=True)
+        each = {"loss": judged(on_real, on_fake), "real": on_real, "fake": on_fake}
+        if wasserstein:
+            share = shard(jax.random.uniform(keys[1], (len(real),)), "batch")
+            each["penalty"] = gradient_penalty(
+                lambda x: forward(discriminator, params, stats, x, train=True)[0], real, fake, share
+            )
+            each["loss"] += cfg.gradient_penalty * each["penalty"]
+        sums = total(each, batch)
+        return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
+
+    def train_generator(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        fake, stats = forward(generator, params, stats, latents(rng, batch), train=True)
+        on_fake, _ = forward(discriminator, params, stats, fake, train=True)
+        sums = total({"loss": fooled(on_fake)}, batch)
+        return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
+
+    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+        fake, _ = forward(generator, params, stats, noise_of(batch["inputs"], config.latents))
+        on_real, on_fake = (forward(discriminator, params, stats, x)[0] for x in (scale(batch), fake))
+        return total({"loss": judged(on_real, on_fake), "generator": fooled(on_fake)}, batch)
+
+    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"inputs": jax.ShapeDtypeStruct((batch_size, *config.input_shape), jnp.float32)}
+
+    losses = (
+        Loss("discriminator", "discriminator", train_discriminator),
+        Loss("generator", "generator", train_generator),
+    )
+    return Task(dict((generator, discriminator)), losses, metrics, batch_spec)

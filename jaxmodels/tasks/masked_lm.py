@@ -1,0 +1,87 @@
+"""Masked language modelling: restore tokens that were taken out of a text."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.functional import Model
+from jaxmodels.tasks.losses import Scores, cross_entropy
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, forward, perplexity, scored, seeds
+
+
+def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+    """Train an encoder on texts `tokens` (B, T), of which it takes a share out itself.
+
+    Never taken: places where `segment_ids` are 0 or `targets` (used for nothing else) below 0, and ids of `task.keep`.
+    In training the choice is another at each step (Liu et al. 2019, section 4.1); in evaluation it is a function of the
+    tokens. A batch may have `types` (B, T) too.
+    """
+    config = model.config
+    if not isinstance(config, BERTConfig) or config.head != "masked_lm":
+        head = f" with head {config.head}" if isinstance(config, BERTConfig) else ""
+        raise UserError(
+            f"got task masked_lm with {type(config).__name__}{head}, expected an encoder that gives logits of each "
+            "token, try BERTConfig with head masked_lm or another --task.name"
+        )
+    if data.seq_len > config.context:
+        raise UserError(
+            f"got data.seq_len {data.seq_len}, expected at most model.context {config.context}, "
+            f"try --model.context {data.seq_len}"
+        )
+    gap = config.vocab_size - 1 if cfg.mask_token is None else cfg.mask_token
+    if not 0 <= gap < config.vocab_size:
+        raise UserError(
+            f"got task.mask_token {gap}, expected an id below model.vocab_size {config.vocab_size}, "
+            f"try --task.mask-token {config.vocab_size - 1}"
+        )
+
+    def score(
+        params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
+    ) -> tuple[Scores, Params]:
+        tokens = batch["tokens"]
+        free = ~jnp.isin(tokens, jnp.array(cfg.keep, tokens.dtype)) if cfg.keep else jnp.ones(tokens.shape, bool)
+        for name, least in (("segment_ids", 1), ("targets", 0)):
+            if name in batch:
+                free &= batch[name] >= least
+        if rng is None:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds(tokens))
+        else:
+            rng, own = jax.random.split(rng)
+            keys = jax.random.split(own, len(tokens))
+        hide = functools.partial(mask, fraction=cfg.mask_fraction, gap=gap, vocab_size=config.vocab_size)
+        hidden, at, targets = jax.vmap(hide)(keys, tokens, free)
+        given = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
+        logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
+        return cross_entropy(logits, targets, cfg.label_smoothing, cfg.z_loss), stats
+
+    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"tokens": jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)}
+
+    loss, metrics = scored(score)
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)
+
+
+def mask(
+    key: jax.Array, tokens: jax.Array, free: jax.Array, fraction: float, gap: int, vocab_size: int
+) -> tuple[jax.Array, ...]:
+    """One text with a share of its tokens taken out, the places (P,), and what was there (P,), -1 where nothing was.
+
+    The share is of the tokens that are free, rounded, and at least one of them. At 8 places of 10 stands `gap` instead,
+    at one any token, at one the token itself (Devlin et al. 2018, section 3.1).
+    Shapes: tokens and free (T,); P is the most that can be: the share of T.
+    """
+    order, dice, other = jax.random.split(key, 3)
+    most = max(1, round(fraction * len(tokens)))
+    _, at = jax.lax.top_k(jnp.where(free, jax.random.uniform(order, tokens.shape), -1.0), most)
+    count = jnp.minimum(jnp.maximum(jnp.round(fraction * free.sum()), 1), free.sum())
+    taken, there = jnp.arange(most) < count, tokens[at]
+    chance = jax.random.uniform(dice, (most,))
+    noise = jax.random.randint(other, (most,), 0, vocab_size, tokens.dtype)
+    instead = jnp.where(chance < 0.8, gap, jnp.where(chance < 0.9, noise, there))
+    return tokens.at[at].set(jnp.where(taken, instead, there)), at, jnp.where(taken, there, -1)

@@ -1,0 +1,42 @@
+"""Sequence to sequence: predict each next token of a target from a source and the target so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.functional import Model
+from jaxmodels.tasks.losses import Scores, language_cross_entropy
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, forward, perplexity, scored
+
+
+def seq2seq(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+    """Train an encoder-decoder on sources `inputs` (B, S), decoder inputs `tokens` (B, T) and `targets` (B, T).
+
+    Targets, the tokens that follow, are ignored below 0. A batch may have `segment_ids` (B, S) and
+    `target_segment_ids` (B, T), for padding and packing.
+    """
+    unembedding = model.unembedding
+    if unembedding is None or len(model.inputs(1)) != 2:
+        raise UserError(
+            f"got task seq2seq with {type(model.config).__name__}, expected an encoder-decoder, "
+            "try TransformerConfig or another --task.name"
+        )
+
+    def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
+        packed = {name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch}
+        inputs = (batch["inputs"], batch["tokens"])
+        features, stats = forward(("model", model), params, stats, *inputs, head=False, **packed, **kwargs)
+        output = unembedding(params["model"])
+        return language_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
+
+    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
+        return {"inputs": rows, "tokens": rows, "targets": rows}
+
+    loss, metrics = scored(score)
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)

@@ -1,0 +1,53 @@
+"""One train step of every family is equal on one device and on eight: statistics, dropout and two networks included."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.train import optim, state, step
+from tests.zoo import ZOO, B, T, fill
+
+# plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
+DESCENT = OptimConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=None)
+
+
+def train(name, mesh_cfg, devices):
+    """State and metrics after one step, and the parameters before it."""
+    kind, config = ZOO[name]
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
+    task = tasks.build(TaskConfig(name=kind), config, DataConfig(seq_len=T, batch_size=B))
+    optimizers = {loss.name: optim.build(DESCENT, 1, task.axes()[loss.trains]) for loss in task.losses}
+    layout = state.layout(task, optimizers, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
+    before = jax.tree.map(np.asarray, now.params)
+    batch = {
+        field: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for field, x in fill(task.batch_spec(B)).items()
+    }
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+    now, metrics = step.build(task, optimizers, mesh, layout, rows)(now, batch)
+    held = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.addressable_shards[0].data.size / x.size
+        for path, x in jax.tree_util.tree_leaves_with_path(now.params)
+    }
+    return (now.params, now.stats), {key: float(value) for key, value in metrics.items()}, before, held
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_one_step_is_equal_on_one_device_and_on_eight(name):
+    (params, stats), metrics, before, _ = train(name, MeshConfig(), 1)
+    (params8, stats8), metrics8, before8, held = train(name, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    jax.tree.map(np.testing.assert_array_equal, before, before8)
+    assert metrics.keys() == metrics8.keys()
+    for key, value in metrics.items():
+        assert metrics8[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=2e-5)  # noqa: E731
+    jax.tree.map(close, params8, params)
+    jax.tree.map(close, stats8, stats)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), params, before)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert min(held.values()) <= (1 / 4 if name != "vae" else 1 / 2), "the largest are cut, by fsdp and by tensor"

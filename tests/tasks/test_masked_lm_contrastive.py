@@ -1,0 +1,386 @@
+"""Masked language modelling and contrastive training: what is hidden, what counts, one device and eight."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmodels
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.data import open_source
+from jaxmodels.errors import UserError
+from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.clip import CLIPConfig
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.lstm import LSTMConfig
+from jaxmodels.models.vit import ViTConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks.losses import cross_entropy
+from jaxmodels.tasks.masked_lm import mask
+from jaxmodels.tasks.task import divide
+from jaxmodels.train import optim, state, step
+
+B, T, V = 8, 12, 48
+SIZE = {"layers": 2, "heads": 4, "width": 32, "mlp_width": 48}
+BERT = BERTConfig(vocab_size=V, context=16, **SIZE)
+VIT = ViTConfig((8, 8, 3), 4, 5, **SIZE, dropout=0.1)
+CLIP = CLIPConfig((8, 8, 3), 4, 2, 4, 32, 48, V, 16, 2, 2, 24, 40, embedding=20)
+DATA = DataConfig(source="synthetic", seq_len=T, batch_size=B)
+MLM = TaskConfig(name="masked_lm", mask_fraction=0.3)
+PAIRS = TaskConfig(name="contrastive")
+
+
+def synthetic(task, config, seed=0, rows=B):
+    source = open_source(
+        DATA,
+        "train",
+        task,
+        vocab_size=getattr(config, "vocab_size", None),
+        inputs_shape=getattr(config, "input_shape", None),
+        num_classes=getattr(config, "classes", None),
+    )
+    return source.batch(np.arange(rows) + seed * rows, np.zeros(rows, np.int64))
+
+
+def padded(seed=0):
+    """Texts of different lengths."""
+    batch = synthetic("masked_lm", BERT, seed)
+    lengths = np.random.default_rng(seed).integers(3, T + 1, (B, 1))
+    return {"tokens": batch["tokens"], "segment_ids": (np.arange(T) < lengths).astype(np.int32)}
+
+
+@functools.cache
+def masks(fraction=0.3, length=40, free=30, rows=4000):
+    """Many texts with a share of their first `free` tokens taken out."""
+    tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, V - 1)
+    may = jnp.broadcast_to(jnp.arange(length) < free, tokens.shape)
+    hide = functools.partial(mask, fraction=fraction, gap=V - 1, vocab_size=V)
+    hidden, at, targets = jax.jit(jax.vmap(hide))(jax.random.split(jax.random.key(0), rows), tokens, may)
+    return tuple(map(np.asarray, (tokens, hidden, at, targets)))
+
+
+def test_a_share_of_the_free_tokens_is_taken_and_is_what_was_there():
+    tokens, hidden, at, targets = masks()
+    assert at.shape == targets.shape == (4000, 12) and ((targets >= 0).sum(1) == 9).all()
+    there = np.take_along_axis(tokens, at, 1)
+    np.testing.assert_array_equal(targets[targets >= 0], there[targets >= 0])
+    assert (at[targets >= 0] < 30).all()
+    untouched = np.ones_like(tokens, bool)
+    np.put_along_axis(untouched, np.where(targets >= 0, at, at[:, :1]), False, 1)
+    np.testing.assert_array_equal(hidden[untouched], tokens[untouched])
+    assert (np.sort(at, 1)[:, 1:] > np.sort(at, 1)[:, :-1]).all(), "no place twice"
+    share = np.bincount(at[targets >= 0], minlength=40)[:30] / 4000
+    np.testing.assert_allclose(share, 0.3, atol=0.035)
+
+
+def test_eight_of_ten_become_the_gap_one_any_token_one_stays():
+    _, hidden, at, targets = masks()
+    taken = targets >= 0
+    now = np.take_along_axis(hidden, at, 1)[taken]
+    assert (now == V - 1).mean() == pytest.approx(0.8 + 0.1 / V, abs=0.01)
+    assert (now == targets[taken]).mean() == pytest.approx(0.1 + 0.1 / V, abs=0.01)
+    other = now[(now != V - 1) & (now != targets[taken])]
+    assert len(other) / taken.sum() == pytest.approx(0.1 * (V - 2) / V, abs=0.01)
+    assert np.bincount(other, minlength=V)[: V - 1].min() > 0.5 * len(other) / V
+
+
+@pytest.mark.parametrize(("free", "taken"), [(0, 0), (1, 1), (2, 1), (10, 3), (40, 12)])
+def test_at_least_one_token_is_taken_where_one_is_free(free, taken):
+    tokens, hidden, _, targets = masks(free=free, rows=8)
+    assert ((targets >= 0).sum(1) == taken).all()
+    if not free:
+        np.testing.assert_array_equal(hidden, tokens)
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """The task, parameters, and its compiled loss and metrics."""
+    config = dataclasses.replace(BERT, dropout=0.0)
+    task = tasks.build(dataclasses.replace(MLM, keep=(1, 2, 3)), config, DATA)
+    params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
+    return task, params, jax.jit(task.losses[0].fn), jax.jit(task.metrics)
+
+
+def test_padding_ignored_targets_and_kept_ids_are_never_taken(masked):
+    _, params, loss, _ = masked
+    batch = padded()
+    batch["tokens"] = np.where(np.arange(T) % 2, batch["tokens"], 2).astype(np.int32)
+    batch["targets"] = np.where(np.arange(T) < 6, 0, -1)[None].repeat(B, 0).astype(np.int32)
+    free = (batch["segment_ids"] > 0) & (batch["targets"] >= 0) & ~np.isin(batch["tokens"], (1, 2, 3))
+    expected = np.minimum(np.maximum(np.round(0.3 * free.sum(1)), 1), free.sum(1)).sum()
+    assert 0 < expected < B * round(0.3 * T)
+    assert int(loss(params, {}, batch, jax.random.key(0))[1].weight) == expected
+    gone = {**batch, "targets": np.full((B, T), -1, np.int32)}
+    total, aux = loss(params, {}, gone, jax.random.key(0))
+    assert float(total) == 0 == int(aux.weight)
+
+
+def test_what_stands_in_padding_has_no_part_in_the_loss(masked):
+    _, params, loss, _ = masked
+    batch, noise = padded(), padded(seed=1)
+    other = {**batch, "tokens": np.where(batch["segment_ids"] == 1, batch["tokens"], noise["tokens"])}
+    assert not np.array_equal(other["tokens"], batch["tokens"])
+    kept = [{**b, "tokens": np.where(np.isin(b["tokens"], (1, 2, 3)), 4, b["tokens"])} for b in (batch, other)]
+    a, b = (float(loss(params, {}, x, jax.random.key(1))[0]) for x in kept)
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_the_loss_is_that_of_the_places_taken(masked):
+    task, params, _, _ = masked
+    model, batch = task.networks["model"], padded()
+    rng = jax.random.key(5)
+    total, aux = task.losses[0].fn(params, {}, batch, rng)
+    free = (batch["segment_ids"] > 0) & ~np.isin(batch["tokens"], (1, 2, 3))
+    keys = jax.random.split(jax.random.split(rng)[1], B)
+    hide = functools.partial(mask, fraction=0.3, gap=V - 1, vocab_size=V)
+    hidden, at, targets = jax.vmap(hide)(keys, jnp.asarray(batch["tokens"]), jnp.asarray(free))
+    logits = model.apply(params["model"], hidden, segment_ids=batch["segment_ids"])
+    everywhere = np.full((B, T), -1)
+    for row in range(B):
+        for place, target in zip(at[row].tolist(), targets[row].tolist(), strict=True):
+            if target >= 0:
+                everywhere[row, place] = target
+    expected = cross_entropy(logits, everywhere)
+    assert float(total) == pytest.approx(float(expected.objective), rel=1e-5)
+    assert int(aux.weight) == int(expected.count) > B
+
+
+def test_training_hides_other_tokens_at_each_step_and_evaluation_always_the_same(masked):
+    task, params, loss, metrics = masked
+    batch = padded()
+    found = {float(loss(params, {}, batch, jax.random.key(seed))[0]) for seed in (0, 0, 1, 2)}
+    assert len(found) == 3
+    whole = metrics(params, {}, batch)
+    order = np.random.default_rng(0).permutation(B)
+    mixed = metrics(params, {}, {name: x[order] for name, x in batch.items()})
+    halves = [metrics(params, {}, {name: x[part] for name, x in batch.items()}) for part in (order[:4], order[4:])]
+    for name, (total, count) in whole.items():
+        assert float(mixed[name][0]) == pytest.approx(float(total), rel=1e-5)
+        assert sum(float(half[name][0]) for half in halves) == pytest.approx(float(total), rel=1e-5)
+        assert sum(int(half[name][1]) for half in halves) == int(count) > B
+    values = divide(whole)
+    assert task.summarise(values)["perplexity"] == pytest.approx(np.exp(values["loss"]))
+
+
+def learn(task, params, optimizer, rows, steps):
+    """Parameters after so many steps on `rows(key)`."""
+    moments = optimizer.init(params["model"])
+
+    @jax.jit
+    def run(trained, moments):
+        def body(carry, key):
+            trained, moments = carry
+
+            def mean(trained):
+                total, aux = task.losses[0].fn({"model": trained}, {}, rows(key), key)
+                return total / aux.weight
+
+            updates, moments = optimizer.update(jax.grad(mean)(trained), moments, trained)
+            return (jax.tree.map(jnp.add, trained, updates), moments), None
+
+        return jax.lax.scan(body, (trained, moments), jax.random.split(jax.random.key(1), steps))[0][0]
+
+    return {"model": run(params["model"], moments)}
+
+
+def test_a_hidden_token_is_learned_from_the_others():
+    """Texts of one token over and over: what is hidden is what stands beside it."""
+    config = jaxmodels.create(BERT, layers=1, vocab_size=12, dropout=0.0).config
+    task = tasks.build(TaskConfig(name="masked_lm"), config, DATA)
+    optimizer = optim.build(OptimConfig(peak_lr=3e-3, weight_decay=0.0), 100, task.axes()["model"])
+
+    def rows(key):
+        return {"tokens": jnp.broadcast_to(jax.random.randint(key, (32, 1), 0, 11), (32, T))}
+
+    params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
+    metrics = jax.jit(task.metrics)
+    before = divide(metrics(params, {}, rows(jax.random.key(2))))
+    after = divide(metrics(learn(task, params, optimizer, rows, steps=100), {}, rows(jax.random.key(2))))
+    assert after["loss"] < 0.5 * np.log(11) < before["loss"] and after["accuracy"] > 0.8, (before, after)
+
+
+@pytest.fixture(scope="module")
+def paired():
+    task = tasks.build(PAIRS, CLIP, DATA)
+    params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
+    return task, params, jax.jit(task.losses[0].fn), jax.jit(task.metrics)
+
+
+def test_the_contrastive_loss_is_that_of_its_definition(paired):
+    task, params, loss, metrics = paired
+    batch = synthetic("contrastive", CLIP)
+    pixels = batch["images"].astype(np.float32) / 255
+    seen, read, scale = map(np.asarray, task.networks["model"].apply(params["model"], pixels, batch["tokens"]))
+    logits = scale * seen @ read.T
+    log_softmax = lambda x: x - np.log(np.exp(x).sum(1, keepdims=True))  # noqa: E731
+    expected = -(np.diag(log_softmax(logits)) + np.diag(log_softmax(logits.T))) / 2
+    total, aux = loss(params, {}, batch, jax.random.key(0))
+    assert float(total) == pytest.approx(expected.sum(), rel=1e-5) and int(aux.weight) == B
+    found = divide(metrics(params, {}, batch))
+    assert found["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert found["image_to_text"] == pytest.approx((logits.argmax(1) == np.arange(B)).mean())
+    assert found["text_to_image"] == pytest.approx((logits.argmax(0) == np.arange(B)).mean())
+
+
+def test_pairs_that_fill_up_a_batch_count_neither_as_pairs_nor_against_others(paired):
+    _, params, _, metrics = paired
+    batch = synthetic("contrastive", CLIP)
+    some = {name: x[:5] for name, x in batch.items()}
+    batch["labels"] = np.where(np.arange(B) < 5, 0, -1).astype(np.int32)
+    found, expected = metrics(params, {}, batch), metrics(params, {}, some)
+    for name, (total, count) in expected.items():
+        assert float(found[name][0]) == pytest.approx(float(total), rel=1e-5)
+        assert int(found[name][1]) == int(count) == 5
+
+
+def test_similarities_are_never_multiplied_by_more_than_a_hundred(paired):
+    _, params, loss, _ = paired
+    batch = synthetic("contrastive", CLIP)
+
+    def at(log):
+        return float(loss({"model": {**params["model"], "scale": {"log": jnp.float32(log)}}}, {}, batch, None)[0])
+
+    assert at(np.log(100)) == pytest.approx(at(9.0), rel=1e-5)
+    assert at(np.log(100)) != pytest.approx(at(np.log(50)), rel=1e-2)
+
+
+def test_pairs_are_learned(paired):
+    task, params, _, metrics = paired
+    batch = synthetic("contrastive", CLIP)
+    optimizer = optim.build(OptimConfig(peak_lr=3e-3, weight_decay=0.0), 40, task.axes()["model"])
+    end = learn(task, params, optimizer, lambda key: batch, steps=40)
+    found = divide(metrics(end, {}, batch))
+    assert found["loss"] < 0.2 and found["image_to_text"] == found["text_to_image"] == 1, found
+
+
+CASES = {
+    "masked_lm": (MLM, BERT),
+    "vit": (TaskConfig(name="classification"), VIT),
+    "bert": (TaskConfig(name="classification"), dataclasses.replace(BERT, head="classification", classes=5, layers=1)),
+    "contrastive": (PAIRS, CLIP),
+}
+# plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
+DESCENT = OptimConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=None)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return functools.cache(lambda name: train(name, MeshConfig(), 1))
+
+
+def train(name, mesh_cfg, devices, strategy="jit"):
+    """State and metrics after one step, and how far parameters moved."""
+    cfg, config = CASES[name]
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
+    task = tasks.build(cfg, config, DATA)
+    optimizers = {loss.name: optim.build(DESCENT, 1, task.axes()[loss.trains]) for loss in task.losses}
+    layout = state.layout(task, optimizers, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
+    before = jax.tree.map(np.asarray, now.params)
+    batch = padded() if name == "masked_lm" else synthetic(cfg.name, config)
+    batch = {field: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for field, x in batch.items()}
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+    now, metrics = step.build(task, optimizers, mesh, layout, rows, strategy=strategy)(now, batch)
+    after = jax.tree.map(np.asarray, now.params)
+    moved = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
+    return after, {key: float(value) for key, value in metrics.items()}, moved
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "strategy"),
+    [
+        *((name, MeshConfig(data=2, fsdp=2, tensor=2), "jit") for name in CASES),
+        ("contrastive", MeshConfig(), "jit"),
+        ("contrastive", MeshConfig(), "pmap"),
+    ],
+)
+def test_a_step_on_eight_devices_is_that_of_one(alone, name, mesh, strategy):
+    """Dropout and what is hidden included; the others of a pair are those of all devices."""
+    expected, metrics, moved = alone(name)
+    found, metrics8, _ = train(name, mesh, 8, strategy)
+    assert metrics8 == pytest.approx(metrics, rel=1e-4, abs=1e-5) and moved > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "config"),
+    [
+        ("masked_lm", BERT),
+        ("contrastive", CLIP),
+        ("classification", VIT),
+        ("classification", dataclasses.replace(BERT, head="classification", classes=5)),
+        ("classification", LSTMConfig(vocab_size=V, width=8, hidden=8, layers=1, classes=5)),
+    ],
+    ids=["bert", "clip", "vit", "bert-classes", "lstm-classes"],
+)
+def test_synthetic_examples_are_what_the_task_takes(task, config):
+    built = tasks.build(TaskConfig(name=task), config, DATA)
+    batch = synthetic(task, config)
+    tasks.task.check_batch(built.batch_spec(B), batch)
+    again = synthetic(task, config, rows=1)
+    for name, x in again.items():
+        np.testing.assert_array_equal(x[0], batch[name][0])
+        assert name == "labels" or not np.array_equal(batch[name][0], batch[name][1])
+
+
+def test_a_classifier_of_texts_sees_segment_ids_and_types():
+    config = dataclasses.replace(BERT, head="classification", classes=5, dropout=0.0)
+    task = tasks.build(TaskConfig(name="classification"), config, DATA)
+    params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
+    batch = synthetic("classification", config)
+    ids = padded()["segment_ids"]
+    other = {**batch, "inputs": np.where(ids == 1, batch["inputs"], 7)}
+    metrics = jax.jit(task.metrics)
+    a, b, c = (
+        float(metrics(params, {}, {**x, **more})["loss"][0])
+        for x, more in ((batch, {"segment_ids": ids}), (other, {"segment_ids": ids}), (other, {}))
+    )
+    assert a == pytest.approx(b, rel=1e-6) and a != pytest.approx(c, rel=1e-6)
+    d = float(metrics(params, {}, {**batch, "segment_ids": ids, "types": ids})["loss"][0])
+    assert a != pytest.approx(d, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "data", "message"),
+    [
+        (MLM, GPT2Config(), DATA, "got task masked_lm with GPT2Config, expected an encoder"),
+        (MLM, BERTConfig(head="none"), DATA, "got task masked_lm with BERTConfig with head none"),
+        (MLM, BERT, DataConfig(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
+        (TaskConfig(name="masked_lm", mask_token=V), BERT, DATA, "got task.mask_token 48, .*try --task.mask-token 47"),
+        (PAIRS, VIT, DATA, "got task contrastive with ViTConfig, expected a model of images and texts"),
+        (PAIRS, CLIP, DataConfig(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
+        (
+            TaskConfig(name="contrastive", z_loss=1e-4),
+            CLIP,
+            DATA,
+            "task.z_loss 0.0001 for contrastive, expected neither",
+        ),
+        (
+            TaskConfig(name="classification"),
+            BERT,
+            DATA,
+            "got task classification with BERTConfig, expected a classifier",
+        ),
+        (TaskConfig(), BERT, DATA, "got task causal_lm with BERTConfig"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(task, config, data, message):
+    with pytest.raises(UserError, match=message):
+        tasks.build(task, config, data)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_nothing_or_of_all_is_refused(share):
+    with pytest.raises(UserError, match="got task.mask_fraction .*, expected a share above 0 and below 1"):
+        TaskConfig(mask_fraction=share)
+
+
+def test_pairs_come_from_synthetic_data_alone():
+    with pytest.raises(UserError, match="got data.source stdlib for contrastive, expected synthetic"):
+        open_source(DataConfig(), "train", "contrastive")

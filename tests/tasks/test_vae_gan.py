@@ -1,0 +1,199 @@
+"""Variational and adversarial training: losses in closed form, each network its own, equal on any number of devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.data import open_source
+from jaxmodels.errors import UserError
+from jaxmodels.models.gan import GANConfig
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.models.vae import VAEConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl, gradient_penalty
+from jaxmodels.tasks.task import noise_of
+from jaxmodels.train import optim, state, step
+
+# at these shapes LLVM's optimisations take longer than all else
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SHAPE = (8, 8, 1)
+CONFIGS = {
+    "vae-mlp": VAEConfig(input_shape=SHAPE, hidden=(16,), latents=3),
+    "vae-conv": VAEConfig(kind="conv", input_shape=SHAPE, hidden=(8, 16), latents=3),
+    "dcgan": GANConfig(input_shape=SHAPE, latents=5, channels=(8, 16)),
+    "wgan-gp": GANConfig(kind="wgan-gp", input_shape=SHAPE, latents=5, channels=(8, 16)),
+}
+
+
+def batch(rows=16, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (rows, *SHAPE)).astype(np.uint8)
+    return {"inputs": images, "labels": np.zeros(rows, np.int32)}
+
+
+def build(name, **fields):
+    return tasks.build(TaskConfig(name=name.split("-")[0].replace("dc", "").replace("w", ""), **fields), CONFIGS[name],
+                       DataConfig())  # fmt: skip
+
+
+def still(tree):
+    """Names of the arrays that are 0; a critic's last bias is, since a distance does not depend on it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if not np.any(x)}
+
+
+def test_binary_cross_entropy_is_that_of_the_probability():
+    logits, targets = jnp.array([-2.0, 0.5, 3.0, 200.0, -200.0]), jnp.array([0.0, 1.0, 0.3, 0.0, 1.0])
+    p = 1 / (1 + np.exp(-np.asarray(logits[:3], np.float64)))
+    t = np.asarray(targets[:3])
+    found = binary_cross_entropy(logits, targets)
+    np.testing.assert_allclose(found[:3], -(t * np.log(p) + (1 - t) * np.log(1 - p)), rtol=1e-5)
+    np.testing.assert_allclose(found[3:], [200, 200])
+
+
+def test_the_divergence_is_the_mean_of_log_ratios_of_densities():
+    mean, log_variance = np.array([[0.3, -1.0, 0.0], [0.0, 0.0, 0.0]]), np.array([[0.5, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    z = mean + np.exp(0.5 * log_variance) * np.random.default_rng(0).normal(size=(200_000, 2, 3))
+    ratio = 0.5 * (z**2 - (z - mean) ** 2 / np.exp(log_variance) - log_variance)
+    found = gaussian_kl(jnp.asarray(mean), jnp.asarray(log_variance))
+    np.testing.assert_allclose(found, ratio.sum(-1).mean(0), atol=0.01)
+    assert found[1] == 0
+
+
+def test_the_penalty_of_a_linear_critic_is_that_of_its_weights():
+    rng = np.random.default_rng(0)
+    w, real, fake = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 3), (2, 4, 3), (2, 4, 3)))
+    found = gradient_penalty(lambda x: (x * w).sum((1, 2)), real, fake, jnp.array([0.2, 0.9]))
+    np.testing.assert_allclose(found, [(np.linalg.norm(w) - 1) ** 2] * 2, rtol=1e-5)
+    flat = jax.grad(lambda v: gradient_penalty(lambda x: (x * v).sum((1, 2)), real, fake, jnp.zeros(2)).sum())
+    assert np.isfinite(flat(jnp.zeros((4, 3)))).all(), "where the gradient is 0 its norm still has one"
+
+
+def test_the_penalty_is_that_of_finite_differences():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=s) for s in ((6, 4), (4,)))
+    real, fake, share = rng.normal(size=(3, 6)), rng.normal(size=(3, 6)), np.array([0.0, 0.4, 1.0])
+
+    def critic(x, np=np):
+        return np.tanh(x @ a) @ b
+
+    at, h = (1 - share)[:, None] * real + share[:, None] * fake, 1e-5
+    slopes = np.stack([(critic(at + h * e) - critic(at - h * e)) / (2 * h) for e in np.eye(6)], 1)
+    given = (jnp.asarray(x, jnp.float32) for x in (real, fake, share))
+    found = gradient_penalty(functools.partial(critic, np=jnp), *given)
+    np.testing.assert_allclose(found, (np.linalg.norm(slopes, axis=1) - 1) ** 2, rtol=1e-4)
+
+
+def test_noise_of_an_example_is_its_own_and_normal():
+    images = jnp.asarray(batch(256)["inputs"])
+    noise = noise_of(images, 40)
+    np.testing.assert_array_equal(noise_of(images[::-1][:7], 40), noise[::-1][:7])
+    assert len(np.unique(np.asarray(noise)[:, 0])) == 256
+    assert abs(float(noise.mean())) < 0.05 and float(noise.std()) == pytest.approx(1, abs=0.03)
+
+
+def test_the_loss_of_a_vae_is_the_negative_bound():
+    task = build("vae-mlp", beta=3.0)
+    params = jit(task.init)(jax.random.key(0))
+    rows = batch()
+    rows["labels"][5:] = -1
+    total, aux = jit(task.losses[0].fn)(params, {}, rows, jax.random.key(1))
+    model = task.networks["model"]
+    x = rows["inputs"].astype(np.float32) / 255
+    logits, mean, log_variance = model.apply(params["model"], jnp.asarray(x), rng=jax.random.key(1))
+    pixels = binary_cross_entropy(logits, x).sum((1, 2, 3))[:5].sum()
+    divergence = gaussian_kl(mean, log_variance)[:5].sum()
+    np.testing.assert_allclose(total, pixels + 3 * divergence, rtol=1e-5)
+    assert aux.weight == 5
+    np.testing.assert_allclose(aux.sums["kl"][0], divergence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_evaluation_is_a_sum_over_examples(name):
+    task = build(name)
+    params, stats, rows = jit(task.init)(jax.random.key(0)), task.stats(), batch()
+    measure = jit(task.metrics)
+    whole = measure(params, stats, rows)
+    assert "loss" in whole and all(float(count) == 16 for _, count in whole.values())
+    padded = {"inputs": np.roll(rows["inputs"], 8, 0), "labels": np.repeat(np.int32([0, -1]), 8)}
+    halves = [measure(params, stats, padded), measure(params, stats, {**padded, "labels": padded["labels"][::-1]})]
+    for key, (total, _) in whole.items():
+        np.testing.assert_allclose(sum(half[key][0] for half in halves), total, rtol=1e-4)
+        assert halves[0][key][1] == 8
+
+
+@pytest.mark.parametrize("name", ["dcgan", "wgan-gp"])
+def test_each_loss_trains_its_own_network_and_its_statistics(name):
+    task = build(name, gradient_penalty=7.0)
+    params, stats, rows = jit(task.init)(jax.random.key(0)), task.stats(), batch()
+    assert [(loss.name, loss.trains) for loss in task.losses] == [("discriminator",) * 2, ("generator",) * 2]
+    for loss in task.losses:
+        (total, aux), grads = jit(jax.value_and_grad(loss.fn, has_aux=True))(params, stats, rows, jax.random.key(2))
+        assert still(grads[loss.trains]) == ({"head/b"} if (name, loss.name) == ("wgan-gp", "discriminator") else set())
+        for network, tree in stats.items():
+            same = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), tree, aux.stats[network])))
+            assert same == (network != loss.trains)
+        assert float(aux.weight) == 16
+        sums = {key: float(value) / 16 for key, (value, _) in aux.sums.items()}
+        if loss.name == "discriminator" and name == "wgan-gp":
+            assert float(total) / 16 == pytest.approx(sums["fake"] - sums["real"] + 7 * sums["penalty"], rel=1e-4)
+        assert ("penalty" in sums) == (loss.name == "discriminator" and name == "wgan-gp")
+
+
+def train(name, mesh_cfg, devices, steps=3):
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
+    task = build(name)
+    # plain gradients: Adam's first steps would blow up rounding where a gradient is near 0
+    cfg = OptimConfig(name="sgd", peak_lr=0.05 if "gan" in name else 1e-3, weight_decay=0.0, clip_norm=None)
+    optimizers = {loss.name: optim.build(cfg, steps, task.axes()[loss.trains]) for loss in task.losses}
+    layout = state.layout(task, optimizers, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
+    first = jax.tree.map(np.asarray, now.params)
+
+    def place(x):
+        return jax.device_put(x, rules.batch_sharding(mesh, x.ndim))
+
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                            jax.tree.map(place, batch()))  # fmt: skip
+    take = step.build(task, optimizers, mesh, layout, abstract)
+    seen = []
+    for seed in range(steps):
+        now, metrics = take(now, jax.tree.map(place, batch(seed=seed)))
+        seen.append({key: float(value) for key, value in metrics.items()})
+    return seen, first, jax.tree.map(np.asarray, (now.params, now.stats))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_on_eight_devices_are_those_on_one(name):
+    one, before, end = train(name, MeshConfig(), 1)
+    unmoved = still(jax.tree.map(np.subtract, before, end[0]))
+    assert unmoved == ({"discriminator/head/b"} if name == "wgan-gp" else set())
+    for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)):
+        eight, start, other = train(name, mesh, 8)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), start, before)
+        for a, b in zip(eight, one, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), other, end)
+
+
+@pytest.mark.parametrize("name", ["vae", "gan"])
+def test_synthetic_images_are_what_the_task_takes(name):
+    source = open_source(DataConfig(source="synthetic"), "train", name, inputs_shape=SHAPE)
+    assert source.batch(np.arange(4), np.zeros(4, np.int64))["inputs"].shape == (4, *SHAPE)
+    with pytest.raises(UserError, match="states no shape of its inputs"):
+        open_source(DataConfig(source="synthetic"), "train", name)
+    with pytest.raises(UserError, match=f"got data.source text for {name}, expected tfds or synthetic"):
+        open_source(DataConfig(source="text"), "train", name, inputs_shape=SHAPE)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("vae", "a variational autoencoder"), ("gan", "a GAN")])
+def test_another_model_is_refused(name, wanted):
+    with pytest.raises(UserError, match=f"got task {name} with MLPConfig, expected {wanted}"):
+        tasks.build(TaskConfig(name=name), MLPConfig(), DataConfig())

@@ -1,0 +1,92 @@
+"""One small config of every family, and examples for it: what the tests of all families share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.clip import CLIPConfig
+from jaxmodels.models.cnn import CNNConfig
+from jaxmodels.models.gan import GANConfig
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.lstm import LSTMConfig
+from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.models.resnet import ResNetConfig
+from jaxmodels.models.transformer import TransformerConfig
+from jaxmodels.models.vae import VAEConfig
+from jaxmodels.models.vgg import VGGConfig
+from jaxmodels.models.vit import ViTConfig
+
+V, B, T = 48, 8, 12
+LLAMA = {"vocab_size": V, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48}
+IMAGE = {"input_shape": (8, 8, 3), "classes": 5}
+BODY = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48}
+TOWERS = {f"{tower}_{name}": size for tower in ("image", "text") for name, size in BODY.items()}
+CLIP = {"input_shape": (8, 8, 3), "patch": 4, "vocab_size": V, "context": 16, "embedding": 16, **TOWERS}
+RESNET = {**IMAGE, "stem": "small", "stem_width": 8}
+ZOO = {
+    "mlp": ("classification", MLPConfig(**IMAGE, hidden=(16, 8), dropout=0.1)),
+    "cnn": ("classification", CNNConfig(**IMAGE, widths=(8, 16), hidden=(16,), dropout=0.1)),
+    "vgg": ("classification", VGGConfig(**IMAGE, depths=(1, 2), widths=(8, 16), hidden=(16,), dropout=0.1)),
+    "vgg-bn": ("classification", VGGConfig(**IMAGE, depths=(1, 2), widths=(8, 16), hidden=(16,), batch_norm=True)),
+    "resnet": ("classification", ResNetConfig(**RESNET, depths=(1, 2), widths=(8, 16), bottleneck=False)),
+    "resnet-bottleneck": ("classification", ResNetConfig(**RESNET, depths=(2, 1), widths=(16, 32))),
+    "gpt2": ("causal_lm", GPT2Config(vocab_size=V, context=16, layers=2, width=32, heads=4, dropout=0.1)),
+    "llama": ("causal_lm", LlamaConfig(**LLAMA)),
+    "mistral": ("causal_lm", LlamaConfig(**LLAMA, window=5)),
+    "qwen": ("causal_lm", LlamaConfig(**LLAMA, qkv_bias=True, qk_norm=True, tied=True)),
+    "mixtral": ("causal_lm", MixtralConfig(**LLAMA, experts=4, z_loss=0.01)),
+    "mixtral-capacity": ("causal_lm", MixtralConfig(**LLAMA, experts=4, routing="capacity", capacity_factor=1.0)),
+    "lstm": ("causal_lm", LSTMConfig(vocab_size=V, width=16, hidden=16, dropout=0.1)),
+    "lstm-both-ways": ("classification", LSTMConfig(V, width=16, hidden=16, bidirectional=True, classes=5)),
+    "bert": ("masked_lm", BERTConfig(vocab_size=V, context=16, **BODY)),
+    "bert-classifier": ("classification", BERTConfig(V, context=16, head="classification", classes=5, **BODY)),
+    "transformer": ("seq2seq", TransformerConfig(vocab_size=V, **BODY)),
+    "t5": ("seq2seq", TransformerConfig("t5", V, norm="pre", activation="gated_gelu", tied=False, **BODY)),
+    "vit": ("classification", ViTConfig(**IMAGE, patch=4, **BODY, dropout=0.1)),
+    "clip": ("contrastive", CLIPConfig(**CLIP)),
+    "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
+    "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
+    "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
+    "dcgan-discriminator": ("gan", GANConfig("discriminator", input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
+    "wgan": ("gan", GANConfig(kind="wgan-gp", input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
+}
+"""Name -> the task it is trained on, and its config."""
+
+
+def fill(specs, seed=0):
+    """Arrays for a tree of `jax.ShapeDtypeStruct`: a few token ids, or numbers in [0, 1)."""
+    rng = np.random.default_rng(seed)
+
+    def one(leaf):
+        whole = np.issubdtype(leaf.dtype, np.integer)
+        return rng.integers(1, 5, leaf.shape).astype(leaf.dtype) if whole else rng.random(leaf.shape, np.float32)
+
+    return jax.tree.map(one, specs)
+
+
+def example(model):
+    """Inputs of a model."""
+    return fill(model.inputs(B, T))
+
+
+def arrays(model, seed=0):
+    """Parameters of which each one matters: no biases of 0, no scales of 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        spread = (
+            0.2 if leaf.ndim < 2 else 1 / np.sqrt(np.prod(leaf.shape[:-1]) / (leaf.shape[0] if leaf.ndim > 2 else 1))
+        )
+        return jnp.asarray(spread * rng.normal(size=leaf.shape) + (path[-1].key == "scale"), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model.shapes())
+
+
+def outputs(model, params, stats=None, *, inputs=None, **how):
+    """What a model computes of its example, without the new batch statistics."""
+    inputs = example(model) if inputs is None else inputs
+    out = model.apply(params, *inputs, **({} if stats is None else {"stats": stats}), **how)
+    return out if stats is None else out[0]
