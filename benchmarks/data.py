@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from benchmarks import record
-from benchmarks.step import Contestant
+from benchmarks.step import enter
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ def run(options: Options) -> None:
     """Measure, print and record."""
     fields = [options.config, *shlex.split(options.override)]
     with tempfile.TemporaryDirectory() as folder:
-        real = Contestant("engine", fields, Path(folder))
-        synthetic = Contestant("engine", [*fields, "--data.source", "synthetic"], Path(folder))
+        real = enter("engine", fields, Path(folder))
+        synthetic = enter("engine", [*fields, "--data.source", "synthetic"], Path(folder))
         for contestant in (real, synthetic):
-            contestant.turn(options.steps)  # warm
+            contestant.ask(str(options.steps))  # warm
         for number in range(options.rounds):
             for contestant in (real, synthetic) if number % 2 == 0 else (synthetic, real):
-                contestant.turn(options.steps)
+                contestant.ask(str(options.steps))
         for contestant in (real, synthetic):
             contestant.end()
     ratios = [b["seconds"] / a["seconds"] for a, b in zip(real.turns[1:], synthetic.turns[1:], strict=True)]

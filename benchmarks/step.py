@@ -75,6 +75,14 @@ class Contestant:
         self.process.wait(60)
 
 
+def enter(name: str, arguments: list[str], folder: Path) -> Contestant:
+    """A contestant of `benchmarks.worker`."""
+    env = {**os.environ, "BENCHMARK_BORN": str(time.time())}
+    if name == "torch-avx512":
+        env["LD_PRELOAD"] = str(shim(folder))
+    return Contestant(name, ["benchmarks.worker", name, *arguments], env)
+
+
 def shim(folder: Path) -> Path:
     """A library that answers MKL's question for an Intel CPU with yes; else MKL leaves AVX-512 unused on others."""
     compiler = shutil.which("cc") or shutil.which("gcc")
@@ -98,12 +106,7 @@ def run(options: Options) -> None:
     arguments = [options.config, *shlex.split(options.override)]
     cfg, _ = configured(arguments, "python -m benchmarks step", NoOptions)
     with tempfile.TemporaryDirectory() as folder:
-        everyone = []
-        for name in ("engine", *options.against):
-            env = {**os.environ, "BENCHMARK_BORN": str(time.time())}
-            if name == "torch-avx512":
-                env["LD_PRELOAD"] = str(shim(Path(folder)))
-            everyone.append(Contestant(name, ["benchmarks.worker", name, *arguments], env))
+        everyone = [enter(name, arguments, Path(folder)) for name in ("engine", *options.against)]
         for contestant in everyone:
             contestant.ask("1")  # warm
         for number in range(options.rounds):

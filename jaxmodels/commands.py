@@ -172,13 +172,15 @@ def models(name: str | None = None, /) -> None:
         name: a preset or a family, such as llama3-8b.
     """
     if name is None:
+        from jaxmodels.plan import flops
+
         readable = hf.supported()
         print(f"{'':27s}{'parameters':>17s}   FLOPs forward")
         for family, presets in list_models().items():
-            kinds = readable.get(family)
-            print(f"{family}{f' (weights in and out: {chr(44).join(kinds)})' if kinds else ''}")
+            kinds = ", ".join(readable.get(family, ()))
+            print(f"{family}{kinds and f' (weights in and out: {kinds})'}")
             for preset in presets:  # each as soon as it is known
-                model = create(preset)
+                model = flops.countable(create(preset))
                 print(f"  {preset:25s}{model.count():>17,}   {forward_flops(model)}", flush=True)
         return
     model = create(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,7 @@ def forward(model: Model, batch: int, length: int = 8) -> int:
     recomputation is not counted.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    plain = create(_plain(model.config))
+    plain = countable(model)
     stats = jax.eval_shape(plain.stats) or None
     return count(plain.apply, plain.shapes(), *plain.inputs(batch, length), stats=stats)
 
@@ -40,11 +39,11 @@ def per_step(task: Task, batch_size: int) -> int:
     return sum(3 * forward(model, batch_size, *lengths[:1]) for model in task.networks.values())
 
 
-def _plain(config: Any) -> Any:
-    """The config with the reference attention, whose products the walk can see, no free places, nothing recomputed."""
-    known = {f.name for f in dataclasses.fields(config)}
+def countable(model: Model) -> Model:
+    """The model with the reference attention, whose products the walk can see, no free places, nothing recomputed."""
     plain = {"attention": "xla", "routing": "dropless", "remat": "none"}
-    return dataclasses.replace(config, **{name: value for name, value in plain.items() if name in known})
+    differ = {name: value for name, value in plain.items() if getattr(model.config, name, value) != value}
+    return create(model.config, **differ) if differ else model
 
 
 def _count(jaxpr: Any) -> int:
