@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -44,9 +45,13 @@ class NoOptions:
 def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
     """Command-line arguments as a typed object (tyro), with mistakes as one-line `UserError`s.
 
-    `kind` is a dataclass or a function; `--help` prints and exits with 0.
+    `kind` is a dataclass, or a function that is called once all arguments are known to be good; `--help` prints and
+    exits with 0.
     """
     import tyro
+
+    if not isinstance(kind, type):
+        kind = _later(kind)
 
     given: dict[str, Any] = {}
     if default is not None:  # every field of a config takes a value, also a bool
@@ -67,7 +72,17 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
             tyro.cli(kind, args=["--help"], **given)
         known = sorted(set(re.findall(r"--[a-z][\w.-]*", usage.getvalue())))
         raise UserError(_unknown(unknown[0].split("=")[0], known, prog))
-    return value
+    return value if isinstance(kind, type) else value()
+
+
+def _later(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but for its work: it gives what does it. tyro would call it before it says what it did not know."""
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> Any:
+        return functools.partial(function, *args, **kwargs)
+
+    return bind
 
 
 @contextlib.contextmanager
@@ -98,7 +113,8 @@ def _unknown(name: str, known: Sequence[str], prog: str) -> str:
 
 def _one_line(message: str, prog: str) -> str:
     """tyro's boxed error as one line: got, expected, try."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯─ ") for line in message.splitlines()]
+    # colours, and the box in either of the ways that tyro draws it
+    lines = [re.sub(r"\x1b\[[0-9;]*m|-{5,}", "", line).strip("│╭╮╰╯─| ") for line in message.splitlines()]
     lines = [
         line
         for line in lines
@@ -111,6 +127,14 @@ def _one_line(message: str, prog: str) -> str:
         got, option, names = choice.groups()
         names = names.replace("'", "")
         return f"got {option} {got!r}, expected one of {names}{nearest(got, names.split(', '))}"
+    if missing := re.match(r"Missing from .*?: (.*)", text):
+        wanted, _, unknown = missing[1].partition("Unrecognized options:")
+        parts = [part.strip().rstrip(".") for part in wanted.split("(required)")[:-1]]
+        # an argument without a name is told by its description
+        parts = [part if part.startswith("--") else part.partition(" ")[2] for part in parts]
+        got = repr(unknown.split()[0]) if unknown else "too few arguments"
+        close = nearest(got.strip("'"), [part.split()[0] for part in parts])
+        return f"got {got}, expected {' and '.join(parts)}{close or f', try {prog} --help'}"
     if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
         return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {prog} --help"
     return f"got {text}, try {prog} --help" if text else message

@@ -189,7 +189,7 @@ def test_the_command_line_in_a_process_of_its_own():
     typo = run("trian")
     assert typo.returncode == 2
     assert typo.stderr == (
-        "error: got command 'trian', expected one of train, eval, sample, models, data, config, did you mean 'train'?\n"
+        "error: got command 'trian', expected one of train, eval, sample, models, import, export, data, config, did you mean 'train'?\n"
     )
     assert run("--help").stdout.startswith("usage: jaxmodels COMMAND")
     traced = run("sample", "no/such/run", "--traceback")
@@ -213,3 +213,24 @@ def test_models_lists_presets_and_shows_a_tree(capsys):
     assert "layers/attn/k/w          layers=32  embed=4096  kv_heads=8  head_dim=128" in capsys.readouterr().out
     assert main(["models", "llama3-8"]) == 2
     assert "did you mean 'llama3-8b'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["import"], "got too few arguments, expected a folder with config.json"),
+        (["import", "DIR"], "got too few arguments, expected --out PATH"),
+        (
+            ["import", "DIR", "--ou", "RUN"],
+            "got '--ou', expected --out PATH the run directory to make, did you mean '--out'?",
+        ),
+        (["sample", "RUN", "--promt", "a"], "did you mean '--prompt'?"),
+    ],
+)
+def test_a_command_is_not_begun_before_all_of_its_arguments_are_known(argv, said, capsys):
+    from jaxmodels.cli import main
+
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert "got run" not in error and "got 'DIR'" not in error, "the command itself was called"

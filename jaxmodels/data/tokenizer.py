@@ -186,6 +186,8 @@ def build(name: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer saved in a directory, or in a file."""
     file = path / FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise UserError(f"got {path} without {FILE}, expected a folder with one, try another run or folder")
     if not file.is_file():
         near = difflib.get_close_matches(str(path), ["bytes", "chars"], 1)
         known = "bytes, chars or the path of a tokenizer.json that exists"

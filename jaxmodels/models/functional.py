@@ -133,7 +133,8 @@ def preset(name: str) -> Any:
     for key in FAMILIES:
         known |= {key: family(key).config()} | dict(family(key).presets)
     if name not in known:
-        raise UserError(f"got model {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
+        hint = nearest(name, known) or ", try jaxmodels models, which lists them"
+        raise UserError(f"got model {name!r}, expected one of {', '.join(FAMILIES)} or a preset{hint}")
     return known[name]
 
 

@@ -188,3 +188,10 @@ def test_flax_is_imported_in_the_models_alone(root):
     assert outside
     users = [path.name for path in outside if "import flax" in path.read_text() or "from flax" in path.read_text()]
     assert users == []
+
+
+def test_a_family_is_one_file_that_knows_no_other_family(root):
+    for name in functional.FAMILIES:
+        text = (root / "jaxmodels" / "models" / f"{name}.py").read_text()
+        others = [other for other in functional.FAMILIES if f"jaxmodels.models.{other} " in text]
+        assert not others, f"{name} imports {others}"
