@@ -52,7 +52,13 @@ def run(options: Options) -> None:
                 print(record.markdown(rows[-1:], COLUMNS).splitlines()[-1], file=sys.stderr, flush=True)
             for side in sides:
                 side.end()
-    path = record.write(
+            save(rows, options)
+    print(save(rows, options).read_text())
+
+
+def save(rows: list[dict[str, Any]], options: Options) -> Path:
+    """Write the record of what is measured so far."""
+    return record.write(
         options.name,
         "Families against PyTorch",
         rows,
@@ -66,7 +72,6 @@ def run(options: Options) -> None:
         ],
         plot=plot,
     )
-    print(path.read_text())
 
 
 COLUMNS = {
