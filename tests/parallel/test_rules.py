@@ -67,7 +67,7 @@ def test_activations_are_pinned_under_a_mesh_and_left_alone_without():
 
 
 def test_nothing_but_the_table_spells_a_mesh_axis(root):
-    """Mesh axes appear as strings in rules.py alone (config.py names them as fields)."""
+    """Mesh axes appear as strings in rules.py alone (config/sections.py names them as fields)."""
     found = []
     for path in (root / "jaxmodels").rglob("*.py"):
         if path == root / "jaxmodels" / "parallel" / "rules.py":

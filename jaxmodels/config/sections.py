@@ -1,32 +1,29 @@
-"""An experiment as data: frozen dataclasses, and how they are loaded, overridden, explained and saved.
-
-A config file defines `get_config() -> Config`; every field can be overridden as `--section.field value`.
-"""
+"""The sections of an experiment, as frozen dataclasses."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import importlib.util
-import inspect
-import itertools
-import json
-import sys
-import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError
 
 
-def _at_least(name: str, least: int, **fields: int | None) -> None:
+def _at_least(name: str, least: int, **fields: float | None) -> None:
     """Check numbers of a section; for its `__post_init__`."""
     for field, value in fields.items():
         if value is not None and value < least:
             raise UserError(
                 f"got {name}.{field} {value}, expected at least {least}, try --{name}.{field.replace('_', '-')} {least}"
+            )
+
+
+def _shares(section: str, **fields: float) -> None:
+    """Check that fields of a section lie in [0, 1); for its `__post_init__`."""
+    for field, value in fields.items():
+        if not 0 <= value < 1:
+            raise UserError(
+                f"got {section}.{field} {value}, expected a share from 0 up to 1, "
+                f"try --{section}.{field.replace('_', '-')} 0.1"
             )
 
 
@@ -42,14 +39,30 @@ class TaskConfig:
     """Share of the target's probability spread over all classes (Szegedy et al. 2016)."""
     z_loss: float = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
+    multi_label: bool = False
+    """Whether an example may have any number of classes, each judged by itself (classification)."""
+    mixup: float = 0.0
+    """Examples are blended in pairs, by shares of Beta(mixup, mixup) (classification; Zhang et al. 2018); 0: never."""
+    cutmix: float = 0.0
+    """A rectangle of each image is another's, of a share of Beta(cutmix, cutmix) (Yun et al. 2019); 0: never. With
+    mixup too, each batch has one of them."""
     mask_fraction: float = 0.15
     """Share of a text's tokens that are taken out (masked_lm; Devlin et al. 2018)."""
     mask_token: int | None = None
     """Id that stands in their places (masked_lm); None: the last of the vocabulary."""
     keep: tuple[int, ...] = ()
     """Ids that are never taken out (masked_lm), such as those of [PAD], [CLS] and [SEP]."""
+    pixels: Literal["bernoulli", "gaussian"] = "bernoulli"
+    """How pixels spread around what a vae decodes: bernoulli: cross-entropy; gaussian, of variance 1: half the squared
+    error and a constant."""
+    binarise: bool = False
+    """Whether a vae sees each pixel as 0 or 1, drawn anew with its brightness as the probability."""
     beta: float = 1.0
     """Weight of the divergence of the codes from the prior (vae; Higgins et al. 2017)."""
+    beta_warmup_steps: int = 0
+    """Steps over which that weight grows from 0 (vae; Bowman et al. 2016)."""
+    critic_steps: int = 1
+    """Updates of the discriminator for each one of the generator, each on its own share of the batch (gan)."""
     gradient_penalty: float = 10.0
     """Weight of the penalty on the critic's gradient (gan of kind wgan-gp; Gulrajani et al. 2017)."""
 
@@ -59,43 +72,108 @@ class TaskConfig:
                 f"got task.mask_fraction {self.mask_fraction}, expected a share above 0 and below 1, "
                 "try --task.mask-fraction 0.15"
             )
+        _shares("task", label_smoothing=self.label_smoothing)
+        _at_least("task", 1, critic_steps=self.critic_steps)
+        _at_least("task", 0, mixup=self.mixup, cutmix=self.cutmix, beta_warmup_steps=self.beta_warmup_steps)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where batches come from."""
 
-    source: Literal["stdlib", "text", "tfds", "tokens", "synthetic"] = "stdlib"
-    """stdlib: Python's own standard library as text; text: files; tfds: a TensorFlow Datasets set;
+    source: Literal["stdlib", "text", "tfds", "images", "table", "huggingface", "tokens", "synthetic"] = "stdlib"
+    """stdlib: Python's own standard library as text; text: files; tfds: TensorFlow Datasets; images: a folder with one
+    folder of images a class; table: CSV, JSON lines or Parquet; huggingface: a set of the `datasets` library;
     tokens: a memory-mapped token file; synthetic: random batches of the right shape."""
     path: tuple[str, ...] = ()
-    """Files or globs (source=text), or token files (source=tokens)."""
+    """Files or globs (text, table), token files (tokens), or the folder (images)."""
+    eval_path: tuple[str, ...] = ()
+    """The same, to evaluate on; where not given, a share of `path` is (`eval_fraction`)."""
     dir: str | None = None
     """TFDS data directory (source=tfds); TFDS's own default when not given."""
     name: str = ""
-    """Name of the TFDS set, with or without a version: mnist, sst2/1.0.0."""
+    """Name of the set, with or without a version: mnist, sst2/1.0.0 (tfds); of several texts with + (sst2+multi30k);
+    a name of the hub or a folder (huggingface)."""
     train_split: str = "train"
-    """Split to train on, in TFDS's own notation (source=tfds)."""
+    """Split to train on, in TFDS's own notation (tfds, huggingface)."""
     eval_split: str = "validation"
-    """Split to evaluate on, in TFDS's own notation (source=tfds): validation, test, train[90%:]."""
+    """Split to evaluate on, in TFDS's own notation (tfds, huggingface): validation, test, train[90%:]."""
     input_field: str = ""
-    """Field of a TFDS record that is the model's input; found by itself where there is only one."""
+    """Field of a record that is the model's input; found by itself where there is only one; sentence+en: one for each
+    of several sets."""
     label_field: str = "label"
-    """Field of a TFDS record that holds the class."""
+    """Field of a record that holds the class, or several."""
+    target_field: str = ""
+    """Field of a record that holds the translation (seq2seq)."""
+    group_field: str = ""
+    """Field of a record that names its group: each metric is given for each group too, and the largest difference."""
+    captions: tuple[str, ...] = ()
+    """Captions of an image by its class (contrastive): "the digit {label}"; each example has one of them."""
     eval_fraction: float = 0.1
-    """Share held out for evaluation where the source has no splits: by file (stdlib, text of several
-    files) or the last part (text of one file, tokens)."""
+    """Share held out for evaluation where the source has no splits: by a hash of the record (images, table) or file
+    (stdlib, text of several files), so that none ever changes side; else the last part (text of one file, tokens)."""
+    bad_records: int = 100
+    """Records that cannot be read are named, counted and left out, up to so many."""
+    balance: bool = False
+    """Whether each class comes equally often in training, examples of the smaller ones more than once an epoch."""
     tokenizer: str = "bytes"
-    """bytes, chars, or the path of a Hugging Face tokenizer.json."""
+    """bytes, chars, the path of a Hugging Face tokenizer.json or of a folder with one; bpe:8000 or words:8000: a
+    vocabulary of at most that size, made from the texts to train on."""
     seq_len: int = 256
     """Tokens an example (T)."""
+    pack: bool = False
+    """Whether rows hold as many whole texts as fit, kept apart by segment ids, instead of one text, or a window of all
+    texts joined (causal_lm, masked_lm, seq2seq)."""
+    mean: tuple[float, ...] = ()
+    """Taken from each channel of images in [0, 1], before `std` divides."""
+    std: tuple[float, ...] = ()
+    """What each channel is divided by."""
     batch_size: int = 16
     """Examples a step, over all devices and hosts (B)."""
     prefetch: int = 2
     """Batches made ahead of the step."""
+    threads: int = 4
+    """Threads that decode and change images."""
 
     def __post_init__(self) -> None:
-        _at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size)
+        _at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size, threads=self.threads)
+        _at_least("data", 0, bad_records=self.bad_records)
+        if len(self.mean) != len(self.std):
+            raise UserError(
+                f"got data.mean {self.mean} and data.std {self.std}, expected one number of each for a channel, "
+                "try --data.mean 0.5 --data.std 0.5"
+            )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How images of the training set are changed, in this order, at random in each epoch. Evaluation has none of it."""
+
+    crop: float | None = None
+    """Smallest share of an image's area that a random crop has, between 3:4 and 4:3, resized to the model's input
+    (Szegedy et al. 2014); None: whole images. Evaluation then sees the central 7/8."""
+    flip: bool = False
+    """Whether half of the images are mirrored."""
+    shift: int = 0
+    """Pixels that an image moves by, at most, in each direction."""
+    rotate: float = 0.0
+    """Degrees that an image turns by, at most, either way."""
+    colour: float = 0.0
+    """Change of brightness, contrast and saturation, at most (0.4: factors from 0.6 to 1.4)."""
+    randaugment: int = 0
+    """Operations drawn for each image (Cubuk et al. 2020)."""
+    magnitude: float = 9.0
+    """Strength of those operations, from 0 to 10."""
+    cutout: int = 0
+    """Side of a square that is blanked (DeVries & Taylor 2017)."""
+
+    def __post_init__(self) -> None:
+        _at_least("augment", 0, shift=self.shift, randaugment=self.randaugment, cutout=self.cutout, rotate=self.rotate)
+        _at_least("augment", 0, colour=self.colour, magnitude=self.magnitude)
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise UserError(
+                f"got augment.crop {self.crop}, expected a share above 0 and up to 1, try --augment.crop 0.08"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,6 +204,10 @@ class OptimConfig:
     """Kinds of parameter that are decayed."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None: no clipping."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that stay as they are: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each layer to the one below it (ELECTRA; Clark et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +307,9 @@ class InitConfig:
     """Where the parameters start."""
 
     source: str | None = None
-    """A run directory whose parameters to start from; None: random."""
+    """A run directory, or one in Hugging Face's format, whose parameters to start from; None: random."""
+    fresh: tuple[str, ...] = ()
+    """Patterns of parameters that start at random all the same, such as head/*: the rest must be in the source."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +320,7 @@ class Config:
     """The model: a family's config, such as GPT2Config(layers=6)."""
     task: TaskConfig = TaskConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -244,137 +329,3 @@ class Config:
     metrics: MetricsConfig = MetricsConfig()
     profile: ProfileConfig = ProfileConfig()
     init: InitConfig = InitConfig()
-
-
-def load(path: str | Path) -> Config:
-    """The config that a file's `get_config()` returns.
-
-    Raises:
-        UserError: no such file, no `get_config`, or an error inside it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"got config {str(path)!r}, expected a Python file with get_config(){nearest(str(path), near)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"got config {str(path)!r}, expected a Python file with get_config()")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # so that a config can build on its neighbour
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"got config {str(path)!r} that fails with {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"got config {str(path)!r} without get_config(), expected get_config() -> Config")
-    config = module.get_config()
-    if not isinstance(config, Config):
-        raise UserError(f"got {type(config).__name__} from get_config() in {path}, expected jaxmodels.config.Config")
-    return config
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name."""
-    found: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        found |= flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
-    return found
-
-
-def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ, by dotted name: (in a, in b)."""
-    left, right = flatten(a), flatten(b)
-    return {
-        name: (left.get(name), right.get(name)) for name in sorted(left | right) if left.get(name) != right.get(name)
-    }
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The config as JSON values, with the model's family."""
-    from jaxmodels.models.functional import family_of
-
-    return {
-        **dataclasses.asdict(config),
-        "model": {"family": family_of(config.model).name, **dataclasses.asdict(config.model)},
-    }
-
-
-def from_json(value: Mapping[str, Any]) -> Config:
-    """The config that `to_json` wrote."""
-    from jaxmodels.models.functional import family
-
-    model = dict(value["model"])
-    kind = family(model.pop("family")).config
-    sections = {
-        f.name: _decode(get_type_hints(Config)[f.name], value[f.name])
-        for f in dataclasses.fields(Config)
-        if f.name != "model" and f.name in value
-    }
-    return Config(model=_decode(kind, model), **sections)
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    options = [arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)]
-    kind = options[0] if options and isinstance(value, Mapping) else kind
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
-        known = {f.name for f in dataclasses.fields(kind)}
-        if extra := set(value) - known:
-            raise UserError(
-                f"got unknown field {sorted(extra)[0]!r} for {kind.__name__}, expected one of "
-                f"{', '.join(sorted(known))}, try the version that wrote this config"
-            )
-        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
-    return tuple(_decode(None, item) for item in value) if isinstance(value, list) else value
-
-
-def save(config: Config, path: Path, origin: Mapping[str, Any]) -> None:
-    """Write config.json: all fields, and where they came from (file, overrides, versions, commit)."""
-    path.write_text(json.dumps({**to_json(config), "origin": origin}, indent=2) + "\n")
-
-
-def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
-    """The config of a run directory, and its origin.
-
-    Raises:
-        UserError: no run there.
-    """
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        near = [str(p.parent) for p in Path(run).parent.glob("*/config.json")]
-        raise UserError(f"got run {str(run)!r}, expected a directory with config.json{nearest(str(run), near)}")
-    value = json.loads(path.read_text())
-    return from_json(value), value.get("origin", {})
-
-
-def provenance(config: Config, name: str, origin: Mapping[str, Any]) -> str:
-    """Where a field's value came from: the command line, the config file, or the default."""
-    option = "--" + name.replace("_", "-")
-    given = {arg.split("=")[0].replace("_", "-") for arg in origin.get("overrides", [])}
-    if option in given:
-        return "command line"
-    section, _, field = name.partition(".")
-    default = flatten(type(getattr(config, section))())[field]
-    return "default" if default == flatten(config)[name] else f"config file {origin.get('file')}"
-
-
-def documentation(config: Config, name: str) -> str:
-    """The text under a field's definition."""
-    *path, field = name.split(".")
-    owner: Any = config
-    for part in path:
-        owner = getattr(owner, part)
-    return docs(type(owner)).get(field, "")
-
-
-def docs(kind: type) -> dict[str, str]:
-    """The documentation string under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    found: dict[str, str] = {}
-    for node, after in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return found

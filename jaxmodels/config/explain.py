@@ -1,0 +1,60 @@
+"""What a config says: every field by its name, where its value came from, and what it means."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmodels.config.sections import Config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        found |= flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+    return found
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ, by dotted name: (in a, in b)."""
+    left, right = flatten(a), flatten(b)
+    return {
+        name: (left.get(name), right.get(name)) for name in sorted(left | right) if left.get(name) != right.get(name)
+    }
+
+
+def provenance(config: Config, name: str, origin: Mapping[str, Any]) -> str:
+    """Where a field's value came from: the command line, the config file, or the default."""
+    option = "--" + name.replace("_", "-")
+    given = {arg.split("=")[0].replace("_", "-") for arg in origin.get("overrides", [])}
+    if option in given:
+        return "command line"
+    section, _, field = name.partition(".")
+    default = flatten(type(getattr(config, section))())[field]
+    return "default" if default == flatten(config)[name] else f"config file {origin.get('file')}"
+
+
+def documentation(config: Config, name: str) -> str:
+    """The text under a field's definition."""
+    *path, field = name.split(".")
+    owner: Any = config
+    for part in path:
+        owner = getattr(owner, part)
+    return docs(type(owner)).get(field, "")
+
+
+def docs(kind: type) -> dict[str, str]:
+    """The documentation string under each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    found: dict[str, str] = {}
+    for node, after in itertools.pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return found
