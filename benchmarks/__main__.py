@@ -15,6 +15,7 @@ BENCHMARKS = {
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
     "startup": "time to import, and to say that an option is mistyped",
     "data": "training on real data against synthetic batches",
+    "loader": "images and tokens from files: against tf.data and torch's DataLoader",
     "weights": "import and export of a model of 1 GB: seconds and memory",
 }
 """Name of a module here -> one line of help."""

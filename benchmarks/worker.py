@@ -26,7 +26,7 @@ def engine(cfg: Config) -> Run:
     """The project's loop, with data, metrics and display; not saving."""
     import dataclasses
 
-    from jaxmodels.train import loop, optim, run
+    from jaxmodels.train import beginning, loop, optim, run
     from jaxmodels.train.metrics import Clock, Display, Writer
 
     experiment = run.setup(cfg)
@@ -38,7 +38,10 @@ def engine(cfg: Config) -> Run:
         loader.iterate, lambda state: {}, lambda *_: None, lambda now: False, loader.order.indices, lambda now: None
     )
     schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
-    held: dict[str, Any] = {"state": run.initial(experiment), "step": 0}
+    held: dict[str, Any] = {
+        "state": beginning.initial(experiment.cfg, experiment.task, experiment.optimizers, experiment.layout),
+        "step": 0,
+    }
 
     class Watch(Display):
         def update(self, step: int, loss: float, rate: float | None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `jaxmodels train|eval|sample|models|import|export|data|config`.
+"""The command line: `jaxmodels train|eval|tune|sample|models|report|import|export|data|config`.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
 """
@@ -10,16 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.options import NoOptions, PrepareOptions, RunOptions, configured, parse
+from jaxmodels.options import InspectOptions, PrepareOptions, RunOptions, TuneOptions, configured, parse
 
 COMMANDS = {
     "train": "train CONFIG.py [--run-dir DIR] [--resume auto|must|never] [--section.field value ...]",
     "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
+    "tune": "tune CONFIG.py --space FIELD=LOW:HIGH ... [--trials N] [--workers N]          search for good fields",
     "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
     "models": "models [NAME]          families and presets, or one model's tree of parameters",
+    "report": "report RUN [RUN ...] [--out DIR] [--best]          a page of curves and pictures of runs",
     "import": "import DIR --out RUN          a run from weights in Hugging Face's format",
     "export": "export RUN DIR [--best]          a run's weights in Hugging Face's format",
-    "data": "data inspect|prepare|train-tokenizer          what the model will see; tokenise ahead",
+    "data": "data inspect|prepare|clean|train-tokenizer          what the model will see; texts made fit to train on",
     "config": "config explain|diff          where a field's value comes from; how two runs differ",
 }
 
@@ -72,12 +74,12 @@ def dispatch(argv: list[str]) -> int:
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"got command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-    if name == "train":
-        return train(rest)
+    if name in ("train", "tune"):
+        return train(rest) if name == "train" else tune(rest)
     from jaxmodels import commands
 
     groups: dict[str, dict[str, Callable[..., Any]]] = {
-        "data": {"inspect": inspect, "prepare": prepare, "train-tokenizer": commands.train_tokenizer},
+        "data": {"inspect": inspect, "prepare": prepare, "clean": clean, "train-tokenizer": commands.train_tokenizer},
         "config": {"explain": commands.config_explain, "diff": commands.config_diff},
     }
     if name not in groups:
@@ -85,6 +87,10 @@ def dispatch(argv: list[str]) -> int:
             from jaxmodels.hf import commands as weights
 
             function = weights.import_run if name == "import" else weights.export_run
+        elif name == "report":
+            from jaxmodels.report import command
+
+            function = command.report
         else:
             function = {"eval": commands.evaluate, "sample": commands.sample, "models": commands.models}[name]
         return parse(function, rest, f"jaxmodels {name}") or 0
@@ -95,7 +101,7 @@ def dispatch(argv: list[str]) -> int:
     if rest[0] not in known:
         raise UserError(f"got jaxmodels {name} {rest[0]}, expected one of {', '.join(known)}{nearest(rest[0], known)}")
     function = known[rest[0]]
-    if function in (inspect, prepare):
+    if function in (inspect, prepare, clean):
         return function(rest[1:])
     return parse(function, rest[1:], f"jaxmodels {name} {rest[0]}") or 0
 
@@ -108,12 +114,21 @@ def train(argv: list[str]) -> int:
     return commands.train(cfg, where, argv[0], argv[1:])
 
 
+def tune(argv: list[str]) -> int:
+    """`jaxmodels tune CONFIG.py --space …`."""
+    cfg, options = configured(argv, "jaxmodels tune", TuneOptions)
+    from jaxmodels.train import tune as searching
+
+    searching.command(cfg, options, argv[0], argv)
+    return 0
+
+
 def inspect(argv: list[str]) -> int:
-    """`jaxmodels data inspect CONFIG.py`."""
-    cfg, _ = configured(argv, "jaxmodels data inspect", NoOptions)
+    """`jaxmodels data inspect CONFIG.py [--out FILE]`."""
+    cfg, where = configured(argv, "jaxmodels data inspect", InspectOptions)
     from jaxmodels.data import commands
 
-    commands.inspect(cfg)
+    commands.inspect(cfg, out=where.out)
     return 0
 
 
@@ -124,3 +139,14 @@ def prepare(argv: list[str]) -> int:
 
     commands.prepare(cfg.data, where.out)
     return 0
+
+
+def clean(argv: list[str]) -> int:
+    """`jaxmodels data clean FILE... --out FILE.jsonl`."""
+    from jaxmodels.data.clean import command
+
+    return parse(command, argv, "jaxmodels data clean") or 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

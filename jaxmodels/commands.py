@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from jaxmodels import config as configs
 from jaxmodels import data, hf
-from jaxmodels.config import Config, MeshConfig
+from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.models.functional import create, list_models
 from jaxmodels.options import RunOptions
@@ -41,13 +40,14 @@ def train(cfg: Config, where: RunOptions, file: str, overrides: list[str]) -> in
 def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
     """What came out, where it lies, and what to do next."""
     from jaxmodels.report import curves
+    from jaxmodels.train.metrics import main
     from jaxmodels.train.run import averaged
 
     train_data, eval_data, tokenizer = experiment.train_data, experiment.eval_data, experiment.train_data.tokenizer
     found = result.metrics or curves.last(run)
     print(
         f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
-        + ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        + ", ".join(f"{name} {value:.4f}" for name, value in main(found).items())
     )
     baseline = {}
     if isinstance(train_data, data.Windows) and isinstance(eval_data, data.Windows):
@@ -79,40 +79,70 @@ def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, t
     return tokenizer.decode(draw(model, params, ids, room, **how)[0])
 
 
-def evaluate(run: str, /, split: str | None = None, best: bool = False, json: Path | None = None) -> None:
-    """Metrics of a run on held-out data.
+def evaluate(
+    run: str,
+    /,
+    split: str | None = None,
+    best: bool = False,
+    json: Path | None = None,
+    data_dir: str | None = None,
+    classifier: Path | None = None,
+    beams: int = 4,
+) -> None:
+    """Metrics of a run on held-out data; of a translator BLEU too.
 
     Args:
         run: run directory.
         split: another split of a TFDS set than the run's own.
         best: the best checkpoint instead of the newest.
         json: write the metrics to this file too.
+        data_dir: another TFDS data directory than the run's own.
+        classifier: a run of a classifier that judges 1,000 images which a generative model makes.
+        beams: width of the search for translations; 1: the likeliest token each time.
     """
-    from jaxmodels.train import evaluate as evaluation
     from jaxmodels.train import run as runs
-    from jaxmodels.train.checkpoint import Checkpointer
+    from jaxmodels.train import saved
 
     runs.compilation_cache()
-    cfg, _ = configs.read(run)
-    section = cfg.data if split is None else dataclasses.replace(cfg.data, eval_split=split)
-    # the result does not depend on the mesh: whatever is here will do
-    plain = dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
-    cfg = dataclasses.replace(cfg, data=section, mesh=MeshConfig(), train=plain)
-    experiment = runs.setup(cfg)
-    checkpointer = Checkpointer(Path(run) / "checkpoints")
-    kind = "params" if cfg.train.ema is None else "ema"
-    params, _, at = checkpointer.restore_params(
-        "best" if best else None, subtree=kind, abstract=experiment.layout.params
-    )
-    stats = experiment.layout.stats
-    if jax.tree.leaves(stats):
-        stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
-    found = evaluation.build(experiment.task, experiment.mesh)(params, stats, experiment.loader("eval").once()) or {}
-    print(f"{run}, step {at}, on {experiment.eval_data.describe()}")
-    for name, value in found.items():
-        print(f"  {name:12s} {value:.6g}")
+    opened = saved.open_run(Path(run), split, best, data_dir)
+    found = opened.measure()
+    if opened.experiment.cfg.task.name == "seq2seq" and opened.experiment.cfg.data.source != "synthetic":
+        found |= saved.translated(opened, beams)
+    if classifier is not None:
+        found |= saved.judged(opened, classifier)
+    print(f"{run}, step {opened.step}, on {opened.experiment.eval_data.describe()}")
+    print(table(found))
     if json is not None:
-        json.write_text(dumps({"run": run, "step": at, **found}, indent=2) + "\n")
+        json.write_text(dumps({"run": run, "step": opened.step, **found}, indent=2) + "\n")
+
+
+def table(found: dict[str, float]) -> str:
+    """Metrics as text: single ones in a column, those of classes and groups as rows of a table."""
+    lines = [f"  {name:18s} {value:.6g}" for name, value in found.items() if "/" not in name]
+    nested = [name for name in found if "/" in name]
+    for kind in dict.fromkeys("group" if name.startswith("group/") else "class" for name in nested):
+        cells: dict[str, dict[str, float]] = {}
+        for name in nested:
+            if name.startswith("group/") != (kind == "group"):
+                continue
+            first, second = name.split("/", 1)
+            if kind == "group":
+                first, second = second.split("/", 1)
+                if "/" in second:  # classes within a group: in the file
+                    continue
+            row, column = (first, second) if kind == "group" else (second, first)
+            if column == "gap" or first == "gap":
+                row, column = (f"gap in {second}", "difference")
+                if "/" in second:
+                    continue
+            cells.setdefault(row, {})[column] = found[name]
+        columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+        width = max(map(len, [kind, *cells]))
+        lines.append("\n  " + "  ".join([f"{kind:{width}s}", *(f"{column:>12s}" for column in columns)]))
+        for row, values in cells.items():
+            shown = (f"{values[column]:12.4f}" if column in values else " " * 12 for column in columns)
+            lines.append("  " + "  ".join([f"{row:{width}s}", *shown]))
+    return "\n".join(lines)
 
 
 def sample(

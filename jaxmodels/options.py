@@ -38,6 +38,28 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
+class InspectOptions:
+    """Where a picture of images goes, and the fields of the experiment."""
+
+    out: Path = Path("inspect.png")
+    """PNG of images to train on, where the data has some."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Where the search lives and what it tries, and the fields of the experiment."""
+
+    space: tuple[str, ...] = ()
+    """Fields to choose: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim.name=adamw,muon."""
+    trials: int = 20
+    """Runs in all, those of an earlier command on the same study included."""
+    workers: int = 1
+    """Processes that try at the same time, on this machine; others may join by the same command elsewhere."""
+    out: str | None = None
+    """Directory of the study and its runs; runs/<name of the config file>-tune when not given."""
+
+
+@dataclass(frozen=True)
 class NoOptions:
     """The fields of the experiment."""
 

@@ -24,6 +24,6 @@ from jaxmodels.config.sections import (
 
 __all__ = [
     "AugmentConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "InitConfig", "MeshConfig",
-    "MetricsConfig", "OptimConfig", "ProfileConfig", "TaskConfig", "TrainConfig", "differences", "docs", "documentation", "flatten",
-    "from_json", "load", "provenance", "read", "save", "to_json",
+    "MetricsConfig", "OptimConfig", "ProfileConfig", "TaskConfig", "TrainConfig", "differences", "docs",
+    "documentation", "flatten", "from_json", "load", "provenance", "read", "save", "to_json",
 ]  # fmt: skip

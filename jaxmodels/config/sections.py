@@ -107,6 +107,8 @@ class DataConfig:
     """Field of a record that holds the translation (seq2seq)."""
     group_field: str = ""
     """Field of a record that names its group: each metric is given for each group too, and the largest difference."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in captions, where the set's own will not do."""
     captions: tuple[str, ...] = ()
     """Captions of an image by its class (contrastive): "the digit {label}"; each example has one of them."""
     eval_fraction: float = 0.1

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxmodels.config import Config, DataConfig
-from jaxmodels.data import Loader, Order, corpus, open_for, tfds, tokens
+from jaxmodels.data import Loader, Order, corpus, open_corpus, open_for, preview, tokens
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.data.source import Source, Split, Windows, unigram_loss
-from jaxmodels.errors import UserError
-
-_SHADES = " .:-=+*#%@"
-_WIDTH = 32
 
 
-def inspect(cfg: Config, n: int = 3) -> None:
-    """Prints what a run would train and evaluate on, and the first n examples as the model will see them."""
+def inspect(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
+    """Prints what a run would train and evaluate on, and the first n examples as the model will see them.
+
+    Of images it draws some into `out`, each as several epochs change it.
+    """
     sources: dict[Split, Source] = {}
     for split in ("train", "eval"):
         source = sources[split] = open_for(cfg, split)
@@ -37,15 +35,15 @@ def inspect(cfg: Config, n: int = 3) -> None:
         step, row = divmod(k, order.batch_size)
         example = {name: x[row] for name, x in loader.local(step).items()}
         print(f"\nBatch {step}, row {row}: example {order.indices(step)[row]} of epoch {order.epochs(step)[row]}")
-        print(show(example, train))
+        print(preview.show(example, train))
+    first = np.concatenate([order.indices(k) for k in range(-(-preview.IMAGES // order.batch_size))])
+    if preview.grid(train, first[: preview.IMAGES], out):
+        print(f"\n{out}: images to train on with their labels, each as several epochs show it")
 
 
 def prepare(data: DataConfig, out: Path) -> None:
     """Tokenises the texts of a source once, into train.bin and val.bin for `--data.source tokens`."""
-    sources = {"stdlib": corpus.stdlib, "text": corpus.text, "tfds": tfds.corpus}
-    if data.source not in sources:
-        raise UserError(f"got data.source {data.source}, expected a source of texts: {', '.join(sources)}, try text")
-    texts = sources[data.source](data)
+    texts = open_corpus(data)
     tokenizer = corpus.build_tokenizer(texts, data, None)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
@@ -64,38 +62,3 @@ def train_tokenizer(paths: tuple[str, ...], vocab_size: int, out: Path) -> None:
     ratio = len(sample.encode()) / max(len(tokenizer.encode(sample)), 1)
     print(f"{out}: {tokenizer.vocab_size:,} tokens, {ratio:.2f} bytes a token at the beginning of {files[0].name}")
     print(f"Use it with --data.tokenizer {out} --model.vocab-size {tokenizer.vocab_size}")
-
-
-def show(example: dict[str, np.ndarray], source: Source) -> str:
-    """One example of a batch as text."""
-    if "tokens" in example:
-        ignored = int((example["targets"] < 0).sum())
-        return _text(example["tokens"], source) + f"\n    {ignored} of {len(example['targets'])} targets ignored"
-    label, names = int(example["labels"]), source.class_names
-    named = f" ({names[label]})" if 0 <= label < len(names) and names[label] != str(label) else ""
-    x = example["inputs"]
-    body = _text(np.trim_zeros(x, "b"), source) if source.tokenizer else _image(x) if x.ndim == 3 else _numbers(x)
-    return f"{body}\n    label {label}{named}"
-
-
-def _text(ids: np.ndarray, source: Source) -> str:
-    if source.tokenizer is None:
-        return _numbers(ids)
-    lines = source.tokenizer.decode(ids).split("\n")
-    # A control character of the data must not reach the terminal.
-    shown = ("".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line) for line in lines)
-    return "\n".join(f"    | {line}" for line in shown)
-
-
-def _numbers(x: np.ndarray) -> str:
-    flat: list[Any] = x.reshape(-1)[:_WIDTH].tolist()
-    return f"    {x.shape} {x.dtype}: {' '.join(f'{v:.4g}' for v in flat)}{' ...' if x.size > _WIDTH else ''}"
-
-
-def _image(x: np.ndarray) -> str:
-    gray = x.astype(np.float32).mean(-1)
-    step = -(-max(gray.shape) // _WIDTH)
-    gray = gray[::step, ::step] - gray.min()
-    shade = (gray / max(float(gray.max()), 1e-9) * (len(_SHADES) - 1)).astype(int)
-    rows = ("".join(_SHADES[v] * 2 for v in row) for row in shade)
-    return f"    {x.shape} {x.dtype}, {x.min()} to {x.max()}\n" + "\n".join(f"    | {row}".rstrip() for row in rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data import tokenizer as tokenizers
+from jaxmodels.data.records import check_fraction, place
 from jaxmodels.data.source import Split
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
@@ -95,26 +95,13 @@ def expand(patterns: Sequence[str], source: str) -> list[Path]:
 def split_files(files: Sequence[Path], root: Path, eval_fraction: float) -> dict[Split, list[Path]]:
     """Each file goes to one split by a hash of its path below `root`, and neither split is left empty."""
     check_fraction(eval_fraction)
-
-    def place(file: Path) -> float:
-        name = file.relative_to(root).as_posix().encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") / 2**64
-
-    places = {file: place(file) for file in files}
+    places = {file: place(file.relative_to(root).as_posix().encode()) for file in files}
     ranked = sorted(files, key=places.__getitem__)
     count = sum(p < eval_fraction for p in places.values())
     if eval_fraction > 0:
         count = min(max(count, 1), len(files) - 1)
     held_out = set(ranked[:count])
     return {"train": [f for f in files if f not in held_out], "eval": [f for f in files if f in held_out]}
-
-
-def check_fraction(eval_fraction: float) -> None:
-    """Raises UserError unless it lies in [0, 1)."""
-    if not 0 <= eval_fraction < 1:
-        raise UserError(
-            f"got data.eval_fraction {eval_fraction}, expected 0 <= fraction < 1, try --data.eval-fraction 0.1"
-        )
 
 
 def read(files: Iterable[Path], strict: bool) -> Iterator[str]:
@@ -142,7 +129,7 @@ def build_tokenizer(corpus: Corpus, cfg: DataConfig, vocab_size: int | None) -> 
 
     Raises: UserError where it has more tokens than `vocab_size`, the model's.
     """
-    tokenizer = tokenizers.build(cfg.tokenizer, corpus.all_documents)
+    tokenizer = tokenizers.build(cfg.tokenizer, corpus.all_documents, lambda: corpus.documents("train"))
     check_vocab(tokenizer.vocab_size, vocab_size)
     return tokenizer
 

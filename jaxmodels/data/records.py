@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
+from jaxmodels.config import DataConfig
+from jaxmodels.errors import UserError
+
 Kind = Literal["image", "text", "label", "labels", "array"]
+
+_AT_ONCE = 1024
+_SHOWN = 3
+
+_log = logging.getLogger("jaxmodels")
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,15 @@ class Bad:
 class Records(ABC):
     """A finite set of records that can be read in any order.
 
-    `fingerprint` is a short hash that changes when the records do.
+    `fingerprint` is a short hash that changes when the records do; `whole`: its texts are parts of one, joined with
+    nothing between.
     """
 
     label: str
     """What it is, in a few words."""
     fields: Mapping[str, Field]
     fingerprint: str
+    whole: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -55,3 +71,223 @@ class Records(ABC):
     @abstractmethod
     def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
         """These fields of these records, each with the kind of value that its `Field` says; thread-safe."""
+
+    def where(self, index: int) -> str:
+        """File and row of a record, or the file alone."""
+        return f"{self.label}, record {index}"
+
+
+class Joined(Records):
+    """One field of several sets, one set after the other, under the first one's name for it."""
+
+    def __init__(self, parts: Sequence[Records], names: Sequence[str]) -> None:
+        self.parts, self._names = tuple(parts), tuple(names)
+        self.label = " + ".join(part.label for part in parts)
+        self.fields = {names[0]: parts[0].fields[names[0]]}
+        self.fingerprint = digest(repr([(p.fingerprint, n) for p, n in zip(parts, names, strict=True)]).encode())
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
+        found: list[dict[str, Any] | Bad] = [{}] * len(indices)
+        which, inside = self._place(indices)
+        for part in np.unique(which) if fields else ():
+            rows = np.flatnonzero(which == part)
+            values = self.parts[part].read(inside[rows].tolist(), [self._names[part]])
+            for row, value in zip(rows.tolist(), values, strict=True):
+                found[row] = value if isinstance(value, Bad) else {fields[0]: value[self._names[part]]}
+        return found
+
+    def where(self, index: int) -> str:
+        which, inside = self._place([index])
+        return self.parts[which[0]].where(int(inside[0]))
+
+    def _place(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        wanted = np.asarray(indices, np.int64)
+        which = np.searchsorted(self._ends, wanted, side="right")
+        return which, wanted - np.concatenate([[0], self._ends])[which]
+
+
+class Row(dict[str, Any]):
+    """The fields of a record, and the `index` that it has in its set."""
+
+    def __init__(self, values: Mapping[str, Any], index: int) -> None:
+        super().__init__(values)
+        self.index = index
+
+
+class Reader:
+    """Fields of records, without those that cannot be read.
+
+    Each bad record is logged once, by name, and counted; more than `limit` of them stop the run.
+    """
+
+    def __init__(self, records: Records, fields: Sequence[str], limit: int) -> None:
+        self.records, self.fields, self.limit = records, tuple(fields), limit
+        self._bad: dict[int, Bad] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def left_out(self) -> int:
+        """How many records have been found bad so far."""
+        return len(self._bad)
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> tuple[list[Row], np.ndarray]:
+        """These records, the next good one in the place of a bad one; and in which places that is so, bool (B,).
+
+        Thread-safe; what comes is a function of the indices alone.
+
+        Raises: UserError where more than the limit are bad.
+        """
+        wanted = [int(i) for i in indices]
+        places, rows = [self._good(i) for i in wanted], [Row({}, -1)] * len(wanted)
+        left = list(range(len(wanted)))
+        while left:
+            values = self.records.read([places[k] for k in left], self.fields)
+            again = []
+            for k, value in zip(left, values, strict=True):
+                if isinstance(value, Bad):
+                    self._leave_out(places[k], value)
+                    places[k] = self._good(places[k])
+                    again.append(k)
+                else:
+                    rows[k] = Row(value, places[k])
+            left = again
+        return rows, np.array(places, np.int64) != np.array(wanted, np.int64)
+
+    def all(self) -> Iterator[list[Row]]:
+        """Every good record once, in order, some at a time.
+
+        Raises: UserError where more than the limit are bad.
+        """
+        for start in range(0, len(self.records), _AT_ONCE):
+            some = [i for i in range(start, min(start + _AT_ONCE, len(self.records))) if i not in self._bad]
+            good = []
+            for index, value in zip(some, self.records.read(some, self.fields), strict=True):
+                if isinstance(value, Bad):
+                    self._leave_out(index, value)
+                else:
+                    good.append(Row(value, index))
+            yield good
+
+    def bad(self, index: int, reason: str) -> None:
+        """Leave out a record that turned out to be bad after it was read: `Row.index`, and why.
+
+        `rows` of the same indices then gives what stands in for it.
+
+        Raises: UserError where more than the limit are bad.
+        """
+        self._leave_out(index, Bad(self.records.where(index), reason))
+
+    def _good(self, index: int) -> int:
+        n = len(self.records)
+        for place in range(index, index + n):
+            if place % n not in self._bad:
+                return place % n
+        raise UserError(
+            f"got {self.records.label}, all {n:,} records of which are bad (the last: {self._last()}), "
+            "expected some that can be read, try repairing them"
+        )
+
+    def _leave_out(self, index: int, bad: Bad) -> None:
+        with self._lock:
+            if index in self._bad:
+                return
+            self._bad[index] = bad
+            count, last = len(self._bad), self._last()
+        _log.warning("left out %s", bad)
+        if count > self.limit:
+            raise UserError(
+                f"got {count:,} bad records in {self.records.label} (the last: {last}), "
+                f"expected at most {self.limit:,}, try repairing them or --data.bad-records {10 * max(self.limit, 1)}"
+            )
+
+    def _last(self) -> str:
+        return "; ".join(map(str, list(self._bad.values())[-_SHOWN:]))
+
+
+def input_field(records: Records, cfg: DataConfig, kinds: Sequence[Kind]) -> str:
+    """The field that `data.input_field` names or, without it, the only one of the first of `kinds` that there is.
+
+    Raises: UserError with the fields that could be meant.
+    """
+    if cfg.input_field:
+        # of several sets the first one's name is the name for all
+        name = cfg.input_field.split("+")[0] if isinstance(records, Joined) else cfg.input_field
+        return named_field(records, "input_field", name, kinds)
+    taken = {cfg.target_field, cfg.group_field, cfg.label_field}
+    found = {kind: _of_kinds(records, [kind], taken) for kind in kinds}
+    candidates = next((names for names in found.values() if names), [])
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        tasks = "--task.name classification or " if tuple(kinds) == ("text",) else ""
+        raise UserError(
+            f"got {records.label} with the fields {', '.join(sorted(records.fields))}, "
+            f"expected {_article(kinds)} field, try {tasks}another --data.name or --data.path"
+        )
+    raise UserError(
+        f"got no data.input_field, expected one of {', '.join(candidates)}, try --data.input-field {candidates[0]}"
+    )
+
+
+def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind]) -> str:
+    """The name again, where the records have that field and it is of one of these kinds.
+
+    Raises: UserError with the fields that could be meant; `option` is the one that named it, such as label_field.
+    """
+    flag = f"--data.{option.replace('_', '-')}"
+    if name not in records.fields:
+        raise UserError(unknown(f"data.{option}", name, sorted(records.fields), flag))
+    if (kind := records.fields[name].kind) not in kinds:
+        candidates = _of_kinds(records, kinds, {name})
+        hint = f"{flag} {candidates[0]}" if candidates else "another --task.name or another set"
+        raise UserError(
+            f"got data.{option} {name!r}, which is {_article([kind])}, not {_article(kinds)}, "
+            f"expected one of {', '.join(candidates) or 'none: the set has no such field'}, try {hint}"
+        )
+    return name
+
+
+def _of_kinds(records: Records, kinds: Sequence[Kind], taken: set[str]) -> list[str]:
+    return sorted(name for name, field in records.fields.items() if field.kind in kinds and name not in taken)
+
+
+def _article(kinds: Sequence[Kind]) -> str:
+    return " or ".join(f"{'an' if kind[0] in 'aio' else 'a'} {kind}" for kind in kinds)
+
+
+def unknown(what: str, got: str, known: Sequence[str], flag: str, where: str = "") -> str:
+    """What to say of a name that is none of the known ones, nearest first."""
+    near = difflib.get_close_matches(got, known, 1, cutoff=0.3) or list(known[:1])
+    hint = f"{flag} {near[0]}" if near else flag
+    return f"got {what} {got!r}, expected one of {', '.join(known)}{where}, try {hint}"
+
+
+def place(key: bytes) -> float:
+    """Where a record stands in [0, 1), by a hash of what it is; those below `eval_fraction` are held out."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+
+
+def digest(content: bytes) -> str:
+    """A short hash, for a fingerprint."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def check_fraction(eval_fraction: float) -> None:
+    """Raises UserError unless it lies in [0, 1)."""
+    if not 0 <= eval_fraction < 1:
+        raise UserError(
+            f"got data.eval_fraction {eval_fraction}, expected 0 <= fraction < 1, try --data.eval-fraction 0.1"
+        )
+
+
+def check_some(records: Records, split: str) -> None:
+    """Raises UserError where a split by hash has left nothing to `split` on."""
+    if not len(records):
+        raise UserError(
+            f"got 0 records to {split} on in {records.label}, expected at least 1, try more data, "
+            "another --data.eval-fraction or --data.eval-path"
+        )

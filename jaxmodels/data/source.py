@@ -30,6 +30,8 @@ class Source(ABC):
     vocab_size: int | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    """Names of the groups that a batch's `group` (B,) counts."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -38,10 +40,11 @@ class Source(ABC):
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Fresh arrays of the examples `indices`, each as its epoch shows it.
 
-        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,);
-        masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32 (B, T); contrastive: images (B, H, W, C),
-        tokens int32 (B, T), labels int32 (B,).
-        A target or label of -1 is ignored.
+        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,) or, of
+        several labels, float32 (B, classes); masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32 (B, T);
+        contrastive: images (B, H, W, C), tokens int32 (B, T), labels and classes int32 (B,).
+        A target or label of -1 is ignored. Rows of texts have `segment_ids` (B, T), 0 where they are filled up, and
+        `target_segment_ids` those of seq2seq's targets; `positions` (B, T) start anew with each text of a row.
         """
 
     @abstractmethod
@@ -79,6 +82,7 @@ class Windows(Source):
             raise UserError(f"got data.seq_len {seq_len}, expected at least 1, try --data.seq-len 256")
         self.arrays, self.seq_len, self.split, self.label, self._check = tuple(arrays), seq_len, split, label, check
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self._sizes = None if tokenizer is None else tokenizer.sizes()
         lengths = np.array([len(a) for a in self.arrays], np.int64)
         counts = lengths // seq_len - 1 if split == "train" else -(-(lengths - 1) // seq_len)
         self._counts = np.maximum(counts, 0)
@@ -107,7 +111,14 @@ class Windows(Source):
             rows[here] = _read(self.arrays[i], starts[here], self.seq_len + 1)
         if self._check is not None and rows.max() >= self._check:
             raise UserError(_too_large(int(rows.max()), self._check, self.label))
-        return {"tokens": np.maximum(rows[:, :-1], 0), "targets": np.ascontiguousarray(rows[:, 1:])}
+        batch = {"tokens": np.maximum(rows[:, :-1], 0), "targets": np.ascontiguousarray(rows[:, 1:])}
+        return batch | self._bytes(batch["targets"])
+
+    def _bytes(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """In evaluation, the bytes of text that each target stands for, where the tokenizer says them."""
+        if self._sizes is None or self.split == "train":
+            return {}
+        return {"bytes": self._sizes[np.clip(targets, 0, len(self._sizes) - 1)]}
 
     def describe(self) -> str:
         name = f"tokenizer {self.tokenizer}" if self.tokenizer else "no tokenizer"
@@ -131,38 +142,6 @@ def _read(array: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
         rest = array[starts[row] :]
         rows[row, : len(rest)] = rest
     return rows
-
-
-class Examples(Source):
-    """Inputs and labels held in memory."""
-
-    def __init__(
-        self,
-        inputs: np.ndarray,
-        labels: np.ndarray,
-        *,
-        split: Split,
-        label: str,
-        num_classes: int | None = None,
-        class_names: Sequence[str] = (),
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        self.inputs, self.labels, self.split, self.label = inputs, labels.astype(np.int32), split, label
-        self.num_classes, self.class_names = num_classes, tuple(class_names)
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size if tokenizer else None
-        identity = tokenizer.to_json() if tokenizer else None
-        self.fingerprint = fingerprint([self.inputs, self.labels], "examples", split, identity)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        return {"inputs": self.inputs[indices], "labels": self.labels[indices]}
-
-    def describe(self) -> str:
-        shape = "x".join(map(str, self.inputs.shape[1:]))
-        what = f"{len(self):,} examples of {shape} {self.inputs.dtype}, {self.num_classes} classes"
-        return f"{self.label}: {what} ({self.split})"
 
 
 def fingerprint(arrays: Sequence[np.ndarray], *facts: Any) -> str:

@@ -3,136 +3,129 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data import corpus as corpora
-from jaxmodels.data.source import Examples, Source, Split, fingerprint
-from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.data.records import Bad, Field, Joined, Records, digest, input_field, unknown
+from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 
-IN_MEMORY = 1 << 30
-
-_READ = 1024
+_SAMPLED = 256
 
 
-class Records(Source):
-    """Examples too large to hold in memory: read and decoded as they are asked for."""
+def records(cfg: DataConfig, split: Split) -> Records:
+    """The records of a set, or the texts of several, whose names and fields are joined by +.
 
-    def __init__(
-        self, data: Any, fields: tuple[str, str], *, split: Split, label: str, classes: tuple[int, Sequence[str]]
-    ) -> None:
-        self._data, self._fields, self._split, self._label = data, fields, split, label
-        self.num_classes, self.class_names = classes[0], tuple(classes[1])
-        seen = np.linspace(0, len(data) - 1, min(len(data), 256)).astype(np.int64).tolist()
-        raw = b"".join(bytes(record) for record in data.data_source.__getitems__(seen))
-        self.fingerprint = fingerprint([np.frombuffer(raw, np.uint8)], "records", split, fields, len(data))
+    Images are given as the bytes that the set holds, for others to decode.
+
+    Raises: UserError where there is no such set, split or field, with the nearest that there is.
+    """
+    names = [name.strip() for name in cfg.name.split("+")] if "+" in cfg.name else [cfg.name]
+    if len(names) == 1:
+        return _Set(cfg, split)
+    fields = cfg.input_field.split("+") if cfg.input_field else [""] * len(names)
+    if len(fields) != len(names):
+        raise UserError(
+            f"got data.input_field {cfg.input_field!r} for {len(names)} sets ({cfg.name}), expected a field of each, "
+            f"try --data.input-field {'+'.join((fields * len(names))[: len(names)])}"
+        )
+    each = [replace(cfg, name=name, input_field=field) for name, field in zip(names, fields, strict=True)]
+    parts = [_Set(one, split) for one in each]
+    return Joined(parts, [input_field(part, one, ("text",)) for part, one in zip(parts, each, strict=True)])
+
+
+class _Set(Records):
+    """One split of a set."""
+
+    def __init__(self, cfg: DataConfig, split: Split) -> None:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(prepared(cfg))
+        self.label = f"tfds {builder.info.full_name}"
+        self._data = _open(builder, cfg, split)
+        self._features: Any = builder.info.features
+        # sorted: TFDS's own order differs from one process to the next
+        found = {name: _field(self._features[name]) for name in sorted(self._features)}
+        self.fields = {name: field for name, field in found.items() if field}
+        self._split = cfg.train_split if split == "train" else cfg.eval_split
+        # Sets of one text a split (tiny_shakespeare) are one text cut up.
+        self.whole = all(info.num_examples == 1 for info in builder.info.splits.values())
+        seen = np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(np.int64).tolist()
+        raw = b"".join(bytes(record) for record in self._data.data_source.__getitems__(seen))
+        facts = repr((str(builder.info.full_name), len(self), self.fields))
+        self.fingerprint = digest(facts.encode() + raw)
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        records = self._data.__getitems__(indices.tolist())
-        inputs = [record[self._fields[0]] for record in records]
-        if len(shapes := {np.shape(x) for x in inputs}) > 1:
-            raise UserError(
-                f"got {self._fields[0]} of different shapes {sorted(shapes)[:2]}, expected one shape, "
-                "try a set whose images have one size"
-            )
-        return {"inputs": np.stack(inputs), "labels": np.array([r[self._fields[1]] for r in records], np.int32)}
+    def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
+        import tensorflow_datasets as tfds
 
-    def describe(self) -> str:
-        return f"{self._label}: {len(self):,} records read as needed, {self.num_classes} classes ({self._split})"
+        if not indices or not fields:
+            return [{} for _ in indices]
+        skip = {name: tfds.decode.SkipDecoding() for name in fields if self.fields[name].kind == "image"}
+        features = tfds.features.FeaturesDict({name: self._features[name] for name in fields})
+        with _quiet():
+            raw = self._data.data_source.__getitems__([int(i) for i in indices])
+            return [self._one(i, record, features, skip) for i, record in zip(indices, raw, strict=True)]
 
+    def where(self, index: int) -> str:
+        return f"{self.label} {self._split}, record {index}"
 
-def corpus(cfg: DataConfig) -> corpora.Corpus:
-    """The texts of a set's one text field."""
-    builder = _builder(cfg)
-    field = _input_field(builder, cfg, text_only=True)
-
-    def documents(split: Split) -> Iterator[str]:
-        for records in _records(_open(builder, cfg, split)):
-            yield from (record[field].decode("utf-8") for record in records)
-
-    # Sets of one text a split (tiny_shakespeare) are one text cut up: joined again as it was.
-    whole = all(info.num_examples == 1 for info in builder.info.splits.values())
-    return corpora.Corpus(f"{_title(builder)} {field}", documents, whole)
+    def _one(self, index: int, raw: Any, features: Any, skip: Any) -> dict[str, Any] | Bad:
+        try:
+            example = features.deserialize_example_np(raw, decoders=skip)
+            return {name: _value(example[name], self.fields[name]) for name in features}
+        except UnicodeDecodeError as error:
+            return Bad(self.where(index), f"byte {error.start} of a text is not UTF-8")
+        except Exception as error:  # what the reader of a damaged record raises depends on where the damage is
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return Bad(self.where(index), f"cannot be read ({reason})")
 
 
-def examples(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
-    """The inputs and labels of a set; texts become tokens, cut or filled up with 0 to seq_len."""
-    import tensorflow_datasets as tfds
+def _field(feature: Any) -> Field | None:
+    """What a feature holds; None where nothing here can use it."""
+    from tensorflow_datasets import features
 
-    builder = _builder(cfg)
-    features = builder.info.features
-    field = _input_field(builder, cfg, text_only=False)
-    if cfg.label_field not in features:
-        raise UserError(_unknown("data.label_field", cfg.label_field, sorted(features), "--data.label-field"))
-    label = features[cfg.label_field]
-    classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else None
-    names = label.names if isinstance(label, tfds.features.ClassLabel) else ()
-    data = _open(builder, cfg, split)
-    title = f"{_title(builder)} {field}"
-
-    if isinstance(features[field], tfds.features.Text):
-        tokenizer = corpora.build_tokenizer(corpus(cfg), cfg, vocab_size)
-        inputs, labels = _read_texts(data, field, cfg, tokenizer)
-        title += f", tokenizer {tokenizer}"
-    else:
-        tokenizer = None
-        shape = features[field].shape
-        size = np.dtype(features[field].np_dtype).itemsize * math.prod(shape) if None not in shape else math.inf
-        if len(data) * size > IN_MEMORY:
-            if classes is None:
-                raise UserError(
-                    f"got the field {cfg.label_field}, expected a ClassLabel, try another --data.label-field"
-                )
-            return Records(data, (field, cfg.label_field), split=split, label=title, classes=(classes, names))
-        inputs, labels = _read_arrays(data, field, cfg.label_field, shape, features[field].np_dtype)
-    if classes is None:
-        classes = int(labels.max(initial=-1)) + 1
-    return Examples(
-        inputs, labels, split=split, label=title, num_classes=classes, class_names=names, tokenizer=tokenizer
-    )
+    # the annotations of TFDS allow far more than there is
+    kinds: Any = features
+    if isinstance(feature, kinds.ClassLabel):
+        return Field("label", tuple(feature.names))
+    if isinstance(feature, kinds.Image) and feature.np_dtype == np.uint8:
+        return Field("image", shape=tuple(feature.shape))
+    if isinstance(feature, kinds.Sequence):
+        inner = _field(feature.feature)
+        if inner is None or inner.kind not in ("label", "array"):
+            return None
+        if inner.kind == "label":
+            return Field("labels", inner.names)
+        return Field("array", shape=tuple(feature.shape), dtype=inner.dtype)
+    if not isinstance(feature, kinds.Tensor | kinds.Image):  # the classes of numbers and texts are all tensors
+        return None
+    dtype = np.dtype(feature.np_dtype)
+    if dtype.kind in "OSU":
+        return Field("text") if feature.shape == () else None
+    if dtype.kind in "iub" and feature.shape == ():
+        return Field("label", ("False", "True") if dtype.kind == "b" else ())
+    return Field("array", shape=tuple(feature.shape), dtype=dtype.name)
 
 
-def _read_arrays(
-    data: Any, field: str, label: str, shape: tuple[int, ...], dtype: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    inputs = np.empty((len(data), *shape), np.float32 if np.dtype(dtype).kind == "f" else dtype)
-    labels = np.empty(len(data), np.int32)
-    for i, records in enumerate(_records(data)):
-        here = slice(i * _READ, i * _READ + len(records))
-        inputs[here] = [record[field] for record in records]
-        labels[here] = [record[label] for record in records]
-    return inputs, labels
-
-
-def _read_texts(data: Any, field: str, cfg: DataConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    inputs = np.zeros((len(data), cfg.seq_len), np.int32)
-    labels = np.empty(len(data), np.int32)
-    row = 0
-    for records in _records(data):
-        for ids in tokenizer.encode_many([record[field].decode("utf-8") for record in records]):
-            inputs[row, : len(ids)] = ids[: cfg.seq_len]
-            row += 1
-        labels[row - len(records) : row] = [record[cfg.label_field] for record in records]
-    return inputs, labels
-
-
-def _records(data: Any) -> Iterator[list[Any]]:
-    with _quiet():
-        for start in range(0, len(data), _READ):
-            yield data.__getitems__(list(range(start, min(start + _READ, len(data)))))
+def _value(value: Any, field: Field) -> Any:
+    if field.kind == "text":
+        return bytes(value).decode("utf-8") if not isinstance(value, str) else value
+    if field.kind == "label":
+        return int(value)
+    if field.kind == "labels":
+        return tuple(int(v) for v in value)
+    return value if field.kind == "image" else np.asarray(value)
 
 
 @contextlib.contextmanager
@@ -147,19 +140,13 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _builder(cfg: DataConfig) -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.builder_from_directory(prepared(cfg))
-
-
 def _open(builder: Any, cfg: DataConfig, split: Split) -> Any:
     field, wanted = f"{split}_split", cfg.train_split if split == "train" else cfg.eval_split
     known = list(builder.info.splits)
     for name in re.findall(r"[^+\[\]]+(?=\[|\+|$)", wanted.replace(" ", "")):
         if name not in known:
             others = [k for k in known if split == "train" or k not in cfg.train_split]
-            raise UserError(_unknown(f"data.{field}", name, others or known, f"--data.{split}-split"))
+            raise UserError(unknown(f"data.{field}", name, others or known, f"--data.{split}-split"))
     try:
         return builder.as_data_source(split=wanted)
     except NotImplementedError as error:
@@ -172,36 +159,6 @@ def _open(builder: Any, cfg: DataConfig, split: Split) -> Any:
         raise UserError(
             f"got data.{field} {wanted!r} ({reason}), expected TFDS's notation, try --data.{split}-split 'train[:90%]'"
         ) from error
-
-
-def _input_field(builder: Any, cfg: DataConfig, text_only: bool) -> str:
-    import tensorflow_datasets as tfds
-
-    features = builder.info.features
-    fields = [name for name in sorted(features) if text_only or name != cfg.label_field]
-    texts = [name for name in fields if isinstance(features[name], tfds.features.Text)]
-    if cfg.input_field:
-        if cfg.input_field not in features:
-            raise UserError(_unknown("data.input_field", cfg.input_field, sorted(features), "--data.input-field"))
-        if text_only and cfg.input_field not in texts:
-            kind = f"{type(features[cfg.input_field]).__name__}, not a text"
-            raise UserError(
-                f"got data.input_field {cfg.input_field!r}, which is {kind}, "
-                f"expected one of {', '.join(texts) or 'none: the set has no text'}, try --task.name classification"
-            )
-        return cfg.input_field
-    images = [name for name in fields if isinstance(features[name], tfds.features.Image)]
-    candidates = texts if text_only else images or texts or fields
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        raise UserError(
-            f"got {_title(builder)} with the fields {', '.join(sorted(features))}, expected a text field, "
-            "try --task.name classification or another --data.name"
-        )
-    raise UserError(
-        f"got no data.input_field, expected one of {', '.join(candidates)}, try --data.input-field {candidates[0]}"
-    )
 
 
 def prepared(cfg: DataConfig) -> Path:
@@ -231,19 +188,9 @@ def prepared(cfg: DataConfig) -> Path:
             f"got data.name {cfg.name!r}, expected a prepared set in {root}, where none lies, "
             "try --data.dir with the directory that holds the sets"
         )
-    raise UserError(_unknown("data.name", cfg.name, names, "--data.name", f" in {root}"))
+    raise UserError(unknown("data.name", cfg.name, names, "--data.name", f" in {root}"))
 
 
 def _sets(root: Path) -> list[Path]:
     patterns = ("*/features.json", "*/*/features.json", "*/*/*/features.json")
     return sorted(file.parent for pattern in patterns for file in root.glob(pattern))
-
-
-def _title(builder: Any) -> str:
-    return f"tfds {builder.info.full_name}"
-
-
-def _unknown(what: str, got: str, known: Sequence[str], flag: str, where: str = "") -> str:
-    near = difflib.get_close_matches(got, known, 1, cutoff=0.3) or list(known[:1])
-    hint = f"{flag} {near[0]}" if near else flag
-    return f"got {what} {got!r}, expected one of {', '.join(known)}{where}, try {hint}"

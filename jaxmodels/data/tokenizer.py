@@ -32,10 +32,16 @@ class Tokenizer(Protocol):
         """int32 (T,)."""
         ...
 
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+        """`special`: with the tokens that a model of whole texts wants around them, such as [CLS] and [SEP]."""
+        ...
 
     def decode(self, ids: Any) -> str:
         """The text of `ids`; those outside the vocabulary show as the replacement character or not at all."""
+        ...
+
+    def sizes(self) -> np.ndarray | None:
+        """Bytes of text that each token stands for, int32 (V,); None where they are not known."""
         ...
 
     def to_json(self) -> str: ...
@@ -54,7 +60,7 @@ class _Saved(ABC):
     @abstractmethod
     def to_json(self) -> str: ...
 
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
     def save(self, directory: Path) -> None:
@@ -74,6 +80,9 @@ class Bytes(_Saved):
         ids = np.asarray(ids, np.int64).reshape(-1)
         # 0xFF never occurs in UTF-8, so what is no byte decodes as the replacement character.
         return np.where((ids >= 0) & (ids < 256), ids, 0xFF).astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def sizes(self) -> np.ndarray:
+        return np.ones(self.vocab_size, np.int32)
 
     def to_json(self) -> str:
         return json.dumps({"kind": "bytes"})
@@ -109,6 +118,9 @@ class Chars(_Saved):
         known = self.characters
         return "".join(known[i] if 0 <= i < len(known) else "\N{REPLACEMENT CHARACTER}" for i in np.ravel(ids).tolist())
 
+    def sizes(self) -> np.ndarray:
+        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], np.int32)
+
     def to_json(self) -> str:
         return json.dumps({"kind": "chars", "characters": self.characters})
 
@@ -121,7 +133,7 @@ def _codes(text: str) -> np.ndarray:
 
 
 class HuggingFace(_Saved):
-    """A Hugging Face `tokenizer.json`, run by the `tokenizers` library; no special tokens are added to a text."""
+    """A Hugging Face `tokenizer.json`, run by the `tokenizers` library."""
 
     def __init__(self, serialized: str) -> None:
         from tokenizers import Tokenizer as Rust
@@ -129,6 +141,7 @@ class HuggingFace(_Saved):
         self._rust = Rust.from_str(serialized)
         self._rust.no_truncation()
         self._rust.no_padding()
+        self._bytewise = (json.loads(serialized).get("decoder") or {}).get("type") == "ByteLevel"
         # Ids may have gaps; what a model needs is room for the largest.
         self.vocab_size = 1 + max(self._rust.get_vocab(with_added_tokens=True).values())
         found = (self._rust.token_to_id(token) for token in _END_TOKENS)
@@ -137,7 +150,10 @@ class HuggingFace(_Saved):
     def encode(self, text: str) -> np.ndarray:
         return self.encode_many([text])[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+        if special:
+            done = self._rust.encode_batch_fast(list(texts), add_special_tokens=True)
+            return [np.array(encoding.ids, np.int32) for encoding in done]
         cut = [pieces(text) for text in texts]
         done = self._rust.encode_batch_fast([piece for group in cut for piece in group], add_special_tokens=False)
         ids = iter([np.array(encoding.ids, np.int32) for encoding in done])
@@ -146,6 +162,16 @@ class HuggingFace(_Saved):
     def decode(self, ids: Any) -> str:
         known = [i for i in np.ravel(ids).tolist() if 0 <= i < self.vocab_size]
         return self._rust.decode(known, skip_special_tokens=False)
+
+    def sizes(self) -> np.ndarray | None:
+        if not self._bytewise:
+            return None
+        # in a byte-level vocabulary each byte is one character; special tokens stand for no text
+        found = np.zeros(self.vocab_size, np.int32)
+        special = {i for i, token in self._rust.get_added_tokens_decoder().items() if token.special}
+        for token, i in self._rust.get_vocab(with_added_tokens=True).items():
+            found[i] = 0 if i in special else len(token)
+        return found
 
     def to_json(self) -> str:
         return self._rust.to_str()
@@ -171,8 +197,15 @@ def pieces(text: str) -> list[str]:
     return [*out, text[start:]]
 
 
-def build(name: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names; `documents` is asked only where the vocabulary is made from them."""
+def build(
+    name: str, documents: Callable[[], Iterable[str]], training: Callable[[], Iterable[str]] | None = None
+) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    `documents` and `training` (those to train on; all, where not given) are asked only where the vocabulary is made
+    from them: chars holds all characters that there are, bpe and words know the texts to train on alone.
+    """
+    kind, _, size = name.partition(":")
     if name == "bytes":
         return Bytes()
     if name == "chars":
@@ -180,6 +213,11 @@ def build(name: str, documents: Callable[[], Iterable[str]]) -> Tokenizer:
         for document in documents():
             found.update(document)
         return Chars("".join(found))
+    if kind in ("bpe", "words") and size:
+        if not size.isdecimal() or int(size) < 2:
+            raise UserError(f"got data.tokenizer {name!r}, expected a number behind the colon, try {kind}:8000")
+        learn = bpe if kind == "bpe" else words
+        return HuggingFace(learn((training or documents)(), int(size)).to_str())
     return load_tokenizer(Path(name).expanduser())
 
 
@@ -206,7 +244,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
-    """Trains a byte-level BPE with one special token, `<|endoftext|>`, and saves it to `out` as a tokenizer.json.
+    """Trains a byte-level BPE and saves it to `out` as a tokenizer.json."""
+    rust = bpe(texts, vocab_size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rust.save(str(out))
+    return load_tokenizer(out)
+
+
+def bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE of the `tokenizers` library with one special token, `<|endoftext|>`, which begins a whole text.
 
     Source: Sennrich et al. 2016; over bytes as in GPT-2 (Radford et al. 2019).
     """
@@ -225,6 +271,28 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
         show_progress=False,
     )
     rust.train_from_iterator(texts, trainer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rust.save(str(out))
-    return load_tokenizer(out)
+    return _begun(rust)
+
+
+def words(texts: Iterable[str], vocab_size: int) -> Any:
+    """Words in lower case and signs, the most frequent ones; all others are `[UNK]`. Begins a text as `bpe` does."""
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    rust = Rust(models.WordLevel(unk_token="[UNK]"))
+    rust.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, "[UNK]"], show_progress=False
+    )
+    rust.train_from_iterator(texts, trainer)
+    return _begun(rust)
+
+
+def _begun(rust: Any) -> Any:
+    """The tokenizer with a whole text beginning with the end token, where a classifier's summary stands."""
+    from tokenizers import processors
+
+    end = (END_OF_TEXT, rust.token_to_id(END_OF_TEXT))
+    rust.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[end])
+    return rust

@@ -6,10 +6,12 @@ Dims: B batch, T queries, S keys, H heads, G heads of keys and values, K head si
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.models import layers
 from jaxmodels.models.decoding import Context, KeyValues, update
-from jaxmodels.models.kernels import partition
+from jaxmodels.models.kernels import partition, xla
 from jaxmodels.models.kernels.contract import CONTRACT, Call, absence, refusal
 
 Array = jax.Array
@@ -35,7 +37,8 @@ log = logging.getLogger("jaxmodels")
 class MultiHead(nn.Module):
     """Attention between projections of x (B, T, D), with grouped heads, rotary positions and QK-norm where asked for.
 
-    Keys and values come from `memory` (B, S, D'), or from x where there is none. Returns (B, T, D) and the new cache.
+    Keys and values come from `memory` (B, S, D'), or from x where there is none. Returns (B, T, D) and the new cache,
+    which with memory is its keys and values: given as `memory` of a later call, they are not computed again.
     Source: Vaswani et al. 2017; grouped heads, Ainslie et al. 2023; QK-norm as in Qwen3: before the rotation, over
     each head.
     """
@@ -65,7 +68,7 @@ class MultiHead(nn.Module):
         ctx: Context,
         kv: KeyValues | None = None,
         *,
-        memory: Array | None = None,
+        memory: Array | KeyValues | None = None,
         frequencies: Array | None = None,
         bias: Array | None = None,
     ) -> tuple[Array, KeyValues | None]:
@@ -79,12 +82,19 @@ class MultiHead(nn.Module):
             )
             return layers.shard(linear(source), "batch", "seq", axis, None)
 
-        q, k, v = project("q", x), *(project(name, x if memory is None else memory) for name in "kv")
-        if self.norm_eps is not None:
-            q, k = (layers.RMSNorm(self.norm_eps, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
-        if frequencies is not None:
-            q, k = (rotate(y, ctx.positions, frequencies) for y in (q, k))
-        k, v, kv = update(kv, k, v, ctx)
+        def compare(name: str, source: Array) -> Array:
+            y = project(name, source)
+            if self.norm_eps is not None:
+                y = layers.RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
+            return y if frequencies is None else rotate(y, ctx.positions, frequencies)
+
+        q = compare("q", x)
+        if isinstance(memory, dict):
+            k, v = memory["k"], memory["v"]
+        else:
+            source = x if memory is None else memory
+            k, v = compare("k", source), project("v", source)
+        k, v, kv = update(kv, k, v, ctx) if memory is None else (k, v, {"k": k, "v": v})
         dropping = self.train and self.dropout > 0
         y = attention(
             q,
@@ -186,6 +196,8 @@ def attention(
         "softcap": softcap,
         "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
     }
+    if _kept is not None:
+        keep(_kept, arrays, options)
     call, place = describe(arrays, options), platform()
     if kernel == "auto":
         kernel, reason = choose(place, call, max(1, jax.sharding.get_abstract_mesh().size))
@@ -197,6 +209,32 @@ def attention(
         options["interpret"] = place == "cpu"
     attend = functools.partial(attend, **options)
     return partition.shard(attend, arrays) if kernel in FUSED else attend(**arrays)
+
+
+_kept: list[Array] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Array]]:
+    """The weights (B, H, T, S) of all calls made under it, in the order in which they are computed; on one device.
+
+    The list is whole when the context is left. What is compiled before has no part in it, so apply a model as it is.
+    """
+    global _kept
+    before, _kept = _kept, []
+    try:
+        yield _kept
+        jax.effects_barrier()
+    finally:
+        _kept = before
+
+
+def keep(kept: list[Array], arrays: dict[str, Any], options: dict[str, Any]) -> None:
+    """Add the weights of a call to a recording, from wherever it is traced, such as a scan over layers."""
+    given = {name: x for name, x in (arrays | options).items() if name not in ("v", "rng", "dropout")}
+    p = xla.weights(**given)
+    B, G, R, T, S = p.shape
+    jax.debug.callback(kept.append, p.reshape(B, G * R, T, S), ordered=True)
 
 
 def describe(arrays: dict[str, Any], options: dict[str, Any]) -> Call:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.parallel.rules import constrain, gather
 
 Init = Callable[..., jax.Array]
@@ -338,8 +339,21 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         if not train or self.rate == 0.0:
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        return drop(x, self.rate, self.make_rng("dropout"))
+
+
+class StochasticDepth(nn.Module):
+    """Leave out what a layer adds, for a share `rate` of the examples while training, and scale the rest.
+
+    Source: Huang et al. 2016; the rate, which may be an array, grows with the depth there.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: Any, train: bool) -> jax.Array:
+        if not train or (isinstance(rate, float) and rate == 0.0):
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (x.shape[0], *(1,) * (x.ndim - 1)))
+        return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1) -> Callable[..., Any]:

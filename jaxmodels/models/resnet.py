@@ -36,6 +36,8 @@ class ResNetConfig:
     """7×7 with stride 2 and a pooling, or for images such as 32×32 a 3×3 convolution alone."""
     stem_width: int = 64
     """Channels that the stem gives."""
+    stochastic_depth: float = 0.0
+    """Share of examples that skip the last block while training; earlier blocks in proportion (Huang et al. 2016)."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
     remat: Literal["none", "full"] = "none"
@@ -88,6 +90,7 @@ class Block(nn.Module):
     features: int
     stride: int
     train: bool
+    skipped: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -105,6 +108,7 @@ class Block(nn.Module):
             y = unit(y, "unit1", width, 3)
         if x.shape[-1] != width or self.stride != 1:
             x = unit(x, "shortcut", width, 1, self.stride)
+        y = layers.StochasticDepth()(y, self.skipped, self.train)
         return layers.shard(nn.relu(x + y), "batch", None, None, "channels_out")
 
 
@@ -121,7 +125,8 @@ class Stage(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat == "full" else Block
         for i in range(c.depths[self.index]):
             stride = 2 if self.index and not i else 1
-            x = block(c, c.widths[self.index], stride, self.train, name=str(i))(x)
+            share = (sum(c.depths[: self.index]) + i + 1) / sum(c.depths)
+            x = block(c, c.widths[self.index], stride, self.train, share * c.stochastic_depth, name=str(i))(x)
         return x
 
 

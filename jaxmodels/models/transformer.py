@@ -155,7 +155,7 @@ class Shared(NamedTuple):
     ctx: Context
     bias: jax.Array | None = None
     memory: jax.Array | None = None
-    """What the encoder made, (B, S, D); None in the encoder."""
+    """What the encoder made, (B, S, D); None in the encoder, and where the cache has its keys and values."""
     cross: Context = Context()
     """Of targets and sources."""
 
@@ -165,13 +165,17 @@ def norm(c: TransformerConfig, name: str) -> nn.Module:
     return layers.RMSNorm(c.norm_eps, name=name) if c.t5 else layers.LayerNorm(c.norm_eps, name=name)
 
 
+Caches = dict[str, KeyValues | None]
+"""Of a block, or stacked of all: "attn", what came before; "cross", the keys and values of the sources, once made."""
+
+
 class Block(nn.Module):
     config: TransformerConfig
     decoder: bool
     train: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: KeyValues | None, shared: Shared) -> tuple[jax.Array, KeyValues | None]:
+    def __call__(self, x: jax.Array, kv: Caches | None, shared: Shared) -> tuple[jax.Array, Caches | None]:
         c, init, pre = self.config, Initializers.of(self.config), self.config.norm == "pre"
         drop = layers.Dropout(c.dropout)
 
@@ -198,10 +202,13 @@ class Block(nn.Module):
             return layers.shard(x if pre else normalise(x), "batch", "seq", None), kv
 
         attn = attention("attn", causal=self.decoder)
-        x, kv = add("attn", x, lambda y: attn(y, shared.ctx, kv, bias=shared.bias))
+        given: Caches = kv or {"attn": None, "cross": None}
+        x, now = add("attn", x, lambda y: attn(y, shared.ctx, given["attn"], bias=shared.bias))
+        made = None
         if self.decoder:
             cross = attention("cross", causal=False)
-            x, _ = add("cross", x, lambda y: cross(y, shared.cross, memory=shared.memory))
+            memory = given["cross"] if shared.memory is None else shared.memory
+            x, made = add("cross", x, lambda y: cross(y, shared.cross, memory=memory))
         mlp = layers.MLP(
             c.mlp_width,
             ACTIVATIONS[c.activation],
@@ -214,14 +221,16 @@ class Block(nn.Module):
             name="mlp",
         )
         x, _ = add("mlp", x, lambda y: (mlp(y), None))
-        return x, kv
+        # what was in the cache already is not handed on, since a scan over layers would copy it
+        return x, None if kv is None else {"attn": now, "cross": None if shared.memory is None else made}
 
 
 class Stack(nn.Module):
-    """Embeddings (B, T, D) through the blocks of the encoder, or with `memory` of the decoder."""
+    """Embeddings (B, T, D) through the blocks of the encoder or of the decoder."""
 
     config: TransformerConfig
     depth: int
+    decoder: bool
     train: bool
 
     @nn.compact
@@ -229,22 +238,23 @@ class Stack(nn.Module):
         self,
         x: jax.Array,
         ctx: Context,
-        kv: KeyValues | None = None,
+        kv: Caches | None = None,
         memory: jax.Array | None = None,
         cross: Context | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
-        c, drop, decoder = self.config, layers.Dropout(self.config.dropout), memory is not None
+    ) -> tuple[jax.Array, Caches | None]:
+        c, drop = self.config, layers.Dropout(self.config.dropout)
         bias = None
         if c.t5:
             T = x.shape[1]
-            S, offset = (T, 0) if kv is None or ctx.offset is None else (kv["k"].shape[2], ctx.offset)
+            past = None if kv is None else kv["attn"]
+            S, offset = (T, 0) if past is None or ctx.offset is None else (past["k"].shape[2], ctx.offset)
             init = layers.normal(c.width**-0.5)
             table = layers.Embed(c.relative_buckets, c.heads, ("positions", "heads"), init, name="relative")
-            bias = relative_bias(c, table, T, S, offset, both=not decoder)
+            bias = relative_bias(c, table, T, S, offset, both=not self.decoder)
         else:
             x = x * c.width**0.5 + sinusoids(ctx.positions, c.width).astype(x.dtype)
         x = layers.shard(drop(x, self.train), "batch", "seq", None)
-        blocks = layers.scan_layers(Block, self.depth, c.remat, c.unroll)(c, decoder, self.train, name="layers")
+        blocks = layers.scan_layers(Block, self.depth, c.remat, c.unroll)(c, self.decoder, self.train, name="layers")
         x, kv = blocks(x, kv, Shared(ctx, bias, memory, cross or Context()))
         if c.norm == "pre":
             last: Any = norm(c, "norm")
@@ -256,8 +266,9 @@ class Transformer(nn.Module):
     """Sources (B, S) and the targets so far (B, T) to logits (B, T, V) in float32.
 
     With `head=False` features (B, T, D); with no targets what the encoder makes, (B, S, D), which is `memory` in a call
-    with no sources, so that a decoder with a cache need not encode again. `segment_ids` are those of the sources; where
-    only one of the two is given, the other is all ones. A target attends to sources of its own id.
+    with no sources. `segment_ids` are those of the sources; where only one of the two is given, the other is all ones.
+    A target attends to sources of its own id. A call with a cache puts into it what the decoder needs of the sources
+    ("cross" and "segment_ids"), so that later calls need the new targets alone.
     """
 
     config: TransformerConfig
@@ -276,12 +287,17 @@ class Transformer(nn.Module):
         head: bool = True,
     ) -> Any:
         c = self.config
-        if (inputs is None) == (memory is None):
+        cached = cache is not None and "cross" in cache and inputs is None and memory is None
+        if (inputs is None) == (memory is None) and not cached:
             given = "neither inputs nor memory" if memory is None else "inputs and memory"
             raise UserError(f"got {given}, expected one of them, try memory=model.apply(params, inputs, None)")
         if cache is not None and target_segment_ids is not None:
             raise UserError(
                 "got target_segment_ids with a cache, expected one of them, try segment_ids for the sources"
+            )
+        if cached and segment_ids is not None:
+            raise UserError(
+                "got segment_ids and no sources, expected those that came with the sources, try leaving them out"
             )
         init = layers.normal(1.0 if c.t5 else c.width**-0.5)
         embed = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, name="embed")
@@ -290,24 +306,32 @@ class Transformer(nn.Module):
             return embed(tokens), Context.of(tokens, cache, None if ids is None or c.t5 else places(ids), ids)
 
         if inputs is not None:
-            memory, _ = Stack(c, c.layers, train, name="encoder")(*begin(inputs, segment_ids))
-        if targets is None or memory is None:
+            memory, _ = Stack(c, c.layers, False, train, name="encoder")(*begin(inputs, segment_ids))
+        if targets is None:
             return memory
+        sources: Any = memory
+        if cache is not None and cached:
+            segment_ids, sources = cache["segment_ids"], cache["cross"]["k"][0]
         pair = None
         if segment_ids is not None or target_segment_ids is not None:
-            ones = [jnp.ones(x.shape[:2], jnp.int32) for x in (targets, memory)]
+            ones = [jnp.ones(x.shape[:2], jnp.int32) for x in (targets, sources)]
             given = (target_segment_ids, segment_ids)
             pair = tuple(one if ids is None else ids for ids, one in zip(given, ones, strict=True))
-        decoder = Stack(c, c.decoder_layers or c.layers, train, name="decoder")
+        decoder = Stack(c, c.decoder_layers or c.layers, True, train, name="decoder")
         x, ctx = begin(targets, target_segment_ids, cache)
-        x, kv = decoder(x, ctx, None if cache is None else cache["layers"], memory, Context(segment_ids=pair))
+        kv = None if cache is None else {"attn": cache["layers"], "cross": cache["cross"] if cached else None}
+        x, kv = decoder(x, ctx, kv, memory, Context(segment_ids=pair))
         output = embed
         if not c.tied:
             output = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, name="head")
         elif c.t5:  # as published, where the output layer is the embedding
             x = x * c.width**-0.5
         y = output.logits(x) if head else x
-        return y if cache is None else (y, {"layers": kv, "length": cache["length"] + targets.shape[1]})
+        if cache is None or kv is None:
+            return y
+        cross = cache["cross"] if cached else kv["cross"]
+        length = cache["length"] + targets.shape[1]
+        return y, {"layers": kv["attn"], "cross": cross, "segment_ids": segment_ids, "length": length}
 
 
 base = TransformerConfig()

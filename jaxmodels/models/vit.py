@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -40,6 +40,8 @@ class ViTConfig:
     """Added to the variance in LayerNorm."""
     dropout: float = 0.0
     """Share dropped while training of embeddings, hidden units and what each sublayer adds."""
+    stochastic_depth: float = 0.0
+    """Share of examples that skip the last block while training; earlier blocks in proportion (Huang et al. 2016)."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
     attention: str = "auto"
@@ -59,13 +61,15 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, carried: None, ctx: Context) -> tuple[jax.Array, None]:
-        c, drop = self.config, layers.Dropout(self.config.dropout)
+    def __call__(self, x: jax.Array, rate: Any, ctx: Context) -> tuple[jax.Array, None]:
+        c, drop, skip = self.config, layers.Dropout(self.config.dropout), layers.StochasticDepth()
+        rate = 0.0 if rate is None else rate
         attn = MultiHead(c.heads, c.width // c.heads, dtype=c.dtype, kernel=c.attention, name="attn")
         mlp = layers.MLP(c.mlp_width, layers.exact_gelu, dropout=c.dropout, train=self.train, dtype=c.dtype, name="mlp")
         y, _ = attn(layers.LayerNorm(c.norm_eps, name="attn_norm")(x), ctx)
-        x = x + drop(y, self.train)
-        x = x + drop(mlp(layers.LayerNorm(c.norm_eps, name="mlp_norm")(x)), self.train)
+        x = x + skip(drop(y, self.train), rate, self.train)
+        y = mlp(layers.LayerNorm(c.norm_eps, name="mlp_norm")(x))
+        x = x + skip(drop(y, self.train), rate, self.train)
         return layers.shard(x, "batch", "seq", None), None
 
 
@@ -84,12 +88,18 @@ class ViT(nn.Module):
         check_shape(images, c.input_shape)
         x = layers.embed_patches(images, c.patch, c.width, token=token, dtype=c.dtype)
         x = layers.Dropout(c.dropout)(x, train)
-        x, _ = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")(x, None, Context())
+        blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
+        x, _ = blocks(x, depths(c.stochastic_depth, c.layers) if c.stochastic_depth else None, Context())
         norm = layers.LayerNorm(c.norm_eps, name="norm")
         x = norm(x[:, 0]) if c.pool == "class" else norm(x).mean(1)
         if not head:
             return x
         return layers.Linear((c.classes,), ("embed", "classes"), dtype=c.dtype, name="head")(x).astype(jnp.float32)
+
+
+def depths(most: float, layers: int) -> jax.Array:
+    """The share of examples that skip each block, (L,): in proportion to its number, `most` the last one."""
+    return most * jnp.arange(1, layers + 1) / layers
 
 
 base = ViTConfig()

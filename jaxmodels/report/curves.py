@@ -1,58 +1,114 @@
-"""Curves of a run, from its metrics.jsonl."""
+"""Curves of runs, from their metrics.jsonl."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from jaxmodels.report import pieces
+from jaxmodels.report.pieces import COLOURS
 from jaxmodels.train import metrics
 
-matplotlib.use("Agg")
+Series = tuple[list[float], list[float]]
+Panel = tuple[str, Sequence[str]]
+"""A title, and the names of the metrics that are shown under it."""
+
+COLUMNS = 3
+IN_TABLES = ("/precision", "/recall", "_micro")
+"""Metrics of which the curve says no more than that of another."""
 
 
 def draw(run: Path, out: Path, lines: Mapping[str, float] | None = None) -> None:
-    """Loss (train and held out), accuracy, learning rate and throughput over steps, as a PNG.
-
-    `lines` are horizontal references beside the loss, such as a baseline's.
-    """
-    from matplotlib import pyplot as plt
-
-    rows = metrics.read(run)
-
-    def series(name: str) -> tuple[list[float], list[float]]:
-        found = [(row["step"], row[name]) for row in rows if name in row]
-        return [step for step, _ in found], [value for _, value in found]
-
-    names = {name for row in rows for name in row}
-    speed = next((name for name in sorted(names) if name.endswith("s_per_second")), "perf/tokens_per_second")
-    panels = [
-        ("loss (nats)", [("train/loss", "train"), ("eval/loss", "held out")]),
-        ("accuracy", [("train/accuracy", "train"), ("eval/accuracy", "held out")]),
-        ("learning rate", [("train/learning_rate", "")]),
-        (speed.removeprefix("perf/").replace("_per_", " per ").replace("_", " "), [(speed, "")]),
-    ]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    for axis, (title, wanted) in zip(axes.flat, panels, strict=True):
-        for name, label in wanted:
-            steps, values = series(name)
-            if steps:
-                marker = "o" if name.startswith("eval/") else ""
-                axis.plot(steps, values, label=label, marker=marker, markersize=4, linewidth=1.2)
-        if title.startswith("loss"):
-            for label, value in (lines or {}).items():
-                axis.axhline(value, color="0.5", linestyle="--", linewidth=1, label=label)
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1] and any(axis.get_legend_handles_labels()[1]):
-            axis.legend(frameon=False)
-        if title == speed or axis is axes.flat[3]:
-            axis.set_ylim(bottom=0)
-    figure.suptitle(str(run.name), fontsize=12)
+    """The curves of a run as a PNG; `lines` are horizontal references beside the loss, such as a baseline's."""
+    figure = overlay({run.name: run}, lines or {})
+    figure.suptitle(run.name, fontsize=12)
     figure.savefig(out, dpi=110)
-    plt.close(figure)
+
+
+def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) -> Figure:
+    """Losses, metrics, learning rate, throughput and gradient norm over steps, those of all runs in one figure.
+
+    Thin lines are of training, thick ones with marks of held-out data; each run has a colour.
+    """
+    rows = {name: metrics.read(run) for name, run in runs.items()}
+    panels = chosen({name for each in rows.values() for row in each for name in row})
+    count = max(len(panels), 1)
+    columns = COLUMNS if count > 4 else min(2, count)
+    height = -(-count // columns)
+    figure = pieces.figure(3.8 * columns, 2.9 * height + 0.5)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.1, h_pad=0.12)
+    axes: Any = figure.subplots(height, columns, squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels, strict=False):
+        for index, each in enumerate(rows.values()):
+            for name in names:
+                steps, values = series(each, name)
+                held_out = name.startswith("eval/")
+                look = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} if held_out else {"linewidth": 0.9}
+                axis.plot(steps, values, color=COLOURS[index % len(COLOURS)], alpha=1 if held_out else 0.75, **look)
+        finish(axis, title)
+        if title.startswith("loss") and lines:
+            for label, value in lines.items():
+                axis.axhline(value, color="0.5", linestyle="--", linewidth=1, label=label)
+            axis.legend(frameon=False, fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=4, label=name) for i, name in enumerate(runs)]
+    grey = "0.35" if len(runs) > 1 else COLOURS[0]
+    handles = (handles if len(runs) > 1 else []) + [
+        Line2D([], [], color=grey, linewidth=0.9, label="training"),
+        Line2D([], [], color=grey, linewidth=1.8, marker="o", markersize=4, label="held out"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9)
+    return figure
+
+
+def chosen(names: set[str]) -> list[Panel]:
+    """The panels that these metrics fill: losses first, the engine's own numbers last."""
+    panels: list[Panel] = []
+    if "train/loss" in names or ("eval/loss" in names and "train/discriminator/loss" not in names):
+        panels.append(("loss", [name for name in ("train/loss", "eval/loss") if name in names]))
+    held_out = {"discriminator": "eval/loss", "generator": "eval/generator"}
+    for name in sorted(name for name in names if name.startswith("train/") and name.endswith("/loss")):
+        if name == "train/loss":
+            continue
+        network = name.split("/")[1]
+        panels.append((f"loss of the {network}", [name, *({held_out.get(network, "")} & names)]))
+    shown = {name for _, panel in panels for name in panel}
+    # precision of one class or one group is for a table
+    for name in sorted(name for name in names if name.startswith("eval/") and name.count("/") == 1):
+        if name not in shown and not name.endswith(IN_TABLES):
+            pair = name.replace("eval/", "train/")
+            panels.append((name.removeprefix("eval/").replace("_", " "), [pair, name] if pair in names else [name]))
+    if "train/learning_rate" in names:
+        panels.append(("learning rate", ["train/learning_rate"]))
+    for name in sorted(name for name in names if name.startswith("perf/") and name.endswith("s_per_second")):
+        panels.append((name.removeprefix("perf/").replace("_", " "), [name]))
+    for name in sorted(name for name in names if name.endswith("grad_norm")):
+        whose = name.removeprefix("train/").removesuffix("grad_norm").rstrip("/")
+        panels.append((f"norm of the {whose}'s gradient" if whose else "norm of the gradient", [name]))
+    return panels
+
+
+def series(rows: Sequence[Mapping[str, float]], name: str) -> Series:
+    """Steps and values of a metric."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def finish(axis: Any, title: str) -> None:
+    """Title, grid and limits of a panel."""
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if title.endswith("per second") or title == "learning rate":
+        axis.set_ylim(bottom=0)
 
 
 def last(run: Path) -> dict[str, float]:

@@ -45,7 +45,7 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     def score(params: Params, stats: Params, batch: Batch) -> tuple[Scores, Params]:
         return run(params, stats, batch)[:2]
 
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
         s, stats, extra = run(params, stats, batch, train=True, rng=rng)
         # times the count that the sum is divided by, so that the mean loss has each once
         added = {name: s.count * value for name, value in extra.items()}

@@ -1,4 +1,4 @@
-"""Classification: one label an example."""
+"""Classification: one label an example, or any number of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import jax.numpy as jnp
 from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
-from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, floats, forward, scored
+from jaxmodels.models.layers import shard
+from jaxmodels.tasks import metrics as measures
+from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, normalised
 
 
 def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
-    """Train a classifier on `inputs` (B, …) and `labels` (B,); labels below 0 are ignored, bytes scaled to [0, 1].
+    """Train a classifier on `inputs` (B, …) and `labels` (B,), ignored below 0; with `task.multi_label` (B, classes).
 
-    Inputs of a classifier of texts are tokens (B, T); a batch may have their `segment_ids` and `types` (B, T) then.
+    Images of bytes are scaled to [0, 1] and normalised. Inputs of a classifier of texts are tokens (B, T); a batch may
+    have their `segment_ids` and `types` (B, T) then. Images may be blended in training (`task.mixup`, `task.cutmix`):
+    which, and by how much, is a function of the seed and the step.
     """
-    if getattr(model.config, "classes", None) is None:
+    classes = getattr(model.config, "classes", None)
+    if classes is None:
         raise UserError(
             f"got task classification with {type(model.config).__name__}, expected a classifier, "
             "try --task.name causal_lm"
@@ -29,16 +34,84 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             f"got data.seq_len {data.seq_len}, expected at most model.context {model.longest}, "
             f"try --model.context {data.seq_len}"
         )
+    blends = bool(cfg.mixup or cfg.cutmix)
+    if blends and len(model.inputs(1)[0].shape) != 4:
+        raise UserError(
+            f"got task.mixup {cfg.mixup} and task.cutmix {cfg.cutmix} for {type(model.config).__name__}, expected a "
+            "model of images, try --task.mixup 0 --task.cutmix 0"
+        )
+    if cfg.multi_label and (cfg.label_smoothing or cfg.z_loss):
+        raise UserError(
+            "got task.multi_label with label smoothing or z-loss, expected neither, "
+            "try --task.label-smoothing 0 --task.z-loss 0"
+        )
 
-    def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
+    def scores(logits: jax.Array, labels: jax.Array) -> Scores:
+        if not cfg.multi_label:
+            return cross_entropy(logits, labels, cfg.label_smoothing, cfg.z_loss)
+        found = measures.multiple(logits, labels)
+        each = binary_cross_entropy(logits, jnp.maximum(labels, 0)).sum(-1) * (labels[:, 0] >= 0)
+        return Scores(each.sum(), each.sum(), *found["accuracy"])
+
+    def apply(params: Params, stats: Params, batch: Batch, inputs: jax.Array, **kwargs: Any) -> tuple[Any, Params]:
         packed = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
-        inputs = floats(batch["inputs"])
-        logits, stats = forward(("model", model), params, stats, inputs, **packed, **kwargs)
-        return cross_entropy(logits, batch["labels"], cfg.label_smoothing, cfg.z_loss), stats
+        return forward(("model", model), params, stats, inputs, **packed, **kwargs)
+
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+        inputs, labels = normalised(batch["inputs"], data), batch["labels"]
+        if not blends:
+            logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
+            s = scores(logits, labels)
+        else:
+            rng, own = jax.random.split(rng)
+            inputs, share = blend(own, inputs, cfg.mixup, cfg.cutmix)
+            logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
+            a, b = scores(logits, labels), scores(logits, labels[::-1])
+            s = Scores(*(share * x + (1 - share) * y for x, y in zip(a, b, strict=True)))
+        return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
+
+    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+        logits, _ = apply(params, stats, batch, normalised(batch["inputs"], data))
+        s = scores(logits, batch["labels"])
+        measure = measures.multiple if cfg.multi_label else measures.single
+        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count), **measure(logits, batch["labels"])}
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         (inputs,) = model.inputs(batch_size, data.seq_len)
-        return {"inputs": inputs, "labels": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+        labels = ((batch_size, classes), jnp.float32) if cfg.multi_label else ((batch_size,), jnp.int32)
+        return {"inputs": inputs, "labels": jax.ShapeDtypeStruct(*labels)}
 
-    loss, metrics = scored(score)
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec)
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, summarise=measures.summarise)
+
+
+def blend(key: jax.Array, images: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
+    """Each image (B, H, W, C) with the one at the same place from the end, and the share that is its own.
+
+    mixup and cutmix are the parameters of the Beta distributions of that share; 0: not that way. With both, a coin says
+    which way the batch goes.
+    Source: Zhang et al. 2018; Yun et al. 2019, equation 2.
+    """
+    which, amount, at = jax.random.split(key, 3)
+    other = images[::-1]
+
+    def whole() -> tuple[jax.Array, jax.Array]:
+        share = jax.random.beta(amount, mixup, mixup)
+        return share * images + (1 - share) * other, share
+
+    def rectangle() -> tuple[jax.Array, jax.Array]:
+        H, W = images.shape[1:3]
+        side = jnp.sqrt(1 - jax.random.beta(amount, cutmix, cutmix))
+        y, x = jax.random.uniform(at, (2,)) * jnp.array([H, W])
+        (top, bottom), (left, right) = (
+            (jnp.clip(jnp.round(c - side * n / 2), 0, n), jnp.clip(jnp.round(c + side * n / 2), 0, n))
+            for c, n in ((y, H), (x, W))
+        )
+        rows, columns = jnp.arange(H)[:, None], jnp.arange(W)[None]
+        inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+        return jnp.where(inside[..., None], other, images), 1 - inside.mean()
+
+    if mixup and cutmix:
+        mixed, share = jax.lax.cond(jax.random.bernoulli(which), whole, rectangle)
+    else:
+        mixed, share = whole() if mixup else rectangle()
+    return shard(mixed, "batch", None, None, None), share

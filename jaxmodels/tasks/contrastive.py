@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import REPLICAS, shard
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, normalised
 
 LARGEST = 100.0
 """Bound of what similarities are multiplied by (Radford et al. 2021, section 2.5)."""
@@ -21,6 +23,8 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     """Train two towers on `images` (B, H, W, C) and their `tokens` (B, T); pairs with a label below 0 are ignored.
 
     Cross-entropy of each image over the texts of the global batch, and of each text over its images, halved and added.
+    A batch may have `classes` (B,): pairs of one class match each other too, so that the target is spread over them
+    evenly (Yang et al. 2022, section 3.2), and the choice of any of them is right.
     With train.accumulate above 1 the others are those of a microbatch, and in evaluation those of an evaluation's
     batch, so that the loss depends on their size. A batch may have `segment_ids` (B, T).
     """
@@ -43,18 +47,21 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     def score(
         params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
     ) -> tuple[Scores, Scores, Params]:
-        images, tokens = floats(batch["images"]), batch["tokens"]
+        images, tokens = normalised(batch["images"], data), batch["tokens"]
         packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
         (seen, read, scale), stats = forward(
             ("model", model), params, stats, images, tokens, train=train, rng=rng, **packed
         )
         counts = batch["labels"] >= 0 if "labels" in batch else jnp.ones(len(tokens), bool)
         others, targets = everywhere(counts), jnp.where(counts, first(len(tokens)) + jnp.arange(len(tokens)), -1)
+        classes = batch.get("classes")
+        same = None if classes is None else others & (classes[:, None] == everywhere(classes)[None])
 
         def choose(mine: jax.Array, all_of_theirs: jax.Array) -> Scores:
             logits = jnp.minimum(scale, LARGEST) * mine @ all_of_theirs.T
             least = jnp.finfo(logits.dtype).min
-            return cross_entropy(shard(jnp.where(others, logits, least), "batch", None), targets)
+            logits = shard(jnp.where(others, logits, least), "batch", None)
+            return cross_entropy(logits, targets) if same is None else any_of(logits, same & counts[:, None])
 
         return choose(seen, everywhere(read)), choose(read, everywhere(seen)), stats
 
@@ -65,7 +72,7 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             "text_to_image": (text.correct, text.count),
         }
 
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
         image, text, stats = score(params, stats, batch, train=True, rng=rng)
         found = sums(image, text)
         return found["loss"][0], Aux(image.count, found, stats)
@@ -78,6 +85,16 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         return {"images": images, "tokens": tokens}
 
     return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec)
+
+
+def any_of(logits: jax.Array, same: jax.Array) -> Scores:
+    """Cross-entropy with the even distribution over all that match, (B, N) booleans; rows with none are ignored."""
+    logits = logits.astype(jnp.float32)
+    counts, number = same.any(-1), same.sum(-1)
+    picked = jnp.where(same, logits, 0).sum(-1) / jnp.maximum(number, 1)
+    loss = jnp.where(counts, jax.nn.logsumexp(logits, -1) - picked, 0.0).sum()
+    best = jnp.take_along_axis(same, logits.argmax(-1)[:, None], -1)[:, 0]
+    return Scores(loss, loss, (counts & best).sum(), counts.sum())
 
 
 def everywhere(x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from jaxmodels.models.layers import shard
 from jaxmodels.tasks.losses import gradient_penalty
 from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward, noise_of, rows
 
+SAMPLES = 64
+
 
 def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     """Train both networks of a GAN on `inputs` (B, H, W, C) in [0, 1]; rows with a label below 0 are ignored.
 
-    A step updates the discriminator, then the generator; each one's batch statistics follow its own loss alone. DCGAN:
+    A step updates the discriminator, `task.critic_steps` times and each time on its own share of the batch, then the
+    generator, with as many latents as a share has rows; each one's batch statistics follow its own loss alone. DCGAN:
     logistic loss, for the generator in its form that does not saturate (Goodfellow et al. 2014, section 3). WGAN-GP:
     Wasserstein distance with gradient penalty (Gulrajani et al. 2017, equation 3). Evaluation gives the discriminator's
     loss (without penalty) and the generator's, from latents that are a function of the example.
@@ -48,7 +52,9 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         counts = rows(batch)
         return {name: ((counts * values).sum(), counts.sum()) for name, values in each.items()}
 
-    def train_discriminator(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+    def train_discriminator(
+        params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0
+    ) -> tuple[jax.Array, Aux]:
         keys = jax.random.split(rng, 2)
         real = scale(batch)
         fake, _ = forward(generator, params, stats, latents(keys[0], batch), train=True)
@@ -64,7 +70,10 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         sums = total(each, batch)
         return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
 
-    def train_generator(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+    def train_generator(
+        params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0
+    ) -> tuple[jax.Array, Aux]:
+        batch = {name: x[:: cfg.critic_steps] for name, x in batch.items()}  # strided: rows of every device
         fake, stats = forward(generator, params, stats, latents(rng, batch), train=True)
         on_fake, _ = forward(discriminator, params, stats, fake, train=True)
         sums = total({"loss": fooled(on_fake)}, batch)
@@ -78,8 +87,12 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"inputs": jax.ShapeDtypeStruct((batch_size, *config.input_shape), jnp.float32)}
 
+    def samples(params: Params, stats: Params, count: int = SAMPLES) -> jax.Array:
+        z = jax.random.normal(jax.random.key(0), (count, config.latents))
+        return (forward(generator, params, stats, z)[0] + 1) / 2
+
     losses = (
-        Loss("discriminator", "discriminator", train_discriminator),
+        Loss("discriminator", "discriminator", train_discriminator, cfg.critic_steps),
         Loss("generator", "generator", train_generator),
     )
-    return Task(dict((generator, discriminator)), losses, metrics, batch_spec)
+    return Task(dict((generator, discriminator)), losses, metrics, batch_spec, samples=samples)

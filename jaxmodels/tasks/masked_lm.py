@@ -20,7 +20,7 @@ def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
 
     Never taken: places where `segment_ids` are 0 or `targets` (used for nothing else) below 0, and ids of `task.keep`.
     In training the choice is another at each step (Liu et al. 2019, section 4.1); in evaluation it is a function of the
-    tokens. A batch may have `types` (B, T) too.
+    tokens. A batch may have `types` and `positions` (B, T) too.
     """
     config = model.config
     if not isinstance(config, BERTConfig) or config.head != "masked_lm":
@@ -56,7 +56,7 @@ def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             keys = jax.random.split(own, len(tokens))
         hide = functools.partial(mask, fraction=cfg.mask_fraction, gap=gap, vocab_size=config.vocab_size)
         hidden, at, targets = jax.vmap(hide)(keys, tokens, free)
-        given = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
+        given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
         logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
         return cross_entropy(logits, targets, cfg.label_smoothing, cfg.z_loss), stats
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.config import DataConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores
@@ -17,7 +18,9 @@ from jaxmodels.tasks.losses import Scores
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-"""Metric -> (sum, count): added up over batches and devices, divided once at the end."""
+"""Metric -> (sum, count): added up over batches and devices, divided once at the end. A sum may be an array."""
+Totals = Mapping[str, tuple[Any, float]]
+"""Sums over a whole set, in double precision on the host."""
 
 
 class Aux(NamedTuple):
@@ -32,14 +35,16 @@ class Aux(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss and the network it trains: `fn(params, stats, batch, rng) -> (sum over the batch, Aux)`.
+    """One loss and the network it trains: `fn(params, stats, batch, rng, step) -> (sum over the batch, Aux)`.
 
     Sums rather than means, so that microbatches, devices and padded rows add up to the loss of the whole batch.
     """
 
     name: str
     trains: str
-    fn: Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Aux]]
+    fn: Callable[..., tuple[jax.Array, Aux]]
+    updates: int = 1
+    """Updates of its network in a step, each on its own share of the batch."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,11 @@ class Task:
     """Names, shapes and dtypes of a batch of so many examples."""
     unit: Literal["tokens", "examples"] = "examples"
     """What throughput counts."""
-    summarise: Callable[[dict[str, float]], dict[str, float]] = lambda values: values
-    """Adds what follows from the divided sums, such as perplexity."""
+    summarise: Callable[[Totals, Sequence[str]], dict[str, float]] = lambda totals, classes: divide(totals)
+    """The metrics that the sums over a whole set stand for, given the names of the classes, as far as they have any."""
+    samples: Callable[..., jax.Array] | None = None
+    """`samples(params, stats, count=64)`: images (N, H, W, C) in [0, 1] that a generative model makes, of the same
+    latents each time."""
 
     def init(self, key: jax.Array) -> Params:
         """Initial parameters of each network."""
@@ -86,25 +94,29 @@ def forward(
 def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., Any], Callable[..., Sums]]:
     """The loss and the metrics of a task that has one set of scores: `score(params, stats, batch, train=…, rng=…)`."""
 
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
         s, stats = score(params, stats, batch, train=True, rng=rng)
         return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
 
     def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
         s, _ = score(params, stats, batch)
-        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
+        found = {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
+        if "bytes" in batch:
+            found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(batch["targets"] >= 0, batch["bytes"], 0).sum())
+        return found
 
     return loss, metrics
 
 
-def perplexity(values: dict[str, float]) -> dict[str, float]:
+def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     """Metrics with the perplexity that their loss in nats means; for a language model's `summarise`."""
+    values = divide(totals)
     return {**values, "perplexity": float(np.exp(min(values["loss"], 700.0)))}
 
 
-def divide(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """The metrics that sums stand for."""
-    return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
+def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """The metrics that sums of numbers stand for."""
+    return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in totals.items()}
 
 
 def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, Any]) -> None:
@@ -133,6 +145,12 @@ def floats(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
 
 
+def normalised(x: jax.Array, data: DataConfig) -> jax.Array:
+    """Images (B, H, W, C) of bytes or in [0, 1], each channel less `data.mean`, divided by `data.std`."""
+    x = floats(x)
+    return (x - jnp.array(data.mean, x.dtype)) / jnp.array(data.std, x.dtype) if data.mean else x
+
+
 def rows(batch: Batch) -> jax.Array:
     """1 for each example that counts, 0 for one that fills up a batch (its label is below 0); (B,) float32."""
     if "labels" not in batch:
@@ -146,6 +164,12 @@ def seeds(inputs: jax.Array) -> jax.Array:
     words = words ^ (words >> 16)  # the low bits of short fractions are 0
     odd = (2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1) * jnp.uint32(2654435769)
     return (words * odd).sum(1, dtype=jnp.uint32)
+
+
+def uniform_of(inputs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers (B, …) in [0, 1) that are a function of each example alone."""
+    key = jax.random.key(1)
+    return jax.vmap(lambda seed: jax.random.uniform(jax.random.fold_in(key, seed), shape))(seeds(inputs))
 
 
 def noise_of(inputs: jax.Array, size: int) -> jax.Array:

@@ -127,7 +127,7 @@ def parse_spec(spec: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(int(size) for size in shape.split(",") if size), jnp.dtype(dtype))
 
 
-def compare(saved: Mapping[str, str], leaves: Mapping[str, Any]) -> None:
+def compare(saved: Mapping[str, str], leaves: Mapping[str, Any], hint: str | None = None) -> None:
     expected = {name: spec_of(leaf) for name, leaf in leaves.items()}
     differences = [
         f"{name} is {saved.get(name, 'missing')}, expected {expected.get(name, 'none of that name')}"
@@ -138,7 +138,7 @@ def compare(saved: Mapping[str, str], leaves: Mapping[str, Any]) -> None:
         more = f" (and {len(differences) - 4} more)" if len(differences) > 4 else ""
         raise UserError(
             f"got a checkpoint of another structure: {'; '.join(differences[:4])}{more}; "
-            "try the model and optimizer settings it was saved with, or another run directory"
+            + (hint or "try the model and optimizer settings it was saved with, or another run directory")
         )
 
 

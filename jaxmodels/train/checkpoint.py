@@ -168,11 +168,17 @@ class Checkpointer:
         return state, read_meta(self._folder(found_step)), found_step
 
     def restore_params(
-        self, step: int | Literal["best"] | None = None, *, subtree: str = "params", abstract: PyTree = None
+        self,
+        step: int | Literal["best"] | None = None,
+        *,
+        subtree: str = "params",
+        abstract: PyTree = None,
+        partial: str | None = None,
     ) -> tuple[PyTree, dict[str, Any], int]:
         """One part of the state (`params`, `ema`, `stats`), with meta and step, needing nothing of the rest.
 
-        Without `abstract`: nested dicts of NumPy arrays. With it: its structure and shardings, as in `restore`.
+        Without `abstract`: nested dicts of NumPy arrays. With it: its structure and shardings, as in `restore`; with
+        `partial` the checkpoint may have more than that, and what it says is tried where something lacks.
 
         Raises: UserError if there is no checkpoint, no such step or no such part.
         """
@@ -190,7 +196,9 @@ class Checkpointer:
                 parts = ", ".join(dict.fromkeys(name.split("/")[0] for name in tree))
                 raise UserError(f"got no {subtree!r} in the checkpoints of {self.directory}, expected one of {parts}")
             if wanted is not None:
-                compare(part, wanted)
+                compare(
+                    part if partial is None else {name: part[name] for name in wanted if name in part}, wanted, partial
+                )
 
         found = self._newest_good(step, check)
         if found is None:

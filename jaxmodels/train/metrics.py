@@ -226,6 +226,11 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
+def main(values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that one line has room for: the first four of the whole set, none of single classes or groups."""
+    return dict([(name, value) for name, value in values.items() if name.count("/") == 1][:4])
+
+
 class Display:
     """Progress for a person: live on a terminal, else a line each time metrics are written."""
 
@@ -284,9 +289,9 @@ class Display:
         self.began = self.began or (step, now)
         done, spent = step - self.began[0], now - self.began[1]
         parts = [f"step {step}/{self.steps}"]
-        if "train/loss" in values:
-            parts.append(f"loss {values['train/loss']:.4f}")
-        parts += [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("eval/")]
+        losses = [name for name in values if name.startswith("train/") and name.endswith("loss")]
+        parts += [f"{name.removeprefix('train/').replace('/', ' ')} {values[name]:.4f}" for name in losses]
+        parts += [f"{name} {value:.4f}" for name, value in main(values).items() if name.startswith("eval/")]
         if rate := values.get(f"perf/{self.unit}_per_second"):
             parts.append(f"{rate:,.0f} {self.unit}/s")
         if done and step < self.steps:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
 from jaxmodels.config import OptimConfig
+from jaxmodels.errors import UserError
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -59,8 +65,67 @@ def matrices(axes: Any) -> Any:
     return jax.tree.map(dims, kinds(axes), axes)
 
 
-def build(cfg: OptimConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
+    """What each parameter's updates are multiplied by: arrays that broadcast to them; None where it is 1 for all.
+
+    0 for what `optim.freeze` names. `optim.layer_decay` to the power of the layers above: none for what comes behind
+    the stack of layers (by its name: head, norm, pooler, …), all and one for embeddings before it.
+
+    Raises:
+        UserError: a pattern of no parameter, or a layer decay for a model without a stack of layers.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): axis for path, axis in leaves}
+    sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    depth = {shape[axis.index("layers")] for axis, shape in zip(names.values(), sizes, strict=True) if "layers" in axis}
+    if cfg.layer_decay != 1 and not depth:
+        raise UserError(
+            f"got optim.layer_decay {cfg.layer_decay} for a model without a stack of layers, expected 1, "
+            "try --optim.layer-decay 1"
+        )
+    for pattern in cfg.freeze:
+        if not any(frozen((pattern,), name, shape[0]).any() for name, shape in zip(names, sizes, strict=True)):
+            tops = list(dict.fromkeys(name.partition("/")[0] for name in names))
+            raise UserError(
+                f"got optim.freeze {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
+                f"try --optim.freeze '{tops[0]}/*'"
+            )
+    most = max(depth, default=0)
+
+    def factor(name: str, axis: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
+        stacked = axis[:1] == ("layers",)
+        scale = np.ones(shape[0] if stacked else 1)
+        if cfg.layer_decay != 1:
+            if stacked:
+                scale = cfg.layer_decay ** np.arange(shape[0] - 1, -1, -1.0)
+            elif {"vocab", "positions"} & set(axis) or name.startswith(("embed", "patches", "class")):
+                scale = np.array([cfg.layer_decay**most])
+        hold = frozen(cfg.freeze, name, len(scale))
+        scale = np.where(hold, 0.0, scale)
+        return scale.astype(np.float32).reshape(-1, *(1,) * (len(shape) - 1))
+
+    if not cfg.freeze and cfg.layer_decay == 1:
+        return None
+    found = [factor(name, axis, shape) for (name, axis), shape in zip(names.items(), sizes, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def frozen(patterns: Sequence[str], name: str, layers: int) -> np.ndarray:
+    """Which layers of a stack (or the one parameter) patterns such as embed/* and layers[:6]/* hold, bool (layers,)."""
+    hold = np.zeros(layers, bool)
+    for pattern in patterns:
+        if cut := re.fullmatch(r"([^\[]*)\[(-?\d*):(-?\d*)\](.*)", pattern):
+            if fnmatchcase(name, cut[1] + cut[4]):
+                hold[slice(*(int(end) if end else None for end in cut.group(2, 3)))] = True
+        elif fnmatchcase(name, pattern):
+            hold[:] = True
+    return hold
+
+
+def build(cfg: OptimConfig, steps: int, axes: Any, shapes: Any = None) -> optax.GradientTransformation:
     """Clip, update rule, decoupled weight decay by kind of parameter, learning rate; for params with these axes.
+
+    `shapes` are the params' as `jax.ShapeDtypeStruct`s, of use where layers are frozen or learn at rates of their own.
 
     Source: Muon as Jordan et al. 2024 for matrices, with Adam for all else, its updates scaled to Adam's size
     (Liu et al. 2025); Adafactor as Shazeer & Stern 2018 without momentum.
@@ -97,4 +162,20 @@ def build(cfg: OptimConfig, steps: int, axes: Any) -> optax.GradientTransformati
         optax.add_decayed_weights(decay, mask) if decay else optax.identity(),
         optax.scale_by_learning_rate(schedule(cfg, steps)),
     ]
-    return optax.chain(*parts)
+    scales = None if shapes is None else factors(cfg, shapes, axes)
+    if scales is None:
+        return optax.chain(*parts)
+    # what is frozen adds nothing to the norm that is clipped, and its gradient is never computed
+    return optax.chain(scaled(jax.tree.map(np.sign, scales)), *parts, scaled(scales))
+
+
+def scaled(factors: Any) -> optax.GradientTransformation:
+    """Updates times factors."""
+
+    def scale(update: jax.Array, factor: Any) -> jax.Array:
+        return update * factor.astype(update.dtype) if factor.any() else jnp.zeros_like(update)
+
+    def each(updates: Any, _: Any) -> Any:
+        return jax.tree.map(scale, updates, factors)
+
+    return optax.stateless(each)

@@ -9,13 +9,14 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 import jaxmodels
@@ -25,7 +26,7 @@ from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import distributed, mesh, rules
 from jaxmodels.tasks.task import Task, check_batch
-from jaxmodels.train import evaluate, loop, optim, step
+from jaxmodels.train import beginning, evaluate, loop, optim, step
 from jaxmodels.train import state as states
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.metrics import Clock, Display, Writer
@@ -58,6 +59,11 @@ class Experiment:
         order = data.Order(len(source), size, self.cfg.train.seed)
         return data.Loader(source, order, shardings, prefetch=self.cfg.data.prefetch)
 
+    def measure(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
+        """What evaluates this experiment's task, with the data's names for classes and groups."""
+        source = self.eval_data
+        return evaluate.build(self.task, self.mesh, stop, classes=source.class_names, groups=source.groups)
+
 
 def setup(cfg: Config) -> Experiment:
     """Everything that can be refused, refused before anything is compiled.
@@ -66,7 +72,7 @@ def setup(cfg: Config) -> Experiment:
         UserError: mesh, batch, model, task and data do not fit together.
     """
     sizes = mesh.sizes(cfg.mesh, jax.device_count())
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy)
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate * cfg.task.critic_steps, cfg.train.strategy)
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
@@ -74,39 +80,26 @@ def setup(cfg: Config) -> Experiment:
     train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
     check_batch(task.batch_spec(cfg.data.batch_size), data.spec(train_data, cfg.data.batch_size))
     axes = task.axes()  # before any mesh is ambient
-    optimizers = {loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains]) for loss in task.losses}
+    optimizers = {
+        loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes())
+        for loss in task.losses
+    }
     where = mesh.make_mesh(cfg.mesh)
     layout = states.layout(task, optimizers, where, cfg.train.ema is not None)
     return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
 
 
-def initial(experiment: Experiment) -> State:
-    """The state before the first step, made where its arrays live; from `init.source` if one is given."""
-    cfg, shardings = experiment.cfg, jax.tree.map(lambda leaf: leaf.sharding, experiment.layout)
-    make = functools.partial(states.init, experiment.task, experiment.optimizers, ema=cfg.train.ema is not None)
-    # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
-    quick = (
-        jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(experiment.layout.params)) < 3e7
-    )
-    options = {"xla_backend_optimization_level": 0} if quick else None
-    state = jax.jit(make, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
-    if cfg.init.source is None:
-        return state
-    folder = Path(cfg.init.source) / "checkpoints"
-    params, _, at = Checkpointer(folder).restore_params(abstract=experiment.layout.params)
-    stats = state.stats
-    if jax.tree.leaves(stats):
-        stats, _, _ = Checkpointer(folder).restore_params(at, subtree="stats", abstract=experiment.layout.stats)
-    log.info("parameters from %s, step %d", cfg.init.source, at)
-    # a copy each: params are donated every step, the average lives on
-    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
-    return dataclasses.replace(state, params=params, stats=stats, ema=ema)
-
-
 def train(
-    cfg: Config, run: Path, resume: Resume = "auto", origin: Mapping[str, Any] | None = None
+    cfg: Config,
+    run: Path,
+    resume: Resume = "auto",
+    origin: Mapping[str, Any] | None = None,
+    watch: Callable[[int, dict[str, float]], bool] | None = None,
 ) -> tuple[Experiment, loop.Result]:
     """Train as configured, leaving config, metrics, checkpoints and log in `run`; resumes what is there.
+
+    `watch(step, metrics)` is shown each evaluation, with names such as eval/loss; it may end the run by True, as if it
+    had been told to stop.
 
     Raises:
         UserError: the config does not fit the hardware, the data, or the run that is in the directory.
@@ -131,7 +124,11 @@ def train(
         take = compiled(experiment)  # in the background, while the state is made or read
         restored = None if resume == "never" else checkpointer.restore(experiment.layout)
         if restored is None:
-            state, start, progress = initial(experiment), 0, loop.Progress()
+            state, start, progress = (
+                beginning.initial(cfg, experiment.task, experiment.optimizers, experiment.layout),
+                0,
+                loop.Progress(),
+            )
             checkpointer.warm()
         else:
             state, meta, start = restored
@@ -157,7 +154,9 @@ def train(
         writer = Writer(run, cfg.metrics, start) if main else None
         if writer is not None:
             stack.callback(writer.close)  # also after an error: its last line explains it
-        result = run_loop(experiment, take, state, start, progress, checkpointer, preemption, writer, display, run)
+        result = run_loop(
+            experiment, take, state, start, progress, checkpointer, preemption, writer, display, run, watch
+        )
     return experiment, result
 
 
@@ -187,11 +186,12 @@ def run_loop(
     writer: Writer | None,
     display: Display,
     run: Path,
+    watch: Callable[[int, dict[str, float]], bool] | None,
 ) -> loop.Result:
     """The loop with its hooks joined to data, evaluation and checkpoints."""
     cfg, task = experiment.cfg, experiment.task
     loaders = {"train": experiment.loader("train"), "eval": experiment.loader("eval")}
-    measure = evaluate.build(task, experiment.mesh, stop=lambda: preemption.requested(-1))
+    measure = experiment.measure(stop=lambda: preemption.requested(-1))
 
     def save(now: int, state: State, progress: loop.Progress, best: bool) -> None:
         meta = {
@@ -209,11 +209,20 @@ def run_loop(
         # newer ones are damaged: the run went on from before them
         return max((saved for saved in checkpointer.steps() if saved < step), default=None)
 
+    def look(state: State) -> dict[str, float] | None:
+        if task.samples is not None and writer is not None and jax.process_count() == 1:
+            keep_samples(run, int(state.step), task.samples(averaged(state), state.stats))
+        found = measure(averaged(state), state.stats, loaders["eval"].once(cfg.eval.batches))
+        if found is not None and watch is not None:
+            enough.append(watch(int(state.step), {f"eval/{name}": value for name, value in found.items()}))
+        return found
+
+    enough: list[bool] = []
     hooks = loop.Hooks(
         batches=loaders["train"].iterate,
-        evaluate=lambda state: measure(averaged(state), state.stats, loaders["eval"].once(cfg.eval.batches)),
+        evaluate=look,
         save=save,
-        stop=preemption.requested,
+        stop=lambda now: preemption.requested(now) or any(enough),
         examples=loaders["train"].order.indices,
         last_good=last_good,
     )
@@ -223,6 +232,13 @@ def run_loop(
     return loop.run(
         cfg, take, state, start, progress, hooks, writer, display, clock, lambda now: float(schedule(now)), run
     )
+
+
+def keep_samples(run: Path, now: int, images: jax.Array) -> None:
+    """What a generative model makes after so many steps, as `samples/<step>.npy` of bytes (N, H, W, C)."""
+    folder = run / "samples"
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"{now:08d}.npy", np.asarray(jax.numpy.round(255 * images)).astype(np.uint8))
 
 
 def averaged(state: State) -> Any:

@@ -23,11 +23,22 @@ Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
+def split(batch: Batch, parts: int) -> Batch:
+    """Shares of a batch, stacked: (B, …) as (parts, B / parts, …)."""
+
+    def one(x: jax.Array) -> jax.Array:
+        # strided, so that each share has rows of every device
+        x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+        return rules.constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+    return jax.tree.map(one, dict(batch))
+
+
 def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate: int) -> tuple[Any, jax.Array, Aux]:
     """Gradient of the loss's sum, the sum, and what came with it, over `accumulate` microbatches."""
 
     def total(trained: Any, stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
-        return loss.fn({**state.params, loss.trains: trained}, stats, part, key)
+        return loss.fn({**state.params, loss.trains: trained}, stats, part, key, state.step)
 
     grad = jax.value_and_grad(total, has_aux=True)
     trained = state.params[loss.trains]
@@ -35,18 +46,13 @@ def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate:
         (value, aux), grads = grad(trained, state.stats, batch, rng)
         return grads, value, aux
 
-    def split(x: jax.Array) -> jax.Array:
-        # strided, so that each microbatch has rows of every device
-        x = jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
-        return rules.constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
-
     def body(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
         sums, stats = carry
         (value, aux), grads = grad(trained, stats, *part)
         new = (grads, value, aux.weight, aux.sums)
         return (jax.tree.map(jnp.add, sums, new), aux.stats), None
 
-    parts = (jax.tree.map(split, dict(batch)), jax.random.split(rng, accumulate))
+    parts = (split(batch, accumulate), jax.random.split(rng, accumulate))
     first = jax.tree.map(lambda x: x[0], parts)
     (value, aux), grads = jax.eval_shape(grad, trained, state.stats, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, aux.weight, aux.sums))
@@ -73,20 +79,35 @@ def advance(
     rng = jax.random.fold_in(state.rng, state.step)
     if across is not None:
         rng = jax.random.fold_in(rng, jax.lax.axis_index(across))
-    for index, loss in enumerate(task.losses):
+
+    def update(loss: Loss, carry: tuple[Any, Any, Any], batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
+        """Params, statistics and optimizer state after one update of a loss's network, and what it measured."""
+        params, stats, opt_state = carry
         now = dataclasses.replace(state, params=params, stats=stats)
-        grads, value, aux = gradient(loss, now, batch, jax.random.fold_in(rng, index), accumulate)
+        grads, value, aux = gradient(loss, now, batch, rng, accumulate)
         weight, sums, stats = aux.weight, aux.sums, aux.stats
         if across is not None:
             grads, value, weight, sums = jax.lax.psum((grads, value, weight, sums), across)
         share = 1.0 / jnp.maximum(weight, 1)
-        grads = jax.tree.map(lambda g, share=share: (g * share).astype(g.dtype), grads)
+        grads = jax.tree.map(lambda g: (g * share).astype(g.dtype), grads)
         trained = params[loss.trains]
-        updates, opt_state[loss.name] = optimizers[loss.name].update(grads, opt_state[loss.name], trained)
-        params[loss.trains] = optax.apply_updates(trained, updates)
+        updates, opt_state = optimizers[loss.name].update(grads, opt_state, trained)
+        params = {**params, loss.trains: optax.apply_updates(trained, updates)}
+        return (params, stats, opt_state), (sums, optax.tree.norm(grads))
+
+    for index, loss in enumerate(task.losses):
+        carry, own = (params, stats, opt_state[loss.name]), jax.random.fold_in(rng, index)
+        if loss.updates == 1:
+            carry, (sums, norm) = update(loss, carry, batch, own)
+        else:
+            parts = (split(batch, loss.updates), jax.random.split(own, loss.updates))
+            body = functools.partial(update, loss)
+            carry, measured = jax.lax.scan(lambda carry, part, body=body: body(carry, *part), carry, parts)
+            sums, norm = jax.tree.map(lambda x: x.sum(0), measured[0]), measured[1][-1]
+        params, stats, opt_state[loss.name] = carry
         prefix = "" if len(task.losses) == 1 else f"{loss.name}/"
         metrics |= {prefix + name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
-        metrics[prefix + "grad_norm"] = optax.tree.norm(grads)
+        metrics[prefix + "grad_norm"] = norm
     average = None
     if ema is not None:
         # the early average follows closely: min(decay, (1 + t) / (10 + t)), as TensorFlow's moving averages

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from jaxmodels.config import Config, DataConfig, TaskConfig
-from jaxmodels.data import Windows, commands, load_tokenizer, open_source
+from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
+from jaxmodels.data import Windows, commands, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
 
 
@@ -42,7 +43,7 @@ def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsy
 
 
 def test_only_texts_can_be_prepared(tmp_path):
-    with pytest.raises(UserError, match="got data.source synthetic, expected a source of texts: stdlib, text, tfds"):
+    with pytest.raises(UserError, match="got data.source synthetic, expected a source of texts: stdlib, text"):
         commands.prepare(DataConfig(source="synthetic"), tmp_path)
 
 
@@ -55,16 +56,64 @@ def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
     assert "unigram" in shown and "\x1b" not in shown and "\\x1b[31mred" in shown
 
 
-def test_inspect_draws_images_and_names_classes(shared_data, capsys):
+def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
     model = SimpleNamespace(input_shape=(28, 28, 1), classes=10)
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
-    commands.inspect(Config(model, task=TaskConfig("classification"), data=data), n=2)
+    augment = AugmentConfig(shift=2, cutout=6)
+    picture = tmp_path / "new" / "digits.png"
+    commands.inspect(Config(model, task=TaskConfig("classification"), data=data, augment=augment), n=2, out=picture)
     shown = capsys.readouterr().out
+    assert str(picture) in shown and "shift 2, cutout 6" in shown
     assert shown.count("Batch ") == 2 and shown.count("    | ") >= 20 and "@" in shown and "    label " in shown
     data = DataConfig(source="tfds", dir=place, name="sst2", train_split="train[:50]")
-    commands.inspect(Config(SimpleNamespace(), task=TaskConfig("classification"), data=data))
-    assert "(positive)" in capsys.readouterr().out
+    commands.inspect(Config(SimpleNamespace(), task=TaskConfig("classification"), data=data), out=tmp_path / "no.png")
+    assert "(positive)" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
+
+
+def test_the_picture_shows_each_image_as_several_epochs_change_it(shared_data, tmp_path):
+    place = str(shared_data / "tfds")
+    data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]")
+    shape = {"inputs_shape": (28, 28, 1), "num_classes": 10}
+    source = open_source(data, "train", "classification", augment=AugmentConfig(shift=4), **shape)
+    assert preview.grid(source, [7, 3, 30], tmp_path / "grid.png")
+    page = np.asarray(Image.open(tmp_path / "grid.png"))
+    for row, index in enumerate([7, 3, 30]):
+        for epoch in range(6):
+            top, left = 20 + row * 136 + 20, 4 + epoch * 116
+            tile = page[top : top + 112, left : left + 112]
+            image = source.batch(np.array([index]), np.array([epoch]))["inputs"][0]
+            assert np.array_equal(tile[::4, ::4, :1], image) and np.array_equal(tile[3::4, 3::4, 2:], image)
+    assert (page[20:38, 4:100] < 128).any(), "its label is written above"
+
+
+def test_inspect_shows_both_sides_of_pairs_and_each_text_of_a_row(shared_data, capsys):
+    place = str(shared_data / "tfds")
+    data = DataConfig(source="tfds", dir=place, name="multi30k", train_split="train[:200]", seq_len=128)
+    data = dataclasses.replace(data, tokenizer="bpe:500", input_field="en", target_field="de", pack=True)
+    commands.inspect(Config(SimpleNamespace(vocab_size=500), task=TaskConfig("seq2seq"), data=data), n=1)
+    shown = capsys.readouterr().out.split("source:")[1]
+    source, target = shown.split("target:")
+    assert "  1 | " in source and "  2 | " in source and "  2 | " in target
+    assert source.count(" | ") == target.count(" | ") and " ein" in target.lower() and " a " in source.lower()
+
+
+def test_inspect_shows_captions(shared_data, capsys, tmp_path):
+    place = str(shared_data / "tfds")
+    data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
+    data = dataclasses.replace(data, captions=("the digit {label}",), tokenizer="bytes", seq_len=16)
+    model = SimpleNamespace(vocab_size=256, input_shape=(28, 28, 1))
+    commands.inspect(Config(model, task=TaskConfig("contrastive"), data=data), n=1, out=tmp_path / "digits.png")
+    assert "    | the digit " in capsys.readouterr().out and (tmp_path / "digits.png").exists()
+
+
+def test_labels_and_groups_are_shown_by_name():
+    source = SimpleNamespace(tokenizer=None, class_names=("round", "red", "ripe"), groups=("north", "south"))
+    x = np.zeros((2, 2, 3), np.uint8)
+    example = {"inputs": x, "labels": np.array([1, 0, 1], np.float32), "group": np.array(1)}
+    assert preview.show(example, source).endswith("    labels round, ripe, group south")
+    assert preview.show({"inputs": x, "labels": np.array([-1.0] * 3)}, source).endswith("    labels ignored")
+    assert preview.show({"inputs": x, "labels": np.array(1)}, source).endswith("    label 1 (red)")
 
 
 def test_inspect_shows_the_numbers_where_there_is_no_text(capsys, tmp_path):

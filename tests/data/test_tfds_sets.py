@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 import time
 from typing import Any
@@ -10,12 +13,14 @@ import pytest
 from jaxmodels import data
 from jaxmodels.config import DataConfig
 from jaxmodels.data import Loader, Order, tfds
-from jaxmodels.data.source import Examples
+from jaxmodels.data.records import Reader
 from jaxmodels.errors import UserError
 
 
-def open_source(*args: Any, **kwargs: Any) -> Any:
-    return data.open_source(*args, **kwargs)
+def open_source(cfg: DataConfig, split: Any, task: str, **kwargs: Any) -> Any:
+    if cfg.name.startswith("mn"):
+        kwargs["inputs_shape"] = (28, 28, 1)
+    return data.open_source(cfg, split, task, **kwargs)
 
 
 @pytest.fixture
@@ -59,18 +64,66 @@ def test_mnist_opens_quickly_and_is_the_digits(sets, shared_data):
     assert not ours & {image.tobytes() for image in held_out.batch(np.arange(1500), np.zeros(1500))["inputs"]}
 
 
-def test_a_large_set_read_record_by_record_is_the_same(sets, monkeypatch):
-    cfg = sets("mnist", train_split="train[:500]")
-    whole = open_source(cfg, "train", "classification")
-    monkeypatch.setattr(tfds, "IN_MEMORY", 1000)
-    lazy = open_source(cfg, "train", "classification")
-    assert isinstance(whole, Examples) and isinstance(lazy, tfds.Records)
-    assert len(lazy) == len(whole) == 500 and lazy.num_classes == 10
-    indices = np.array([3, 499, 3, 0])
-    a, b = whole.batch(indices, indices), lazy.batch(indices, indices)
-    assert all(np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
-    other = open_source(sets("mnist", train_split="train[1:501]"), "train", "classification")
-    assert len({lazy.fingerprint, other.fingerprint}) == 2
+def test_records_are_what_the_set_holds_in_any_order(sets):
+    digits = tfds.records(sets("mnist"), "train")
+    assert {name: field.kind for name, field in digits.fields.items()} == {"image": "image", "label": "label"}
+    assert digits.fields["image"].shape == (28, 28, 1) and digits.fields["label"].names == tuple("0123456789")
+    some = digits.read([8499, 0, 17], ["image", "label"])
+    assert digits.read([17, 8499], ["image", "label"]) == [some[2], some[0]]
+    assert all(record["image"][:4] == b"\x89PNG" for record in some) and digits.read([0], ["label"]) == [{"label": 7}]
+
+    pairs = tfds.records(sets("multi30k"), "eval")
+    assert len(pairs) == 1014 and {field.kind for field in pairs.fields.values()} == {"text"}
+    assert pairs.read([0], ["en"]) == [{"en": "A group of men are loading cotton onto a truck"}]
+    assert not pairs.whole and tfds.records(sets("tiny_shakespeare"), "train").whole
+
+
+def test_the_fingerprint_is_the_same_in_another_process(sets, root):
+    command = (
+        "from jaxmodels.config import DataConfig\nfrom jaxmodels.data import tfds\n"
+        f"print(tfds.records(DataConfig(dir={sets('sst2').dir!r}, name='sst2'), 'train').fingerprint)"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", command], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=root, check=True,
+            capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert found == {tfds.records(sets("sst2"), "train").fingerprint + "\n"}
+    assert tfds.records(sets("sst2", train_split="train[1:]"), "train").fingerprint not in found.pop()
+
+
+def test_several_sets_of_texts_are_joined(sets):
+    cfg = sets("sst2+multi30k", input_field="sentence+en")
+    train, held_out = (tfds.records(cfg, split) for split in ("train", "eval"))
+    assert len(train) == 6920 + 29_000 and len(held_out) == 872 + 1014 and list(train.fields) == ["sentence"]
+    second = tfds.records(sets("multi30k"), "train")
+    assert train.read([6920 + 5], ["sentence"]) == [{"sentence": second.read([5], ["en"])[0]["en"]}]
+    with pytest.raises(UserError, match=r"'sentence' for 2 sets .*, try --data.input-field sentence\+sentence"):
+        tfds.records(sets("sst2+multi30k", input_field="sentence"), "train")
+    with pytest.raises(UserError, match="got no data.input_field, expected one of de, en"):
+        tfds.records(sets("sst2+multi30k"), "train")
+
+
+def test_a_damaged_record_is_left_out_by_name(sets, caplog):
+    texts = tfds.records(sets("sst2"), "eval")
+    raw = texts._data.data_source
+
+    class Damaged:
+        def __len__(self):
+            return len(raw)
+
+        def __getitems__(self, keys):
+            wrong = {3: b"\xff torn", 4: raw[4].replace(b"ideas", b"\xff\xff\xff\xff\xff")}
+            return [wrong.get(key, raw[key]) for key in keys]
+
+    texts._data.data_source = Damaged()
+    assert b"ideas" in raw[4]
+    rows, replaced = Reader(texts, ["sentence"], 2).rows([2, 3, 4])
+    assert [row.index for row in rows] == [2, 5, 5] and replaced.tolist() == [False, True, True]
+    assert "validation, record 3: cannot be read" in caplog.messages[0]
+    assert re.search(r"validation, record 4: byte \d+ of a text is not UTF-8", caplog.messages[1])
 
 
 def test_splits_are_in_tfds_s_notation(sets):
@@ -89,7 +142,7 @@ def test_sentences_become_padded_tokens(sets):
     assert batch["inputs"].dtype == np.int32 and batch["inputs"].shape == (1, 64) and batch["labels"].tolist() == [1]
     text = train.tokenizer.decode(batch["inputs"][0])
     assert text == "a stirring , funny and finally transporting re-imagining of beau"
-    short = next(row for row in held_out.inputs if row[-1] == 0)
+    short = next(row for row in held_out.batch(np.arange(872), np.zeros(872))["inputs"] if row[-1] == 0)
     assert held_out.tokenizer.decode(np.trim_zeros(short, "b")).endswith(".")
 
 
@@ -129,7 +182,7 @@ LM, CLASSES = "causal_lm", "classification"
         (CLASSES, "mnist", {"input_field": "imag"}, "expected one of image, label, try --data.input-field image"),
         (LM, "multi30k", {}, "got no data.input_field, expected one of de, en, try --data.input-field de"),
         (LM, "mnist", {}, "with the fields image, label, expected a text field"),
-        (LM, "sst2", {"input_field": "label"}, "which is ClassLabel, not a text, expected one of sentence"),
+        (LM, "sst2", {"input_field": "label"}, "which is a label, not a text, expected one of sentence"),
     ],
 )
 def test_mistakes_are_answered_with_what_is_there(sets, task, name, fields, message):

@@ -100,15 +100,32 @@ def test_pieces_through_the_cache_equal_the_whole(case, pieces):
     whole = case.apply(case.params, case.inputs, case.targets, segment_ids=ids)
     assert np.abs(whole[1] - case.logits[1]).max() > 0.01
     memory = case.apply(case.params, case.inputs, None, segment_ids=ids)
-    cache, got, start = case.model.cache(B, T + 3), [], 0
-    for n in pieces:
-        now = case.targets[:, start : start + n]
-        logits, cache = case.apply(case.params, None, now, memory=memory, segment_ids=ids, cache=cache)
-        got.append(logits)
-        start += n
-    close(jnp.concatenate(got, axis=1), whole)
-    assert int(cache["length"]) == T
-    assert cache["layers"]["k"].shape == (case.config.decoder_layers, B, T + 3, 4, case.config.head_size)
+    sources = {"memory": memory, "segment_ids": ids}
+    for once in (True, False):  # the sources given with the first piece alone, or with each
+        cache, got, start = case.model.cache(B, T + 3), [], 0
+        for n in pieces:
+            now, given = case.targets[:, start : start + n], {} if once and start else sources
+            logits, cache = case.apply(case.params, None, now, cache=cache, **given)
+            got.append(logits)
+            start += n
+        close(jnp.concatenate(got, axis=1), whole)
+        assert int(cache["length"]) == T
+        assert cache["layers"]["k"].shape == (case.config.decoder_layers, B, T + 3, 4, case.config.head_size)
+        assert cache["cross"]["k"].shape == (case.config.decoder_layers, B, S, 4, case.config.head_size)
+
+
+def test_what_the_decoder_needs_of_the_sources_is_computed_once(case):
+    first, cache = case.apply(case.params, case.inputs, case.targets[:, :4], cache=case.model.cache(B, T))
+    close(first, case.logits[:, :4])
+
+    def spoil(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.nan * leaf if name.startswith("encoder/") or "/cross/k/" in name or "/cross/v/" in name else leaf
+
+    spoilt = jax.tree_util.tree_map_with_path(spoil, case.params)
+    assert np.isnan(case.apply(spoilt, case.inputs, case.targets)).all()
+    rest, _ = case.apply(spoilt, None, case.targets[:, 4:], cache=cache)
+    close(rest, case.logits[:, 4:])
 
 
 def test_padding_changes_nothing(case):
@@ -284,3 +301,8 @@ def test_what_cannot_be_is_refused():
         trace(tokens, tokens, memory=memory)
     with pytest.raises(UserError, match="got target_segment_ids with a cache"):
         trace(None, tokens, memory=memory, cache=model.cache(1, 8), target_segment_ids=tokens)
+    with pytest.raises(UserError, match="got neither inputs nor memory"):
+        trace(None, tokens, cache=model.cache(1, 8))
+    _, cache = jax.eval_shape(model.apply, model.shapes(), tokens, tokens, cache=model.cache(1, 8))
+    with pytest.raises(UserError, match="got segment_ids and no sources, expected those that came with the sources"):
+        trace(None, tokens, cache=cache, segment_ids=tokens)

@@ -5,17 +5,30 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.visibility import full_mask
 
 FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Least maximum of a row of scores: finite, so that a row of -inf (nothing visible) has weights 0, not nan."""
 
 
-def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, softcap, q_offset, kv_length):
+def attend(q, k, v, *, dropout, rng, **how):
     """Attention with its whole matrix of weights.
 
     Shapes: q (B, T, H, K), k and v (B, S, G, K), bias (B or 1, H or 1, T or 1, S or 1), segments (B, T) and (B, S),
     q_offset an integer or (B or 1,), kv_length (B or 1,); returns (B, T, H, K).
+    """
+    p = weights(q, k, **how)
+    if dropout > 0:
+        p = drop(p, dropout, rng)
+    out = jnp.einsum("bgrts,bsgk->btgrk", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def weights(q, k, *, causal, window, segments, bias, scale, softcap, q_offset, kv_length):
+    """What each query takes of each key: rows that add up to 1, or to 0 where nothing is visible.
+
+    Shapes: as in `attend`; returns (B, G, H / G, T, S) in float32.
     """
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
@@ -33,9 +46,4 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), FLOOR))
     p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
-    p = p / jnp.where(total == 0, 1.0, total)
-    if dropout > 0:
-        keep = jax.random.bernoulli(rng, 1 - dropout, p.shape)
-        p = jnp.where(keep, p / (1 - dropout), 0.0)
-    out = jnp.einsum("bgrts,bsgk->btgrk", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, H, K).astype(q.dtype)
+    return p / jnp.where(total == 0, 1.0, total)

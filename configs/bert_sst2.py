@@ -1,0 +1,36 @@
+"""The BERT of `bert_pretrain_sst2`, fine-tuned to tell good reviews from bad ones on SST-2.
+
+jaxmodels train configs/bert_sst2.py --data.dir DIR                      # after bert_pretrain_sst2
+jaxmodels train configs/bert_sst2.py --data.dir DIR --init.source None   # the same model from scratch
+jaxmodels eval runs/bert_sst2 --best --split test
+"""
+
+import dataclasses
+
+from bert_pretrain_sst2 import MODEL
+
+from jaxmodels.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    InitConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        model=dataclasses.replace(MODEL, head="classification", classes=2, dropout=0.2),
+        task=TaskConfig(name="classification"),
+        data=DataConfig(source="tfds", name="sst2", tokenizer="runs/bert_pretrain_sst2", seq_len=64, batch_size=32),
+        optim=OptimConfig(
+            peak_lr=5e-4, b2=0.99, warmup_steps=60, schedule="linear", final_lr_fraction=0.01, layer_decay=0.8
+        ),
+        train=TrainConfig(steps=1000),
+        eval=EvalConfig(every=100, batch_size=128, metric="eval/accuracy", mode="max"),
+        checkpoint=CheckpointConfig(best=True),
+        init=InitConfig(source="runs/bert_pretrain_sst2", fresh=("head/*", "pool/*")),
+    )

@@ -1,0 +1,20 @@
+"""A small convolutional network on MNIST, with digits that are moved and turned.
+
+jaxmodels train configs/cnn_mnist.py
+jaxmodels train configs/cnn_mnist.py --data.dir DIR     # a TFDS data directory
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.cnn import CNNConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=CNNConfig(dropout=0.3),
+        task=TaskConfig(name="classification", label_smoothing=0.1),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        augment=AugmentConfig(shift=2, rotate=10),
+        optim=OptimConfig(peak_lr=2e-3, warmup_steps=100, final_lr_fraction=0.01),
+        train=TrainConfig(steps=2000, ema=0.995),
+        eval=EvalConfig(every=500, batch_size=500, metric="eval/accuracy", mode="max"),
+    )

@@ -1,0 +1,20 @@
+"""DCGAN on MNIST.
+
+jaxmodels train configs/gan_mnist.py
+jaxmodels train configs/gan_mnist.py --data.dir DIR     # a TFDS data directory
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.gan import GANConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=GANConfig(channels=(32, 64)),
+        task=TaskConfig(name="gan"),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        augment=AugmentConfig(),
+        optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.5, b2=0.999, schedule="linear", clip_norm=None),
+        train=TrainConfig(steps=2000, ema=0.995),
+        eval=EvalConfig(every=250, batch_size=500),
+    )

@@ -1,0 +1,22 @@
+"""A bidirectional LSTM on the sentences of SST-2, with word vectors that begin at random.
+
+jaxmodels train configs/lstm_sst2.py --data.dir DIR     # a TFDS data directory
+jaxmodels eval runs/lstm_sst2 --best --split test
+"""
+
+from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.lstm import LSTMConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=LSTMConfig(vocab_size=12000, width=128, hidden=128, layers=1, bidirectional=True, classes=2, dropout=0.6),
+        task=TaskConfig(name="classification"),
+        data=DataConfig(source="tfds", name="sst2", tokenizer="words:12000", seq_len=48, batch_size=64),
+        optim=OptimConfig(
+            peak_lr=2e-3, b2=0.99, warmup_steps=50, weight_decay=0.1, schedule="linear", final_lr_fraction=0.01
+        ),
+        train=TrainConfig(steps=900, ema=0.99),
+        eval=EvalConfig(every=100, batch_size=128, metric="eval/accuracy", mode="max"),
+        checkpoint=CheckpointConfig(best=True),
+    )

@@ -1,0 +1,41 @@
+"""The encoder-decoder Transformer, small, from English to German on Multi30k.
+
+jaxmodels train configs/transformer_multi30k.py --data.dir DIR     # a TFDS data directory with multi30k
+jaxmodels eval runs/transformer_multi30k --split test              # BLEU, with a beam of 4
+"""
+
+from jaxmodels.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from jaxmodels.models.transformer import TransformerConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=TransformerConfig(
+            vocab_size=8000, layers=3, width=128, heads=4, mlp_width=384, norm="pre", dropout=0.1, unroll=3
+        ),
+        task=TaskConfig(name="seq2seq", label_smoothing=0.1),
+        data=DataConfig(
+            source="tfds",
+            name="multi30k",
+            input_field="en",
+            target_field="de",
+            tokenizer="bpe:8000",
+            seq_len=64,
+            pack=True,
+            batch_size=32,
+        ),
+        optim=OptimConfig(
+            name="muon", peak_lr=6e-3, b2=0.98, warmup_steps=100, schedule="linear", final_lr_fraction=0.01
+        ),
+        train=TrainConfig(steps=2600),
+        eval=EvalConfig(every=650),
+        checkpoint=CheckpointConfig(every=500),
+    )

@@ -1,0 +1,20 @@
+"""A variational autoencoder of digits, 20 latents, pixels drawn as 0 or 1 anew at each step.
+
+jaxmodels train configs/vae_mnist.py
+jaxmodels train configs/vae_mnist.py --data.dir DIR     # a TFDS data directory
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.vae import VAEConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=VAEConfig(hidden=(512, 256), latents=20),
+        task=TaskConfig(name="vae", binarise=True, beta_warmup_steps=1000),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        augment=AugmentConfig(shift=1, rotate=8),
+        optim=OptimConfig(peak_lr=1e-3, b2=0.999, warmup_steps=200, final_lr_fraction=0.02, weight_decay=0.01),
+        train=TrainConfig(steps=15000, ema=0.999),
+        eval=EvalConfig(every=2500, batch_size=500),
+    )

@@ -1,0 +1,20 @@
+"""The variational autoencoder of `vae_mnist` with two latents, for a grid of all that it can draw.
+
+jaxmodels train configs/vae_mnist_2d.py --data.dir DIR     # a TFDS data directory
+jaxmodels report runs/vae_mnist_2d
+"""
+
+import dataclasses
+
+from vae_mnist import get_config as of_20
+
+from jaxmodels.config import Config
+
+
+def get_config() -> Config:
+    cfg = of_20()
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, latents=2),
+        train=dataclasses.replace(cfg.train, steps=6000),
+    )

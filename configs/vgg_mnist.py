@@ -1,0 +1,28 @@
+"""A small VGG with batch normalisation on MNIST.
+
+jaxmodels train configs/vgg_mnist.py
+jaxmodels train configs/vgg_mnist.py --data.dir DIR     # a TFDS data directory
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.vgg import VGGConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=VGGConfig(
+            input_shape=(28, 28, 1),
+            classes=10,
+            depths=(2, 2, 2),
+            widths=(16, 32, 64),
+            hidden=(128,),
+            batch_norm=True,
+            dropout=0.3,
+        ),
+        task=TaskConfig(name="classification", label_smoothing=0.1),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        augment=AugmentConfig(shift=2, rotate=10),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=100, final_lr_fraction=0.01),
+        train=TrainConfig(steps=1300),
+        eval=EvalConfig(every=260, batch_size=500, metric="eval/accuracy", mode="max"),
+    )

@@ -1,0 +1,30 @@
+"""A small Vision Transformer on MNIST.
+
+jaxmodels train configs/vit_mnist.py
+jaxmodels train configs/vit_mnist.py --data.dir DIR     # a TFDS data directory
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.vit import ViTConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ViTConfig(
+            input_shape=(28, 28, 1),
+            patch=4,
+            classes=10,
+            layers=4,
+            heads=4,
+            width=64,
+            mlp_width=128,
+            pool="mean",
+            unroll=4,
+        ),
+        task=TaskConfig(name="classification", label_smoothing=0.1),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128, mean=(0.13,), std=(0.31,)),
+        augment=AugmentConfig(shift=2, rotate=10),
+        optim=OptimConfig(name="muon", peak_lr=3e-3, warmup_steps=100, final_lr_fraction=0.01),
+        train=TrainConfig(steps=3000),
+        eval=EvalConfig(every=500, batch_size=500, metric="eval/accuracy", mode="max"),
+    )

@@ -1,0 +1,20 @@
+"""WGAN with gradient penalty on MNIST: five updates of the critic for each one of the generator.
+
+jaxmodels train configs/wgan_mnist.py
+jaxmodels train configs/wgan_mnist.py --data.dir DIR     # a TFDS data directory
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.gan import GANConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=GANConfig(kind="wgan-gp", latents=128, channels=(32, 64)),
+        task=TaskConfig(name="gan", critic_steps=5),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=320),
+        augment=AugmentConfig(),
+        optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.0, b2=0.9, schedule="linear", clip_norm=None),
+        train=TrainConfig(steps=1200, ema=0.995),
+        eval=EvalConfig(every=200, batch_size=500),
+    )

@@ -1,0 +1,299 @@
+"""From a config to the examples of a split: records become texts, images or pairs, as the task wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig
+from jaxmodels.data import corpus as corpora
+from jaxmodels.data import records as recorded
+from jaxmodels.data import texts
+from jaxmodels.data.balance import Balanced
+from jaxmodels.data.records import Reader, Records, Row
+from jaxmodels.data.source import Source, Split, Windows
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+
+_SETS = ("tfds", "images", "table", "huggingface")
+
+
+def open_source(
+    cfg: DataConfig,
+    split: Split,
+    task: str,
+    *,
+    vocab_size: int | None = None,
+    inputs_shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+    augment: AugmentConfig | None = None,
+    seed: int = 0,
+) -> Source:
+    """The examples of one split.
+
+    `vocab_size`, `inputs_shape` and `num_classes` are the model's: the data is checked against them, and synthetic
+    data is made from them. `augment` and the seed say how images of the training split are changed.
+
+    Raises: UserError.
+    """
+    from jaxmodels.data import synthetic, tokens
+
+    if cfg.source == "synthetic":
+        classes = num_classes if task == "classification" else None
+        return synthetic.Synthetic(
+            cfg, split, task, vocab_size=vocab_size, inputs_shape=inputs_shape, num_classes=classes
+        )
+    if task in ("causal_lm", "masked_lm"):
+        if cfg.source == "tokens":
+            return tokens.open_tokens(cfg, split, vocab_size)
+        return _language(cfg, split, task, vocab_size)
+    if cfg.source not in _SETS:
+        raise UserError(
+            f"got data.source {cfg.source} for {task}, expected one of {', '.join(_SETS)} or synthetic, "
+            "try --data.source tfds"
+        )
+    if task == "seq2seq":
+        return _pairs(cfg, split, vocab_size)
+    if task == "contrastive":
+        return _captioned(cfg, split, vocab_size, inputs_shape, augment, seed)
+    source = _examples(cfg, split, task, vocab_size, inputs_shape, num_classes, augment, seed)
+    if task == "classification":
+        _check_classes(source, num_classes)
+    return source
+
+
+def open_for(cfg: Config, split: Split) -> Source:
+    """The source of a whole experiment, checked against its model."""
+    return open_source(
+        cfg.data,
+        split,
+        cfg.task.name,
+        vocab_size=getattr(cfg.model, "vocab_size", None),
+        inputs_shape=getattr(cfg.model, "input_shape", None),
+        num_classes=getattr(cfg.model, "classes", None),
+        augment=cfg.augment,
+        seed=cfg.train.seed,
+    )
+
+
+def open_records(cfg: DataConfig, split: Split) -> Records:
+    """The records of a split of a set."""
+    if cfg.source == "tfds":
+        from jaxmodels.data import tfds as kind
+    elif cfg.source == "images":
+        from jaxmodels.data import folders as kind
+    elif cfg.source == "table":
+        from jaxmodels.data import tables as kind
+    else:
+        from jaxmodels.data import huggingface as kind
+    return kind.records(cfg, split)
+
+
+def open_corpus(cfg: DataConfig) -> corpora.Corpus:
+    """The texts of a source of texts.
+
+    Raises: UserError where it has none.
+    """
+    if cfg.source in ("stdlib", "text"):
+        return (corpora.stdlib if cfg.source == "stdlib" else corpora.text)(cfg)
+    if cfg.source not in _SETS:
+        raise UserError(f"got data.source {cfg.source}, expected a source of texts: stdlib, text, {', '.join(_SETS)}")
+    train = open_records(cfg, "train")
+    field = recorded.input_field(train, cfg, ("text",))
+    return _corpus(cfg, train, (field,))
+
+
+def _corpus(cfg: DataConfig, train: Records, fields: Sequence[str]) -> corpora.Corpus:
+    """The texts of these fields, one field after the other."""
+
+    def documents(split: Split) -> Iterator[str]:
+        records = train if split == "train" else open_records(cfg, split)
+        for field in fields:
+            for rows in Reader(records, (field,), cfg.bad_records).all():
+                yield from (row[field] for row in rows)
+
+    return corpora.Corpus(f"{train.label} {' and '.join(fields)}", documents, train.whole)
+
+
+def _read(cfg: DataConfig, split: Split, train: Records, fields: Sequence[str]) -> list[Row]:
+    """These fields of every good record."""
+    records = train if split == "train" else open_records(cfg, split)
+    return [row for rows in Reader(records, fields, cfg.bad_records).all() for row in rows]
+
+
+def _language(cfg: DataConfig, split: Split, task: str, vocab_size: int | None) -> Source:
+    corpus = open_corpus(cfg)
+    tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size)
+    if cfg.pack:
+        masked = task == "masked_lm"
+        documents = list(corpus.documents(split))
+        ids = [x for x in tokenizer.encode_many(documents, special=masked) if len(x)]
+        follow = None if masked else _end(tokenizer)
+        rows = texts.packed(ids, cfg.seq_len, follow)
+        what = f"rows of {cfg.seq_len} tokens with {len(ids):,} texts"
+        return texts.Rows(rows, split=split, label=corpus.label, tokenizer=tokenizer, what=what)
+    encoded = [*corpora.encode(corpus, split, tokenizer), np.array([], corpora.smallest_dtype(tokenizer.vocab_size))]
+    return Windows(
+        [np.concatenate(encoded)],
+        cfg.seq_len,
+        split=split,
+        label=corpus.label,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.end is None:
+        raise UserError(
+            f"got tokenizer {tokenizer} without a token that ends a text, expected one, try --data.tokenizer bpe:8000"
+        )
+    return tokenizer.end
+
+
+def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
+    train = open_records(cfg, "train")
+    if not cfg.input_field or not cfg.target_field:
+        known = ", ".join(sorted(name for name, field in train.fields.items() if field.kind == "text"))
+        raise UserError(
+            "got no data.input_field or no data.target_field for seq2seq, expected the fields of the source and of "
+            f"the translation, of {known}, try --data.input-field en --data.target-field de"
+        )
+    names = (("input_field", cfg.input_field), ("target_field", cfg.target_field))
+    fields = [recorded.named_field(train, option, name, ("text",)) for option, name in names]
+    corpus = _corpus(cfg, train, fields)
+    tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size)
+    rows = _read(cfg, split, train, fields)
+    sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
+    arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack)
+    what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
+    return texts.Rows(arrays, split=split, label=corpus.label, tokenizer=tokenizer, what=what)
+
+
+def open_pairs(cfg: DataConfig, split: Split) -> tuple[list[str], list[str]]:
+    """The sources and the translations of a split, as texts."""
+    fields = (cfg.input_field, cfg.target_field)
+    rows = [row for rows in Reader(open_records(cfg, split), fields, cfg.bad_records).all() for row in rows]
+    return [row[cfg.input_field] for row in rows], [row[cfg.target_field] for row in rows]
+
+
+def _captioned(
+    cfg: DataConfig,
+    split: Split,
+    vocab_size: int | None,
+    inputs_shape: tuple[int, ...] | None,
+    augment: AugmentConfig | None,
+    seed: int,
+) -> Source:
+    images = _examples(cfg, split, "contrastive", None, inputs_shape, None, augment, seed)
+    if not cfg.captions:
+        raise UserError(
+            "got no data.captions for contrastive, expected captions of a class, "
+            "try --data.captions 'a photo of a {label}'"
+        )
+    names = cfg.class_names or images.class_names or tuple(map(str, range(images.num_classes or 0)))
+    if len(names) != (images.num_classes or 0):
+        raise UserError(f"got {len(names)} data.class_names, expected one for each of {images.num_classes} classes")
+    captions = [template.replace("{label}", name) for name in names for template in cfg.captions]
+    corpus = corpora.Corpus("captions", lambda split: captions)
+    tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size)
+    return texts.Captioned(images, captions, tokenizer, cfg.seq_len)
+
+
+def _examples(
+    cfg: DataConfig,
+    split: Split,
+    task: str,
+    vocab_size: int | None,
+    inputs_shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    augment: AugmentConfig | None,
+    seed: int,
+) -> Source:
+    """Images, arrays or texts, with their labels."""
+    from jaxmodels.data import images
+
+    train = open_records(cfg, "train")
+    field = recorded.input_field(train, cfg, ("image", "array") if inputs_shape else ("text",))
+    kind = train.fields[field].kind
+    label: str | None = cfg.label_field
+    if label not in train.fields and task in ("vae", "gan"):
+        label = None
+    if label is not None:
+        recorded.named_field(train, "label_field", label, ("label", "labels"))
+    if kind == "image":
+        source = images.Images(
+            train if split == "train" else open_records(cfg, split),
+            cfg,
+            augment or AugmentConfig(),
+            split,
+            field=field,
+            label=label,
+            shape=inputs_shape,
+            classes=num_classes,
+            seed=seed,
+        )
+        if cfg.balance and split == "train":
+            return Balanced(source, source.labels())
+        return source
+    corpus = _corpus(cfg, train, (field,)) if kind == "text" else None
+    tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size) if corpus else None
+    fields = [name for name in (field, label, cfg.group_field) if name]
+    rows = _read(cfg, split, train, fields)
+    values = [row[field] for row in rows]
+    if tokenizer is not None:
+        arrays = texts.single(tokenizer.encode_many(values, special=True), cfg.seq_len)
+    else:
+        arrays = {"inputs": np.array(values, np.float32)}
+    classes: tuple[str, ...] | int = train.fields[label].names if label else ()
+    if label and not classes:
+        classes = 1 + max((np.max(row[label], initial=-1) for row in rows), default=-1)
+    if label:
+        width = max(num_classes or 0, classes if isinstance(classes, int) else len(classes))
+        arrays["labels"] = labels_of(rows, label, train.fields[label].kind == "labels", width)
+    groups: tuple[str, ...] = ()
+    if cfg.group_field:
+        groups, arrays["group"] = groups_of(rows, cfg.group_field, train.fields[cfg.group_field].names)
+    what = "texts" if tokenizer else "arrays"
+    source = texts.Rows(
+        arrays,
+        split=split,
+        label=f"{train.label} {field}",
+        tokenizer=tokenizer,
+        classes=classes,
+        groups=groups,
+        what=what,
+    )
+    if cfg.balance and split == "train" and label:
+        return Balanced(source, arrays["labels"])
+    return source
+
+
+def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> np.ndarray:
+    """Labels of records: int32 (N,), or float32 (N, classes) of 0 and 1 where a record may have several."""
+    if not several:
+        return np.array([row[label] for row in rows], np.int32)
+    out = np.zeros((len(rows), classes), np.float32)
+    for at, row in zip(out, rows, strict=True):
+        at[list(row[label])] = 1
+    return out
+
+
+def groups_of(rows: Sequence[Row], field: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The names of the groups, and the group of each record, int32 (N,)."""
+    values: list[Any] = [row[field] for row in rows]
+    if not names or (values and isinstance(values[0], str)):
+        kinds = sorted(set(values))
+        return tuple(map(str, kinds)), np.array([kinds.index(v) for v in values], np.int32)
+    return names, np.array(values, np.int32)
+
+
+def _check_classes(source: Source, num_classes: int | None) -> None:
+    """Raises UserError where the data has more classes than the model."""
+    if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
+        raise UserError(
+            f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}, "
+            f"try --model.classes {source.num_classes}"
+        )

@@ -1,0 +1,139 @@
+"""Sets of Hugging Face's `datasets` library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.config import DataConfig
+from jaxmodels.data.records import Bad, Field, Records, digest, unknown
+from jaxmodels.data.source import Split
+from jaxmodels.errors import UserError
+
+_SAMPLED = 256
+
+
+def records(cfg: DataConfig, split: Split) -> Records:
+    """The records of a set of the hub, `name` or `name:config`, or of a folder that `save_to_disk` has written.
+
+    Splits are in the notation of the library, which is TFDS's: train, train[:90%], train+test.
+
+    Raises: UserError where the library is not installed, or there is no such set or split.
+    """
+    try:
+        datasets: Any = import_module("datasets")  # not installed to check types
+    except ImportError:
+        raise UserError(
+            "got data.source huggingface without the library datasets, expected it installed, "
+            "try pip install 'jaxmodels[huggingface]'"
+        ) from None
+    wanted, option = (cfg.train_split, "train_split") if split == "train" else (cfg.eval_split, "eval_split")
+    if not cfg.name:
+        raise UserError(
+            "got data.source huggingface without data.name, expected a set or a folder, try --data.name mnist"
+        )
+    folder = Path(cfg.name).expanduser()
+    try:
+        if folder.is_dir():
+            data = _part(datasets, datasets.load_from_disk(str(folder)), wanted, option)
+        else:
+            name, _, config = cfg.name.partition(":")
+            data = datasets.load_dataset(name, config or None, split=wanted)
+    except UserError:
+        raise
+    except (ValueError, AssertionError, OSError) as error:  # what the library raises for a wrong name or split
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"got data.name {cfg.name!r}, {wanted} ({reason[:200]}), expected a set and a split that exist, "
+            f"try another --data.name or --data.{option.replace('_', '-')}"
+        ) from error
+    return _Set(datasets, data, f"huggingface {cfg.name}", wanted)
+
+
+def _part(datasets: Any, saved: Any, wanted: str, option: str) -> Any:
+    """A split of a saved set; one that was saved alone is called train."""
+    parts = dict(saved) if isinstance(saved, dict) else {"train": saved}
+    for name in re.findall(r"[^+\[\]]+(?=\[|\+|$)", wanted.replace(" ", "")):
+        if name not in parts:
+            raise UserError(unknown(f"data.{option}", name, list(parts), f"--data.{option.replace('_', '-')}"))
+    places = datasets.ReadInstruction.from_spec(wanted).to_absolute({name: len(part) for name, part in parts.items()})
+    cut = []
+    for place in places:
+        part = parts[place.splitname]
+        cut.append(part.select(range(place.from_ or 0, len(part) if place.to is None else place.to)))
+    return cut[0] if len(cut) == 1 else datasets.concatenate_datasets(cut)
+
+
+class _Set(Records):
+    def __init__(self, datasets: Any, data: Any, label: str, split: str) -> None:
+        for name, feature in data.features.items():
+            if isinstance(feature, datasets.Image):  # the bytes, for others to decode
+                data = data.cast_column(name, datasets.Image(decode=False))
+        self._data, self.label, self._split = data, label, split
+        found = {name: _field(datasets, data.features[name]) for name in sorted(data.features)}
+        self.fields = {name: field for name, field in found.items() if field}
+        seen = np.linspace(0, len(data) - 1, min(len(data), _SAMPLED)).astype(np.int64).tolist()
+        facts = repr((len(data), self.fields, data.select_columns(list(self.fields))[seen] if seen else ()))
+        self.fingerprint = digest(facts.encode("utf-8", "surrogatepass"))
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def where(self, index: int) -> str:
+        return f"{self.label} {self._split}, record {index}"
+
+    def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
+        if not indices or not fields:
+            return [{} for _ in indices]
+        columns = self._data.select_columns(list(fields))[[int(i) for i in indices]]
+        return [self._one(i, {name: columns[name][k] for name in fields}) for k, i in enumerate(indices)]
+
+    def _one(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
+        try:
+            return {name: _value(name, value, self.fields[name]) for name, value in values.items()}
+        except (ValueError, OSError) as error:
+            return Bad(self.where(index), str(error))
+
+
+def _field(datasets: Any, feature: Any) -> Field | None:
+    """What a feature holds; None where nothing here can use it."""
+    if isinstance(feature, datasets.Image):
+        return Field("image", shape=(None, None, None))
+    if isinstance(feature, datasets.ClassLabel):
+        return Field("label", tuple(feature.names))
+    if isinstance(feature, datasets.Value):
+        if feature.dtype in ("string", "large_string"):
+            return Field("text")
+        if feature.dtype == "bool":
+            return Field("label", ("False", "True"))
+        if feature.dtype.startswith(("int", "uint")):
+            return Field("label")
+        return Field("array", dtype=feature.dtype) if feature.dtype.startswith("float") else None
+    if isinstance(feature, datasets.Array2D | datasets.Array3D):
+        return Field("array", shape=tuple(feature.shape), dtype=feature.dtype)
+    if (inner := getattr(feature, "feature", None)) is not None and not isinstance(inner, dict):  # a list
+        field = _field(datasets, inner)
+        if field is None or field.kind not in ("label", "array"):
+            return None
+        if field.kind == "label":
+            return Field("labels", field.names)
+        length = getattr(feature, "length", -1)
+        return Field("array", shape=(None if length < 0 else length, *field.shape), dtype=field.dtype)
+    return None
+
+
+def _value(name: str, value: Any, field: Field) -> Any:
+    if value is None or value == "":
+        raise ValueError(f"{name} is missing")
+    if field.kind == "image":
+        return value["bytes"] or Path(value["path"]).read_bytes()
+    if field.kind == "label":
+        return int(value)
+    if field.kind == "labels":
+        return tuple(int(v) for v in value)
+    return np.asarray(value, field.dtype) if field.kind == "array" else value

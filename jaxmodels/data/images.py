@@ -1,0 +1,229 @@
+"""Images with their labels, decoded and changed as they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.config import AugmentConfig, DataConfig
+from jaxmodels.data import transforms
+from jaxmodels.data.records import Reader, Records, Row, named_field
+from jaxmodels.data.source import Source, Split, fingerprint
+from jaxmodels.errors import UserError
+
+IN_MEMORY = 1 << 30
+"""Bytes of decoded pixels that are kept, at most."""
+
+_SMALL = 64 * 64
+
+
+class Images(Source):
+    """Images of one size, uint8, with their labels; in training, as the epoch changes them.
+
+    Where all pixels of a set fit into 1 GiB they are kept once decoded: at the model's size, or, where training crops,
+    at the one size that all are stored in. Otherwise threads decode each batch. An image that cannot be read gives its
+    place to the next good one; in evaluation the label there is -1.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        cfg: DataConfig,
+        augment: AugmentConfig,
+        split: Split,
+        *,
+        field: str,
+        label: str | None,
+        shape: tuple[int, ...] | None = None,
+        classes: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`field` and `label` name the image and its class or classes (None: all labels are 0); `shape` is (H, W, C)
+        and `classes` the number of classes of the model, as far as it has them; `seed` is the run's.
+
+        Raises: UserError where the images can't be given that shape or be changed as asked for.
+        """
+        self.split, self.shape = split, model_shape(records, field, shape)
+        transforms.check(augment, self.shape[2])
+        self._cfg = augment if split == "train" else AugmentConfig(crop=augment.crop)
+        self._changed = split == "train" and bool(transforms.describe(augment))
+        self._records, self._seed, self._threads, self._limit = records, seed, cfg.threads, cfg.bad_records
+        self._pool: ThreadPoolExecutor | None = None
+        self._field, self._label, self._group = field, label, cfg.group_field
+        if label is not None:
+            named_field(records, "label_field", label, ("label", "labels"))
+        if self._group:
+            named_field(records, "group_field", self._group, ("label", "text"))
+        self._reader = Reader(records, [f for f in dict.fromkeys((field, label, self._group)) if f], self._limit)
+        self._several = label is not None and records.fields[label].kind == "labels"
+        self.class_names = records.fields[label].names if label is not None else ()
+        self.num_classes = len(self.class_names) or (self._largest(label) + 1 if label is not None else None)
+        self._width = max(classes or 0, self.num_classes or 0)
+        self.groups, self._group_of = self._name_groups()
+        self._kept = self._keep()
+        self.fingerprint = fingerprint(
+            [], "images", records.fingerprint, field, label, self._group, self.shape, self._cfg, split
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        numbers = transforms.draws(self._seed, epochs, indices, transforms.needed(self._cfg))
+
+        def change(value: Any, place: int) -> np.ndarray:
+            return transforms.augment(transforms.decode(value), self._cfg, self.shape, numbers[place])
+
+        if self._kept is None:
+            inputs, facts = self._read(indices, self.shape, change if self._changed else self._still)
+            return {"inputs": inputs, **facts}
+        inputs, facts = self._remembered(indices)
+        if self._changed and transforms.together(self._cfg) and self.shape[0] * self.shape[1] <= _SMALL:
+            inputs = transforms.augment_all(inputs, self._cfg, numbers)
+        elif self._changed:
+            kept, inputs = inputs, np.empty((len(indices), *self.shape), np.uint8)
+            self._each(lambda k: np.copyto(inputs[k], change(kept[k], k)), len(indices))
+        return {"inputs": inputs, **facts}
+
+    def labels(self) -> np.ndarray:
+        """The class of every record, int32 (N,), -1 where it can't be read.
+
+        Raises: UserError where records don't have one class each.
+        """
+        if self._label is None or self._several:
+            raise UserError(
+                f"got {self._records.label}, whose records have {'several labels' if self._several else 'no label'}, "
+                "expected one class each, try --data.balance False"
+            )
+        labels = np.full(len(self), -1, np.int32)
+        for rows in Reader(self._records, (self._label,), self._limit).all():
+            labels[[row.index for row in rows]] = [row[self._label] for row in rows]
+        return labels
+
+    def describe(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        changes = "; " + ", ".join(transforms.describe(self._cfg)) if self._changed else ""
+        return f"{self._records.label}: {len(self):,} images of {shape}{classes} ({self.split}){changes}"
+
+    def _read(
+        self, indices: np.ndarray, shape: tuple[int, ...], make: Callable[[Any, int], np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Images of `shape`, made from what is stored and the place in the batch, with their labels and groups."""
+        images = np.empty((len(indices), *shape), np.uint8)
+        rows = [Row({}, -1)] * len(indices)
+        replaced, left = np.zeros(len(indices), bool), np.arange(len(indices))
+
+        def fill(place: int) -> bool:
+            row = rows[place]
+            try:
+                images[place] = make(row[self._field], place)
+            except transforms.Unreadable as error:
+                self._reader.bad(row.index, str(error))
+                return False
+            return True
+
+        while left.size:
+            found, replaced[left] = self._reader.rows(indices[left])
+            for place, row in zip(left.tolist(), found, strict=True):
+                rows[place] = row
+            places = left.tolist()
+            good = self._each(lambda k, places=places: fill(places[k]), len(places))
+            left = left[~np.array(good, bool)]
+        return images, self._facts(rows, replaced)
+
+    def _facts(self, rows: list[Row], replaced: np.ndarray) -> dict[str, np.ndarray]:
+        labels = np.zeros((len(rows), self._width), np.float32) if self._several else np.zeros(len(rows), np.int32)
+        if self._label is not None:
+            for k, row in enumerate(rows):
+                if self._several:
+                    labels[k, list(row[self._label])] = 1
+                else:
+                    labels[k] = row[self._label]
+        if self.split == "eval":
+            labels[replaced] = -1
+        if not self._group:
+            return {"labels": labels}
+        return {"labels": labels, "group": np.array([self._group_of(row[self._group]) for row in rows], np.int32)}
+
+    def _still(self, value: Any, place: int) -> np.ndarray:
+        """An image that no number changes: as evaluation sees it, or as it is kept."""
+        shape = self.shape if self._kept is None else self._kept[0].shape[1:]
+        crop = self._cfg.crop if self.split == "eval" else None
+        if isinstance(value, np.ndarray) and value.shape == shape and crop is None:
+            return value
+        return transforms.center(transforms.decode(value), AugmentConfig(crop=crop), shape)
+
+    def _keep(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
+        """Room for all pixels, which of them are there, and their labels; None where they are too many."""
+        shape: tuple[int | None, ...] = self.shape
+        if self.split == "train" and self._cfg.crop is not None:
+            shape = (*self._records.fields[self._field].shape[:2], self.shape[2])
+        known = [n for n in shape if n is not None]
+        if len(known) < 3 or len(self) * math.prod(known) > IN_MEMORY:
+            return None
+        return np.empty((len(self), *known), np.uint8), np.zeros(len(self), bool), {}
+
+    def _remembered(self, indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        assert self._kept is not None
+        images, there, facts = self._kept
+        missing = np.unique(indices[~there[indices]])
+        if missing.size:
+            # two threads may read the same images, and then write the same
+            images[missing], found = self._read(missing, images.shape[1:], self._still)
+            for name, values in found.items():
+                every = facts.setdefault(name, np.zeros((len(self), *values.shape[1:]), values.dtype))
+                every[missing] = values
+            there[missing] = True
+        return images[indices], {name: every[indices] for name, every in facts.items()}
+
+    def _each(self, do: Callable[[int], Any], count: int) -> list[Any]:
+        if self._threads == 1 or count == 1:
+            return [do(k) for k in range(count)]
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="jaxmodels-images")
+        return list(self._pool.map(do, range(count)))
+
+    def _largest(self, name: str) -> int:
+        return max((int(np.max(value, initial=-1)) for value in self._values(name)), default=-1)
+
+    def _name_groups(self) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+        if not self._group:
+            return (), int
+        field = self._records.fields[self._group]
+        if field.kind == "label" and field.names:
+            return field.names, int
+        known = sorted(set(self._values(self._group)))
+        return tuple(map(str, known)), {value: at for at, value in enumerate(known)}.__getitem__
+
+    def _values(self, name: str) -> list[Any]:
+        """A field of every record that can be read."""
+        return [row[name] for rows in Reader(self._records, (name,), self._limit).all() for row in rows]
+
+
+def model_shape(records: Records, field: str, shape: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """Height, width and channels of the model's images, or of the stored ones.
+
+    Raises: UserError where they are not known, or the stored ones can't become such.
+    """
+    stored = records.fields[field].shape
+    wanted = stored if shape is None else shape
+    known = tuple(n for n in wanted if n is not None)
+    if len(known) != 3 or len(wanted) != 3:
+        got = "a model without an input shape" if shape is None else f"a model of inputs {wanted}"
+        raise UserError(
+            f"got {got} for the images of {records.label}, expected (height, width, channels), try a model of images"
+        )
+    channels = stored[2] if len(stored) == 3 else None
+    plain = stored == known
+    if not plain and (known[2] not in (1, 3) or channels not in (None, 1, 3, 4)):
+        sizes = "x".join("?" if n is None else str(n) for n in stored)
+        raise UserError(
+            f"got images of {sizes or 'any size'} in {records.label} for a model of {known}, "
+            "expected 1 (grey) or 3 (RGB) channels where their size has to change, try a model of their own shape"
+        )
+    return known[0], known[1], known[2]

@@ -1,0 +1,129 @@
+"""Examples as a person can look at them: texts, and a grid of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.data.source import Source
+
+_SHADES = " .:-=+*#%@"
+_WIDTH = 32
+IMAGES = 8
+"""Examples of a grid."""
+
+_EPOCHS, _SIDE, _SMALL = 6, 112, 64
+_GAP, _LINE = 4, 20
+
+
+def show(example: dict[str, np.ndarray], source: Source) -> str:
+    """One example of a batch as text."""
+    marks = example.get("segment_ids")
+    if "images" in example:
+        parts = [_image(example["images"]), "    caption:", _text(example["tokens"], source, marks)]
+    elif "inputs" in example and "tokens" in example:
+        targets = np.maximum(example["targets"], 0)
+        parts = ["    source:", _text(example["inputs"], source, marks)]
+        parts += ["    target:", _text(targets, source, example.get("target_segment_ids"))]
+    elif "tokens" in example:
+        parts = [_text(example["tokens"], source, marks)]
+    elif source.tokenizer is not None:
+        parts = [_text(example["inputs"], source, marks)]
+    else:
+        x = example["inputs"]
+        parts = [_image(x) if x.ndim == 3 else _numbers(x)]
+    if "targets" in example:
+        parts.append(f"    {int((example['targets'] < 0).sum())} of {len(example['targets'])} targets ignored")
+    if "labels" in example:
+        parts.append(f"    {_label(example, source)}")
+    return "\n".join(parts)
+
+
+def _label(example: dict[str, np.ndarray], source: Source) -> str:
+    label = example["labels"]
+    names = source.class_names
+    if label.ndim:
+        chosen = [names[c] if c < len(names) else str(c) for c in np.flatnonzero(label > 0).tolist()]
+        said = f"labels {', '.join(chosen) or 'none'}" if (label >= 0).all() else "labels ignored"
+    else:
+        at = int(label)
+        said = f"label {at}" + (f" ({names[at]})" if 0 <= at < len(names) and names[at] != str(at) else "")
+    return said + (f", group {source.groups[int(example['group'])]}" if "group" in example else "")
+
+
+def _text(ids: np.ndarray, source: Source, marks: np.ndarray | None = None) -> str:
+    """The text of tokens; where a row holds several, each begins with its number."""
+    if source.tokenizer is None:
+        return _numbers(ids)
+    if marks is None:
+        return _lines(source.tokenizer.decode(ids), "    | ")
+    texts = [source.tokenizer.decode(ids[marks == k]) for k in range(1, int(marks.max(initial=0)) + 1)]
+    edges = ["    | "] if len(texts) == 1 else [f"{k:3d} | " for k in range(1, len(texts) + 1)]
+    return "\n".join(_lines(text, edge) for text, edge in zip(texts, edges, strict=True))
+
+
+def _lines(text: str, edge: str) -> str:
+    # A control character of the data must not reach the terminal.
+    lines = ["".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line) for line in text.split("\n")]
+    return "\n".join((edge if k == 0 else "    | ") + line for k, line in enumerate(lines))
+
+
+def _numbers(x: np.ndarray) -> str:
+    flat: list[Any] = x.reshape(-1)[:_WIDTH].tolist()
+    return f"    {x.shape} {x.dtype}: {' '.join(f'{v:.4g}' for v in flat)}{' ...' if x.size > _WIDTH else ''}"
+
+
+def _image(x: np.ndarray) -> str:
+    said = f"    {x.shape} {x.dtype}, {x.min()} to {x.max()}"
+    if max(x.shape) > _SMALL:
+        return said
+    gray = x.astype(np.float32).mean(-1)
+    step = -(-max(gray.shape) // _WIDTH)
+    gray = gray[::step, ::step] - gray.min()
+    shade = (gray / max(float(gray.max()), 1e-9) * (len(_SHADES) - 1)).astype(int)
+    rows = ("".join(_SHADES[v] * 2 for v in row) for row in shade)
+    return "\n".join([said, *(f"    | {row}".rstrip() for row in rows)])
+
+
+def grid(source: Source, indices: Sequence[int] | np.ndarray, out: Path) -> bool:
+    """Writes a PNG of a source's images: a row for each of some examples, a column an epoch; False: it has none."""
+    rows = np.asarray(indices, np.int64)
+    batch = source.batch(np.repeat(rows, _EPOCHS), np.tile(np.arange(_EPOCHS), len(rows)))
+    images = batch.get("images", batch["inputs"] if "inputs" in batch else np.empty(0))
+    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        return False
+    titles = []
+    for k, index in enumerate(rows.tolist()):
+        example = {name: x[k * _EPOCHS] for name, x in batch.items()}
+        caption = ""
+        if "images" in batch and source.tokenizer is not None:
+            ids = example["tokens"][example["segment_ids"] > 0] if "segment_ids" in example else example["tokens"]
+            caption = f', "{_lines(source.tokenizer.decode(ids), "")}"'
+        titles.append(f"example {index}: {_label(example, source)}{caption}")
+    _draw(images.reshape(len(rows), _EPOCHS, *images.shape[1:]), titles, out)
+    return True
+
+
+def _draw(images: np.ndarray, titles: Sequence[str], out: Path) -> None:
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = images.shape[2:4]
+    zoom = max(1, math.ceil(_SIDE / max(height, width)))
+    across, down = width * zoom + _GAP, height * zoom + _GAP + _LINE
+    page = Image.new("RGB", (_GAP + across * images.shape[1], _LINE + _GAP + down * len(images)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+    for column in range(images.shape[1]):
+        pen.text((_GAP + across * column, 2), f"epoch {column}", "black", font)
+    for row, title in enumerate(titles):
+        top = _LINE + row * down
+        pen.text((_GAP, top + 2), title, "black", font)
+        for column, image in enumerate(images[row]):
+            tile = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            page.paste(tile, (_GAP + across * column, top + _LINE))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    page.save(out)

@@ -1,0 +1,193 @@
+"""Sources in rows that are held in memory: whole texts, one a row or as many as fit, and arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxmodels.data.source import Source, Split, fingerprint
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+
+
+class Rows(Source):
+    """Rows that are ready, held in memory: arrays of one length by the name they have in a batch."""
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        split: Split,
+        label: str,
+        tokenizer: Tokenizer | None = None,
+        classes: Sequence[str] | int = (),
+        groups: Sequence[str] = (),
+        what: str = "texts",
+    ) -> None:
+        self.arrays, self.split, self.label, self.tokenizer = dict(arrays), split, label, tokenizer
+        self.groups, self._what = tuple(groups), what
+        self.vocab_size = None if tokenizer is None else tokenizer.vocab_size
+        self.num_classes = (classes if isinstance(classes, int) else len(classes)) or None
+        self.class_names = () if isinstance(classes, int) else tuple(classes)
+        if not len(self):
+            raise UserError(f"got no {what} to {split} on ({label}), expected some, try another split or eval_fraction")
+        facts = ("rows", split, sorted(self.arrays), tokenizer and tokenizer.to_json())
+        self.fingerprint = fingerprint(list(self.arrays.values()), *facts)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values()), ()))
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: x[indices] for name, x in self.arrays.items()}
+
+    def describe(self) -> str:
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        tokenizer = f", tokenizer {self.tokenizer}" if self.tokenizer else ""
+        return f"{self.label}: {len(self):,} {self._what}{classes} ({self.split}){tokenizer}"
+
+
+def filled(ids: Sequence[np.ndarray], length: int, fill: int = 0) -> np.ndarray:
+    """Texts as rows (N, length), cut or filled up."""
+    out = np.full((len(ids), length), fill, np.int32)
+    for row, text in zip(out, ids, strict=True):
+        row[: len(text)] = text[:length]
+    return out
+
+
+def single(ids: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Texts to classify, one a row: `inputs` and `segment_ids` (N, length)."""
+    return {"inputs": filled(ids, length), "segment_ids": marks(ids, length)}
+
+
+def marks(ids: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """1 where the rows of `filled` have a token, else 0."""
+    lengths = np.array([len(text) for text in ids], np.int64)
+    return (np.arange(length) < lengths[:, None]).astype(np.int32)
+
+
+def plan(lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Which texts share a row of `room` tokens: best fit, the longest first.
+
+    A function of the lengths alone. Texts longer than `room` are an error of the caller.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(room + 1)]  # by the room that is left
+    left = 0  # bit r is set where a row with room r is open
+    for text in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[text])
+        fits = left >> size
+        if fits:
+            space = size + (fits & -fits).bit_length() - 1
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                left &= ~(1 << space)
+        else:
+            space, row = room, len(rows)
+            rows.append([])
+        rows[row].append(text)
+        open_rows[space - size].append(row)
+        left |= 1 << (space - size)
+    return rows
+
+
+def packed(ids: Sequence[np.ndarray], length: int, follow: int | None) -> dict[str, np.ndarray]:
+    """Rows (N, length) of whole texts, kept apart by `segment_ids`, longer ones cut into pieces.
+
+    With `follow`, the token that ends a text, targets are the tokens that follow and a text begins behind that token;
+    without it targets are the tokens themselves (a masked language model's places).
+    """
+    if follow is None:
+        pairs = [(piece, piece) for text in ids for piece in _pieces(text, length)]
+    else:
+        end = np.array([follow], np.int32)
+        pairs = []
+        for text in ids:
+            whole = np.concatenate([end, text, end])
+            pairs += zip(_pieces(whole[:-1], length), _pieces(whole[1:], length), strict=True)
+    return lay(plan(np.array([len(a) for a, _ in pairs]), length), length, pairs, ("tokens", "targets"), "segment_ids")
+
+
+def _pieces(text: np.ndarray, length: int) -> list[np.ndarray]:
+    return [text[i : i + length] for i in range(0, len(text), length)]
+
+
+def translations(
+    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], length: int, end: int, pack: bool
+) -> dict[str, np.ndarray]:
+    """Pairs for teacher forcing: a source and the end token; the end token and a target; a target and the end token.
+
+    Longer texts are cut. Packed pairs share a row on both sides.
+    """
+    stop = np.array([end], np.int32)
+    inputs = [np.concatenate([x[: length - 1], stop]) for x in sources]
+    tokens = [np.concatenate([stop, y[: length - 1]]) for y in targets]
+    follow = [np.concatenate([y[: length - 1], stop]) for y in targets]
+    sizes = np.array([max(len(x), len(y)) for x, y in zip(inputs, tokens, strict=True)])
+    rows = plan(sizes, length) if pack else [[i] for i in range(len(inputs))]
+    first = lay(rows, length, [(x,) for x in inputs], ("inputs",), "segment_ids")
+    second = lay(rows, length, list(zip(tokens, follow, strict=True)), ("tokens", "targets"), "target_segment_ids")
+    del first["positions"], second["positions"]  # an encoder-decoder counts them from the segment ids
+    return first | second
+
+
+def lay(
+    rows: Sequence[Sequence[int]],
+    length: int,
+    texts: Sequence[tuple[np.ndarray, ...]],
+    names: tuple[str, ...],
+    marks: str,
+) -> dict[str, np.ndarray]:
+    """Texts laid into the rows of a plan; `marks` counts the texts of a row from 1, and is 0 where it is empty."""
+    fill = {name: -1 if name == "targets" else 0 for name in (*names, marks, "positions")}
+    out = {name: np.full((len(rows), length), value, np.int32) for name, value in fill.items()}
+    for r, members in enumerate(rows):
+        at = 0
+        for segment, text in enumerate(members, 1):
+            here = slice(at, at + len(texts[text][0]))
+            for name, values in zip(names, texts[text], strict=True):
+                out[name][r, here] = values
+            out[marks][r, here] = segment
+            out["positions"][r, here] = np.arange(len(texts[text][0]))
+            at = here.stop
+    return out
+
+
+class Captioned(Source):
+    """Images with captions of their class: each example has one of them, another in the next epoch."""
+
+    def __init__(self, images: Source, captions: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> None:
+        """`captions` are those of the first class, then as many of the second, and so on."""
+        ids = tokenizer.encode_many(captions, special=True)
+        if tokenizer.end is not None and any(x[-1] != tokenizer.end for x in ids):
+            # a text is read out at its end
+            ids = [np.append(x, np.int32(tokenizer.end)) for x in tokenizer.encode_many(captions)]
+        longest = max((len(x) for x in ids), default=0)
+        if longest > seq_len:
+            raise UserError(
+                f"got captions of up to {longest} tokens, expected at most data.seq_len {seq_len}, "
+                f"try --data.seq-len {longest}"
+            )
+        self._rows, self._each, self.images = single(ids, seq_len), len(captions) // (images.num_classes or 1), images
+        self.tokenizer, self.vocab_size, self.captions = tokenizer, tokenizer.vocab_size, tuple(captions)
+        self.num_classes, self.class_names, self.groups = images.num_classes, images.class_names, images.groups
+        self.fingerprint = fingerprint(list(self._rows.values()), "captioned", images.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        batch = self.images.batch(indices, epochs)
+        classes = batch["labels"]
+        row = np.maximum(classes, 0) * self._each + (indices + epochs) % self._each
+        return {
+            **{name: x for name, x in batch.items() if name not in ("inputs", "labels")},
+            "images": batch["inputs"],
+            "tokens": self._rows["inputs"][row],
+            "segment_ids": self._rows["segment_ids"][row],
+            "labels": classes,
+            "classes": classes.copy(),
+        }
+
+    def describe(self) -> str:
+        return f"{self.images.describe()}, {len(self.captions)} captions, tokenizer {self.tokenizer}"

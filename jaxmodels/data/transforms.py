@@ -1,0 +1,318 @@
+"""Random changes of images (Pillow), each a function of (seed, epoch, index)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+
+from jaxmodels.config import AugmentConfig
+from jaxmodels.data.order import mix
+from jaxmodels.errors import UserError
+
+Size = tuple[int, int]
+"""Height and width."""
+
+CENTRE = 7 / 8
+"""Share of the sides that evaluation sees where training crops."""
+
+_AREA, _RATIO, _LEFT, _TOP, _FLIP, _DX, _DY, _TURN, _TINT, _HOLE_X, _HOLE_Y, _DRAWN = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    11,
+    12,
+    13,
+)
+_STREAM = 0x1F83D9ABFB41BD6B  # keeps these numbers apart from those of the order
+_WIDEST = math.log(4 / 3)
+_BILINEAR = Image.Resampling.BILINEAR
+
+
+def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """Uniform numbers of [0, 1), float64 (B, count): those of a row depend on its (seed, epoch, index) alone."""
+    key = mix(mix(epochs.astype(np.uint64)) + np.uint64((seed ^ _STREAM) % 2**64))
+    key = mix(key ^ mix(indices.astype(np.uint64)))
+    words = mix(key[:, None] + np.arange(count, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def needed(cfg: AugmentConfig) -> int:
+    """How many numbers a row of `draws` must hold."""
+    return _DRAWN + 2 * cfg.randaugment
+
+
+def check(cfg: AugmentConfig, channels: int) -> None:
+    """Raises UserError where images of so many channels can't be changed so."""
+    if cfg.randaugment and cfg.magnitude > 10:
+        raise UserError(f"got augment.magnitude {cfg.magnitude}, expected at most 10, try --augment.magnitude 9")
+    if channels not in (1, 3) and describe(cfg):
+        raise UserError(
+            f"got a model of images of {channels} channels to augment, expected 1 (grey) or 3 (RGB), "
+            f"try without {', '.join(describe(cfg))}"
+        )
+
+
+def together(cfg: AugmentConfig) -> bool:
+    """Whether `augment_all` does all of it."""
+    return cfg.crop is None and not cfg.colour and not cfg.randaugment
+
+
+def describe(cfg: AugmentConfig) -> list[str]:
+    """What is done, in a few words each."""
+    said = {
+        f"crop {cfg.crop}": cfg.crop,
+        "flip": cfg.flip,
+        f"shift {cfg.shift}": cfg.shift,
+        f"rotate {cfg.rotate:g}": cfg.rotate,
+        f"colour {cfg.colour}": cfg.colour,
+        f"randaugment {cfg.randaugment} of {cfg.magnitude:g}": cfg.randaugment,
+        f"cutout {cfg.cutout}": cfg.cutout,
+    }
+    return [text for text, on in said.items() if on]
+
+
+class Unreadable(Exception):
+    """What was to be an image can't be decoded; says why."""
+
+
+def decode(value: bytes | np.ndarray) -> Image.Image:
+    """The image of encoded bytes (its pixels are read when first asked for) or of an array (H, W, C).
+
+    Raises: Unreadable.
+    """
+    try:
+        if isinstance(value, np.ndarray):
+            return Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value)
+        return Image.open(io.BytesIO(value))
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    known = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    return " ".join(known.split()) or type(error).__name__
+
+
+def augment(image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int], row: np.ndarray) -> np.ndarray:
+    """One image as training sees it, uint8 (H, W, C): cropped, resized and changed by the numbers of a row of `draws`.
+
+    Raises: Unreadable.
+    """
+    size = shape[:2]
+    box = _crop(image.size, cfg.crop, size, row) if cfg.crop is not None else None
+    image = resized(image, size, shape[2], box)
+    if cfg.shift or cfg.rotate:
+        matrix = matrices(cfg, size, row[None])[0]
+        image = image.transform(image.size, Image.Transform.AFFINE, tuple(matrix.tolist()), _BILINEAR)
+    elif cfg.flip and row[_FLIP] < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if cfg.colour:
+        image = _tint(image, cfg.colour, row[_TINT:])
+    if cfg.randaugment:
+        image = _randaugment(image, cfg, row[_DRAWN:])
+    out = pixels(image)
+    if cfg.cutout:
+        out = np.array(out)
+        _cut(out, cfg.cutout, row)
+    return out
+
+
+def augment_all(images: np.ndarray, cfg: AugmentConfig, rows: np.ndarray) -> np.ndarray:
+    """The same for many small images (B, H, W, C) at once, where all that is asked for is done `together`.
+
+    As `augment` does it to within a level of brightness, but several times as fast: Pillow takes 0.1 ms an image
+    however small.
+    """
+    size = images.shape[1], images.shape[2]
+    if cfg.shift or cfg.rotate:
+        images = move(images, matrices(cfg, size, rows))
+    else:
+        images = images.copy()
+        if cfg.flip:
+            mirrored = rows[:, _FLIP] < 0.5
+            images[mirrored] = images[mirrored, :, ::-1]
+    if cfg.cutout:
+        for image, row in zip(images, rows, strict=True):
+            _cut(image, cfg.cutout, row)
+    return images
+
+
+def center(image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int]) -> np.ndarray:
+    """One image as evaluation sees it, uint8 (H, W, C): whole, or the central 7/8 where training crops; resized."""
+    height, width = shape[:2]
+    box = None
+    if cfg.crop is not None:
+        scale = CENTRE * min(image.width / width, image.height / height)
+        w, h = width * scale, height * scale
+        left, top = (image.width - w) / 2, (image.height - h) / 2
+        box = (left, top, left + w, top + h)
+    return pixels(resized(image, (height, width), shape[2], box))
+
+
+def resized(
+    image: Image.Image, size: Size, channels: int, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    """The part `box` (left, top, right, bottom) of an image, or all of it, at a size and with 1 or 3 channels."""
+    mode = "L" if channels == 1 else "RGB"
+    target = size[1], size[0]
+    full = image.size
+    left, top, right, bottom = box or (0.0, 0.0, float(full[0]), float(full[1]))
+    try:
+        if image.format == "JPEG":
+            # decoded at 1/2, 1/4 or 1/8 where what is left still has the pixels asked for
+            least = math.ceil(full[0] * target[0] / (right - left)), math.ceil(full[1] * target[1] / (bottom - top))
+            image.draft(mode, least)
+        image.load()
+        image = image if image.mode == mode else image.convert(mode)
+    except Exception as error:
+        raise Unreadable(_reason(error)) from error
+    if box is None:
+        return image if image.size == target else image.resize(target, _BILINEAR)
+    x, y = image.width / full[0], image.height / full[1]
+    part = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
+    return image.resize(target, _BILINEAR, box=part)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """Of a grey or RGB image, uint8 (H, W, C)."""
+    out = np.asarray(image)
+    return out[..., None] if out.ndim == 2 else out
+
+
+def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> tuple[float, float, float, float]:
+    """A part of an image of (width, height): uniform area, log-uniform ratio of the sides, uniform place.
+
+    The ratio is drawn from those with which the area fits, so that nothing has to be drawn again.
+    """
+    width, height = full
+    shape = width / height
+    most = min(1.0, math.exp(_WIDEST) / shape, math.exp(_WIDEST) * shape)
+    least = min(least, most)
+    area = least + (most - least) * row[_AREA]
+    low, high = max(-_WIDEST, math.log(area * shape)), min(_WIDEST, math.log(shape / area))
+    ratio = math.exp(low + (high - low) * row[_RATIO])
+    w = min(math.sqrt(area * width * height * ratio), width)
+    h = min(math.sqrt(area * width * height / ratio), height)
+    left, top = (width - w) * row[_LEFT], (height - h) * row[_TOP]
+    return left, top, left + w, top + h
+
+
+def matrices(cfg: AugmentConfig, size: Size, rows: np.ndarray) -> np.ndarray:
+    """Where each pixel of flipped, shifted and turned images comes from: (a, b, c, d, e, f) of each, (B, 6).
+
+    x' = ax + by + c and y' = dx + ey + f, in Pillow's coordinates (a pixel's middle lies at a half).
+    """
+    height, width = size
+    angle = np.deg2rad(cfg.rotate) * (2 * rows[:, _TURN] - 1)
+    steps = np.floor((2 * cfg.shift + 1) * rows[:, _DX : _DY + 1]) - cfg.shift
+    cos, sin = np.cos(angle), np.sin(angle)
+    middle = width / 2, height / 2
+    across = np.stack([cos, -sin, middle[0] - steps[:, 0] - cos * middle[0] + sin * middle[1]])
+    down = np.stack([sin, cos, middle[1] - steps[:, 1] - sin * middle[0] - cos * middle[1]])
+    if cfg.flip:
+        mirrored = rows[:, _FLIP] < 0.5
+        across[:, mirrored] *= -1
+        across[2, mirrored] += width
+    return np.concatenate([across, down]).T
+
+
+def move(images: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Images (B, H, W, C) with each pixel from where its matrix (B, 6) says, bilinear; black from outside."""
+    count, height, width, channels = images.shape
+    grid_y, grid_x = np.divmod(np.arange(height * width, dtype=np.float32), np.float32(width))
+    grid_x, grid_y = grid_x + np.float32(0.5), grid_y + np.float32(0.5)
+    m = matrix.astype(np.float32)[:, :, None]
+    x = m[:, 0] * grid_x + (m[:, 1] * grid_y + (m[:, 2] - np.float32(0.5)))
+    y = m[:, 3] * grid_x + (m[:, 4] * grid_y + (m[:, 5] - np.float32(0.5)))
+    inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
+    np.clip(x, 0, width - 1, out=x)
+    np.clip(y, 0, height - 1, out=y)
+    # The last row and column are read as the far ends of the ones before.
+    left, top = np.minimum(x.astype(np.intp), max(width - 2, 0)), np.minimum(y.astype(np.intp), max(height - 2, 0))
+    x, y = (x - left.astype(np.float32))[..., None], (y - top.astype(np.float32))[..., None]
+    at = left + width * (top + (np.arange(count) * height)[:, None])
+    flat = np.ascontiguousarray(images).reshape(-1, channels)
+    right, down = int(width > 1), width * int(height > 1)
+    corners = [flat.take(at + step, axis=0).astype(np.float32) for step in (0, right, down, down + right)]
+    above = corners[0] + x * (corners[1] - corners[0])
+    below = corners[2] + x * (corners[3] - corners[2])
+    out = (above + y * (below - above) + np.float32(0.5)).astype(np.uint8)
+    out *= inside[..., None]
+    return out.reshape(images.shape)
+
+
+def _cut(out: np.ndarray, side: int, row: np.ndarray) -> None:
+    """Blanks a square in place, its middle anywhere in the image (DeVries & Taylor 2017)."""
+    top = int(row[_HOLE_Y] * out.shape[0]) - side // 2
+    left = int(row[_HOLE_X] * out.shape[1]) - side // 2
+    out[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
+
+
+def _tint(image: Image.Image, most: float, row: np.ndarray) -> Image.Image:
+    factors = 1 + (2 * row[:3] - 1) * most
+    kinds: Sequence[Callable[[Image.Image], Any]] = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for kind, factor in zip(kinds if image.mode == "RGB" else kinds[:2], factors, strict=False):
+        image = kind(image).enhance(max(float(factor), 0.0))
+    return image
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One of RandAugment's: `apply(image, strength)`, with a strength in [-1, 1] (0: as it is)."""
+
+    name: str
+    apply: Callable[[Image.Image, float], Image.Image]
+    colour: bool = False
+    """Whether it does nothing to a grey image."""
+
+
+def _enhance(name: str, kind: Callable[[Image.Image], Any], colour: bool = False) -> Operation:
+    return Operation(name, lambda image, s: kind(image).enhance(1 + 0.9 * s), colour)
+
+
+def _affine(name: str, matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+    def apply(image: Image.Image, s: float) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix(image, s), _BILINEAR)
+
+    return Operation(name, apply)
+
+
+OPERATIONS = (
+    Operation("identity", lambda image, s: image),
+    Operation("autocontrast", lambda image, s: ImageOps.autocontrast(image)),
+    Operation("equalize", lambda image, s: ImageOps.equalize(image)),
+    Operation("rotate", lambda image, s: image.rotate(30 * s, _BILINEAR)),
+    Operation("solarize", lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s))))),
+    Operation("posterize", lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
+    _enhance("colour", ImageEnhance.Color, colour=True),
+    _enhance("contrast", ImageEnhance.Contrast),
+    _enhance("brightness", ImageEnhance.Brightness),
+    _enhance("sharpness", ImageEnhance.Sharpness),
+    _affine("shear x", lambda image, s: (1, 0.3 * s, -0.15 * s * image.height, 0, 1, 0)),
+    _affine("shear y", lambda image, s: (1, 0, 0, 0.3 * s, 1, -0.15 * s * image.width)),
+    _affine("translate x", lambda image, s: (1, 0, 0.45 * s * image.width, 0, 1, 0)),
+    _affine("translate y", lambda image, s: (1, 0, 0, 0, 1, 0.45 * s * image.height)),
+)
+"""The 14 operations, with the ranges of AutoAugment (Cubuk et al. 2019, table 6); either sign where one has a sense."""
+
+_GREY = tuple(operation for operation in OPERATIONS if not operation.colour)
+
+
+def _randaugment(image: Image.Image, cfg: AugmentConfig, row: np.ndarray) -> Image.Image:
+    known = OPERATIONS if image.mode == "RGB" else _GREY
+    for which, sign in row.reshape(-1, 2)[: cfg.randaugment]:
+        strength = cfg.magnitude / 10 * (1 if sign < 0.5 else -1)
+        image = known[int(which * len(known))].apply(image, strength)
+    return image

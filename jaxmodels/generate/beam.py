@@ -1,0 +1,163 @@
+"""Targets of an encoder-decoder: greedy and beam search, as one compiled loop.
+
+Dims: B sources, S their length, K beams, T the most tokens of a target, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.errors import UserError
+from jaxmodels.models.functional import Model
+
+
+class Decoded(NamedTuple):
+    """The best target of each source."""
+
+    tokens: np.ndarray
+    """(B, T), up to and with the end token; behind it the end token again."""
+    scores: np.ndarray
+    """(B,), the log-probability of the tokens with their end, in nats."""
+
+
+def decode(
+    model: Model,
+    params: Any,
+    sources: Any,
+    *,
+    end: int,
+    limit: Any,
+    segment_ids: Any = None,
+    beams: int = 1,
+    alpha: float = 0.6,
+) -> Decoded:
+    """The target with the highest log-probability / ((5 + length) / 6)^alpha that beam search finds.
+
+    A target begins behind the token `end`, ends with it, and has at most `limit` tokens: the last one is made the end.
+    A row is done when as many targets have ended as there are beams, or when no beam can overtake the best that has;
+    so one beam is greedy. A source whose `segment_ids` are all 0 fills up a batch and gets end tokens alone.
+    Shapes: sources and segment_ids (B, S) integers, 0 for padding; limit () or (B,).
+    Source: Wu et al. 2016, section 7 (without the coverage penalty).
+
+    Raises:
+        UserError: an option out of range.
+    """
+    sources = np.asarray(sources, np.int32)
+    ids = np.ones_like(sources) if segment_ids is None else np.asarray(segment_ids, np.int32)
+    limits = np.broadcast_to(np.asarray(limit, np.int32), len(sources))
+    if beams < 1 or alpha < 0 or limits.min(initial=1) < 1:
+        raise UserError(
+            f"got beams {beams}, alpha {alpha}, limit {limits.min(initial=1)}, expected beams >= 1, alpha >= 0, "
+            "limit >= 1, try beams 4, alpha 0.6"
+        )
+    room = -(-int(limits.max(initial=1)) // 16) * 16  # rounded up, so that similar limits share a compiled program
+    found = _decode(model, params, sources, ids, limits, jnp.int32(end), jnp.float32(alpha), room, beams)
+    return Decoded(*jax.tree.map(np.asarray, found))
+
+
+class Search(NamedTuple):
+    """Where a search stands after `at` tokens."""
+
+    at: jax.Array
+    tokens: jax.Array
+    """Of beams that go on, (B, K, T)."""
+    scores: jax.Array
+    """Their log-probabilities, (B, K); -inf for a beam that is none."""
+    best: jax.Array
+    """Of the best target that has ended, (B, T)."""
+    best_score: jax.Array
+    """Its log-probability, (B,)."""
+    rank: jax.Array
+    """What it is the best by, (B,)."""
+    ended: jax.Array
+    """How many targets have ended, (B,)."""
+    done: jax.Array
+    """(B,)."""
+
+
+def penalty(length: Any, alpha: jax.Array) -> jax.Array:
+    """What a log-probability is divided by, so that targets of several lengths compare."""
+    return ((5 + length) / 6) ** alpha
+
+
+def grow(s: Search, logits: jax.Array, end: jax.Array, limits: jax.Array, alpha: jax.Array) -> tuple[Search, jax.Array]:
+    """One token more for each beam, from logits (B, K, V); also the beams that the new ones go on from, (B, K)."""
+    (B, K, V), count = logits.shape, s.at + 1
+    last = (count >= limits)[:, None, None] & (jnp.arange(V) != end)
+    # a beam has at most one way to end, so that 2K candidates hold K that go on; no more than 2K are of one beam
+    width = min(2 * K, V)
+    kept, token = jax.lax.top_k(jnp.where(last, -jnp.inf, logits), width)
+    total = s.scores[..., None] + kept - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    score, index = jax.lax.top_k(total.reshape(B, -1), min(2 * K, K * width))
+    parent, token = index // width, jnp.take_along_axis(token.reshape(B, -1), index, axis=1)
+    tokens = jnp.take_along_axis(s.tokens, parent[..., None], axis=1).at[:, :, s.at].set(token)
+    ends = token == end
+
+    # only an end that is among the K best candidates is one, or else one beam would not be greedy
+    counts = ends & (jnp.arange(score.shape[1]) < K) & jnp.isfinite(score)
+    rank = jnp.where(counts, score / penalty(count, alpha), -jnp.inf)
+    top = rank.argmax(1, keepdims=True)
+    better = ~s.done & (rank.max(1) > s.rank)
+    best = jnp.where(better[:, None], jnp.take_along_axis(tokens, top[..., None], axis=1)[:, 0], s.best)
+    best_score = jnp.where(better, jnp.take_along_axis(score, top, axis=1)[:, 0], s.best_score)
+    rank = jnp.where(better, rank.max(1), s.rank)
+    ended = s.ended + counts.sum(1)
+
+    scores, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, score), K)
+    tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
+    # a log-probability only falls, and the longest target is divided by most
+    overtaken = rank >= scores[:, 0] / penalty(limits, alpha)
+    done = s.done | (ended >= K) | overtaken | (count >= limits)
+    grown = Search(count, tokens, scores, best, best_score, rank, ended, done)
+    return grown, jnp.take_along_axis(parent, order, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7, 8))
+def _decode(
+    model: Model,
+    params: Any,
+    sources: jax.Array,
+    ids: jax.Array,
+    limits: jax.Array,
+    end: jax.Array,
+    alpha: jax.Array,
+    T: int,
+    K: int,
+) -> tuple[jax.Array, jax.Array]:
+    B = len(sources)
+
+    def step(carry: tuple[Search, Any]) -> tuple[Search, Any]:
+        s, cache = carry
+        new = jax.lax.dynamic_index_in_dim(s.tokens, s.at - 1, axis=2, keepdims=False)
+        logits, cache = model.apply(params, None, new.reshape(B * K, 1), cache=cache)
+        s, parents = grow(s, logits.reshape(B, K, -1), end, limits, alpha)
+        if K > 1:
+            rows = (jnp.arange(B)[:, None] * K + parents).reshape(-1)
+            moved = jax.tree.map(lambda leaf: leaf.at[:, rows].get(mode="promise_in_bounds"), cache["layers"])
+            cache = {**cache, "layers": moved}
+        return s, cache
+
+    start = jnp.full((B, 1), end)
+    logits, cache = model.apply(params, sources, start, segment_ids=ids, cache=model.cache(B, T))
+    repeat = functools.partial(jnp.repeat, repeats=K)
+    stacked = {name: jax.tree.map(lambda leaf: repeat(leaf, axis=1), cache[name]) for name in ("layers", "cross")}
+    cache = {**cache, **stacked, "segment_ids": repeat(cache["segment_ids"], axis=0)}
+    none = jnp.full((B,), -jnp.inf)
+    s = Search(
+        at=jnp.int32(0),
+        tokens=jnp.full((B, K, T), end),
+        scores=jnp.full((B, K), -jnp.inf).at[:, 0].set(0.0),  # all beams are the same so far
+        best=jnp.full((B, T), end),
+        best_score=none,
+        rank=none,
+        ended=jnp.zeros((B,), jnp.int32),
+        done=~ids.any(1),
+    )
+    s, _ = grow(s, repeat(logits, axis=1), end, limits, alpha)
+    s, _ = jax.lax.while_loop(lambda carry: ~carry[0].done.all(), step, (s, cache))
+    return s.best, s.best_score

@@ -1,0 +1,94 @@
+"""Texts translated by a trained encoder-decoder, and how close they come to given translations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+from jaxmodels.generate.beam import decode
+from jaxmodels.models.functional import Model
+
+MULTIPLE = 8
+"""Sources are padded to a multiple of so many tokens, so that few programs are compiled."""
+SHORTEST = 16
+"""A translation may have as many tokens, however short its source."""
+
+
+def translate_texts(
+    model: Model,
+    params: Any,
+    tokenizer: Tokenizer,
+    sources: Sequence[str],
+    *,
+    beams: int = 4,
+    alpha: float = 0.6,
+    batch_size: int = 64,
+    max_ratio: float = 2.0,
+) -> list[str]:
+    """Translations of texts, in their order; `max_ratio` is the most tokens of one for each token of its source.
+
+    Raises:
+        UserError: the tokenizer has no end token, or an option is out of range.
+    """
+    end = tokenizer.end
+    if end is None:
+        raise UserError(
+            f"got tokenizer {tokenizer}, expected one with an end token, try jaxmodels data train-tokenizer"
+        )
+    if batch_size < 1 or max_ratio <= 0:
+        raise UserError(
+            f"got batch_size {batch_size}, max_ratio {max_ratio}, expected batch_size >= 1, max_ratio > 0, "
+            "try batch_size 64, max_ratio 2"
+        )
+    rows = [np.append(ids, end) for ids in tokenizer.encode_many(sources)]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    size, texts = min(batch_size, len(rows)), [""] * len(rows)
+    for first in range(0, len(order), size or 1):
+        chosen = order[first : first + size]
+        width = -(-len(rows[chosen[0]]) // MULTIPLE) * MULTIPLE
+        inputs, segment_ids = np.zeros((2, size, width), np.int32)
+        limits = np.ones(size, np.int32)
+        for row, i in enumerate(chosen):
+            inputs[row, : len(rows[i])] = rows[i]
+            segment_ids[row, : len(rows[i])] = 1
+            limits[row] = limit(len(rows[i]), max_ratio)
+        how = {"segment_ids": segment_ids, "beams": beams, "alpha": alpha}
+        found = decode(model, params, inputs, end=end, limit=limits, **how)
+        for row, i in enumerate(chosen):
+            texts[i] = tokenizer.decode(upto(found.tokens[row], end))
+    return texts
+
+
+def limit(length: int, max_ratio: float) -> int:
+    """The most tokens of a translation, its end included, for a source of so many tokens."""
+    return max(ceil(max_ratio * length), SHORTEST)
+
+
+def upto(tokens: np.ndarray, end: int) -> np.ndarray:
+    """Tokens (T,) before the first end token."""
+    stops = np.flatnonzero(tokens == end)
+    return tokens[: stops[0]] if len(stops) else tokens
+
+
+def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU of a whole set from 0 to 100, one reference each, as sacreBLEU has it by default (13a, mixed case).
+
+    Source: Papineni et al. 2002; Post 2018.
+
+    Raises:
+        UserError: the package is not installed, or the two do not match in number.
+    """
+    if len(hypotheses) != len(references) or not references:
+        raise UserError(
+            f"got {len(hypotheses)} translations and {len(references)} references, expected as many, at least one"
+        )
+    try:
+        import sacrebleu
+    except ModuleNotFoundError as error:
+        raise UserError("got no package sacrebleu, expected it for BLEU, try pip install 'jaxmodels[bleu]'") from error
+    return sacrebleu.corpus_bleu(list(hypotheses), [list(references)]).score

@@ -1,0 +1,173 @@
+"""Where a model of texts or patches attends to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxmodels.models.attention import recording
+from jaxmodels.report.pieces import Picture, Piece, blank, grid, pieces_of, show
+from jaxmodels.report.saved import Saved, length, pixels
+from jaxmodels.tasks.task import normalised
+
+LOOKED_AT = 64
+GOOD_LENGTH, LONGEST = 14, 32
+"""Tokens of the text that is shown: nearest to the one, and no more than the other."""
+GLOW = (1.0, 0.42, 0.1)
+IMAGES, LAYERS, HEADS = 4, 8, 16
+"""At most so many of each are shown."""
+
+
+def pieces(saved: Saved) -> list[Piece]:
+    """Maps of each layer's mean over heads and of the last layer's heads, for one example; nothing if it has none."""
+    if "model" not in saved.experiment.task.networks:
+        return []
+    batch, name = saved.examples(0, LOOKED_AT), saved.cfg.task.name
+    if name == "seq2seq":
+        return cross(saved, batch)
+    if name == "contrastive":
+        seen = of_images(saved, batch["images"], lambda x: saved.apply(x, None))
+        return seen + of_texts(saved, batch, "tokens", lambda tokens, **named: saved.apply(None, tokens, **named))
+    tokens = "tokens" if "tokens" in batch else "inputs"
+    inputs = batch[tokens]
+    if inputs.ndim == 4:
+        return of_images(saved, inputs, saved.apply) if hasattr(saved.model.config, "patch") else []
+    if inputs.ndim == 2 and inputs.dtype.kind in "iu":
+        return of_texts(saved, batch, tokens, saved.apply)
+    return []
+
+
+def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndarray]:
+    """The attention weights (B, H, T, S) of a call, layer by layer."""
+    with recording() as kept:
+        apply(*args, **named)
+    return [np.asarray(each) for each in kept]
+
+
+def of_images(saved: Saved, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
+    """Patches that the output draws on, laid over their images."""
+    config = saved.model.config
+    inputs = inputs[:IMAGES]
+    kept = weights(apply, normalised(jnp.asarray(inputs), saved.cfg.data))
+    height, width, _ = config.input_shape
+    rows, columns = height // config.patch, width // config.patch
+    token = kept[0].shape[-1] > rows * columns
+
+    def looks(matrix: np.ndarray) -> np.ndarray:
+        """What the output takes of each patch: by the class token, or by all patches' mean."""
+        taken = matrix[..., 0, 1:] if token else matrix.mean(-2)
+        return taken.reshape(*taken.shape[:-1], rows, columns)
+
+    layers = [each.mean(1) for each in kept]
+    spread = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), LAYERS)).round().astype(int))
+    images = pixels(inputs)
+    figure, axes = grid(len(images), 2 + len(spread), 1.5, 1.6)
+    overlays = [rollout(layers), *(layers[i] for i in spread)]
+    for line, image, row in zip(axes, images, range(len(images)), strict=True):
+        show(line[0], image)
+        for axis, matrix in zip(line[1:], overlays, strict=True):
+            overlay(axis, image, looks(matrix[row]))
+    for axis, title in zip(axes[0], ["image", "rollout", *(f"layer {i + 1}" for i in spread)], strict=True):
+        axis.set_title(title, fontsize=9)
+    whose = "the class token" if token else "all patches"
+    caption = (
+        f"Attention of {whose} to each patch: through all layers (rollout: products of the means over heads with half "
+        "of the identity; Abnar & Zuidema 2020), and of each layer, mean over heads. "
+        "Colour goes from the least to the most of each map."
+    )
+    found: list[Piece] = [Picture("attention-layers", figure, caption)]
+    heads = kept[-1][0, :HEADS]
+    figure, axes = grid(-(-len(heads) // 8), min(len(heads), 8), 1.5, 1.7)
+    for axis in axes.flat[len(heads) :]:
+        axis.set_axis_off()
+    for index, (axis, matrix) in enumerate(zip(axes.flat, heads, strict=False)):
+        overlay(axis, images[0], looks(matrix))
+        axis.set_title(f"head {index + 1}", fontsize=9)
+    return [*found, Picture("attention-heads", figure, "The heads of the last layer, for the first image.")]
+
+
+def rollout(layers: Sequence[np.ndarray]) -> np.ndarray:
+    """Attention through all layers (B, T, T), each with its residual stream as half of it; rows add up to 1."""
+    halves = [(each + np.eye(each.shape[-1])) / 2 for each in layers]
+    return functools.reduce(lambda below, above: above @ below, halves)
+
+
+def overlay(axis: Any, image: np.ndarray, heat: np.ndarray) -> None:
+    """A map (rows, columns) over its image, which shows through where the map has little."""
+    show(axis, 0.6 * image)
+    height, width = image.shape[:2]
+    colour = np.empty((*heat.shape, 4), np.float32)
+    colour[..., :3] = GLOW
+    colour[..., 3] = 0.85 * (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
+    axis.imshow(colour, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
+    blank(axis)
+
+
+def of_texts(saved: Saved, batch: dict[str, np.ndarray], tokens: str, apply: Callable[..., Any]) -> list[Piece]:
+    """Maps of tokens by tokens."""
+    ids, segments = batch[tokens], batch.get("segment_ids")
+    row, count = choose(ids, segments)
+    named = {name: batch[name][row : row + 1] for name in ("segment_ids", "types") if name in batch}
+    kept = [each[0, :, :count, :count] for each in weights(apply, ids[row : row + 1], **named)]
+    if not kept:
+        return []
+    return maps(kept, [pieces_of(saved.source.tokenizer, ids[row, :count])] * 2, "attention", "Attention")
+
+
+def cross(saved: Saved, batch: dict[str, np.ndarray]) -> list[Piece]:
+    """Maps of a decoder's tokens by the source's."""
+    row, count = choose(batch["inputs"], batch.get("segment_ids"))
+    named = {name: batch[name][row : row + 1] for name in ("segment_ids", "target_segment_ids") if name in batch}
+    sources, targets = batch["inputs"][row], batch["targets"][row]
+    segments = batch["target_segment_ids"][row] if "target_segment_ids" in batch else None
+    written = length(segments, np.where(targets < 0, 0, targets), LONGEST)
+    kept = weights(saved.apply, sources[None], batch["tokens"][row][None], **named)
+    # the encoder's layers, then of each of the decoder's its own and the one over the source
+    kept = [each[0, :, :written, :count] for each in kept[saved.model.config.layers :][1::2]]
+    tokenizer = saved.source.tokenizer
+    labels = [pieces_of(tokenizer, targets[:written]), pieces_of(tokenizer, sources[:count])]
+    return maps(
+        kept, labels, "attention", "The decoder's attention to the source, as it predicts each token at the left"
+    )
+
+
+def choose(ids: np.ndarray, segments: np.ndarray | None) -> tuple[int, int]:
+    """The row (of B, T) whose first text is best to look at, and how many tokens of it are shown."""
+    counts = [length(None if segments is None else segments[i], ids[i], LONGEST) for i in range(len(ids))]
+    row = min(range(len(counts)), key=lambda i: abs(counts[i] - GOOD_LENGTH))
+    return row, counts[row]
+
+
+def maps(kept: Sequence[np.ndarray], labels: Sequence[Sequence[str]], name: str, what: str) -> list[Piece]:
+    """Pictures of weights (H, T, S) of each layer: the means over heads, and the heads of the last."""
+    spread = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), LAYERS)).round().astype(int))
+    means = [(f"layer {i + 1}", kept[i].mean(0)) for i in spread]
+    heads = [(f"head {i + 1}", matrix) for i, matrix in enumerate(kept[-1][:HEADS])]
+    note = " Each row adds up to 1 over the whole text; darkest: the most of that map."
+    return [
+        Picture(f"{name}-layers", heat(means, *labels), f"{what}: mean over the heads of each layer.{note}"),
+        Picture(f"{name}-heads", heat(heads, *labels), f"{what}: the heads of the last layer.{note}"),
+    ]
+
+
+def heat(maps: Sequence[tuple[str, np.ndarray]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Matrices (T, S) with their titles, tokens at the left and below."""
+    across = min(len(maps), 2 if len(columns) > 20 else 4)
+    cell = 0.19
+    width, height = max(cell * len(columns), 1.6) + 0.9, max(cell * len(rows), 1.6) + 1.1
+    figure, axes = grid(-(-len(maps) // across), across, width, height)
+    for axis in axes.flat[len(maps) :]:
+        axis.set_axis_off()
+    for index, (axis, (title, matrix)) in enumerate(zip(axes.flat, maps, strict=False)):
+        axis.imshow(matrix, cmap="Blues", vmin=0, aspect="auto")
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7.5, parse_math=False)
+        beginning = index % across == 0
+        axis.set_yticks(range(len(rows)), rows if beginning else [""] * len(rows), fontsize=7.5, parse_math=False)
+        axis.tick_params(length=0)
+    return figure

@@ -1,0 +1,127 @@
+"""`jaxmodels report`: a page of what runs did, and its pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmodels import config as configs
+from jaxmodels.errors import UserError
+from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, translations
+from jaxmodels.report.page import Part, Section, render
+from jaxmodels.report.pieces import Picture, Piece
+from jaxmodels.report.saved import Saved, open_run
+from jaxmodels.train import metrics
+
+log = logging.getLogger("jaxmodels")
+
+PARTS: dict[str, Callable[[Saved], list[Piece]]] = {
+    "Confusion": confusion.pieces,
+    "Translations": translations.pieces,
+    "Latents": latents.pieces,
+    "Samples": samples.pieces,
+    "Attention": attention.pieces,
+    "Saliency": saliency.pieces,
+}
+"""Heading -> what draws it for one run; without pieces there is no heading."""
+
+
+def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None = None, best: bool = False) -> None:
+    """One HTML page of what runs did, with its pictures beside it.
+
+    Args:
+        runs: run directories; their curves are drawn over each other.
+        out: where report.html goes; the first run's directory, report/, when not given.
+        split: another split of the set than the runs' own to evaluate on.
+        best: the best checkpoints instead of the newest.
+    """
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    if not runs:
+        raise UserError("got no run, expected one or more run directories, try jaxmodels report runs/NAME")
+    for run in runs:
+        configs.read(run)  # whether it is one
+    found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)
+    print(f"{found}, and {len(list(found.parent.glob('*.png')))} pictures beside it")
+
+
+def names(runs: Sequence[str]) -> list[str]:
+    """A short name for each run: its folder's, and the whole path where two have the same."""
+    short = [Path(run).resolve().name for run in runs]
+    many = Counter(short)
+    found = [run if many[name] > 1 else name for run, name in zip(runs, short, strict=True)]
+    if len(set(found)) < len(found):
+        raise UserError(f"got runs {', '.join(runs)}, expected each once, try {' '.join(dict.fromkeys(runs))}")
+    return found
+
+
+def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: bool) -> Path:
+    """The page's file. What cannot be drawn is said, in the log and on the page, and the rest is there all the same."""
+    several = len(runs) > 1
+    opened: dict[str, Saved] = {}
+    columns = []
+    for name, run in runs.items():
+        saved, _ = attempt(f"the checkpoint of {name}", lambda run=run, name=name: open_run(run, name, split, best))
+        values = None
+        if saved is not None:
+            opened[name] = saved
+            values, _ = attempt(f"the metrics of {name}", lambda saved=saved: evaluated(saved, split))
+        columns.append(summary.column(name, run, saved, curves.last(run) if values is None else values))
+    sections = [
+        Section("Runs" if several else "Run", [part("what was run", lambda: summary.facts(columns))]),
+        Section("Metrics", [part("the metrics", lambda: summary.results(columns))]),
+        Section("Curves", [part("the curves", lambda: [Picture("curves", curves.overlay(runs))])]),
+    ]
+    for title, pieces in PARTS.items():
+        parts = [
+            part(
+                f"{title.lower()} of {name}", lambda saved=saved, pieces=pieces: pieces(saved), name if several else ""
+            )
+            for name, saved in opened.items()
+        ]
+        if parts := [each for each in parts if each.pieces or each.note]:
+            sections.append(Section(title, parts))
+    return save(out or next(iter(runs.values())) / "report", "Report: " + ", ".join(runs), sections)
+
+
+def evaluated(saved: Saved, split: str | None) -> Mapping[str, float]:
+    """The metrics of the checkpoint: as training wrote them down, or measured now where it did not."""
+    rows = metrics.read(saved.run) if split is None else []
+    row = next((row for row in rows if row["step"] == saved.step), {})
+    return {name: value for name, value in row.items() if name.startswith("eval/")} or saved.measured
+
+
+def attempt(what: str, make: Callable[[], Any]) -> tuple[Any, str]:
+    """What `make` gives, or None and why it could not, which is logged."""
+    try:
+        return make(), ""
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        log.warning("the report is without %s: %s", what, reason)
+        return None, reason
+
+
+def part(what: str, make: Callable[[], list[Piece]], run: str = "") -> Part:
+    """A part of the page, or a note of what it is without."""
+    made, reason = attempt(what, make)
+    return Part(made or (), run, f"Without {what}: {reason}" if reason else "")
+
+
+def save(folder: Path, title: str, sections: Sequence[Section]) -> Path:
+    """Write the page and its pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    for section in sections:
+        for each in section.parts:
+            for piece in each.pieces:
+                if isinstance(piece, Picture):
+                    images[piece] = piece.png()
+                    own = "".join(c if c.isalnum() or c in "-_." else "-" for c in each.run)
+                    (folder / f"{own}{'-' if own else ''}{piece.name}.png").write_bytes(images[piece])
+    page = folder / "report.html"
+    page.write_text(render(title, sections, images), encoding="utf-8")
+    return page

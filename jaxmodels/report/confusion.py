@@ -1,0 +1,114 @@
+"""What a classifier takes for what, and its worst mistakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxmodels.report.pieces import Picture, Piece, Table, figure, grid, pieces_of, show
+from jaxmodels.report.saved import Saved, length, pixels
+
+WORST = 24
+LISTED = 40
+"""With more classes than so many, cells have no numbers and axes no names."""
+
+
+def pieces(saved: Saved) -> list[Piece]:
+    """The confusion matrix of a classifier of one class, and what it got wrong with the highest confidence."""
+    if saved.cfg.task.name != "classification" or saved.cfg.task.multi_label:
+        return []
+    labels, predicted, confidence = predictions(saved)
+    classes = saved.model.config.classes
+    found: list[Piece] = [
+        Picture(
+            "confusion",
+            draw(counts(labels, predicted, classes), [saved.class_name(i) for i in range(classes)]),
+            f"Each row holds the examples of one class, by what the model says. {len(labels):,} examples, "
+            f"{np.mean(labels == predicted):.2%} of them right; shades are shares of a row.",
+        )
+    ]
+    wrong = np.flatnonzero((labels != predicted) & (labels >= 0))
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:WORST]
+    return [*found, mistakes(saved, worst, labels, predicted, confidence)] if len(worst) else found
+
+
+def predictions(saved: Saved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, predicted classes and their probabilities over the whole evaluation set, each (N,)."""
+
+    @jax.jit
+    def choose(params: Any, inputs: Any, named: Any) -> tuple[jax.Array, jax.Array]:
+        shares = jax.nn.softmax(saved.apply(inputs, params=params, **named))
+        return shares.argmax(-1), shares.max(-1)
+
+    parts = []
+    for batch in saved.batches():
+        inputs, named = saved.inputs(batch)
+        parts.append((batch["labels"], *jax.device_get(choose(saved.params["model"], inputs, named))))
+    labels, predicted, confidence = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return labels, predicted, confidence
+
+
+def counts(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How many examples of each class (rows) are taken for each class (columns), (classes, classes)."""
+    seen = labels >= 0
+    return np.bincount(labels[seen] * classes + predicted[seen], minlength=classes**2).reshape(classes, classes)
+
+
+def draw(matrix: np.ndarray, names: list[str]) -> Figure:
+    """The matrix with its counts."""
+    classes, listed = len(matrix), len(matrix) <= LISTED
+    side = min(max(3.2, 0.52 * classes + 1.4), 16)
+    whole = figure(side + 0.6, side)
+    axis: Any = whole.subplots()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if listed:
+        size = 9 if classes <= 20 else 6
+        for row, column in np.argwhere(matrix):
+            dark = shares[row, column] > 0.5
+            colour = "white" if dark else "0.15"
+            axis.text(column, row, f"{matrix[row, column]}", ha="center", va="center", fontsize=size, color=colour)
+        long = max(map(len, names)) > 2
+        axis.set_xticks(
+            range(classes), names, parse_math=False, rotation=45 if long else 0, ha="right" if long else "center"
+        )
+        axis.set_yticks(range(classes), names, parse_math=False)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    return whole
+
+
+def mistakes(
+    saved: Saved, worst: np.ndarray, labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
+) -> Piece:
+    """The examples at these places, with what they are and what the model says."""
+    batch = saved.source.batch(worst, np.zeros_like(worst))
+    said = [(saved.class_name(int(labels[i])), saved.class_name(int(predicted[i])), f"{confidence[i]:.1%}") for i in worst]
+    caption = "The mistakes that the model is most sure of."
+    inputs = batch["inputs"]
+    if inputs.ndim == 4:
+        columns = min(8, len(worst))
+        rows = -(-len(worst) // columns)
+        whole, axes = grid(rows, columns, 1.35, 1.6)
+        for axis in axes.flat[len(worst) :]:
+            axis.set_axis_off()
+        for axis, image, (true, wrong, sure) in zip(axes.flat, pixels(inputs), said, strict=False):
+            show(axis, image)
+            axis.set_title(f"{true} → {wrong}\n{sure}", fontsize=8.5, parse_math=False)
+        return Picture("mistakes", whole, caption + " Above each: true → predicted, and with what confidence.")
+    texts = (text(saved, batch, i) for i in range(len(worst)))
+    head = ("text" if saved.source.tokenizer else "input", "true", "predicted", "confidence")
+    return Table(head, [(words, *each) for words, each in zip(texts, said, strict=True)], caption)
+
+
+def text(saved: Saved, batch: dict[str, np.ndarray], row: int, most: int = 200) -> str:
+    """The text of an example, or its first numbers."""
+    ids = batch["inputs"][row]
+    if saved.source.tokenizer is None:
+        return " ".join(f"{x:.3g}" for x in ids.reshape(-1)[:16].tolist())
+    segments = batch["segment_ids"][row] if "segment_ids" in batch else None
+    ids = ids[: length(segments, ids, most)]
+    return saved.source.tokenizer.decode(ids) or " ".join(pieces_of(None, ids))

@@ -1,0 +1,77 @@
+"""What a variational autoencoder makes of its codes, and of images that it has not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.report.pieces import Picture, Piece, sheet
+from jaxmodels.report.saved import Saved, pixels
+from jaxmodels.tasks.losses import gaussian_kl
+
+SIDE = 15
+PAIRS = 30
+LOOKED_AT = 1000
+
+
+def pieces(saved: Saved) -> list[Piece]:
+    """A grid over two latents, and originals above their reconstructions."""
+    if saved.cfg.task.name != "vae":
+        return []
+    inputs = saved.examples(0, LOOKED_AT)["inputs"]
+    images = pixels(inputs)
+    seen = (images > 0.5).astype(np.float32) if saved.cfg.task.binarise else images
+    outputs, mean, log_variance = saved.apply(jnp.asarray(seen))
+    size = mean.shape[-1]
+    used = np.asarray(gaussian_kl(mean[..., None], log_variance[..., None]).mean(0))
+    axes = (0, 1) if size == 2 else tuple(int(i) for i in np.argsort(-used)[:2])
+    decoded = shown(saved, saved.apply(latents=jnp.asarray(codes(size, axes))))
+    caption = (
+        f"{SIDE}×{SIDE} codes at equal shares of the prior, by the inverse of its distribution: "
+        f"latent {axes[0]} grows to the right, latent {axes[-1]} upwards."
+    )
+    if size > 2:
+        nats = " and ".join(f"{used[i]:.2f}" for i in axes)
+        caption += (
+            f" Of {size} latents these two are used most ({nats} nats an image of {used.sum():.2f} in all); "
+            "the others are 0, the prior's mean."
+        )
+    pairs = np.concatenate([seen[:PAIRS], shown(saved, outputs[:PAIRS])])
+    return [
+        Picture("latents", sheet(decoded, SIDE, 7.0, gap=0), caption),
+        Picture(
+            "reconstructions",
+            sheet(beside(pairs, 10), 10, 8.0),
+            "Images of the held-out set, and below each what is made of its code's mean.",
+        ),
+    ]
+
+
+def codes(size: int, axes: tuple[int, ...], side: int = SIDE) -> np.ndarray:
+    """Codes (side², size) on a grid over two axes, in rows from the top: the first axis grows along a row, the second
+    from the last row to the first. A code of one latent varies by that alone."""
+    steps = np.asarray(jax.scipy.special.ndtri((np.arange(side) + 0.5) / side))
+    found = np.zeros((side, side, size), np.float32)
+    found[:, :, axes[-1]] = steps[::-1, None]
+    found[:, :, axes[0]] = steps[None, :]
+    return found.reshape(side * side, size)
+
+
+def shown(saved: Saved, outputs: Any) -> np.ndarray:
+    """Images in [0, 1] that the decoder's outputs stand for."""
+    return np.asarray(jax.nn.sigmoid(outputs) if saved.cfg.task.pixels == "bernoulli" else jnp.clip(outputs, 0, 1))
+
+
+def beside(pairs: np.ndarray, columns: int) -> np.ndarray:
+    """2N images, of which N + i belongs to i, in rows of so many, each with the row that belongs to it below."""
+    count = len(pairs) // 2
+    order = [i + part for first in range(0, count, columns) for part in (0, count) for i in row(first, columns, count)]
+    return pairs[order]
+
+
+def row(first: int, columns: int, count: int) -> range:
+    """The places of a row, those of the last one as far as there are so many."""
+    return range(first, min(first + columns, count))

@@ -1,0 +1,115 @@
+"""What a page is made of, and how its pictures look."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = ("#1f6fb4", "#d9541e", "#2a9d4e", "#8f4bb3", "#b8860b", "#17a0ad", "#d4418e", "#555555")
+"""Of runs and series: of different hue and lightness, so that most of them stay apart for the colour-blind too."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its file, and what it shows."""
+
+    name: str
+    figure: Figure
+    caption: str = ""
+
+    def png(self) -> bytes:
+        """The figure as a PNG."""
+        buffer = io.BytesIO()
+        FigureCanvasAgg(self.figure)
+        self.figure.savefig(buffer, format="png", dpi=120)
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; numbers are given as text, too."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Texts whose tokens are coloured by a number each, from -1 to 1, with a heading for each text."""
+
+    texts: Sequence[tuple[str, Sequence[str], np.ndarray]]
+    caption: str = ""
+
+
+Piece = Picture | Table | Tokens
+
+
+def figure(width: float, height: float) -> Figure:
+    """A white figure of so many inches, whose axes are laid out so that nothing is cut off."""
+    return Figure((width, height), layout="constrained", facecolor="white")
+
+
+def grid(rows: int, columns: int, width: float = 2.0, height: float = 2.0) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), each so many inches wide and high."""
+    whole = figure(columns * width, rows * height)
+    return whole, np.asarray(whole.subplots(rows, columns, squeeze=False))
+
+
+def blank(axis: Any) -> None:
+    """Axes without ticks or frame, for an image or for a place that stays empty."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def show(axis: Any, image: np.ndarray, **how: Any) -> None:
+    """An image (H, W, C) with values in [0, 1], of 1, 3 or 4 channels; of another number their mean."""
+    image = np.clip(np.asarray(image, np.float32), 0, 1)
+    if image.shape[-1] not in (3, 4):
+        image = image.mean(-1)
+    axis.imshow(image, **{"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest", **how})
+    blank(axis)
+
+
+def tile(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
+    """Images (N, H, W, C) in rows of `columns`, from the left and from the top, white between them."""
+    N, H, W, C = images.shape
+    rows = -(-N // columns)
+    sheet = np.ones((rows * (H + gap) - gap, columns * (W + gap) - gap, C), np.float32)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet[row * (H + gap) :, column * (W + gap) :][:H, :W] = image
+    return sheet
+
+
+def sheet(images: np.ndarray, columns: int, inches: float, gap: int = 1) -> Figure:
+    """Images (N, H, W, C) in [0, 1] as one figure, so many inches wide."""
+    tiled = tile(images, columns, gap)
+    whole = Figure((inches, inches * tiled.shape[0] / tiled.shape[1]), facecolor="white")
+    axis: Any = whole.add_axes((0, 0, 1, 1))
+    show(axis, tiled)
+    return whole
+
+
+def pieces_of(tokenizer: Any, ids: np.ndarray) -> list[str]:
+    """Each token as a short text of its own; spaces around it are left out, but for a token of nothing else."""
+    if tokenizer is None:
+        return [str(i) for i in ids.tolist()]
+
+    def one(i: int) -> str:
+        text = tokenizer.decode([i])
+        text = text.strip(" ") or text.replace(" ", "␣")
+        text = "".join(
+            c if c.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(c, "\N{REPLACEMENT CHARACTER}") for c in text
+        )
+        return text if len(text) <= 16 else text[:15] + "…"
+
+    return [one(i) for i in ids.tolist()]

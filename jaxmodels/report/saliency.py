@@ -1,0 +1,109 @@
+"""What a classifier's choice hangs on: gradient × input (Shrikumar et al. 2016)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.models.functional import create
+from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, pieces_of, show
+from jaxmodels.report.saved import Saved, length, pixels
+
+LOOKED_AT = 200
+IMAGES, TEXTS, LONGEST = 10, 8, 60
+
+
+def pieces(saved: Saved) -> list[Piece]:
+    """The part that each pixel or token has in the logit of the class that a classifier chooses."""
+    if saved.cfg.task.name != "classification":
+        return []
+    batch = saved.examples(0, LOOKED_AT)
+    inputs = batch["inputs"]
+    if inputs.ndim == 4:
+        return [of_images(saved, batch)]
+    if inputs.ndim == 2 and inputs.dtype.kind in "iu" and "embed" in saved.params["model"]:
+        return [of_texts(saved, batch)]
+    return []
+
+
+def attribute(logits: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gradient × input of each example's largest logit, of the shape of x; the classes and their probabilities (B,).
+
+    `logits` maps x (B, …) to (B, classes).
+    """
+
+    def best(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = logits(x)
+        return found.max(-1).sum(), found
+
+    slope, found = jax.jit(jax.grad(best, has_aux=True))(x)
+    return np.asarray(slope * x), np.asarray(found.argmax(-1)), np.asarray(jax.nn.softmax(found).max(-1))
+
+
+def of_images(saved: Saved, batch: dict[str, np.ndarray]) -> Picture:
+    """Images of different predicted classes, each with its map."""
+    x, named = saved.inputs(batch)
+    found, predicted, confidence = attribute(lambda x: saved.apply(x, **named), x)
+    _, first = np.unique(predicted, return_index=True)
+    rows = np.sort(first)[:IMAGES]
+    images = pixels(batch["inputs"])
+    pairs = min(5, len(rows))
+    figure, axes = grid(-(-len(rows) // pairs), 2 * pairs, 1.15, 1.5)
+    for axis in axes.flat[2 * len(rows) :]:
+        axis.set_axis_off()
+    for i, row in enumerate(rows):
+        left, right = axes.flat[2 * i], axes.flat[2 * i + 1]
+        show(left, images[row])
+        left.set_title(saved.class_name(int(predicted[row])), fontsize=9, parse_math=False)
+        heat = found[row].sum(-1)
+        limit = max(float(np.abs(heat).max()), 1e-12)
+        right.imshow(heat, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+        right.set_xticks([])
+        right.set_yticks([])
+        right.set_title(f"{confidence[row]:.0%}", fontsize=9)
+    caption = (
+        "Gradient × input of the predicted class (above each image, with its probability): blue speaks for it, "
+        "red against it. Where an input is 0, so is its part."
+    )
+    return Picture("saliency", figure, caption)
+
+
+def of_texts(saved: Saved, batch: dict[str, np.ndarray]) -> Tokens:
+    """Texts with a number for each token: the sum over its embedding."""
+    texts = []
+    for row in range(min(TEXTS, len(batch["inputs"]))):
+        ids = batch["inputs"][row]
+        named = {name: batch[name][row : row + 1] for name in ("segment_ids", "types") if name in batch}
+        found, predicted, confidence = of_tokens(saved, ids, named)
+        count = length(named["segment_ids"][0] if "segment_ids" in named else None, ids, LONGEST)
+        found = found[:count]
+        true, chosen = saved.class_name(int(batch["labels"][row])), saved.class_name(predicted)
+        heading = f"predicted {chosen}, {confidence:.0%}; {'right' if true == chosen else 'it is ' + true}"
+        texts.append((heading, pieces_of(saved.source.tokenizer, ids[:count]), found / max(np.abs(found).max(), 1e-12)))
+    caption = (
+        "Gradient × input of the predicted class, summed over each token's embedding: blue speaks for it, red against "
+        "it; the strongest of each text has the full colour."
+    )
+    return Tokens(texts, caption)
+
+
+def of_tokens(saved: Saved, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndarray, int, float]:
+    """Gradient × input of each token (T,) of one text, the class and its probability.
+
+    The model reads a vocabulary of this text alone: row t of its embedding is the token at t, so that each token has a
+    gradient of its own.
+    """
+    model = create(dataclasses.replace(saved.model.config, vocab_size=len(ids)))
+    params = saved.params["model"]
+    places = jnp.arange(len(ids))[None]
+
+    def logits(rows: jax.Array) -> jax.Array:
+        return model.apply({**params, "embed": {"w": rows[0]}}, places, **named)
+
+    found, predicted, confidence = attribute(logits, params["embed"]["w"][ids][None])
+    return found[0].sum(-1), int(predicted[0]), float(confidence[0])

@@ -1,0 +1,44 @@
+"""Images that a generator made over time, and those that it makes now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.report.pieces import Picture, Piece, grid, sheet, show, tile
+from jaxmodels.report.saved import Saved
+
+MOMENTS = 8
+SIDE = 8
+SEED = 1
+"""Of the fresh images; those over time are of latents of their own."""
+
+
+def pieces(saved: Saved) -> list[Piece]:
+    """Samples from the same latents as training went on, and a grid of fresh ones."""
+    found: list[Piece] = []
+    moments = over_time(saved.run / "samples", saved.step)
+    if moments:
+        columns = min(len(moments), MOMENTS)
+        figure, axes = grid(-(-len(moments) // columns), columns, 2.0, 2.3)
+        for axis, (step, images) in zip(axes.flat, moments, strict=True):
+            show(axis, tile(images[:16], 4, 1))
+            axis.set_title(f"step {step:,}", fontsize=10)
+        found.append(Picture("samples", figure, "Images from the same latents after so many steps."))
+    if saved.cfg.task.name == "gan":
+        config: Any = saved.experiment.task.networks["generator"].config
+        z = jax.random.normal(jax.random.key(SEED), (SIDE * SIDE, config.latents))
+        images = (np.asarray(saved.apply(z, network="generator")) + 1) / 2
+        found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, not chosen."))
+    return found
+
+
+def over_time(folder: Path, last: int) -> list[tuple[int, np.ndarray]]:
+    """Steps up to `last` with the images in [0, 1] that were kept at each, spread evenly where there are many."""
+    files = sorted((int(file.stem), file) for file in folder.glob("*.npy") if file.stem.isdecimal())
+    files = [(step, file) for step, file in files if step <= last]
+    spread = np.unique(np.linspace(0, len(files) - 1, min(len(files), MOMENTS)).round().astype(int))
+    return [(files[i][0], np.load(files[i][1]).astype(np.float32) / 255) for i in spread]

@@ -1,0 +1,102 @@
+"""What a classifier is judged by, as sums over examples and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.tasks.task import Sums, Totals, divide
+
+BINS = 15
+"""Of confidence, in the calibration error (Guo et al. 2017)."""
+LISTED = 100
+"""With more classes than so many, no metrics of single classes are given."""
+TOP = 5
+
+
+def single(logits: jax.Array, labels: jax.Array) -> Sums:
+    """Sums of a classifier that chooses one class.
+
+    Shapes: logits (B, C), labels (B,), below 0 ignored. Sums: `counts` (C, 3) of true positives, false positives and
+    false negatives; `calibration` (BINS, 2) of confidence and of right choices; `top5` where there are more classes.
+    """
+    logits = logits.astype(jnp.float32)
+    seen = labels >= 0
+    count, classes = seen.sum(), logits.shape[-1]
+    chosen = jax.nn.one_hot(logits.argmax(-1), classes) * seen[:, None]
+    actual = jax.nn.one_hot(labels, classes)
+    confidence = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, -1))
+    right = (chosen * actual).sum(-1)
+    # the bins are (0, 1/n], (1/n, 2/n] …, as in the paper
+    bins = jax.nn.one_hot(jnp.clip(jnp.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(int), BINS) * seen[:, None]
+    found: Sums = {
+        "counts": (confusions(chosen, actual), count),
+        "calibration": (jnp.einsum("bn,bk->nk", bins, jnp.stack([confidence, right], -1)), count),
+    }
+    if classes > TOP:
+        mine = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], -1)
+        found["top5"] = ((seen & ((logits > mine).sum(-1) < TOP)).sum(), count)
+    return found
+
+
+def multiple(logits: jax.Array, labels: jax.Array) -> Sums:
+    """Sums of a classifier that judges each class by itself, above a probability of 1/2.
+
+    Shapes: logits (B, C), labels (B, C) of 0 and 1, below 0 ignored. `accuracy` counts examples right in all classes.
+    """
+    seen = labels[:, 0] >= 0
+    chosen, actual = (logits > 0) * seen[:, None], jnp.maximum(labels, 0)
+    return {
+        "counts": (confusions(chosen, actual), seen.sum()),
+        "accuracy": ((seen & (chosen == actual).all(-1)).sum(), seen.sum()),
+    }
+
+
+def confusions(chosen: jax.Array, actual: jax.Array) -> jax.Array:
+    """True positives, false positives and false negatives of each class, (C, 3), from 0 and 1 (B, C)."""
+    both = (chosen * actual).sum(0)
+    return jnp.stack([both, chosen.sum(0) - both, actual.sum(0) - both], -1)
+
+
+def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
+    """Precision, recall and F1 (macro, micro, of each class) and calibration error, with all that is only divided.
+
+    The macro mean is over classes that occur or were chosen; what has no denominator is 0. As scikit-learn's.
+    """
+    rest = {name: total for name, total in totals.items() if name not in ("counts", "calibration")}
+    found = divide(rest)
+    counts, _ = totals["counts"]
+    each = ratios(counts)
+    occurs = counts.sum(-1) > 0
+    for name, values in each.items():
+        found[name] = float(values[occurs].mean()) if occurs.any() else 0.0
+    for name, value in ratios(counts.sum(0)).items():
+        found[f"{name}_micro"] = float(value)
+    if "calibration" in totals:
+        bins, count = totals["calibration"]
+        found["calibration_error"] = float(np.abs(bins[:, 0] - bins[:, 1]).sum() / max(count, 1))
+    if len(counts) <= LISTED:
+        names = [*classes, *map(str, range(len(classes), len(counts)))]
+        for name, values in each.items():
+            found |= {f"{name}/{names[k]}": float(value) for k, value in enumerate(values)}
+    return found
+
+
+def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Precision, recall and F1 from counts (…, 3) of true positives, false positives and false negatives."""
+    hit, wrong, missed = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+    parts = {"precision": (hit, hit + wrong), "recall": (hit, hit + missed), "f1": (2 * hit, 2 * hit + wrong + missed)}
+    return {name: above / np.maximum(below, 1e-300) for name, (above, below) in parts.items()}
+
+
+def inception_score(probabilities: np.ndarray) -> float:
+    """The exponential of the mean divergence of an image's classes from those of all, from 1 to the number of classes.
+
+    Shapes: probabilities (N, C) that a classifier gives. Source: Salimans et al. 2016, section 4.
+    """
+    p = np.asarray(probabilities, np.float64)
+    ratio = np.log(np.maximum(p, 1e-12)) - np.log(np.maximum(p.mean(0, keepdims=True), 1e-12))
+    return float(np.exp((p * ratio).sum(1).mean()))

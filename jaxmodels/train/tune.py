@@ -1,0 +1,277 @@
+"""Search for good fields of a config: many runs, of which the poor ones end early (Optuna)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from jaxmodels import config as configs
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.options import TuneOptions
+from jaxmodels.train import run as runs
+from jaxmodels.train.loop import NotFinite
+
+log = logging.getLogger("jaxmodels")
+
+STARTUP = 5
+"""Trials before others are measured against the median of what was seen at the same step."""
+_HEARTBEAT = 30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One field and the values that it may have: a range of numbers, or a list."""
+
+    field: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+    values: tuple[Any, ...] = ()
+
+    def draw(self, trial: Any) -> Any:
+        """A value that the study's sampler takes."""
+        if self.values:
+            return self.values[trial.suggest_categorical(self.field, list(range(len(self.values))))]
+        if self.whole:
+            return trial.suggest_int(self.field, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.field, self.low, self.high, log=self.log)
+
+    def shown(self, params: dict[str, Any]) -> Any:
+        """The value of a trial's parameters, as a person writes it."""
+        value = params[self.field]
+        return self.values[value] if self.values else value
+
+
+def parse(text: str, cfg: Config) -> Choice:
+    """FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C, checked against the config.
+
+    Raises:
+        UserError: no such field, or values that it cannot have.
+    """
+    name, equals, wanted = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    known = configs.flatten(cfg)
+    if name not in known or not equals:
+        raise UserError(
+            f"got --space {text!r}, expected FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C"
+            f"{nearest(name, known) or ', try optim.peak_lr=1e-4:1e-1:log'}"
+        )
+    owner: Any = cfg
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    hint = get_type_hints(type(owner))[last]
+    kinds = {kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)}
+    low, colon, rest = wanted.partition(":")
+    if not colon:
+        return Choice(name, values=tuple(_value(item.strip(), hint, kinds, text) for item in wanted.split(",")))
+    high, _, scale = rest.partition(":")
+    try:
+        numbers = float(low), float(high)
+    except ValueError:
+        numbers = math.nan, math.nan
+    if not numbers[0] < numbers[1] or scale not in ("", "log") or not kinds & {int, float}:
+        raise UserError(f"got --space {text!r}, expected numbers from low to high, try {name}=1:10 or {name}=1:10:log")
+    if scale and numbers[0] <= 0:
+        raise UserError(f"got --space {text!r}, expected a low end above 0 for log, try {name}={low}:{high}")
+    return Choice(name, *numbers, log=scale == "log", whole=float not in kinds)
+
+
+def _value(text: str, hint: Any, kinds: set[type], whole: str) -> Any:
+    allowed = [v for v in get_args(hint) if isinstance(v, str)]
+    if allowed and text not in allowed:
+        raise UserError(
+            f"got {text!r} in --space {whole!r}, expected one of {', '.join(allowed)}{nearest(text, allowed)}"
+        )
+    if text in ("True", "False") and bool in kinds:
+        return text == "True"
+    if text == "None" and type(None) in kinds:
+        return None
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    if str in kinds or allowed:
+        return text
+    raise UserError(f"got {text!r} in --space {whole!r}, expected a value of {hint}, try a range or another field")
+
+
+def replaced(cfg: Config, field: str, value: Any) -> Config:
+    """The config with one field, by its dotted name, of another value."""
+
+    def within(owner: Any, path: Sequence[str]) -> Any:
+        name, *rest = path
+        return dataclasses.replace(owner, **{name: within(getattr(owner, name), rest) if rest else value})
+
+    return within(cfg, field.split("."))
+
+
+def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> Path:
+    """Run the trials that are left of a study, here and in as many workers; returns its directory.
+
+    Each trial is a run directory below `trials/`; `study.db` (SQLite) holds what was tried. Values are drawn by TPE
+    (Bergstra et al. 2011), and a trial ends early whose metric is worse than the median of the others' at that step.
+
+    Raises:
+        UserError: nothing to choose, no evaluations to judge by, or the study that is there is another one.
+    """
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise UserError("got no package optuna, expected it for tune, try pip install 'jaxmodels[tune]'") from error
+
+    if not options.space:
+        raise UserError("got no --space, expected fields to choose, try --space optim.peak_lr=1e-4:1e-1:log")
+    choices = [parse(text, cfg) for text in options.space]
+    out = Path(options.out or f"runs/{Path(file).stem}-tune")
+    (out / "trials").mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{out / 'study.db'}",
+        engine_kwargs={"connect_args": {"timeout": 60}},
+        heartbeat_interval=_HEARTBEAT,
+        grace_period=4 * _HEARTBEAT,
+    )
+    study = optuna.create_study(
+        storage=storage,
+        study_name="tune",
+        direction="minimize" if cfg.eval.mode == "min" else "maximize",
+        # no two workers draw the same; each resumed one goes on elsewhere
+        sampler=optuna.samplers.TPESampler(seed=(cfg.train.seed + 7919 * os.getpid()) % 2**31, multivariate=True),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        load_if_exists=True,
+    )
+    facts = {"space": list(options.space), "metric": cfg.eval.metric}
+    before = {name: study.user_attrs.get(name, value) for name, value in facts.items()}
+    if before != facts:
+        raise UserError(f"got a study in {out} of another search ({before}), expected the same, try another --out")
+    for name, value in facts.items():
+        study.set_user_attr(name, value)
+    others = [
+        subprocess.Popen([sys.executable, "-m", "jaxmodels.cli", "tune", *argv, "--workers", "1"])
+        for _ in range(options.workers - 1)
+    ]
+
+    def objective(trial: Any) -> float:
+        chosen = cfg
+        for choice in choices:
+            chosen = replaced(chosen, choice.field, choice.draw(trial))
+
+        def watch(step: int, metrics: dict[str, float]) -> bool:
+            value = metrics.get(cfg.eval.metric)
+            if value is None or not math.isfinite(value):
+                return value is not None
+            trial.report(value, step)
+            poor.append(trial.should_prune())
+            return poor[-1]
+
+        poor: list[bool] = []
+
+        where = out / "trials" / f"{trial.number:04d}"
+        origin = {"file": file, "overrides": [f"--{c.field}={c.shown(trial.params)}" for c in choices]}
+        _, result = runs.train(chosen, where, "never", origin, watch=watch)
+        if result.progress.best is not None:
+            trial.set_user_attr("best_step", result.progress.best_step)
+        told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
+        print(
+            f"trial {trial.number}: {cfg.eval.metric} {_short(result.progress.best)} ({result.ended})  {told}",
+            flush=True,
+        )
+        if result.ended == "preempted":
+            if any(poor):
+                raise optuna.TrialPruned
+            raise KeyboardInterrupt  # told to stop: the trial counts for nothing
+        if result.progress.best is None:
+            raise UserError(f"got no {cfg.eval.metric} in the evaluation, expected one, try another --eval.metric")
+        return result.progress.best
+
+    done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+    limit = optuna.study.MaxTrialsCallback(options.trials, states=done)
+    if len(study.get_trials(deepcopy=False, states=done)) < options.trials:
+        study.optimize(objective, callbacks=[limit], catch=(NotFinite,))
+    for process in others:
+        process.wait()
+    return out
+
+
+def tried(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, Any]]:
+    """The trials of a study that have ended: number, value (None where it failed), pruned, seconds, and each field."""
+    import optuna
+
+    choices = [parse(text, cfg) for text in options.space]
+    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{out / 'study.db'}")
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        if not trial.state.is_finished():
+            continue
+        pruned = trial.state == optuna.trial.TrialState.PRUNED
+        values = list(trial.intermediate_values.values())
+        best = (min if cfg.eval.mode == "min" else max)(values) if pruned and values else trial.value
+        seconds = trial.duration.total_seconds() if trial.duration else math.nan
+        row = {"number": trial.number, "value": best, "pruned": pruned, "seconds": seconds}
+        found.append(row | {c.field: c.shown(trial.params) for c in choices if c.field in trial.params})
+    return found
+
+
+def table(cfg: Config, options: TuneOptions, trials: Sequence[dict[str, Any]], rows: int = 10) -> str:
+    """The best trials as text, the best first; those that ended early behind all that did not."""
+    fields = [parse(text, cfg).field for text in options.space]
+    sign = 1 if cfg.eval.mode == "min" else -1
+    known = [trial for trial in trials if trial["value"] is not None]
+    ranked = sorted(known, key=lambda trial: (trial["pruned"], sign * trial["value"]))
+    titles = ["trial", cfg.eval.metric, *fields, "seconds", ""]
+    cells = [
+        [
+            str(trial["number"]),
+            _short(trial["value"]),
+            *(_short(trial.get(field)) for field in fields),
+            f"{trial['seconds']:.0f}",
+            "stopped early" if trial["pruned"] else "",
+        ]
+        for trial in ranked[:rows]
+    ]
+    widths = [max(len(row[i]) for row in (titles, *cells)) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (titles, *cells)
+    )
+
+
+def command(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> None:
+    """`jaxmodels tune`: search, then the best trials, a picture, and how to run the best one again."""
+    from jaxmodels.report import search as pictures
+
+    runs.compilation_cache()
+    quiet = dataclasses.replace(cfg.metrics, progress="none", tensorboard=False)
+    cfg = dataclasses.replace(cfg, metrics=quiet)
+    out = search(cfg, options, file, argv)
+    trials = tried(cfg, options, out)
+    choices = [parse(text, cfg) for text in options.space]
+    print("\n" + table(cfg, options, trials))
+    ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
+    if ended:
+        best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
+        given = " ".join(f"--{c.field.replace('_', '-')} {_given(best[c.field])}" for c in choices)
+        print(f"\nthe best one again:\n  jaxmodels train {file} {given}")
+    pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
+    print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")
+
+
+def _given(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,305 @@
+"""A report shows what runs did, on one page that needs nothing else."""
+
+import dataclasses
+import logging
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+from jaxmodels import config as configs
+from jaxmodels.cli import main
+from jaxmodels.config import Config, DataConfig, EvalConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.functional import create
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.report import attention, command, confusion, curves, latents, page, saliency, samples, summary
+from jaxmodels.report.pieces import Table, tile
+from jaxmodels.report.saved import Saved, open_run
+from jaxmodels.train import run as runs
+from tests.zoo import ZOO, arrays, example
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shared_data):
+    """Two runs on real digits, of which one learns more slowly."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rate in (("fast", 3e-3), ("slow", 1e-4)):
+        cfg = Config(
+            model=MLPConfig(hidden=(32,)),
+            task=TaskConfig(name="classification"),
+            data=DataConfig(
+                source="tfds", dir=str(shared_data / "tfds"), name="mnist", eval_split="test[:600]", batch_size=64
+            ),
+            optim=OptimConfig(peak_lr=rate),
+            train=TrainConfig(steps=40),
+            eval=EvalConfig(every=20, batch_size=256),
+            metrics=MetricsConfig(every=5, tensorboard=False, progress="none"),
+        )
+        runs.train(cfg, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(trained):
+    """The page of both runs."""
+    out = trained / "page"
+    assert main(["report", str(trained / "fast"), str(trained / "slow"), "--out", str(out)]) == 0
+    return out / "report.html"
+
+
+def test_the_page_needs_nothing_else(written):
+    text = written.read_text()
+    sources = re.findall(r"""(?:src|href|srcset|data|poster)\s*=\s*["']([^"']*)""", text)
+    assert len(sources) > 5 and all(s.startswith(("data:image/png;base64,", "#")) for s in sources)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+
+
+def test_the_page_says_what_was_run_and_what_came_out(written, trained):
+    text = written.read_text()
+    assert "optim.peak_lr" in text and "0.003" in text and "0.0001" in text, "where the configs differ"
+    assert "data.dir" not in text
+    for name in ("fast", "slow"):
+        found = curves.last(trained / name)
+        assert summary.number(found["eval/accuracy"]) in text and summary.number(found["eval/f1/7"]) in text
+        assert curves.last(trained / name)["eval/accuracy"] < 1
+    assert "25,450" in text, "parameters: 784·32 + 32 + 32·10 + 10"
+
+
+def test_a_browser_shows_all_of_it(written, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("needs a browser: chromium is not installed")
+    script = (
+        "<script>addEventListener('load', () => { document.body.dataset.widths = "
+        "Array.from(document.images, image => image.naturalWidth).join(' ') })</script></body>"
+    )
+    asking = tmp_path / "asking.html"
+    asking.write_text(written.read_text().replace("</body>", script))
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        f"--disable-component-update --disable-sync --user-data-dir={tmp_path}/profile --dump-dom"
+    )
+    dom = subprocess.run(
+        [browser, *flags.split(), asking.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    widths = [int(width) for width in re.search(r'data-widths="([\d ]*)"', dom)[1].split()]
+    assert len(widths) == dom.count("<img ") == 7 and min(widths) > 300
+    headings = re.findall(r"<h2[^>]*>([^<]*)", dom)
+    assert headings == ["Runs", "Metrics", "Curves", "Confusion", "Saliency"]
+
+
+def test_pictures_lie_beside_the_page(written):
+    found = {path.name for path in written.parent.iterdir()}
+    each = {f"{run}-{name}.png" for run in ("fast", "slow") for name in ("confusion", "mistakes", "saliency")}
+    assert found == {"report.html", "curves.png", *each}
+    for name in each:
+        assert matplotlib.image.imread(written.parent / name)[..., :3].std() > 0.05
+
+
+def test_several_runs_are_drawn_over_each_other(trained):
+    figure = curves.overlay({"fast": trained / "fast", "slow": trained / "slow"})
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert {"loss", "accuracy", "learning rate", "examples per second", "norm of the gradient"} <= set(panels)
+    train, held_out, other_train, other_held_out = panels["loss"].lines
+    assert train.get_color() == held_out.get_color() != other_train.get_color() == other_held_out.get_color()
+    assert list(held_out.get_xdata()) == [20, 40] and held_out.get_marker() == "o" and train.get_marker() == "None"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fast", "slow", "training", "held out"]
+
+
+def test_losses_of_a_gan_have_a_panel_each():
+    rows = {"train/discriminator/loss", "train/generator/loss", "train/generator/grad_norm", "eval/loss"}
+    titles = dict(curves.chosen({*rows, "eval/generator", "eval/f1/7", "eval/group/a/f1"}))
+    assert titles == {
+        "loss of the discriminator": ["train/discriminator/loss", "eval/loss"],
+        "loss of the generator": ["train/generator/loss", "eval/generator"],
+        "norm of the generator's gradient": ["train/generator/grad_norm"],
+    }
+
+
+def test_a_broken_part_does_not_lose_the_page(trained, tmp_path, monkeypatch, caplog):
+    def broken(saved):
+        raise RuntimeError("no such <thing>")
+
+    monkeypatch.setitem(command.PARTS, "Attention", broken)
+    monkeypatch.setattr(logging.getLogger("jaxmodels"), "propagate", True)
+    found = command.write({"fast": trained / "fast"}, tmp_path, None, False)
+    text = found.read_text()
+    assert "Without attention of fast: RuntimeError: no such &lt;thing&gt;" in text
+    assert 'id="saliency"' in text and 'id="curves"' in text
+    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert said.getMessage() == "the report is without attention of fast: RuntimeError: no such <thing>"
+
+
+def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
+    run = tmp_path / "moved"
+    shutil.copytree(trained / "fast", run)
+    cfg, origin = configs.read(run)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir=str(tmp_path / "nothing")))
+    configs.save(cfg, run / "config.json", origin)
+    text = command.write({"moved": run}, None, None, False).read_text()
+    assert (run / "report" / "curves.png").exists()
+    assert summary.number(curves.last(run)["eval/accuracy"]) in text and "none that can be read here" in text
+
+
+def test_confusion_is_that_of_scikit_learn(trained):
+    from sklearn.metrics import accuracy_score, confusion_matrix
+
+    saved = open_run(trained / "fast", "fast")
+    labels, predicted, confidence = confusion.predictions(saved)
+    assert len(labels) == 600 and 0.1 <= confidence.min() <= confidence.max() <= 1
+    found = confusion.counts(labels, predicted, 10)
+    np.testing.assert_array_equal(found, confusion_matrix(labels, predicted, labels=range(10)))
+    np.testing.assert_allclose(accuracy_score(labels, predicted), curves.last(saved.run)["eval/accuracy"], atol=1e-6)
+    assert confusion.counts(np.array([-1, 1]), np.array([0, 0]), 2).tolist() == [[0, 0], [1, 0]], "-1 is no label"
+
+
+def test_another_split_is_measured_anew(trained):
+    saved = open_run(trained / "fast", "fast", split="test[600:900]")
+    found = command.evaluated(saved, "test[600:900]")
+    labels, predicted, _ = confusion.predictions(saved)
+    assert len(labels) == 300
+    np.testing.assert_allclose(found["eval/accuracy"], (labels == predicted).mean(), atol=1e-6)
+
+
+def test_saliency_of_a_linear_model_is_weight_times_input():
+    model = create(MLPConfig(input_shape=(2, 3, 1), classes=4, hidden=()))
+    params = arrays(model)
+    (x,) = example(model)
+    found, predicted, confidence = saliency.attribute(lambda x: model.apply(params, x), x)
+    logits = model.apply(params, x)
+    w = np.asarray(params["head"]["w"])
+    expected = w[:, logits.argmax(-1)].T.reshape(x.shape) * x
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(predicted, logits.argmax(-1))
+    np.testing.assert_allclose(confidence, jax.nn.softmax(logits).max(-1), rtol=1e-5)
+
+
+def stand_in(name, params):
+    """A model of the zoo as a saved run has it."""
+    task, config = ZOO[name]
+    experiment = SimpleNamespace(
+        task=SimpleNamespace(networks={"model": create(config)}), cfg=SimpleNamespace(task=TaskConfig(name=task))
+    )
+    return Saved(name, None, experiment, {"model": params}, {}, 0)
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "lstm-both-ways"])
+def test_tokens_have_a_saliency_each_that_adds_up_to_that_of_the_embedding(name):
+    model = create(ZOO[name][1])
+    params = arrays(model)
+    ids = np.array([3, 7, 3, 9, 3, 7], np.int32)
+    named = {"segment_ids": np.ones((1, 6), np.int32)}
+    found, predicted, _ = saliency.of_tokens(stand_in(name, params), ids, named)
+
+    def logit(table):
+        return model.apply({**params, "embed": {"w": table}}, ids[None], **named)[0, predicted]
+
+    table = params["embed"]["w"]
+    of_rows = np.asarray((jax.grad(logit)(table) * table).sum(-1))
+    for token in (3, 7, 9):
+        np.testing.assert_allclose(found[ids == token].sum(), of_rows[token], rtol=1e-4, atol=1e-6)
+    assert len(np.unique(found)) == 6, "each place has its own"
+
+
+def test_attention_is_a_softmax_over_the_keys():
+    """Of a model with one layer and one head, by hand."""
+    config = dataclasses.replace(ZOO["gpt2"][1], layers=1, heads=1)
+    model = create(config)
+    params = arrays(model)
+    (tokens,) = example(model)
+    (found,) = attention.weights(lambda x: model.apply(params, x), tokens)
+    x = params["embed"]["w"][tokens] + params["positions"]["w"][: tokens.shape[1]]
+    layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    x = x * layer["attn_norm"]["scale"] + layer["attn_norm"]["bias"]
+    q, k = (jnp.einsum("btd,dhk->bhtk", x, layer["attn"][n]["w"]) + layer["attn"][n]["b"][:, None] for n in "qk")
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / np.sqrt(config.width)
+    expected = jax.nn.softmax(jnp.where(jnp.tri(tokens.shape[1], dtype=bool), scores, -jnp.inf))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("vit", 2), ("bert", 2), ("mistral", 2), ("transformer", 6), ("clip", 4)])
+def test_attention_of_every_layer_is_kept_and_adds_up_to_1(name, layers):
+    model = create(ZOO[name][1])
+    params = arrays(model)
+    inputs = example(model)
+    before = model.apply(params, *inputs)
+    found = attention.weights(lambda *x: model.apply(params, *x), *inputs)
+    assert len(found) == layers and not np.allclose(found[0], found[1])
+    for each in found:
+        np.testing.assert_allclose(each.sum(-1), 1, atol=1e-5)
+    after = model.apply(params, *inputs)
+    assert len(found) == layers, "what is computed later is not kept"
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_rollout_keeps_rows_of_1_and_the_order_of_layers():
+    a, b = np.array([[[0.0, 1], [0, 1]]]), np.array([[[1.0, 0], [1, 0]]])
+    found = attention.rollout([a, b])
+    np.testing.assert_allclose(found.sum(-1), 1)
+    np.testing.assert_allclose(found[0], (b[0] + np.eye(2)) @ (a[0] + np.eye(2)) / 4)
+
+
+def test_latents_grow_to_the_right_and_upwards():
+    found = latents.codes(4, (2, 0), side=5).reshape(5, 5, 4)
+    assert (np.diff(found[:, :, 2], axis=1) > 0).all() and (np.diff(found[:, :, 0], axis=0) < 0).all()
+    assert (found[:, :, [1, 3]] == 0).all(), "the others stay at the prior's mean"
+    from scipy.stats import norm
+
+    np.testing.assert_allclose(found[0, :, 2], norm.ppf([0.1, 0.3, 0.5, 0.7, 0.9]), atol=1e-6)
+
+
+def test_images_lie_in_rows_and_each_above_its_own():
+    images = np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1)
+    np.testing.assert_array_equal(tile(images, 3)[..., 0], [[0, 1, 2], [3, 4, 5]])
+    pairs = np.concatenate([images, images + 10])
+    below = tile(latents.beside(pairs, 3), 3)[..., 0]
+    np.testing.assert_array_equal(below, [[0, 1, 2], [10, 11, 12], [3, 4, 5], [13, 14, 15]])
+
+
+def test_samples_are_spread_over_the_steps_up_to_the_checkpoint(tmp_path):
+    for step in range(1, 30):
+        np.save(tmp_path / f"{step:08d}.npy", np.full((2, 4, 4, 1), step, np.uint8))
+    found = samples.over_time(tmp_path, last=22)
+    steps = [step for step, _ in found]
+    assert len(steps) == 8 and steps[0] == 1 and steps[-1] == 22 and max(np.diff(steps)) == 3
+    assert all((images == np.float32(step) / 255).all() for step, images in found)
+
+
+def test_groups_have_a_table_with_the_largest_difference():
+    values = {
+        "eval/accuracy": 0.9,
+        "eval/precision/cat": 0.8,
+        "eval/recall/cat": 0.7,
+        "eval/group/north/accuracy": 0.95,
+        "eval/group/south/accuracy": 0.85,
+        "eval/group/south/f1/cat": 0.5,
+        "eval/gap/accuracy": 0.1,
+        "eval/gap/f1/cat": 0.2,
+    }
+    assert summary.by_class(values) == {"cat": {"precision": 0.8, "recall": 0.7}}
+    assert summary.by_group(values) == {
+        "north": {"accuracy": 0.95},
+        "south": {"accuracy": 0.85},
+        "largest difference": {"accuracy": 0.1},
+    }
+
+
+def test_what_the_data_says_is_text_on_the_page():
+    table = Table(("<b>", "n"), [("</table><script>", "1,000"), ("x", "–")])
+    found = page.html(table, {})
+    assert "<script" not in found and "&lt;/table&gt;" in found and found.count('class="number"') == 3
+
+
+def test_a_folder_that_is_no_run_is_refused(trained, capsys):
+    assert main(["report", str(trained / "fasd")]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    assert main(["report", str(trained / "fast"), str(trained / "fast")]) == 2
+    assert "each once" in capsys.readouterr().err
