@@ -32,5 +32,5 @@ def get_config() -> Config:
         train=TrainConfig(steps=1000),
         eval=EvalConfig(every=100, batch_size=128, metric="eval/accuracy", mode="max"),
         checkpoint=CheckpointConfig(best=True),
-        init=InitConfig(source="runs/bert_pretrain_sst2", fresh=("head/*", "pool/*")),
+        init=InitConfig(source="runs/bert_pretrain_sst2", fresh=("head/*", "pooler/*")),
     )

@@ -38,6 +38,6 @@ def get_config() -> Config:
         ),
         augment=AugmentConfig(shift=2, rotate=10),
         optim=OptimConfig(name="muon", peak_lr=2e-3, warmup_steps=100, final_lr_fraction=0.01),
-        train=TrainConfig(steps=1500),
+        train=TrainConfig(steps=1000),
         eval=EvalConfig(every=250, batch_size=500),
     )

@@ -15,6 +15,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
         augment=AugmentConfig(),
         optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.5, b2=0.999, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=2000, ema=0.995),
+        train=TrainConfig(steps=1500, ema=0.995),
         eval=EvalConfig(every=250, batch_size=500),
     )

@@ -2,7 +2,7 @@
 
 jaxmodels train configs/mlp_mnist.py
 jaxmodels train configs/mlp_mnist.py --data.dir DIR     # a TFDS data directory
-jaxmodels eval runs/mlp_mnist --best
+jaxmodels eval runs/mlp_mnist --best --split test
 """
 
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
@@ -13,7 +13,9 @@ def get_config() -> Config:
     return Config(
         model=MLPConfig(hidden=(512, 512), dropout=0.5),
         task=TaskConfig(name="classification"),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        data=DataConfig(
+            source="tfds", name="mnist", train_split="train[:92%]", eval_split="train[92%:]", batch_size=128
+        ),
         optim=OptimConfig(peak_lr=1e-3, schedule="constant", warmup_steps=100),
         train=TrainConfig(steps=10000, ema=0.99),
         eval=EvalConfig(every=100, batch_size=500, early_stop=10),

@@ -15,6 +15,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=320),
         augment=AugmentConfig(),
         optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.0, b2=0.9, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=1200, ema=0.995),
-        eval=EvalConfig(every=200, batch_size=500),
+        train=TrainConfig(steps=700, ema=0.995),
+        eval=EvalConfig(every=100, batch_size=500),
     )

@@ -102,25 +102,35 @@ def open_corpus(cfg: DataConfig) -> corpora.Corpus:
         raise UserError(f"got data.source {cfg.source}, expected a source of texts: stdlib, text, {', '.join(_SETS)}")
     train = open_records(cfg, "train")
     field = recorded.input_field(train, cfg, ("text",))
-    return _corpus(cfg, train, (field,))
+    return _Readers(cfg, train, (field,)).corpus(field)
 
 
-def _corpus(cfg: DataConfig, train: Records, fields: Sequence[str]) -> corpora.Corpus:
-    """The texts of these fields, one field after the other."""
+class _Readers:
+    """A set's reader for each split, opened once, so that a bad record is named once."""
 
-    def documents(split: Split) -> Iterator[str]:
-        records = train if split == "train" else open_records(cfg, split)
-        for field in fields:
-            for rows in Reader(records, (field,), cfg.bad_records).all():
-                yield from (row[field] for row in rows)
+    def __init__(self, cfg: DataConfig, train: Records, fields: Sequence[str]) -> None:
+        self.cfg, self.train, self.fields = cfg, train, tuple(dict.fromkeys(fields))
+        self._opened: dict[Split, Reader] = {}
 
-    return corpora.Corpus(f"{train.label} {' and '.join(fields)}", documents, train.whole)
+    def of(self, split: Split) -> Reader:
+        if split not in self._opened:
+            records = self.train if split == "train" else open_records(self.cfg, split)
+            self._opened[split] = Reader(records, self.fields, self.cfg.bad_records)
+        return self._opened[split]
 
+    def rows(self, split: Split) -> list[Row]:
+        """Every good record."""
+        return [row for rows in self.of(split).all() for row in rows]
 
-def _read(cfg: DataConfig, split: Split, train: Records, fields: Sequence[str]) -> list[Row]:
-    """These fields of every good record."""
-    records = train if split == "train" else open_records(cfg, split)
-    return [row for rows in Reader(records, fields, cfg.bad_records).all() for row in rows]
+    def corpus(self, *texts: str) -> corpora.Corpus:
+        """The texts of these fields, one field after the other."""
+
+        def documents(split: Split) -> Iterator[str]:
+            for field in texts:
+                for rows in self.of(split).all():
+                    yield from (row[field] for row in rows)
+
+        return corpora.Corpus(f"{self.train.label} {' and '.join(texts)}", documents, self.train.whole)
 
 
 def _language(cfg: DataConfig, split: Split, task: str, vocab_size: int | None) -> Source:
@@ -163,9 +173,10 @@ def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
         )
     names = (("input_field", cfg.input_field), ("target_field", cfg.target_field))
     fields = [recorded.named_field(train, option, name, ("text",)) for option, name in names]
-    corpus = _corpus(cfg, train, fields)
+    readers = _Readers(cfg, train, fields)
+    corpus = readers.corpus(*fields)
     tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size)
-    rows = _read(cfg, split, train, fields)
+    rows = readers.rows(split)
     sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
     arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack)
     what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
@@ -175,7 +186,7 @@ def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
 def open_pairs(cfg: DataConfig, split: Split) -> tuple[list[str], list[str]]:
     """The sources and the translations of a split, as texts."""
     fields = (cfg.input_field, cfg.target_field)
-    rows = [row for rows in Reader(open_records(cfg, split), fields, cfg.bad_records).all() for row in rows]
+    rows = _Readers(cfg, open_records(cfg, "train"), fields).rows(split)
     return [row[cfg.input_field] for row in rows], [row[cfg.target_field] for row in rows]
 
 
@@ -238,10 +249,9 @@ def _examples(
         if cfg.balance and split == "train":
             return Balanced(source, source.labels())
         return source
-    corpus = _corpus(cfg, train, (field,)) if kind == "text" else None
-    tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size) if corpus else None
-    fields = [name for name in (field, label, cfg.group_field) if name]
-    rows = _read(cfg, split, train, fields)
+    readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name])
+    tokenizer = corpora.build_tokenizer(readers.corpus(field), cfg, vocab_size) if kind == "text" else None
+    rows = readers.rows(split)
     values = [row[field] for row in rows]
     if tokenizer is not None:
         arrays = texts.single(tokenizer.encode_many(values, special=True), cfg.seq_len)

@@ -86,7 +86,9 @@ def mistakes(
 ) -> Piece:
     """The examples at these places, with what they are and what the model says."""
     batch = saved.source.batch(worst, np.zeros_like(worst))
-    said = [(saved.class_name(int(labels[i])), saved.class_name(int(predicted[i])), f"{confidence[i]:.1%}") for i in worst]
+    said = [
+        (saved.class_name(int(labels[i])), saved.class_name(int(predicted[i])), f"{confidence[i]:.1%}") for i in worst
+    ]
     caption = "The mistakes that the model is most sure of."
     inputs = batch["inputs"]
     if inputs.ndim == 4:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels import config as configs
-from jaxmodels.config import Config, MeshConfig
+from jaxmodels.config import Config
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.task import floats, normalised
 from jaxmodels.train import run as runs
-from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train import saved as saving
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,10 @@ def open_run(run: Path, name: str, split: str | None = None, best: bool = False)
     Raises:
         UserError: no run or no checkpoint there, or its data are not here.
     """
-    cfg, _ = configs.read(run)
-    section = cfg.data if split is None else dataclasses.replace(cfg.data, eval_split=split)
-    # what is seen does not depend on the mesh: whatever is here will do
-    plain = dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
-    cfg = dataclasses.replace(cfg, data=section, mesh=MeshConfig(), train=plain)
-    experiment = runs.setup(cfg)
-    checkpointer = Checkpointer(run / "checkpoints")
-    kind = "params" if cfg.train.ema is None else "ema"
-    params, _, at = checkpointer.restore_params(
-        "best" if best else None, subtree=kind, abstract=experiment.layout.params
-    )
-    stats = experiment.layout.stats
-    if jax.tree.leaves(stats):
-        stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
+    saved = saving.open_run(run, split, best)
     # bound to no device, so that they go with a mesh and without one
-    params, stats = jax.device_put(jax.device_get((params, stats)))
-    return Saved(name, run, experiment, params, stats, at)
+    params, stats = jax.device_put(jax.device_get((saved.params, saved.stats)))
+    return Saved(name, run, saved.experiment, params, stats, saved.step)
 
 
 def pixels(x: np.ndarray) -> np.ndarray:

@@ -130,7 +130,8 @@ def test_one_beam_is_greedy(make):
         now = logprobs(model, params, SOURCES, IDS, targets)[:, t].argmax(-1)
         over = (targets[:, :t] == END).any(1)
         targets[:, t] = np.where(over | (t == 11), END, now)
-    found = decode(model, params, SOURCES, end=END, limit=12, segment_ids=IDS)
+    # so large an alpha that a row would prefer to go on, were it not done with its first end
+    found = decode(model, params, SOURCES, end=END, limit=12, segment_ids=IDS, alpha=3.0)
     np.testing.assert_array_equal(found.tokens[:, :12], targets)
     assert len({length(row) for row in targets}) > 2
 

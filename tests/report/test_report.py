@@ -239,6 +239,20 @@ def test_attention_of_every_layer_is_kept_and_adds_up_to_1(name, layers):
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+def test_cross_attention_is_of_the_texts_alone_without_what_fills_up_their_rows():
+    saved = stand_in("transformer", arrays(create(ZOO["transformer"][1])))
+    tokens = np.arange(1, 13, dtype=np.int32)[None]
+    targets, own = np.where(tokens <= 6, tokens + 1, -1), (tokens <= 6).astype(np.int32)
+    batch = {"inputs": tokens, "segment_ids": (tokens <= 8).astype(np.int32), "tokens": tokens, "targets": targets}
+    saved.experiment.eval_data = SimpleNamespace(tokenizer=None)
+    means, heads = attention.cross(saved, batch | {"target_segment_ids": own})
+    assert len(means.figure.axes) == 2 and len(heads.figure.axes) == 4, "layers of the decoder; heads"
+    (shown,) = means.figure.axes[0].images
+    assert shown.get_array().shape == (6, 8)
+    np.testing.assert_allclose(shown.get_array().sum(-1), 1, atol=1e-5)
+    assert [label.get_text() for label in means.figure.axes[0].get_yticklabels()] == ["2", "3", "4", "5", "6", "7"]
+
+
 def test_rollout_keeps_rows_of_1_and_the_order_of_layers():
     a, b = np.array([[[0.0, 1], [0, 1]]]), np.array([[[1.0, 0], [1, 0]]])
     found = attention.rollout([a, b])

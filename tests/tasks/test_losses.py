@@ -92,3 +92,22 @@ def test_chunks_of_logits_give_the_scores_and_gradients_of_the_whole(case, chunk
         np.testing.assert_allclose(a, b, atol=2e-5)
     plain = linear_cross_entropy(features, table, targets, smoothing, z_loss, chunk)
     np.testing.assert_allclose(plain, expected, rtol=1e-5)
+
+
+def test_chunks_never_hold_all_logits():
+    B, T, D, V = 4, 256, 16, 4096
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), "float32"), ((V, D), "float32"), ((B, T), "int32"))]
+
+    def whole(features, unembedding, targets):
+        return cross_entropy(jnp.einsum("btd,vd->btv", features, unembedding), targets).objective
+
+    def pieces(features, unembedding, targets):
+        return linear_cross_entropy(features, unembedding, targets).objective
+
+    used = [
+        jax.jit(jax.grad(fn, (0, 1))).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        for fn in (whole, pieces)
+    ]
+    logits = 4 * B * T * V
+    assert used[0] >= logits, "the whole matrix of logits"
+    assert used[1] < 0.5 * logits, used

@@ -1,0 +1,36 @@
+"""ResNet-50 on ImageNet, 90 epochs (Goyal et al. 2017).
+
+    jaxmodels train configs/resnet50_imagenet.py     # imagenet2012, prepared by TFDS as array_record
+
+Not yet run. Published with these settings: 76.3 % (top-1, one central crop).
+"""
+
+from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.models.resnet import ResNetConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ResNetConfig(dtype="bfloat16"),
+        task=TaskConfig(name="classification", label_smoothing=0.1),
+        data=DataConfig(
+            source="tfds",
+            name="imagenet2012",
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            batch_size=1024,
+            threads=32,
+        ),
+        augment=AugmentConfig(crop=0.08, flip=True),
+        optim=OptimConfig(
+            name="momentum",
+            peak_lr=0.4,
+            warmup_steps=6255,
+            final_lr_fraction=0.0,
+            weight_decay=1e-4,
+            decay_on=("matrix",),
+            clip_norm=None,
+        ),
+        train=TrainConfig(steps=112_600),
+        eval=EvalConfig(every=12_510, metric="eval/accuracy", mode="max"),
+    )

@@ -1,0 +1,75 @@
+"""Every config in configs/ is one that trains: its parts fit together, and its step compiles, from shapes alone."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxmodels import config as configs
+from jaxmodels import tasks
+from jaxmodels.config import MeshConfig
+from jaxmodels.parallel import mesh as meshes
+from jaxmodels.parallel import rules
+from jaxmodels.train import optim, state, step
+
+FULL = (
+    "bert_base_wikipedia",
+    "gpt2_openwebtext",
+    "llama3_8b_c4",
+    "lstm_imdb",
+    "resnet50_imagenet",
+    "transformer_wmt14",
+    "vit_b16_imagenet",
+)
+"""Configs of sets that are too large to be here."""
+
+
+def parts(cfg):
+    """Task, optimizers, mesh and layout of an experiment."""
+    task = tasks.build(cfg.task, cfg.model, cfg.data)
+    optimizers = {
+        loss.name: optim.build(
+            cfg.optim, cfg.train.steps, task.axes()[loss.trains], task.networks[loss.trains].shapes()
+        )
+        for loss in task.losses
+    }
+    mesh = meshes.make_mesh(cfg.mesh)
+    return task, optimizers, mesh, state.layout(task, optimizers, mesh, cfg.train.ema is not None)
+
+
+def test_every_config_fits_eight_devices_and_says_how_it_is_run(root):
+    names = {path.stem for path in (root / "configs").glob("*.py")}
+    assert set(FULL) < names
+    for name in names:
+        path = root / "configs" / f"{name}.py"
+        cfg = configs.load(path)
+        parts(cfg)
+        sizes = meshes.sizes(cfg.mesh, 8)
+        step.check(sizes, cfg.data.batch_size, cfg.train.accumulate * cfg.task.critic_steps, cfg.train.strategy)
+        text = path.read_text()
+        assert f"configs/{name}.py" in text, f"{name} does not say its command"
+        assert ("Not yet run" in text) == (name in FULL)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_step_of_a_config_for_a_full_set_compiles(name, root):
+    cfg = configs.load(root / "configs" / f"{name}.py")
+    wide = MeshConfig(data=2, fsdp=4) if cfg.mesh.fsdp == -1 else MeshConfig(data=8)
+    cfg = dataclasses.replace(cfg, mesh=wide)
+    task, optimizers, mesh, layout = parts(cfg)
+    spec = task.batch_spec(cfg.data.batch_size)
+    batch = {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, x.ndim))
+        for key, x in spec.items()
+    }
+    options = {"accumulate": cfg.train.accumulate, "ema": cfg.train.ema}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(lambda s, b: step.advance(task, optimizers, s, b, **options), out_shardings=(shardings, None))
+            .lower(layout, batch)
+            .compile()
+        )
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.params))
+    shards = 4 if cfg.mesh.fsdp == 4 else 1
+    assert compiled.memory_analysis().argument_size_in_bytes > 2.5 * held / shards, "parameters and Adam's moments" 
