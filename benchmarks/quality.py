@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from benchmarks import record
 from jaxmodels.errors import UserError, nearest
 
@@ -77,7 +79,7 @@ RECIPES = {
 class Options:
     """What is trained, and where."""
 
-    names: tuple[str, ...] = ()
+    names: Positional[tuple[str, ...]] = ()
     """Recipes; all when none is given."""
     data_dir: Path = DATA
     """TFDS data directory."""

@@ -64,6 +64,7 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
 everything is in {run}/: {", ".join(sorted(path.name for path in run.iterdir()))}
 try next:
   {more}
+  jaxmodels report {run}
   jaxmodels train {file} --run-dir {run}-2 --optim.peak-lr {experiment.cfg.optim.peak_lr / 2:g}
   jaxmodels config explain {run} optim.peak_lr""")
 
@@ -156,11 +157,11 @@ def sample(
     seed: int = 0,
     best: bool = False,
 ) -> None:
-    """Text from a run.
+    """Text from a run: the prompt goes on, or is translated (the likeliest translation that a beam of 4 finds).
 
     Args:
         run: run directory.
-        prompt: what the text begins with.
+        prompt: what the text begins with, or what is translated.
         tokens: how many tokens to add.
         temperature: 0 takes the likeliest token each time; higher is more varied.
         top_k: choose among the k likeliest tokens only.
@@ -173,16 +174,22 @@ def sample(
 
     compilation_cache()
     cfg, _ = configs.read(run)
-    if cfg.task.name != "causal_lm":
-        raise UserError(f"got a run of task {cfg.task.name}, expected causal_lm, try jaxmodels eval {run}")
+    if cfg.task.name not in ("causal_lm", "seq2seq"):
+        raise UserError(f"got a run of task {cfg.task.name}, expected causal_lm or seq2seq, try jaxmodels eval {run}")
     kind = "params" if cfg.train.ema is None else "ema"
     params, _, _ = Checkpointer(Path(run) / "checkpoints").restore_params("best" if best else None, subtree=kind)
     params = jax.tree.map(np.asarray, params["model"])
+    tokenizer = data.load_tokenizer(Path(run))
+    if cfg.task.name == "seq2seq":
+        from jaxmodels.generate import translate_texts
+
+        print(translate_texts(create(cfg.model), params, tokenizer, [prompt])[0])
+        return
     print(
         continued(
             create(cfg.model),
             params,
-            data.load_tokenizer(Path(run)),
+            tokenizer,
             prompt,
             tokens,
             temperature=temperature,

@@ -189,8 +189,8 @@ def test_the_command_line_in_a_process_of_its_own():
     typo = run("trian")
     assert typo.returncode == 2
     assert typo.stderr == (
-        "error: got command 'trian', expected one of train, eval, sample, models, import, export, data, config, "
-        "did you mean 'train'?\n"
+        "error: got command 'trian', expected one of train, eval, tune, sample, models, report, import, export, "
+        "data, config, did you mean 'train'?\n"
     )
     assert run("--help").stdout.startswith("usage: jaxmodels COMMAND")
     traced = run("sample", "no/such/run", "--traceback")

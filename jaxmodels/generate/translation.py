@@ -90,5 +90,5 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     try:
         import sacrebleu
     except ModuleNotFoundError as error:
-        raise UserError("got no package sacrebleu, expected it for BLEU, try pip install 'jaxmodels[bleu]'") from error
+        raise UserError("got no package sacrebleu, expected it for BLEU, try pip install 'jaxmodels[text]'") from error
     return sacrebleu.corpus_bleu(list(hypotheses), [list(references)]).score

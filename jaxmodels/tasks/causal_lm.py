@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Task, forward, perplexity, scored
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, perplexity
 
 
 def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -42,9 +43,6 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         scores = language_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss)
         return scores, stats, extra
 
-    def score(params: Params, stats: Params, batch: Batch) -> tuple[Scores, Params]:
-        return run(params, stats, batch)[:2]
-
     def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
         s, stats, extra = run(params, stats, batch, train=True, rng=rng)
         # times the count that the sum is divided by, so that the mean loss has each once
@@ -52,9 +50,15 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         sums = {"loss": s.objective + sum(added.values()), "accuracy": s.correct, **added}
         return sums["loss"], Aux(s.count, {name: (total, s.count) for name, total in sums.items()}, stats)
 
+    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+        s, _, _ = run(params, stats, batch)
+        found = {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
+        if "bytes" in batch:
+            found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(batch["targets"] >= 0, batch["bytes"], 0).sum())
+        return found
+
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
         return {"tokens": rows, "targets": rows}
 
-    _, metrics = scored(score)
     return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)

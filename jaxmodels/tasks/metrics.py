@@ -64,13 +64,14 @@ def confusions(chosen: jax.Array, actual: jax.Array) -> jax.Array:
 def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     """Precision, recall and F1 (macro, micro, of each class) and calibration error, with all that is only divided.
 
-    The macro mean is over classes that occur or were chosen; what has no denominator is 0. As scikit-learn's.
+    The macro mean is over classes that occur or were chosen or, where each is judged by itself, over all; what has no
+    denominator is 0. As scikit-learn's.
     """
     rest = {name: total for name, total in totals.items() if name not in ("counts", "calibration")}
     found = divide(rest)
     counts, _ = totals["counts"]
     each = ratios(counts)
-    occurs = counts.sum(-1) > 0
+    occurs = (counts.sum(-1) > 0) | ("calibration" not in totals)
     for name, values in each.items():
         found[name] = float(values[occurs].mean()) if occurs.any() else 0.0
     for name, value in ratios(counts.sum(0)).items():

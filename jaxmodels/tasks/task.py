@@ -100,10 +100,7 @@ def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., A
 
     def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
         s, _ = score(params, stats, batch)
-        found = {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
-        if "bytes" in batch:
-            found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(batch["targets"] >= 0, batch["bytes"], 0).sum())
-        return found
+        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
 
     return loss, metrics
 

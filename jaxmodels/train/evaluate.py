@@ -69,7 +69,8 @@ def build(
         found = task.summarise(totals[""], classes)
         if "group" in totals:
             found |= compare(task, totals["group"], classes, groups)
-        return found
+        first = [name for name in ("loss", "accuracy") if name in found]  # jax sorts the names
+        return {name: found[name] for name in (*first, *found)}
 
     return evaluate
 

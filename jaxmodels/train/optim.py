@@ -16,6 +16,9 @@ from optax import contrib
 from jaxmodels.config import OptimConfig
 from jaxmodels.errors import UserError
 
+_BEFORE = ("embed", "patches", "positions", "relative", "types", "class_token")
+"""How the names of parameters begin that come before a stack of layers."""
+
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the step: linear warm-up, then the configured shape up to the last step.
@@ -69,7 +72,7 @@ def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
     """What each parameter's updates are multiplied by: arrays that broadcast to them; None where it is 1 for all.
 
     0 for what `optim.freeze` names. `optim.layer_decay` to the power of the layers above: none for what comes behind
-    the stack of layers (by its name: head, norm, pooler, …), all and one for embeddings before it.
+    the stack of layers (head, norm, pooler, …), all of them for embeddings before it.
 
     Raises:
         UserError: a pattern of no parameter, or a layer decay for a model without a stack of layers.
@@ -77,20 +80,27 @@ def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
     leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): axis for path, axis in leaves}
     sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
-    depth = {shape[axis.index("layers")] for axis, shape in zip(names.values(), sizes, strict=True) if "layers" in axis}
-    if cfg.layer_decay != 1 and not depth:
+    stacks = {
+        name.partition("layers/")[0]: shape[0]
+        for (name, axis), shape in zip(names.items(), sizes, strict=True)
+        if axis[:1] == ("layers",)
+    }
+    if cfg.layer_decay != 1 and not stacks:
         raise UserError(
             f"got optim.layer_decay {cfg.layer_decay} for a model without a stack of layers, expected 1, "
             "try --optim.layer-decay 1"
         )
     for pattern in cfg.freeze:
-        if not any(frozen((pattern,), name, shape[0]).any() for name, shape in zip(names, sizes, strict=True)):
+        if not any(frozen((pattern,), name, (*shape, 1)[0]).any() for name, shape in zip(names, sizes, strict=True)):
             tops = list(dict.fromkeys(name.partition("/")[0] for name in names))
             raise UserError(
                 f"got optim.freeze {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
                 f"try --optim.freeze '{tops[0]}/*'"
             )
-    most = max(depth, default=0)
+
+    def above(name: str) -> int:
+        # of its own tower, or of the deepest one that it feeds
+        return max([depth for tower, depth in stacks.items() if name.startswith(tower)] or stacks.values())
 
     def factor(name: str, axis: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
         stacked = axis[:1] == ("layers",)
@@ -98,11 +108,11 @@ def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
         if cfg.layer_decay != 1:
             if stacked:
                 scale = cfg.layer_decay ** np.arange(shape[0] - 1, -1, -1.0)
-            elif {"vocab", "positions"} & set(axis) or name.startswith(("embed", "patches", "class")):
-                scale = np.array([cfg.layer_decay**most])
+            elif any(part.startswith(_BEFORE) for part in name.split("/")[:-1]):
+                scale = np.array([cfg.layer_decay ** above(name)])
         hold = frozen(cfg.freeze, name, len(scale))
         scale = np.where(hold, 0.0, scale)
-        return scale.astype(np.float32).reshape(-1, *(1,) * (len(shape) - 1))
+        return scale.astype(np.float32).reshape((-1, *(1,) * (len(shape) - 1)) if shape else ())
 
     if not cfg.freeze and cfg.layer_decay == 1:
         return None

@@ -89,7 +89,8 @@ def judged(saved: Saved, classifier: Path, count: int = 1000) -> dict[str, float
     judge = open_run(classifier, data_dir=saved.experiment.cfg.data.dir)
     if judge.experiment.cfg.task.name != "classification":
         raise UserError(
-            f"got classifier {classifier} of task {judge.experiment.cfg.task.name}, expected classification"
+            f"got classifier {classifier} of task {judge.experiment.cfg.task.name}, expected classification, "
+            "try the run of a classifier"
         )
     model = ("model", judge.experiment.task.networks["model"])
     section = judge.experiment.cfg.data

@@ -171,10 +171,12 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
 
         def watch(step: int, metrics: dict[str, float]) -> bool:
             value = metrics.get(cfg.eval.metric)
-            if value is None or not math.isfinite(value):
-                return value is not None
-            trial.report(value, step)
-            poor.append(trial.should_prune())
+            if value is None:
+                return False
+            finite = math.isfinite(value)
+            if finite:
+                trial.report(value, step)
+            poor.append(not finite or trial.should_prune())
             return poor[-1]
 
         poor: list[bool] = []

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.data import Loader, Order
-from jaxmodels.data.source import Examples, Windows
+from jaxmodels.data.source import Windows
+from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
 
 T = 8
@@ -115,11 +116,12 @@ def threads() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name == "jaxmodels-data"]
 
 
-class Slow(Examples):
+class Slow(Rows):
     """Counts what was read, and fails at the sixth batch if told to."""
 
     def __init__(self, fail: bool = False) -> None:
-        super().__init__(np.zeros((100, 2), np.float32), np.zeros(100, np.int64), split="train", label="slow")
+        arrays = {"inputs": np.zeros((100, 2), np.float32), "labels": np.zeros(100, np.int32)}
+        super().__init__(arrays, split="train", label="slow")
         self.fail, self.reads, self.by = fail, 0, set()
 
     def batch(self, indices, epochs):
@@ -177,7 +179,8 @@ def test_an_exception_in_the_loop_ends_the_thread():
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 500])
 def test_once_gives_each_example_once_in_order_and_ignores_the_padding(batch_size):
     n = 100
-    source = Examples(np.arange(n)[:, None], np.arange(n), split="eval", label="numbers")
+    numbers = np.arange(n, dtype=np.int32)
+    source = Rows({"inputs": numbers[:, None], "labels": numbers}, split="eval", label="numbers")
     loader = Loader(source, Order(n, batch_size, 0))
     batches = list(loader.once())
     assert all(len(b["labels"]) == batch_size for b in batches)
@@ -185,7 +188,7 @@ def test_once_gives_each_example_once_in_order_and_ignores_the_padding(batch_siz
     inputs = np.concatenate([b["inputs"][:, 0] for b in batches])
     assert np.array_equal(labels[:n], np.arange(n)) and np.array_equal(inputs[:n], np.arange(n))
     assert (labels[n:] == -1).all()
-    assert np.array_equal(source.labels, np.arange(n))
+    assert np.array_equal(source.arrays["labels"], np.arange(n)), "the source's own are not written to"
 
 
 def test_once_over_training_data_begins_at_its_beginning():

@@ -124,7 +124,9 @@ def test_a_vocabulary_below_the_tokenizer_s_is_refused():
 
 
 def test_texts_have_no_classes():
-    with pytest.raises(UserError, match="got data.source stdlib for classification, expected tfds or synthetic"):
+    with pytest.raises(
+        UserError, match="got data.source stdlib for classification, expected one of tfds, .* or synthetic"
+    ):
         open_source(DataConfig(), "train", "classification")
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -89,3 +92,48 @@ def test_no_tokenizer_and_no_json_are_named(tmp_path):
 def test_a_vocabulary_below_the_bytes_is_refused(tmp_path):
     with pytest.raises(UserError, match="got vocab_size 256, expected at least 257"):
         train_bpe([TEXT], 256, tmp_path / "t.json")
+
+
+WORDS = ["The cat sat.", "the dog ran, and the cat RAN", "a café of cats"]
+
+
+@pytest.mark.parametrize(("kind", "unseen"), [("bpe:262", "zyzzyva"), ("words:30", "zyzzyva")])
+def test_a_vocabulary_is_learned_from_the_texts_to_train_on_alone(kind, unseen):
+    everything = [*WORDS, *[unseen] * 100]
+    alone, both = (build(kind, lambda texts=texts: texts) for texts in (WORDS, everything))
+    found = build(kind, lambda: everything, lambda: WORDS)
+    assert found.to_json() == alone.to_json() != both.to_json()
+    assert len(both.encode(unseen)) < len(unseen), "it would have been learned"
+
+
+@pytest.mark.parametrize("kind", ["bpe:300", "words:12"])
+def test_two_processes_learn_the_same_vocabulary(kind):
+    code = f"from jaxmodels.data.tokenizer import build; print(build({kind!r}, lambda: {WORDS * 3!r}).to_json())"
+    procs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (process.communicate(timeout=120)[0].strip() for process in procs)
+    assert first == second == build(kind, lambda: WORDS * 3).to_json()
+
+
+def test_bpe_of_a_config_round_trips_and_begins_a_whole_text():
+    learned = build("bpe:280", lambda: WORDS)
+    assert learned.vocab_size <= 280
+    for text in (*WORDS, TEXT, " x\n\n"):
+        assert learned.decode(learned.encode(text)) == text
+        plain, special = learned.encode_many([text])[0], learned.encode_many([text], special=True)[0]
+        np.testing.assert_array_equal(special, [learned.end, *plain])
+    assert learned.sizes()[learned.end] == 0 and learned.sizes()[learned.encode(TEXT)].sum() == len(TEXT.encode())
+
+
+def test_words_are_in_lower_case_the_frequent_ones_and_the_rest_unknown():
+    learned = build("words:6", lambda: WORDS)
+    assert learned.vocab_size == 6 and learned.end == 0
+    assert learned.decode(learned.encode("The CAT sang")) == "the cat [UNK]"
+    assert learned.encode_many(["the"], special=True)[0].tolist() == [0, *learned.encode("the").tolist()]
+    assert learned.sizes() is None
+
+
+@pytest.mark.parametrize("name", ["bpe:", "bpe:x", "words:-3", "words:1", "bpe:100", "bpe:8e3"])
+def test_a_vocabulary_of_no_size_is_refused_in_one_line(name):
+    with pytest.raises(UserError, match="^got .*, expected .*, try") as caught:
+        build(name, lambda: WORDS)
+    assert "\n" not in str(caught.value)

@@ -108,5 +108,5 @@ def test_bleu_is_that_of_the_paper_on_whole_sets():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(UserError, match=r"got no package sacrebleu.*try pip install 'jaxmodels\[bleu\]'"):
+    with pytest.raises(UserError, match=r"got no package sacrebleu.*try pip install 'jaxmodels\[text\]'"):
         bleu(["a"], ["a"])

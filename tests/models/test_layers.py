@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import functional, layers
+from jaxmodels.models.kernels.dropout import drop
 
 
 def rand(*shape, seed=0):
@@ -130,6 +131,15 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
     assert got.mean() == pytest.approx(1, abs=0.015)
     np.testing.assert_allclose(got[got != 0], 1 / 0.7, rtol=1e-6)
     assert layer.apply({}, x, False) is x
+
+
+@pytest.mark.parametrize("shape", [(3, 20_001), (60_000, 1)])
+def test_neighbours_are_dropped_apart_though_they_share_random_bits(shape):
+    kept = np.asarray(drop(jnp.ones(shape, jnp.bfloat16), 0.4, jax.random.key(1))) != 0
+    assert kept.shape == shape and kept.mean() == pytest.approx(0.6, abs=0.01)
+    kept = kept.reshape(len(kept), -1) if shape[-1] > 1 else kept.T
+    for apart in (1, 2):
+        assert (kept[:, apart:] & kept[:, :-apart]).mean() == pytest.approx(0.36, abs=0.015)
 
 
 def test_dropout_differs_from_layer_to_layer_of_a_scan():

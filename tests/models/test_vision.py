@@ -1,5 +1,6 @@
 """ResNet, VGG and the small CNN: what they refuse, what training changes, and layers by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,10 +10,11 @@ import pytest
 
 import jaxmodels
 from jaxmodels.errors import UserError
-from jaxmodels.models import layers
+from jaxmodels.models import layers, vit
 from jaxmodels.models.cnn import CNNConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.vgg import VGGConfig
+from jaxmodels.models.vit import ViTConfig
 
 # at these shapes LLVM's optimisations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -184,3 +186,37 @@ def test_what_cannot_be_is_refused_at_once():
     for wrong in ({"depths": (3, 0, 6, 3)}, {"widths": (2, 8, 8, 8)}):
         with pytest.raises(UserError, match="expected depths from 1 and widths from 4 up"):
             jaxmodels.create("resnet-50", **wrong)
+
+
+VIT = ViTConfig((8, 8, 2), 4, 5, layers=3, heads=2, width=8, mlp_width=12)
+
+
+@pytest.mark.parametrize("config", [VIT, dataclasses.replace(RESNET, depths=(3,))], ids=["vit", "resnet"])
+def test_stochastic_depth_skips_the_later_blocks_more_often_and_in_training_only(config):
+    case, rows = Case(config), 64
+    images = jnp.repeat(case.images[:1], rows, 0)
+    # every example would skip the last block if it could: 15 of 16 do, 10 of 16 the second, 5 of 16 the first
+    model = jaxmodels.create(config, stochastic_depth=15 / 16)
+    apply = jit(model.apply, static_argnames="train")
+
+    def logits(**options):
+        out = apply(case.params, images, stats=case.stats or None, **options)
+        return np.asarray(out[0] if case.stats else out)
+
+    close(logits(), case.apply(images)[0])
+    one, same, other = (logits(train=True, rng=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - other).max() > 0.1
+    kinds = np.unique(np.round(one, 3), axis=0)
+    assert 2 < len(kinds) < rows, "examples skip blocks of their own, and many skip the same"
+
+
+def test_stochastic_depth_keeps_the_mean_and_skips_whole_examples():
+    skip = layers.StochasticDepth()
+    x = jnp.ones((4000, 3))
+    found = np.asarray(skip.apply({}, x, 0.25, True, rngs={"dropout": jax.random.key(0)}))
+    assert set(np.unique(found.round(4))) == {0.0, np.float32(1.3333)}
+    assert (found == found[:, :1]).all() and found.mean() == pytest.approx(1, abs=0.03)
+    for rate, train in ((0.0, True), (0.9, False)):
+        np.testing.assert_array_equal(skip.apply({}, x, rate, train, rngs={"dropout": jax.random.key(0)}), x)
+    np.testing.assert_allclose(vit.depths(0.3, 3), [0.1, 0.2, 0.3], rtol=1e-6)

@@ -163,8 +163,7 @@ def test_training_hides_other_tokens_at_each_step_and_evaluation_always_the_same
         assert float(mixed[name][0]) == pytest.approx(float(total), rel=1e-5)
         assert sum(float(half[name][0]) for half in halves) == pytest.approx(float(total), rel=1e-5)
         assert sum(int(half[name][1]) for half in halves) == int(count) > B
-    values = divide(whole)
-    assert task.summarise(values)["perplexity"] == pytest.approx(np.exp(values["loss"]))
+    assert task.summarise(whole, ())["perplexity"] == pytest.approx(np.exp(divide(whole)["loss"]))
 
 
 def learn(task, params, optimizer, rows, steps):
@@ -211,13 +210,20 @@ def paired():
     return task, params, jax.jit(task.losses[0].fn), jax.jit(task.metrics)
 
 
+def similarities(task, params, batch):
+    pixels = batch["images"].astype(np.float32) / 255
+    seen, read, scale = map(np.asarray, task.networks["model"].apply(params["model"], pixels, batch["tokens"]))
+    return scale * seen @ read.T
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
 def test_the_contrastive_loss_is_that_of_its_definition(paired):
     task, params, loss, metrics = paired
     batch = synthetic("contrastive", CLIP)
-    pixels = batch["images"].astype(np.float32) / 255
-    seen, read, scale = map(np.asarray, task.networks["model"].apply(params["model"], pixels, batch["tokens"]))
-    logits = scale * seen @ read.T
-    log_softmax = lambda x: x - np.log(np.exp(x).sum(1, keepdims=True))  # noqa: E731
+    logits = similarities(task, params, batch)
     expected = -(np.diag(log_softmax(logits)) + np.diag(log_softmax(logits.T))) / 2
     total, aux = loss(params, {}, batch, jax.random.key(0))
     assert float(total) == pytest.approx(expected.sum(), rel=1e-5) and int(aux.weight) == B
@@ -236,6 +242,31 @@ def test_pairs_that_fill_up_a_batch_count_neither_as_pairs_nor_against_others(pa
     for name, (total, count) in expected.items():
         assert float(found[name][0]) == pytest.approx(float(total), rel=1e-5)
         assert int(found[name][1]) == int(count) == 5
+
+
+def test_pairs_of_one_class_match_each_other(paired):
+    task, params, loss, metrics = paired
+    batch = synthetic("contrastive", CLIP)
+    classes = np.array([0, 1, 0, 2, 2, 3, 0, 4], np.int32)
+    batch |= {"classes": classes, "labels": np.where(np.arange(B) < 7, 0, -1).astype(np.int32)}
+    logits = similarities(task, params, batch)[:7, :7]
+    same = classes[:7, None] == classes[None, :7]
+    target = same / same.sum(1, keepdims=True)
+    expected = -((target * log_softmax(logits)).sum() + (target * log_softmax(logits.T)).sum()) / 2
+    total, aux = loss(params, {}, batch, jax.random.key(0))
+    assert float(total) == pytest.approx(expected, rel=1e-5) and int(aux.weight) == 7
+    found = divide(metrics(params, {}, batch))
+    assert found["image_to_text"] == pytest.approx(same[np.arange(7), logits.argmax(1)].mean())
+    assert found["text_to_image"] == pytest.approx(same[np.arange(7), logits.argmax(0)].mean())
+
+
+def test_classes_of_one_pair_each_are_as_none(paired):
+    _, params, loss, metrics = paired
+    batch = synthetic("contrastive", CLIP)
+    own = {**batch, "classes": np.arange(B, dtype=np.int32)}
+    a, b = (float(loss(params, {}, x, jax.random.key(0))[0]) for x in (batch, own))
+    assert a == pytest.approx(b, rel=1e-6)
+    assert divide(metrics(params, {}, own)) == pytest.approx(divide(metrics(params, {}, batch)), rel=1e-6)
 
 
 def test_similarities_are_never_multiplied_by_more_than_a_hundred(paired):
@@ -355,18 +386,8 @@ def test_a_classifier_of_texts_sees_segment_ids_and_types():
         (TaskConfig(name="masked_lm", mask_token=V), BERT, DATA, "got task.mask_token 48, .*try --task.mask-token 47"),
         (PAIRS, VIT, DATA, "got task contrastive with ViTConfig, expected a model of images and texts"),
         (PAIRS, CLIP, DataConfig(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
-        (
-            TaskConfig(name="contrastive", z_loss=1e-4),
-            CLIP,
-            DATA,
-            "task.z_loss 0.0001 for contrastive, expected neither",
-        ),
-        (
-            TaskConfig(name="classification"),
-            BERT,
-            DATA,
-            "got task classification with BERTConfig, expected a classifier",
-        ),
+        (dataclasses.replace(PAIRS, z_loss=1e-4), CLIP, DATA, "task.z_loss 0.0001 for contrastive, expected neither"),
+        (TaskConfig(name="classification"), BERT, DATA, "classification with BERTConfig, expected a classifier"),
         (TaskConfig(), BERT, DATA, "got task causal_lm with BERTConfig"),
     ],
 )
@@ -381,6 +402,8 @@ def test_a_share_of_nothing_or_of_all_is_refused(share):
         TaskConfig(mask_fraction=share)
 
 
-def test_pairs_come_from_synthetic_data_alone():
-    with pytest.raises(UserError, match="got data.source stdlib for contrastive, expected synthetic"):
+def test_pairs_do_not_come_from_a_text():
+    with pytest.raises(
+        UserError, match="got data.source stdlib for contrastive, expected one of tfds, .* or synthetic"
+    ):
         open_source(DataConfig(), "train", "contrastive")

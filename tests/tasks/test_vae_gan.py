@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TaskConfig
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gan import GANConfig
@@ -17,8 +17,8 @@ from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl, gradient_penalty
-from jaxmodels.tasks.task import noise_of
-from jaxmodels.train import optim, state, step
+from jaxmodels.tasks.task import noise_of, uniform_of
+from jaxmodels.train import optim, run, state, step
 
 # at these shapes LLVM's optimisations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -189,7 +189,7 @@ def test_synthetic_images_are_what_the_task_takes(name):
     assert source.batch(np.arange(4), np.zeros(4, np.int64))["inputs"].shape == (4, *SHAPE)
     with pytest.raises(UserError, match="states no shape of its inputs"):
         open_source(DataConfig(source="synthetic"), "train", name)
-    with pytest.raises(UserError, match=f"got data.source text for {name}, expected tfds or synthetic"):
+    with pytest.raises(UserError, match=f"got data.source text for {name}, expected one of tfds, .* or synthetic"):
         open_source(DataConfig(source="text"), "train", name, inputs_shape=SHAPE)
 
 
@@ -197,3 +197,95 @@ def test_synthetic_images_are_what_the_task_takes(name):
 def test_another_model_is_refused(name, wanted):
     with pytest.raises(UserError, match=f"got task {name} with MLPConfig, expected {wanted}"):
         tasks.build(TaskConfig(name=name), MLPConfig(), DataConfig())
+
+
+def test_binarised_evaluation_is_a_function_of_the_example_and_training_draws_anew():
+    task = build("vae-mlp", binarise=True)
+    params, rows = jit(task.init)(jax.random.key(0)), batch(8)
+    measure, loss = jit(task.metrics), jit(task.losses[0].fn)
+    whole = measure(params, {}, rows)
+    mixed = measure(params, {}, {name: x[::-1].copy() for name, x in rows.items()})
+    one = [{**rows, "labels": np.where(np.arange(8) == i, 0, -1).astype(np.int32)} for i in range(2)]
+    for name, (total, _) in whole.items():
+        assert float(mixed[name][0]) == pytest.approx(float(total), rel=1e-5)
+    a, b = (float(measure(params, {}, x)["loss"][0]) for x in one)
+    same = {"inputs": np.repeat(rows["inputs"][:1], 8, 0), "labels": rows["labels"]}
+    assert float(measure(params, {}, same)["loss"][0]) == pytest.approx(8 * a, rel=1e-5) and a != b
+    draws = [float(loss(params, {}, rows, jax.random.key(seed))[1].sums["kl"][0]) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_binarised_pixels_are_1_as_often_as_they_are_bright():
+    images = jnp.asarray(batch(256)["inputs"])
+    drawn = np.asarray(uniform_of(images, SHAPE)) < np.asarray(images) / 255
+    np.testing.assert_array_equal(drawn[::-1][:5], uniform_of(images[::-1][:5], SHAPE) < images[::-1][:5] / 255)
+    bright = np.asarray(images) > 200
+    assert drawn[bright].mean() == pytest.approx(float((np.asarray(images)[bright] / 255).mean()), abs=0.03)
+    assert drawn.mean() == pytest.approx(float(images.mean()) / 255, abs=0.02)
+
+
+def test_the_weight_of_the_divergence_grows_from_0_over_the_warm_up():
+    task = build("vae-mlp", beta=3.0, beta_warmup_steps=10)
+    params, rows = jit(task.init)(jax.random.key(0)), batch()
+    loss = jit(task.losses[0].fn)
+    for at, beta in ((0, 0.0), (5, 1.5), (10, 3.0), (25, 3.0)):
+        total, aux = loss(params, {}, rows, jax.random.key(1), jnp.int32(at))
+        sums = {name: float(value) for name, (value, _) in aux.sums.items()}
+        assert float(total) == pytest.approx(sums["reconstruction"] + beta * sums["kl"], rel=1e-5) and sums["kl"] > 0
+
+
+def test_gaussian_pixels_cost_half_their_squared_error_and_a_constant():
+    task = build("vae-mlp", pixels="gaussian")
+    params, rows = jit(task.init)(jax.random.key(0)), batch()
+    _, aux = jit(task.losses[0].fn)(params, {}, rows, jax.random.key(1))
+    x = rows["inputs"].astype(np.float32) / 255
+    outputs, _, _ = task.networks["model"].apply(params["model"], jnp.asarray(x), rng=jax.random.key(1))
+    expected = 0.5 * np.square(outputs - x).sum() + 0.5 * np.log(2 * np.pi) * x.size
+    assert float(aux.sums["reconstruction"][0]) == pytest.approx(float(expected), rel=1e-5)
+    found = task.summarise(task.metrics(params, {}, rows), ())
+    assert found["elbo"] == -found["loss"] and found["loss"] == pytest.approx(found["reconstruction"] + found["kl"])
+    with pytest.raises(UserError, match="got task.binarise with task.pixels gaussian"):
+        build("vae-mlp", pixels="gaussian", binarise=True)
+
+
+@pytest.mark.parametrize("name", ["vae-conv", "dcgan"])
+def test_samples_are_images_of_the_same_latents_each_time(name):
+    task = build(name)
+    params, stats = jit(task.init)(jax.random.key(0)), task.stats()
+    first, again = (np.asarray(task.samples(params, stats, 5)) for _ in range(2))
+    assert first.shape == (5, *SHAPE) and first.min() >= 0 and first.max() <= 1
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first[0] - first[1]).max() > 0, "one image for each latent"
+
+
+def test_three_updates_of_the_critic_are_of_three_shares_of_the_batch_and_then_one_of_the_generator():
+    task, rows = build("wgan-gp", critic_steps=3), batch(12)
+    rate = 0.05
+    cfg = OptimConfig(name="sgd", peak_lr=rate, weight_decay=0.0, clip_norm=None, schedule="constant")
+    optimizers = {loss.name: optim.build(cfg, 1, task.axes()[loss.trains]) for loss in task.losses}
+    now = jit(lambda key: state.init(task, optimizers, key))(jax.random.key(0))
+    advance = jit(functools.partial(step.advance, task, optimizers, accumulate=1, ema=None))
+    after, metrics = advance(now, jax.tree.map(jnp.asarray, rows))
+
+    params, stats, seen = now.params, now.stats, []
+    rng = jax.random.fold_in(now.rng, 0)
+    grads = {loss.name: jit(jax.value_and_grad(loss.fn, has_aux=True)) for loss in task.losses}
+    keys = jax.random.split(jax.random.fold_in(rng, 0), 3)
+    updates = [("discriminator", {name: x[k::3] for name, x in rows.items()}, keys[k]) for k in range(3)]
+    updates.append(("generator", rows, jax.random.fold_in(rng, 1)))
+    for name, part, key in updates:
+        (value, aux), gradient = grads[name](params, stats, part, key)
+        moved = jax.tree.map(lambda p, g: p - rate * g / 4, params[name], gradient[name])
+        params, stats = {**params, name: moved}, aux.stats
+        assert float(aux.weight) == 4, "of each share, and as many latents"
+        seen.append(float(value) / 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after.params, params)
+    assert float(metrics["discriminator/loss"]) == pytest.approx(np.mean(seen[:3]), rel=1e-4)
+    assert float(metrics["generator/loss"]) == pytest.approx(seen[3], rel=1e-4, abs=1e-5)
+
+
+def test_a_batch_that_has_no_such_shares_is_refused():
+    data = DataConfig(source="synthetic", batch_size=16)
+    cfg = Config(CONFIGS["wgan-gp"], task=TaskConfig(name="gan", critic_steps=3), data=data, mesh=MeshConfig(data=8))
+    with pytest.raises(UserError, match="got data.batch_size 16, expected a multiple of 24 .*try --data.batch-size 24"):
+        run.setup(cfg)

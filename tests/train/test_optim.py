@@ -8,7 +8,9 @@ import pytest
 
 from jaxmodels import create
 from jaxmodels.config import OptimConfig
+from jaxmodels.errors import UserError
 from jaxmodels.train import optim
+from tests.zoo import ZOO
 
 NAMES = ("adamw", "adam", "sgd", "momentum", "rmsprop", "adafactor", "lion", "muon")
 
@@ -136,3 +138,117 @@ def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adam(m
     first = np.asarray(updates["embed"]["w"]) * -np.sign(grads["embed"]["w"])  # Adam's first step: one size, each sign
     np.testing.assert_allclose(first, first[0, 0], rtol=1e-3)
     assert first[0, 0] > 0
+
+
+def named(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def steps(model, params, cfg, count=2):
+    """Parameters by name before and after so many steps along random gradients."""
+    tx = optim.build(cfg, count, model.axes(), model.shapes())
+
+    @jax.jit
+    def run(params):
+        def one(carry, key):
+            params, opt_state = carry
+            grads = jax.tree.map(lambda p: jax.random.normal(jax.random.fold_in(key, p.size), p.shape), params)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(one, (params, tx.init(params)), jax.random.split(jax.random.key(0), count))[0][0]
+
+    return named(params), named(run(params))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_is_frozen_keeps_its_bits(model, params, name):
+    cfg = OptimConfig(name=name, peak_lr=0.1, weight_decay=0.5, freeze=("embed/*", "layers[:1]/*", "norm/bias"))
+    before, after = steps(model, params, cfg)
+    for path in before:
+        moved = before[path] != after[path]
+        if path == "embed/w" or path == "norm/bias":
+            assert not moved.any(), path
+        elif path.startswith("layers/"):
+            assert not moved[0].any() and moved[1].any(), path
+        else:
+            assert moved.any(), path
+
+
+def test_frozen_layers_are_counted_as_in_a_slice():
+    for pattern, expected in (("[:2]", "1100"), ("[2:]", "0011"), ("[-1:]", "0001"), ("[1:3]", "0110"), ("", "1111")):
+        hold = optim.frozen((f"layers{pattern}/*",), "layers/attn/q/w", 4)
+        assert "".join(str(int(h)) for h in hold) == expected
+    assert not optim.frozen(("layers[:2]/mlp/*",), "layers/attn/q/w", 4).any()
+
+
+def test_what_is_frozen_has_no_part_in_the_norm_that_is_clipped(model, params):
+    fields = {"name": "sgd", "peak_lr": 1.0, "weight_decay": 0.0, "schedule": "constant", "clip_norm": 1.0}
+    tx = optim.build(OptimConfig(**fields, freeze=("embed/*",)), 1, model.axes(), model.shapes())
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["embed"]["w"] *= 1e6
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"freeze": ("layer/*",)}, {"freeze": ("embed/*", "head[:2]/*")}])
+def test_a_pattern_of_nothing_is_refused_by_name(model, fields):
+    wrong = fields["freeze"][-1].replace("[", r"\[").replace("*", r"\*")
+    with pytest.raises(UserError, match=f"got optim.freeze '{wrong}', which is no parameter, expected some of embed"):
+        optim.build(OptimConfig(**fields), 1, model.axes(), model.shapes())
+
+
+def test_each_layer_moves_less_than_the_one_above_and_embeddings_least(model, params):
+    cfg = OptimConfig(name="sgd", peak_lr=1.0, weight_decay=0.0, schedule="constant", clip_norm=None, layer_decay=0.5)
+    tx = optim.build(cfg, 1, model.axes(), model.shapes())
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    for path, update in named(updates).items():
+        if path.startswith("layers/"):
+            np.testing.assert_allclose(update[0], -0.5, err_msg=path)
+            np.testing.assert_allclose(update[1], -1.0, err_msg=path)
+        else:
+            np.testing.assert_allclose(update, -0.25 if path.startswith(("embed", "positions")) else -1.0, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("family", "lowest"),
+    [
+        ("bert", "embed embed_norm positions types"),
+        ("vit", "class_token patches positions"),
+        ("llama", "embed"),
+        ("t5", "embed encoder/relative decoder/relative"),
+    ],
+)
+def test_all_that_comes_before_the_layers_moves_least_and_the_head_in_full(family, lowest):
+    model = create(ZOO[family][1])
+    scales = named(optim.factors(OptimConfig(layer_decay=0.5), model.shapes(), model.axes()))
+    for path, scale in scales.items():
+        if "layers/" in path:
+            np.testing.assert_array_equal(scale.reshape(-1), [0.5, 1.0], err_msg=path)
+        else:
+            assert scale.reshape(-1) == (0.25 if path.rpartition("/")[0] in lowest.split() else 1.0), path
+
+
+def test_towers_have_depths_of_their_own():
+    model = create(ZOO["clip"][1], image_layers=3)
+    scales = named(optim.factors(OptimConfig(layer_decay=0.5), model.shapes(), model.axes()))
+    assert scales["image/patches/w"] == scales["image/embed_norm/bias"] == 0.125 and scales["text/embed/w"] == 0.25
+    assert scales["scale/log"] == scales["text/projection/w"] == scales["image/norm/scale"] == 1
+
+
+def test_a_single_number_is_frozen_too():
+    model = create(ZOO["clip"][1])
+    cfg = OptimConfig(name="sgd", freeze=("scale/*", "image/*"), weight_decay=0.0)
+    before, after = steps(model, model.init(jax.random.key(0)), cfg, 1)
+    assert all(before[path].shape == after[path].shape for path in before)
+    for path in before:
+        assert (before[path] == after[path]).all() == path.startswith(("scale", "image")), path
+
+
+def test_layers_decay_is_refused_where_there_are_no_layers():
+    model = create("mlp")
+    with pytest.raises(UserError, match="got optim.layer_decay 0.5 for a model without a stack of layers, expected 1"):
+        optim.build(OptimConfig(layer_decay=0.5), 1, model.axes(), model.shapes())

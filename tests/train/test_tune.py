@@ -1,0 +1,196 @@
+"""Search: the better values win, a study goes on where it stopped, workers share it, mistakes are said in one line."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+from jaxmodels import cli
+from jaxmodels import config as configs
+from jaxmodels.config import Config, OptimConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.options import TuneOptions
+from jaxmodels.train import tune
+
+SPACE = "optim.peak_lr=1e-7,1e-1"
+FILE = """
+from jaxmodels.config import *
+from jaxmodels.models.mlp import MLPConfig
+
+def get_config():
+    return Config(
+        model=MLPConfig((2, 2, 1), 2, ()),
+        task=TaskConfig(name="classification"),
+        data=DataConfig(source="synthetic", batch_size=16),
+        optim=OptimConfig(name="sgd", schedule="constant", weight_decay=0.0),
+        train=TrainConfig(steps=6),
+        eval=EvalConfig(every=2),
+        checkpoint=CheckpointConfig(every=0),
+        metrics=MetricsConfig(tensorboard=False),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "tiny.py").write_text(FILE)
+    return folder / "tiny.py"
+
+
+def tuned(file, out, trials, *more):
+    return cli.main(["tune", str(file), "--space", SPACE, "--trials", str(trials), "--out", str(out), *more])
+
+
+def study(out):
+    return optuna.load_study(study_name="tune", storage=f"sqlite:///{out / 'study.db'}").trials
+
+
+@pytest.fixture(scope="module")
+def searched(file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "study"
+    assert tuned(file, out, 4) == 0
+    return out
+
+
+def test_each_trial_is_a_run_with_the_values_that_were_drawn(searched):
+    trials = study(searched)[:4]
+    rates = []
+    for trial in trials:
+        run = searched / "trials" / f"{trial.number:04d}"
+        cfg, origin = configs.read(run)
+        rates.append(cfg.optim.peak_lr)
+        assert cfg.optim.peak_lr == (1e-7, 1e-1)[trial.params["optim.peak_lr"]]
+        assert origin["overrides"] == [f"--optim.peak_lr={cfg.optim.peak_lr}"]
+        assert trial.intermediate_values and max(trial.intermediate_values) == 6
+        assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
+    assert len(trials) == 4 and set(rates) <= {1e-7, 1e-1}
+
+
+def test_a_study_goes_on_with_the_trials_that_are_left(file, searched, capsys):
+    before = {trial.number: trial.value for trial in study(searched)}
+    assert tuned(file, searched, len(before) + 1) == 0
+    after = {trial.number: trial.value for trial in study(searched)}
+    assert len(after) == len(before) + 1 and before.items() <= after.items()
+    said = capsys.readouterr().out
+    assert said.count("eval/loss") == 2 and f"{len(after)} trials in {searched}/" in said
+    assert tuned(file, searched, len(after)) == 0 and len(study(searched)) == len(after), "nothing is left"
+
+
+def test_the_picture_is_drawn(searched):
+    assert (searched / "tune.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_another_search_in_the_same_directory_is_refused(file, searched, capsys):
+    argv = ["tune", str(file), "--space", "optim.peak_lr=1:2", "--trials", "9", "--out", str(searched)]
+    assert cli.main(argv) == 2
+    message = capsys.readouterr().err
+    assert "of another search" in message and message.count("\n") == 1
+
+
+def test_two_workers_share_a_study_and_try_no_more_than_was_asked(file, tmp_path):
+    argv = ["tune", str(file), "--space", SPACE, "--trials", "3", "--workers", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmodels", *argv], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    trials = study(tmp_path / "out")
+    assert 3 <= len(trials) <= 4 and all(trial.state.is_finished() for trial in trials)
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Runs whose metric at each step is a function of the learning rate alone; which steps each of them came to."""
+    seen = []
+
+    def train(cfg, run, resume, origin, watch):
+        progress, losses, ended = SimpleNamespace(best=None, best_step=0), [], "done"
+        for step in range(1, 6):
+            value = abs(cfg.optim.peak_lr - 3) + 1 / step
+            losses.append(float("nan") if cfg.optim.b1 == 0.5 else value)
+            if watch(step, {"eval/loss": losses[-1]}):
+                ended = "preempted"
+                break
+        progress.best = min(losses)
+        seen.append((cfg.optim.peak_lr, step))
+        return None, SimpleNamespace(progress=progress, ended=ended)
+
+    monkeypatch.setattr(tune.runs, "train", train)
+    return seen
+
+
+CFG = Config(model=MLPConfig((2, 2, 1), 2, ()))
+
+
+def test_good_values_are_found_and_poor_trials_end_early(played, tmp_path):
+    options = TuneOptions(space=("optim.peak_lr=0:10",), trials=25, out=str(tmp_path / "out"))
+    out = tune.search(CFG, options, "tiny.py", [])
+    trials = tune.tried(CFG, options, out)
+    best = min((trial for trial in trials if not trial["pruned"]), key=lambda trial: trial["value"])
+    assert len(trials) == 25 and abs(best["optim.peak_lr"] - 3) < 1 and best["value"] < 1.2
+    pruned = {trial["optim.peak_lr"] for trial in trials if trial["pruned"]}
+    assert pruned and pruned == {rate for rate, step in played if step < 5}
+    assert all(abs(rate - 3) > abs(best["optim.peak_lr"] - 3) for rate in pruned)
+    shown = tune.table(CFG, options, trials, rows=30).splitlines()
+    assert shown[0].split() == ["trial", "eval/loss", "optim.peak_lr", "seconds"] and len(shown) == 26
+    assert [line.endswith("stopped early") for line in shown[1:]] == sorted(
+        line.endswith("early") for line in shown[1:]
+    )
+    values = [float(line.split()[1]) for line in shown[1:] if not line.endswith("early")]
+    assert values == sorted(values)
+
+
+def test_of_two_rates_the_better_one_wins(played, tmp_path):
+    options = TuneOptions(space=("optim.peak_lr=9.0,3.0",), trials=6, out=str(tmp_path / "out"))
+    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    assert {trial["optim.peak_lr"] for trial in trials} == {9.0, 3.0}
+    assert min(trials, key=lambda trial: trial["value"])["optim.peak_lr"] == 3.0
+
+
+def test_a_metric_that_is_no_number_ends_its_trial_alone(played, tmp_path):
+    options = TuneOptions(space=("optim.b1=0.5,0.5",), trials=3, out=str(tmp_path / "out"))
+    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    assert [(trial["pruned"], trial["value"]) for trial in trials] == [(True, None)] * 3
+    assert len(tune.table(CFG, options, trials).splitlines()) == 1
+
+
+def test_a_field_s_values_are_read_as_its_type():
+    assert tune.parse("--optim.peak-lr=1e-4:1e-1:log", CFG) == tune.Choice("optim.peak_lr", 1e-4, 0.1, log=True)
+    assert tune.parse("data.batch_size=8:64", CFG).whole
+    assert tune.parse("optim.name=adamw,muon", CFG).values == ("adamw", "muon")
+    assert tune.parse("optim.clip_norm=None,1.0", CFG).values == (None, 1.0)
+    assert tune.parse("data.pack=True,False", CFG).values == (True, False)
+    assert tune.replaced(CFG, "optim.name", "muon") == replace(CFG, optim=OptimConfig(name="muon"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "optim.peak_lt=1:2",
+            r"got --space 'optim.peak_lt=1:2', expected FIELD=LOW:HIGH.*did you mean 'optim.peak_lr'",
+        ),
+        ("optim.peak_lr", "got --space 'optim.peak_lr', expected FIELD=LOW:HIGH"),
+        ("optim.peak_lr=2:1", "expected numbers from low to high, try optim.peak_lr=1:10"),
+        ("optim.peak_lr=a:b", "expected numbers from low to high"),
+        ("optim.peak_lr=1:2:lin", "expected numbers from low to high"),
+        ("optim.peak_lr=0:1:log", "expected a low end above 0 for log"),
+        ("optim.name=1:2", "expected numbers from low to high"),
+        ("optim.name=adamw,muom", "got 'muom' in --space .*, expected one of .*did you mean 'muon'"),
+        ("optim.peak_lr=high,low", "got 'high' in --space .*, expected a value of"),
+        ("data.batch_size=1.5,2", "got '1.5' in --space .*, expected a value of"),
+    ],
+)
+def test_a_space_that_is_none_is_refused_in_one_line(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        tune.parse(text, CFG)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_for_nothing_is_refused():
+    with pytest.raises(UserError, match="got no --space, expected fields to choose"):
+        tune.search(CFG, TuneOptions(), "tiny.py", [])
