@@ -29,7 +29,7 @@ def get_config() -> Config:
         optim=OptimConfig(
             peak_lr=5e-4, b2=0.99, warmup_steps=60, schedule="linear", final_lr_fraction=0.01, layer_decay=0.8
         ),
-        train=TrainConfig(steps=1000),
+        train=TrainConfig(steps=650),
         eval=EvalConfig(every=100, batch_size=128, metric="eval/accuracy", mode="max"),
         checkpoint=CheckpointConfig(best=True),
         init=InitConfig(source="runs/bert_pretrain_sst2", fresh=("head/*", "pooler/*")),

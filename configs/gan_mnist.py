@@ -12,9 +12,9 @@ def get_config() -> Config:
     return Config(
         model=GANConfig(channels=(32, 64)),
         task=TaskConfig(name="gan"),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=32),
         augment=AugmentConfig(),
-        optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.5, b2=0.999, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=1500, ema=0.995),
-        eval=EvalConfig(every=250, batch_size=500),
+        optim=OptimConfig(name="adam", peak_lr=3e-4, b1=0.5, b2=0.999, schedule="linear", clip_norm=None),
+        train=TrainConfig(steps=5000, ema=0.999),
+        eval=EvalConfig(every=1000, batch_size=500),
     )

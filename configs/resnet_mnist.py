@@ -23,6 +23,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
         augment=AugmentConfig(shift=2, rotate=10),
         optim=OptimConfig(peak_lr=4e-3, warmup_steps=100, final_lr_fraction=0.01),
-        train=TrainConfig(steps=1000),
-        eval=EvalConfig(every=250, batch_size=500, metric="eval/accuracy", mode="max"),
+        train=TrainConfig(steps=660),
+        eval=EvalConfig(every=220, batch_size=500, metric="eval/accuracy", mode="max"),
     )

@@ -15,6 +15,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
         augment=AugmentConfig(shift=1, rotate=8),
         optim=OptimConfig(peak_lr=1e-3, b2=0.999, warmup_steps=200, final_lr_fraction=0.02, weight_decay=0.01),
-        train=TrainConfig(steps=8000, ema=0.998),
-        eval=EvalConfig(every=2000, batch_size=500),
+        train=TrainConfig(steps=5000, ema=0.998),
+        eval=EvalConfig(every=1000, batch_size=500),
     )

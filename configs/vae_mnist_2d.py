@@ -16,5 +16,5 @@ def get_config() -> Config:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, latents=2),
-        train=dataclasses.replace(cfg.train, steps=6000),
+        train=dataclasses.replace(cfg.train, steps=3000),
     )

@@ -25,6 +25,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128, mean=(0.13,), std=(0.31,)),
         augment=AugmentConfig(shift=2, rotate=10),
         optim=OptimConfig(name="muon", peak_lr=3e-3, warmup_steps=100, final_lr_fraction=0.01),
-        train=TrainConfig(steps=2000),
-        eval=EvalConfig(every=500, batch_size=500, metric="eval/accuracy", mode="max"),
+        train=TrainConfig(steps=1200),
+        eval=EvalConfig(every=300, batch_size=500, metric="eval/accuracy", mode="max"),
     )

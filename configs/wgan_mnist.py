@@ -12,9 +12,9 @@ def get_config() -> Config:
     return Config(
         model=GANConfig(kind="wgan-gp", latents=128, channels=(32, 64)),
         task=TaskConfig(name="gan", critic_steps=5),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=320),
+        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=80),
         augment=AugmentConfig(),
-        optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.0, b2=0.9, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=700, ema=0.995),
-        eval=EvalConfig(every=100, batch_size=500),
+        optim=OptimConfig(name="adam", peak_lr=3e-4, b1=0.0, b2=0.9, schedule="linear", clip_norm=None),
+        train=TrainConfig(steps=2000, ema=0.998),
+        eval=EvalConfig(every=400, batch_size=500),
     )

@@ -44,8 +44,8 @@ def test_every_config_fits_eight_devices_and_says_how_it_is_run(root):
         path = root / "configs" / f"{name}.py"
         cfg = configs.load(path)
         parts(cfg)
-        sizes = meshes.sizes(cfg.mesh, 8)
-        step.check(sizes, cfg.data.batch_size, cfg.train.accumulate * cfg.task.critic_steps, cfg.train.strategy)
+        sizes = meshes.sizes(cfg.mesh, 4)
+        step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=cfg.task.critic_steps)
         text = path.read_text()
         assert f"configs/{name}.py" in text, f"{name} does not say its command"
         assert ("Not yet run" in text) == (name in FULL)
@@ -72,4 +72,6 @@ def test_the_step_of_a_config_for_a_full_set_compiles(name, root):
         )
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.params))
     shards = 4 if cfg.mesh.fsdp == 4 else 1
-    assert compiled.memory_analysis().argument_size_in_bytes > 2.5 * held / shards, "parameters and Adam's moments" 
+    assert compiled.memory_analysis().argument_size_in_bytes > 1.9 * held / shards, (
+        "parameters and what the optimizer keeps"
+    )

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.tasks.task import Task
@@ -71,8 +72,11 @@ def check(patterns: Sequence[str], names: Mapping[str, Any]) -> None:
 
 def trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
     """These parameters of a run (the moving average where it has one), and its batch statistics if they fit."""
+    kind = "params" if configs.read(source)[0].train.ema is None else "ema"
     checkpointer = Checkpointer(source / "checkpoints")
-    tree, _, at = checkpointer.restore_params(abstract=nest(kept), partial="try another --init.source or --init.fresh")
+    tree, _, at = checkpointer.restore_params(
+        subtree=kind, abstract=nest(kept), partial="try another --init.source or --init.fresh"
+    )
     stats = None
     if jax.tree.leaves(layout.stats):
         stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=layout.stats)

@@ -72,7 +72,8 @@ def setup(cfg: Config) -> Experiment:
         UserError: mesh, batch, model, task and data do not fit together.
     """
     sizes = mesh.sizes(cfg.mesh, jax.device_count())
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate * cfg.task.critic_steps, cfg.train.strategy)
+    updates = cfg.task.critic_steps if cfg.task.name == "gan" else 1
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=updates)
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)

@@ -176,16 +176,23 @@ def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, op
 
 
 def check(
-    mesh_sizes: Mapping[str, int], batch_size: int, accumulate: int, strategy: str, field: str = "data.batch_size"
+    mesh_sizes: Mapping[str, int],
+    batch_size: int,
+    accumulate: int,
+    strategy: str,
+    field: str = "data.batch_size",
+    updates: int = 1,
 ) -> None:
-    """Refuse a batch that does not divide, before anything is compiled."""
+    """Refuse a batch that does not divide, before anything is compiled; `updates` of a step share the batch."""
     rows = rules.shards(mesh_sizes, rules.RULES["batch"])
-    if batch_size % (rows * accumulate):
-        better = max(1, round(batch_size / (rows * accumulate))) * rows * accumulate
+    least = rows * accumulate * updates
+    if batch_size % least:
+        better = max(1, round(batch_size / least)) * least
+        shares = f", task.critic_steps = {updates}" if updates > 1 else ""
         raise UserError(
-            f"got {field} {batch_size}, expected a multiple of {rows * accumulate} "
+            f"got {field} {batch_size}, expected a multiple of {least} "
             f"(mesh {'*'.join(rules.RULES['batch'])} = {rows}, "
-            f"train.accumulate = {accumulate}), try --{field.replace('_', '-')} {better}"
+            f"train.accumulate = {accumulate}{shares}), try --{field.replace('_', '-')} {better}"
         )
     if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):
         raise UserError(

@@ -200,7 +200,8 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         return result.progress.best
 
     done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
-    limit = optuna.study.MaxTrialsCallback(options.trials, states=done)
+    # those that other workers are at count too, or each worker would begin one too many
+    limit = optuna.study.MaxTrialsCallback(options.trials, states=(*done, optuna.trial.TrialState.RUNNING))
     if len(study.get_trials(deepcopy=False, states=done)) < options.trials:
         study.optimize(objective, callbacks=[limit], catch=(NotFinite,))
     for process in others:

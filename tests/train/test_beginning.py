@@ -113,8 +113,8 @@ def test_a_pattern_of_nothing_is_refused(source):
     assert "embed" in message and "layers" in message
 
 
-def test_a_source_without_checkpoints_is_refused(tmp_path):
-    assert f"got no checkpoint in {tmp_path}" in refused(classifier(tmp_path, "head/*"))
+def test_a_source_that_is_no_run_is_refused(tmp_path):
+    assert "expected a directory with config.json" in refused(classifier(tmp_path, "head/*"))
 
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert_masked_lm"
