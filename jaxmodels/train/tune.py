@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     out = Path(options.out or f"runs/{Path(file).stem}-tune")
     (out / "trials").mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the heartbeat, multivariate TPE
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{out / 'study.db'}",
         engine_kwargs={"connect_args": {"timeout": 60}},
