@@ -189,8 +189,9 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         if result.progress.best is not None:
             trial.set_user_attr("best_step", result.progress.best_step)
         told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
+        ended = "stopped early" if any(poor) else result.ended
         print(
-            f"trial {trial.number}: {cfg.eval.metric} {_short(result.progress.best)} ({result.ended})  {told}",
+            f"trial {trial.number}: {cfg.eval.metric} {_short(result.progress.best)} ({ended})  {told}",
             flush=True,
         )
         if result.ended == "preempted":
