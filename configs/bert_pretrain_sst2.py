@@ -1,6 +1,8 @@
 """A small BERT that learns to restore masked words of SST-2's sentences, unlabelled, and of Multi30k's English.
 
-jaxmodels train configs/bert_pretrain_sst2.py --data.dir DIR     # a TFDS data directory
+    jaxmodels train configs/bert_pretrain_sst2.py --data.dir DIR     # a TFDS data directory
+
+Not measured yet: no figure in benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig

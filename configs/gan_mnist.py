@@ -1,7 +1,9 @@
 """DCGAN on MNIST.
 
-jaxmodels train configs/gan_mnist.py
-jaxmodels train configs/gan_mnist.py --data.dir DIR     # a TFDS data directory
+    jaxmodels train configs/gan_mnist.py
+    jaxmodels train configs/gan_mnist.py --data.dir DIR     # a TFDS data directory
+
+Not measured yet: no figure in benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig

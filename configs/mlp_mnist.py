@@ -1,8 +1,11 @@
 """A multilayer perceptron on MNIST, which would overfit: it stops early, and the best checkpoint is kept.
 
-jaxmodels train configs/mlp_mnist.py
-jaxmodels train configs/mlp_mnist.py --data.dir DIR     # a TFDS data directory
-jaxmodels eval runs/mlp_mnist --best --split test
+    jaxmodels train configs/mlp_mnist.py
+    jaxmodels train configs/mlp_mnist.py --data.dir DIR     # a TFDS data directory
+    jaxmodels eval runs/mlp_mnist --best --split test
+
+Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: accuracy 97.07% in 1.7 minutes, on
+two CPU cores that were busy with other work too; benchmarks/results/quality.md. On a full set: not run.
 """
 
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig

@@ -1,7 +1,9 @@
 """A small ResNet on MNIST: three stages of one basic block.
 
-jaxmodels train configs/resnet_mnist.py
-jaxmodels train configs/resnet_mnist.py --data.dir DIR     # a TFDS data directory
+    jaxmodels train configs/resnet_mnist.py
+    jaxmodels train configs/resnet_mnist.py --data.dir DIR     # a TFDS data directory
+
+Not measured yet: no figure in benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig

@@ -1,7 +1,9 @@
 """The variational autoencoder of `vae_mnist` with two latents, for a grid of all that it can draw.
 
-jaxmodels train configs/vae_mnist_2d.py --data.dir DIR     # a TFDS data directory
-jaxmodels report runs/vae_mnist_2d
+    jaxmodels train configs/vae_mnist_2d.py --data.dir DIR     # a TFDS data directory
+    jaxmodels report runs/vae_mnist_2d
+
+Not measured yet: no figure in benchmarks/results/quality.md.
 """
 
 import dataclasses

@@ -1,7 +1,10 @@
 """A small Vision Transformer on MNIST.
 
-jaxmodels train configs/vit_mnist.py
-jaxmodels train configs/vit_mnist.py --data.dir DIR     # a TFDS data directory
+    jaxmodels train configs/vit_mnist.py
+    jaxmodels train configs/vit_mnist.py --data.dir DIR     # a TFDS data directory
+
+Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: accuracy 98.47% in 29.6 minutes, on
+two CPU cores that were busy with other work too; benchmarks/results/quality.md. On a full set: not run.
 """
 
 from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig

@@ -1,7 +1,9 @@
 """WGAN with gradient penalty on MNIST: five updates of the critic for each one of the generator.
 
-jaxmodels train configs/wgan_mnist.py
-jaxmodels train configs/wgan_mnist.py --data.dir DIR     # a TFDS data directory
+    jaxmodels train configs/wgan_mnist.py
+    jaxmodels train configs/wgan_mnist.py --data.dir DIR     # a TFDS data directory
+
+Not measured yet: no figure in benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
