@@ -211,6 +211,6 @@ def duration(where: Path) -> float:
 def call(*arguments: str) -> None:
     """A command of jaxmodels; its output goes on to the terminal."""
     print(f"$ jaxmodels {shlex.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "jaxmodels.cli", *arguments], cwd=record.ROOT, check=False)
+    done = subprocess.run([sys.executable, "-m", "jaxmodels", *arguments], cwd=record.ROOT, check=False)
     if done.returncode:
         raise UserError(f"got exit code {done.returncode} of jaxmodels {shlex.join(arguments)}, expected 0")

@@ -92,7 +92,8 @@ def command() -> str:
     main = sys.modules["__main__"]
     package = getattr(main, "__package__", None)
     program = ["python", "-m", package] if package else ["python", Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])
+    # of a place on this machine the last part is enough
+    return shlex.join([*program, *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])])
 
 
 def write(

@@ -146,7 +146,3 @@ def clean(argv: list[str]) -> int:
     from jaxmodels.data.clean import command
 
     return parse(command, argv, "jaxmodels data clean") or 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

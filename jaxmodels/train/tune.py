@@ -162,7 +162,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     for name, value in facts.items():
         study.set_user_attr(name, value)
     others = [
-        subprocess.Popen([sys.executable, "-m", "jaxmodels.cli", "tune", *argv, "--workers", "1"])
+        subprocess.Popen([sys.executable, "-m", "jaxmodels", "tune", *argv, "--workers", "1"])
         for _ in range(options.workers - 1)
     ]
 
