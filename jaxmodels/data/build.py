@@ -186,7 +186,7 @@ def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
 def open_pairs(cfg: DataConfig, split: Split) -> tuple[list[str], list[str]]:
     """The sources and the translations of a split, as texts."""
     fields = (cfg.input_field, cfg.target_field)
-    rows = _Readers(cfg, open_records(cfg, "train"), fields).rows(split)
+    rows = [row for some in Reader(open_records(cfg, split), fields, cfg.bad_records).all() for row in some]
     return [row[cfg.input_field] for row in rows], [row[cfg.target_field] for row in rows]
 
 

@@ -197,7 +197,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         if result.ended == "preempted":
             if any(poor):
                 raise optuna.TrialPruned
-            raise KeyboardInterrupt  # told to stop: the trial counts for nothing
+            raise KeyboardInterrupt  # told to stop: the search ends, and the study has this trial as a failed one
         if result.progress.best is None:
             raise UserError(f"got no {cfg.eval.metric} in the evaluation, expected one, try another --eval.metric")
         return result.progress.best
