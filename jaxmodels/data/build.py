@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -265,7 +264,9 @@ def _examples(
         arrays["labels"] = labels_of(rows, label, train.fields[label].kind == "labels", width)
     groups: tuple[str, ...] = ()
     if cfg.group_field:
-        groups, arrays["group"] = groups_of(rows, cfg.group_field, train.fields[cfg.group_field].names)
+        values = [row[cfg.group_field] for row in rows]
+        groups, place = recorded.named_groups(train.fields[cfg.group_field], lambda: values)
+        arrays["group"] = np.array([place(value) for value in values], np.int32)
     what = "texts" if tokenizer else "arrays"
     source = texts.Rows(
         arrays,
@@ -289,15 +290,6 @@ def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> n
     for at, row in zip(out, rows, strict=True):
         at[list(row[label])] = 1
     return out
-
-
-def groups_of(rows: Sequence[Row], field: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
-    """The names of the groups, and the group of each record, int32 (N,)."""
-    values: list[Any] = [row[field] for row in rows]
-    if not names or (values and isinstance(values[0], str)):
-        kinds = sorted(set(values))
-        return tuple(map(str, kinds)), np.array([kinds.index(v) for v in values], np.int32)
-    return names, np.array(values, np.int32)
 
 
 def _check_classes(source: Source, num_classes: int | None) -> None:

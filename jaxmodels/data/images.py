@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmodels.config import AugmentConfig, DataConfig
 from jaxmodels.data import transforms
-from jaxmodels.data.records import Reader, Records, Row, named_field
+from jaxmodels.data.records import Reader, Records, Row, named_field, named_groups
 from jaxmodels.data.source import Source, Split, fingerprint
 from jaxmodels.errors import UserError
 
@@ -194,11 +194,8 @@ class Images(Source):
     def _name_groups(self) -> tuple[tuple[str, ...], Callable[[Any], int]]:
         if not self._group:
             return (), int
-        field = self._records.fields[self._group]
-        if field.kind == "label" and field.names:
-            return field.names, int
-        known = sorted(set(self._values(self._group)))
-        return tuple(map(str, known)), {value: at for at, value in enumerate(known)}.__getitem__
+        group = self._group
+        return named_groups(self._records.fields[group], lambda: self._values(group))
 
     def _values(self, name: str) -> list[Any]:
         """A field of every record that can be read."""

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -291,3 +291,11 @@ def check_some(records: Records, split: str) -> None:
             f"got 0 records to {split} on in {records.label}, expected at least 1, try more data, "
             "another --data.eval-fraction or --data.eval-path"
         )
+
+
+def named_groups(field: Field, values: Callable[[], Iterable[Any]]) -> tuple[tuple[str, ...], Callable[[Any], int]]:
+    """The names of the groups that a field tells apart, and the number of a value's; made from `values` without names."""
+    if field.kind == "label" and field.names:
+        return field.names, int
+    known = sorted(set(values()))
+    return tuple(map(str, known)), {value: at for at, value in enumerate(known)}.__getitem__

@@ -47,23 +47,11 @@ class Rows(Source):
         return f"{self.label}: {len(self):,} {self._what}{classes} ({self.split}){tokenizer}"
 
 
-def filled(ids: Sequence[np.ndarray], length: int, fill: int = 0) -> np.ndarray:
-    """Texts as rows (N, length), cut or filled up."""
-    out = np.full((len(ids), length), fill, np.int32)
-    for row, text in zip(out, ids, strict=True):
-        row[: len(text)] = text[:length]
-    return out
-
-
 def single(ids: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Texts to classify, one a row: `inputs` and `segment_ids` (N, length)."""
-    return {"inputs": filled(ids, length), "segment_ids": marks(ids, length)}
-
-
-def marks(ids: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """1 where the rows of `filled` have a token, else 0."""
-    lengths = np.array([len(text) for text in ids], np.int64)
-    return (np.arange(length) < lengths[:, None]).astype(np.int32)
+    """Texts to classify, one a row, cut or filled up: `inputs` and `segment_ids` (N, length)."""
+    out = lay([[i] for i in range(len(ids))], length, [(text[:length],) for text in ids], ("inputs",), "segment_ids")
+    del out["positions"]
+    return out
 
 
 def plan(lengths: np.ndarray, room: int) -> list[list[int]]:
