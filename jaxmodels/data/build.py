@@ -252,6 +252,7 @@ def _examples(
     tokenizer = corpora.build_tokenizer(readers.corpus(field), cfg, vocab_size) if kind == "text" else None
     rows = readers.rows(split)
     values = [row[field] for row in rows]
+    arrays: dict[str, np.ndarray]
     if tokenizer is not None:
         arrays = texts.single(tokenizer.encode_many(values, special=True), cfg.seq_len)
     else:

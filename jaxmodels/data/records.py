@@ -294,7 +294,7 @@ def check_some(records: Records, split: str) -> None:
 
 
 def named_groups(field: Field, values: Callable[[], Iterable[Any]]) -> tuple[tuple[str, ...], Callable[[Any], int]]:
-    """The names of the groups that a field tells apart, and the number of a value's; made from `values` without names."""
+    """The names of the groups that a field tells apart, and the number of each value; without names, of `values`."""
     if field.kind == "label" and field.names:
         return field.names, int
     known = sorted(set(values()))
