@@ -18,6 +18,9 @@ from jaxmodels.errors import UserError
 
 _SETS = ("tfds", "images", "table", "huggingface")
 
+_learned: dict[tuple[str, str, tuple[str, ...]], Tokenizer] = {}
+"""The last tokenizer learned from texts, by what it was learned from: the splits of a set are opened one by one."""
+
 
 def open_source(
     cfg: DataConfig,
@@ -121,6 +124,17 @@ class _Readers:
         """Every good record."""
         return [row for rows in self.of(split).all() for row in rows]
 
+    def tokenizer(self, vocab_size: int | None, *texts: str) -> Tokenizer:
+        """The tokenizer that the config names; one that is learned from these fields is learned once for both splits."""
+        if ":" not in self.cfg.tokenizer:
+            return corpora.build_tokenizer(self.corpus(*texts), self.cfg, vocab_size)
+        key = (self.cfg.tokenizer, self.train.fingerprint, texts)
+        if key not in _learned:
+            _learned.clear()
+            _learned[key] = corpora.build_tokenizer(self.corpus(*texts), self.cfg, None)
+        corpora.check_vocab(_learned[key].vocab_size, vocab_size)
+        return _learned[key]
+
     def corpus(self, *texts: str) -> corpora.Corpus:
         """The texts of these fields, one field after the other."""
 
@@ -173,13 +187,13 @@ def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
     names = (("input_field", cfg.input_field), ("target_field", cfg.target_field))
     fields = [recorded.named_field(train, option, name, ("text",)) for option, name in names]
     readers = _Readers(cfg, train, fields)
-    corpus = readers.corpus(*fields)
-    tokenizer = corpora.build_tokenizer(corpus, cfg, vocab_size)
+    tokenizer = readers.tokenizer(vocab_size, *fields)
     rows = readers.rows(split)
     sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
     arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack)
     what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
-    return texts.Rows(arrays, split=split, label=corpus.label, tokenizer=tokenizer, what=what)
+    label = readers.corpus(*fields).label
+    return texts.Rows(arrays, split=split, label=label, tokenizer=tokenizer, what=what)
 
 
 def open_pairs(cfg: DataConfig, split: Split) -> tuple[list[str], list[str]]:
@@ -249,7 +263,7 @@ def _examples(
             return Balanced(source, source.labels())
         return source
     readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name])
-    tokenizer = corpora.build_tokenizer(readers.corpus(field), cfg, vocab_size) if kind == "text" else None
+    tokenizer = readers.tokenizer(vocab_size, field) if kind == "text" else None
     rows = readers.rows(split)
     values = [row[field] for row in rows]
     arrays: dict[str, np.ndarray]
