@@ -125,7 +125,7 @@ class _Readers:
         return [row for rows in self.of(split).all() for row in rows]
 
     def tokenizer(self, vocab_size: int | None, *texts: str) -> Tokenizer:
-        """The tokenizer that the config names; one that is learned from these fields is learned once for both splits."""
+        """The tokenizer that the config names; one learned from these fields is learned once for both splits."""
         if ":" not in self.cfg.tokenizer:
             return corpora.build_tokenizer(self.corpus(*texts), self.cfg, vocab_size)
         key = (self.cfg.tokenizer, self.train.fingerprint, texts)
