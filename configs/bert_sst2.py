@@ -29,10 +29,10 @@ def get_config() -> Config:
         task=TaskConfig(name="classification"),
         data=DataConfig(source="tfds", name="sst2", tokenizer="runs/bert_pretrain_sst2", seq_len=40, batch_size=32),
         optim=OptimConfig(
-            peak_lr=5e-4, b2=0.99, warmup_steps=60, schedule="linear", final_lr_fraction=0.01, layer_decay=0.8
+            peak_lr=5e-4, b2=0.99, warmup_steps=60, schedule="linear", final_lr_fraction=0.01, layer_decay=0.9
         ),
-        train=TrainConfig(steps=430),
-        eval=EvalConfig(every=86, batch_size=128, metric="eval/accuracy", mode="max"),
+        train=TrainConfig(steps=720),
+        eval=EvalConfig(every=144, batch_size=128, metric="eval/accuracy", mode="max"),
         checkpoint=CheckpointConfig(best=True),
         init=InitConfig(source="runs/bert_pretrain_sst2", fresh=("head/*", "pooler/*")),
     )

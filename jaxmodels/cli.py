@@ -117,9 +117,9 @@ def train(argv: list[str]) -> int:
 def tune(argv: list[str]) -> int:
     """`jaxmodels tune CONFIG.py --space …`."""
     cfg, options = configured(argv, "jaxmodels tune", TuneOptions)
-    from jaxmodels.train import tune as searching
+    from jaxmodels import commands
 
-    searching.command(cfg, options, argv[0], argv)
+    commands.tune(cfg, options, argv[0], argv)
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from jaxmodels import data, hf
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.models.functional import create, list_models
-from jaxmodels.options import RunOptions
+from jaxmodels.options import RunOptions, TuneOptions
 from jaxmodels.parallel import distributed
 
 SAVED = 75
@@ -78,6 +80,31 @@ def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, t
         raise UserError(f"got prompt {prompt!r}, expected at least one token, try --prompt 'def '")
     room = tokens if model.longest is None else max(min(tokens, model.longest - len(ids)), 1)
     return tokenizer.decode(draw(model, params, ids, room, **how)[0])
+
+
+def tune(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> None:
+    """Search, then the best trials, a picture, and how to run the best one again."""
+    from jaxmodels.report import search as pictures
+    from jaxmodels.train import tune as searching
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", tensorboard=False))
+    out = searching.search(cfg, options, file, argv)
+    trials = searching.tried(cfg, options, out)
+    choices = [searching.parse(text, cfg) for text in options.space]
+    print("\n" + searching.table(cfg, options, trials))
+    ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
+    if ended:
+        best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
+        given = " ".join(f"--{c.field.replace('_', '-')} {_given(best[c.field])}" for c in choices)
+        print(f"\nthe best one again:\n  jaxmodels train {file} {given}")
+    pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
+    print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")
+
+
+def _given(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def evaluate(

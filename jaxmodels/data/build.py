@@ -155,6 +155,8 @@ def _language(cfg: DataConfig, split: Split, task: str, vocab_size: int | None) 
         ids = [x for x in tokenizer.encode_many(documents, special=masked) if len(x)]
         follow = None if masked else _end(tokenizer)
         rows = texts.packed(ids, cfg.seq_len, follow)
+        if split == "eval" and not masked and (sizes := tokenizer.sizes()) is not None:
+            rows["bytes"] = sizes[np.maximum(rows["targets"], 0)]
         what = f"rows of {cfg.seq_len} tokens with {len(ids):,} texts"
         return texts.Rows(rows, split=split, label=corpus.label, tokenizer=tokenizer, what=what)
     encoded = [*corpora.encode(corpus, split, tokenizer), np.array([], corpora.smallest_dtype(tokenizer.vocab_size))]
@@ -236,18 +238,17 @@ def _examples(
     augment: AugmentConfig | None,
     seed: int,
 ) -> Source:
-    """Images, arrays or texts, with their labels."""
+    """Images, arrays or texts, with their labels, and in training as balanced as asked for."""
     from jaxmodels.data import images
 
     train = open_records(cfg, "train")
     field = recorded.input_field(train, cfg, ("image", "array") if inputs_shape else ("text",))
-    kind = train.fields[field].kind
     label: str | None = cfg.label_field
     if label not in train.fields and task in ("vae", "gan"):
         label = None
     if label is not None:
         recorded.named_field(train, "label_field", label, ("label", "labels"))
-    if kind == "image":
+    if train.fields[field].kind == "image":
         source = images.Images(
             train if split == "train" else open_records(cfg, split),
             cfg,
@@ -259,11 +260,23 @@ def _examples(
             classes=num_classes,
             seed=seed,
         )
-        if cfg.balance and split == "train":
-            return Balanced(source, source.labels())
-        return source
+    else:
+        source = _rows(cfg, split, train, field, label, vocab_size, num_classes)
+    return Balanced(source, source.labels()) if cfg.balance and split == "train" else source
+
+
+def _rows(
+    cfg: DataConfig,
+    split: Split,
+    train: Records,
+    field: str,
+    label: str | None,
+    vocab_size: int | None,
+    num_classes: int | None,
+) -> texts.Rows:
+    """Texts or arrays with their labels."""
     readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name])
-    tokenizer = readers.tokenizer(vocab_size, field) if kind == "text" else None
+    tokenizer = readers.tokenizer(vocab_size, field) if train.fields[field].kind == "text" else None
     rows = readers.rows(split)
     values = [row[field] for row in rows]
     arrays: dict[str, np.ndarray]
@@ -283,7 +296,7 @@ def _examples(
         groups, place = recorded.named_groups(train.fields[cfg.group_field], lambda: values)
         arrays["group"] = np.array([place(value) for value in values], np.int32)
     what = "texts" if tokenizer else "arrays"
-    source = texts.Rows(
+    return texts.Rows(
         arrays,
         split=split,
         label=f"{train.label} {field}",
@@ -292,9 +305,6 @@ def _examples(
         groups=groups,
         what=what,
     )
-    if cfg.balance and split == "train" and label:
-        return Balanced(source, arrays["labels"])
-    return source
 
 
 def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> np.ndarray:

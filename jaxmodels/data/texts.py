@@ -41,6 +41,15 @@ class Rows(Source):
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         return {name: x[indices] for name, x in self.arrays.items()}
 
+    def labels(self) -> np.ndarray:
+        """The labels of every row, (N,) or, of several, (N, classes).
+
+        Raises: UserError where rows have none.
+        """
+        if "labels" not in self.arrays:
+            raise UserError(f"got {self.label} without a label, expected one class each, try --data.balance False")
+        return self.arrays["labels"]
+
     def describe(self) -> str:
         classes = f", {self.num_classes} classes" if self.num_classes else ""
         tokenizer = f", tokenizer {self.tokenizer}" if self.tokenizer else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from jaxmodels.config import AugmentConfig
 from jaxmodels.data.order import mix
@@ -90,14 +90,28 @@ class Unreadable(Exception):
 def decode(value: bytes | np.ndarray) -> Image.Image:
     """The image of encoded bytes (its pixels are read when first asked for) or of an array (H, W, C).
 
+    One that EXIF says is stored turned or mirrored is turned upright.
     Raises: Unreadable.
     """
     try:
         if isinstance(value, np.ndarray):
             return Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value)
-        return Image.open(io.BytesIO(value))
+        return _upright(Image.open(io.BytesIO(value)))
     except Exception as error:
         raise Unreadable(_reason(error)) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if "exif" not in image.info:
+        return image
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # broken tags say nothing of the pixels
+        return image
+    if not turned:
+        return image
+    del image.info["exif"]  # or all tags would be written anew, which fails where one of them is odd
+    return ImageOps.exif_transpose(image)
 
 
 def _reason(error: Exception) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import fcntl
 import math
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,8 +21,6 @@ from jaxmodels.errors import UserError, nearest
 from jaxmodels.options import TuneOptions
 from jaxmodels.train import run as runs
 from jaxmodels.train.loop import NotFinite
-
-log = logging.getLogger("jaxmodels")
 
 STARTUP = 5
 """Trials before others are measured against the median of what was seen at the same step."""
@@ -161,10 +160,6 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         raise UserError(f"got a study in {out} of another search ({before}), expected the same, try another --out")
     for name, value in facts.items():
         study.set_user_attr(name, value)
-    others = [
-        subprocess.Popen([sys.executable, "-m", "jaxmodels", "tune", *argv, "--workers", "1"])
-        for _ in range(options.workers - 1)
-    ]
 
     def objective(trial: Any) -> float:
         chosen = cfg
@@ -185,10 +180,14 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
 
         where = out / "trials" / f"{trial.number:04d}"
         origin = {"file": file, "overrides": [f"--{c.field}={c.shown(trial.params)}" for c in choices]}
-        _, result = runs.train(chosen, where, "never", origin, watch=watch)
+        told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
+        try:
+            _, result = runs.train(chosen, where, "never", origin, watch=watch)
+        except NotFinite as error:
+            print(f"trial {trial.number}: {error}  {told}", flush=True)
+            raise optuna.TrialPruned from error
         if result.progress.best is not None:
             trial.set_user_attr("best_step", result.progress.best_step)
-        told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
         ended = "stopped early" if any(poor) else result.ended
         print(
             f"trial {trial.number}: {cfg.eval.metric} {_short(result.progress.best)} ({ended})  {told}",
@@ -197,31 +196,64 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         if result.ended == "preempted":
             if any(poor):
                 raise optuna.TrialPruned
-            raise KeyboardInterrupt  # told to stop: the search ends, and the study has this trial as a failed one
+            raise KeyboardInterrupt  # told to stop: the search ends, and another trial comes instead of this one
         if result.progress.best is None:
             raise UserError(f"got no {cfg.eval.metric} in the evaluation, expected one, try another --eval.metric")
         return result.progress.best
 
-    done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
     # those that other workers are at count too, or each worker would begin one too many
-    limit = optuna.study.MaxTrialsCallback(options.trials, states=(*done, optuna.trial.TrialState.RUNNING))
-    if len(study.get_trials(deepcopy=False, states=done)) < options.trials:
-        study.optimize(objective, callbacks=[limit], catch=(NotFinite,))
-    for process in others:
-        process.wait()
+    counted = (*_ended(), optuna.trial.TrialState.RUNNING)
+    with _joined(study, out):
+        others = [
+            subprocess.Popen([sys.executable, "-m", "jaxmodels", "tune", *argv, "--workers", "1"])
+            for _ in range(options.workers - 1)
+        ]
+        try:
+            if len(study.get_trials(deepcopy=False, states=counted)) < options.trials:
+                limit = optuna.study.MaxTrialsCallback(options.trials, states=counted)
+                study.optimize(objective, callbacks=[limit])
+        except BaseException:
+            for process in others:
+                process.terminate()
+            raise
+        finally:
+            for process in others:
+                process.wait()
     return out
 
 
+def _ended() -> tuple[Any, ...]:
+    """The states of trials that count; one that failed was interrupted, and does not."""
+    from optuna.trial import TrialState
+
+    return TrialState.COMPLETE, TrialState.PRUNED
+
+
+@contextmanager
+def _joined(study: Any, out: Path) -> Iterator[None]:
+    """Be one of the processes at a study; whoever is alone there marks as failed what was left half done."""
+    from optuna.trial import TrialState
+
+    with (out / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # others are at it; one of them that dies is found out by its heartbeat
+        else:
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                study.tell(trial.number, state=TrialState.FAIL)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
 def tried(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, Any]]:
-    """The trials of a study that have ended: number, value (None where it failed), pruned, seconds, and each field."""
+    """The trials of a study that count: number, value (None where none is a number), pruned, seconds, each field."""
     import optuna
 
     choices = [parse(text, cfg) for text in options.space]
     study = optuna.load_study(study_name="tune", storage=f"sqlite:///{out / 'study.db'}")
     found = []
-    for trial in study.get_trials(deepcopy=False):
-        if not trial.state.is_finished():
-            continue
+    for trial in study.get_trials(deepcopy=False, states=_ended()):
         pruned = trial.state == optuna.trial.TrialState.PRUNED
         values = list(trial.intermediate_values.values())
         best = (min if cfg.eval.mode == "min" else max)(values) if pruned and values else trial.value
@@ -253,30 +285,6 @@ def table(cfg: Config, options: TuneOptions, trials: Sequence[dict[str, Any]], r
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (titles, *cells)
     )
-
-
-def command(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> None:
-    """`jaxmodels tune`: search, then the best trials, a picture, and how to run the best one again."""
-    from jaxmodels.report import search as pictures
-
-    runs.compilation_cache()
-    quiet = dataclasses.replace(cfg.metrics, progress="none", tensorboard=False)
-    cfg = dataclasses.replace(cfg, metrics=quiet)
-    out = search(cfg, options, file, argv)
-    trials = tried(cfg, options, out)
-    choices = [parse(text, cfg) for text in options.space]
-    print("\n" + table(cfg, options, trials))
-    ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
-    if ended:
-        best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
-        given = " ".join(f"--{c.field.replace('_', '-')} {_given(best[c.field])}" for c in choices)
-        print(f"\nthe best one again:\n  jaxmodels train {file} {given}")
-    pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
-    print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")
-
-
-def _given(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _short(value: Any) -> str:

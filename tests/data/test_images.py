@@ -205,6 +205,20 @@ def unequal():
     return source(records, SMALL)
 
 
+def test_photos_of_a_folder_are_seen_upright(tmp_path):
+    from jaxmodels.data import open_source
+
+    (tmp_path / "cat").mkdir()
+    pixels = np.asarray(Image.open(io.BytesIO(jpeg(0))))
+    for name, number, stored in (("a", 1, pixels), ("b", 6, np.rot90(pixels)), ("c", 3, pixels[::-1, ::-1])):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        Image.fromarray(stored).save(tmp_path / "cat" / f"{name}.jpg", quality=98, exif=exif)
+    cfg = DataConfig(source="images", path=(str(tmp_path),), eval_path=(str(tmp_path),))
+    seen = whole(open_source(cfg, "eval", "classification", inputs_shape=(30, 40, 3)))["inputs"].astype(int)
+    assert np.abs(seen - pixels).max((1, 2, 3)).max() < 40 and np.abs(seen - pixels).mean() < 3
+
+
 def test_balanced_classes_come_equally_often_and_examples_of_one_class_too():
     inner = unequal()
     balanced = Balanced(inner, inner.labels())

@@ -1,6 +1,7 @@
 """Texts in rows: packed without sharing attention, pairs for teacher forcing, captions."""
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, TaskConfig
-from jaxmodels.data import open_pairs, texts
+from jaxmodels.data import open_pairs, open_source, texts
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.errors import UserError
 
@@ -139,6 +140,41 @@ def test_the_loss_of_a_packed_row_is_that_of_its_texts_alone():
     assert len(together["tokens"]) < len(alone["tokens"]) == 4
     a, b = (measure(params, {}, rows)["loss"] for rows in (together, alone))
     assert float(a[0]) == pytest.approx(float(b[0]), rel=1e-5) and int(a[1]) == int(b[1]) == sum(map(len, ids)) + 4
+
+
+def test_packed_texts_to_evaluate_on_know_the_bytes_that_their_targets_stand_for(tmp_path):
+    held_out = ["the café is full of cats", "and so was the other one, with all its chairs and tables"]
+    for i, text in enumerate(["the cat sat on the mat"] * 3 + held_out):
+        (tmp_path / f"{i}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    paths = [str(tmp_path / f"{i}.jsonl") for i in range(5)]
+    cfg = DataConfig(
+        source="table", path=tuple(paths[:3]), eval_path=tuple(paths[3:]), tokenizer="bpe:270", pack=True, seq_len=T
+    )
+    opened = {split: open_source(cfg, split, "causal_lm", vocab_size=270) for split in ("train", "eval")}
+    rows = opened["eval"].batch(np.arange(len(opened["eval"])), np.zeros(len(opened["eval"]), int))
+    real = rows["targets"] >= 0
+    assert rows["bytes"][real].sum() == sum(len(text.encode()) for text in held_out) < real.size * 2
+    config = jaxmodels.create("gpt2", vocab_size=270, context=T, layers=1, width=16, heads=2, dropout=0.0).config
+    task = tasks.build(TaskConfig(), config, cfg)
+    found = jax.jit(task.metrics)({"model": task.networks["model"].init(jax.random.key(0))}, {}, rows)
+    bits, counted = map(float, found["bits_per_byte"])
+    assert bits == pytest.approx(float(found["loss"][0]) / np.log(2)) and counted == rows["bytes"][real].sum()
+    assert "bytes" not in opened["train"].batch(np.arange(1), np.zeros(1, int))
+    masked = open_source(cfg, "eval", "masked_lm", vocab_size=270)
+    assert "bytes" not in masked.batch(np.arange(1), np.zeros(1, int)), "only what predicts every byte has bits a byte"
+
+
+def test_texts_are_balanced_in_training_alone_and_only_where_they_have_labels(tmp_path):
+    file = tmp_path / "some.jsonl"
+    rows = [{"text": f"text {i}", "label": "rare" if i < 4 else "common"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = DataConfig(source="table", path=(str(file),), eval_fraction=0.3, balance=True, seq_len=8)
+    train, held_out = (open_source(cfg, split, "classification", vocab_size=256) for split in ("train", "eval"))
+    labels = train.batch(np.arange(len(train)), np.zeros(len(train), int))["labels"]
+    assert np.ptp(np.bincount(labels)) == 0 and len(train) + len(held_out) > 40
+    assert isinstance(held_out, texts.Rows)
+    with pytest.raises(UserError, match="got none without a label, expected one class each, try --data.balance False"):
+        texts.Rows({"inputs": np.zeros((2, 3))}, split="train", label="none").labels()
 
 
 @pytest.mark.parametrize("pack", [False, True])

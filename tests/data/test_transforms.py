@@ -40,6 +40,44 @@ def test_draws_are_a_function_of_seed_epoch_and_index():
     assert np.abs(columns - np.eye(10)).max() < 0.13
 
 
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+"""By EXIF's number of what is done to the stored pixels."""
+
+
+def photo(tags, size=(48, 32)):
+    """A JPEG with EXIF tags as bytes, and its pixels as they are stored."""
+    file = io.BytesIO()
+    Image.fromarray(picture(PHOTO)).resize(size).save(file, "JPEG", quality=95, exif=tags)
+    return file.getvalue(), np.asarray(Image.open(file))
+
+
+@pytest.mark.parametrize("number", UPRIGHT)
+def test_a_photo_is_turned_as_its_exif_says(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    data, stored = photo(exif)
+    expected = UPRIGHT[number](stored)
+    cfg = AugmentConfig()
+    np.testing.assert_array_equal(transforms.center(transforms.decode(data), cfg, expected.shape), expected)
+    np.testing.assert_array_equal(changed(data, cfg, numbers(cfg)[0], expected.shape), expected)
+
+
+@pytest.mark.parametrize("tags", [b"", b"Exif\0\0no such header", Image.Exif().tobytes()])
+def test_a_photo_whose_exif_says_nothing_stays_as_it_is_stored_and_is_not_read_too_soon(tags):
+    data, stored = photo(tags)
+    assert transforms.decode(data).draft("RGB", (24, 16)), "not read yet, so that it may be read at half the size"
+    np.testing.assert_array_equal(transforms.center(transforms.decode(data), AugmentConfig(), stored.shape), stored)
+
+
 def test_nothing_asked_for_leaves_every_byte():
     image = picture(PHOTO)
     cfg = AugmentConfig()

@@ -1,5 +1,7 @@
 """Search: the better values win, a study goes on where it stopped, workers share it, mistakes are said in one line."""
 
+import fcntl
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +17,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.options import TuneOptions
 from jaxmodels.train import tune
+from jaxmodels.train.loop import NotFinite
 
 SPACE = "optim.peak_lr=1e-7,1e-1"
 FILE = """
@@ -156,6 +159,54 @@ def test_a_metric_that_is_no_number_ends_its_trial_alone(played, tmp_path):
     trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert [(trial["pruned"], trial["value"]) for trial in trials] == [(True, None)] * 3
     assert len(tune.table(CFG, options, trials).splitlines()) == 1
+
+
+def test_a_trial_whose_loss_is_no_number_counts(played, tmp_path, monkeypatch):
+    def diverge(*given, **named):
+        raise NotFinite("the loss of step 3 is nan")
+
+    options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(tmp_path / "out"))
+    monkeypatch.setattr(tune.runs, "train", diverge)
+    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    assert [(trial["pruned"], trial["value"]) for trial in trials] == [(True, None)] * 2
+
+
+def interrupt(monkeypatch, options):
+    """A search that is told to stop within its next trial."""
+    stopped = SimpleNamespace(progress=SimpleNamespace(best=None, best_step=0), ended="preempted")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tune.runs, "train", lambda *given, **named: (None, stopped))
+        tune.search(CFG, options, "tiny.py", [])
+
+
+def test_an_interrupted_trial_and_one_of_a_process_that_is_gone_are_not_counted(played, tmp_path, monkeypatch):
+    options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(tmp_path / "out"))
+    tune.search(CFG, options, "tiny.py", [])
+    options = replace(options, trials=4)
+    interrupt(monkeypatch, options)
+    optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}").ask()  # and no more
+    assert [trial.state.name for trial in study(tmp_path / "out")] == ["COMPLETE"] * 2 + ["FAIL", "RUNNING"]
+    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    assert [trial["number"] for trial in trials] == [0, 1, 4, 5] and len(played) == 4
+    assert study(tmp_path / "out")[3].state.name == "FAIL"
+
+
+def test_a_trial_that_another_process_is_at_is_left_to_it_and_counts(played, tmp_path):
+    options = TuneOptions(space=("optim.peak_lr=0:10",), trials=1, out=str(tmp_path / "out"))
+    tune.search(CFG, options, "tiny.py", [])
+    optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}").ask()
+    with (tmp_path / "out" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        tune.search(CFG, replace(options, trials=3), "tiny.py", [])
+    assert [trial.state.name for trial in study(tmp_path / "out")] == ["COMPLETE", "RUNNING", "COMPLETE"]
+
+
+def test_workers_are_told_to_stop_when_the_search_is(played, tmp_path, monkeypatch):
+    start, begun = subprocess.Popen, []
+    sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+    monkeypatch.setattr(tune.subprocess, "Popen", lambda argv: begun.append(start(sleep)) or begun[-1])
+    interrupt(monkeypatch, TuneOptions(space=(SPACE,), trials=9, workers=3, out=str(tmp_path / "out")))
+    assert [process.returncode for process in begun] == [-signal.SIGTERM] * 2
 
 
 def test_a_field_s_values_are_read_as_its_type():
