@@ -10,7 +10,7 @@ from jaxmodels import tasks
 from jaxmodels.config import MeshConfig
 from jaxmodels.parallel import mesh as meshes
 from jaxmodels.parallel import rules
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import run, step
 
 FULL = (
     "bert_base_wikipedia",
@@ -25,16 +25,10 @@ FULL = (
 
 
 def parts(cfg):
-    """Task, optimizers, mesh and layout of an experiment."""
+    """Task, optimizers, layout and mesh of an experiment."""
     task = tasks.build(cfg.task, cfg.model, cfg.data)
-    optimizers = {
-        loss.name: optim.build(
-            cfg.optim, cfg.train.steps, task.axes()[loss.trains], task.networks[loss.trains].shapes()
-        )
-        for loss in task.losses
-    }
     mesh = meshes.make_mesh(cfg.mesh)
-    return task, optimizers, mesh, state.layout(task, optimizers, mesh, cfg.train.ema is not None)
+    return task, *run.compose(cfg, task, mesh), mesh
 
 
 def test_every_config_fits_eight_devices_and_says_how_it_is_run(root):
@@ -56,20 +50,13 @@ def test_the_step_of_a_config_for_a_full_set_compiles(name, root):
     cfg = configs.load(root / "configs" / f"{name}.py")
     wide = MeshConfig(data=2, fsdp=4) if cfg.mesh.fsdp == -1 else MeshConfig(data=8)
     cfg = dataclasses.replace(cfg, mesh=wide)
-    task, optimizers, mesh, layout = parts(cfg)
-    spec = task.batch_spec(cfg.data.batch_size)
+    task, optimizers, layout, mesh = parts(cfg)
     batch = {
         key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, x.ndim))
-        for key, x in spec.items()
+        for key, x in task.batch_spec(cfg.data.batch_size).items()
     }
     options = {"accumulate": cfg.train.accumulate, "ema": cfg.train.ema}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    with jax.set_mesh(mesh):
-        compiled = (
-            jax.jit(lambda s, b: step.advance(task, optimizers, s, b, **options), out_shardings=(shardings, None))
-            .lower(layout, batch)
-            .compile()
-        )
+    compiled = step.lower(task, optimizers, mesh, layout, batch, **options).compile()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.params))
     shards = 4 if cfg.mesh.fsdp == 4 else 1
     assert compiled.memory_analysis().argument_size_in_bytes > 1.9 * held / shards, (

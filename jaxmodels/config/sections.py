@@ -277,8 +277,12 @@ class MeshConfig:
     """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
     expert: int = 1
     """Shards of the experts of a mixture, and of the batch."""
+    context: int = 1
+    """Shards of the tokens of each sequence, joined by ring attention (or by --model.attention ulysses)."""
     tensor: int = 1
     """Shards of heads, hidden units and vocabulary (Megatron)."""
+    sequence: bool = False
+    """Whether between a block's products tokens are split over `tensor` too (Megatron's sequence parallelism)."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from jaxmodels.errors import UserError, nearest
 from jaxmodels.models import layers
 from jaxmodels.models.decoding import Context, KeyValues, update
 from jaxmodels.models.kernels import partition, xla
-from jaxmodels.models.kernels.contract import CONTRACT, Call, absence, refusal
+from jaxmodels.models.kernels.contract import ACROSS, KERNELS, Call, absence, refusal
+from jaxmodels.parallel import rules
 
 Array = jax.Array
 FUSED = ("cudnn", "splash", "tokamax")
@@ -109,6 +110,7 @@ class MultiHead(nn.Module):
             kernel=self.kernel,
             **ctx.masks(),
         )
+        y = layers.shard(y, "batch", "seq", "heads", None)  # so is its gradient
         axes, init = ("heads", "head_dim", "embed"), self.initializers[3]
         return layers.Linear(x.shape[-1:], axes, self.out_bias, init, self.dtype, name="o")(y), kv
 
@@ -199,16 +201,24 @@ def attention(
     if _kept is not None:
         keep(_kept, arrays, options)
     call, place = describe(arrays, options), platform()
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
     if kernel == "auto":
-        kernel, reason = choose(place, call, max(1, jax.sharding.get_abstract_mesh().size))
+        kernel, reason = choose(place, call, devices)
         say(kernel, reason)
     else:
         insist(kernel, place, call)
+    attend = bind(kernel, options, place)
+    if kernel == "ulysses":
+        local, reason = choose(place, call._replace(pieces=1), devices)
+        say(local, f"for whole sequences, {reason}")
+        attend = functools.partial(attend, local=bind(local, {}, place))
+    return partition.shard(attend, arrays, kernel in ACROSS) if kernel in (*FUSED, *ACROSS) else attend(**arrays)
+
+
+def bind(kernel: str, options: dict[str, Any], platform: str) -> Callable[..., Array]:
+    """A kernel's function of arrays."""
     attend = importlib.import_module(f"jaxmodels.models.kernels.{kernel}").attend
-    if kernel == "splash":
-        options["interpret"] = place == "cpu"
-    attend = functools.partial(attend, **options)
-    return partition.shard(attend, arrays) if kernel in FUSED else attend(**arrays)
+    return functools.partial(attend, **options, **({"interpret": platform == "cpu"} if kernel == "splash" else {}))
 
 
 _kept: list[Array] | None = None
@@ -258,7 +268,8 @@ def describe(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     }
     features = frozenset(name for name, wanted in asked.items() if wanted)
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
-    return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0)
+    cut = rules.pieces("seq"), rules.pieces("heads")
+    return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0, *cut)
 
 
 def platform() -> str:
@@ -275,17 +286,22 @@ def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:
     """The kernel that `auto` takes for a call spread over so many devices, and why."""
     best = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
     prefix = ""
+    for kernel in ACROSS if call.pieces > 1 else ():
+        reason = refusal(kernel, call)
+        if reason is None:
+            return kernel, f"{prefix}the mesh cuts tokens into {call.pieces} pieces"
+        prefix += f"{kernel} {reason}; "
     if best is not None:
         reason = refusal(best, call) or absence(best, platform)
         if reason is None:
-            return best, f"the fused kernel of {platform}"
-        prefix = f"{best} {reason}; "
+            return best, f"{prefix}the fused kernel of {platform}"
+        prefix += f"{best} {reason}; "
     reason = refusal("blockwise", call)
     if reason is not None:
         return "xla", f"{prefix}blockwise {reason}"
     if platform == "cpu":
         short = min(call.T, call.S) < SHORT
-        return "xla" if short else "blockwise", f"fastest on cpu for T={call.T}, S={call.S}"
+        return "xla" if short else "blockwise", f"{prefix}fastest on cpu for T={call.T}, S={call.S}"
     gigabytes = call.B * call.H * call.T * call.S * 4 / 2**30 / devices
     return "blockwise" if gigabytes > 1 else "xla", f"{prefix}the scores take {gigabytes:.2g} GiB a device"
 
@@ -298,13 +314,12 @@ def say(kernel: str, reason: str) -> None:
 
 def insist(kernel: str, platform: str, call: Call) -> None:
     """Refuse a kernel, asked for by name, that cannot compute the call."""
-    if kernel not in CONTRACT:
+    if kernel not in KERNELS:
         raise UserError(
-            f"got attention kernel {kernel!r}, expected auto, {', '.join(CONTRACT)}"
-            f"{nearest(kernel, ['auto', *CONTRACT])}"
+            f"got attention kernel {kernel!r}, expected auto, {', '.join(KERNELS)}{nearest(kernel, ['auto', *KERNELS])}"
         )
     if reason := refusal(kernel, call):
-        able = [name for name in CONTRACT if not (refusal(name, call) or absence(name, platform))]
+        able = [name for name in KERNELS if not (refusal(name, call) or absence(name, platform))]
         raise UserError(f"kernel {kernel!r} {reason}; kernels that do: {', '.join(able)}; try kernel='auto'")
     if reason := absence(kernel, platform):
         raise UserError(f"kernel {kernel!r} {reason}; try kernel='auto'")

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel import rules
@@ -26,26 +25,30 @@ def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation
     """Each token through all experts chosen for it, however unevenly they are chosen.
 
     On a mesh each device sorts its own tokens, which stay where they are; the weights come to it, gathered over all
-    axes but the one that cuts F, as FSDP's do.
+    axes but the one that cuts F, as FSDP's do. The parts of that one are added up and, where the residual stream is cut
+    over it, scattered.
     Shapes: x (B, T, D), chosen and share (B, T, k), returns (B, T, D).
     """
-    mesh, batch, split = jax.sharding.get_abstract_mesh(), ("batch", "seq", None), rules.RULES["mlp"]
+    mesh, split = rules.ambient(), rules.RULES["mlp"]
+    k, tokens = chosen.shape[-1], ("batch", "seq")
 
     def local(x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
         y = _sorted(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k), share.reshape(-1, k), weights, activation)
         return y.reshape(x.shape)
 
-    def cut(*given: Any) -> Array:
-        return jax.lax.psum(local(*given), split)
+    if mesh is None or any(x.shape[i] % rules.pieces(name) for i, name in enumerate(tokens)):
+        return local(x, chosen, share, weights)
+    table = rules.table(mesh.shape)
+    scattered = set(split) <= set(table["residual"]) and x.shape[1] % rules.pieces("residual") == 0
 
-    k = chosen.shape[-1]
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return local(x, chosen, share, weights)
-    if not set(rules.AXES) <= set(mesh.axis_names) or len(x) % rules.shards(mesh.shape, rules.RULES["batch"]):
-        return local(x, chosen, share, weights)
-    rows, wide = rules.spec(batch), rules.spec((None, None, "mlp"))
+    def add(*given: Any) -> Array:
+        y = local(*given)
+        return jax.lax.psum_scatter(y, split, scatter_dimension=1, tiled=True) if scattered else jax.lax.psum(y, split)
+
+    rows, wide = rules.spec((*tokens, None)), rules.spec((None, None, "mlp"))
+    out = rules.spec(("batch", "residual", None), table) if scattered else rows
     specs = (rows, rows, rows, (wide, wide, rules.spec((None, "mlp", None))))
-    return jax.shard_map(cut, in_specs=specs, out_specs=rows, check_vma=False)(x, chosen, share, weights)
+    return jax.shard_map(add, in_specs=specs, out_specs=out, check_vma=False)(x, chosen, share, weights)
 
 
 def _sorted(x: Array, chosen: Array, share: Array, weights: Weights, activation: Activation) -> Array:

@@ -40,7 +40,7 @@ class GPT2Config:
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
     attention: str = "auto"
-    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
     unroll: int = 1
@@ -76,7 +76,7 @@ class Block(nn.Module):
         y, kv = attn(layers.LayerNorm(name="attn_norm")(x), ctx, kv)
         x = x + drop(y, self.train)
         x = x + drop(mlp(layers.LayerNorm(name="mlp_norm")(x)), self.train)
-        return layers.shard(x, "batch", "seq", None), kv
+        return layers.shard(x, "batch", "residual", None), kv
 
 
 class GPT2(nn.Module):
@@ -99,11 +99,11 @@ class GPT2(nn.Module):
         ctx = Context.of(tokens, cache, positions, segment_ids, longest=c.context)
         embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
         places = layers.Embed(c.context, c.width, ("positions", "embed"), dtype=c.dtype, name="positions")
-        x = embed(tokens) + places(ctx.positions)
-        x = layers.Dropout(c.dropout)(layers.shard(x, "batch", "seq", None), train)
+        x = layers.shard(embed(tokens) + places(ctx.positions), "batch", "seq", None)
+        x = layers.Dropout(c.dropout)(layers.shard(x, "batch", "residual", None), train)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
         x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
-        x = layers.LayerNorm(name="norm")(x)
+        x = layers.shard(layers.LayerNorm(name="norm")(x), "batch", "seq", None)
         y = embed.logits(x) if head else x
         return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})
 

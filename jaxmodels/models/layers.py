@@ -105,7 +105,7 @@ class MLP(nn.Module):
             return shard(linear(x), "batch", "seq", "mlp")
 
         y = self.activation(project("gate")) * project("up") if self.gated else self.activation(project("up"))
-        y = Dropout(self.dropout)(y, self.train)
+        y = shard(Dropout(self.dropout)(y, self.train), "batch", "seq", "mlp")  # so is its gradient
         return Linear(x.shape[-1:], ("mlp", "embed"), self.bias, last, self.dtype, name="down")(y)
 
 

@@ -58,7 +58,7 @@ class LlamaConfig:
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
     attention: str = "auto"
-    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
     unroll: int = 1
@@ -104,7 +104,7 @@ class Block(nn.Module):
         y, kv = attn(layers.RMSNorm(c.norm_eps, name="attn_norm")(x), ctx, kv, frequencies=freq)
         x = x + y
         x = x + mlp(layers.RMSNorm(c.norm_eps, name="mlp_norm")(x))
-        return layers.shard(x, "batch", "seq", None), kv
+        return layers.shard(x, "batch", "residual", None), kv
 
 
 class Llama(nn.Module):
@@ -129,8 +129,8 @@ class Llama(nn.Module):
         output = embed if c.tied else layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="head")
         x = layers.shard(embed(tokens), "batch", "seq", None)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, name="layers")
-        x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
-        x = layers.RMSNorm(c.norm_eps, name="norm")(x)
+        x, kv = blocks(layers.shard(x, "batch", "residual", None), None if cache is None else cache["layers"], ctx)
+        x = layers.shard(layers.RMSNorm(c.norm_eps, name="norm")(x), "batch", "seq", None)
         y = output.logits(x) if head else x
         return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})
 

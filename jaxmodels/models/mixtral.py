@@ -66,7 +66,7 @@ class MixtralConfig:
     dtype: Dtype = "float32"
     """Type of activations and products, but for the router's; parameters stay float32."""
     attention: str = "auto"
-    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
     unroll: int = 1
@@ -175,7 +175,7 @@ class Block(nn.Module):
         y, kv = attn(layers.RMSNorm(c.norm_eps, name="attn_norm")(x), ctx, kv, frequencies=freq)
         x = x + y
         y, routed = MoE(c, name="moe")(layers.RMSNorm(c.norm_eps, name="mlp_norm")(x), ctx.segment_ids)
-        return layers.shard(x + y, "batch", "seq", None), (kv, routed)
+        return layers.shard(x + y, "batch", "residual", None), (kv, routed)
 
 
 class Mixtral(nn.Module):
@@ -205,8 +205,10 @@ class Mixtral(nn.Module):
         output = embed if c.tied else layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="head")
         x = layers.shard(embed(tokens), "batch", "seq", None)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, name="layers")
-        x, (kv, routed) = blocks(x, None if cache is None else cache["layers"], ctx)
-        x = layers.RMSNorm(c.norm_eps, name="norm")(x)
+        x, (kv, routed) = blocks(
+            layers.shard(x, "batch", "residual", None), None if cache is None else cache["layers"], ctx
+        )
+        x = layers.shard(layers.RMSNorm(c.norm_eps, name="norm")(x), "batch", "seq", None)
         y: Any = output.logits(x) if head else x
         y = (y, losses(c, routed)) if auxiliary else y
         return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxmodels.config import MeshConfig
@@ -15,7 +16,7 @@ from jaxmodels.parallel import rules
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
-    """Size of each mesh axis for so many devices.
+    """Size of each mesh axis for so many devices, and an axis of one, `rules.SEQUENCE`, where that is asked for.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
@@ -35,11 +36,13 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         got[free[0]] = devices // fixed
     elif fixed != devices:
         raise UserError(f"got mesh {shown} = {fixed} device(s), expected {devices}, try --mesh.data -1")
-    return got
+    return got | ({rules.SEQUENCE: 1} if cfg.sequence else {})
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of an experiment over these devices (all, when not given); axes are Auto."""
     devices = jax.devices() if devices is None else devices
     shape = sizes(cfg, len(devices))
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    # an axis may take a part of a torus' dimension, which jax.make_mesh refuses
+    places = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    return Mesh(places, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))

@@ -11,17 +11,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError, nearest
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest network) first."""
+SEQUENCE = "sequence"
+"""An axis of one, by which a mesh says that it cuts the residual stream's tokens over `tensor` too.
+
+So the choice goes wherever the mesh goes, and programs that are kept by mesh are kept apart.
+"""
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
-    "seq": (),
+    "seq": ("context",),
+    "residual": ("context",),
     "expert_batch": ("data", "fsdp"),
     # parameters; heads, mlp and vocab name activations' dimensions too
     "embed": ("fsdp",),
@@ -41,12 +47,33 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "channels_out": ("tensor",),
     "norm": (),
 }
-"""Logical axis -> mesh axes it is split over; () is replicated."""
+"""Logical axis -> mesh axes it is split over; () is replicated. `residual` is tokens between a block's products."""
+SEQUENCE_RULES: Mapping[str, tuple[str, ...]] = {**RULES, "residual": ("context", "tensor")}
+"""The table of a mesh with the axis `SEQUENCE`."""
 
 Names = tuple[str | None, ...]
 
 
-def spec(names: Sequence[str | None]) -> PartitionSpec:
+def table(sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
+    """The rules of a mesh with these axes."""
+    return SEQUENCE_RULES if SEQUENCE in sizes else RULES
+
+
+def ambient() -> AbstractMesh | None:
+    """The mesh that is set, if it is one of ours, has more than one device, and is not mapped over already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return None
+    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def pieces(name: str) -> int:
+    """Into how many pieces the ambient mesh cuts a dimension of this logical name; 1 without a mesh."""
+    mesh = ambient()
+    return 1 if mesh is None else shards(mesh.shape, table(mesh.shape)[name])
+
+
+def spec(names: Sequence[str | None], table: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
     """The partition of an array whose dimensions have these logical names (None: replicated).
 
     Raises:
@@ -58,34 +85,33 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
         if name is None:
             parts.append(None)
             continue
-        if name not in RULES:
-            raise ValueError(f"got logical axis {name!r}, expected one of {', '.join(RULES)}{nearest(name, RULES)}")
-        for axis in RULES[name]:
+        if name not in table:
+            raise ValueError(f"got logical axis {name!r}, expected one of {', '.join(table)}{nearest(name, table)}")
+        for axis in table[name]:
             if axis in taken:
                 raise ValueError(
                     f"got logical axes {taken[axis]!r} and {name!r} in {tuple(names)}, "
                     f"expected them on different mesh axes, both are on {axis!r}"
                 )
             taken[axis] = name
-        parts.append(RULES[name] or None)
+        parts.append(table[name] or None)
     return PartitionSpec(*parts)
 
 
 def sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
     """`spec(names)` on a mesh."""
-    return NamedSharding(mesh, spec(names))
+    return NamedSharding(mesh, spec(names, table(mesh.shape)))
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     """Pin an activation to the table, if a mesh is ambient; a dimension that does not divide stays free."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+    mesh = ambient()
+    if mesh is None:
         return x
-    if any(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types):
-        return x
-    fits = [name and size % shards(mesh.shape, RULES[name]) == 0 for name, size in zip(names, x.shape, strict=True)]
+    rows = table(mesh.shape)
+    fits = [name and size % shards(mesh.shape, rows[name]) == 0 for name, size in zip(names, x.shape, strict=True)]
     kept = [name if fit else None for name, fit in zip(names, fits, strict=True)]
-    return jax.lax.with_sharding_constraint(x, spec(kept))
+    return jax.lax.with_sharding_constraint(x, spec(kept, rows))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -129,6 +155,11 @@ def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes, axes, is_leaf=lambda x: x is None)
 
 
+def batch_names(rank: int) -> Names:
+    """Logical axes of a batch field: (B, T) are tokens, anything else is whole along all but its rows."""
+    return ("batch", "seq") if rank == 2 else ("batch", *(None,) * (rank - 1))
+
+
 def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """Sharding of a batch field: rows over the batch axes, tokens over the sequence's."""
-    return sharding(mesh, ("batch", "seq")[:rank] + (None,) * (rank - 2))
+    """Sharding of a batch field."""
+    return sharding(mesh, batch_names(rank))

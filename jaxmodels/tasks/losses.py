@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.models.attention import platform
 from jaxmodels.models.layers import shard
+from jaxmodels.parallel.rules import pieces
 
 FEW = 2048
 """Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
+SCORED = 2048
+"""Tokens of a device whose logits are held at once."""
 
 
 class Scores(NamedTuple):
@@ -57,7 +61,19 @@ def language_cross_entropy(
     output = shard(unembedding.astype(features.dtype), "vocab", None)
     if output.shape[0] < FEW:
         return cross_entropy(_logits(features, output), targets, smoothing, z_loss)
-    return linear_cross_entropy(features, output, targets, smoothing, z_loss)
+    return linear_cross_entropy(features, output, targets, smoothing, z_loss, at_once(*targets.shape))
+
+
+def at_once(batch: int, length: int) -> int:
+    """Positions of a row to score at a time: on a CPU so few that its caches hold their logits.
+
+    Elsewhere so many that a device has `SCORED` tokens: each time the gradient of all output weights is read and
+    written.
+    """
+    few = 32
+    if platform() == "cpu":
+        return few
+    return min(length // pieces("seq"), max(few, SCORED * pieces("batch") // batch))
 
 
 def linear_cross_entropy(
@@ -111,8 +127,7 @@ def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[fl
     zero = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
     start = (zero, jnp.zeros(unembedding.shape, jnp.float32))
     (sums, dw), dh = jax.lax.scan(body, start, (_cut(features, chunk, 0), _cut(targets, chunk, -1)))
-    B, T, D = features.shape
-    return sums, (jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T], dw.astype(unembedding.dtype))
+    return sums, (_join(dh, features.shape), dw.astype(unembedding.dtype))
 
 
 def _linear_backward(how: Any, gradients: Any, given: Any) -> tuple[Any, Any, None]:
@@ -128,10 +143,26 @@ def _logits(features: jax.Array, unembedding: jax.Array) -> jax.Array:
 
 
 def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
-    """(B, T, …) as (T / chunk, B, chunk, …), filled up at the end."""
-    short = -x.shape[1] % chunk
-    x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    """(B, T, …) as (steps, B, n · chunk, …): a chunk of each of a row's n pieces, which are filled up at the end."""
+    n = _pieces(x.shape[1])
+    x = x.reshape(x.shape[0], n, -1, *x.shape[2:])
+    short = -x.shape[2] % chunk
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
+    x = jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0)
+    return x.reshape(*x.shape[:2], n * chunk, *x.shape[4:])
+
+
+def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `_cut` made of an array of this shape (B, T, …), back again."""
+    n = _pieces(shape[1])
+    x = jnp.moveaxis(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]), 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : shape[1] // n].reshape(shape)
+
+
+def _pieces(length: int) -> int:
+    """Into how many pieces the mesh cuts a row, each of which must stay on its devices."""
+    n = pieces("seq")
+    return n if length % n == 0 else 1
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -78,16 +78,26 @@ def setup(cfg: Config) -> Experiment:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
     task = tasks.build(cfg.task, cfg.model, cfg.data)
+    step.check_lengths(sizes, task.batch_spec(cfg.data.batch_size))
     train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
     check_batch(task.batch_spec(cfg.data.batch_size), data.spec(train_data, cfg.data.batch_size))
+    where = mesh.make_mesh(cfg.mesh)
+    optimizers, layout = compose(cfg, task, where)
+    return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
+
+
+def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, State]:
+    """Optimizers of a task, and the state that they and its networks make on a mesh, from shapes alone.
+
+    Raises:
+        UserError: a parameter does not divide by the mesh.
+    """
     axes = task.axes()  # before any mesh is ambient
     optimizers = {
         loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes())
         for loss in task.losses
     }
-    where = mesh.make_mesh(cfg.mesh)
-    layout = states.layout(task, optimizers, where, cfg.train.ema is not None)
-    return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
+    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None)
 
 
 def train(

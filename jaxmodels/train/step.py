@@ -29,7 +29,7 @@ def split(batch: Batch, parts: int) -> Batch:
     def one(x: jax.Array) -> jax.Array:
         # strided, so that each share has rows of every device
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        return rules.constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
+        return rules.constrain(x, (None, *rules.batch_names(x.ndim - 1)))
 
     return jax.tree.map(one, dict(batch))
 
@@ -135,13 +135,7 @@ def build(
     options: dict[str, Any] = {"accumulate": accumulate, "ema": ema}
     if strategy == "pmap":
         return replicated(task, optimizers, mesh, layout, options)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-
-    def run(state: State, batch: Batch) -> tuple[State, Metrics]:
-        return advance(task, optimizers, state, batch, **options)
-
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0).lower(layout, batch)
+    lowered = lower(task, optimizers, mesh, layout, batch, **options)
     pool = ThreadPoolExecutor(1)
     compiling = pool.submit(lowered.compile)
     pool.shutdown(wait=False)
@@ -154,6 +148,31 @@ def build(
         return compiled
 
     return lambda state, batch: program()(state, batch)
+
+
+def lower(
+    task: Task,
+    optimizers: Optimizers,
+    mesh: Mesh,
+    layout: State,
+    batch: Mapping[str, Any],
+    *,
+    accumulate: int = 1,
+    ema: float | None = None,
+    platforms: tuple[str, ...] | None = None,
+) -> Any:
+    """The step as JAX hands it to XLA, from shapes alone; its state argument is donated.
+
+    `platforms` are those that it is for, where they are not those of this machine.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+
+    def run(state: State, batch: Batch) -> tuple[State, Metrics]:
+        return advance(task, optimizers, state, batch, accumulate=accumulate, ema=ema)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0).trace(layout, batch)
+        return traced.lower(lowering_platforms=platforms)
 
 
 def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, options: dict[str, Any]) -> Step:
@@ -173,6 +192,20 @@ def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, op
         return jax.device_put(state, shardings), metrics
 
     return step
+
+
+def check_lengths(mesh_sizes: Mapping[str, int], batch: Mapping[str, Any]) -> None:
+    """Refuse rows of tokens that the mesh cannot cut; `batch` has shapes, and those (B, T) are of tokens."""
+    axes = rules.table(mesh_sizes)["residual"]
+    parts = rules.shards(mesh_sizes, axes)
+    for name, field in batch.items():
+        if len(field.shape) == 2 and field.shape[1] % parts:
+            # twice the pieces: each device of a causal ring holds two
+            better = max(1, round(field.shape[1] / (2 * parts))) * 2 * parts
+            raise UserError(
+                f"got {name} of {field.shape[1]} tokens, expected a multiple of {parts} "
+                f"(mesh {'*'.join(axes)} = {parts}), try --data.seq-len {better}"
+            )
 
 
 def check(

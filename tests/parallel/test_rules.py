@@ -17,7 +17,7 @@ from jaxmodels.parallel.mesh import make_mesh, sizes
 
 def test_names_become_mesh_axes():
     assert rules.spec(("layers", "embed", "heads", "head_dim")) == P(None, "fsdp", "tensor", None)
-    assert rules.spec(("batch", "seq", None)) == P(("data", "fsdp", "expert"), None, None)
+    assert rules.spec(("batch", "seq", None)) == P(("data", "fsdp", "expert"), "context", None)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
@@ -40,7 +40,7 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        (MeshConfig(data=3), "data=3 fsdp=1 expert=1 tensor=1 = 3 device.s., expected 8"),
+        (MeshConfig(data=3), "data=3 fsdp=1 expert=1 context=1 tensor=1 = 3 device.s., expected 8"),
         (MeshConfig(data=-1, fsdp=3), "expected sizes that divide 8"),
         (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
         (MeshConfig(data=0), "expected positive sizes"),
@@ -52,7 +52,18 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-    assert sizes(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
+    assert sizes(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
+
+
+def test_a_mesh_says_itself_whether_tokens_between_products_are_cut_over_tensor():
+    residual = ("batch", "residual", None)
+    cuts = []
+    for sequence in (False, True):
+        mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2, sequence=sequence))
+        assert mesh.size == 8
+        placed = jax.device_put(np.zeros((2, 8, 3)), rules.sharding(mesh, residual))
+        cuts.append(placed.addressable_shards[0].data.shape)
+    assert cuts == [(1, 4, 3), (1, 2, 3)]
 
 
 def test_activations_are_pinned_under_a_mesh_and_left_alone_without():

@@ -34,6 +34,14 @@ CONTRACT: Mapping[str, frozenset[str]] = {
 }
 """Kernel -> features it supports; the reference first."""
 
+ACROSS: Mapping[str, frozenset[str]] = {
+    "ring": EVERYTHING - {"bias", "dropout", "q_offset", "q_offset array", "kv_length"},
+    "ulysses": EVERYTHING - {"bias", "dropout", "q_offset", "q_offset array", "kv_length"},
+}
+"""The same of kernels that join devices with other tokens; where there are none, they take what `blockwise` takes."""
+
+KERNELS: Mapping[str, frozenset[str]] = {**CONTRACT, **ACROSS}
+
 CONFLICTS: Mapping[str, frozenset[frozenset[str]]] = {
     # tokamax caps the sum of scores and bias, the reference caps the scores alone.
     "tokamax": frozenset({frozenset({"bias", "softcap"})}),
@@ -56,11 +64,17 @@ class Call(NamedTuple):
     dtype: str = "float32"
     features: frozenset[str] = frozenset()
     offset: int = 0
+    pieces: int = 1
+    """Into how many pieces the mesh cuts tokens."""
+    shares: int = 1
+    """Into how many shares the mesh cuts heads."""
 
 
 def refusal(kernel: str, call: Call) -> str | None:
     """Why a kernel cannot compute a call, or None if it can."""
-    missing = [name for name in FEATURES if name in call.features - CONTRACT[kernel]]
+    if kernel in ACROSS and call.pieces == 1:
+        kernel = "blockwise"  # or another that takes at least as much
+    missing = [name for name in FEATURES if name in call.features - KERNELS[kernel]]
     if missing:
         return f"does not support {', '.join(missing)}"
     for pair in CONFLICTS.get(kernel, ()):
@@ -79,6 +93,15 @@ def refusal(kernel: str, call: Call) -> str | None:
         windowed = call.features & {"window", "two-sided window"}
         if call.offset < 0 or (windowed and call.T + call.offset > call.S):
             return "needs a key at each query's own position"
+    if kernel in ACROSS and call.pieces > 1:
+        # a causal ring's devices hold two chunks each
+        parts = call.pieces * (2 if kernel == "ring" and "causal" in call.features else 1)
+        if call.T != call.S:
+            return f"needs as many queries as keys, got {call.T} and {call.S}"
+        if call.T % parts:
+            return f"needs a length that {parts} divides on this mesh, got {call.T}"
+        if kernel == "ulysses" and call.H % (call.pieces * call.shares):
+            return f"needs heads that {call.pieces * call.shares} divides on this mesh, got {call.H}"
     return None
 
 
@@ -95,9 +118,9 @@ def absence(kernel: str, platform: str) -> str | None:
 
 def table() -> str:
     """The contract as a Markdown table."""
-    lines = ["| feature | " + " | ".join(CONTRACT) + " |", "| --- |" + " :-: |" * len(CONTRACT)]
+    lines = ["| feature | " + " | ".join(KERNELS) + " |", "| --- |" + " :-: |" * len(KERNELS)]
     for name, meaning in FEATURES.items():
-        cells = ["yes" if name in supported else "–" for supported in CONTRACT.values()]
+        cells = ["yes" if name in supported else "–" for supported in KERNELS.values()]
         lines.append(f"| **{name}**: {meaning} | " + " | ".join(cells) + " |")
     for kernel, pairs in CONFLICTS.items():
         lines += ["", *(f"`{kernel}` refuses {' with '.join(sorted(pair))}." for pair in pairs)]

@@ -31,14 +31,19 @@ def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
         room = nq * plan.Q - T if bias.shape[3] > 1 else 0, nk * plan.S - S if bias.shape[4] > 1 else 0
         bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, n) for n in room])
     q, k, v = cut(q, 3, nq, plan.Q), cut(k, 2, nk, plan.S), cut(v, 2, nk, plan.S)
-    out = jnp.moveaxis(over_blocks(plan, q, k, v, bias, hidden), 0, 3)
-    return out.reshape(*out.shape[:3], nq * plan.Q, -1)[:, :, :, :T]
+    return join(over_blocks(plan, q, k, v, bias, hidden), 3)[:, :, :, :T]
 
 
 def cut(x, axis: int, n: int, size: int):
     """An axis cut into n blocks, padded, in front: (n, ..., size, ...)."""
     x = jnp.pad(x, [(0, n * size - x.shape[a] if a == axis else 0) for a in range(x.ndim)])
     return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def join(blocks, axis: int):
+    """What `cut` cut, with its padding."""
+    x = jnp.moveaxis(blocks, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def keys_of(plan: Plan, hidden: Hidden, i, nk):
@@ -97,10 +102,14 @@ def scores(plan: Plan, hidden: Hidden, q, k, bias, i, j):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def over_blocks(plan: Plan, q, k, v, bias, hidden: Hidden):
-    return forward(plan, q, k, v, bias, hidden)[0]
+    return attended(plan, q, k, v, bias, hidden, q.dtype)[0]
 
 
-def forward(plan: Plan, q, k, v, bias, hidden: Hidden):
+def attended(plan: Plan, q, k, v, bias, hidden: Hidden, dtype):
+    """Outputs, in `dtype`, and log-sum-exps of the scores, which are inf where nothing is seen.
+
+    Shapes: q (nq, B, G, R, Q, K), k and v (nk, B, G, S, K); returns q's and, without K, the same.
+    """
     (nq, B, G, R, Q, K), nk = q.shape, k.shape[0]
 
     def rows(_, i):
@@ -118,16 +127,26 @@ def forward(plan: Plan, q, k, v, bias, hidden: Hidden):
         start = lax.full_like(q, 0.0, jnp.float32, (B, G, R, Q, K)), zero + FLOOR, zero
         out, top, total = lax.fori_loop(*keys_of(plan, hidden, i, nk), step, start)
         total, lse = normalise(top, total)
-        return None, ((out / total[..., None]).astype(q.dtype), lse)
+        return None, ((out / total[..., None]).astype(dtype), lse)
 
-    out, lse = lax.scan(rows, None, jnp.arange(nq))[1]
+    return lax.scan(rows, None, jnp.arange(nq))[1]
+
+
+def forward(plan: Plan, q, k, v, bias, hidden: Hidden):
+    out, lse = attended(plan, q, k, v, bias, hidden, q.dtype)
     return out, (q, k, v, bias, hidden, out, lse)
 
 
 def backward(plan: Plan, saved: Any, d_out):
     q, k, v, bias, hidden, out, lse = saved
-    nq, nk = q.shape[0], k.shape[0]
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    dq, dk, dv, d_bias = gradients(plan, q, k, v, bias, hidden, lse, delta, d_out, k.dtype)
+    return dq.astype(q.dtype), dk, dv, d_bias, None
+
+
+def gradients(plan: Plan, q, k, v, bias, hidden: Hidden, lse, delta, d_out, dtype):
+    """Gradients of q and bias in float32, of k and v in `dtype`; delta is the sum of d_out · output over K."""
+    nq, nk = q.shape[0], k.shape[0]
 
     def columns(carry, j):
         kj, vj = at(k, j), at(v, j)
@@ -145,11 +164,11 @@ def backward(plan: Plan, saved: Any, d_out):
 
         zero = jnp.zeros_like(kj, jnp.float32), jnp.zeros_like(vj, jnp.float32)
         dq, d_bias, dk, dv = lax.fori_loop(*queries_of(plan, hidden, j, nq), step, (*carry, *zero))
-        return (dq, d_bias), (dk.astype(k.dtype), dv.astype(v.dtype))
+        return (dq, d_bias), (dk.astype(dtype), dv.astype(dtype))
 
     start = jnp.zeros_like(q, jnp.float32), None if bias is None else jnp.zeros_like(bias)
     (dq, d_bias), (dk, dv) = lax.scan(columns, start, jnp.arange(nk))
-    return dq.astype(q.dtype), dk, dv, d_bias, None
+    return dq, dk, dv, d_bias
 
 
 over_blocks.defvjp(forward, backward)

@@ -1,4 +1,4 @@
-"""Fused kernels, which XLA cannot partition, run on each device's own examples and heads."""
+"""Kernels that XLA cannot partition run on each device's own examples and heads, some on its own tokens too."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxmodels.parallel import rules
 
 Array = jax.Array
 
 
-def shard(attend: Callable[..., Array], inputs: dict[str, Any]) -> Array:
-    """`attend(**inputs)` under the ambient mesh: examples and heads are split as the table of axes says."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return attend(**inputs)
-    if not set(rules.AXES) <= set(mesh.axis_names):
+def shard(attend: Callable[..., Array], inputs: dict[str, Any], tokens: bool = False) -> Array:
+    """`attend(**inputs)` under the ambient mesh: examples and heads are split as the table of axes says.
+
+    With `tokens` they are split too, and `attend` is told by `axis` over which mesh axes, if there are any.
+    """
+    mesh = rules.ambient()
+    if mesh is None:
         return attend(**inputs)
     (B, _, H, _), G = inputs["q"].shape, inputs["k"].shape[2]
     batch, heads = rules.RULES["batch"], rules.RULES["heads"]
@@ -29,12 +30,16 @@ def shard(attend: Callable[..., Array], inputs: dict[str, Any]) -> Array:
         G = pieces
     rows = batch if B % rules.shards(mesh.shape, batch) == 0 else None
     split = heads if G % pieces == 0 else None
+    along = rules.RULES["seq"] if tokens and rules.pieces("seq") > 1 else None
+    told = {} if along is None else {"axis": along}
 
     def spec(name: str, x: Array) -> PartitionSpec:
         first = rows if x.shape[0] > 1 else None
         if name == "bias":
             return PartitionSpec(first, split if x.shape[1] > 1 else None)
-        return PartitionSpec(first, None, split) if name in ("q", "k", "v") else PartitionSpec(first)
+        if name in ("q", "k", "v"):
+            return PartitionSpec(first, along, split)
+        return PartitionSpec(first, along) if name in ("q_segments", "kv_segments") else PartitionSpec(first)
 
     segments = inputs["segments"]
     alike = segments is not None and segments[0] is segments[1]  # told by identity, which the mapping would lose
@@ -47,8 +52,8 @@ def shard(attend: Callable[..., Array], inputs: dict[str, Any]) -> Array:
         arrays = dict(arrays)
         ids = arrays.pop("q_segments", None)
         pair = None if ids is None else (ids, arrays.pop("kv_segments", ids))
-        return attend(**arrays, **fixed, segments=pair)
+        return attend(**arrays, **fixed, **told, segments=pair)
 
     specs = {name: spec(name, x) for name, x in arrays.items()}
-    out = PartitionSpec(rows, None, split)
+    out = PartitionSpec(rows, along, split)
     return jax.shard_map(local, in_specs=(specs,), out_specs=out, check_vma=False)(arrays)

@@ -1,0 +1,191 @@
+"""Ring attention: queries stay on their devices, keys and values go round.
+
+Each device holds a piece of every sequence. While it attends to the keys it has, they are on their way to the next
+device, so that sending and computing can overlap; the backward pass sends the gradients of keys and values round with
+them. Causal attention is dealt out in zigzag: of 2n chunks, device i takes i and 2n - 1 - i, which is the same work for
+all. Dealing them costs two half-pieces of q, k, v and the output, sent once each; the ring itself sends n - 1 pieces of
+k and v forwards, and n of k, v and their float32 gradients backwards.
+Source: Liu et al. 2023; the zigzag, Llama team 2024, section 3.3.2.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmodels.models.kernels import blockwise
+from jaxmodels.models.kernels.blocks import Hidden, Plan
+from jaxmodels.models.kernels.looped import attended, cut, gradients, join
+
+Array = jax.Array
+
+
+class Ring(NamedTuple):
+    """What is known before tracing: `chunk` is the length of each of the chunks that a device holds."""
+
+    plan: Plan
+    axis: Any
+    chunk: int
+
+    def chunks(self, device: Any) -> tuple[Any, ...]:
+        """The chunks that a device holds, in the order in which it holds them."""
+        return (device, 2 * lax.axis_size(self.axis) - 1 - device) if self.plan.causal else (device,)
+
+    def send(self, x: Any) -> Any:
+        """What the device before this one has."""
+        n = lax.axis_size(self.axis)
+        return lax.ppermute(x, self.axis, [(i, (i + 1) % n) for i in range(n)])
+
+
+def attend(q, k, v, *, segments, bias, dropout, rng, q_offset, kv_length, axis=None, **how):
+    """Attention around the mesh axis that cuts tokens; of one piece, without an axis, `blockwise`.
+
+    Shapes: as `xla.attend`, of a device's own tokens.
+    """
+    if axis is None:
+        rest = {"bias": bias, "dropout": dropout, "rng": rng, "q_offset": q_offset, "kv_length": kv_length}
+        return blockwise.attend(q, k, v, segments=segments, **rest, **how)
+    causal = how["causal"]
+    if causal:
+        dealt: Any = jax.tree.map(partial(deal, axis=axis), (q, k, v, segments))
+        q, k, v, segments = dealt
+    (B, T, H, K), G = q.shape, k.shape[2]
+    chunk = T // (2 if causal else 1)
+    size = blockwise.equal(chunk)
+    ring = Ring(Plan(**how, Q=size, S=size), axis, chunk)
+    q = q.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    ids = (None, None) if segments is None else (blocks(ring, x, 1) for x in segments)
+    parts: Any = around(ring, blocks(ring, q, 3), (blocks(ring, k, 2), blocks(ring, v, 2)), *ids)
+    out = jnp.concatenate([join(x, 3)[:, :, :, :chunk] for x in parts], 3)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    return collect(out, axis) if causal else out
+
+
+def _home(n: int) -> list[int]:
+    """The device that takes each chunk."""
+    return [min(c, 2 * n - 1 - c) for c in range(2 * n)]
+
+
+def deal(x: Array, axis: Any) -> Array:
+    """A device's chunks of (B, T, …) in zigzag: i and 2n - 1 - i instead of 2i and 2i + 1."""
+    home, odd = _home(lax.axis_size(axis)), lax.axis_index(axis) % 2 == 1
+    # chunks of even number all go to different devices, and so do those of odd number
+    a, b = (
+        lax.ppermute(half, axis, list(enumerate(home[parity::2]))) for parity, half in enumerate(jnp.split(x, 2, 1))
+    )
+    return jnp.concatenate([jnp.where(odd, b, a), jnp.where(odd, a, b)], 1)
+
+
+def collect(x: Array, axis: Any) -> Array:
+    """What `deal` dealt, back in order."""
+    home, odd = _home(lax.axis_size(axis)), lax.axis_index(axis) % 2 == 1
+    low, high = jnp.split(x, 2, 1)
+    held = jnp.where(odd, high, low), jnp.where(odd, low, high)
+    return jnp.concatenate(
+        [lax.ppermute(x, axis, [(d, i) for i, d in enumerate(home[parity::2])]) for parity, x in enumerate(held)], 1
+    )
+
+
+def blocks(ring: Ring, x: Array, dimension: int) -> tuple[Array, ...]:
+    """The chunks of x, each cut into blocks."""
+    parts = jnp.split(x, x.shape[dimension] // ring.chunk, dimension)
+    return tuple(cut(part, dimension, -(-ring.chunk // ring.plan.Q), ring.plan.Q) for part in parts)
+
+
+def pairs(ring: Ring, step: Any, q_segments: Any, kv_segments: Any):
+    """For each chunk of queries and of the keys held at a step: its numbers, whether any is seen, and what is hidden.
+
+    At step r a device holds the keys of the r-th device before it.
+    """
+    n, i = lax.axis_size(ring.axis), lax.axis_index(ring.axis)
+    plan, C = ring.plan, ring.chunk
+    length = None if C % plan.S == 0 else jnp.full(1, C, jnp.int32)
+    for a, mine in enumerate(ring.chunks(i)):
+        for b, theirs in enumerate(ring.chunks((i - step) % n)):
+            ahead = (mine - theirs) * C
+            seen = ahead >= 0 if plan.causal else jnp.bool_(True)
+            if plan.window is not None:
+                seen &= jnp.abs(ahead) - (C - 1) < plan.window
+            ids = (None, None) if q_segments is None else (q_segments[a], kv_segments[b])
+            yield a, b, seen, Hidden(ahead.reshape(1).astype(jnp.int32), length, *ids)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def around(ring: Ring, q, kv, q_segments, kv_segments):
+    """Outputs by chunk and block, from those of q, k and v. Shapes: as in `looped`."""
+    return forward(ring, q, kv, q_segments, kv_segments)[0]
+
+
+def forward(ring: Ring, q, kv, q_segments, kv_segments):
+    def attend(carry, held, step):
+        kv, ids = held
+        carry = list(carry)
+        for a, b, seen, hidden in pairs(ring, step, q_segments, ids):
+
+            def add(carry, a=a, b=b, hidden=hidden):
+                out, lse = attended(ring.plan, q[a], kv[0][b], kv[1][b], None, hidden, jnp.float32)
+                return merge(carry, (out, jnp.where(lse == jnp.inf, -jnp.inf, lse)))
+
+            carry[a] = lax.cond(seen, add, lambda carry: carry, carry[a])
+        return tuple(carry)
+
+    def step(carry, r):
+        held, outs = carry
+        coming = ring.send(held)
+        return (coming, attend(outs, held, r)), None
+
+    start = tuple((lax.full_like(x, 0.0, jnp.float32), lax.full_like(x[..., 0], -jnp.inf, jnp.float32)) for x in q)
+    n = lax.axis_size(ring.axis)
+    (held, outs), _ = lax.scan(step, ((kv, kv_segments), start), jnp.arange(n - 1))
+    outs = attend(outs, held, n - 1)
+    out = tuple(out.astype(x.dtype) for (out, _), x in zip(outs, q, strict=True))
+    lse = tuple(jnp.where(lse == -jnp.inf, jnp.inf, lse) for _, lse in outs)
+    return out, (q, kv, q_segments, kv_segments, out, lse)
+
+
+def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Outputs over two sets of keys as one over both; a log-sum-exp of -inf says that none is seen."""
+    lse = jnp.logaddexp(a[1], b[1])
+    safe = jnp.where(lse == -jnp.inf, 0.0, lse)
+    one, other = (out * jnp.exp(part - safe)[..., None] for out, part in (a, b))
+    return one + other, lse
+
+
+def backward(ring: Ring, saved: Any, d_out):
+    q, kv, q_segments, kv_segments, out, lse = saved
+    delta = tuple((d.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) for d, o in zip(d_out, out, strict=True))
+
+    def pull(dq, d_kv, held, step):
+        (k, v), ids = held
+        dq, dk, dv = list(dq), list(d_kv[0]), list(d_kv[1])
+        for a, b, seen, hidden in pairs(ring, step, q_segments, ids):
+
+            def add(sums, a=a, b=b, hidden=hidden):
+                parts = gradients(ring.plan, q[a], k[b], v[b], None, hidden, lse[a], delta[a], d_out[a], jnp.float32)
+                return jax.tree.map(jnp.add, sums, parts[:3])
+
+            dq[a], dk[b], dv[b] = lax.cond(seen, add, lambda sums: sums, (dq[a], dk[b], dv[b]))
+        return tuple(dq), (tuple(dk), tuple(dv))
+
+    def step(carry, r):
+        held, dq, d_kv = carry
+        # both are sent before this step's part is computed, and neither waits for it
+        coming, d_kv = ring.send((held, d_kv))
+        dq, d_kv = pull(dq, d_kv, held, r)
+        return (coming, dq, d_kv), None
+
+    held, n = (kv, kv_segments), lax.axis_size(ring.axis)
+    coming = ring.send(held)
+    zeros: Any = jax.tree.map(lambda x: lax.full_like(x, 0.0, jnp.float32), (q, kv))
+    dq, d_kv = pull(zeros[0], zeros[1], held, 0)
+    (_, dq, d_kv), _ = lax.scan(step, (coming, dq, d_kv), jnp.arange(1, n))
+    cast: Any = jax.tree.map(lambda x, d: d.astype(x.dtype), (q, kv), (dq, ring.send(d_kv)))
+    return *cast, None, None
+
+
+around.defvjp(forward, backward)

@@ -1,0 +1,71 @@
+"""Steps of small decoders on a mesh: what the tests of context and sequence sharding compare.
+
+Run as a script (MODEL, and the mesh as JSON) it prints losses and gradient norms, for meshes of more devices than the
+tests' own process has.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.train import optim, state, step
+
+B, T, V, STEPS = 8, 16, 64, 4
+SMALL = {"vocab_size": V, "layers": 2, "width": 16, "heads": 4}
+MODELS = {
+    "gpt2": GPT2Config(**SMALL, context=T),
+    "llama": LlamaConfig(**SMALL, kv_heads=2, mlp_width=32),
+    "mixtral": MixtralConfig(**SMALL, kv_heads=2, mlp_width=32, experts=4, z_loss=0.01),
+}
+
+
+def batches():
+    """Packed rows with padding: segment ids, and targets that are ignored in unequal numbers."""
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        rows = (rng.integers(0, V, (B, T + 1)) % 8).astype(np.int32)
+        ids = 1 + (np.arange(T) >= rng.integers(3, T - 3, (B, 1))).astype(np.int32)
+        ids[:3, T - 2 :] = 0
+        yield {"tokens": rows[:, :-1], "targets": np.where(ids == 0, -1, rows[:, 1:]), "segment_ids": ids}
+
+
+def prepare(model, mesh_cfg, **options):
+    """The compiled step, its layout's state and the mesh, from a config of a model and of a mesh."""
+    devices = int(np.prod([getattr(mesh_cfg, axis) for axis in rules.AXES]))
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
+    task = tasks.build(TaskConfig(), model, DataConfig(seq_len=T, batch_size=B))
+    cfg = OptimConfig(peak_lr=1e-2, warmup_steps=1)
+    optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
+    layout = state.layout(task, optimizers, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
+    rows = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, x.ndim))
+        for name, x in next(batches()).items()
+    }
+    return step.build(task, optimizers, mesh, layout, rows, **options), now, mesh
+
+
+def measure(model, mesh_cfg, **options):
+    """Loss and gradient norm of each step, (STEPS, 2)."""
+    take, now, mesh = prepare(model, mesh_cfg, **options)
+    found = []
+    for batch in batches():
+        now, metrics = take(
+            now, {name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in batch.items()}
+        )
+        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return np.array(found)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(MODELS[sys.argv[1]], MeshConfig(**json.loads(sys.argv[2]))).tolist()))

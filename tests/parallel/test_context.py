@@ -1,0 +1,109 @@
+"""Tokens cut over `context`, and between products over `tensor`: the same steps, by other collectives."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmodels import create
+from jaxmodels.config import MeshConfig
+from jaxmodels.errors import UserError
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh, sizes
+from jaxmodels.tasks.losses import FEW
+from jaxmodels.train import step
+from tests.parallel.steps import MODELS, B, T, measure
+from tests.parallel.test_ring import collectives
+
+
+def mesh(**axes):
+    return MeshConfig(**{"data": 1, **axes})
+
+
+@functools.cache
+def alone(name):
+    """Loss and gradient norm of each step on one device."""
+    return measure(MODELS[name], mesh())
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg", "changes"),
+    [
+        ("gpt2", mesh(context=4), {}),
+        ("gpt2", mesh(context=2, tensor=2), {"attention": "xla"}),
+        ("gpt2", mesh(data=2, context=2), {"attention": "ulysses", "remat": "full"}),
+        ("llama", mesh(fsdp=2, context=2), {"remat": "dots"}),
+        ("llama", mesh(context=2, tensor=2, sequence=True), {}),
+        ("llama", mesh(fsdp=2, tensor=2, sequence=True), {}),
+        ("mixtral", mesh(expert=2, context=2), {}),
+        ("mixtral", mesh(context=2, tensor=2, sequence=True), {}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_steps_are_those_of_one_device(name, cfg, changes):
+    got = measure(dataclasses.replace(MODELS[name], **changes), cfg)
+    np.testing.assert_allclose(got, alone(name), rtol=1e-5, atol=1e-5)
+    assert alone(name)[-1, 0] < alone(name)[0, 0] - 0.1, "something must have been learned for this to mean anything"
+
+
+def test_four_axes_at_once_give_the_steps_of_one_device(root):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")
+    axes = {"data": 1, "fsdp": 2, "expert": 2, "context": 2, "tensor": 2, "sequence": True}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.steps", "mixtral", json.dumps(axes)],
+        cwd=root,
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    np.testing.assert_allclose(json.loads(done.stdout), alone("mixtral"), rtol=1e-5, atol=1e-5)
+
+
+def test_microbatches_and_a_large_vocabulary_keep_the_tokens_cut():
+    large = dataclasses.replace(MODELS["gpt2"], vocab_size=2 * FEW, layers=1)
+    one, two = measure(large, mesh()), measure(large, mesh(data=2, context=2), accumulate=2)
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
+
+
+def backward(cfg):
+    """The compiled gradient of a LLaMA whose blocks are computed again, on a mesh."""
+    model, placed = create("llama", **{**vars(MODELS["llama"]), "remat": "full"}), make_mesh(cfg, jax.devices()[:2])
+    where = rules.place(placed, model.axes(), model.shapes())
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), where)
+    tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.batch_sharding(placed, 2))
+    with jax.set_mesh(placed):
+        total = jax.jit(jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum()))
+        return total.lower(params, tokens).compile().as_text()
+
+
+def test_sequence_sharding_gathers_and_keeps_half_of_each_block_s_input():
+    whole, cut = backward(mesh(tensor=2)), backward(mesh(tensor=2, sequence=True))
+    D = MODELS["llama"].width
+    kept = [f"f32[2,{B},{length},{D}]" for length in (T, T // 2)]
+    assert [text in whole for text in kept] == [True, False]
+    assert [text in cut for text in kept] == [False, True], "the stacked inputs of the blocks"
+    assert set(collectives(whole)) == {"all-reduce"}
+    assert collectives(cut)["all-gather"] >= 4 and "all-to-all" not in collectives(cut)
+
+
+def test_fields_of_tokens_are_cut_and_images_are_whole_on_all_devices_of_a_row():
+    placed = make_mesh(mesh(data=2, context=4))
+    tokens, images = np.zeros((4, 8), np.int32), np.zeros((4, 8, 8, 3), np.float32)
+    held = [jax.device_put(x, rules.batch_sharding(placed, x.ndim)) for x in (tokens, images)]
+    assert [x.addressable_shards[0].data.shape for x in held] == [(2, 2), (2, 8, 8, 3)]
+
+
+def test_rows_that_do_not_divide_are_refused_with_a_length_that_does():
+    row = {"tokens": jax.ShapeDtypeStruct((8, 100), np.int32), "inputs": jax.ShapeDtypeStruct((8, 9, 9, 3), np.float32)}
+    with pytest.raises(UserError, match=r"tokens of 100 tokens.*multiple of 8 \(mesh context = 8\), try .*-len 96$"):
+        step.check_lengths(sizes(mesh(context=8), 8), row)
+    step.check_lengths(sizes(mesh(context=4, tensor=2), 8), row)
+    with pytest.raises(UserError, match=r"multiple of 8 \(mesh context\*tensor = 8\)"):
+        step.check_lengths(sizes(mesh(context=4, tensor=2, sequence=True), 8), row)
