@@ -1,4 +1,4 @@
-"""The command line: `jaxmodels train|eval|tune|sample|models|report|import|export|data|config`.
+"""The command line: `jaxmodels train|eval|tune|plan|sample|models|report|import|export|data|config`.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
 """
@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.options import InspectOptions, PrepareOptions, RunOptions, TuneOptions, configured, parse
+from jaxmodels.options import InspectOptions, PlanOptions, PrepareOptions, RunOptions, TuneOptions, configured, parse
 
 COMMANDS = {
     "train": "train CONFIG.py [--run-dir DIR] [--resume auto|must|never] [--section.field value ...]",
     "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
     "tune": "tune CONFIG.py --space FIELD=LOW:HIGH ... [--trials N] [--workers N]          search for good fields",
+    "plan": "plan CONFIG.py --on h100:4x8|v5e:16x16|… [--json FILE]          what a job needs on hardware not here",
     "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
     "models": "models [NAME]          families and presets, or one model's tree of parameters",
     "report": "report RUN [RUN ...] [--out DIR] [--best]          a page of curves and pictures of runs",
@@ -74,8 +75,8 @@ def dispatch(argv: list[str]) -> int:
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         raise UserError(f"got command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-    if name in ("train", "tune"):
-        return train(rest) if name == "train" else tune(rest)
+    if name in ("train", "tune", "plan"):
+        return {"train": train, "tune": tune, "plan": plan}[name](rest)
     from jaxmodels import commands
 
     groups: dict[str, dict[str, Callable[..., Any]]] = {
@@ -120,6 +121,15 @@ def tune(argv: list[str]) -> int:
     from jaxmodels import commands
 
     commands.tune(cfg, options, argv[0], argv)
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    """`jaxmodels plan CONFIG.py --on …`."""
+    cfg, options = configured(argv, "jaxmodels plan", PlanOptions)
+    from jaxmodels.plan import command
+
+    command.command(cfg, options)
     return 0
 
 

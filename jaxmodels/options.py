@@ -60,6 +60,16 @@ class TuneOptions:
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """The hardware that is planned for, and the fields of the experiment."""
+
+    on: str = ""
+    """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:8x8x8."""
+    json: Path | None = None
+    """Write the plans to this file too."""
+
+
+@dataclass(frozen=True)
 class NoOptions:
     """The fields of the experiment."""
 

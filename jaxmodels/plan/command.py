@@ -1,0 +1,154 @@
+"""`jaxmodels plan`: what a job needs and reaches on hardware that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.options import PlanOptions
+from jaxmodels.plan import compile as compiling
+from jaxmodels.plan import program, roofline, topology
+from jaxmodels.plan.compile import Compiled
+from jaxmodels.plan.roofline import Estimate
+
+
+def command(cfg: Config, options: PlanOptions) -> None:
+    """Plan a config on each topology that is asked for, and print what comes out."""
+    if not options.on:
+        raise UserError("got no --on, expected a topology, try --on h100:1x8 or --on v5e:4x4")
+    asked = [topology.parse(name) for name in options.on.split(",")]
+    plans = []
+    for each in asked:
+        print(f"compiling for {each.name} ({each.devices} devices) ...", flush=True)
+        plans.append(plan(cfg, compiling.compiled(cfg, each)))
+        print(table(cfg, plans[-1]), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(plans, indent=2) + "\n")
+
+
+def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
+    """Everything that is known of a compiled step, as JSON values: bytes of one device, seconds, FLOPs."""
+    row, on = made.topology.hardware, made.topology
+    fits = not made.shortage and made.peak <= row.memory
+    found: dict[str, Any] = {
+        "on": on.name,
+        "devices": on.devices,
+        "mesh": made.mesh,
+        "parameters": made.flops["parameters"],
+        "fits": fits,
+        "memory": {
+            "device": int(row.memory),
+            "peak": made.peak,
+            **made.held,
+            "gradients": made.gradients,
+            "activations": max(0, made.temporaries - made.gradients),
+            "arguments": made.arguments,
+        },
+        "shortage": made.shortage,
+        "largest": made.largest,
+        "model_flops": made.flops["model"],
+        "compile_seconds": made.seconds,
+        "compile_memory": made.memory,
+        "source": row.source,
+    }
+    if not made.text:
+        return found
+    dtype = getattr(cfg.model, "dtype", "float32")
+    estimate = roofline.estimate(program.parse(made.text), made.places, dtype)
+    return found | speed(cfg, made, estimate, row.flops.get(dtype, row.flops["bfloat16"]))
+
+
+def speed(cfg: Config, made: Compiled, estimate: Estimate, peak: float) -> dict[str, Any]:
+    """What is predicted of the step's time."""
+    step, devices = estimate.seconds, made.topology.devices
+    tokens = cfg.data.batch_size * (cfg.data.seq_len if cfg.task.name.endswith("_lm") else 1)
+    return {
+        "step_seconds": step,
+        "binds": estimate.binds,
+        "seconds": {"compute": estimate.products, "memory": estimate.memory, "waiting for links": estimate.waiting},
+        "hardware_flops": estimate.flops * devices,
+        "moved": estimate.moved,
+        "per_second": tokens / step,
+        "per_second_device": tokens / step / devices,
+        "mfu": made.flops["model"] / step / devices / peak,
+        "mfu_causal": (made.flops["model"] - made.flops.get("above_diagonal", 0)) / step / devices / peak,
+        "device_hours": cfg.train.steps * step * devices / 3600,
+        "transfers": [dataclasses.asdict(each) for each in estimate.transfers],
+        "assumed": roofline.SHARE[made.topology.hardware.platform],
+    }
+
+
+def table(cfg: Config, plan: dict[str, Any]) -> str:
+    """A plan as text."""
+    memory = plan["memory"]
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
+    lines = [
+        "",
+        f"{plan['on']}: {plan['devices']} devices, mesh {mesh}, {plan['parameters']:,} parameters, "
+        f"batch {cfg.data.batch_size}",
+        "",
+        "memory of a device" + f"{'GiB':>22}",
+    ]
+    shown = ("parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
+    lines += [f"  {name:<24}{memory[name] / 2**30:>12.2f}" for name in shown if memory[name]]
+    lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}")
+    if plan["fits"]:
+        lines.append("  it fits")
+    else:
+        lines += ["  IT DOES NOT FIT" + (f": {plan['shortage']}" if plan["shortage"] else ""), *remedies(cfg, plan)]
+        lines += [f"    {size / 2**30:8.2f}  {name}" for size, name in plan["largest"]]
+    lines.append("")
+    if "step_seconds" not in plan:
+        lines.append(f"compiling took {plan['compile_seconds']:.0f} s")
+        return "\n".join(lines)
+    lines += [
+        f"step: {plan['step_seconds']:.4g} s predicted, bound by {plan['binds']} ("
+        + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan["seconds"].items())
+        + ")",
+        f"  {plan['per_second']:,.0f} {unit(cfg)}/s, {plan['per_second_device']:,.0f} a device",
+        f"  MFU {plan['mfu']:.1%} (attention in full), {plan['mfu_causal']:.1%} (causal half); model "
+        f"{plan['model_flops']:.4g} FLOPs a step, hardware {plan['hardware_flops']:.4g}",
+        f"  {cfg.train.steps:,} steps: {plan['device_hours']:,.4g} device-hours",
+        "",
+    ]
+    if plan["transfers"]:
+        lines.append(
+            f"{'collectives a step':<22}{'along':<18}{'over':<12}{'devices':>8}{'count':>8}{'GiB':>10}{'s':>10}"
+        )
+        lines += [
+            f"  {t['kind']:<20}{'*'.join(t['axes']) or '-':<18}{t['link']:<12}{t['devices']:>8}{t['count']:>8}"
+            f"{t['bytes'] / 2**30:>10.3f}{t['seconds']:>10.3g}"
+            for t in plan["transfers"]
+        ]
+        lines.append("")
+    assumed = ", ".join(f"{name} {value:g}" for name, value in plan["assumed"].items())
+    lines += [
+        f"assumed: {assumed}",
+        f"hardware: {plan['source']}",
+        f"compiling took {plan['compile_seconds']:.0f} s and {plan['compile_memory'] / 2**30:.1f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def unit(cfg: Config) -> str:
+    """What throughput counts."""
+    return "tokens" if cfg.task.name.endswith("_lm") else "examples"
+
+
+def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:
+    """What would make a step fit that does not."""
+    memory = plan["memory"]
+    kept = sum(memory[name] for name in ("parameters", "optimizer", "average", "gradients"))
+    if kept > 0.8 * memory["device"]:
+        return [
+            "  parameters, optimizer and gradients alone fill the device: try a larger --mesh.fsdp, or more devices"
+        ]
+    tried = []
+    if getattr(cfg.model, "remat", "full") != "full":
+        tried.append("--model.remat full")
+    return [
+        f"  activations fill the device: try {' or '.join([*tried, f'--train.accumulate {2 * cfg.train.accumulate}'])}"
+    ]

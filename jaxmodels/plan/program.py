@@ -1,0 +1,295 @@
+"""A compiled program read from its HLO text: what each instruction computes, moves and sends, and how often."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
+    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+}  # fmt: skip
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "add-dependency", "opt-barrier", "async-done", "async-update",
+}  # fmt: skip
+"""Instructions that move nothing."""
+
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%?([\w.\-]+)")
+
+
+@dataclass
+class Instruction:
+    """One line of a computation; shapes as text."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+
+    @property
+    def kind(self) -> str | None:
+        """Which collective this is or begins; None: none."""
+        base = self.opcode.removesuffix("-start")
+        return base if base in COLLECTIVES else None
+
+    @property
+    def channel(self) -> str | None:
+        found = re.search(r"channel_id=(\d+)", self.attributes)
+        return found.group(1) if found else None
+
+    @property
+    def label(self) -> str:
+        """Where in the model it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found.group(1) if found else self.name
+
+    def called(self) -> dict[str, str]:
+        return dict(_CALLED.findall(self.attributes))
+
+
+@dataclass
+class Computation:
+    """Instructions in the order in which they are issued."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+
+@dataclass
+class Program:
+    """All computations of a module."""
+
+    entry: str
+    computations: dict[str, Computation]
+
+    def trips(self, loop: Instruction) -> int:
+        """How often the body of a `while` runs: as the compiler notes it, or the bound in its condition."""
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if noted:
+            return int(noted.group(1))
+        condition = self.computations[loop.called()["condition"]]
+        bounds = [
+            int(found.group(1))
+            for each in condition.instructions.values()
+            if each.opcode == "constant" and (found := re.match(r"(\d+)", ",".join(each.operands)))
+        ]
+        return max(bounds, default=1)
+
+    def walk(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
+        """Every instruction that is issued by itself, and how often; of a fusion, the fusion."""
+        computation = self.computations[name or self.entry]
+        for each in computation.instructions.values():
+            yield computation, each, times
+            called = each.called()
+            if each.opcode == "while":
+                yield from self.walk(called["body"], times * self.trips(each))
+            elif each.opcode == "call":
+                yield from self.walk(called["to_apply"], times)
+
+
+def parse(text: str) -> Program:
+    """A program from the text of a compiled module."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            if head := _HEAD.match(line):
+                current = computations[head.group(2)] = Computation(head.group(2))
+                entry = head.group(2) if head.group(1) else entry
+        elif line.rstrip() == "}":
+            current = None
+        elif found := _LINE.match(line):
+            instruction = _instruction(found.group(2), found.group(3))
+            current.instructions[instruction.name] = instruction
+    return Program(entry, computations)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    shape, rest = _balanced(rest) if rest.startswith("(") else rest.split(" ", 1)
+    opcode, _, rest = rest.strip().partition("(")
+    inside, attributes = _balanced("(" + rest)
+    operands = [part.split()[-1].lstrip("%") for part in _split(inside[1:-1]) if part.strip()]
+    return Instruction(name, shape, opcode.strip(), operands, attributes)
+
+
+def _balanced(text: str) -> tuple[str, str]:
+    """A parenthesis with all in it, and what follows."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: index + 1], text[index + 1 :]
+    return text, ""
+
+
+def _split(text: str) -> list[str]:
+    text = re.sub(r"/\*.*?\*/", "", text)
+    parts, depth, begin = [], 0, 0
+    for index, letter in enumerate(text):
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == "," and depth == 0:
+            parts.append(text[begin:index])
+            begin = index + 1
+    return [*parts, text[begin:]]
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """Element type, dimensions and layout of each array in a shape."""
+    found = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
+    return [(kind, tuple(int(n) for n in dims.split(",") if n), layout) for kind, dims, layout in found]
+
+
+def size(shape: str, memory_only: bool = False) -> float:
+    """Bytes of a shape; with `memory_only` without what lies in the fast memory of a TPU core."""
+    return sum(
+        math.prod(dims) * BYTES.get(kind, 4)
+        for kind, dims, layout in arrays(shape)
+        if not (memory_only and "S(1)" in layout)
+    )
+
+
+def flops(program: Program, computation: Computation, each: Instruction) -> float:
+    """FLOPs of the products that an instruction computes, inside a fusion too."""
+    if each.opcode == "dot":
+        left = arrays(computation.instructions[each.operands[0]].shape)[0][1]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
+        inner = math.prod(left[int(i)] for i in contracted.group(1).split(",") if i) if contracted else 1
+        return 2 * math.prod(arrays(each.shape)[0][1]) * inner
+    if each.opcode == "convolution":
+        return _convolution(computation, each)
+    if each.opcode == "custom-call":
+        return _custom(computation, each)
+    if each.opcode == "fusion" and (called := each.called().get("calls")):
+        inside = program.computations[called]
+        return sum(flops(program, inside, inner) for inner in inside.instructions.values())
+    return 0.0
+
+
+def _convolution(computation: Computation, each: Instruction) -> float:
+    """2 x what is multiplied: pairs of output and tap that meet an input, not padding or dilation's zeros."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
+    if labels is None:
+        return 0.0
+    left, kernel, out = labels.groups()
+    left_dims, kernel_dims = (arrays(computation.instructions[name].shape)[0][1] for name in each.operands[:2])
+    out_dims = arrays(each.shape)[0][1]
+    total = 2.0 * out_dims[out.index("b")] * out_dims[out.index("f")] * kernel_dims[kernel.index("i")]
+    window = re.search(r"window=\{([^}]*)\}", each.attributes)
+    given = dict(part.split("=") for part in window.group(1).split()) if window else {}
+    for axis in range(len(out_dims) - 2):
+        taps, outs, ins = (
+            dims[names.index(str(axis))] for names, dims in ((kernel, kernel_dims), (out, out_dims), (left, left_dims))
+        )
+        stride, spread, holes = (
+            int(given[name].split("x")[axis]) if name in given else 1 for name in ("stride", "rhs_dilate", "lhs_dilate")
+        )
+        low = int(given["pad"].split("x")[axis].split("_")[0]) if "pad" in given else 0
+        places = np.arange(outs)[:, None] * stride + np.arange(taps) * spread - low
+        total *= int(((places >= 0) & (places <= (ins - 1) * holes) & (places % holes == 0)).sum())
+    return total
+
+
+def _custom(computation: Computation, each: Instruction) -> float:
+    """Products of libraries' kernels: cuBLAS by its shapes, fused attention by those of queries and keys.
+
+    Attention that is causal computes half of the scores. Forward two products, backward five (Dao et al. 2022): a
+    kernel that gives the gradients of queries alone three, of keys and values four.
+    """
+    shapes = [arrays(computation.instructions[name].shape) for name in each.operands]
+    dims = [found[0][1] if found else () for found in shapes]
+    if "fmha" in each.attributes:
+        products = 5 if "Backward" in each.attributes else 2
+        B, T, H, K = dims[0]
+        half = 0.5 if "CAUSAL" in each.attributes else 1.0
+        return products * 2 * B * H * T * dims[1][1] * K * half
+    if "gemm" in each.attributes or "cublas" in each.attributes:
+        contracted = re.search(r'"lhs_contracting_dimensions":\["(\d+)"', each.attributes)
+        out = arrays(each.shape)[0][1]
+        return 2 * math.prod(out) * dims[0][int(contracted.group(1))] if contracted else 0.0
+    if "splash" in each.name or "flash" in each.name:
+        # queries and keys come after the block masks, of bytes
+        floats = [found[0][1] for found in shapes if found and found[0][0] in ("bf16", "f32")]
+        queries, keys = [d for d in floats if len(d) > 2][:2]
+        products = 3 if "dq" in each.name else 4 if "dkv" in each.name else 2
+        return products * 2 * math.prod(queries) * keys[-2] * 0.5
+    return 0.0
+
+
+def moved(program: Program, computation: Computation, each: Instruction) -> float:
+    """Bytes that an instruction reads from memory and writes to it; of an array that it cuts, the piece."""
+    if each.opcode in FREE or each.kind is not None or each.opcode in ("while", "call", "conditional"):
+        return 0.0
+    if each.opcode.endswith(("-start", "-done")):
+        return 0.0
+    shapes = [computation.instructions[name].shape for name in each.operands if name in computation.instructions]
+    called = each.called().get("calls")
+    if each.opcode != "fusion" or called is None:
+        if each.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * size(each.shape, memory_only=True)
+        if each.opcode == "dynamic-update-slice":
+            return 2 * size(shapes[1], memory_only=True)
+        return size(each.shape, memory_only=True) + sum(size(shape, memory_only=True) for shape in shapes)
+    inside = program.computations[called].instructions
+    total = 0.0
+    parameters = [inner for inner in inside.values() if inner.opcode == "parameter"]
+    written = size(each.shape, memory_only=True)
+    for inner in parameters:
+        whole = size(inner.shape, memory_only=True)
+        users = [user for user in inside.values() if inner.name in user.operands]
+        if users and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in users):
+            whole = min(whole, sum(size(user.shape) for user in users))
+        elif users and all(u.opcode == "dynamic-update-slice" and u.operands[0] == inner.name for u in users):
+            # updated in place: what is written is the piece
+            pieces = sum(size(inside[user.operands[1]].shape) for user in users)
+            written += pieces - min(written, whole)
+            whole = 0.0
+        total += whole
+    return total + max(written, 0.0)
+
+
+def groups(attributes: str, devices: int) -> list[list[int]]:
+    """The devices that take part in a collective, group by group, in the places that they have in the mesh."""
+    pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes)
+    if pairs:
+        return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if named:
+        sizes = {key: int(value) for key, value in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
+        taken = re.findall(r"'([^']+)'", named.group(2))
+        order = [axis for axis in sizes if axis not in taken] + taken
+        ids = np.arange(devices).reshape(tuple(sizes.values()))
+        ids = ids.transpose([list(sizes).index(axis) for axis in order])
+        return ids.reshape(-1, math.prod(sizes[axis] for axis in taken)).tolist()
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, source = ([int(n) for n in iota.group(i).split(",")] for i in (1, 2))
+        ids = np.arange(math.prod(source)).reshape(source)
+        if iota.group(3):
+            ids = ids.transpose([int(n) for n in iota.group(3).split(",")])
+        return ids.reshape(shape).tolist()
+    listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes)
+    if listed:
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
+    return [list(range(devices))]
+
+
+def inner_collectives(program: Program, each: Instruction) -> list[tuple[Computation, Instruction]]:
+    """Collectives that an instruction is, begins, or holds: TPU programs carry them inside fusions."""
+    called = each.called().get("calls")
+    if called is None or called not in program.computations:
+        return []
+    inside = program.computations[called]
+    own = [(inside, inner) for inner in inside.instructions.values() if inner.kind is not None]
+    deeper = (inner_collectives(program, inner) for inner in inside.instructions.values())
+    return own + list(itertools.chain.from_iterable(deeper))

@@ -1,0 +1,213 @@
+"""How long a compiled step takes: its schedule played against compute, memory and links.
+
+The compiler has decided what runs when. Each instruction takes the longer of two times: that of its products at the
+peak of the hardware, and that of its bytes at the bandwidth of the memory, both as far as programs reach them. A
+collective occupies its link from where it begins, and is waited for where it must be done. Nothing here was measured on
+the hardware that is planned for: `SHARE` are the assumptions, and a plan prints them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.plan import program as programs
+from jaxmodels.plan.program import Computation, Instruction, Program
+from jaxmodels.plan.topology import Topology
+
+SHARE = {
+    "cuda": {"products": 0.72, "attention": 0.6, "memory": 0.88, "link": 0.8, "launch": 2e-6, "latency": 12e-6},
+    "tpu": {"products": 0.88, "attention": 0.55, "memory": 0.88, "link": 0.9, "launch": 0.3e-6, "latency": 2e-6},
+}
+"""Shares of the peaks that large products, fused attention, memory-bound fusions and collectives reach, seconds that it
+takes to begin an instruction, and seconds that a collective takes beside its bytes."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective of the program, all its occurrences in a step together."""
+
+    kind: str
+    axes: tuple[str, ...]
+    """Mesh axes that it goes along."""
+    link: str
+    devices: int
+    """Devices in a group."""
+    bytes: float = 0.0
+    """What a device holds of the whole result (or, of a reduce-scatter, of the whole input), in a step."""
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Estimate:
+    """Seconds of a step, and where they go."""
+
+    seconds: float = 0.0
+    products: float = 0.0
+    """Seconds of instructions that compute binds."""
+    memory: float = 0.0
+    """Seconds of instructions that memory binds."""
+    waiting: float = 0.0
+    """Seconds in which a collective is waited for."""
+    flops: float = 0.0
+    """FLOPs of a device, recomputation included."""
+    moved: float = 0.0
+    """Bytes between a device's memory and its compute."""
+    transfers: list[Transfer] = field(default_factory=list)
+
+    @property
+    def binds(self) -> str:
+        """What takes most of the time."""
+        parts = {"compute": self.products, "memory": self.memory, "links": self.waiting}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each device of a mesh lies."""
+
+    topology: Topology
+    sizes: dict[str, int]
+    """Of the mesh's axes."""
+    coordinates: np.ndarray
+    """(devices, dimensions): node and GPU, or chip in the torus, in the order of the mesh."""
+
+    def axes(self, groups: list[list[int]]) -> tuple[str, ...]:
+        """Mesh axes along which the devices of a group differ."""
+        group = max(groups, key=len)
+        where = np.stack(np.unravel_index(np.array(group), tuple(self.sizes.values())))
+        return tuple(axis for axis, row in zip(self.sizes, where, strict=True) if len(set(row.tolist())) > 1)
+
+    def link(self, groups: list[list[int]]) -> tuple[str, float]:
+        """The link that a group's traffic is bound by, and bytes a second of a device one way through it."""
+        row, group = self.topology.hardware, groups[0]
+        where = self.coordinates[np.array(group)]
+        if row.platform == "cuda":
+            nodes, counts = np.unique(where[:, 0], return_counts=True)
+            if len(nodes) == 1:
+                return "switch", row.link
+            # a ring goes through each node once: all of the group's adapters there share what enters
+            through = int(counts.min()) * row.network
+            return ("network", through) if through < row.link else ("switch", row.link)
+        spans = [len(set(column.tolist())) for column in where.T[: row.dimensions]]
+        rates = [
+            row.link * (2 if size == whole and whole >= row.wraps and whole % row.wraps == 0 else 1)
+            for size, whole in zip(spans, self.topology.shape, strict=True)
+            if size > 1
+        ]
+        return f"torus, {len(rates)}D", sum(rates) or row.link
+
+
+def payload(each: Instruction, devices: int) -> float:
+    """Bytes of the whole that a collective makes or takes on a device."""
+    total = programs.size(each.shape)
+    begins = each.opcode.endswith("-start")
+    if each.kind in ("all-gather", "reduce-scatter") and begins:  # inputs and outputs, one of them the n-th part
+        return total * devices / (devices + 1)
+    if each.kind == "reduce-scatter":
+        return total * devices
+    return total / 2 if begins and each.kind != "all-reduce" else total
+
+
+def passes(kind: str, devices: int) -> float:
+    """How often the whole goes through a device's link, in a ring."""
+    if kind == "collective-permute":
+        return 1.0
+    return (2.0 if kind == "all-reduce" else 1.0) * (devices - 1) / devices
+
+
+def estimate(program: Program, places: Places, dtype: str) -> Estimate:
+    """Seconds of one step, from the program that the compiler made for these places."""
+    return _Player(program, places, dtype).play()
+
+
+class _Player:
+    """Plays a program's schedule, computation by computation."""
+
+    def __init__(self, program: Program, places: Places, dtype: str) -> None:
+        self.program, self.places = program, places
+        row = places.topology.hardware
+        self.share = SHARE[row.platform]
+        self.peak = row.flops.get(dtype, row.flops["bfloat16"])
+        self.bandwidth = row.bandwidth * self.share["memory"]
+        self.result = Estimate()
+        self.transfers: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0, 0.0])
+        self.groups: dict[str, tuple[tuple[str, ...], str, float, int]] = {}
+
+    def play(self) -> Estimate:
+        self.result.seconds = self.run(self.program.entry, 1)
+        found = (Transfer(*key, size, int(count), seconds) for key, (size, count, seconds) in self.transfers.items())
+        self.result.transfers = sorted(found, key=lambda each: -each.seconds)
+        return self.result
+
+    def run(self, name: str, times: int) -> float:
+        """Seconds of one pass of a computation that is run so often; adds to the result's sums."""
+        computation = self.program.computations[name]
+        clock, lanes, done = 0.0, defaultdict(float), {}
+        started: dict[str, str] = {}
+        held = {each.name: self.held(each) for each in computation.instructions.values()}
+        last = {key: each for each, found in held.items() for key in found}
+        for each in computation.instructions.values():
+            for key, (inside, collective) in held[each.name].items():
+                if key not in done:
+                    link, seconds = self.send(inside, collective, times)
+                    lanes[link] = max(clock, lanes[link]) + seconds
+                    done[key] = lanes[link]
+                started[each.name] = key
+            clock += self.work(computation, each, times)
+            ends = [key for key in held[each.name] if last[key] == each.name and not each.opcode.endswith("-start")]
+            if each.opcode.endswith("-done") and each.operands and each.operands[0] in started:
+                ends.append(started[each.operands[0]])
+            for key in ends:
+                self.result.waiting += times * max(0.0, done[key] - clock)
+                clock = max(clock, done[key])
+        return max([clock, *done.values()])
+
+    def held(self, each: Instruction) -> dict[str, tuple[Instruction, Instruction]]:
+        """Collectives of an instruction, by channel: the same one may be in several fusions, a piece in each."""
+        found = [(each, each)] if each.kind is not None else []
+        found += [(each, inner) for _, inner in programs.inner_collectives(self.program, each)]
+        return {collective.channel or each.name: (outer, collective) for outer, collective in found}
+
+    def send(self, outer: Instruction, each: Instruction, times: int) -> tuple[str, float]:
+        """The lane of a collective, and its seconds; notes it."""
+        key = each.channel or each.name
+        if key not in self.groups:
+            groups = programs.groups(each.attributes, len(self.places.coordinates))
+            self.groups[key] = (self.places.axes(groups), *self.places.link(groups), max(map(len, groups)))
+        axes, link, rate, devices = self.groups[key]
+        size, kind = payload(each, devices), each.kind or ""
+        seconds = size * passes(kind, devices) / (rate * self.share["link"])
+        seconds += self.share["latency"] * (1 + math.log2(max(devices, 2)) / 4)
+        note = self.transfers[kind, axes, link, devices]
+        note[0] += times * size
+        note[1] += times
+        note[2] += times * seconds
+        return link, seconds
+
+    def work(self, computation: Computation, each: Instruction, times: int) -> float:
+        """Seconds of an instruction by itself."""
+        called = each.called()
+        if each.opcode == "while":
+            trips = self.program.trips(each)
+            return trips * self.run(called["body"], times * trips)
+        if each.opcode == "call":
+            return self.run(called["to_apply"], times)
+        flops = programs.flops(self.program, computation, each)
+        moved = programs.moved(self.program, computation, each)
+        if not flops and not moved:
+            return 0.0
+        kind = "attention" if each.opcode == "custom-call" and "gemm" not in each.name else "products"
+        products, memory = flops / (self.peak * self.share[kind]), moved / self.bandwidth
+        self.result.flops += times * flops
+        self.result.moved += times * moved
+        if products > memory:
+            self.result.products += times * products
+        else:
+            self.result.memory += times * memory
+        return max(products, memory) + self.share["launch"]

@@ -1,0 +1,123 @@
+"""Steps compiled for hardware that is not here: what they hold, whether they fit, and what they send."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from jaxmodels import cli
+from jaxmodels.config import Config, DataConfig, MeshConfig
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.plan import command, compile, topology
+
+COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu"}
+CONFIG = Config(
+    model=LlamaConfig(
+        vocab_size=4096, context=512, layers=2, heads=4, kv_heads=2, width=512, mlp_width=1024, dtype="bfloat16"
+    ),
+    data=DataConfig(source="tokens", seq_len=512, batch_size=64),
+    mesh=MeshConfig(data=1, fsdp=8),
+)
+PARAMETERS = 2 * 4096 * 512 + 2 * (512 * (4 + 2 + 2 + 4) * 128 + 3 * 512 * 1024 + 2 * 512) + 512
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """Plans, each compiled once."""
+    cache = tmp_path_factory.mktemp("plans")
+
+    def make(on, cfg=CONFIG):
+        package = COMPILERS[on.split(":")[0]]
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the compiler {package}: pip install 'jaxmodels[aot]'")
+        return command.plan(cfg, compile.compiled(cfg, topology.parse(on), cache))
+
+    return make
+
+
+@pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
+def test_a_device_holds_what_arithmetic_says(planned, on):
+    plan = planned(on)
+    memory = plan["memory"]
+    assert plan["parameters"] == PARAMETERS
+    assert memory["parameters"] == memory["gradients"] == 4 * (PARAMETERS - 5 * 512) / 8 + 4 * 5 * 512
+    assert memory["optimizer"] == 2 * memory["parameters"] + 8, "two moments, and two counts"
+    assert memory["batch"] == 2 * 64 * 512 * 4 / 8, "tokens and targets"
+    held = sum(memory[name] for name in ("parameters", "optimizer", "average", "statistics", "batch", "rest"))
+    padding = 512 * 8 if on.startswith("v5e") else 0  # a TPU pads its few scalars
+    assert held <= memory["arguments"] <= held + padding
+    assert plan["fits"]
+
+
+@pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
+def test_the_compiled_step_computes_the_model_and_causal_attention_no_more_than_half(planned, on):
+    plan = planned(on)
+    tokens, layers = 64 * 512, 2
+    attention = 3 * layers * 2 * 2 * tokens * 512 * 4 * 128
+    assert plan["model_flops"] == 6 * tokens * (PARAMETERS - 5 * 512 - 4096 * 512) + attention
+    # a fused kernel computes the scores anew in the backward pass: one product more than six
+    least = plan["model_flops"] - attention / 2
+    assert least < plan["hardware_flops"] < 1.1 * (least + attention / 6)
+    assert 0 < plan["mfu_causal"] < plan["mfu"] < 1
+    assert plan["step_seconds"] >= max(plan["seconds"].values())
+
+
+def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned):
+    sent = {(each["kind"], tuple(each["axes"]), each["link"]): each for each in planned("h100:1x8")["transfers"]}
+    gathered = sent["all-gather", ("fsdp",), "switch"]
+    scattered = sent["reduce-scatter", ("fsdp",), "switch"]
+    blocks = 2 * (PARAMETERS - 2 * 4096 * 512 - 5 * 512)  # bytes of the blocks' matrices in bfloat16
+    assert gathered["bytes"] >= blocks
+    assert scattered["bytes"] == pytest.approx(blocks, rel=0.01)
+
+
+def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):
+    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2))
+    plan = planned("h100:1x8", cfg)
+    (summed,) = [each for each in plan["transfers"] if each["axes"] == ["tensor"] or each["axes"] == ("tensor",)]
+    activations = 64 * 512 * 512 * 2 / 4  # bytes of a device's residual stream
+    assert summed["kind"] == "all-reduce"
+    assert summed["bytes"] == pytest.approx(2 * 2 * 2 * activations, rel=0.3), "two of each block, there and back"
+    assert plan["memory"]["parameters"] == 4 * (PARAMETERS - 5 * 512) / 2 + 4 * 5 * 512
+
+
+def test_what_does_not_fit_is_told_by_the_compiler_with_its_largest_buffers(planned):
+    cfg = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=8192))
+    plan = planned("v5e:2x4", cfg)
+    assert not plan["fits"]
+    assert "RESOURCE_EXHAUSTED" in plan["shortage"]
+    assert plan["memory"]["peak"] > plan["memory"]["device"] == 16 * 2**30
+    sizes = [size for size, _ in plan["largest"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes
+    text = command.table(cfg, plan)
+    assert "IT DOES NOT FIT" in text
+    assert "--model.remat full" in text
+
+
+def test_the_command_prints_a_plan_and_writes_it(planned, root, tmp_path, capsys, monkeypatch):
+    planned("h100:1x8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    out = tmp_path / "plan.json"
+    arguments = ["--model.layers", "1", "--model.width", "256", "--model.heads", "4", "--data.batch-size", "16"]
+    code = cli.main(
+        ["plan", str(root / "configs" / "gpt2_openwebtext.py"), "--on", "h100:1x8", *arguments, "--json", str(out)]
+    )
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "h100:1x8: 8 devices, mesh data=8" in printed
+    assert "it fits" in printed
+    (plan,) = json.loads(out.read_text())
+    assert plan["devices"] == 8
+    assert plan["seconds"].keys() == {"compute", "memory", "waiting for links"}
+
+
+def test_a_mistake_is_one_line_before_anything_is_compiled(root, capsys):
+    config = str(root / "configs" / "gpt2_openwebtext.py")
+    for arguments, told in (
+        ([], "try --on h100:1x8"),
+        (["--on", "h1000:1x8"], "did you mean 'h100'"),
+    ):
+        assert cli.main(["plan", config, *arguments]) == 2
+        assert told in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Programs read from their text: FLOPs, loops, groups of devices, and the time that a schedule takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxmodels.plan import program, roofline, topology
+
+# the forms in which XLA writes eight devices as four groups, of devices that differ in the last of two axes
+PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
+ACROSS = [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def summed(text, computed=program.flops):
+    """A sum over all instructions that are issued, as often as they are."""
+    found = program.parse(text)
+    return sum(times * computed(found, where, each) for where, each, times in found.walk())
+
+
+def test_flops_of_a_compiled_gradient_are_those_of_its_formula_on_each_device():
+    def loss(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+    mesh = jax.make_mesh((2, 4), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("rows")))
+    w = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "columns")))
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
+    assert summed(text) == 3 * 3 * 2 * 16 * 64 * 64 / 8
+    found = program.parse(text)
+    sent = [(each.kind, times, program.groups(each.attributes, 8)) for _, each, times in found.walk() if each.kind]
+    assert ("all-reduce", 3, ACROSS) in sent, "the weights' gradient, over the rows' devices, in each iteration"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}, x=1", PAIRS),
+        ("replica_groups=[4,2]<=[8], x=1", PAIRS),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", ACROSS),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, x=1", PAIRS),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x=1", ACROSS),
+        ("source_target_pairs={{0,4},{1,5},{2,6},{3,7}}, x=1", ACROSS),
+        ("channel_id=1", [list(range(8))]),
+    ],
+)
+def test_groups_of_devices_are_read_in_all_forms(attributes, expected):
+    assert program.groups(attributes, 8) == expected
+
+
+def test_a_product_written_as_a_convolution_counts_what_meets_no_padding():
+    # TPU programs write x (2, 4096, 2048) · w (2048, 4, 64) so, the heads as a window that slides over padding
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (p0: bf16[2,4096,2048], p1: bf16[2048,4,64]) -> bf16[2,4096,4,64] {
+  %a = bf16[2,1,4096,2048]{3,2,1,0} parameter(0)
+  %b = bf16[2048,4,64,1]{2,1,0,3} parameter(1)
+  ROOT %c = bf16[2,4096,4,64]{3,1,2,0} convolution(%a, %b), WINDOW, dim_labels=01bf_i1o0->0b1f
+}
+""".replace("WINDOW", "window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1}")
+    assert summed(text) == 2 * 2 * 4096 * 2048 * 4 * 64
+
+
+def test_of_an_array_that_is_cut_only_the_piece_is_moved():
+    text = """HloModule m, is_scheduled=true
+
+%cut (p0: f32[32,1024], p1: s32[]) -> f32[1024] {
+  %p0 = f32[32,1024]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,1024]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,1024}
+  ROOT %out = f32[1024]{0} bitcast(%slice)
+}
+
+ENTRY %main (a: f32[32,1024], i: s32[]) -> f32[1024] {
+  %a = f32[32,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1024]{0} fusion(%a, %i), kind=kLoop, calls=%cut
+}
+"""
+    assert summed(text, program.moved) == 1024 * 4 * 2 + 4
+
+
+SENDING = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[8192,8192], b: bf16[8192,8192], w: bf16[1024,8192]) -> bf16[8192,8192] {{
+  %a = bf16[8192,8192]{{1,0}} parameter(0)
+  %w = bf16[1024,8192]{{1,0}} parameter(1)
+  %start = (bf16[1024,8192], bf16[8192,8192]) all-gather-start(%w), channel_id=1, replica_groups=[1,8]<=[8]
+{before}  %done = bf16[8192,8192]{{1,0}} all-gather-done(%start)
+{after}}}
+"""
+PRODUCT = """  %c = bf16[8192,8192]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+"""
+
+
+def played(text, on="h100:1x8"):
+    where = topology.parse(on)
+    places = roofline.Places(where, {"fsdp": 8}, np.array([[0, i] for i in range(8)]))
+    return roofline.estimate(program.parse(text), places, "bfloat16")
+
+
+def test_a_collective_is_waited_for_only_where_nothing_covers_it():
+    covered = played(SENDING.format(before=PRODUCT, after=""))
+    bare = played(SENDING.format(before="", after=PRODUCT))
+    (sent,) = covered.transfers
+    assert (sent.kind, sent.axes, sent.link, sent.devices, sent.count) == ("all-gather", ("fsdp",), "switch", 8, 1)
+    assert sent.bytes == 8192 * 8192 * 2
+    assert covered.waiting == 0
+    assert bare.waiting == pytest.approx(sent.seconds)
+    assert bare.seconds == pytest.approx(covered.seconds + sent.seconds)
+    assert covered.products == pytest.approx(2 * 8192**3 / (989e12 * roofline.SHARE["cuda"]["products"]))
+
+
+def test_a_group_takes_the_slowest_link_that_it_crosses():
+    where = topology.parse("h100:2x8")
+    places = roofline.Places(where, {"data": 2, "tensor": 8}, np.array([[i // 8, i % 8] for i in range(16)]))
+    node, across, all_of_them = [list(range(8))], [[0, 8]], [list(range(16))]
+    assert places.link(node) == ("switch", 450e9)
+    assert places.link(across) == ("network", 50e9), "one adapter of each node"
+    assert places.link(all_of_them) == ("network", 8 * 50e9), "all adapters of a node together"
+    assert places.axes(node) == ("tensor",)
+    assert places.axes(across) == ("data",)
+    assert places.axes(all_of_them) == ("data", "tensor")
+
+
+def test_a_torus_sends_both_ways_along_each_dimension_that_is_closed():
+    where = topology.parse("v5p:4x4x2")
+    chips = np.array(list(np.ndindex(4, 4, 2)))
+    places = roofline.Places(where, {"fsdp": 8, "tensor": 4}, chips)
+    line = [[i for i, chip in enumerate(chips) if chip[1] == 0 and chip[2] == 0]]
+    short = [[i for i, chip in enumerate(chips) if chip[0] == 0 and chip[1] == 0]]
+    plane = [[i for i, chip in enumerate(chips) if chip[2] == 0]]
+    assert places.link(line) == ("torus, 1D", 2 * 100e9)
+    assert places.link(short) == ("torus, 1D", 100e9), "two chips are no ring"
+    assert places.link(plane) == ("torus, 2D", 4 * 100e9)

@@ -1,0 +1,46 @@
+"""Hardware and its shapes, by name."""
+
+import pytest
+
+from jaxmodels.errors import UserError
+from jaxmodels.plan import hardware, topology
+
+
+def test_each_row_says_where_its_numbers_come_from_and_is_found_by_what_jax_calls_it():
+    for row in hardware.TABLE:
+        assert row.source
+        assert row.flops["bfloat16"] > 0
+        assert bool(row.cores and row.target) == (row.platform == "cuda")
+        assert bool(row.dimensions and row.wraps) == (row.platform == "tpu")
+
+        class Device:
+            device_kind = row.kinds[0]
+
+        assert hardware.peak(Device, "bfloat16") == row.flops["bfloat16"], row.name
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [("h100:4x8", 32), ("v5e:16x16", 256), ("v5p:8x8x16", 1024), ("gb200:2x72", 144), ("v7:4x4x4", 128)],
+)
+def test_a_topology_has_so_many_devices(text, devices):
+    found = topology.parse(text)
+    assert found.devices == devices
+    assert found.name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("h1000:1x8", "did you mean 'h100'"),
+        ("h100", "try h100:4x8"),
+        ("h100:8", "nodes x GPUs"),
+        ("h100:1x16", "try h100:2x8"),
+        ("v5p:8x8", "3 dimensions"),
+        ("v5e:0x4", "2 dimensions"),
+    ],
+)
+def test_what_is_not_hardware_is_refused_with_what_would_be(text, told):
+    with pytest.raises(UserError, match="got ") as refused:
+        topology.parse(text)
+    assert told in str(refused.value)
