@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxmodels.errors import UserError
 from jaxmodels.hf.table import Format, Settings, Weight, block, classes, labels
 from jaxmodels.models.bert import BERTConfig
 
@@ -41,6 +42,8 @@ def config(s: Settings) -> BERTConfig:
 
 
 def describe(c: BERTConfig) -> dict[str, Any]:
+    if c.pool != "first":
+        raise UserError(f"got a BERT with pool {c.pool!r}, which transformers does not have, expected pool first")
     (architecture,) = (name for name, head in HEADS.items() if head == c.head)
     found = {
         "architectures": [architecture],

@@ -40,6 +40,9 @@ class BERTConfig:
     token, and of whether the second sentence follows the first (2); none: features, and the first token's pooled."""
     classes: int | None = None
     """Outputs of the classification head; None for other heads."""
+    pool: Literal["first", "mean"] = "first"
+    """What of a text its pooled features come from: the first token, as published, or the mean of all tokens, which are
+    the ones that masked language modelling alone has taught."""
     norm_eps: float = 1e-12
     """Added to the variance in LayerNorm."""
     dropout: float = 0.1
@@ -129,7 +132,11 @@ class BERT(nn.Module):
             return x
 
         def pooled() -> jax.Array:
-            y = jnp.tanh(layers.Linear((c.width,), ("embed", "mlp"), dtype=c.dtype, name="pooler")(x[:, 0]))
+            y = x[:, 0]
+            if c.pool == "mean":
+                real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+                y = jnp.mean(x, axis=1, where=real[..., None])
+            y = jnp.tanh(layers.Linear((c.width,), ("embed", "mlp"), dtype=c.dtype, name="pooler")(y))
             return layers.shard(y, "batch", None)
 
         def classify(name: str, classes: int) -> jax.Array:

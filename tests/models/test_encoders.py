@@ -132,6 +132,16 @@ def test_each_head_has_its_own_outputs_and_parameters_over_the_same_encoder(of):
             close(out[1], np.tanh(features[:, 0] @ own["pooler"]["w"] + own["pooler"]["b"]))
 
 
+def test_mean_pooling_takes_the_tokens_of_a_text_and_not_its_padding(of):
+    _, params, apply = of(dataclasses.replace(BERT, head="none", pool="mean"))
+    tokens, ids = texts(), np.where(np.arange(T) < np.array([[T], [T], [5], [1]]), 1, 0)
+    features, pooled = apply(params, tokens, segment_ids=ids)
+    means = np.stack([np.asarray(x)[row > 0].mean(0) for x, row in zip(features, ids, strict=True)])
+    close(pooled, np.tanh(means @ params["pooler"]["w"] + params["pooler"]["b"]))
+    features, pooled = apply(params, tokens)
+    close(pooled, np.tanh(features.mean(1) @ params["pooler"]["w"] + params["pooler"]["b"]))
+
+
 def test_patches_are_those_of_a_convolution(of):
     """Window and stride are the patch: the same weights, another order of computing."""
     _, params, apply = of(dataclasses.replace(VIT, layers=1))
