@@ -25,14 +25,14 @@ from jaxmodels.config import (
 
 def get_config() -> Config:
     return Config(
-        model=dataclasses.replace(MODEL, head="classification", classes=2, dropout=0.2),
+        model=dataclasses.replace(MODEL, head="classification", classes=2, pool="mean", dropout=0.2),
         task=TaskConfig(name="classification"),
         data=DataConfig(source="tfds", name="sst2", tokenizer="runs/bert_pretrain_sst2", seq_len=40, batch_size=32),
         optim=OptimConfig(
-            peak_lr=5e-4, b2=0.99, warmup_steps=60, schedule="linear", final_lr_fraction=0.01, layer_decay=0.9
+            peak_lr=8e-4, b2=0.99, warmup_steps=60, schedule="linear", final_lr_fraction=0.01, layer_decay=0.95
         ),
-        train=TrainConfig(steps=720),
-        eval=EvalConfig(every=144, batch_size=128, metric="eval/accuracy", mode="max"),
+        train=TrainConfig(steps=432),
+        eval=EvalConfig(every=72, batch_size=128, metric="eval/accuracy", mode="max"),
         checkpoint=CheckpointConfig(best=True),
         init=InitConfig(source="runs/bert_pretrain_sst2", fresh=("head/*", "pooler/*")),
     )

@@ -19,6 +19,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=32),
         augment=AugmentConfig(),
         optim=OptimConfig(name="adam", peak_lr=3e-4, b1=0.5, b2=0.999, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=5000, ema=0.999),
-        eval=EvalConfig(every=1000, batch_size=500),
+        train=TrainConfig(steps=12_000, ema=0.999),
+        eval=EvalConfig(every=3000, batch_size=500),
     )

@@ -26,7 +26,7 @@ def translate_texts(
     sources: Sequence[str],
     *,
     beams: int = 4,
-    alpha: float = 0.6,
+    alpha: float = 1.0,
     batch_size: int = 64,
     max_ratio: float = 2.0,
 ) -> list[str]:
