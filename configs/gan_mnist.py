@@ -4,7 +4,7 @@
     jaxmodels train configs/gan_mnist.py --data.dir DIR     # a TFDS data directory
 
 Reached (the aim is ≥ 8.00) on 8,500 training and 1,500 test digits, cut from MNIST's own test set: a score by
-`cnn_mnist` of 6.26 in 15.3 minutes, on two CPU cores that were busy with other work too;
+`cnn_mnist` of 6.69 in 17.8 minutes, on two CPU cores that were busy with other work too;
 benchmarks/results/quality.md. On a full set: not run.
 """
 

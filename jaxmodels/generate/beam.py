@@ -41,7 +41,8 @@ def decode(
     A target begins behind the token `end`, ends with it, and has at most `limit` tokens: the last one is made the end.
     A row is done when as many targets have ended as there are beams, or when no beam can overtake the best that has;
     so one beam is greedy. With the paper's alpha of 0.6 a model of smoothed labels, which gives each token some share,
-    ends the targets of long sources before they begin; 1 divides by nearly the length. A source whose `segment_ids` are all 0 fills up a batch and gets end tokens alone.
+    ends the targets of long sources before they begin; 1 divides by nearly the length.
+    A source whose `segment_ids` are all 0 fills up a batch and gets end tokens alone.
     Shapes: sources and segment_ids (B, S) integers, 0 for padding; limit () or (B,).
     Source: Wu et al. 2016, section 7 (without the coverage penalty).
 
