@@ -6,6 +6,7 @@ compiles, and leaves what it found in a cache: facts.json and the compiled progr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,11 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
 def _versions() -> dict[str, str]:
     from jaxmodels.train.run import versions
 
-    return versions()
+    found = versions()
+    for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _source() -> str:
@@ -108,7 +114,7 @@ def _source() -> str:
     found = hashlib.sha256()
     root = Path(jaxmodels.__file__).parent
     for path in sorted(root.rglob("*.py")):
-        if "report" not in path.parts and path.name not in ("roofline.py", "hardware.py", "command.py"):
+        if "report" not in path.parts and path.name not in ("roofline.py", "program.py", "command.py"):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

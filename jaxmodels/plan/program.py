@@ -87,7 +87,7 @@ class Program:
         return max(bounds, default=1)
 
     def walk(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that is issued by itself, and how often; of a fusion, the fusion."""
+        """Every instruction that is issued by itself, and how often: of a fusion it, of branches the dearest."""
         computation = self.computations[name or self.entry]
         for each in computation.instructions.values():
             yield computation, each, times
@@ -96,6 +96,24 @@ class Program:
                 yield from self.walk(called["body"], times * self.trips(each))
             elif each.opcode == "call":
                 yield from self.walk(called["to_apply"], times)
+            elif each.opcode == "conditional":
+                yield from self.walk(self.dearest(each), times)
+
+    def dearest(self, choice: Instruction) -> str:
+        """The branch of a `conditional` that moves and computes most: what a device may have to do."""
+        branches = re.search(r"branch_computations=\{([^}]*)\}", choice.attributes)
+        if branches:
+            names = [name.strip().lstrip("%") for name in branches.group(1).split(",")]
+        else:
+            names = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", choice.attributes)
+
+        def cost(name: str) -> float:
+            issued = self.walk(name)
+            return sum(
+                times * (flops(self, inside, each) + moved(self, inside, each)) for inside, each, times in issued
+            )
+
+        return max(names, key=cost)
 
 
 def parse(text: str) -> Program:

@@ -153,9 +153,9 @@ class _Player:
         held = {each.name: self.held(each) for each in computation.instructions.values()}
         last = {key: each for each, found in held.items() for key in found}
         for each in computation.instructions.values():
-            for key, (inside, collective) in held[each.name].items():
+            for key, collective in held[each.name].items():
                 if key not in done:
-                    link, seconds = self.send(inside, collective, times)
+                    link, seconds = self.send(collective, times)
                     lanes[link] = max(clock, lanes[link]) + seconds
                     done[key] = lanes[link]
                 started[each.name] = key
@@ -168,13 +168,13 @@ class _Player:
                 clock = max(clock, done[key])
         return max([clock, *done.values()])
 
-    def held(self, each: Instruction) -> dict[str, tuple[Instruction, Instruction]]:
+    def held(self, each: Instruction) -> dict[str, Instruction]:
         """Collectives of an instruction, by channel: the same one may be in several fusions, a piece in each."""
-        found = [(each, each)] if each.kind is not None else []
-        found += [(each, inner) for _, inner in programs.inner_collectives(self.program, each)]
-        return {collective.channel or each.name: (outer, collective) for outer, collective in found}
+        found = [each] if each.kind is not None else []
+        found += [inner for _, inner in programs.inner_collectives(self.program, each)]
+        return {collective.channel or each.name: collective for collective in found}
 
-    def send(self, outer: Instruction, each: Instruction, times: int) -> tuple[str, float]:
+    def send(self, each: Instruction, times: int) -> tuple[str, float]:
         """The lane of a collective, and its seconds; notes it."""
         key = each.channel or each.name
         if key not in self.groups:
@@ -198,6 +198,8 @@ class _Player:
             return trips * self.run(called["body"], times * trips)
         if each.opcode == "call":
             return self.run(called["to_apply"], times)
+        if each.opcode == "conditional":
+            return self.run(self.program.dearest(each), times)
         flops = programs.flops(self.program, computation, each)
         moved = programs.moved(self.program, computation, each)
         if not flops and not moved:

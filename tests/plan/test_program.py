@@ -34,6 +34,14 @@ def test_flops_of_a_compiled_gradient_are_those_of_its_formula_on_each_device():
     assert ("all-reduce", 3, ACROSS) in sent, "the weights' gradient, over the rows' devices, in each iteration"
 
 
+def test_of_branches_the_dearest_counts():
+    def choose(go, x):
+        return jax.lax.cond(go, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    text = jax.jit(choose).lower(jax.ShapeDtypeStruct((), bool), jnp.zeros((64, 64))).compile().as_text()
+    assert summed(text) == 2 * 2 * 64**3
+
+
 @pytest.mark.parametrize(
     ("attributes", "expected"),
     [
