@@ -225,7 +225,7 @@ def _custom(computation: Computation, each: Instruction) -> float:
     kernel that gives the gradients of queries alone three, of keys and values four.
     """
     shapes = [arrays(computation.instructions[name].shape) for name in each.operands]
-    dims = [found[0][1] if found else () for found in shapes]
+    dims: list[tuple[int, ...]] = [found[0][1] if found else () for found in shapes]
     if "fmha" in each.attributes:
         products = 5 if "Backward" in each.attributes else 2
         B, T, H, K = dims[0]

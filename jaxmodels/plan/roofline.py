@@ -141,7 +141,10 @@ class _Player:
 
     def play(self) -> Estimate:
         self.result.seconds = self.run(self.program.entry, 1)
-        found = (Transfer(*key, size, int(count), seconds) for key, (size, count, seconds) in self.transfers.items())
+        found = [
+            Transfer(kind, axes, link, devices, size, int(count), seconds)
+            for (kind, axes, link, devices), (size, count, seconds) in self.transfers.items()
+        ]
         self.result.transfers = sorted(found, key=lambda each: -each.seconds)
         return self.result
 
@@ -179,7 +182,8 @@ class _Player:
         key = each.channel or each.name
         if key not in self.groups:
             groups = programs.groups(each.attributes, len(self.places.coordinates))
-            self.groups[key] = (self.places.axes(groups), *self.places.link(groups), max(map(len, groups)))
+            link, rate = self.places.link(groups)
+            self.groups[key] = (self.places.axes(groups), link, rate, max(len(group) for group in groups))
         axes, link, rate, devices = self.groups[key]
         size, kind = payload(each, devices), each.kind or ""
         seconds = size * passes(kind, devices) / (rate * self.share["link"])
