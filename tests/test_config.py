@@ -189,7 +189,7 @@ def test_the_command_line_in_a_process_of_its_own():
     typo = run("trian")
     assert typo.returncode == 2
     assert typo.stderr == (
-        "error: got command 'trian', expected one of train, eval, tune, sample, models, report, import, export, "
+        "error: got command 'trian', expected one of train, eval, tune, plan, sample, models, report, import, export, "
         "data, config, did you mean 'train'?\n"
     )
     assert run("--help").stdout.startswith("usage: jaxmodels COMMAND")

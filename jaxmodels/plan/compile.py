@@ -178,7 +178,7 @@ def child(folder: Path) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used, largest = shortage(str(error))
-        facts |= {"arguments": sum(held.values()), "temporaries": used - sum(held.values()), "largest": largest}
+        facts |= {"arguments": sum(held.values()), "temporaries": max(used - sum(held.values()), 0), "largest": largest}
         facts["shortage"] = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)[:300]
     else:
         (folder / "program.hlo.gz").write_bytes(gzip.compress(program.as_text().encode(), 3))
@@ -215,7 +215,7 @@ def shortage(message: str) -> tuple[int, list[list[Any]]]:
         number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)", text).groups()  # pyright: ignore[reportOptionalMemberAccess]
         return int(float(number) * units[unit])
 
-    used = re.search(r"Used ([\d.]+[KMGT]?) of", message)
+    used = re.search(r"Used ([\d.]+[KMGT]?) of", message) or re.search(r"temporaries \(([\d.]+[KMGT]?)\)", message)
     largest = [
         [size(found.group(1)), " ".join(found.group(2).split())[:120]]
         for found in re.finditer(r"Size: ([\d.]+[KMGT]?)\s+(?:Operator: op_name=\"([^\"]*)\")?", message)

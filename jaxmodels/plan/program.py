@@ -84,7 +84,26 @@ class Program:
             for each in condition.instructions.values()
             if each.opcode == "constant" and (found := re.match(r"(\d+)", ",".join(each.operands)))
         ]
-        return max(bounds, default=1)
+        return math.ceil(max(bounds, default=1) / self._stride(loop))
+
+    def _stride(self, loop: Instruction) -> int:
+        """By how much the body of a `while` counts on: products in windows take two at a time."""
+        condition, body = (self.computations[loop.called()[name]].instructions for name in ("condition", "body"))
+        compared = next((each for each in condition.values() if each.opcode == "compare"), None)
+        counter = condition.get(compared.operands[0]) if compared else None
+        place = re.search(r"index=(\d+)", counter.attributes) if counter else None
+        last = [each for each in body.values() if each.opcode == "tuple"]
+        if place is None or not last:
+            return 1
+        name, stride = last[-1].operands[int(place.group(1))], 0
+        while (each := body.get(name)) is not None and each.opcode in ("add", "copy", "bitcast"):
+            constants = [other for other in each.operands if body[other].opcode == "constant"]
+            stride += sum(int(",".join(body[other].operands)) for other in constants)
+            rest = [other for other in each.operands if other not in constants]
+            if not rest:
+                break
+            name = rest[0]
+        return max(stride, 1)
 
     def walk(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Computation, Instruction, int]]:
         """Every instruction that is issued by itself, and how often: of a fusion it, of branches the dearest."""

@@ -29,7 +29,7 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.hardware.per_chip
 
     @property
     def name(self) -> str:

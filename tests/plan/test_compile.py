@@ -56,9 +56,9 @@ def test_the_compiled_step_computes_the_model_and_causal_attention_no_more_than_
     tokens, layers = 64 * 512, 2
     attention = 3 * layers * 2 * 2 * tokens * 512 * 4 * 128
     assert plan["model_flops"] == 6 * tokens * (PARAMETERS - 5 * 512 - 4096 * 512) + attention
-    # a fused kernel computes the scores anew in the backward pass: one product more than six
+    # fused kernels compute the scores anew in the backward pass: a product more than six, or three in two kernels
     least = plan["model_flops"] - attention / 2
-    assert least < plan["hardware_flops"] < 1.1 * (least + attention / 6)
+    assert least < plan["hardware_flops"] < 1.1 * (least + attention / (6 if on.startswith("h100") else 4))
     assert 0 < plan["mfu_causal"] < plan["mfu"] < 1
     assert plan["step_seconds"] >= max(plan["seconds"].values())
 
@@ -82,15 +82,12 @@ def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):
     assert plan["memory"]["parameters"] == 4 * (PARAMETERS - 5 * 512) / 2 + 4 * 5 * 512
 
 
-def test_what_does_not_fit_is_told_by_the_compiler_with_its_largest_buffers(planned):
+def test_what_does_not_fit_is_told_by_the_compiler_with_what_would_make_it_fit(planned):
     cfg = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=8192))
     plan = planned("v5e:2x4", cfg)
     assert not plan["fits"]
     assert "RESOURCE_EXHAUSTED" in plan["shortage"]
     assert plan["memory"]["peak"] > plan["memory"]["device"] == 16 * 2**30
-    sizes = [size for size, _ in plan["largest"]]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes
     text = command.table(cfg, plan)
     assert "IT DOES NOT FIT" in text
     assert "--model.remat full" in text
