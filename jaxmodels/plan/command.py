@@ -64,15 +64,15 @@ def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
 def speed(cfg: Config, made: Compiled, estimate: Estimate, peak: float) -> dict[str, Any]:
     """What is predicted of the step's time."""
     step, devices = estimate.seconds, made.topology.devices
-    tokens = cfg.data.batch_size * (cfg.data.seq_len if cfg.task.name.endswith("_lm") else 1)
     return {
         "step_seconds": step,
         "binds": estimate.binds,
         "seconds": {"compute": estimate.products, "memory": estimate.memory, "waiting for links": estimate.waiting},
         "hardware_flops": estimate.flops * devices,
         "moved": estimate.moved,
-        "per_second": tokens / step,
-        "per_second_device": tokens / step / devices,
+        "unit": made.unit,
+        "per_second": made.units / step,
+        "per_second_device": made.units / step / devices,
         "mfu": made.flops["model"] / step / devices / peak,
         "mfu_causal": (made.flops["model"] - made.flops.get("above_diagonal", 0)) / step / devices / peak,
         "device_hours": cfg.train.steps * step * devices / 3600,
@@ -108,7 +108,7 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
         f"step: {plan['step_seconds']:.4g} s predicted, bound by {plan['binds']} ("
         + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan["seconds"].items())
         + ")",
-        f"  {plan['per_second']:,.0f} {unit(cfg)}/s, {plan['per_second_device']:,.0f} a device",
+        f"  {plan['per_second']:,.0f} {plan['unit']}/s, {plan['per_second_device']:,.0f} a device",
         f"  MFU {plan['mfu']:.1%} (attention in full), {plan['mfu_causal']:.1%} (causal half); model "
         f"{plan['model_flops']:.4g} FLOPs a step, hardware {plan['hardware_flops']:.4g}",
         f"  {cfg.train.steps:,} steps: {plan['device_hours']:,.4g} device-hours",
@@ -131,11 +131,6 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
         f"compiling took {plan['compile_seconds']:.0f} s and {plan['compile_memory'] / 2**30:.1f} GiB",
     ]
     return "\n".join(lines)
-
-
-def unit(cfg: Config) -> str:
-    """What throughput counts."""
-    return "tokens" if cfg.task.name.endswith("_lm") else "examples"
 
 
 def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:

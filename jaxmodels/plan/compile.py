@@ -53,7 +53,11 @@ class Compiled:
     largest: list[list[Any]]
     """Bytes and names of the largest temporaries that the compiler names, where it does not fit."""
     flops: dict[str, int]
-    """Model FLOPs of a step on all devices, what causal attention leaves out of them, parameters, and examples."""
+    """Model FLOPs of a step on all devices, what causal attention leaves out of them, and parameters."""
+    unit: str
+    """What throughput counts, as in training: tokens or examples."""
+    units: int
+    """How many of them a step has."""
     seconds: float
     """What compiling took."""
     memory: int
@@ -135,7 +139,7 @@ def child(folder: Path) -> None:
     cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
     begun = time.monotonic()
     sizes = meshes.sizes(cfg.mesh, topology.devices)
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=_updates(cfg))
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=run.updates(cfg))
     task = tasks.build(cfg.task, cfg.model, cfg.data)
     spec = batch_shapes(cfg, task)
     step.check_lengths(sizes, spec)
@@ -161,6 +165,8 @@ def child(folder: Path) -> None:
         "held": held,
         "gradients": max(_bytes(layout.params[loss.trains]) for loss in task.losses),
         "flops": _flops(cfg, task, flops),
+        "unit": task.unit,
+        "units": spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size,
     }
     lowered = step.lower(
         task,
@@ -224,10 +230,6 @@ def shortage(message: str) -> tuple[int, list[list[Any]]]:
     return (size(used.group(1)) if used else 0), largest[:8]
 
 
-def _updates(cfg: Config) -> int:
-    return cfg.task.critic_steps if cfg.task.name == "gan" else 1
-
-
 def _bytes(tree: Any) -> int:
     """Bytes of a tree on one device."""
     import jax
@@ -256,7 +258,6 @@ def _flops(cfg: Config, task: Any, flops: Any) -> dict[str, int]:
     counted = {
         "model": model,
         "parameters": sum(network.count() for network in task.networks.values()),
-        "examples": rows,
     }
     if cfg.task.name == "causal_lm":
         half = dataclasses.replace(cfg.data, seq_len=cfg.data.seq_len // 2)

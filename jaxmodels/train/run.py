@@ -72,8 +72,7 @@ def setup(cfg: Config) -> Experiment:
         UserError: mesh, batch, model, task and data do not fit together.
     """
     sizes = mesh.sizes(cfg.mesh, jax.device_count())
-    updates = cfg.task.critic_steps if cfg.task.name == "gan" else 1
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=updates)
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=updates(cfg))
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
@@ -84,6 +83,11 @@ def setup(cfg: Config) -> Experiment:
     where = mesh.make_mesh(cfg.mesh)
     optimizers, layout = compose(cfg, task, where)
     return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
+
+
+def updates(cfg: Config) -> int:
+    """Into how many shares a step's batch is cut, one for each update of a network."""
+    return cfg.task.critic_steps if cfg.task.name == "gan" else 1
 
 
 def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, State]:
