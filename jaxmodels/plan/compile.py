@@ -83,6 +83,7 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "asked.json").write_text(json.dumps(asked))
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody drives a TPU here: several may compile at once
         environment.pop("XLA_FLAGS", None)  # those of this process are for its own devices
         done = subprocess.run(
             [sys.executable, "-m", "jaxmodels.plan.compile", str(folder)],

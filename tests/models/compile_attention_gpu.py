@@ -31,6 +31,7 @@ def main() -> None:
             "window": {"causal": True, "window": 100, "K": 64},
             "bias": {"bias": True},
             "kv_length, causal": {"causal": True, "kv_length": 300},
+            "odd lengths": {"T": 197, "S": 197},
         },
     )
 

@@ -66,6 +66,9 @@ CASES = {
     "softcap, window, grouped": {"softcap": 0.5, "causal": True, "window": 70, "G": 1, "scale": 0.5},
     "decoding": {"causal": True, "q_offset": np.array([200, 0]), "kv_length": np.array([201, 1]), "T": 1},
     "short": {"causal": True, "T": 37, "S": 53},
+    "odd, all seen": {"T": 37, "S": 53},
+    "odd, more queries than keys": {"T": 53, "S": 37, "causal": True},
+    "odd, offset": {"T": 37, "S": 53, "q_offset": 9, "causal": True},
     "more queries than keys": {"T": 256, "S": 128, "causal": True},
 }
 

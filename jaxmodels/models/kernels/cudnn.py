@@ -35,16 +35,30 @@ def attend(
     (B, T, H, _), S = q.shape, k.shape[1]
     seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
     options = {}
+    # JAX gives no gradients of odd lengths: one query more, which is dropped, and one key more, which none sees
+    rows, columns = T % 2 if T > 1 else 0, S % 2
+    q, k, v = (_lengthen(x, more) for x, more in ((q, rows), (k, columns), (v, columns)))
     if segments is not None or not isinstance(q_offset, int) or q_offset:
         mask = full_mask(T, S, q_offset, **seen)
-        options["mask"] = None if mask is None else jnp.broadcast_to(mask, (B, T, S))[:, None]
+        if mask is None and columns:
+            mask = jnp.ones((1, T, S), bool)
+        if mask is not None:
+            mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, 0), (0, columns)))[:, None]
+            # an added query sees what the last one sees: one that sees nothing has no gradient
+            options["mask"] = jnp.pad(mask, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
     else:
         options["is_causal"] = causal
         options["local_window_size"] = None if window is None else (window - 1, 0)
+        if kv_length is None and columns and not (causal and T <= S):
+            kv_length = S
         if kv_length is not None:
             # At least one key, so that no row divides by zero: `zero_blind` clears those that have none.
             options["key_value_seq_lengths"] = jnp.broadcast_to(jnp.maximum(kv_length, 1), (B,))
     if bias is not None:
         bias = jnp.broadcast_to(bias, (bias.shape[0], H, T, S)).astype(q.dtype)
     out = jax.nn.dot_product_attention(q, k, v, bias, scale=scale, implementation=implementation, **options)
-    return zero_blind(out, S, q_offset, **seen)
+    return zero_blind(out[:, :T], S, q_offset, **seen)
+
+
+def _lengthen(x, more):
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
