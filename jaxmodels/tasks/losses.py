@@ -40,7 +40,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
     counts = targets >= 0
     safe = jnp.where(counts, targets, 0)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0]
+    # a sum, not a look-up: the gradient of one is a scatter, which accelerators do apart from all else
+    own = jax.lax.broadcasted_iota(safe.dtype, logits.shape, logits.ndim - 1) == safe[..., None]
+    picked = jnp.where(own, logits, 0).sum(-1)
     loss = jnp.where(counts, log_z - picked, 0.0)
     objective = loss
     if smoothing:
