@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels.dropout import drop
+from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 from jaxmodels.parallel.rules import constrain, gather
 
 Init = Callable[..., jax.Array]
@@ -149,7 +150,7 @@ def embed_patches(
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension (Ba et al. 2016)."""
+    """Layer normalisation over the last dimension."""
 
     eps: float = 1e-5
     bias: bool = True
@@ -157,25 +158,18 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = parameter(self, "scale", ones, ("norm",), x.shape[-1:])
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps) * scale
-        if self.bias:
-            y = y + parameter(self, "bias", zeros, ("norm",), x.shape[-1:])
-        return y.astype(x.dtype)
+        bias = parameter(self, "bias", zeros, ("norm",), x.shape[-1:]) if self.bias else None
+        return layer_norm(x, scale, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """Division by the root mean square over the last dimension (Zhang & Sennrich 2019)."""
+    """Division by the root mean square over the last dimension."""
 
     eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, "scale", ones, ("norm",), x.shape[-1:])
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * scale.astype(x.dtype)
+        return rms_norm(x, parameter(self, "scale", ones, ("norm",), x.shape[-1:]), self.eps)
 
 
 class Conv(nn.Module):

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxmodels.errors import UserError
 from jaxmodels.models import functional, layers
 from jaxmodels.models.kernels.dropout import drop
+from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 
 
 def rand(*shape, seed=0):
@@ -73,6 +74,34 @@ def test_norms_equal_their_formulas():
     close(run(layers.LayerNorm(0.1), x, scale=scale, bias=bias), unit * scale + bias)
     close(run(layers.LayerNorm(0.1, bias=False), x, scale=scale), unit * scale)
     close(run(layers.RMSNorm(0.1), x, scale=scale), x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * scale)
+
+
+def plain(x, scale, bias, centred):
+    """Normalisation as JAX differentiates it."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True) if centred else y
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    return (y * scale + bias).astype(x.dtype) if centred else y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_norm_has_the_gradients_of_its_formula_and_keeps_its_input_alone(centred, dtype):
+    x, scale, bias = 3 * rand(4, 5, 16) + 1, rand(16, seed=1), rand(16, seed=2)
+    x, weights = jnp.asarray(x, dtype), rand(4, 5, 16, seed=3)
+
+    def ours(x, scale, bias):
+        return layer_norm(x, scale, bias, 1e-5) if centred else rms_norm(x, scale, 1e-5)
+
+    def total(f):
+        return jax.grad(lambda *args: (f(*args).astype("float32") * weights).sum(), (0, 1, 2))(x, scale, bias)
+
+    for got, expected in zip(total(ours), total(lambda *args: plain(*args, centred)), strict=True):
+        largest = float(jnp.abs(expected).max())
+        close(got.astype("float32"), expected.astype("float32"), (1e-5 if dtype == "float32" else 0.02) * largest)
+    _, backward = jax.vjp(ours, x, scale, bias)
+    kept = [leaf for leaf in jax.tree.leaves(backward) if leaf.size == x.size]
+    assert [leaf.dtype for leaf in kept] == [x.dtype]
 
 
 @pytest.mark.parametrize("layer", [layers.LayerNorm(bias=False), layers.RMSNorm()])
