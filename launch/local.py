@@ -120,6 +120,9 @@ def _environments(options: Local) -> list[dict[str, str]]:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={each}".strip(),
         }
+        if each > 1:
+            # threads of XLA's CPU client: with fewer than collectives under way, devices wait for each other for good
+            common.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * each)))
     environments = []
     for index in range(count):
         environment = common | {"JAXMODELS_PROCESS_ID": str(index)}

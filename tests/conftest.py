@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# threads of XLA's CPU client: with fewer than collectives under way, devices wait for each other for good
+os.environ.setdefault("PJRT_NPROC", "32")
 
 import pytest
 

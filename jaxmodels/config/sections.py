@@ -273,6 +273,8 @@ class MeshConfig:
 
     data: int = -1
     """Replicas, each with its own share of the batch."""
+    stage: int = 1
+    """Stages of a pipeline, each with its share of the layers; outside the layers, shards of the batch."""
     fsdp: int = 1
     """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
     expert: int = 1
@@ -283,6 +285,16 @@ class MeshConfig:
     """Shards of heads, hidden units and vocabulary (Megatron)."""
     sequence: bool = False
     """Whether between a block's products tokens are split over `tensor` too (Megatron's sequence parallelism)."""
+    microbatches: int = 0
+    """Parts of a batch that follow each other through the stages, a multiple of them; 0: up to four times as many, as
+    the batch divides. The first and last wait for (stage - 1) / (microbatches * rounds + stage - 1) of the time."""
+    rounds: int = 1
+    """How often a microbatch goes round all stages, each time through another slice of a stage's layers: the wait is
+    shorter, and more is sent."""
+
+    def __post_init__(self) -> None:
+        _at_least("mesh", 0, microbatches=self.microbatches)
+        _at_least("mesh", 1, rounds=self.rounds)
 
 
 @dataclass(frozen=True)

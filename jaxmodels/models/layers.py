@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.models import pipeline
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
-from jaxmodels.parallel.rules import constrain, gather
+from jaxmodels.models.kernels.product import gathered_product, product
+from jaxmodels.parallel.rules import constrain, gather, pieces
 
 Init = Callable[..., jax.Array]
 normal = nn.initializers.normal
@@ -56,8 +58,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = len(self.axes) - len(self.shape)
         inputs = x.shape[x.ndim - contracted :]
-        w = weight(self, "w", self.initializer, self.axes, inputs + self.shape, self.dtype)
-        y = jnp.tensordot(x.astype(self.dtype), w, contracted)
+        w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape)
+        multiply = gathered_product if pieces("embed") > 1 else product
+        y: Any = multiply(x, w, tuple(self.axes), contracted, self.dtype)
         if self.bias:
             b = parameter(self, "b", self.bias_initializer, self.axes[contracted:], self.shape)
             y = y + b.astype(self.dtype)
@@ -351,15 +354,16 @@ class StochasticDepth(nn.Module):
 
 
 def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1) -> Callable[..., Any]:
-    """`layers` blocks as one scan with stacked parameters; a block maps (x, cache, *shared) to (x, outputs).
+    """`layers` blocks with stacked parameters: a scan, or a pipeline; a block maps (x, cache, *shared) to (x, outputs).
 
     `remat`: "none" keeps all activations, "dots" only the results of weight products, "full" only block inputs.
     """
+    kept = block
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        block = nn.remat(block, policy=policy, prevent_cse=False)
-    return nn.scan(
-        block,
+        kept = nn.remat(block, policy=policy, prevent_cse=False)
+    scanned = nn.scan(
+        kept,
         variable_axes={"params": 0, "stats": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
@@ -368,6 +372,7 @@ def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1
         unroll=min(unroll, layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+    return pipeline.staged(scanned, block, layers, remat, unroll)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)

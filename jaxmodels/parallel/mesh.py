@@ -16,10 +16,10 @@ from jaxmodels.parallel import rules
 
 
 def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
-    """Size of each mesh axis for so many devices, and an axis of one, `rules.SEQUENCE`, where that is asked for.
+    """Size of each mesh axis for so many devices, and axes of one for what else the mesh says (`rules.SEQUENCE`).
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or stages and microbatches do not fit.
     """
     got = {axis: getattr(cfg, axis) for axis in rules.AXES}
     free = [axis for axis, size in got.items() if size == -1]
@@ -36,7 +36,17 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
         got[free[0]] = devices // fixed
     elif fixed != devices:
         raise UserError(f"got mesh {shown} = {fixed} device(s), expected {devices}, try --mesh.data -1")
-    return got | ({rules.SEQUENCE: 1} if cfg.sequence else {})
+    stages = rules.Stages(got[rules.STAGE], cfg.rounds, cfg.microbatches)
+    if stages.stages == 1 and stages.axes():
+        asked = ", ".join(stages.axes())
+        raise UserError(f"got {asked} on a mesh with stage=1, expected more stages, try --mesh.stage 2")
+    if stages.microbatches % stages.stages:
+        better = -(-stages.microbatches // stages.stages) * stages.stages
+        raise UserError(
+            f"got mesh.microbatches {stages.microbatches}, expected a multiple of mesh.stage {stages.stages}, "
+            f"try --mesh.microbatches {better}"
+        )
+    return got | ({rules.SEQUENCE: 1} if cfg.sequence else {}) | stages.axes()
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

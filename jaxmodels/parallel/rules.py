@@ -5,22 +5,26 @@ Nothing else in the project spells a mesh axis in a sharding.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError, nearest
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
+STAGE = "stage"
+AXES = ("data", STAGE, "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest network) first."""
 SEQUENCE = "sequence"
 """An axis of one, by which a mesh says that it cuts the residual stream's tokens over `tensor` too.
 
-So the choice goes wherever the mesh goes, and programs that are kept by mesh are kept apart.
+So the choice goes wherever the mesh goes, and programs that are kept by mesh are kept apart. Likewise axes of one named
+microbatches=8 or rounds=2 say how the stages work (`Stages`).
 """
 
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +42,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "expert": ("expert",),
     "gates": (),
-    "layers": (),
+    "layers": (STAGE,),
     "positions": (),
     "features": (),
     "classes": (),
@@ -53,10 +57,50 @@ SEQUENCE_RULES: Mapping[str, tuple[str, ...]] = {**RULES, "residual": ("context"
 
 Names = tuple[str | None, ...]
 
+_inside = contextvars.ContextVar("inside a stage", default=False)
+
+
+class Stages(NamedTuple):
+    """How a mesh sends microbatches through a stack of layers that is cut over its stages."""
+
+    stages: int = 1
+    rounds: int = 1
+    """How often a microbatch goes round all stages: into so many slices a stage's layers are cut."""
+    microbatches: int = 0
+    """0: as many as fit, up to four times the stages."""
+
+    @staticmethod
+    def of(sizes: Mapping[str, int]) -> Stages:
+        """Those of a mesh with these axes."""
+        marked = dict(name.split("=") for name in sizes if "=" in name)
+        return Stages(sizes.get(STAGE, 1), **{name: int(value) for name, value in marked.items()})
+
+    def axes(self) -> dict[str, int]:
+        """The axes of one by which a mesh says all that differs from the defaults."""
+        given = {"rounds": self.rounds, "microbatches": self.microbatches}
+        return {f"{name}={value}": 1 for name, value in given.items() if value != Stages._field_defaults[name]}
+
 
 def table(sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
-    """The rules of a mesh with these axes."""
-    return SEQUENCE_RULES if SEQUENCE in sizes else RULES
+    """The rules of a mesh with these axes.
+
+    Outside the stages their devices would all do the same, so rows are cut over them too; outermost, so that those of a
+    microbatch are on one stage.
+    """
+    rows = SEQUENCE_RULES if SEQUENCE in sizes else RULES
+    if sizes.get(STAGE, 1) == 1 or _inside.get():
+        return rows
+    return {**rows, "batch": (STAGE, *rows["batch"])}
+
+
+@contextlib.contextmanager
+def inside_stage() -> Iterator[None]:
+    """While a stage is traced: rows are those of a microbatch, which are cut over `RULES["batch"]` alone."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
 
 
 def ambient() -> AbstractMesh | None:
@@ -114,13 +158,22 @@ def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(kept, rows))
 
 
+def pin(x: jax.Array, name: str) -> jax.Array:
+    """Pin an array's first dimension to the table, if a mesh is ambient, and leave the others to the compiler."""
+    mesh = ambient()
+    if mesh is None:
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(table(mesh.shape)[name], *free))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, names: Names) -> jax.Array:
     """A parameter as its layer needs it: whole along what fsdp cuts, while its gradient is cut at once again (ZeRO-3).
 
     Left to choose, XLA's partitioner may sum over fsdp instead, and on meshes of three axes got some gradients wrong.
     """
-    return constrain(x, [None if name and AXES[1] in RULES[name] else name for name in names])
+    return constrain(x, [None if name and "fsdp" in RULES[name] else name for name in names])
 
 
 gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
@@ -135,8 +188,16 @@ def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     """Shardings of a tree of arrays, from the tree of their logical axes.
 
     Raises:
-        UserError: a dimension does not divide by its mesh axes; names parameter, dimension, size and mesh axis.
+        UserError: a dimension does not divide by its mesh axes; names parameter, dimension, size and mesh axis. Or the
+            mesh has stages, and the model no stacked layers to cut.
     """
+    stages = Stages.of(mesh.shape)
+    leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    if stages.stages > 1 and not any("layers" in names for names in leaves):
+        raise UserError(
+            f"got mesh.stage {stages.stages} for a model without stacked layers, expected one with them, "
+            "try --mesh.stage 1"
+        )
 
     def one(path: tuple[Any, ...], leaf: Any, names: Names) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -149,6 +210,11 @@ def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
                 raise UserError(
                     f"got parameter {name} with dimension {logical}={size}, expected a multiple of "
                     f"mesh axis {'*'.join(part)}={count}, try another size or --mesh.{''.join(part[-1:])} 1"
+                )
+            if logical == "layers" and size % (count * stages.rounds):
+                raise UserError(
+                    f"got parameter {name} with dimension layers={size}, expected a multiple of mesh.stage {count} x "
+                    f"mesh.rounds {stages.rounds}, try another size or --mesh.rounds 1"
                 )
         return placed
 

@@ -217,15 +217,17 @@ def check(
     updates: int = 1,
 ) -> None:
     """Refuse a batch that does not divide, before anything is compiled; `updates` of a step share the batch."""
-    rows = rules.shards(mesh_sizes, rules.RULES["batch"])
-    least = rows * accumulate * updates
+    microbatches = rules.Stages.of(mesh_sizes).microbatches
+    axes = (rules.RULES if microbatches else rules.table(mesh_sizes))["batch"]
+    rows = rules.shards(mesh_sizes, axes)
+    least = rows * accumulate * updates * max(1, microbatches)
     if batch_size % least:
         better = max(1, round(batch_size / least)) * least
-        shares = f", task.critic_steps = {updates}" if updates > 1 else ""
+        parts = {"train.accumulate": accumulate, "task.critic_steps": updates, "mesh.microbatches": microbatches}
+        shares = "".join(f", {name} = {n}" for name, n in parts.items() if n > 1 or name == "train.accumulate")
         raise UserError(
-            f"got {field} {batch_size}, expected a multiple of {least} "
-            f"(mesh {'*'.join(rules.RULES['batch'])} = {rows}, "
-            f"train.accumulate = {accumulate}{shares}), try --{field.replace('_', '-')} {better}"
+            f"got {field} {batch_size}, expected a multiple of {least} (mesh {'*'.join(axes)} = {rows}{shares}), "
+            f"try --{field.replace('_', '-')} {better}"
         )
     if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):
         raise UserError(

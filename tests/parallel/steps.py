@@ -1,9 +1,10 @@
-"""Steps of small decoders on a mesh: what the tests of context and sequence sharding compare.
+"""Steps of small decoders on a mesh: what the tests of stages, and of context and sequence sharding compare.
 
-Run as a script (MODEL, and the mesh as JSON) it prints losses and gradient norms, for meshes of more devices than the
-tests' own process has.
+Run as a script (MODEL, the mesh as JSON, and what changes in the model) it prints losses and gradient norms, for meshes
+of more devices than the tests' own process has.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -68,4 +69,6 @@ def measure(model, mesh_cfg, **options):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(MODELS[sys.argv[1]], MeshConfig(**json.loads(sys.argv[2]))).tolist()))
+    name, mesh, changes = (*sys.argv[1:], "{}")[:3]
+    model = dataclasses.replace(MODELS[name], **json.loads(changes))
+    print(json.dumps(measure(model, MeshConfig(**json.loads(mesh))).tolist()))

@@ -16,7 +16,7 @@ from jaxmodels.parallel.mesh import make_mesh, sizes
 
 
 def test_names_become_mesh_axes():
-    assert rules.spec(("layers", "embed", "heads", "head_dim")) == P(None, "fsdp", "tensor", None)
+    assert rules.spec(("layers", "embed", "heads", "head_dim")) == P("stage", "fsdp", "tensor", None)
     assert rules.spec(("batch", "seq", None)) == P(("data", "fsdp", "expert"), "context", None)
 
 
@@ -40,7 +40,7 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        (MeshConfig(data=3), "data=3 fsdp=1 expert=1 context=1 tensor=1 = 3 device.s., expected 8"),
+        (MeshConfig(data=3), "data=3 stage=1 fsdp=1 expert=1 context=1 tensor=1 = 3 device.s., expected 8"),
         (MeshConfig(data=-1, fsdp=3), "expected sizes that divide 8"),
         (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
         (MeshConfig(data=0), "expected positive sizes"),
@@ -52,7 +52,8 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
 
 
 def test_minus_one_takes_the_devices_that_are_left():
-    assert sizes(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, "fsdp": 1, "expert": 1, "context": 1, "tensor": 2}
+    rest = {"stage": 1, "fsdp": 1, "expert": 1, "context": 1}
+    assert sizes(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, **rest, "tensor": 2}
 
 
 def test_a_mesh_says_itself_whether_tokens_between_products_are_cut_over_tensor():

@@ -58,7 +58,9 @@ def _gradients(x: Array, scale: Array, dy: Array, eps: float, centred: bool) -> 
     return (dx * rate).astype(x.dtype), dscale.astype(scale.dtype), dy
 
 
-def _layer_backward(eps: float, kept: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, Array | None]:
+def _layer_backward(
+    eps: float, kept: tuple[Array, Array, Array | None], dy: Array
+) -> tuple[Array, Array, Array | None]:
     x, scale, bias = kept
     dx, dscale, dy = _gradients(x, scale, dy, eps, centred=True)
     return dx, dscale, None if bias is None else dy.sum(range(x.ndim - 1)).astype(bias.dtype)

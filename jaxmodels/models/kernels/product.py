@@ -1,0 +1,36 @@
+"""Products with parameters that a mesh cuts over fsdp (ZeRO-3)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.parallel.rules import gather
+
+Array = jax.Array
+
+
+def product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str) -> Array:
+    """x · w over the last dimensions of x and the first of w, whose logical axes these are, in the compute dtype."""
+    return jnp.tensordot(x.astype(dtype), gather(w.astype(dtype), axes), contracted)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def gathered_product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str) -> Array:
+    """`product` whose backward pass gathers w again: kept from the forward pass, a device would hold all layers'."""
+    return product(x, w, axes, contracted, dtype)
+
+
+def _forward(x: Array, w: Array, *how: tuple[str, ...] | int | str) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, w, *how), (x, w)  # pyright: ignore[reportArgumentType]
+
+
+def _backward(
+    axes: tuple[str, ...], contracted: int, dtype: str, kept: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    return jax.vjp(lambda x, w: product(x, w, axes, contracted, dtype), *kept)[1](dy)
+
+
+gathered_product.defvjp(_forward, _backward)

@@ -1,0 +1,38 @@
+"""What fsdp cuts is whole on a device only while it is used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmodels.config import MeshConfig
+from jaxmodels.models import functional
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.mesh import make_mesh
+
+# wide and short: the weights of all layers are many times the activations
+MODELS = {
+    "gpt2": GPT2Config(layers=8, width=128, heads=4, vocab_size=64, context=8, attention="xla", unroll=1),
+    "llama": LlamaConfig(layers=8, width=128, heads=4, kv_heads=4, mlp_width=512, vocab_size=64, attention="xla"),
+}
+
+
+def compiled(model, mesh):
+    """Gradients of a sum over the logits, and the shapes of parameters."""
+    axes, shapes = model.axes(), model.shapes()
+    placed = rules.place(mesh, axes, shapes)
+    params = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
+    tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=rules.batch_sharding(mesh, 2))
+    with jax.set_mesh(mesh):
+        gradients = jax.jit(jax.grad(lambda p, t: model.apply(p, t).sum()), out_shardings=placed)
+        return gradients.lower(params, tokens).compile(), shapes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_backward_pass_gathers_weights_again_and_keeps_none(name):
+    program, shapes = compiled(functional.create(MODELS[name]), make_mesh(MeshConfig(data=1, fsdp=8)))
+    stack = sum(np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(shapes["layers"]))
+    # its own gradients, an eighth, and a layer or two at a time
+    assert program.memory_analysis().temp_size_in_bytes < 0.75 * stack
