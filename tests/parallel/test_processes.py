@@ -80,10 +80,13 @@ def test_only_the_first_process_shows_progress(runs):
     assert sum("step 6/6  loss" in line for line in shown.splitlines()) == 1
 
 
-def test_a_run_of_two_processes_goes_on_as_one(runs, root):
-    folder, (one, _), _ = runs
-    more = ("--mesh.data", "4", "--train.steps", "8", "--resume", "must")
-    rows, shown = train(folder / "two", 1, root, *more)
-    assert "resumed at step 6 of 8" in shown
-    assert [row["step"] for row in rows] == list(range(1, 9))
-    assert rows[5]["train/loss"] == pytest.approx(one[5]["train/loss"], abs=1e-5)
+def test_a_run_of_two_processes_goes_on_as_one_and_as_two_again(runs, root):
+    folder, _, _ = runs
+    for processes, steps, before, mesh in ((1, "8", 6, "data"), (2, "10", 8, "tensor")):
+        more = (f"--mesh.{mesh}", "4", "--mesh.data", "-1", "--train.steps", steps, "--resume", "must")
+        rows, shown = train(folder / "two", processes, root, *more)
+        assert f"resumed at step {before} of {steps}" in shown
+    alone, _ = train(folder / "one", 1, root, "--mesh.data", "4", "--train.steps", "10", "--resume", "must")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    for name in ("train/loss", "train/grad_norm"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in alone], abs=1e-5)
