@@ -3,7 +3,7 @@
 The compiler has decided what runs when. Each instruction takes the longer of two times: that of its products at the
 peak of the hardware, and that of its bytes at the bandwidth of the memory, both as far as programs reach them. A
 collective occupies its link from where it begins, and is waited for where it must be done. Nothing here was measured on
-the hardware that is planned for: `SHARE` are the assumptions, and a plan prints them.
+the hardware that is planned for: `SHARE` and `OWN` are the assumptions, and a plan prints them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.plan import program as programs
+from jaxmodels.plan.hardware import Hardware
 from jaxmodels.plan.program import Computation, Instruction, Program
 from jaxmodels.plan.topology import Topology
 
@@ -24,7 +25,17 @@ SHARE = {
     "tpu": {"products": 0.88, "attention": 0.55, "memory": 0.88, "link": 0.9, "launch": 0.3e-6, "latency": 2e-6},
 }
 """Shares of the peaks that large products, fused attention, memory-bound fusions and collectives reach, seconds that it
-takes to begin an instruction, and seconds that a collective takes beside its bytes."""
+takes to begin an instruction, and seconds that a collective takes beside its bytes; by platform."""
+OWN = {
+    "h100": {"products": 0.62},
+    "h200": {"products": 0.62},
+    "v6e": {"products": 0.7, "attention": 0.45},
+}
+"""Shares of one kind of hardware, where they are known better: an H100's clock falls under large products.
+
+Chosen by what was published of Llama-2-7B on 8 H100s and of Llama-3.1-8B on 8 v6e chips
+(benchmarks/results/plan_vs_published.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,11 @@ class Places:
         return f"torus, {len(rates)}D", sum(rates) or row.link
 
 
+def shares(hardware: Hardware) -> dict[str, float]:
+    """The assumptions of a kind of hardware."""
+    return {**SHARE[hardware.platform], **OWN.get(hardware.name, {})}
+
+
 def payload(each: Instruction, devices: int) -> float:
     """Bytes of the whole that a collective makes or takes on a device."""
     total = programs.size(each.shape)
@@ -132,7 +148,7 @@ class _Player:
     def __init__(self, program: Program, places: Places, dtype: str) -> None:
         self.program, self.places = program, places
         row = places.topology.hardware
-        self.share = SHARE[row.platform]
+        self.share = shares(row)
         self.peak = row.flops.get(dtype, row.flops["bfloat16"])
         self.bandwidth = row.bandwidth * self.share["memory"]
         self.result = Estimate()

@@ -119,7 +119,7 @@ def test_a_collective_is_waited_for_only_where_nothing_covers_it():
     assert covered.waiting == 0
     assert bare.waiting == pytest.approx(sent.seconds)
     assert bare.seconds == pytest.approx(covered.seconds + sent.seconds)
-    assert covered.products == pytest.approx(2 * 8192**3 / (989e12 * roofline.SHARE["cuda"]["products"]))
+    assert covered.products == pytest.approx(2 * 8192**3 / (989e12 * roofline.OWN["h100"]["products"]))
 
 
 def test_a_group_takes_the_slowest_link_that_it_crosses():

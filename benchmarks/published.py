@@ -1,0 +1,261 @@
+"""What the plan predicts against what others measured and published."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from benchmarks import record
+from jaxmodels.config import AugmentConfig, Config, DataConfig, MeshConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.models.functional import preset
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.vit import ViTConfig
+from jaxmodels.plan import command, topology
+from jaxmodels.plan import compile as compiling
+
+MAXTEXT = "AI-Hypercomputer/maxtext"
+RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
+TITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published measurement, and our config of the same job."""
+
+    measured: float
+    """Of `of`: units a second and device, or a share of the peak with attention counted in full."""
+    on: str
+    config: Config | None
+    """None: a job that this project does not run; `note` says why."""
+    source: str
+    of: str = "per_second_device"
+    fitted: bool = False
+    """Whether a constant of `plan/roofline.py` was chosen by it."""
+    note: str = ""
+    """What differs from the published job."""
+    hardware: tuple[tuple[str, float], ...] = ()
+    """What differs from the table's hardware: factors of its fields."""
+
+
+def language(model: Any, rows: int, length: int, mesh: MeshConfig, accumulate: int = 1) -> Config:
+    """A step of a language model in bfloat16 on tokens that are there."""
+    return Config(
+        model=dataclasses.replace(model, dtype="bfloat16"),
+        data=DataConfig(source="tokens", path=("train.bin", "eval.bin"), seq_len=length, batch_size=rows),
+        train=TrainConfig(accumulate=accumulate),
+        mesh=mesh,
+    )
+
+
+def maxtext(scale: int, **changes: Any) -> LlamaConfig:
+    """MaxText's model of `global_parameter_scale`, in billions: depth, width, heads and MLP grow by powers of two."""
+    base, rest = divmod(scale.bit_length() - 1, 3)
+    wide, width = 2 ** (base + (rest > 0)), 2048 * 2 ** (base + (rest > 1))
+    shape = LlamaConfig(
+        vocab_size=32000, layers=16 * 2**base, width=width, heads=16 * wide, kv_heads=16 * wide, head_dim=128,
+        mlp_width=7168 * wide, tied=True,
+    )  # fmt: skip
+    return dataclasses.replace(shape, **changes)
+
+
+LLAMA3 = dataclasses.replace(preset("llama3.1-8b"), remat="full")
+TITAN_GPU = (("bandwidth", 2.4 / 3.352), ("flops", (500 / 700) ** (1 / 3)))
+"""HBM2e, and 500 W of 700 W: power grows as the cube of the clock."""
+ROWS = {
+    "maxtext-22b": Row(
+        0.567,
+        "v4:4x4x4",
+        language(
+            GPT2Config(vocab_size=32000, context=2048, layers=48, heads=24, width=6144, mlp_width=24576, remat="full"),
+            13 * 64, 2048, MeshConfig(data=1, fsdp=64),
+        ),
+        f"{MAXTEXT}, MaxText/configs/v4/README.md and 22b.sh",
+        of="mfu",
+        note="GELU and learned positions for ReLU and rotary ones",
+    ),
+    "maxtext-1160b": Row(
+        0.6623,
+        "v5p:16x16x24",
+        language(
+            maxtext(1024, layers=149, remat="full"),
+            2 * 6144, 2048, MeshConfig(data=3, fsdp=256, tensor=8, sequence=True),
+        ),
+        f"{MAXTEXT}, README.md; settings of MaxText/configs/v5p/1024b.sh",
+        of="mfu",
+        note="shape and mesh are not published: those of 1024B, with more blocks, activations cut over tensor too",
+    ),
+    "llama3.1-8b-v6e-256": Row(
+        7207,
+        "v6e:16x16",
+        language(LLAMA3, 4 * 256, 8192, MeshConfig(data=1, fsdp=256)),
+        f"{RECIPES}/Llama3.1-8B-MaxText/v6e-256 (417 TFLOP/s a chip)",
+        note="theirs keeps the products of attention in the host's memory, ours computes them again",
+    ),
+    "llama3.1-8b-v6e-8": Row(
+        7194,
+        "v6e:2x4",
+        language(LLAMA3, 3 * 8, 8192, MeshConfig(data=1, fsdp=8)),
+        f"{RECIPES}/Llama3.1-8B-MaxText/v6e-8 (417 TFLOP/s a chip)",
+        fitted=True,
+        note="as above",
+    ),
+    "torchtitan-8b": Row(
+        6667,
+        "h100:1x8",
+        language(dataclasses.replace(LLAMA3, remat="dots"), 2 * 8, 8192, MeshConfig(data=1, fsdp=8)),
+        f"{TITAN}, table 1",
+        note="HBM2e and 500 W; theirs keeps every other product, ours all",
+        hardware=TITAN_GPU,
+    ),
+    "torchtitan-8b-128": Row(
+        6514,
+        "h100:16x8",
+        language(dataclasses.replace(LLAMA3, remat="dots"), 2 * 128, 8192, MeshConfig(data=1, fsdp=128)),
+        f"{TITAN}, table 3",
+        note="not asked for; as above",
+        hardware=TITAN_GPU,
+    ),
+    "torchtitan-405b": Row(
+        100, "h100:64x8", None, f"{TITAN}, table 5", note="products in float8, which this project does not train in"
+    ),
+    "llama2-7b-h100": Row(
+        11400,
+        "h100:1x8",
+        language(
+            dataclasses.replace(preset("llama2-7b"), remat="dots", unroll=32), 4 * 8, 4096, MeshConfig(data=1, fsdp=8)
+        ),
+        f"NVIDIA/JAX-Toolbox; settings of {MAXTEXT}, MaxText/configs/a3/llama_2_7b/1vm.sh (492 TFLOP/s)",
+        fitted=True,
+    ),
+    "llm.c-124m": Row(
+        468_000,
+        "h100:1x8",
+        language(GPT2Config(vocab_size=50304, unroll=12), 64 * 8, 1024, MeshConfig(data=8)),
+        "karpathy/llm.c, scripts/run_gpt2_124M.sh; KellerJordan/modded-nanogpt's record of 2024-10-13",
+        note="theirs shards the optimizer (ZeRO-1), and holds parameters in bfloat16",
+    ),
+    "llm.c-1558m": Row(
+        46_800,
+        "h100:1x8",
+        language(
+            GPT2Config(vocab_size=50304, layers=48, heads=25, width=1600, unroll=48),
+            16 * 8 * 8, 1024, MeshConfig(data=1, fsdp=8), accumulate=8,
+        ),
+        "karpathy/llm.c, scripts/run_gpt2_1558M.sh (2.80 s a step)",
+        note="theirs shards the optimizer alone (ZeRO-1), ours all (ZeRO-3)",
+    ),
+    "levanter-1.4b-v3": Row(
+        0.417, "v3-256", None, "Levanter's README (stanford-crfm/levanter)", of="mfu",
+        note="no compiler at hand describes v3",
+    ),
+    "levanter-13b-v3": Row(
+        0.544, "v3-256", None, "Levanter's README (stanford-crfm/levanter)", of="mfu",
+        note="no compiler at hand describes v3",
+    ),
+    "vit-b16-h100": Row(
+        1459,
+        "h100:1x8",
+        Config(
+            model=ViTConfig(dtype="bfloat16"),
+            task=TaskConfig(name="classification"),
+            data=DataConfig(source="tfds", name="imagenet2012", batch_size=512 * 8),
+            augment=AugmentConfig(),
+            optim=OptimConfig(),
+            mesh=MeshConfig(data=8),
+        ),
+        "NVIDIA/JAX-Toolbox, rosetta/rosetta/projects/vit/README.md (11,669 images/s)",
+        note="theirs reads and decodes ImageNet while it trains, at 8 % of the GPUs' peak",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which rows, and where the record goes."""
+
+    rows: Positional[tuple[str, ...]] = ()
+    """Names; none: all."""
+    out: Path | None = None
+    """Folder for the record; benchmarks/results when not given."""
+
+
+def run(options: Options) -> None:
+    """Compile each job for its hardware, predict, and compare; all rows are recorded, the rest printed only."""
+    names = options.rows or tuple(ROWS)
+    for name in names:
+        if name not in ROWS:
+            raise UserError(f"got row {name!r}, expected one of {', '.join(ROWS)}{nearest(name, ROWS)}")
+    found = [compare(name, ROWS[name]) for name in names]
+    errors = [row["error"] for row in found if row["error"] is not None]
+    unseen = [row["error"] for row in found if row["error"] is not None and not row["fitted"]]
+    notes = [summary(errors, "rows"), summary(unseen, "of them by which no constant was chosen")] if unseen else []
+    columns = {
+        "name": "job", "on": "hardware", "settings": "settings", "measured": "measured", "predicted": "predicted",
+        "unit": "of", "percent": "error", "fitted": "chosen by it", "binds": "bound by", "peak": "GiB of a device",
+        "note": "what differs", "source": "source",
+    }  # fmt: skip
+    print(record.markdown(found, {key: columns[key] for key in ("name", "measured", "predicted", "percent", "binds")}))
+    print("\n".join(notes))
+    if not options.rows or options.out is not None:
+        path = record.write(
+            "plan_vs_published", "The plan against published throughput", found,
+            out=options.out, notes=notes, columns=columns,
+        )  # fmt: skip
+        print(path)
+
+
+def summary(errors: Sequence[float], of: str) -> str:
+    """Mean of absolute errors, in words."""
+    return f"mean absolute error of {len(errors)} {of}: {statistics.mean(map(abs, errors)):.1%}"
+
+
+def compare(name: str, row: Row) -> dict[str, Any]:
+    """A row of the record."""
+    about: dict[str, Any] = {
+        "name": name, "on": row.on, "measured": row.measured, "of": row.of, "fitted": "yes" if row.fitted else "",
+        "note": row.note, "source": row.source, "error": None, "percent": "–",
+    }  # fmt: skip
+    if row.config is None:
+        return about | {"unit": "MFU" if row.of == "mfu" else "tokens/s a device"}
+    print(f"compiling {name} for {row.on} ...", flush=True)
+    made = compiling.compiled(row.config, topology.parse(row.on))
+    plan = command.plan(row.config, changed(made, row.hardware))
+    predicted = plan.get(row.of)
+    unit = "MFU, attention in full" if row.of == "mfu" else f"{made.unit}/s a device"
+    about |= {
+        "unit": unit, "settings": settings(row.config), "predicted": predicted, "binds": plan.get("binds"),
+        "peak": plan["memory"]["peak"] / 2**30, "fits": plan["fits"], "plan": plan,
+    }  # fmt: skip
+    if predicted is not None:
+        error = predicted / row.measured - 1
+        about |= {"error": error, "percent": f"{error:+.1%}"}
+    return about
+
+
+def changed(made: compiling.Compiled, factors: Sequence[tuple[str, float]]) -> compiling.Compiled:
+    """A compiled step on hardware whose fields are multiplied by these factors."""
+    hardware = made.topology.hardware
+    for name, factor in factors:
+        value = getattr(hardware, name)
+        value = {key: one * factor for key, one in value.items()} if isinstance(value, dict) else value * factor
+        hardware = dataclasses.replace(hardware, **{name: value})
+    where = dataclasses.replace(made.topology, hardware=hardware)
+    return dataclasses.replace(made, topology=where, places=dataclasses.replace(made.places, topology=where))
+
+
+def settings(cfg: Config) -> str:
+    """Batch, length, mesh and what is computed again."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in vars(cfg.mesh).items() if isinstance(size, int) and size > 1)
+    length = f" x {cfg.data.seq_len}" if cfg.task.name == "causal_lm" else ""
+    again = getattr(cfg.model, "remat", "none")
+    again += ", layers unrolled" if getattr(cfg.model, "unroll", 1) > 1 else ""
+    accumulate = f", accumulate {cfg.train.accumulate}" if cfg.train.accumulate > 1 else ""
+    return f"batch {cfg.data.batch_size}{length}{accumulate}, {mesh}, remat {again}"
