@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "train CONFIG.py [--run-dir DIR] [--resume auto|must|never] [--section.field value ...]",
     "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
     "tune": "tune CONFIG.py --space FIELD=LOW:HIGH ... [--trials N] [--workers N]          search for good fields",
-    "plan": "plan CONFIG.py --on h100:4x8|v5e:16x16|… [--json FILE]          what a job needs on hardware not here",
+    "plan": "plan CONFIG.py --on h100:4x8,v5e:16x16,… [--search|--scaling]          a job on hardware not here",
     "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
     "models": "models [NAME]          families and presets, or one model's tree of parameters",
     "report": "report RUN [RUN ...] [--out DIR] [--best]          a page of curves and pictures of runs",
@@ -129,7 +129,7 @@ def plan(argv: list[str]) -> int:
     cfg, options = configured(argv, "jaxmodels plan", PlanOptions)
     from jaxmodels.plan import command
 
-    command.command(cfg, options)
+    command.command(cfg, options, argv[0])
     return 0
 
 

@@ -64,7 +64,18 @@ class PlanOptions:
     """The hardware that is planned for, and the fields of the experiment."""
 
     on: str = ""
-    """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:8x8x8."""
+    """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:4x4x4,8x8x8."""
+    search: bool = False
+    """Try meshes, microbatches, rematerialisation and attention kernels: the fastest, and the least memory."""
+    scaling: bool = False
+    """How the step scales over the sizes of --on, and along which axis of the mesh."""
+    candidates: int = 40
+    """How many a search compiles."""
+    workers: int = 0
+    """How many are compiled at a time; 0: half as many as there are cores."""
+    out: Path | None = None
+    """File for the options of `train` that a search found (h100-4x8.args and so on when not given), or for the picture
+    of the scaling (scaling.png)."""
     json: Path | None = None
     """Write the plans to this file too."""
 
@@ -86,8 +97,8 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
         kind = _later(kind)
 
     given: dict[str, Any] = {}
-    if default is not None:  # every field of a config takes a value, also a bool
-        given = {"default": default, "config": (tyro.conf.FlagConversionOff,)}
+    if default is not None:
+        given = {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
     said = io.StringIO()
     try:
         # help is broken into lines for the reader's terminal, a mistake is one line
@@ -185,11 +196,15 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     if argv[0] in ("-h", "--help"):
         print(f"usage: {prog} CONFIG.py [options]; the options of a config: {prog} CONFIG.py --help")
         raise SystemExit(0)
+    from tyro.conf import FlagConversionOff
+
     config = load(argv[0])
     # the model's own type, so that its fields are options
     hints = {**get_type_hints(Config), "model": type(config.model)}
+    # every field of a config takes a value, also a bool
     fields = [
-        (f.name, hints[f.name], dataclasses.field(default=getattr(config, f.name))) for f in dataclasses.fields(Config)
+        (f.name, FlagConversionOff[hints[f.name]], dataclasses.field(default=getattr(config, f.name)))
+        for f in dataclasses.fields(Config)
     ]
     both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
     both.__doc__ = more.__doc__

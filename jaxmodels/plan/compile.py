@@ -31,6 +31,9 @@ from jaxmodels.plan import topology as topologies
 from jaxmodels.plan.roofline import Places
 from jaxmodels.plan.topology import Topology
 
+COMPILING = ("compile.py", "topology.py", "hardware.py", "flops.py")
+"""Files of plan/ that decide what is compiled; the others read it."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -85,8 +88,11 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody drives a TPU here: several may compile at once
         environment.pop("XLA_FLAGS", None)  # those of this process are for its own devices
+        # a folder named as the package, where the command was given, must not take its place
+        package = str(Path(jaxmodels.__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
         done = subprocess.run(
-            [sys.executable, "-m", "jaxmodels.plan.compile", str(folder)],
+            [sys.executable, "-P", "-m", "jaxmodels.plan.compile", str(folder)],
             env=environment,
             capture_output=True,
             text=True,
@@ -119,7 +125,7 @@ def _source() -> str:
     found = hashlib.sha256()
     root = Path(jaxmodels.__file__).parent
     for path in sorted(root.rglob("*.py")):
-        if "report" not in path.parts and path.name not in ("roofline.py", "program.py", "command.py"):
+        if "report" not in path.parts and not (path.parent.name == "plan" and path.name not in COMPILING):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -1,0 +1,347 @@
+"""What a step needs and takes, by arithmetic on shapes: rough, but thousands of ways to run it are judged in seconds.
+
+It decides which of them are worth compiling, and nothing else: what a plan says comes from the compiled program.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.plan import roofline
+from jaxmodels.plan.roofline import Places, passes
+from jaxmodels.plan.topology import Topology
+
+KNOBS = {"remat": "none", "attention": "auto"}
+"""Fields of a model that decide how it is computed, and what one without them does."""
+BLOCK = 0.6
+"""Share of what a block's backward pass needs that is in memory at a time."""
+_ROWS = 10007
+"""A batch that no other dimension is a multiple of, by which arrays that grow with it are known."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a step would need of a device: bytes and seconds."""
+
+    kept: float
+    """Parameters, optimizer, average and gradients."""
+    activations: float
+    least: float
+    """Seconds that no schedule can avoid: the products, or what a link must carry."""
+    seconds: float
+
+    @property
+    def peak(self) -> float:
+        return self.kept + self.activations
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that the backward pass finds in memory: for each row of the batch, and whatever its size."""
+
+    rows: float
+    rows_cut: float
+    """The part that `tensor` cuts too."""
+    weights: float
+    """Parameters in the type of the products, whole."""
+    weights_cut: float
+
+
+class Arithmetic:
+    """Judges ways to run one experiment on one topology."""
+
+    def __init__(self, cfg: Config, topology: Topology) -> None:
+        import jax
+
+        from jaxmodels import tasks
+        from jaxmodels.parallel import rules
+        from jaxmodels.plan import flops
+        from jaxmodels.plan.compile import batch_shapes
+        from jaxmodels.train import optim, run
+        from jaxmodels.train import state as states
+
+        self.cfg, self.topology, self.updates = cfg, topology, run.updates(cfg)
+        self.task = tasks.build(cfg.task, cfg.model, cfg.data)
+        self.spec = batch_shapes(cfg, self.task)
+        self.axes = self.task.axes()
+        optimizers = {
+            loss.name: optim.build(
+                cfg.optim, cfg.train.steps, self.axes[loss.trains], self.task.networks[loss.trains].shapes()
+            )
+            for loss in self.task.losses
+        }
+        self.shapes = jax.eval_shape(lambda: states.init(self.task, optimizers, jax.random.key(0)))
+        self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
+        leaves = zip(jax.tree.leaves(self.shapes.params), _names(self.axes), strict=True)
+        self.parameters = [(leaf.shape, names) for leaf, names in leaves]
+        self.logical = {name for _, names in self.parameters for name in names if name}
+        tokens = [x for x in self.spec.values() if len(x.shape) == 2]
+        self.length = tokens[0].shape[1] if tokens else 1
+        """Tokens of a row; 1 where the batch has none."""
+        self.vocabulary = max([s[n.index("vocab")] for s, n in self.parameters if "vocab" in n], default=0)
+        self.width = 2 if getattr(cfg.model, "dtype", "float32") == "bfloat16" else 4
+        self.layers = max([s[n.index("layers")] for s, n in self.parameters if "layers" in n], default=1)
+        self.wide = self._sizes(lambda axes: rules.RULES["mlp"][0] in axes)
+        self.model_flops = flops.per_step(self.task, cfg.data.batch_size)
+        self.attention_flops = self._attention_flops()
+        self.rules = rules
+        self.traced: dict[tuple[str, str], Saved] = {}
+
+    def on(self, topology: Topology) -> Arithmetic:
+        """The same experiment on another topology."""
+        other = copy.copy(self)
+        other.topology = topology
+        return other
+
+    def _sizes(self, chosen: Any) -> set[int]:
+        """Sizes of dimensions that are cut by certain mesh axes, but those that others have too."""
+        from jaxmodels.parallel.rules import RULES
+
+        found: dict[bool, set[int]] = defaultdict(set)
+        for shape, names in self.parameters:
+            for size, name in zip(shape, names, strict=True):
+                found[bool(name) and chosen(RULES[name])].add(size)
+        return found[True] - found[False]
+
+    def _attention_flops(self) -> float:
+        """Of a step: what grows with the square of the length (see `compile`)."""
+        from jaxmodels import tasks
+        from jaxmodels.plan import flops
+
+        if self.cfg.task.name != "causal_lm":
+            return 0.0
+        half = dataclasses.replace(self.cfg.data, seq_len=self.cfg.data.seq_len // 2)
+        short = flops.per_step(tasks.build(self.cfg.task, self.cfg.model, half), self.cfg.data.batch_size)
+        return 2.0 * (self.model_flops - 2 * short)
+
+    @functools.cache
+    def place(self, mesh: Any) -> dict[str, int]:
+        """Sizes of a mesh's axes.
+
+        Raises:
+            UserError: a parameter, a row of tokens or the batch does not divide by it.
+        """
+        from jax.sharding import AbstractMesh
+
+        from jaxmodels.parallel import mesh as meshes
+        from jaxmodels.train import step
+
+        sizes = meshes.sizes(mesh, self.topology.devices)
+        step.check_lengths(sizes, self.spec)
+        abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        self.rules.place(abstract, self.axes, self.shapes.params)
+        return sizes
+
+    @functools.cache
+    def shares(self, mesh: Any) -> tuple[float, float]:
+        """Parameters of a device, and those that it gathers of the others along fsdp, in numbers."""
+        sizes, fsdp = self.place(mesh), self.rules.RULES["embed"][0]
+        own = gathered = 0.0
+        for shape, names in self.parameters:
+            axes = [axis for name in names if name for axis in self.rules.table(sizes)[name]]
+            own += math.prod(shape) / self.rules.shards(sizes, axes)
+            if fsdp in axes:
+                gathered += math.prod(shape) / self.rules.shards(sizes, [axis for axis in axes if axis != fsdp])
+        return own, gathered
+
+    def saved(self, remat: str, kernel: str) -> Saved:
+        """What the backward pass of a model finds in memory; `kernel` is that of attention."""
+        if (remat, kernel) not in self.traced:
+            try:
+                self.traced[remat, kernel] = self._trace(remat, kernel)
+            except UserError:  # attention of this model has something that only the reference computes
+                self.traced[remat, kernel] = self._trace(remat, "xla")
+        return self.traced[remat, kernel]
+
+    def _trace(self, remat: str, kernel: str) -> Saved:
+        import jax
+
+        from jaxmodels import tasks
+
+        wanted = {"remat": remat, "attention": kernel}
+        model = dataclasses.replace(self.cfg.model, **{k: v for k, v in wanted.items() if hasattr(self.cfg.model, k)})
+        task = tasks.build(self.cfg.task, model, self.cfg.data)
+        spec = {k: jax.ShapeDtypeStruct((_ROWS, *x.shape[1:]), x.dtype) for k, x in self.spec.items()}
+        found = [0.0, 0.0, 0.0, 0.0]
+        given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.params, spec))}
+        for loss in task.losses:
+
+            def residuals(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
+                def total(trained: Any) -> Any:
+                    every = {**params, loss.trains: trained}
+                    return loss.fn(every, stats, batch, jax.random.key(0), jax.numpy.int32(0))
+
+                return jax.vjp(total, params[loss.trains], has_aux=True)[1]
+
+            for leaf in jax.tree.leaves(jax.eval_shape(residuals, self.shapes.params, self.shapes.stats, spec)):
+                if (leaf.shape, leaf.dtype) in given:
+                    continue
+                rows = any(size and size % _ROWS == 0 for size in leaf.shape)
+                cut = any(size in self.wide for size in leaf.shape)
+                found[2 * (not rows) + cut] += _bytes(leaf) / (_ROWS if rows else 1)
+        return Saved(*found)
+
+    def guess(self, cfg: Config) -> Guess:
+        """What a step of a config would need.
+
+        Raises:
+            UserError: it does not fit the mesh.
+        """
+        from jaxmodels.tasks import losses
+        from jaxmodels.train import step
+
+        sizes = self.place(cfg.mesh)
+        step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=self.updates)
+        batch = self.rules.shards(sizes, self.rules.table(sizes)["batch"])
+        tensor = sizes[self.rules.RULES["mlp"][0]]
+        pieces = self.rules.shards(sizes, self.rules.RULES["seq"]) if self.length > 1 else 1
+        whole = tensor if self.rules.SEQUENCE in sizes else 1
+        rows = cfg.data.batch_size / batch / pieces
+        own, gathered = self.shares(cfg.mesh)
+        remat, attention = (getattr(cfg.model, name, default) for name, default in KNOBS.items())
+        kernel = "xla" if attention == "xla" else "blockwise"  # all others keep what `blockwise` keeps
+        saved, everything = self.saved(remat, kernel), self.saved("none", kernel)
+
+        def of_rows(kept: Saved, whole: int = whole) -> float:
+            return kept.rows / whole + kept.rows_cut / tensor
+
+        ticks, idle = self._ticks(cfg, sizes)
+        parts = rows / cfg.train.accumulate
+        block = BLOCK * of_rows(everything, 1) / self.layers  # within a block tokens are gathered
+        activations = parts * (idle * of_rows(saved) + (block if remat != "none" else 0))
+        activations += saved.weights + saved.weights_cut / tensor
+        activations += 4 * self.vocabulary / tensor * min(parts * self.length, losses.SCORED)  # logits of a piece
+        activations += 4 * own * (cfg.train.accumulate > 1)  # the sum of gradients, beside those of a microbatch
+        kept = 4 * own * (2 + self.copies)
+        compute, least = (idle * seconds for seconds in self._products(remat))
+        times = ticks * cfg.train.accumulate
+        links = self._links(sizes, rows, gathered, own, remat, times)
+        row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
+        traffic = 3 * rows * of_rows(everything) + 4 * own * (3 + 3 * self.copies)
+        traffic += 3 * times * self.width * (gathered or own)
+        memory = traffic / (row.bandwidth * share["memory"])
+        hidden = max(0.0, links["parameters"] - 0.8 * compute)  # gathered while something else is computed
+        return Guess(
+            kept=kept,
+            activations=activations,
+            least=max(least, links["least"]),
+            seconds=compute + memory + links["activations"] + hidden,
+        )
+
+    def _products(self, remat: str) -> tuple[float, float]:
+        """Seconds of products and attention, and of the products alone without any recomputed."""
+        row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
+        peak = self.topology.devices * row.flops.get(getattr(self.cfg.model, "dtype", "float32"), row.flops["bfloat16"])
+        plain = (self.model_flops - self.attention_flops) / (peak * share["products"])
+        half = self.attention_flops / 2 / (peak * share["attention"])  # causal: the other half is not computed
+        # a block's last product is not needed again, but the scores are in all fused kernels
+        return plain * (1.25 if remat == "full" else 1) + half * (7 / 6 if remat == "none" else 9 / 6), plain
+
+    def _ticks(self, cfg: Config, sizes: dict[str, int]) -> tuple[int, float]:
+        """How often a stage begins in a microbatch of the step, and how much longer all take for its bubble.
+
+        Raises:
+            UserError: the rows do not divide into microbatches of the stages.
+        """
+        from jaxmodels.models import pipeline
+
+        stages = self.rules.Stages.of(sizes)
+        if stages.stages == 1:
+            return 1, 1.0
+        rows, shards = cfg.data.batch_size // cfg.train.accumulate, self.rules.shards(sizes, self.rules.RULES["batch"])
+        count = pipeline.microbatches(stages, rows, shards)
+        if count is None:
+            raise UserError(f"got {rows} rows for {stages.stages} stages of {shards} shards, expected a multiple")
+        ticks = count * stages.rounds + stages.stages - 1
+        return ticks, ticks / (count * stages.rounds)
+
+    def _links(
+        self, sizes: dict[str, int], rows: float, gathered: float, own: float, remat: str, times: int
+    ) -> dict[str, float]:
+        """Seconds that links carry parameters, and activations, in a step; and the least of any of them."""
+        table = self.rules.RULES
+        fsdp, tensor, context = table["embed"][0], table["mlp"][0], table["seq"][0]
+        gather = self.seconds(sizes, fsdp, "all-gather", self.width * gathered)
+        replicas = [axis for axis in table["batch"] if axis not in (fsdp, *table["expert"])]
+        reduced = sum(self.seconds(sizes, axis, "all-reduce", self.width * own) for axis in replicas)
+        again = 1 if remat == "none" else 2
+        # a block's sums: of each product whose inputs `tensor` cuts, and of the gradient at the inputs of the others
+        stream = rows * self.length * self.width
+        sums = 0.0
+        for shape, names in self.parameters:
+            before = names[: names.index("embed")] if "embed" in names and "vocab" not in names else ()
+            if any(name and tensor in table[name] for name in before):
+                depth = math.prod(s for s, n in zip(shape, names, strict=True) if n == "layers")
+                sums += depth * stream * shape[names.index("embed")]
+        added = self.seconds(sizes, tensor, "all-reduce", sums)
+        keys = sum(
+            math.prod(shape) / shape[names.index("embed")]
+            for shape, names in self.parameters
+            if "embed" in names and "head_dim" in names and names.index("embed") < names.index("head_dim")
+        )
+        # keys and values, whole sequences of them, go once round forward, and back with their gradients
+        around = self.seconds(sizes, context, "all-gather", rows * self.length * keys * self.width * sizes[context])
+        experts = 0.0
+        if "expert" in self.logical:
+            chosen = getattr(self.cfg.model, "experts_per_token", 1)
+            inputs = max(s[n.index("embed")] for s, n in self.parameters if "expert" in n and "embed" in n)
+            experts = 4 * self.seconds(sizes, table["expert"][0], "all-to-all", self.layers * chosen * stream * inputs)
+        stages, embed = (
+            self.rules.STAGE,
+            max([s[n.index("embed")] for s, n in self.parameters if "embed" in n], default=1),
+        )
+        # a stage has the rows of all, and hands each on and its gradient back
+        handed = 2 * self.seconds(sizes, stages, "collective-permute", sizes[stages] * stream * embed)
+        return {
+            "parameters": times * (gather * (again + 1) + reduced) + 3 * around,
+            "activations": added * (2 if remat == "none" else 3) + experts + handed,
+            "least": max(2 * gather, reduced, 2 * added),
+        }
+
+    def seconds(self, sizes: dict[str, int], axis: str, kind: str, size: float) -> float:
+        """How long a collective of so many bytes takes along a mesh axis, laid out in the order of the devices."""
+        devices = sizes[axis]
+        if devices == 1 or not size:
+            return 0.0
+        rate = self.rate(tuple(sizes.items()), axis)
+        return size * passes(kind, devices) / rate
+
+    @functools.cache
+    def rate(self, sizes: tuple[tuple[str, int], ...], axis: str) -> float:
+        """Bytes a second of a device through the link that a mesh axis crosses."""
+        names, shape = zip(*sizes, strict=True)
+        where = np.arange(self.topology.devices).reshape(shape)
+        group = np.moveaxis(where, names.index(axis), 0).reshape(shape[names.index(axis)], -1)[:, 0]
+        chips = self.topology.shape
+        grid = np.indices((*chips, self.topology.hardware.per_chip)).reshape(len(chips) + 1, -1).T
+        _, rate = Places(self.topology, dict(sizes), grid).link([group.tolist()])
+        return rate * roofline.shares(self.topology.hardware)["link"]
+
+
+def _bytes(tree: Any) -> float:
+    """Bytes of a tree, whole."""
+    import jax
+
+    return float(
+        sum(
+            math.prod(leaf.shape)
+            * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype.itemsize)
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def _names(axes: Any) -> list[tuple[str | None, ...]]:
+    import jax
+
+    return jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))

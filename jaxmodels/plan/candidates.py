@@ -1,0 +1,249 @@
+"""The ways to run one experiment on given devices: meshes, microbatches, and fields of the model."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from jaxmodels import config as configs
+from jaxmodels.config import Config, MeshConfig
+from jaxmodels.errors import UserError
+from jaxmodels.plan.arithmetic import KNOBS, Arithmetic, Guess
+from jaxmodels.plan.topology import Topology
+
+SLACK = 0.8
+"""Share of the guessed activations that must fit: the guess is rough, and XLA recomputes some where memory is short."""
+PIECE = 4096
+"""Tokens that each device of a cut sequence should have at least."""
+WIDEST = 16
+"""Devices that `tensor` joins at most where no switch sets a limit."""
+SHORT = 4096
+"""Tokens up to which attention that writes its scores to memory may be the faster one."""
+STAGES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run an experiment, and what it would need by arithmetic."""
+
+    cfg: Config
+    mesh: MeshConfig
+    """The config's, with nothing left open."""
+    origin: str
+    """'as configured', 'usual' (what an expert would try), or nothing."""
+    guess: Guess
+
+
+def overrides(base: Config, cfg: Config) -> dict[str, Any]:
+    """Fields in which a config differs from another, by dotted name."""
+    return {name: value for name, (_, value) in configs.differences(base, cfg).items()}
+
+
+def arguments(overrides: dict[str, Any]) -> list[str]:
+    """Fields as they are written behind `jaxmodels train CONFIG`."""
+    found = []
+    for name, value in overrides.items():
+        found += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return found
+
+
+@dataclass
+class Drawn:
+    """What there is to try, and why the rest is not."""
+
+    kept: list[Candidate]
+    """Those that are as configured or usual, then the others, by their guessed time."""
+    dropped: collections.Counter[str]
+    """How many went out, by reason."""
+    refused: dict[str, str]
+    """Reasons of the usual and of the configured one, where they went out."""
+
+    @property
+    def number(self) -> int:
+        return len(self.kept) + self.dropped.total()
+
+
+def draw(arithmetic: Arithmetic) -> Drawn:
+    """All candidates, but for those that arithmetic rules out."""
+    cfg, memory = arithmetic.cfg, arithmetic.topology.hardware.memory
+    drawn = Drawn([], collections.Counter(), {})
+    seen: set[Any] = set()
+    for origin, each in _all(arithmetic):
+        mesh = settled(each.mesh, arithmetic)
+        key = mesh, each.model, each.train.accumulate  # all else is the same
+        if key in seen:
+            continue
+        seen.add(key)
+        reason = ""
+        try:
+            guess = arithmetic.guess(each)
+        except UserError as error:
+            reason, told = "the mesh does not divide a parameter, the batch or its tokens", str(error)
+        else:
+            if guess.kept > memory:
+                reason = "parameters, optimizer and gradients do not fit"
+            elif not origin and guess.kept + SLACK * guess.activations > memory:
+                reason = "activations would not fit"
+            told = f"{reason}: {guess.kept / 2**30:.0f} of {memory / 2**30:.0f} GiB" if reason else ""
+        if not reason:
+            drawn.kept.append(Candidate(each, mesh, origin, guess))
+            continue
+        drawn.dropped[reason] += 1
+        if origin:
+            drawn.refused[" ".join(arguments(overrides(cfg, each)))] = told
+    order = {"as configured": 0, "usual": 1, "": 2}
+    drawn.kept.sort(key=lambda each: (order[each.origin], each.guess.seconds, each.guess.peak))
+    return drawn
+
+
+def settled(mesh: MeshConfig, arithmetic: Arithmetic) -> MeshConfig:
+    """A mesh whose open axis, if it has one, takes the devices that are left."""
+    axes, fixed = arithmetic.rules.AXES, arithmetic.topology.devices
+    for axis in axes:
+        fixed //= max(1, getattr(mesh, axis))
+    return dataclasses.replace(mesh, **{axis: fixed for axis in axes if getattr(mesh, axis) == -1})
+
+
+def _all(arithmetic: Arithmetic) -> Iterator[tuple[str, Config]]:
+    cfg = arithmetic.cfg
+    yield "as configured", cfg
+    for mesh in usual(arithmetic):
+        yield "usual", made_to_fit(dataclasses.replace(cfg, mesh=mesh), arithmetic)
+    for mesh in meshes(arithmetic):
+        for change in knobs(cfg, arithmetic, mesh):
+            yield "", dataclasses.replace(change, mesh=mesh)
+
+
+def made_to_fit(cfg: Config, arithmetic: Arithmetic) -> Config:
+    """A config with so many microbatches that by its guess it fits; as it is where no number of them does that."""
+    memory, tried = arithmetic.topology.hardware.memory, cfg
+    try:
+        while (guess := arithmetic.guess(tried)).peak > memory:
+            if guess.kept > memory:
+                return cfg
+            tried = dataclasses.replace(
+                tried, train=dataclasses.replace(tried.train, accumulate=2 * tried.train.accumulate)
+            )
+    except UserError:  # what is wrong is told of the config as it is
+        return cfg
+    return tried
+
+
+def inner(topology: Topology) -> int:
+    """Devices that the fastest links join: a node of GPUs, the last dimension of a torus."""
+    last = topology.shape[-1] * topology.hardware.per_chip
+    return last if topology.hardware.platform == "cuda" else min(last, WIDEST)
+
+
+def usual(arithmetic: Arithmetic) -> list[MeshConfig]:
+    """Ten meshes that an expert would try first, as far as they fit the devices and the model."""
+    devices, node = arithmetic.topology.devices, inner(arithmetic.topology)
+    asked: list[dict[str, Any]] = [
+        dict(data=1, fsdp=devices),
+        dict(data=devices),
+        dict(data=devices // node, fsdp=node),
+        dict(data=1, fsdp=devices // 2, tensor=2),
+        dict(data=1, fsdp=devices // 4, tensor=4),
+        dict(data=1, fsdp=devices // 4, tensor=4, sequence=True),
+        dict(data=1, fsdp=devices // 8, tensor=8, sequence=True),
+        dict(data=devices // node, tensor=node),
+    ]
+    if "expert" in arithmetic.logical:
+        most = max(s[n.index("expert")] for s, n in arithmetic.parameters if "expert" in n)
+        asked += [dict(data=1, expert=e, fsdp=devices // e) for e in (most, node) if devices % e == most % e == 0]
+    asked += [
+        dict(data=1, fsdp=devices // 2, context=2),
+        dict(data=2, fsdp=devices // 2),
+        dict(data=1, fsdp=devices // 8, tensor=8),
+        dict(data=4, fsdp=devices // 4),
+    ]
+    found: list[MeshConfig] = []
+    for sizes in asked:
+        parts = [size for size in sizes.values() if not isinstance(size, bool)]
+        mesh = MeshConfig(**sizes) if 0 not in parts else None
+        if mesh is None or _product(mesh, arithmetic) != devices or mesh in found:
+            continue
+        if _sensible(mesh, arithmetic):
+            found.append(mesh)
+    return found[:10]
+
+
+def _product(mesh: MeshConfig, arithmetic: Arithmetic) -> int:
+    total = 1
+    for axis in arithmetic.rules.AXES:
+        total *= getattr(mesh, axis)
+    return total
+
+
+def _sensible(mesh: MeshConfig, arithmetic: Arithmetic) -> bool:
+    """Whether a mesh asks for nothing that the model, the data or the links have not."""
+    limit = inner(arithmetic.topology) if arithmetic.topology.hardware.platform == "cuda" else WIDEST
+    heads = "heads" in arithmetic.logical
+    return (
+        (mesh.tensor == 1 or (heads and mesh.tensor <= limit))
+        and (mesh.context == 1 or (heads and arithmetic.length // mesh.context >= PIECE))
+        and (mesh.expert == 1 or "expert" in arithmetic.logical)
+        and (mesh.stage == 1 or "layers" in arithmetic.logical)
+        and (not mesh.sequence or (mesh.tensor > 1 and heads))
+    )
+
+
+def meshes(arithmetic: Arithmetic) -> Iterator[MeshConfig]:
+    """All meshes of the devices that are worth a thought."""
+    devices, batch = arithmetic.topology.devices, arithmetic.cfg.data.batch_size
+    for stage in STAGES:
+        for tensor in _divisors(devices):
+            for context in _divisors(devices // tensor):
+                for expert in _divisors(devices // tensor // context):
+                    left, rest = divmod(devices, tensor * context * expert * stage)
+                    if rest:
+                        continue
+                    for fsdp in _divisors(left):
+                        for sequence in (False, True) if tensor > 1 else (False,):
+                            sizes: dict[str, Any] = dict(
+                                data=left // fsdp,
+                                fsdp=fsdp,
+                                expert=expert,
+                                context=context,
+                                tensor=tensor,
+                                sequence=sequence,
+                                stage=stage,
+                            )
+                            mesh = MeshConfig(**sizes)
+                            if _sensible(mesh, arithmetic) and batch % (left * expert) == 0:
+                                yield mesh
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def knobs(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> Iterator[Config]:
+    """A config with each microbatch, rematerialisation and kernel that there are for a mesh; the batch stays whole."""
+    rows = cfg.data.batch_size // (mesh.data * mesh.stage * mesh.fsdp * mesh.expert)
+    times = [n for n in _divisors(rows) if n & (n - 1) == 0]
+    if cfg.train.accumulate not in times and rows % cfg.train.accumulate == 0:
+        times.append(cfg.train.accumulate)
+    options: dict[str, list[Any]] = {
+        name: choices for name, choices in _choices(cfg, arithmetic, mesh).items() if hasattr(cfg.model, name)
+    }
+    changed = [cfg.model]
+    for name, choices in options.items():
+        changed = [dataclasses.replace(model, **{name: choice}) for model in changed for choice in choices]
+    for model in changed:
+        for accumulate in times:
+            yield dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, accumulate=accumulate))
+
+
+def _choices(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> dict[str, list[Any]]:
+    from jaxmodels.models.functional import Remat
+
+    kernels = dict.fromkeys([getattr(cfg.model, "attention", KNOBS["attention"]), KNOBS["attention"]])
+    if mesh.context > 1:
+        kernels["ulysses"] = None
+    elif arithmetic.length <= SHORT:
+        kernels["xla"] = None
+    return {"remat": list(get_args(Remat)), "attention": list(kernels)}

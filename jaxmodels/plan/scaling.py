@@ -1,0 +1,276 @@
+"""`jaxmodels plan --scaling`: how a step grows with the devices, on paper, and along which axis of the mesh it pays.
+
+Strong scaling keeps the batch, weak scaling keeps a device's share of it. From the mesh of the first topology each axis
+by itself takes all the growth; every point is a program of the real compiler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmodels.config import Config, MeshConfig
+from jaxmodels.errors import UserError
+from jaxmodels.options import PlanOptions
+from jaxmodels.plan import compile as compiling
+from jaxmodels.plan.arithmetic import Arithmetic
+from jaxmodels.plan.candidates import made_to_fit
+from jaxmodels.plan.topology import Topology
+
+Mode = Literal["strong", "weak"]
+MODES: tuple[Mode, ...] = ("weak", "strong")
+PAYS = 0.8
+"""Efficiency, against the first size, from which on an axis is said to pay."""
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step at one size, with all growth along one axis."""
+
+    topology: Topology
+    mode: Mode
+    axis: str
+    cfg: Config | None
+    """None where it cannot be: see `failure`."""
+    plan: dict[str, Any] | None = None
+    failure: str = ""
+    efficiency: float = 0.0
+    """Throughput of a device against that of the first size; 0 where it does not run."""
+
+    @property
+    def runs(self) -> bool:
+        return self.plan is not None and self.plan["fits"] and "step_seconds" in self.plan
+
+
+def command(cfg: Config, on: Sequence[Topology], options: PlanOptions) -> list[dict[str, Any]]:
+    """Print the curves of a config over topologies, with a picture; returns what there is to write."""
+    say = lambda text: print(text, flush=True)  # noqa: E731
+    first, points = curves(cfg, on, options.workers, say)
+    verdicts = [verdict(first, points, mode, axis) for mode in MODES for axis in axes_of(points)]
+    print(table(first, points))
+    print("\n" + "\n".join(verdicts))
+    from jaxmodels.report import scaling as pictures
+
+    out = options.out or Path("scaling.png")
+    assert first.plan is not None
+    mesh = " ".join(f"{axis}={size}" for axis, size in first.plan["mesh"].items() if size > 1) or "one device"
+    title = f"{type(cfg.model).__name__.removesuffix('Config')}, {first.plan['parameters'] / 1e9:.3g} B parameters, "
+    title += f"predicted from {first.topology.name} with mesh {mesh}"
+    shown = [{**written(each), "per_second": each.plan["per_second"]} for each in points if each.runs and each.plan]
+    pictures.draw(out, title, first.plan["unit"], (first.topology.devices, first.plan["per_second"]), PAYS, shown)
+    print(f"\npicture: {out}")
+    return [written(first), *(written(each) for each in points), {"verdicts": verdicts}]
+
+
+def curves(
+    cfg: Config, on: Sequence[Topology], workers: int = 0, say: Callable[[str], None] = print
+) -> tuple[Point, list[Point]]:
+    """The first size's point, and those of the other sizes, along each axis, weak and strong.
+
+    Raises:
+        UserError: sizes that do not grow in multiples of the first, or a config that does not run on the first.
+    """
+    check(on)
+    start = Arithmetic(cfg, on[0])
+    sizes = start.place(cfg.mesh)
+    mesh = dataclasses.replace(cfg.mesh, **{axis: sizes[axis] for axis in start.rules.AXES})
+    cfg = dataclasses.replace(cfg, mesh=mesh)
+    first = compiled(Point(on[0], "strong", "", cfg))
+    if first.failure:
+        raise UserError(f"got {on[0].name}, expected a first size on which the step runs ({first.failure}), {REMEDY}")
+    assert first.plan is not None
+    first = dataclasses.replace(first, efficiency=1.0)
+    say(f"{progress(first)}  (the first size, against which the others are held)")
+    points = [
+        grown(cfg, arithmetic, mode, axis, topology.devices // on[0].devices)
+        for topology in on[1:]
+        for arithmetic in [start.on(topology)]
+        for mode in MODES
+        for axis in offered(arithmetic)
+    ]
+    with ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 1) // 2)) as pool:
+        running = {pool.submit(compiled, point): i for i, point in enumerate(points) if point.cfg is not None}
+        for done, each in enumerate(as_completed(running), 1):
+            made = each.result()
+            if made.runs and made.plan is not None and first.plan is not None:
+                rate = made.plan["per_second_device"] / first.plan["per_second_device"]
+                made = dataclasses.replace(made, efficiency=rate)
+            points[running[each]] = made
+            say(f"[{done}/{len(running)}] {progress(made)}")
+    return first, points
+
+
+REMEDY = "try a larger first size, or plan it without --scaling to see why"
+
+
+def check(on: Sequence[Topology]) -> None:
+    """Refuse sizes that make no curve."""
+    names = ",".join(each.name for each in on)
+    if len(on) < 2:
+        raise UserError(f"got --scaling on {names}, expected several sizes, try --on v5p:4x4x4,8x8x8,16x16x16")
+    if len({each.hardware.name for each in on}) > 1:
+        raise UserError(f"got --scaling on {names}, expected one kind of hardware, try a command for each")
+    for before, after in itertools.pairwise(on):
+        if after.devices <= before.devices or after.devices % on[0].devices:
+            raise UserError(
+                f"got --scaling on {names}, expected sizes that grow, in multiples of {on[0].devices} devices, "
+                f"try {on[0].name} first and twice as many next"
+            )
+
+
+def offered(arithmetic: Arithmetic) -> list[str]:
+    """Axes of the mesh that cut something of this model."""
+    cut = {axis for name in arithmetic.logical for axis in arithmetic.rules.RULES[name]}
+    cut |= set(arithmetic.rules.RULES["batch"]) - set(arithmetic.rules.RULES["expert"])
+    if arithmetic.length > 1 and "heads" in arithmetic.logical:
+        cut |= set(arithmetic.rules.RULES["seq"])
+    if "heads" not in arithmetic.logical:
+        cut -= set(arithmetic.rules.RULES["heads"])
+    return [
+        axis for axis in arithmetic.rules.AXES if axis in cut or ("expert" in arithmetic.logical and axis == "expert")
+    ]
+
+
+def grown(cfg: Config, arithmetic: Arithmetic, mode: Mode, axis: str, times: int) -> Point:
+    """The point at which one axis is so many times as large, as far as arithmetic lets it be."""
+    data = cfg.data
+    if mode == "weak":
+        data = dataclasses.replace(data, batch_size=data.batch_size * times)
+    mesh: MeshConfig = dataclasses.replace(cfg.mesh, **{axis: getattr(cfg.mesh, axis) * times})
+    train = cfg.train
+    if mode == "strong" and axis in arithmetic.rules.RULES["batch"]:  # the microbatch stays, as far as there are enough
+        train = dataclasses.replace(train, accumulate=max(1, train.accumulate // times))
+    now = dataclasses.replace(cfg, data=data, mesh=mesh, train=train)
+    try:
+        guess = arithmetic.guess(now)
+    except UserError as error:
+        return Point(arithmetic.topology, mode, axis, None, failure=str(error).partition(", try ")[0])
+    memory = arithmetic.topology.hardware.memory
+    if guess.kept > memory:
+        told = f"parameters, optimizer and gradients need {guess.kept / _GIB:.0f} of {memory / _GIB:.0f} GiB"
+        return Point(arithmetic.topology, mode, axis, None, failure=told)
+    return Point(arithmetic.topology, mode, axis, made_to_fit(now, arithmetic))
+
+
+def compiled(point: Point) -> Point:
+    """A point with its plan, or with why it has none."""
+    from jaxmodels.plan import command as plans
+
+    assert point.cfg is not None
+    try:
+        plan = plans.plan(point.cfg, compiling.compiled(point.cfg, point.topology))
+    except (UserError, RuntimeError) as error:
+        return dataclasses.replace(point, failure=" ".join(str(error).split())[-300:].partition(", try ")[0])
+    memory = plan["memory"]
+    told = "" if plan["fits"] else f"needs {memory['peak'] / _GIB:.0f} of {memory['device'] / _GIB:.0f} GiB"
+    return dataclasses.replace(point, plan=plan, failure=told)
+
+
+def axes_of(points: Sequence[Point]) -> list[str]:
+    """The axes along which points grow, in order."""
+    return list(dict.fromkeys(each.axis for each in points))
+
+
+def verdict(first: Point, points: Sequence[Point], mode: Mode, axis: str) -> str:
+    """Up to which size an axis pays, and why not beyond."""
+    reached = first.topology
+    for each in (point for point in points if (point.mode, point.axis) == (mode, axis)):
+        devices = each.topology.devices
+        name = f"{mode} scaling along {axis}"
+        paid = f"pays up to {reached.devices:,} devices" if reached is not first.topology else "does not pay"
+        if not each.runs:
+            return f"{name} {paid}: at {devices:,} {each.failure}"
+        if each.efficiency < PAYS:
+            return f"{name} {paid}: at {devices:,} the efficiency is {each.efficiency:.2f}, {why(first, each)}"
+        reached = each.topology
+    last = [point for point in points if (point.mode, point.axis) == (mode, axis)][-1]
+    return (
+        f"{mode} scaling along {axis} pays up to {reached.devices:,} devices, the largest size: {last.efficiency:.2f}"
+    )
+
+
+def why(first: Point, point: Point) -> str:
+    """What takes the time that a step should not take."""
+    from jaxmodels.parallel import rules
+
+    assert first.plan is not None and point.plan is not None
+    times = point.topology.devices / first.topology.devices
+    ideal = 1.0 if point.mode == "weak" else 1 / times
+    before, after = first.plan["seconds"], point.plan["seconds"]
+    excess = {name: after[name] - ideal * before[name] for name in after}
+    rest = point.plan["step_seconds"] - sum(after.values())
+    excess["launches"] = rest - ideal * (first.plan["step_seconds"] - sum(before.values()))
+    most = max(excess, key=lambda name: excess[name])
+    told = f"{excess[most]:.3g} s more of a step of {point.plan['step_seconds']:.3g} s"
+    if most == "compute":
+        idle = "stages wait for the first and the last microbatch" if point.axis == rules.STAGE else ""
+        return f"since products take {told}: {idle or 'what the axis does not cut is computed by all its devices'}"
+    if most == "memory":
+        return (
+            f"since bytes between memory and compute take {told}: pieces are small, or what is not cut is read by all"
+        )
+    if most == "launches":
+        return f"since beginning instructions takes {told}: each has too little to do"
+    known = {(t["kind"], tuple(t["axes"])): t["seconds"] for t in first.plan["transfers"]}
+    sent = max(
+        point.plan["transfers"], key=lambda t: t["seconds"] - ideal * known.get((t["kind"], tuple(t["axes"])), 0.0)
+    )
+    return (
+        f"since links are waited for {told}: {sent['kind']} along {'*'.join(sent['axes']) or 'all'} over "
+        f"{sent['link']} ({sent['devices']} devices, {sent['bytes'] / _GIB:.3g} GiB, {sent['seconds']:.3g} s)"
+    )
+
+
+def progress(point: Point) -> str:
+    """A line on a point."""
+    what = f"{point.mode} along {point.axis}: " if point.axis else ""
+    if not point.runs:
+        return f"{point.topology.name} {what}{point.failure}"
+    plan = point.plan or {}
+    return f"{point.topology.name} {what}{plan['step_seconds']:.4g} s, efficiency {point.efficiency:.2f}"
+
+
+def table(first: Point, points: Sequence[Point]) -> str:
+    """All points as text."""
+    assert first.plan is not None
+    unit = first.plan["unit"]
+    head = f"{'axis':<10}{'devices':>8}{'batch':>9}{'step s':>10}{unit + '/s':>15}{'a device':>10}{'efficiency':>12}"
+    lines = []
+    for mode in MODES:
+        lines += ["", f"{mode} scaling from {first.topology.name}", f"{head}{'MFU':>8}{'GiB':>7}  bound by"]
+        for each in [first, *(point for point in points if point.mode == mode)]:
+            start = f"{each.axis or '(first)':<10}{each.topology.devices:>8,}"
+            if not each.runs or each.plan is None or each.cfg is None:
+                lines.append(f"{start}  {each.failure}")
+                continue
+            plan, batch = each.plan, each.cfg.data.batch_size
+            extra = f", accumulate {each.cfg.train.accumulate}" if each.cfg.train.accumulate > 1 else ""
+            lines.append(
+                f"{start}{batch:>9,}{plan['step_seconds']:>10.4g}{plan['per_second']:>15,.0f}"
+                f"{plan['per_second_device']:>10,.0f}{each.efficiency:>12.2f}{plan['mfu']:>8.1%}"
+                f"{plan['memory']['peak'] / _GIB:>7.1f}  {plan['binds']}{extra}"
+            )
+    return "\n".join(lines)
+
+
+def written(point: Point) -> dict[str, Any]:
+    """A point as JSON values."""
+    batch = None if point.cfg is None else point.cfg.data.batch_size
+    return {
+        "on": point.topology.name,
+        "devices": point.topology.devices,
+        "mode": point.mode if point.axis else None,
+        "axis": point.axis or None,
+        "batch_size": batch,
+        "accumulate": None if point.cfg is None else point.cfg.train.accumulate,
+        "efficiency": point.efficiency,
+        "failure": point.failure,
+        "plan": point.plan,
+    }

@@ -1,0 +1,324 @@
+"""The search over ways to run a step: what arithmetic rules out, what is compiled, and what wins."""
+
+import collections
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import shlex
+
+import pytest
+
+from jaxmodels import cli
+from jaxmodels import config as configs
+from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.options import PlanOptions, configured
+from jaxmodels.plan import arithmetic, candidates, command, search, topology
+from jaxmodels.plan import compile as compiling
+
+LLAMA = LlamaConfig(
+    vocab_size=4096, context=8192, layers=4, heads=16, kv_heads=8, width=512, mlp_width=1024, dtype="bfloat16"
+)
+CONFIG = Config(
+    model=LLAMA, data=DataConfig(source="tokens", seq_len=8192, batch_size=64), mesh=MeshConfig(data=1, fsdp=-1)
+)
+IMAGES = Config(MLPConfig((8, 8, 1), 10, (64,)), configs.TaskConfig(name="classification"), DataConfig())
+ON = topology.parse("h100:4x8")
+EXPERT = [
+    dict(data=1, fsdp=32),
+    dict(data=32),
+    dict(data=4, fsdp=8),
+    dict(data=1, fsdp=16, tensor=2),
+    dict(data=1, fsdp=8, tensor=4),
+    dict(data=1, fsdp=8, tensor=4, sequence=True),
+    dict(data=1, fsdp=4, tensor=8, sequence=True),
+    dict(data=4, tensor=8),
+    dict(data=1, fsdp=16, context=2),
+    dict(data=2, fsdp=16),
+]
+
+
+@pytest.fixture(scope="module")
+def judged():
+    return arithmetic.Arithmetic(CONFIG, ON)
+
+
+@pytest.fixture
+def drawn(judged, monkeypatch):
+    """What there is to try of CONFIG, drawn once."""
+    if not hasattr(judged, "drawn"):
+        judged.drawn = candidates.draw(judged)
+    monkeypatch.setattr(search, "Arithmetic", lambda cfg, topology: judged)
+    monkeypatch.setattr(search, "draw", lambda judged: judged.drawn)
+
+
+def settled(cfg, devices=32):
+    """A config's mesh with nothing left open."""
+    sizes = configs.flatten(cfg.mesh)
+    left = devices // math.prod(n for name, n in sizes.items() if name in SIZES and n > 0)
+    return MeshConfig(**{name: left if n == -1 else n for name, n in sizes.items()})
+
+
+SIZES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Put `seconds, peak = judge(cfg)` in the compiler's place; gives the list of what was compiled."""
+    seen = []
+
+    def install(judge):
+        def compiled(cfg, topology):
+            seen.append(cfg)
+            seconds, peak = judge(cfg)
+            return {
+                "fits": peak <= topology.hardware.memory,
+                "memory": {"peak": peak, "device": topology.hardware.memory},
+                "step_seconds": seconds,
+                "compile_seconds": 0.0,
+                "unit": "tokens",
+                "per_second": 1 / seconds,
+                "mfu": 0.5,
+                "binds": "compute",
+            }
+
+        monkeypatch.setattr(compiling, "compiled", compiled)
+        monkeypatch.setattr(command, "plan", lambda cfg, made: made)
+        return seen
+
+    return install
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_winner_is_no_worse_than_the_best_of_ten_meshes_that_an_expert_tries(fake, drawn, seed):
+    def judge(cfg):  # whatever the compiler says of a mesh
+        mesh = settled(cfg)
+        return random.Random(f"{seed} {mesh}").uniform(1, 2), 30e9
+
+    seen = fake(judge)
+    found = search.search(CONFIG, ON, 40, 2, lambda text: None)
+    meshes = [MeshConfig(**sizes) for sizes in EXPERT]
+    assert {settled(cfg) for cfg in seen} >= set(meshes)
+    best = min(judge(dataclasses.replace(CONFIG, mesh=mesh))[0] for mesh in meshes)
+    assert found.winner.cost[0] <= best
+    assert len(seen) == len(found.tried) == 40
+    assert len({json.dumps(configs.to_json(cfg), sort_keys=True) for cfg in seen}) == 40, "none twice"
+
+
+def test_what_is_usual_follows_the_model_and_the_hardware(judged):
+    assert [dataclasses.asdict(mesh) for mesh in candidates.usual(judged)] == [
+        dataclasses.asdict(MeshConfig(**sizes)) for sizes in EXPERT
+    ]
+    mixture = MixtralConfig(vocab_size=512, layers=2, heads=4, kv_heads=2, width=64, mlp_width=128, experts=8)
+    data = dataclasses.replace(CONFIG.data, seq_len=512)
+    meshes = candidates.usual(arithmetic.Arithmetic(dataclasses.replace(CONFIG, model=mixture, data=data), ON))
+    assert MeshConfig(data=1, expert=8, fsdp=4) in meshes
+    assert all(mesh.context == 1 for mesh in meshes), "512 tokens are not worth cutting"
+    assert all(mesh.tensor == 1 for mesh in candidates.usual(arithmetic.Arithmetic(IMAGES, ON)))
+
+
+def test_arithmetic_counts_what_a_device_keeps(judged):
+    matrices = 2 * 4096 * 512 + 4 * (512 * (16 + 8 + 8 + 16) * 32 + 3 * 512 * 1024)
+    norms = 4 * 2 * 512 + 512
+    copies = 2 + 1 + 1  # moments, parameters, gradients
+    for sizes, parts in ((dict(data=1, fsdp=32), 32), (dict(data=4, fsdp=4, tensor=2), 8), (dict(data=32), 1)):
+        kept = judged.guess(dataclasses.replace(CONFIG, mesh=MeshConfig(**sizes))).kept
+        # norms are cut by fsdp too
+        cut = sizes.get("fsdp", 1)
+        assert kept == pytest.approx(4 * copies * (matrices / parts + norms / cut), rel=0.02)
+
+
+def test_recomputing_and_microbatches_make_the_guess_smaller_and_slower(judged):
+    def guess(remat="none", accumulate=1, **mesh):
+        model = dataclasses.replace(CONFIG.model, remat=remat)
+        train = dataclasses.replace(CONFIG.train, accumulate=accumulate)
+        return judged.guess(dataclasses.replace(CONFIG, model=model, train=train, mesh=MeshConfig(**mesh)))
+
+    fsdp = dict(data=1, fsdp=32)
+    none, dots, full = (guess(remat, **fsdp) for remat in ("none", "dots", "full"))
+    assert none.activations > dots.activations > full.activations
+    assert none.seconds < dots.seconds < full.seconds
+    assert guess(accumulate=2, **fsdp).activations == pytest.approx(none.activations / 2, rel=0.05)
+    assert guess(data=1, fsdp=16, tensor=2).seconds > none.seconds, "what tensor sums is waited for"
+    sizes = dict(data=1, stage=1, fsdp=4, expert=1, context=1, tensor=8)
+    across = dict(sizes, fsdp=2, tensor=16)
+    inside, outside = (judged.rate(tuple(each.items()), "tensor") for each in (sizes, across))
+    assert (inside, outside) == (0.8 * 450e9, 0.8 * 400e9), "beyond a node over the network, by all its adapters"
+    assert judged.rate(tuple(sizes.items()), "fsdp") == 0.8 * 50e9, "each by its own adapter"
+    assert all(each.least <= each.seconds for each in (none, dots, full))
+
+
+def test_every_way_is_kept_or_counted_with_its_reason(judged):
+    large = dataclasses.replace(LLAMA, layers=48, width=4096, mlp_width=16384, heads=32, kv_heads=2)
+    drawn = candidates.draw(arithmetic.Arithmetic(dataclasses.replace(CONFIG, model=large), ON))
+    assert set(drawn.dropped) == {
+        "the mesh does not divide a parameter, the batch or its tokens",
+        "parameters, optimizer and gradients do not fit",
+        "activations would not fit",
+    }
+    assert drawn.number == len(drawn.kept) + sum(drawn.dropped.values())
+    assert any("--mesh.data 32 --mesh.fsdp 1" in mesh and "do not fit" in told for mesh, told in drawn.refused.items())
+    memory = ON.hardware.memory
+    assert all(each.guess.kept <= memory for each in drawn.kept)
+    assert all(each.cfg.data == CONFIG.data for each in drawn.kept), "the batch stays whole"
+    assert all(each.cfg.mesh.tensor <= 8 for each in drawn.kept), "tensor stays in a node"
+
+
+def test_nothing_that_fits_is_one_line_with_what_is_missing(judged):
+    reasons = collections.Counter({"parameters, optimizer and gradients do not fit": 70})
+    found = search.Found(ON, candidates.Drawn([], reasons, {}))
+    with pytest.raises(UserError, match=r"got h100:4x8, .*\(70 ways: parameters.* do not fit\), try more"):
+        found.winner  # noqa: B018
+    plan = {"fits": False, "memory": {"peak": 3 * 2**36}}
+    each = candidates.Candidate(CONFIG, CONFIG.mesh, "", judged.guess(CONFIG))
+    found.tried = [search.Tried(each, plan), search.Tried(each, None, "it broke")]
+    with pytest.raises(UserError, match=r"the least needs 192.0 of 79.1 GiB"):
+        found.winner  # noqa: B018
+
+
+def test_a_candidate_that_fails_is_a_row_and_not_the_end(fake, drawn):
+    def judge(cfg):
+        if cfg.mesh.tensor == 2:
+            raise UserError("got a mesh that this compiler dislikes")
+        if cfg.mesh.tensor == 4:
+            raise RuntimeError("the compiler\nfell over")
+        return 1.0, 1e9
+
+    fake(judge)
+    said = []
+    found = search.search(CONFIG, ON, 20, 1, said.append)
+    failed = [each for each in found.tried if each.plan is None]
+    assert {"got a mesh that this compiler dislikes", "the compiler fell over"} == {each.failure for each in failed}
+    assert len(found.tried) == 20
+    assert any("failed: the compiler fell over" in line for line in said)
+    assert sum(line.startswith("[") for line in said) == 20, "a line for each"
+    assert f"{len(failed)} failed" in search.report(found, CONFIG)
+
+
+def test_the_frontier_has_what_is_faster_or_smaller_than_all_others(fake, drawn):
+    def judge(cfg):
+        draw = random.Random(str(cfg))
+        return draw.uniform(1, 2), draw.uniform(1e9, 100e9)
+
+    fake(judge)
+    found = search.search(CONFIG, ON, 40, 1, lambda text: None)
+    costs = [each.cost for each in found.tried if each.plan["fits"]]
+    front = [each.cost for each in found.frontier]
+    assert len(front) > 1
+    assert front == sorted(c for c in costs if not any(o[0] <= c[0] and o[1] <= c[1] and o != c for o in costs))
+    assert found.winner.cost[0] == min(costs)[0]
+    assert front[-1][1] == min(peak for _, peak in costs)
+
+
+def test_the_queue_learns_from_what_was_compiled(fake, drawn):
+    seen = fake(lambda cfg: (50.0 if cfg.model.remat == "none" else 10.0, 1e9))
+    search.search(CONFIG, ON, 40, 1, lambda text: None)
+    later = [cfg.model.remat for cfg in seen[-20:]]
+    assert later.count("none") <= 6, "by the guess alone they are the fastest"
+
+
+def test_what_compiled_steps_show_to_be_hopeless_is_not_compiled(drawn, judged):
+    def candidate(remat, accumulate, mesh=CONFIG.mesh):
+        model = dataclasses.replace(LLAMA, remat=remat)
+        train = dataclasses.replace(CONFIG.train, accumulate=accumulate)
+        cfg = dataclasses.replace(CONFIG, model=model, train=train, mesh=mesh)
+        return candidates.Candidate(cfg, candidates.settled(mesh, judged), "", judged.guess(cfg))
+
+    def tried(each, fits, seconds=1.0):
+        return search.Tried(each, {"fits": fits, "step_seconds": seconds, "memory": {"peak": 1}})
+
+    large = [tried(candidate("dots", 1), False)]
+    assert search.hopeless(candidate("none", 1), large), "more is kept"
+    assert search.hopeless(candidate("none", 1, MeshConfig(data=1, fsdp=32)), large), "the same mesh, written out"
+    assert not search.hopeless(candidate("full", 1), large)
+    assert not search.hopeless(candidate("dots", 2), large)
+    assert not search.hopeless(candidate("none", 1, MeshConfig(data=2, fsdp=16)), large)
+    least = candidate("none", 1).guess.least
+    assert search.hopeless(candidate("none", 1), [tried(candidate("full", 1), True, 0.9 * least)])
+    assert not search.hopeless(candidate("none", 1), [tried(candidate("full", 1), True, 1.1 * least)])
+
+
+def test_the_options_of_the_winner_are_read_back_as_the_winner(fake, root, tmp_path, monkeypatch, capsys):
+    file = str(root / "configs" / "llama3_8b_c4.py")
+
+    def judge(cfg):
+        return (100.0 if cfg.mesh.data == 2 else 200.0) - 10 * (cfg.model.remat == "dots"), 1e9
+
+    seen = fake(judge)
+    monkeypatch.chdir(tmp_path)
+    cfg, options = configured([file, "--on", "h100:4x8", "--search", "--json", "all.json"], "plan", PlanOptions)
+    command.command(cfg, options, file)
+    written = (tmp_path / "h100-4x8.args").read_text()
+    again, _ = configured([file, *shlex.split(written)], "train", PlanOptions)
+    won = min(seen, key=judge)
+    assert again == won
+    assert (won.mesh.data, won.model.remat) == (2, "dots")
+    assert f"jaxmodels train {file} {written.strip()}" in capsys.readouterr().out
+    (made,) = json.loads((tmp_path / "all.json").read_text())
+    assert made["winner"]["arguments"] == shlex.split(written)
+    assert len(made["tried"]) == 40
+
+
+def test_a_shape_alone_is_of_the_hardware_before_it():
+    assert [each.name for each in command.asked("v5p:4x4x4,8x8x8,h100:1x8,2x8")] == [
+        "v5p:4x4x4",
+        "v5p:8x8x8",
+        "h100:1x8",
+        "h100:2x8",
+    ]
+
+
+def test_a_search_that_cannot_be_is_one_line(root, capsys):
+    config = str(root / "configs" / "gpt2_openwebtext.py")
+    for arguments, told in (
+        (["--search", "--scaling"], "expected one of them"),
+        (["--search", "--candidates", "0"], "try --candidates 40"),
+        (["--search", "--on", "h100:1x8,2x8", "--out", "x"], "try without --out"),
+        (["--scaling"], "try --on v5p:4x4x4,8x8x8,16x16x16"),
+    ):
+        assert cli.main(["plan", config, "--on", "h100:1x8", *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_attention_that_only_the_reference_computes_is_judged_by_it():
+    dropping = GPT2Config(vocab_size=512, context=256, layers=2, heads=4, width=64, dropout=0.1)
+    data = dataclasses.replace(CONFIG.data, seq_len=256)
+    judged = arithmetic.Arithmetic(dataclasses.replace(CONFIG, model=dropping, data=data), ON)
+    assert judged.saved("none", "blockwise") == judged.saved("none", "xla")
+    scores = 2 * 4 * 256 * 256 * 4
+    assert judged.saved("none", "xla").rows + judged.saved("none", "xla").rows_cut > 2 * scores
+
+
+def test_what_the_optimizer_and_the_average_keep_is_counted():
+    train, optim = dataclasses.replace(CONFIG.train, ema=0.99), OptimConfig(name="sgd")
+    light = arithmetic.Arithmetic(dataclasses.replace(CONFIG, train=train, optim=optim), ON)
+    assert light.copies == pytest.approx(1, rel=0.01)
+
+
+def test_a_real_search_finds_the_fastest_and_goes_on_from_what_is_compiled(root, tmp_path, capsys, monkeypatch):
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("needs the compiler jax_cuda12_plugin: pip install 'jaxmodels[aot]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.layers", "2", "--model.width", "256", "--model.heads", "4", "--data.batch-size", "16"]
+    asked = ["plan", str(root / "configs" / "gpt2_openwebtext.py"), "--on", "h100:1x4", "--search", *small]
+    assert cli.main([*asked, "--candidates", "1", "--workers", "2", "--json", "first.json"]) == 0
+    assert capsys.readouterr().out.count("s to compile") == 1
+    assert cli.main([*asked, "--candidates", "2", "--workers", "2", "--json", "second.json"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" cached ") == 1
+    first, second = (json.loads((tmp_path / name).read_text())[0] for name in ("first.json", "second.json"))
+    assert second["tried"][0] == first["tried"][0]
+    times = [each["plan"]["step_seconds"] for each in second["tried"] if each["plan"]["fits"]]
+    assert second["winner"]["plan"]["step_seconds"] == min(times)
+    for each in second["tried"]:
+        kept = sum(each["plan"]["memory"][name] for name in ("parameters", "optimizer", "gradients"))
+        assert each["guess"]["peak"] > kept
+        assert 0.5 < each["guess"]["peak"] / each["plan"]["memory"]["peak"] < 2, "the guess is rough, not wrong"
+    assert (tmp_path / "h100-1x4.args").read_text().startswith("--mesh.")
