@@ -285,10 +285,10 @@ def test_blockwise_memory_grows_as_the_length_and_the_references_as_its_square()
     assert temporary("xla", 4096) > 3.5 * temporary("xla", 2048)
 
 
-@pytest.mark.parametrize("shape", [(4, 1, 1, 2), (1, 2, 1, 4)])
+@pytest.mark.parametrize("shape", [{"data": 4, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}], ids=str)
 @pytest.mark.parametrize("kernel", ["blockwise", "splash", "cudnn"])
 def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
-    mesh = make_mesh(MeshConfig(*shape))
+    mesh = make_mesh(MeshConfig(**shape))
     dtype = "bfloat16" if kernel == "cudnn" else "float32"
     q, k, v, _ = (x.astype(dtype) for x in arrays(T=128, S=128, G=2))
     q, k, v = (jnp.concatenate([x, x + 1]) for x in (q, k, v))
@@ -305,7 +305,7 @@ def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
     with jax.set_mesh(mesh):
         rows = rules.sharding(mesh, ("batch",))
         by_head = rules.sharding(mesh, ("batch", "seq", "heads"))
-        k, v = (jax.device_put(x, by_head if 2 % shape[3] == 0 else rows) for x in (k, v))
+        k, v = (jax.device_put(x, by_head if 2 % shape["tensor"] == 0 else rows) for x in (k, v))
         got = grad(jax.device_put(q, by_head), k, v, bias, jax.device_put(ids, rows), kernel)
     compare([np.asarray(x, "float32") for x in got], [np.asarray(x, "float32") for x in expected], TOLERANCE[dtype])
 
