@@ -51,7 +51,7 @@ ZOO = {
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
     "dcgan-discriminator": ("gan", GANConfig("discriminator", input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
-    "wgan": ("gan", GANConfig(kind="wgan-gp", input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
+    "wgan": ("gan", GANConfig(kind="wgan-gp", input_shape=(8, 8, 1), latents=6, channels=(8, 16), hidden=8)),
 }
 """Name -> the task it is trained on, and its config."""
 

@@ -33,11 +33,16 @@ class GANConfig:
     """Numbers that the generator makes an image from, normally distributed (Z)."""
     channels: tuple[int, ...] = (64, 128)
     """Channels after each halving of the image, from the outside in; the generator goes the other way."""
+    hidden: int = 0
+    """Units of a layer that sees the whole image at once, behind the latents and before the logits (InfoGAN; Chen et
+    al. 2016); 0: none, as DCGAN has it."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
 
     def __post_init__(self) -> None:
         halvings(self.input_shape, self.channels, "channels")
+        if self.hidden < 0:
+            raise UserError(f"got hidden {self.hidden}, expected at least 0, try --model.hidden 256")
 
 
 class GAN(nn.Module):
@@ -53,16 +58,19 @@ class GAN(nn.Module):
             raise UserError(f"got inputs of shape {x.shape[1:]} for a {c.network}, expected {expected}")
         return self.generate(x, train) if c.network == "generator" else self.judge(x, train)
 
-    def norm(self, index: int) -> layers.BatchNorm:
-        return layers.BatchNorm(initializer=scales, name=f"norm{index}")
+    def norm(self, name: str) -> layers.BatchNorm:
+        return layers.BatchNorm(initializer=scales, name=name)
 
     def generate(self, z: jax.Array, train: bool) -> jax.Array:
         c = self.config
         shape = (*halvings(c.input_shape, c.channels, "channels"), c.channels[-1])
-        axes = ("features", "window", "window", "channels_out")
+        if c.hidden:
+            z = layers.Linear((c.hidden,), ("features", "channels_out"), bias=False, dtype=c.dtype, name="hidden")(z)
+            z = layers.shard(nn.relu(self.norm("hidden_norm")(z, train)), "batch", "channels_out")
+        axes = ("channels_in" if c.hidden else "features", "window", "window", "channels_out")
         x = layers.Linear(shape, axes, bias=False, dtype=c.dtype, name="project")(z)
         for i, width in enumerate((*c.channels[-2::-1], c.input_shape[-1])):
-            x = layers.shard(nn.relu(self.norm(i)(x, train)), "batch", None, None, "channels_out")
+            x = layers.shard(nn.relu(self.norm(f"norm{i}")(x, train)), "batch", None, None, "channels_out")
             last = i == len(c.channels) - 1
             axes = ("channels_in", "features" if last else "channels_out")
             x = layers.ConvTranspose(width, bias=last, axes=axes, dtype=c.dtype, name=f"up{i}")(x)
@@ -70,17 +78,30 @@ class GAN(nn.Module):
 
     def judge(self, x: jax.Array, train: bool) -> jax.Array:
         c = self.config
+        # where nothing normalises, DCGAN's small weights let so little through that a critic learns hardly anything
+        init = layers.normal(0.02) if c.kind == "dcgan" else he
         for i, width in enumerate(c.channels):
             normal = c.kind == "dcgan" and i > 0
-            axes, init = ("channels_in" if i else "features", "channels_out"), layers.normal(0.02)
+            axes = ("channels_in" if i else "features", "channels_out")
             conv = layers.Conv(
                 width, (4, 4), (2, 2), bias=not normal, axes=axes, initializer=init, dtype=c.dtype, name=f"down{i}"
             )
             x = conv(x)
-            x = nn.leaky_relu(self.norm(i)(x, train) if normal else x, 0.2)
+            x = nn.leaky_relu(self.norm(f"norm{i}")(x, train) if normal else x, 0.2)
             x = layers.shard(x, "batch", None, None, "channels_out")
-        axes = ("window", "window", "channels_in", "classes")
-        return layers.Linear((1,), axes, dtype=c.dtype, name="head")(x)[:, 0].astype(jnp.float32)
+        axes = ("window", "window", "channels_in")
+        if c.hidden:
+            normal = c.kind == "dcgan"
+            x = layers.Linear(
+                (c.hidden,), (*axes, "channels_out"), bias=not normal, initializer=init, dtype=c.dtype, name="hidden"
+            )(x)
+            x = nn.leaky_relu(self.norm("hidden_norm")(x, train) if normal else x, 0.2)
+            x, axes = layers.shard(x, "batch", "channels_out"), ("channels_in",)
+        axes = (*axes, "classes")
+        return layers.Linear((1,), axes, initializer=init, dtype=c.dtype, name="head")(x)[:, 0].astype(jnp.float32)
+
+
+he = nn.initializers.he_normal()
 
 
 def scales(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -92,9 +92,33 @@ def test_batch_normalisation_is_where_it_was_published():
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+def test_a_hidden_layer_sees_the_whole_image():
+    """What two far corners say is joined: without it each corner adds to the logit what it adds alone."""
+    corners = [(0, 0), (7, 11)]
+
+    def joint(hidden):
+        model, params, x = prepare(kind="wgan-gp", network="discriminator", hidden=hidden)
+        changed = [x, *(x.at[:, i, j].add(3.0) for i, j in corners)]
+        both = changed[1].at[:, 7, 11].add(3.0)
+        none, first, second, all_ = (model.apply(params, each) for each in (*changed, both))
+        return np.abs(all_ - first - second + none).max() / np.abs(first - none).max()
+
+    assert joint(0) < 1e-4 and joint(6) > 1e-2
+    assert "hidden" not in jaxmodels.create(SMALL).axes()
+
+
+def test_a_hidden_layer_is_normalised_where_the_others_are():
+    def names(**fields):
+        return sorted(jaxmodels.create(SMALL, hidden=6, **fields).stats())
+
+    assert names() == names(kind="wgan-gp") == ["hidden_norm", "norm0", "norm1"]
+    assert names(network="discriminator") == ["hidden_norm", "norm1"]
+    assert names(network="discriminator", kind="wgan-gp") == []
+
+
 def test_initial_values_are_dcgans():
-    params = {name: jit(jaxmodels.create(name).init)(jax.random.key(0)) for name in
-              ("dcgan-mnist", "dcgan-mnist-discriminator")}  # fmt: skip
+    shapes = ("dcgan-mnist", {}), ("dcgan-mnist-discriminator", {}), ("dcgan-mnist", {"hidden": 64})
+    params = {str(given): jit(jaxmodels.create(given[0], **given[1]).init)(jax.random.key(0)) for given in shapes}
     for tree in params.values():
         for name, layer in tree.items():
             if "w" in layer and layer["w"].size > 500:
@@ -113,11 +137,17 @@ def test_sizes_on_mnist():
     assert count("dcgan-mnist-discriminator") == 16 * 64 + 64 + 16 * 64 * 128 + 2 * 128 + 49 * 128 + 1
     assert count("wgan-gp-mnist") == count("dcgan-mnist") + 28 * 49 * 128
     assert count("wgan-gp-mnist-critic") == count("dcgan-mnist-discriminator") - 2 * 128 + 128
+    hidden = jaxmodels.create("dcgan-mnist", hidden=32).count()
+    assert hidden == count("dcgan-mnist") + 100 * 32 + 2 * 32 + (32 - 100) * 49 * 128
+    hidden = jaxmodels.create("wgan-gp-mnist-critic", hidden=32).count()
+    assert hidden == count("wgan-gp-mnist-critic") + 32 * (49 * 128 + 1) + 32 - 49 * 128
 
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="for images of 28×28, expected sides that 8 divides, try at most 2 channels"):
         GANConfig(channels=(8, 8, 8))
+    with pytest.raises(UserError, match="got hidden -1, expected at least 0, try --model.hidden 256"):
+        GANConfig(hidden=-1)
     model, params, _ = prepare()
     with pytest.raises(UserError, match=r"got inputs of shape \(7,\) for a generator, expected \(6,\)"):
         model.apply(params, jnp.zeros((2, 7)), stats=model.stats())

@@ -64,7 +64,7 @@ def test_it_equals_the_reference_forward_and_backward(kernel, sizes, shape, how)
 
 
 def collectives(text):
-    """Names of the collectives of a compiled program, with how often each is there; not those of a device with itself."""
+    """Names of the collectives of a compiled program, and how often each is there; none of a device with itself."""
     text = "\n".join(line for line in text.splitlines() if "replica_groups={{0},{1}," not in line)
     found = re.findall(r"= .*? (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(", text)
     return {name: found.count(name) for name in set(found)}

@@ -26,7 +26,7 @@ SHAPE = (8, 8, 1)
 CONFIGS = {
     "vae-mlp": VAEConfig(input_shape=SHAPE, hidden=(16,), latents=3),
     "vae-conv": VAEConfig(kind="conv", input_shape=SHAPE, hidden=(8, 16), latents=3),
-    "dcgan": GANConfig(input_shape=SHAPE, latents=5, channels=(8, 16)),
+    "dcgan": GANConfig(input_shape=SHAPE, latents=5, channels=(8, 16), hidden=8),
     "wgan-gp": GANConfig(kind="wgan-gp", input_shape=SHAPE, latents=5, channels=(8, 16)),
 }
 
