@@ -321,4 +321,5 @@ def test_a_real_search_finds_the_fastest_and_goes_on_from_what_is_compiled(root,
         kept = sum(each["plan"]["memory"][name] for name in ("parameters", "optimizer", "gradients"))
         assert each["guess"]["peak"] > kept
         assert 0.5 < each["guess"]["peak"] / each["plan"]["memory"]["peak"] < 2, "the guess is rough, not wrong"
-    assert (tmp_path / "h100-1x4.args").read_text().startswith("--mesh.")
+    text = (tmp_path / "h100-1x4.args").read_text()
+    assert "--mesh." in text and "--model.width 256" in text, "all options of train, those given too"
