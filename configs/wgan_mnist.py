@@ -19,6 +19,6 @@ def get_config() -> Config:
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=160),
         augment=AugmentConfig(),
         optim=OptimConfig(name="adam", peak_lr=1e-3, b1=0.0, b2=0.9, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=1600, ema=0.995),
+        train=TrainConfig(steps=2000, ema=0.995),
         eval=EvalConfig(every=200, batch_size=500),
     )
