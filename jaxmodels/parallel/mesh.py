@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,9 +50,42 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of an experiment over these devices (all, when not given); axes are Auto."""
+    """The mesh of an experiment over these devices (all, when not given); axes are Auto.
+
+    The outermost axes go across what the slow network joins, slices of TPUs or nodes of GPUs, the others stay inside.
+
+    Raises:
+        UserError: as `sizes` and `across`.
+    """
     devices = jax.devices() if devices is None else devices
     shape = sizes(cfg, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    outer = across(shape, slices)
+    inner = [size // outer[axis] for axis, size in shape.items()]
     # an axis may take a part of a torus' dimension, which jax.make_mesh refuses
-    places = mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    if slices > 1:
+        places = mesh_utils.create_hybrid_device_mesh(
+            inner, list(outer.values()), devices, allow_split_physical_axes=True
+        )
+    else:  # GPUs are taken in their order, node by node
+        places = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     return Mesh(places, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def across(shape: Mapping[str, int], slices: int) -> dict[str, int]:
+    """The part of each axis that goes across so many slices: as much of the outermost as can, then of the next.
+
+    Raises:
+        UserError: the sizes do not divide so.
+    """
+    left, found = slices, {}
+    for axis, size in shape.items():
+        found[axis] = math.gcd(left, size)
+        left //= found[axis]
+    if left > 1:
+        shown = " ".join(f"{axis}={size}" for axis, size in shape.items())
+        raise UserError(
+            f"got mesh {shown} for {slices} slices, expected sizes that go across them, "
+            f"try --mesh.data {slices}, which keeps the other axes inside a slice"
+        )
+    return found

@@ -322,9 +322,7 @@ class Arithmetic:
         names, shape = zip(*sizes, strict=True)
         where = np.arange(self.topology.devices).reshape(shape)
         group = np.moveaxis(where, names.index(axis), 0).reshape(shape[names.index(axis)], -1)[:, 0]
-        chips = self.topology.shape
-        grid = np.indices((*chips, self.topology.hardware.per_chip)).reshape(len(chips) + 1, -1).T
-        _, rate = Places(self.topology, dict(sizes), grid).link([group.tolist()])
+        _, rate = Places(self.topology, dict(sizes), self.topology.coordinates()).link([group.tolist()])
         return rate * roofline.shares(self.topology.hardware)["link"]
 
 

@@ -252,7 +252,7 @@ def _bytes(tree: Any) -> int:
 
 def _coordinates(device: Any, topology: Topology) -> list[int]:
     if topology.hardware.platform == "tpu":
-        return [*device.coords, getattr(device, "core_on_chip", 0)]
+        return [*device.coords, getattr(device, "core_on_chip", 0), device.slice_index]
     return [device.id // topology.shape[1], device.id % topology.shape[1]]
 
 

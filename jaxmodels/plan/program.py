@@ -12,12 +12,17 @@ import numpy as np
 
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2,
-    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+    "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "token": 0,
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+SLICES = {
+    "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+"""Collectives between slices of TPUs, as their programs call them."""
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "add-dependency", "opt-barrier", "async-done", "async-update",
+    "add-dependency", "opt-barrier", "async-done", "async-update", "send",
 }  # fmt: skip
 """Instructions that move nothing."""
 
@@ -39,14 +44,21 @@ class Instruction:
 
     @property
     def kind(self) -> str | None:
-        """Which collective this is or begins; None: none."""
+        """Which collective this is or begins; None: none. Between slices of TPUs it is a pair of send and recv."""
         base = self.opcode.removesuffix("-start")
+        if self.opcode == "recv" and (found := re.search(r'megascale_transfer_type="(\w+)"', self.attributes)):
+            base = SLICES[found.group(1)]
         return base if base in COLLECTIVES else None
+
+    @property
+    def begins(self) -> bool:
+        """Whether what it does is done at another instruction only."""
+        return self.opcode == "recv" or self.opcode.endswith("-start")
 
     @property
     def channel(self) -> str | None:
         found = re.search(r"channel_id=(\d+)", self.attributes)
-        return found.group(1) if found else None
+        return found.group(1) if found and self.opcode != "recv" else None
 
     @property
     def label(self) -> str:
@@ -300,25 +312,41 @@ def groups(attributes: str, devices: int) -> list[list[int]]:
     pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes)
     if pairs:
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes)
     if named:
         sizes = {key: int(value) for key, value in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
-        taken = re.findall(r"'([^']+)'", named.group(2))
+        taken = re.findall(r"'([^']+)'", named.group(3))
         order = [axis for axis in sizes if axis not in taken] + taken
-        ids = np.arange(devices).reshape(tuple(sizes.values()))
+        ids = _numbers(named.group(2) or f"[{devices}]").reshape(tuple(sizes.values()))
         ids = ids.transpose([list(sizes).index(axis) for axis in order])
         return ids.reshape(-1, math.prod(sizes[axis] for axis in taken)).tolist()
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        shape, source = ([int(n) for n in iota.group(i).split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(source)).reshape(source)
-        if iota.group(3):
-            ids = ids.transpose([int(n) for n in iota.group(3).split(",")])
-        return ids.reshape(shape).tolist()
+        return _numbers(iota.group(2)).reshape([int(n) for n in iota.group(1).split(",")]).tolist()
     listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes)
     if listed:
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
     return [list(range(devices))]
+
+
+def _numbers(text: str) -> np.ndarray:
+    """Numbers as the compiler writes them: 3,1,2, or [2,4]T(1,0), which is 0 to 7 as 2 x 4, transposed."""
+    iota = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    given, order = iota.groups() if iota else (text, None)
+    numbers = [int(n) for n in given.split(",")]
+    if iota is None:
+        return np.array(numbers)
+    ids = np.arange(math.prod(numbers)).reshape(numbers)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def slices(attributes: str) -> list[int]:
+    """The slices of TPUs that take part in a collective between them; none in any other."""
+    among = re.search(r'megascale_target="\{([\d,]+)\}x', attributes)
+    if among:
+        return [int(number) - 1 for number in among.group(1).split(",")]
+    listed = re.search(r"megascale_target=\{\{([^}]*)\}", attributes)  # devices, of which slice 2 has 200000 and on
+    return sorted({int(number) // 100000 - 1 for number in re.findall(r"\d+", listed.group(1))}) if listed else []
 
 
 def inner_collectives(program: Program, each: Instruction) -> list[tuple[Computation, Instruction]]:

@@ -86,7 +86,7 @@ class Places:
     sizes: dict[str, int]
     """Of the mesh's axes."""
     coordinates: np.ndarray
-    """(devices, dimensions): node and GPU, or chip in the torus, in the order of the mesh."""
+    """(devices, numbers), as `Topology.coordinates`, in the order of the mesh."""
 
     def axes(self, groups: list[list[int]]) -> tuple[str, ...]:
         """Mesh axes along which the devices of a group differ."""
@@ -96,15 +96,31 @@ class Places:
 
     def link(self, groups: list[list[int]]) -> tuple[str, float]:
         """The link that a group's traffic is bound by, and bytes a second of a device one way through it."""
-        row, group = self.topology.hardware, groups[0]
-        where = self.coordinates[np.array(group)]
-        if row.platform == "cuda":
-            nodes, counts = np.unique(where[:, 0], return_counts=True)
-            if len(nodes) == 1:
-                return "switch", row.link
-            # a ring goes through each node once: all of the group's adapters there share what enters
-            through = int(counts.min()) * row.network
-            return ("network", through) if through < row.link else ("switch", row.link)
+        row, where = self.topology.hardware, self.coordinates[np.array(groups[0])]
+        name, rate = ("switch", row.link) if row.platform == "cuda" else self._torus(where)
+        _, counts = np.unique(self.islands[np.array(groups[0])], return_counts=True)
+        # a ring goes through each node or slice once: all of the group's adapters there share what enters
+        through = int(counts.min()) * row.network
+        return ("network", through) if len(counts) > 1 and through < rate else (name, rate)
+
+    def groups(self, attributes: str) -> list[list[int]]:
+        """The devices that take part in a collective, group by group, by their places in the mesh."""
+        slices = [np.flatnonzero(self.islands == number) for number in range(self.topology.slices)]
+        among = programs.slices(attributes)
+        if among:
+            return np.stack([slices[number] for number in among], 1).tolist()
+        if len(slices) == 1:
+            return programs.groups(attributes, len(self.coordinates))
+        # a program of several slices is written for the devices of one
+        return [slices[0][group].tolist() for group in programs.groups(attributes, len(slices[0]))]
+
+    @property
+    def islands(self) -> np.ndarray:
+        """The node or slice of each device, (devices,)."""
+        return self.coordinates[:, 0 if self.topology.hardware.platform == "cuda" else -1]
+
+    def _torus(self, where: np.ndarray) -> tuple[str, float]:
+        row = self.topology.hardware
         spans = [len(set(column.tolist())) for column in where.T[: row.dimensions]]
         rates = [
             row.link * (2 if size == whole and whole >= row.wraps and whole % row.wraps == 0 else 1)
@@ -179,7 +195,7 @@ class _Player:
                     done[key] = lanes[link]
                 started[each.name] = key
             clock += self.work(computation, each, times)
-            ends = [key for key in held[each.name] if last[key] == each.name and not each.opcode.endswith("-start")]
+            ends = [key for key in held[each.name] if last[key] == each.name and not each.begins]
             if each.opcode.endswith("-done") and each.operands and each.operands[0] in started:
                 ends.append(started[each.operands[0]])
             for key in ends:
@@ -197,7 +213,7 @@ class _Player:
         """The lane of a collective, and its seconds; notes it."""
         key = each.channel or each.name
         if key not in self.groups:
-            groups = programs.groups(each.attributes, len(self.places.coordinates))
+            groups = self.places.groups(each.attributes)
             link, rate = self.places.link(groups)
             self.groups[key] = (self.places.axes(groups), link, rate, max(len(group) for group in groups))
         axes, link, rate, devices = self.groups[key]

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jaxmodels.errors import UserError
 from jaxmodels.plan import hardware
 from jaxmodels.plan.hardware import Hardware
@@ -26,19 +28,29 @@ class Topology:
     hardware: Hardware
     shape: tuple[int, ...]
     """Nodes and GPUs of each; or chips along each dimension of a torus."""
+    slices: int = 1
+    """Tori of that shape, which the network joins (TPUs)."""
 
     @property
     def devices(self) -> int:
-        return math.prod(self.shape) * self.hardware.per_chip
+        return self.slices * math.prod(self.shape) * self.hardware.per_chip
+
+    def coordinates(self) -> np.ndarray:
+        """Where each device lies, (devices, numbers): node and GPU; or chip in the torus, core and slice."""
+        if self.hardware.platform == "cuda":
+            return np.array(list(np.ndindex(self.shape)))
+        inside = (*self.shape, self.hardware.per_chip)
+        return np.array([[*place, number] for number in range(self.slices) for place in np.ndindex(inside)])
 
     @property
     def name(self) -> str:
         """As `parse` reads it: h100:4x8."""
-        return f"{self.hardware.name}:{'x'.join(map(str, self.shape))}"
+        sizes = self.shape if self.slices == 1 else (self.slices, *self.shape)
+        return f"{self.hardware.name}:{'x'.join(map(str, sizes))}"
 
 
 def parse(text: str) -> Topology:
-    """A topology from its name: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:8x8x8.
+    """A topology from its name: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:8x8x8, v5e:2x16x16 (2 slices of 16x16).
 
     Raises:
         UserError: hardware that is not in the table, or a shape that it does not come in.
@@ -50,15 +62,18 @@ def parse(text: str) -> Topology:
         raise UserError(f"got topology {text!r}, expected hardware and shape, try {example}")
     sizes = tuple(int(size) for size in shape.split("x"))
     wanted = 2 if found.platform == "cuda" else found.dimensions
-    if len(sizes) != wanted or 0 in sizes:
-        meaning = "nodes x GPUs of each" if found.platform == "cuda" else f"chips along {wanted} dimensions"
+    several = found.platform == "tpu" and len(sizes) == wanted + 1
+    slices, sizes = (sizes[0], sizes[1:]) if several else (1, sizes)
+    if len(sizes) != wanted or 0 in (slices, *sizes):
+        torus = f"chips along {wanted} dimensions, with slices in front of them where there are several"
+        meaning = "nodes x GPUs of each" if found.platform == "cuda" else torus
         raise UserError(f"got topology {text!r}, expected {meaning}, try {example}")
     if found.platform == "cuda" and sizes[1] > found.node:
         raise UserError(
             f"got topology {text!r}, expected at most {found.node} {name} GPUs a node, "
             f"try {name}:{math.ceil(math.prod(sizes) / found.node)}x{found.node}"
         )
-    return Topology(found, sizes)
+    return Topology(found, sizes, slices)
 
 
 def describe(topology: Topology) -> Any:
@@ -75,7 +90,10 @@ def describe(topology: Topology) -> Any:
             name, cores = row.compiler
             chips = "x".join(map(str, shape))
             return topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{name or row.name}:{chips}", chip_config_name=cores
+                platform="tpu",
+                topology_name=f"{name or row.name}:{chips}",
+                chip_config_name=cores,
+                num_slices=topology.slices,
             )
         return topologies.get_topology_desc(
             platform="cuda", topology=f"1x{shape[0]}x{shape[1]}", target_config=target(row)

@@ -12,7 +12,7 @@ from jaxmodels import create
 from jaxmodels.config import MeshConfig
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import rules
-from jaxmodels.parallel.mesh import make_mesh, sizes
+from jaxmodels.parallel.mesh import across, make_mesh, sizes
 
 
 def test_names_become_mesh_axes():
@@ -100,3 +100,40 @@ def test_only_models_import_flax(root):
         if re.search(r"^\s*(import|from) flax", path.read_text(), re.M)
     }
     assert users == {"models"}
+
+
+class Chip:
+    """A TPU of one of several slices, as JAX describes it."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, number, place):
+        self.slice_index, self.coords, self.id, self.process_index = number, (*place, 0), place, number
+
+
+@pytest.mark.parametrize(
+    ("cfg", "across"),
+    [
+        (MeshConfig(data=2, fsdp=4), ("data",)),
+        (MeshConfig(data=4, fsdp=2), ("data",)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), ("fsdp",)),
+        (MeshConfig(data=1, stage=2, fsdp=2, tensor=2), ("stage",)),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else "",
+)
+def test_only_the_outermost_axis_goes_across_slices(cfg, across):
+    chips = [Chip(number, place) for place in np.ndindex(2, 2) for number in (0, 1)]
+    mesh = make_mesh(cfg, chips)
+    numbers = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    varies = tuple(axis for i, axis in enumerate(mesh.axis_names) if np.ptp(numbers, axis=i).any())
+    assert varies == across
+    assert len({(chip.slice_index, chip.coords) for chip in mesh.devices.flat}) == 8
+
+
+def test_a_mesh_that_does_not_go_across_the_slices_is_refused():
+    chips = [Chip(number, place) for number in range(3) for place in np.ndindex(2, 1)]
+    assert make_mesh(MeshConfig(data=3, fsdp=2), chips).shape["data"] == 3
+    chips = [Chip(number, place) for number in range(4) for place in np.ndindex(3, 1)]
+    assert make_mesh(MeshConfig(data=2, fsdp=6), chips).size == 12, "two of four slices each"
+    with pytest.raises(UserError, match="try --mesh.data 4"):
+        across({"data": 3, "fsdp": 3}, 4)

@@ -82,6 +82,18 @@ def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):
     assert plan["memory"]["parameters"] == 4 * (PARAMETERS - 5 * 512) / 2 + 4 * 5 * 512
 
 
+@pytest.mark.parametrize("on", ["h100:2x4", "v5e:2x2x2"])
+def test_with_a_replica_on_each_node_or_slice_only_gradients_go_between_them(planned, on):
+    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
+    plan = planned(on, cfg)
+    sent = {(each["kind"], tuple(each["axes"])) for each in plan["transfers"] if each["link"] == "network"}
+    inside = {tuple(each["axes"]) for each in plan["transfers"] if each["link"] != "network"}
+    whole = {("all-reduce", ("data", "fsdp"))} if on.startswith("h100") else set()  # of the output layer
+    assert sent - whole == {("all-reduce", ("data",))}
+    assert inside == {("fsdp",)}
+    assert plan["memory"]["parameters"] == 4 * (PARAMETERS - 5 * 512) / 4 + 4 * 5 * 512
+
+
 def test_what_does_not_fit_is_told_by_the_compiler_with_what_would_make_it_fit(planned):
     cfg = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=8192))
     plan = planned("v5e:2x4", cfg)

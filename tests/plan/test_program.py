@@ -50,6 +50,8 @@ def test_of_branches_the_dearest_counts():
         ("replica_groups=[4,2]<=[2,4]T(1,0), x=1", ACROSS),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, x=1", PAIRS),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x=1", ACROSS),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, x=1", ACROSS),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=(0,4,1,5,2,6,3,7) {'axis_1'}, x=1", ACROSS),
         ("source_target_pairs={{0,4},{1,5},{2,6},{3,7}}, x=1", ACROSS),
         ("channel_id=1", [list(range(8))]),
     ],
@@ -136,7 +138,7 @@ def test_a_group_takes_the_slowest_link_that_it_crosses():
 
 def test_a_torus_sends_both_ways_along_each_dimension_that_is_closed():
     where = topology.parse("v5p:4x4x2")
-    chips = np.array(list(np.ndindex(4, 4, 2)))
+    chips = where.coordinates()
     places = roofline.Places(where, {"fsdp": 8, "tensor": 4}, chips)
     line = [[i for i, chip in enumerate(chips) if chip[1] == 0 and chip[2] == 0]]
     short = [[i for i, chip in enumerate(chips) if chip[0] == 0 and chip[1] == 0]]
@@ -144,3 +146,31 @@ def test_a_torus_sends_both_ways_along_each_dimension_that_is_closed():
     assert places.link(line) == ("torus, 1D", 2 * 100e9)
     assert places.link(short) == ("torus, 1D", 100e9), "two chips are no ring"
     assert places.link(plane) == ("torus, 2D", 4 * 100e9)
+
+
+BETWEEN = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[512,1024]) -> bf16[1024,1024] {
+  %a = bf16[512,1024]{1,0} parameter(0)
+  %begin = token[] after-all()
+  %send = (bf16[512,1024]{1,0}, u32[], token[]) send(%a, %begin), channel_id=2, is_host_transfer=true, AMONG
+  %recv = (bf16[1024,1024]{1,0}, u32[], token[]) recv(%begin), channel_id=1, is_host_transfer=true, AMONG
+  %sent = token[] send-done(%send), channel_id=2
+  %got = (bf16[1024,1024]{1,0}, token[]) recv-done(%recv), channel_id=1
+  %whole = bf16[1024,1024]{1,0} get-tuple-element(%got), index=0
+  ROOT %sum = bf16[1024,1024]{1,0} all-reduce(%whole), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+"""
+
+
+@pytest.mark.parametrize("target", ['"{1,2}x{0:3}"', "{{100000,200000},{100001,200001},{100003,200003}}"])
+def test_what_slices_send_each_other_goes_over_the_network(target):
+    among = f'frontend_attributes={{_xla_megascale_target={target},_xla_megascale_transfer_type="ALL_GATHER"}}'
+    where = topology.parse("v5e:2x2x2")
+    places = roofline.Places(where, {"data": 2, "fsdp": 2, "tensor": 2}, where.coordinates())
+    got = roofline.estimate(program.parse(BETWEEN.replace("AMONG", among)), places, "bfloat16")
+    between, inside = sorted(got.transfers, key=lambda each: each.kind)
+    assert (between.kind, between.axes, between.link, between.devices) == ("all-gather", ("data",), "network", 2)
+    assert between.bytes == pytest.approx(1024 * 1024 * 2, abs=4)
+    assert (inside.kind, inside.axes, inside.link) == ("all-reduce", ("tensor",), "torus, 1D")
+    assert got.waiting == pytest.approx(between.seconds + inside.seconds), "both are waited for"

@@ -21,7 +21,15 @@ def test_each_row_says_where_its_numbers_come_from_and_is_found_by_what_jax_call
 
 @pytest.mark.parametrize(
     ("text", "devices"),
-    [("h100:4x8", 32), ("v5e:16x16", 256), ("v5p:8x8x16", 1024), ("gb200:2x72", 144), ("v7:4x4x4", 128)],
+    [
+        ("h100:4x8", 32),
+        ("v5e:16x16", 256),
+        ("v5p:8x8x16", 1024),
+        ("gb200:2x72", 144),
+        ("v7:4x4x4", 128),
+        ("v5e:2x16x16", 512),
+        ("v5p:4x4x4x8", 512),
+    ],
 )
 def test_a_topology_has_so_many_devices(text, devices):
     found = topology.parse(text)
@@ -38,9 +46,18 @@ def test_a_topology_has_so_many_devices(text, devices):
         ("h100:1x16", "try h100:2x8"),
         ("v5p:8x8", "3 dimensions"),
         ("v5e:0x4", "2 dimensions"),
+        ("v5e:0x4x4", "with slices in front"),
+        ("h100:1x2x4", "nodes x GPUs"),
     ],
 )
 def test_what_is_not_hardware_is_refused_with_what_would_be(text, told):
     with pytest.raises(UserError, match="got ") as refused:
         topology.parse(text)
     assert told in str(refused.value)
+
+
+def test_devices_lie_slice_by_slice():
+    assert topology.parse("v7:2x1x1x2").coordinates().tolist() == [
+        [0, 0, z, core, number] for number in (0, 1) for z in (0, 1) for core in (0, 1)
+    ]
+    assert topology.parse("h100:2x2").coordinates().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
