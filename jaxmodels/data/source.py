@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
@@ -81,6 +82,8 @@ class Windows(Source):
         if seq_len < 1:
             raise UserError(f"got data.seq_len {seq_len}, expected at least 1, try --data.seq-len 256")
         self.arrays, self.seq_len, self.split, self.label, self._check = tuple(arrays), seq_len, split, label, check
+        # made once: making such a view takes as long as reading a batch from it
+        self._windows = [sliding_window_view(a, min(seq_len + 1, len(a))) for a in self.arrays]
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._sizes = None if tokenizer is None else tokenizer.sizes()
         lengths = np.array([len(a) for a in self.arrays], np.int64)
@@ -105,14 +108,28 @@ class Windows(Source):
         starts = (indices - (self._ends - self._counts)[which]) * self.seq_len
         if self.split == "train":
             starts += shift(epochs, self.seq_len)
-        rows = np.empty((len(indices), self.seq_len + 1), np.int32)
-        for i in np.unique(which):
-            here = which == i
-            rows[here] = _read(self.arrays[i], starts[here], self.seq_len + 1)
-        if self._check is not None and rows.max() >= self._check:
-            raise UserError(_too_large(int(rows.max()), self._check, self.label))
-        batch = {"tokens": np.maximum(rows[:, :-1], 0), "targets": np.ascontiguousarray(rows[:, 1:])}
-        return batch | self._bytes(batch["targets"])
+        tokens, targets = (np.empty((len(indices), self.seq_len), np.int32) for _ in range(2))
+        for i in np.unique(which) if len(self.arrays) > 1 else (0,):
+            here = which == i if len(self.arrays) > 1 else slice(None)
+            rows = self._rows(i, starts[here])
+            if self._check is not None and rows.max() >= self._check:
+                raise UserError(_too_large(int(rows.max()), self._check, self.label))
+            tokens[here], targets[here] = rows[:, :-1], rows[:, 1:]
+        if self.split == "eval":
+            np.maximum(tokens, 0, out=tokens)
+        return {"tokens": tokens, "targets": targets, **self._bytes(targets)}
+
+    def _rows(self, i: int, starts: np.ndarray) -> np.ndarray:
+        """The tokens of an array from each start on, (B, T + 1); -1 past its end."""
+        array, width = self.arrays[i], self.seq_len + 1
+        whole = starts + width <= len(array)
+        if whole.all():
+            return self._windows[i][starts]
+        rows = np.full((len(starts), width), -1, np.int32)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            part = array[start : start + width]
+            row[: len(part)] = part
+        return rows
 
     def _bytes(self, targets: np.ndarray) -> dict[str, np.ndarray]:
         """In evaluation, the bytes of text that each target stands for, where the tokenizer says them."""
@@ -129,19 +146,6 @@ def shift(epochs: np.ndarray, seq_len: int) -> np.ndarray:
     """Where the windows of each epoch begin, in [0, seq_len): a golden-ratio sequence, so epochs spread evenly."""
     share = epochs.astype(np.uint64) * np.uint64(_GOLDEN) % np.uint64(2**32)
     return (share * np.uint64(seq_len) >> np.uint64(32)).astype(np.int64)
-
-
-def _read(array: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    whole = starts + width <= len(array)
-    if whole.all():
-        return np.lib.stride_tricks.sliding_window_view(array, width)[starts]
-    rows = np.full((len(starts), width), -1, np.int32)
-    if whole.any():
-        rows[whole] = np.lib.stride_tricks.sliding_window_view(array, width)[starts[whole]]
-    for row in np.flatnonzero(~whole):
-        rest = array[starts[row] :]
-        rows[row, : len(rest)] = rest
-    return rows
 
 
 def fingerprint(arrays: Sequence[np.ndarray], *facts: Any) -> str:
