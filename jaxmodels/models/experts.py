@@ -1,13 +1,15 @@
 """Products of tokens with the weights of the experts that they are sent to.
 
-Dims: B rows, T tokens, k experts a token, E experts, C places of an expert, N rows sorted by expert, D and F widths.
+Dims: B rows, T tokens, k experts a token, E experts, D and F widths; C places of an expert, or of a pair of devices; N
+tokens of a device, R = N · k rows that it sends, S devices that share the experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +21,240 @@ Array = jax.Array
 Activation = Callable[[Array], Array]
 Weights = tuple[Array, Array, Array]
 """Gate and up (E, D, F), and down (E, F, D), of gated MLPs."""
+How = tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]
+"""What multiplies inputs by weights, and what makes hidden units of the products with gate and up."""
+Kept = tuple[Array, Array, Array]
+"""Inputs, and their products with gate and up: from these the backward pass computes the rest again."""
+
+WIDE, NARROW = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+AXES = WIDE, WIDE, NARROW
+"""Logical axes of the weights."""
+SLACK = 1.25
+"""Places of a pair of devices, over those that it needs if experts are chosen alike."""
+
+
+class Axes(NamedTuple):
+    """Mesh axes of the devices that work on a batch; one device alone has none."""
+
+    expert: tuple[str, ...] = ()
+    """Those that cut the experts."""
+    fsdp: tuple[str, ...] = ()
+    """Those along which weights are gathered."""
+    every: tuple[str, ...] = ()
+
+
+class Exchange(NamedTuple):
+    """How devices send each other rows."""
+
+    axes: Axes
+    places: int
+    """C: rows that one sends to another at a time."""
+    most: int
+    """Rounds, if all tokens choose the experts of one device."""
+    k: int
+
+
+class Route(NamedTuple):
+    """Which rows go from a device to which others, and come to it."""
+
+    order: Array
+    """(R,): the rows by expert, and so by device."""
+    device: Array
+    """(R,): where a row's expert is."""
+    rank: Array
+    """(R,): how many rows go there before it."""
+    sent: Array
+    """(S,): rows to each device."""
+    received: Array
+    """(S, E / S): rows from each device for each expert here."""
+    rounds: Array
+    """(): those that the mesh needs."""
+
+
+class Round(NamedTuple):
+    """Rows on their way, at most C from each device to each other."""
+
+    sizes: Array
+    """(E / S,): rows that come to each expert here."""
+    send: Callable[[Array], Array]
+    """(N or R, D) -> (S · C, D): rows to their experts' devices, sorted by expert, before those that mean nothing."""
+    bring: Callable[[Array, Array], Array]
+    """(S · C, D), (R, D) -> (R, D): rows back to where they come from, put in among those of other rounds."""
 
 
 def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation: Activation) -> Array:
     """Each token through all experts chosen for it, however unevenly they are chosen.
 
-    On a mesh each device sorts its own tokens, which stay where they are; the weights come to it, gathered over all
-    axes but the one that cuts F, as FSDP's do. The parts of that one are added up and, where the residual stream is cut
-    over it, scattered.
+    On a mesh tokens go to the devices that have their experts, and back, in rounds of a fixed buffer: one if experts
+    are chosen about evenly, and as many as it takes if they are not. The parts of the axis that cuts F are added up
+    and, where the residual stream is cut over it, scattered.
     Shapes: x (B, T, D), chosen and share (B, T, k), returns (B, T, D).
     """
-    mesh, split = rules.ambient(), rules.RULES["mlp"]
-    k, tokens = chosen.shape[-1], ("batch", "seq")
+    mesh, split, tokens = rules.ambient(), rules.RULES["mlp"], ("batch", "seq")
 
-    def local(x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
-        y = _sorted(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k), share.reshape(-1, k), weights, activation)
-        return y.reshape(x.shape)
+    def local(axes: Axes, x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
+        k, D = chosen.shape[-1], x.shape[-1]
+        exchange, route = _route(axes, chosen.reshape(-1, k), len(weights[0]))
+        y: Any = _through(exchange, activation, x.reshape(-1, D), route, weights)
+        return (y.reshape(*chosen.shape, D) * share.astype(y.dtype)[..., None]).sum(-2)
 
     if mesh is None or any(x.shape[i] % rules.pieces(name) for i, name in enumerate(tokens)):
-        return local(x, chosen, share, weights)
+        return local(Axes(), x, chosen, share, weights)
     table = rules.table(mesh.shape)
     scattered = set(split) <= set(table["residual"]) and x.shape[1] % rules.pieces("residual") == 0
+    cut = (tuple(axis for axis in rules.RULES[name] if mesh.shape[axis] > 1) for name in ("expert", "embed"))
+    axes = Axes(*cut, mesh.axis_names)
 
     def add(*given: Any) -> Array:
-        y = local(*given)
-        return jax.lax.psum_scatter(y, split, scatter_dimension=1, tiled=True) if scattered else jax.lax.psum(y, split)
+        y = local(axes, *given)
+        return jax.lax.psum_scatter(y, split, scatter_dimension=1, tiled=True) if scattered else y[None]
 
-    rows, wide = rules.spec((*tokens, None)), rules.spec((None, None, "mlp"))
-    out = rules.spec(("batch", "residual", None), table) if scattered else rows
-    specs = (rows, rows, rows, (wide, wide, rules.spec((None, "mlp", None))))
-    return jax.shard_map(add, in_specs=specs, out_specs=out, check_vma=False)(x, chosen, share, weights)
+    rows = rules.spec((*tokens, None))
+    out = rules.spec(("batch", "residual", None), table) if scattered else rules.spec(("mlp", *tokens, None))
+    specs = (rows, rows, rows, tuple(map(rules.spec, AXES)))
+    y = jax.shard_map(add, in_specs=specs, out_specs=out, check_vma=False)(x, chosen, share, weights)
+    # out here, where the gradient of a sum is no sum
+    return y if scattered else jax.lax.reduce_sum(y, (0,))
 
 
-def _sorted(x: Array, chosen: Array, share: Array, weights: Weights, activation: Activation) -> Array:
-    """`dropless` of one device. Shapes: x (N, D), chosen and share (N, k)."""
-    (N, k), (gate, up, down) = chosen.shape, weights
-    order = jnp.argsort(chosen.ravel(), stable=True)
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(N * k), unique_indices=True)
-    sizes = jnp.bincount(chosen.ravel(), length=len(gate)).astype(jnp.int32)
-    # a permutation, so that the gradient of each gather has nothing to add up
-    take = {"unique_indices": True, "mode": "promise_in_bounds"}
-    y = jnp.repeat(x, k, axis=0).at[order].get(**take)
-    y = activation(grouped(y, gate, sizes)) * grouped(y, up, sizes)
-    y = grouped(y, down, sizes).at[back].get(**take)
-    return (y.reshape(N, k, -1) * share.astype(y.dtype)[..., None]).sum(1)
+def _route(axes: Axes, chosen: Array, here: int) -> tuple[Exchange, Route]:
+    """The ways of rows to their experts, of which so many are here. Shapes: chosen (N, k)."""
+    (N, k), expert, S = chosen.shape, chosen.ravel(), jax.lax.axis_size(axes.expert) if axes.expert else 1
+    R, most = N * k, N * min(k, here)
+    C = min(-(-math.ceil(SLACK * R / S) // 8) * 8, most) if axes.expert else R
+    order = jnp.argsort(expert, stable=True)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(R), unique_indices=True)
+    counts = jnp.bincount(expert, length=S * here).astype(jnp.int32).reshape(S, here)
+    device, sent = expert // here, counts.sum(1)
+    rank = place - (jnp.cumsum(sent) - sent)[device]
+    rounds = -(-sent.max() // C)
+    if axes.expert:
+        counts = jax.lax.all_to_all(counts, axes.expert, 0, 0, tiled=True)
+        # of all devices, or some would wait in a collective for others that are through
+        rounds = jax.lax.pmax(rounds, axes.every)
+    return Exchange(axes, C, -(-most // C), k), Route(order, device, rank, sent, counts, rounds)
+
+
+def _round(exchange: Exchange, route: Route, number: Any) -> Round:
+    """Of the rows from each device to each other, those from `number` · C on."""
+    (axes, C, _, k), S = exchange, len(route.sent)
+    at = number * C + jnp.arange(C)
+    source = route.order.at[(jnp.cumsum(route.sent) - route.sent)[:, None] + at].get(mode="clip").ravel()
+    slot = route.rank - number * C
+    now, slot = ((slot >= 0) & (slot < C))[:, None], route.device * C + slot
+    ends = jnp.cumsum(route.received, 1)
+    sizes = jnp.diff(jnp.clip(ends - number * C, 0, C).sum(0), prepend=0)
+    by_expert = jnp.argsort((ends[:, None] <= at[:, None]).sum(-1).ravel(), stable=True)
+    by_device = jnp.zeros_like(by_expert).at[by_expert].set(jnp.arange(S * C), unique_indices=True)
+    move = partial(jax.lax.all_to_all, axis_name=axes.expert, split_axis=0, concat_axis=0, tiled=True)
+
+    def send(rows: Array) -> Array:
+        rows = rows[source if len(rows) == len(slot) else source // k]
+        return move(rows)[by_expert] if axes.expert else rows
+
+    def bring(rows: Array, others: Array) -> Array:
+        rows = move(rows[by_device]) if axes.expert else rows
+        return jnp.where(now, rows.at[slot].get(mode="clip"), others)
+
+    return Round(sizes, send, bring)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _through(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Array:
+    """Each row through its expert; a token has k rows, one behind the other.
+
+    The backward pass gathers weights again, and keeps the rows of the first round only: others are sent again. Further
+    rounds are as many as it takes, so that even choices pay nothing for uneven ones. A loop of unknown length has no
+    gradient, hence this one by hand. Bringing back is the transpose of sending, so no pass scatters rows.
+    Shapes: x (N, D), returns (R, D).
+    """
+    return _through_forward(exchange, activation, x, route, weights)[0]
+
+
+def _through_forward(
+    exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights
+) -> tuple[Array, Any]:
+    whole = _whole(weights, x.dtype, exchange.axes.fsdp)
+
+    def go(number: Any, y: Array) -> tuple[Array, Any]:
+        now = _round(exchange, route, number)
+        rows, kept = _gated(_ragged(now.sizes, activation), now.send(x), whole)
+        return now.bring(rows, y), kept
+
+    y, first = go(0, jnp.zeros((len(route.order), x.shape[1]), x.dtype))
+    if exchange.most > 1:
+        y = jax.lax.fori_loop(1, route.rounds, lambda number, y: go(number, y)[0], y)
+    return y, (x if exchange.most > 1 else None, route, weights, first)
+
+
+def _through_backward(exchange: Exchange, activation: Activation, saved: Any, dy: Array) -> tuple[Array, None, Weights]:
+    x, route, weights, first = saved
+    whole, scatter = jax.vjp(lambda weights: _whole(weights, dy.dtype, exchange.axes.fsdp), weights)
+
+    def go(number: Any, dx: Array, kept: Kept | None = None) -> tuple[Array, Weights]:
+        now = _round(exchange, route, number)
+        how = _ragged(now.sizes, activation)
+        rows, dweights = _gated_gradients(how, kept or _gated(how, now.send(x), whole)[1], whole, now.send(dy))
+        return now.bring(rows, dx), dweights
+
+    def further(number: Array, sums: tuple[Array, Weights]) -> tuple[Array, Weights]:
+        dx, dweights = go(number, sums[0])
+        return dx, jax.tree.map(jnp.add, sums[1], dweights)
+
+    dx, dweights = go(0, jnp.zeros_like(dy), first)
+    if exchange.most > 1:
+        dx, dweights = jax.lax.fori_loop(1, route.rounds, further, (dx, dweights))
+    return dx.reshape(-1, exchange.k, dx.shape[1]).sum(1), None, *scatter(dweights)
+
+
+_through.defvjp(_through_forward, _through_backward)
+
+
+def _whole(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
+    """Weights in the compute dtype, and whole along what fsdp cuts: within a `shard_map`, these axes."""
+
+    def one(w: Array, names: tuple[str, ...]) -> Array:
+        w = rules.gather(w.astype(dtype), names)
+        return jax.lax.all_gather(w, fsdp, axis=names.index("embed"), tiled=True) if fsdp else w
+
+    gate, up, down = map(one, weights, AXES)
+    return gate, up, down
+
+
+def _ragged(sizes: Array, activation: Activation) -> How:
+    """Of rows sorted by expert; those beyond the last expert's may not even be numbers, and stop here."""
+
+    def hidden(gate: Array, up: Array) -> Array:
+        real = jnp.arange(len(gate)) < sizes.sum()
+        return jnp.where(real[:, None], activation(gate) * up, 0)
+
+    return partial(grouped, sizes=sizes), hidden
+
+
+def _padded(activation: Activation) -> How:
+    """Of a buffer for each expert."""
+
+    def hidden(gate: Array, up: Array) -> Array:
+        return shard(activation(gate) * up, "expert", "expert_batch", None, "mlp")
+
+    return partial(jnp.einsum, "ebci,eio->ebco"), hidden
+
+
+def _gated(how: How, x: Array, weights: Weights) -> tuple[Array, Kept]:
+    """Gated MLPs, and what their gradients need."""
+    (multiply, hidden), (gate, up, down) = how, weights
+    kept = x, multiply(x, gate), multiply(x, up)
+    return multiply(hidden(*kept[1:]), down), kept
+
+
+def _gated_gradients(how: How, kept: Kept, weights: Weights, dy: Array) -> tuple[Array, Weights]:
+    (multiply, hidden), (x, *products), (gate, up, down) = how, kept, weights
+    inner, pull = jax.vjp(hidden, *products)
+    dinner, ddown = jax.vjp(multiply, inner, down)[1](dy)
+    dgate, dup = pull(dinner)
+    dx, dgate = jax.vjp(multiply, x, gate)[1](dgate)
+    more, dup = jax.vjp(multiply, x, up)[1](dup)
+    return dx + more, (dgate, dup, ddown)
 
 
 @jax.custom_vjp
@@ -71,7 +263,8 @@ def grouped(x: Array, w: Array, sizes: Array) -> Array:
 
     A loop over blocks of rows, each of one expert; on TPU `ragged_dot`, which is a kernel there, but elsewhere computes
     all rows with all experts.
-    Shapes: x (N, D), w (E, D, F), sizes (E,) rows of each expert, which add up to N; returns (N, F).
+    Shapes: x (N, D), w (E, D, F), sizes (E,) rows of each expert, N or fewer; returns (N, F), in which rows beyond
+    them mean nothing.
     """
     return _product(x, w, sizes)
 
@@ -169,8 +362,7 @@ def limited(x: Array, places: Array, share: Array, weights: Weights, activation:
     On a mesh the buffers are cut by expert: they go to the experts' devices and back by an all-to-all.
     Shapes: x (B, T, D), places (of `places`) and share (B, T, k), returns (B, T, D).
     """
-    (B, T, k), (gate, up, down) = places.shape, weights
-    E, D = gate.shape[:2]
+    (B, T, k), (E, D) = places.shape, weights[0].shape[:2]
     size, flat = E * capacity, places.reshape(B, T * k)
     tokens = jnp.repeat(jnp.arange(T), k)
     source = jax.vmap(lambda at: jnp.full(size, T).at[at].set(tokens, mode="drop"))(flat)
@@ -181,7 +373,27 @@ def limited(x: Array, places: Array, share: Array, weights: Weights, activation:
 
     y = shard(take(x, source), "batch", None, None)
     y = move(jnp.swapaxes(y.reshape(B, E, capacity, D), 0, 1))
-    inner = activation(jnp.einsum("ebcd,edf->ebcf", y, gate)) * jnp.einsum("ebcd,edf->ebcf", y, up)
-    y = move(jnp.einsum("ebcf,efd->ebcd", shard(inner, "expert", "expert_batch", None, "mlp"), down))
+    y = move(_buffered(activation, y, weights))
     y = shard(jnp.swapaxes(y, 0, 1).reshape(B, size, D), "batch", None, None)
     return (take(y, flat).reshape(B, T, k, D) * share.astype(y.dtype)[..., None]).sum(2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _buffered(activation: Activation, x: Array, weights: Weights) -> Array:
+    """Each expert's buffer through it; the backward pass gathers weights again. Shapes: x (E, B, C, D)."""
+    return _buffered_forward(activation, x, weights)[0]
+
+
+def _buffered_forward(activation: Activation, x: Array, weights: Weights) -> tuple[Array, Any]:
+    y, kept = _gated(_padded(activation), x, _whole(weights, x.dtype))
+    return y, (weights, kept)
+
+
+def _buffered_backward(activation: Activation, saved: tuple[Weights, Kept], dy: Array) -> tuple[Array, Weights]:
+    weights, kept = saved
+    whole, scatter = jax.vjp(lambda weights: _whole(weights, dy.dtype), weights)
+    dx, dweights = _gated_gradients(_padded(activation), kept, whole, dy)
+    return dx, *scatter(dweights)
+
+
+_buffered.defvjp(_buffered_forward, _buffered_backward)

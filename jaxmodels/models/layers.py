@@ -114,16 +114,15 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of a product that each expert has its own of: w[expert, inputs, outputs], in the compute dtype."""
+    """The parameters of a product that each expert has its own of, w[expert, inputs, outputs]; see `experts`."""
 
     shape: tuple[int, int, int]
     axes: tuple[str, str, str]
     initializer: Init = normal(0.02)
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return weight(self, "w", self.initializer, self.axes, self.shape, self.dtype)
+        return parameter(self, "w", self.initializer, self.axes, self.shape)
 
 
 def embed_patches(

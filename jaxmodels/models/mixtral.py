@@ -111,9 +111,9 @@ class MoE(nn.Module):
         logits = router(x)
         top, chosen = jax.lax.top_k(logits, c.experts_per_token)
         share = jax.nn.softmax(top, -1)
-        D, wide, narrow = x.shape[-1], ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
-        gate, up = (layers.Experts((E, D, F), wide, dtype=c.dtype, name=name)() for name in ("gate", "up"))
-        weights = gate, up, layers.Experts((E, F, D), narrow, dtype=c.dtype, name="down")()
+        D = x.shape[-1]
+        gate, up = (layers.Experts((E, D, F), experts.WIDE, name=name)() for name in ("gate", "up"))
+        weights = gate, up, layers.Experts((E, F, D), experts.NARROW, name="down")()
         real = None if segment_ids is None else segment_ids != 0
         if c.routing == "dropless":
             y = experts.dropless(x, chosen, share, weights, nn.silu)

@@ -1,5 +1,7 @@
 """What fsdp cuts is whole on a device only while it is used."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,19 @@ from jaxmodels.config import MeshConfig
 from jaxmodels.models import functional
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 
 # wide and short: the weights of all layers are many times the activations
+SPARSE = MixtralConfig(
+    layers=8, width=128, heads=4, kv_heads=4, mlp_width=128, experts=8, vocab_size=64, attention="xla"
+)
 MODELS = {
     "gpt2": GPT2Config(layers=8, width=128, heads=4, vocab_size=64, context=8, attention="xla", unroll=1),
     "llama": LlamaConfig(layers=8, width=128, heads=4, kv_heads=4, mlp_width=512, vocab_size=64, attention="xla"),
+    "mixtral": SPARSE,
+    "mixtral with a capacity": dataclasses.replace(SPARSE, routing="capacity"),
 }
 
 
