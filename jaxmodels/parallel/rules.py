@@ -179,6 +179,28 @@ def gather(x: jax.Array, names: Names) -> jax.Array:
 gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
 
 
+def add_up(parts: jax.Array, over: Sequence[str], names: Names) -> jax.Array:
+    """The sum over the first dimensions of `parts`, one for each logical axis in `over`, cut as `names` says.
+
+    What cuts the sum scatters it while it is added up, and only pieces are added up over the other mesh axes; left to
+    choose, XLA's partitioner sums the whole over all of them.
+    """
+    mesh, count = ambient(), len(over)
+    if mesh is None or parts.shape[:count] != tuple(map(pieces, over)):
+        return constrain(parts.sum(range(count)), names)
+    rows = table(mesh.shape)
+    axes = [axis for name in over for axis in rows[name]]
+    cutting = {axis for name in names if name for axis in rows[name]} & set(axes)
+    whole = [rows[name] if name and not cutting & set(rows[name]) else None for name in names]
+    parts = parts.reshape(*(mesh.shape[axis] for axis in axes), *parts.shape[count:])
+    parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(*axes, *whole))
+    parts = parts.sum([i for i, axis in enumerate(axes) if axis in cutting])
+    rest = [axis for axis in axes if axis not in cutting]
+    cut = [rows[name] if name else None for name in names]
+    parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(*rest, *cut))
+    return constrain(parts.sum(range(len(rest))), names)
+
+
 def shards(sizes: Mapping[str, int], axes: Sequence[str]) -> int:
     """Into how many pieces these mesh axes cut a dimension."""
     return math.prod(sizes[axis] for axis in axes)

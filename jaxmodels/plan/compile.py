@@ -147,7 +147,7 @@ def child(folder: Path) -> None:
     begun = time.monotonic()
     sizes = meshes.sizes(cfg.mesh, topology.devices)
     step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=run.updates(cfg))
-    task = tasks.build(cfg.task, cfg.model, cfg.data)
+    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
     spec = batch_shapes(cfg, task)
     step.check_lengths(sizes, spec)
     where = meshes.make_mesh(cfg.mesh, topologies.describe(topology).devices)
@@ -252,7 +252,7 @@ def _bytes(tree: Any) -> int:
 
 def _coordinates(device: Any, topology: Topology) -> list[int]:
     if topology.hardware.platform == "tpu":
-        return [*device.coords, getattr(device, "core_on_chip", 0), device.slice_index]
+        return [*device.coords, getattr(device, "core_on_chip", 0), getattr(device, "slice_index", 0)]
     return [device.id // topology.shape[1], device.id % topology.shape[1]]
 
 

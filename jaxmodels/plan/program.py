@@ -25,6 +25,8 @@ FREE = {
     "add-dependency", "opt-barrier", "async-done", "async-update", "send",
 }  # fmt: skip
 """Instructions that move nothing."""
+NARROW = {"s8": "int8", "f8e4m3fn": "float8", "f8e5m2": "float8"}
+"""Types whose products have a peak of their own in `hardware.TABLE`, and its name there."""
 
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -157,11 +159,21 @@ def parse(text: str) -> Program:
                 current = computations[head.group(2)] = Computation(head.group(2))
                 entry = head.group(2) if head.group(1) else entry
         elif line.rstrip() == "}":
+            _scattered(current)
             current = None
         elif found := _LINE.match(line):
             instruction = _instruction(found.group(2), found.group(3))
             current.instructions[instruction.name] = instruction
     return Program(entry, computations)
+
+
+def _scattered(computation: Computation) -> None:
+    """Name a TPU's fusion of an all-reduce with the cut of its result for what it is carried out as."""
+    if computation.name.startswith("all-reduce-scatter"):
+        *_, root = computation.instructions.values()
+        for each in computation.instructions.values():
+            if each.kind == "all-reduce":
+                each.opcode, each.shape = "reduce-scatter", root.shape
 
 
 def _instruction(name: str, rest: str) -> Instruction:
@@ -210,6 +222,26 @@ def size(shape: str, memory_only: bool = False) -> float:
 
 def flops(program: Program, computation: Computation, each: Instruction) -> float:
     """FLOPs of the products that an instruction computes, inside a fusion too."""
+    return sum(count for _, count in products(program, computation, each))
+
+
+def products(program: Program, computation: Computation, each: Instruction) -> Iterator[tuple[str, float]]:
+    """The products that an instruction computes, inside a fusion too: whose peak binds each, and its FLOPs.
+
+    The peak is that of int8 or float8 if both factors are; "": of the compute dtype.
+    """
+    if each.opcode == "fusion" and (called := each.called().get("calls")):
+        inside = program.computations[called]
+        for inner in inside.instructions.values():
+            yield from products(program, inside, inner)
+    elif count := _product(computation, each):
+        factors = (arrays(computation.instructions[name].shape) for name in each.operands[:2])
+        kinds = {NARROW.get(found[0][0], "") if found else "" for found in factors}
+        yield kinds.pop() if len(kinds) == 1 else "", count
+
+
+def _product(computation: Computation, each: Instruction) -> float:
+    """FLOPs of an instruction that is a product by itself."""
     if each.opcode == "dot":
         left = arrays(computation.instructions[each.operands[0]].shape)[0][1]
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.attributes)
@@ -217,12 +249,7 @@ def flops(program: Program, computation: Computation, each: Instruction) -> floa
         return 2 * math.prod(arrays(each.shape)[0][1]) * inner
     if each.opcode == "convolution":
         return _convolution(computation, each)
-    if each.opcode == "custom-call":
-        return _custom(computation, each)
-    if each.opcode == "fusion" and (called := each.called().get("calls")):
-        inside = program.computations[called]
-        return sum(flops(program, inside, inner) for inner in inside.instructions.values())
-    return 0.0
+    return _custom(computation, each) if each.opcode == "custom-call" else 0.0
 
 
 def _convolution(computation: Computation, each: Instruction) -> float:

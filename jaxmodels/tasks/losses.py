@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmodels.models.attention import platform
 from jaxmodels.models.layers import shard
-from jaxmodels.parallel.rules import pieces
+from jaxmodels.parallel.rules import add_up, gather, pieces
 
 FEW = 2048
 """Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
@@ -60,7 +60,7 @@ def language_cross_entropy(
 
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
-    output = shard(unembedding.astype(features.dtype), "vocab", None)
+    output = gather(unembedding.astype(features.dtype), ("vocab", "embed"))
     if output.shape[0] < FEW:
         return cross_entropy(_logits(features, output), targets, smoothing, z_loss)
     return linear_cross_entropy(features, output, targets, smoothing, z_loss, at_once(*targets.shape))
@@ -90,7 +90,8 @@ def linear_cross_entropy(
 
     The logits of `chunk` positions at a time are made, scored and dropped; the gradients of features and unembedding
     are made beside them in the forward pass, so that nothing is computed twice. Positions are cut, not rows: rows stay
-    on their devices. Only `objective` carries a gradient.
+    on their devices, each of which adds up its own part of the unembedding's gradient; they are joined once, at the
+    end. Only `objective` carries a gradient.
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
     sums: Any = _linear(features, unembedding, targets, (smoothing, z_loss, chunk))
@@ -111,25 +112,37 @@ def _linear(features: Any, unembedding: Any, targets: Any, how: tuple[float, flo
 
 def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[float, float, int]) -> Any:
     smoothing, z_loss, chunk = how
+    B, T = targets.shape
+    rows, n = _pieces("batch", B), _pieces("seq", T)
+
+    def own(x: jax.Array) -> jax.Array:
+        """(B, n · chunk, …) with what each piece of the mesh has apart: (rows, n, B / rows, chunk, …)."""
+        return jnp.swapaxes(x.reshape(rows, B // rows, n, -1, *x.shape[2:]), 1, 2)
 
     def body(carry: Any, part: Any) -> tuple[Any, Any]:
         sums, dw = carry
         h, t = part
 
         def score(logits: jax.Array) -> tuple[jax.Array, Scores]:
-            scores = cross_entropy(logits, t, smoothing, z_loss)
-            return scores.objective, scores
+            each = functools.partial(cross_entropy, smoothing=smoothing, z_loss=z_loss)
+            scores = jax.vmap(jax.vmap(each))(own(logits), own(t))
+            return scores.objective.sum(), scores
 
         dlogits, scores = jax.grad(score, has_aux=True)(_logits(h, unembedding))
         dlogits = dlogits.astype(h.dtype)
         dh = jnp.einsum("btv,vd->btd", dlogits, unembedding)
-        dw = dw + jnp.einsum("btv,btd->vd", dlogits, h, preferred_element_type=jnp.float32)
+        dw = dw + jnp.einsum("rnbtv,rnbtd->rnvd", own(dlogits), own(h), preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, tuple(scores)), dw), dh
 
-    zero = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
-    start = (zero, jnp.zeros(unembedding.shape, jnp.float32))
+    def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+        names = ("batch", "seq", *("vocab", None)[: len(shape)])
+        return shard(jnp.zeros((rows, n, *shape), dtype), *names)
+
+    counts = (zeros(), zeros(), zeros(dtype=jnp.int32), zeros(dtype=jnp.int32))
+    start = (counts, zeros(*unembedding.shape))
     (sums, dw), dh = jax.lax.scan(body, start, (_cut(features, chunk, 0), _cut(targets, chunk, -1)))
-    return sums, (_join(dh, features.shape), dw.astype(unembedding.dtype))
+    dw = add_up(dw, ("batch", "seq"), ("vocab", "embed")).astype(unembedding.dtype)
+    return jax.tree.map(jnp.sum, sums), (_join(dh, features.shape), dw)
 
 
 def _linear_backward(how: Any, gradients: Any, given: Any) -> tuple[Any, Any, None]:
@@ -146,7 +159,7 @@ def _logits(features: jax.Array, unembedding: jax.Array) -> jax.Array:
 
 def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
     """(B, T, …) as (steps, B, n · chunk, …): a chunk of each of a row's n pieces, which are filled up at the end."""
-    n = _pieces(x.shape[1])
+    n = _pieces("seq", x.shape[1])
     x = x.reshape(x.shape[0], n, -1, *x.shape[2:])
     short = -x.shape[2] % chunk
     x = jnp.pad(x, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
@@ -156,15 +169,15 @@ def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """What `_cut` made of an array of this shape (B, T, …), back again."""
-    n = _pieces(shape[1])
+    n = _pieces("seq", shape[1])
     x = jnp.moveaxis(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]), 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : shape[1] // n].reshape(shape)
 
 
-def _pieces(length: int) -> int:
-    """Into how many pieces the mesh cuts a row, each of which must stay on its devices."""
-    n = pieces("seq")
-    return n if length % n == 0 else 1
+def _pieces(name: str, size: int) -> int:
+    """Into how many pieces the mesh cuts a dimension, each of which must stay on its devices."""
+    n = pieces(name)
+    return n if size % n == 0 else 1
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The table of logical axes, and what is refused by it."""
 
 import ast
+import math
 import re
 
 import jax
@@ -137,3 +138,23 @@ def test_a_mesh_that_does_not_go_across_the_slices_is_refused():
     assert make_mesh(MeshConfig(data=2, fsdp=6), chips).size == 12, "two of four slices each"
     with pytest.raises(UserError, match="try --mesh.data 4"):
         across({"data": 3, "fsdp": 3}, 4)
+
+
+@pytest.mark.parametrize("cfg", [MeshConfig(data=2, fsdp=2, context=2), MeshConfig(data=1, fsdp=4, tensor=2)])
+def test_what_devices_hold_apart_is_scattered_while_it_is_added_up(cfg):
+    mesh = make_mesh(cfg)
+    rows, along = (rules.shards(mesh.shape, rules.RULES[name]) for name in ("batch", "seq"))
+    parts = np.random.default_rng(0).normal(size=(rows, along, 16, 64)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        add_up = jax.jit(lambda x: rules.add_up(x, ("batch", "seq"), ("vocab", "embed")))
+        placed = jax.device_put(parts, rules.sharding(mesh, ("batch", "seq", "vocab", None)))
+        program = add_up.lower(placed).compile()
+    total = program(placed)
+    np.testing.assert_allclose(total, parts.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    assert total.sharding.is_equivalent_to(rules.sharding(mesh, ("vocab", "embed")), 2)
+    whole = 16 // cfg.tensor * 64 * 4
+    sums = [line for line in program.as_text().splitlines() if re.search(r" all-reduce(-start)?\(", line)]
+    sizes = [math.prod(map(int, re.search(r"f32\[([\d,]+)\]", line).group(1).split(","))) * 4 for line in sums]
+    assert sizes.count(whole) == 1, "the sum over fsdp"
+    pieces = {size for size in sizes if size != whole}
+    assert pieces == ({whole // cfg.fsdp} if cfg.data > 1 else set()), "over data and context"

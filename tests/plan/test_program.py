@@ -174,3 +174,24 @@ def test_what_slices_send_each_other_goes_over_the_network(target):
     assert between.bytes == pytest.approx(1024 * 1024 * 2, abs=4)
     assert (inside.kind, inside.axes, inside.link) == ("all-reduce", ("tensor",), "torus, 1D")
     assert got.waiting == pytest.approx(between.seconds + inside.seconds), "both are waited for"
+
+
+SCATTERED = """HloModule m, is_scheduled=true
+
+%all-reduce-scatter (input: f32[1024,1024]) -> f32[1024,128] {
+  %input = f32[1024,1024]{1,0} parameter(0)
+  %sum = f32[1024,1024]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %own = f32[1024,128]{1,0} dynamic-slice(%sum, %zero, %zero), dynamic_slice_sizes={1024,128}
+}
+
+ENTRY %main (a: f32[1024,1024]) -> f32[1024,128] {
+  %a = f32[1024,1024]{1,0} parameter(0)
+  ROOT %f = f32[1024,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_sum_of_which_a_tpu_keeps_a_piece_is_a_reduce_scatter():
+    (sent,) = played(SCATTERED).transfers
+    assert (sent.kind, sent.bytes, sent.devices) == ("reduce-scatter", 4 * 1024**2, 8)
