@@ -28,11 +28,13 @@ Epoch = Callable[[int], Iterator[Any]]
 """From the number of an epoch to its batches, as arrays in the host's memory."""
 
 
-def ours_images(path: str, settings: dict[str, int]) -> Epoch:
+def ours_images(path: str, settings: dict[str, Any]) -> Epoch:
     from jaxmodels.config import AugmentConfig, DataConfig
     from jaxmodels.data import Loader, Order, open_source
 
-    cfg = DataConfig(source="images", path=(path,), eval_fraction=0.0, threads=settings["threads"])
+    cfg = DataConfig(
+        source="images", path=(path,), eval_fraction=0.0, threads=settings["threads"], pixels=settings["pixels"]
+    )
     augment = AugmentConfig(crop=CROP, flip=True)
     shape = (SIDE, SIDE, 3)
     source = open_source(cfg, "train", "classification", inputs_shape=shape, num_classes=8, augment=augment)
@@ -41,7 +43,7 @@ def ours_images(path: str, settings: dict[str, int]) -> Epoch:
     return lambda epoch: loader.iterate(epoch * steps, (epoch + 1) * steps)
 
 
-def ours_tokens(path: str, settings: dict[str, int]) -> Epoch:
+def ours_tokens(path: str, settings: dict[str, Any]) -> Epoch:
     from jaxmodels.config import DataConfig
     from jaxmodels.data import Loader, Order, open_source
 
@@ -52,7 +54,7 @@ def ours_tokens(path: str, settings: dict[str, int]) -> Epoch:
     return lambda epoch: loader.iterate(epoch * steps, (epoch + 1) * steps)
 
 
-def tf_images(path: str, settings: dict[str, int]) -> Epoch:
+def tf_images(path: str, settings: dict[str, Any]) -> Epoch:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf  # type: ignore[import-not-found]
 
@@ -84,7 +86,7 @@ def tf_images(path: str, settings: dict[str, int]) -> Epoch:
     return lambda epoch: data.as_numpy_iterator()
 
 
-def tf_tokens(path: str, settings: dict[str, int]) -> Epoch:
+def tf_tokens(path: str, settings: dict[str, Any]) -> Epoch:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf  # type: ignore[import-not-found]
 
@@ -160,7 +162,7 @@ class Cut:
         return rows[:, :-1], rows[:, 1:]
 
 
-def torch_loader(dataset: Any, batch: int, settings: dict[str, int], collate: Any = None) -> Epoch:
+def torch_loader(dataset: Any, batch: int, settings: dict[str, Any], collate: Any = None) -> Epoch:
     import torch
     from torch.utils.data import DataLoader
 
@@ -180,16 +182,17 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def torch_images(path: str, settings: dict[str, int]) -> Epoch:
+def torch_images(path: str, settings: dict[str, Any]) -> Epoch:
     return torch_loader(Photos(path), IMAGES, settings)
 
 
-def torch_tokens(path: str, settings: dict[str, int]) -> Epoch:
+def torch_tokens(path: str, settings: dict[str, Any]) -> Epoch:
     return torch_loader(Cut(path), ROWS, settings, collate=as_it_is)
 
 
 CONTESTANTS = {
     ("ours", "images"): ours_images,
+    ("ours by Pillow", "images"): ours_images,
     ("ours", "tokens"): ours_tokens,
     ("tf.data", "images"): tf_images,
     ("tf.data", "tokens"): tf_tokens,
@@ -216,7 +219,7 @@ def main(name: str, kind: str, path: str, settings: str) -> None:
 
 def version() -> str:
     """Of the libraries that this contestant has loaded."""
-    known = {"tensorflow": "TensorFlow", "torch": "torch", "PIL": "Pillow"}
+    known = {"tensorflow": "TensorFlow", "torch": "torch", "PIL": "Pillow", "cv2": "OpenCV", "simplejpeg": "simplejpeg"}
     return ", ".join(f"{said} {sys.modules[name].__version__}" for name, said in known.items() if name in sys.modules)
 
 

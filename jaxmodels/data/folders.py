@@ -80,7 +80,8 @@ class _Folder(Records):
         record: dict[str, Any] = {}
         if "image" in fields:
             try:
-                record["image"] = (self.root / self.where(index)).read_bytes()
+                with open(f"{self.root}/{self.where(index)}", "rb", buffering=0) as file:
+                    record["image"] = file.read()
             except OSError as error:
                 return Bad(self.where(index), error.strerror or "cannot be read")
             if not record["image"]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from jaxmodels.config import AugmentConfig, DataConfig
-from jaxmodels.data import transforms
+from jaxmodels.data import pixels, transforms
 from jaxmodels.data.records import Reader, Records, Row, named_field, named_groups
 from jaxmodels.data.source import Source, Split, fingerprint
 from jaxmodels.errors import UserError
@@ -19,6 +20,7 @@ IN_MEMORY = 1 << 30
 """Bytes of decoded pixels that are kept, at most."""
 
 _SMALL = 64 * 64
+_AT_ONCE = 8  # few, so that the first are decoded while the others are read
 
 
 class Images(Source):
@@ -49,10 +51,12 @@ class Images(Source):
         """
         self.split, self.shape = split, model_shape(records, field, shape)
         transforms.check(augment, self.shape[2])
+        pixels.check(cfg.pixels)
         self._cfg = augment if split == "train" else AugmentConfig(crop=augment.crop)
         self._changed = split == "train" and bool(transforms.describe(augment))
         self._records, self._seed, self._threads, self._limit = records, seed, cfg.threads, cfg.bad_records
-        self._pool: ThreadPoolExecutor | None = None
+        self._library: pixels.Library = cfg.pixels
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="jaxmodels-images")
         self._field, self._label, self._group = field, label, cfg.group_field
         if label is not None:
             named_field(records, "label_field", label, ("label", "labels"))
@@ -65,8 +69,9 @@ class Images(Source):
         self._width = max(classes or 0, self.num_classes or 0)
         self.groups, self._group_of = self._name_groups()
         self._kept = self._keep()
+        library = () if self._library == "pillow" else (self._library,)
         self.fingerprint = fingerprint(
-            [], "images", records.fingerprint, field, label, self._group, self.shape, self._cfg, split
+            [], "images", records.fingerprint, field, label, self._group, self.shape, self._cfg, split, *library
         )
 
     def __len__(self) -> int:
@@ -76,7 +81,7 @@ class Images(Source):
         numbers = transforms.draws(self._seed, epochs, indices, transforms.needed(self._cfg))
 
         def change(value: Any, place: int) -> np.ndarray:
-            return transforms.augment(transforms.decode(value), self._cfg, self.shape, numbers[place])
+            return transforms.augment(pixels.decode(value), self._cfg, self.shape, numbers[place], self._library)
 
         if self._kept is None:
             inputs, facts = self._read(indices, self.shape, change if self._changed else self._still)
@@ -86,7 +91,7 @@ class Images(Source):
             inputs = transforms.augment_all(inputs, self._cfg, numbers)
         elif self._changed:
             kept, inputs = inputs, np.empty((len(indices), *self.shape), np.uint8)
-            self._each(lambda k: np.copyto(inputs[k], change(kept[k], k)), len(indices))
+            self._each(lambda k: np.copyto(inputs[k], change(kept[k], k)), range(len(indices)))
         return {"inputs": inputs, **facts}
 
     def labels(self) -> np.ndarray:
@@ -118,22 +123,26 @@ class Images(Source):
         rows = [Row({}, -1)] * len(indices)
         replaced, left = np.zeros(len(indices), bool), np.arange(len(indices))
 
-        def fill(place: int) -> bool:
+        def stored() -> Iterator[int]:
+            for start in range(0, len(left), _AT_ONCE):
+                places = left[start : start + _AT_ONCE]
+                found, replaced[places] = self._reader.rows(indices[places])
+                for place, row in zip(places.tolist(), found, strict=True):
+                    rows[place] = row
+                    yield place
+
+        def fill(place: int) -> None:
             row = rows[place]
             try:
                 images[place] = make(row[self._field], place)
-            except transforms.Unreadable as error:
+            except pixels.Unreadable as error:
                 self._reader.bad(row.index, str(error))
-                return False
-            return True
+                again.append(place)
 
         while left.size:
-            found, replaced[left] = self._reader.rows(indices[left])
-            for place, row in zip(left.tolist(), found, strict=True):
-                rows[place] = row
-            places = left.tolist()
-            good = self._each(lambda k, places=places: fill(places[k]), len(places))
-            left = left[~np.array(good, bool)]
+            again: list[int] = []
+            self._each(fill, stored())
+            left = np.sort(np.array(again, np.int64))
         return images, self._facts(rows, replaced)
 
     def _facts(self, rows: list[Row], replaced: np.ndarray) -> dict[str, np.ndarray]:
@@ -156,7 +165,7 @@ class Images(Source):
         crop = self._cfg.crop if self.split == "eval" else None
         if isinstance(value, np.ndarray) and value.shape == shape and crop is None:
             return value
-        return transforms.center(transforms.decode(value), AugmentConfig(crop=crop), shape)
+        return transforms.center(pixels.decode(value), AugmentConfig(crop=crop), shape, self._library)
 
     def _keep(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
         """Room for all pixels, which of them are there, and their labels; None where they are too many."""
@@ -181,12 +190,24 @@ class Images(Source):
             there[missing] = True
         return images[indices], {name: every[indices] for name, every in facts.items()}
 
-    def _each(self, do: Callable[[int], Any], count: int) -> list[Any]:
-        if self._threads == 1 or count == 1:
-            return [do(k) for k in range(count)]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="jaxmodels-images")
-        return list(self._pool.map(do, range(count)))
+    def _each(self, do: Callable[[int], Any], places: Iterable[int]) -> None:
+        """`do` of each place, in threads that take the next one as soon as they are free."""
+        if self._threads == 1:
+            for place in places:
+                do(place)
+            return
+        lock, rest = threading.Lock(), iter(places)
+
+        def work() -> None:
+            while True:
+                with lock:
+                    place = next(rest, None)
+                if place is None:
+                    return
+                do(place)
+
+        for done in [self._pool.submit(work) for _ in range(self._threads)]:
+            done.result()
 
     def _largest(self, name: str) -> int:
         return max((int(np.max(value, initial=-1)) for value in self._values(name)), default=-1)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 
 from jaxmodels.config import AugmentConfig
 from jaxmodels.data.order import mix
+from jaxmodels.data.pixels import BILINEAR, Library, Size, as_array, as_image, mirrored, resized
 from jaxmodels.errors import UserError
-
-Size = tuple[int, int]
-"""Height and width."""
 
 CENTRE = 7 / 8
 """Share of the sides that evaluation sees where training crops."""
@@ -37,7 +34,6 @@ _AREA, _RATIO, _LEFT, _TOP, _FLIP, _DX, _DY, _TURN, _TINT, _HOLE_X, _HOLE_Y, _DR
 )
 _STREAM = 0x1F83D9ABFB41BD6B  # keeps these numbers apart from those of the order
 _WIDEST = math.log(4 / 3)
-_BILINEAR = Image.Resampling.BILINEAR
 
 
 def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
@@ -83,60 +79,28 @@ def describe(cfg: AugmentConfig) -> list[str]:
     return [text for text, on in said.items() if on]
 
 
-class Unreadable(Exception):
-    """What was to be an image can't be decoded; says why."""
-
-
-def decode(value: bytes | np.ndarray) -> Image.Image:
-    """The image of encoded bytes (its pixels are read when first asked for) or of an array (H, W, C).
-
-    One that EXIF says is stored turned or mirrored is turned upright.
-    Raises: Unreadable.
-    """
-    try:
-        if isinstance(value, np.ndarray):
-            return Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value)
-        return _upright(Image.open(io.BytesIO(value)))
-    except Exception as error:
-        raise Unreadable(_reason(error)) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    if "exif" not in image.info:
-        return image
-    try:
-        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except Exception:  # broken tags say nothing of the pixels
-        return image
-    if not turned:
-        return image
-    del image.info["exif"]  # or all tags would be written anew, which fails where one of them is odd
-    return ImageOps.exif_transpose(image)
-
-
-def _reason(error: Exception) -> str:
-    known = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
-    return " ".join(known.split()) or type(error).__name__
-
-
-def augment(image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int], row: np.ndarray) -> np.ndarray:
+def augment(
+    image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int], row: np.ndarray, library: Library = "pillow"
+) -> np.ndarray:
     """One image as training sees it, uint8 (H, W, C): cropped, resized and changed by the numbers of a row of `draws`.
 
     Raises: Unreadable.
     """
     size = shape[:2]
     box = _crop(image.size, cfg.crop, size, row) if cfg.crop is not None else None
-    image = resized(image, size, shape[2], box)
+    changed = resized(image, size, shape[2], box, library)
     if cfg.shift or cfg.rotate:
         matrix = matrices(cfg, size, row[None])[0]
-        image = image.transform(image.size, Image.Transform.AFFINE, tuple(matrix.tolist()), _BILINEAR)
+        changed = as_image(changed).transform(
+            (size[1], size[0]), Image.Transform.AFFINE, tuple(matrix.tolist()), BILINEAR
+        )
     elif cfg.flip and row[_FLIP] < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        changed = mirrored(changed)
     if cfg.colour:
-        image = _tint(image, cfg.colour, row[_TINT:])
+        changed = _tint(as_image(changed), cfg.colour, row[_TINT:])
     if cfg.randaugment:
-        image = _randaugment(image, cfg, row[_DRAWN:])
-    out = pixels(image)
+        changed = _randaugment(as_image(changed), cfg, row[_DRAWN:])
+    out = as_array(changed)
     if cfg.cutout:
         out = np.array(out)
         _cut(out, cfg.cutout, row)
@@ -163,7 +127,9 @@ def augment_all(images: np.ndarray, cfg: AugmentConfig, rows: np.ndarray) -> np.
     return images
 
 
-def center(image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int]) -> np.ndarray:
+def center(
+    image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int], library: Library = "pillow"
+) -> np.ndarray:
     """One image as evaluation sees it, uint8 (H, W, C): whole, or the central 7/8 where training crops; resized."""
     height, width = shape[:2]
     box = None
@@ -172,37 +138,7 @@ def center(image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int]) 
         w, h = width * scale, height * scale
         left, top = (image.width - w) / 2, (image.height - h) / 2
         box = (left, top, left + w, top + h)
-    return pixels(resized(image, (height, width), shape[2], box))
-
-
-def resized(
-    image: Image.Image, size: Size, channels: int, box: tuple[float, float, float, float] | None = None
-) -> Image.Image:
-    """The part `box` (left, top, right, bottom) of an image, or all of it, at a size and with 1 or 3 channels."""
-    mode = "L" if channels == 1 else "RGB"
-    target = size[1], size[0]
-    full = image.size
-    left, top, right, bottom = box or (0.0, 0.0, float(full[0]), float(full[1]))
-    try:
-        if image.format == "JPEG":
-            # decoded at 1/2, 1/4 or 1/8 where what is left still has the pixels asked for
-            least = math.ceil(full[0] * target[0] / (right - left)), math.ceil(full[1] * target[1] / (bottom - top))
-            image.draft(mode, least)
-        image.load()
-        image = image if image.mode == mode else image.convert(mode)
-    except Exception as error:
-        raise Unreadable(_reason(error)) from error
-    if box is None:
-        return image if image.size == target else image.resize(target, _BILINEAR)
-    x, y = image.width / full[0], image.height / full[1]
-    part = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
-    return image.resize(target, _BILINEAR, box=part)
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    """Of a grey or RGB image, uint8 (H, W, C)."""
-    out = np.asarray(image)
-    return out[..., None] if out.ndim == 2 else out
+    return as_array(resized(image, (height, width), shape[2], box, library))
 
 
 def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> tuple[float, float, float, float]:
@@ -298,7 +234,7 @@ def _enhance(name: str, kind: Callable[[Image.Image], Any], colour: bool = False
 
 def _affine(name: str, matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
     def apply(image: Image.Image, s: float) -> Image.Image:
-        return image.transform(image.size, Image.Transform.AFFINE, matrix(image, s), _BILINEAR)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix(image, s), BILINEAR)
 
     return Operation(name, apply)
 
@@ -307,7 +243,7 @@ OPERATIONS = (
     Operation("identity", lambda image, s: image),
     Operation("autocontrast", lambda image, s: ImageOps.autocontrast(image)),
     Operation("equalize", lambda image, s: ImageOps.equalize(image)),
-    Operation("rotate", lambda image, s: image.rotate(30 * s, _BILINEAR)),
+    Operation("rotate", lambda image, s: image.rotate(30 * s, BILINEAR)),
     Operation("solarize", lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s))))),
     Operation("posterize", lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
     _enhance("colour", ImageEnhance.Color, colour=True),

@@ -91,6 +91,15 @@ def test_pixels_are_a_function_of_seed_epoch_and_index(records, augment, shape, 
         assert np.array_equal(another["labels"], first["labels"])
 
 
+def test_the_library_of_the_pixels_changes_them_and_the_fingerprint():
+    pytest.importorskip("cv2")
+    pytest.importorskip("simplejpeg")
+    pillow, opencv = source(photos()), source(photos(), pixels="opencv")
+    assert pillow.fingerprint != opencv.fingerprint
+    assert np.array_equal(whole(opencv)["inputs"], whole(source(photos(), pixels="opencv", threads=1))["inputs"])
+    assert (whole(pillow)["inputs"] != whole(opencv)["inputs"]).any()
+
+
 def test_a_resumed_run_and_any_number_of_hosts_see_the_same_pixels():
     order = Order(24, 8, seed=5)
     all_of_them = list(Loader(source(photos()), order).iterate(0, 9))

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxmodels.config import AugmentConfig
-from jaxmodels.data import transforms
+from jaxmodels.data import pixels, transforms
 from jaxmodels.errors import UserError
 
 DIGIT = (28, 28, 1)
@@ -21,11 +19,11 @@ def numbers(cfg, count=1, seed=0, epoch=0):
 def picture(shape, seed=0):
     """Smooth, so that a little motion changes little."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, shape[2]), np.uint8)
-    return transforms.center(transforms.decode(small), AugmentConfig(), shape)
+    return transforms.center(pixels.decode(small), AugmentConfig(), shape)
 
 
 def changed(image, cfg, row, shape=None):
-    return transforms.augment(transforms.decode(image), cfg, shape or image.shape, row)
+    return transforms.augment(pixels.decode(image), cfg, shape or image.shape, row)
 
 
 def test_draws_are_a_function_of_seed_epoch_and_index():
@@ -40,50 +38,12 @@ def test_draws_are_a_function_of_seed_epoch_and_index():
     assert np.abs(columns - np.eye(10)).max() < 0.13
 
 
-UPRIGHT = {
-    1: lambda x: x,
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-    8: np.rot90,
-}
-"""By EXIF's number of what is done to the stored pixels."""
-
-
-def photo(tags, size=(48, 32)):
-    """A JPEG with EXIF tags as bytes, and its pixels as they are stored."""
-    file = io.BytesIO()
-    Image.fromarray(picture(PHOTO)).resize(size).save(file, "JPEG", quality=95, exif=tags)
-    return file.getvalue(), np.asarray(Image.open(file))
-
-
-@pytest.mark.parametrize("number", UPRIGHT)
-def test_a_photo_is_turned_as_its_exif_says(number):
-    exif = Image.Exif()
-    exif[0x0112] = number
-    data, stored = photo(exif)
-    expected = UPRIGHT[number](stored)
-    cfg = AugmentConfig()
-    np.testing.assert_array_equal(transforms.center(transforms.decode(data), cfg, expected.shape), expected)
-    np.testing.assert_array_equal(changed(data, cfg, numbers(cfg)[0], expected.shape), expected)
-
-
-@pytest.mark.parametrize("tags", [b"", b"Exif\0\0no such header", Image.Exif().tobytes()])
-def test_a_photo_whose_exif_says_nothing_stays_as_it_is_stored_and_is_not_read_too_soon(tags):
-    data, stored = photo(tags)
-    assert transforms.decode(data).draft("RGB", (24, 16)), "not read yet, so that it may be read at half the size"
-    np.testing.assert_array_equal(transforms.center(transforms.decode(data), AugmentConfig(), stored.shape), stored)
-
-
 def test_nothing_asked_for_leaves_every_byte():
     image = picture(PHOTO)
     cfg = AugmentConfig()
     assert np.array_equal(changed(image, cfg, numbers(cfg)[0]), image)
     assert np.array_equal(transforms.augment_all(image[None], cfg, numbers(cfg))[0], image)
-    assert np.array_equal(transforms.center(transforms.decode(image), cfg, PHOTO), image)
+    assert np.array_equal(transforms.center(pixels.decode(image), cfg, PHOTO), image)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -177,7 +137,7 @@ def test_a_crop_has_the_area_and_ratio_asked_for():
 def test_evaluation_sees_the_central_seven_eighths_of_what_is_cropped():
     image = np.stack(np.meshgrid(np.arange(160), np.arange(80)), -1).astype(np.uint8)
     image = np.concatenate([image, image[..., :1]], -1)
-    out = transforms.center(transforms.decode(image), AugmentConfig(crop=0.08), (70, 70, 3))
+    out = transforms.center(pixels.decode(image), AugmentConfig(crop=0.08), (70, 70, 3))
     assert np.abs(out[35, :, 0].astype(int) - np.arange(45, 115)).max() <= 1
     assert np.abs(out[:, 35, 1].astype(int) - np.arange(5, 75)).max() <= 1
 
@@ -233,24 +193,3 @@ def test_what_cannot_be_done_is_refused():
         transforms.check(AugmentConfig(flip=True, colour=0.4), 5)
     with pytest.raises(UserError, match="got augment.magnitude 11"):
         transforms.check(AugmentConfig(randaugment=2, magnitude=11), 3)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_any_kind_of_image_becomes_grey_or_rgb(mode, channels):
-    file = io.BytesIO()
-    image = Image.new(mode, (9, 7))
-    image.save(file, "JPEG" if mode == "CMYK" else "PNG")
-    out = transforms.center(transforms.decode(file.getvalue()), AugmentConfig(), (7, 9, channels))
-    assert out.shape == (7, 9, channels) and out.dtype == np.uint8
-
-
-def test_a_large_jpeg_is_decoded_at_few_more_pixels_than_needed():
-    file = io.BytesIO()
-    photo = picture((800, 1200, 3))
-    Image.fromarray(photo).save(file, "JPEG", quality=95)
-    image = transforms.decode(file.getvalue())
-    out = transforms.center(image, AugmentConfig(), (100, 100, 3))
-    assert image.size == (150, 100)
-    exact = transforms.center(transforms.decode(photo), AugmentConfig(), (100, 100, 3))
-    assert np.abs(out.astype(int) - exact).mean() < 2
