@@ -81,7 +81,9 @@ class Images(Source):
         numbers = transforms.draws(self._seed, epochs, indices, transforms.needed(self._cfg))
 
         def change(value: Any, place: int) -> np.ndarray:
-            return transforms.augment(pixels.decode(value), self._cfg, self.shape, numbers[place], self._library)
+            return transforms.augment(
+                pixels.decode(value, self._library), self._cfg, self.shape, numbers[place], self._library
+            )
 
         if self._kept is None:
             inputs, facts = self._read(indices, self.shape, change if self._changed else self._still)
@@ -165,7 +167,7 @@ class Images(Source):
         crop = self._cfg.crop if self.split == "eval" else None
         if isinstance(value, np.ndarray) and value.shape == shape and crop is None:
             return value
-        return transforms.center(pixels.decode(value), AugmentConfig(crop=crop), shape, self._library)
+        return transforms.center(pixels.decode(value, self._library), AugmentConfig(crop=crop), shape, self._library)
 
     def _keep(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
         """Room for all pixels, which of them are there, and their labels; None where they are too many."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from jaxmodels.errors import UserError
 
@@ -20,6 +20,9 @@ Library = Literal["pillow", "opencv"]
 """What decodes JPEG and resizes (`data.pixels`)."""
 
 BILINEAR = Image.Resampling.BILINEAR
+
+_FRAMES = (0xC0, 0xC1, 0xC2)
+_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # and JFIF's own, and comments; not EXIF, several pictures, other colours
 
 
 class Unreadable(Exception):
@@ -37,7 +40,15 @@ def check(library: Library) -> None:
                 )
 
 
-def decode(value: bytes | np.ndarray) -> Image.Image:
+class Jpeg(NamedTuple):
+    """A JPEG, grey or of three colours and stored upright, that Pillow need not open."""
+
+    data: bytes
+    size: tuple[int, int]
+    """Width and height."""
+
+
+def decode(value: bytes | np.ndarray, library: Library = "pillow") -> Image.Image | Jpeg:
     """The image of encoded bytes (its pixels are read when first asked for) or of an array (H, W, C).
 
     One that EXIF says is stored turned or mirrored is turned upright.
@@ -46,9 +57,32 @@ def decode(value: bytes | np.ndarray) -> Image.Image:
     try:
         if isinstance(value, np.ndarray):
             return as_image(value)
-        return _upright(Image.open(io.BytesIO(value)))
+        if library == "opencv" and (size := _plain(value)):
+            return Jpeg(value, size)
+        image = Image.open(io.BytesIO(value))
+        upright = _upright(image)
+        if library == "opencv" and upright is image and image.format == "JPEG" and image.mode in ("L", "RGB"):
+            return Jpeg(value, image.size)
+        return upright
     except Exception as error:
         raise Unreadable(_reason(error)) from error
+
+
+def _plain(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG of one or three colours in whose header nothing says how to show it.
+
+    Source: ITU-T T.81, annex B.
+    """
+    at = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while at + 10 < len(data):
+        kind, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if data[at] == 0xFF and kind in _FRAMES:
+            size = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+            return size if data[at + 9] in (1, 3) and all(size) else None
+        if data[at] != 0xFF or kind not in _TABLES:
+            return None
+        at += 2 + length
+    return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -70,7 +104,7 @@ def _reason(error: Exception) -> str:
 
 
 def resized(
-    image: Image.Image, size: Size, channels: int, box: Box | None = None, library: Library = "pillow"
+    image: Image.Image | Jpeg, size: Size, channels: int, box: Box | None = None, library: Library = "pillow"
 ) -> Image.Image | np.ndarray:
     """The part `box` of an image, or all of it, at a size and with 1 or 3 channels: Pillow's image or OpenCV's array.
 
@@ -85,7 +119,7 @@ def resized(
     least = math.ceil(full[0] * target[0] / (right - left)), math.ceil(full[1] * target[1] / (bottom - top))
     mode = "L" if channels == 1 else "RGB"
     try:
-        if library == "opencv":
+        if library == "opencv" or isinstance(image, Jpeg):
             read = _read(image, mode, least)
             return _by_opencv(read, read.shape[1] / full[0], size, (left, top, right, bottom))
         if image.format == "JPEG":
@@ -101,19 +135,18 @@ def resized(
     return image.resize(target, BILINEAR, box=part)
 
 
-def _read(image: Image.Image, mode: str, least: Size) -> np.ndarray:
+def _read(image: Image.Image | Jpeg, mode: str, least: Size) -> np.ndarray:
     """All pixels (H, W, C); of a JPEG perhaps at 1/2, 1/4 or 1/8, with at least this width and height."""
-    if isinstance(image, ImageFile.ImageFile) and image.format == "JPEG" and image.mode in ("L", "RGB"):
+    if isinstance(image, Jpeg):
         import simplejpeg
 
-        factor = 1 << max(min(8, image.width // least[0], image.height // least[1]).bit_length() - 1, 0)
-        width, height = -(-image.width // factor), -(-image.height // factor)
-        colours = "GRAY" if mode == "L" else "RGB"
-        assert isinstance(image.fp, io.BytesIO)
+        width, height = image.size
+        factor = 1 << max(min(8, width // least[0], height // least[1]).bit_length() - 1, 0)
+        smaller = -(-height // factor), -(-width // factor)
         try:
-            return simplejpeg.decode_jpeg(image.fp.getvalue(), colours, min_width=width, min_height=height)
-        except ValueError:
-            pass  # it refuses all that is not quite right; what of that can be read, Pillow reads
+            return simplejpeg.decode_jpeg(image.data, "GRAY" if mode == "L" else "RGB", False, False, *smaller)
+        except ValueError:  # it refuses all that is not quite right; what of that can be read, Pillow reads
+            image = Image.open(io.BytesIO(image.data))
     return as_array(image if image.mode == mode else image.convert(mode))
 
 
@@ -122,9 +155,8 @@ def _by_opencv(pixels: np.ndarray, scale: float, size: Size, box: Box) -> np.nda
     import cv2
 
     height, width = pixels.shape[:2]
-    x0, y0, x1, y1 = (round(edge * scale) for edge in box)
-    left, top = min(x0, width - 1), min(y0, height - 1)
-    part = pixels[top : max(y1, top + 1), left : max(x1, left + 1)]
+    left, top = min(round(box[0] * scale), width - 1), min(round(box[1] * scale), height - 1)
+    part = pixels[top : max(round(box[3] * scale), top + 1), left : max(round(box[2] * scale), left + 1)]
     if part.shape[:2] == size:
         return part
     halved = part.shape[0] >= 2 * size[0] and part.shape[1] >= 2 * size[1]

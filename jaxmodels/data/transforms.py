@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from jaxmodels.config import AugmentConfig
 from jaxmodels.data.order import mix
-from jaxmodels.data.pixels import BILINEAR, Library, Size, as_array, as_image, mirrored, resized
+from jaxmodels.data.pixels import BILINEAR, Jpeg, Library, Size, as_array, as_image, mirrored, resized
 from jaxmodels.errors import UserError
 
 CENTRE = 7 / 8
@@ -80,7 +80,11 @@ def describe(cfg: AugmentConfig) -> list[str]:
 
 
 def augment(
-    image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int], row: np.ndarray, library: Library = "pillow"
+    image: Image.Image | Jpeg,
+    cfg: AugmentConfig,
+    shape: tuple[int, int, int],
+    row: np.ndarray,
+    library: Library = "pillow",
 ) -> np.ndarray:
     """One image as training sees it, uint8 (H, W, C): cropped, resized and changed by the numbers of a row of `draws`.
 
@@ -128,15 +132,16 @@ def augment_all(images: np.ndarray, cfg: AugmentConfig, rows: np.ndarray) -> np.
 
 
 def center(
-    image: Image.Image, cfg: AugmentConfig, shape: tuple[int, int, int], library: Library = "pillow"
+    image: Image.Image | Jpeg, cfg: AugmentConfig, shape: tuple[int, int, int], library: Library = "pillow"
 ) -> np.ndarray:
     """One image as evaluation sees it, uint8 (H, W, C): whole, or the central 7/8 where training crops; resized."""
     height, width = shape[:2]
     box = None
     if cfg.crop is not None:
-        scale = CENTRE * min(image.width / width, image.height / height)
+        full = image.size
+        scale = CENTRE * min(full[0] / width, full[1] / height)
         w, h = width * scale, height * scale
-        left, top = (image.width - w) / 2, (image.height - h) / 2
+        left, top = (full[0] - w) / 2, (full[1] - h) / 2
         box = (left, top, left + w, top + h)
     return as_array(resized(image, (height, width), shape[2], box, library))
 
