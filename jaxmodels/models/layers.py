@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models.kernels.dropout import drop
+from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import gathered_product, product
-from jaxmodels.parallel.rules import constrain, gather, pieces
+from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
 
 Init = Callable[..., jax.Array]
 normal = nn.initializers.normal
@@ -80,7 +81,7 @@ class Embed(nn.Module):
         self.w = weight(self, "w", self.initializer, self.axes, (self.count, self.width), self.dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.w, ids, axis=0)
+        return lookup(self.w, ids, self.axes)
 
     def logits(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.w, preferred_element_type=jnp.float32)
@@ -270,10 +271,6 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
         reach = (x.shape[axis] - window) // stride * stride + 1
         x = functools.reduce(jnp.maximum, [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(window)])
     return x
-
-
-REPLICAS = "replicas"
-"""The axis that replicated data parallelism (pmap) binds; batch statistics are averaged over it."""
 
 
 class BatchNorm(nn.Module):

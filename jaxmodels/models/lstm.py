@@ -229,8 +229,8 @@ class LSTM(nn.Module):
         drop = layers.Dropout(c.dropout)
         bound = uniform(c.hidden**-0.5)
         ids = None if segment_ids is None else segment_ids.T
-        x = layers.Embed(c.vocab_size, c.width, initializer=bound, dtype=c.dtype, name="embed")(tokens.T)
-        x = layers.shard(x, "seq", "batch", None)
+        x = layers.Embed(c.vocab_size, c.width, initializer=bound, dtype=c.dtype, name="embed")(tokens)
+        x = layers.shard(jnp.swapaxes(x, 0, 1), "seq", "batch", None)
         states = []
         for i in range(c.layers):
             before = None if cache is None else State(cache["h"][i], cache["c"][i])

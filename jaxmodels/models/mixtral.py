@@ -19,6 +19,7 @@ from jaxmodels.models import experts, layers
 from jaxmodels.models.attention import MultiHead, rotary_frequencies
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+from jaxmodels.parallel import rules
 
 Sums = dict[str, jax.Array]
 
@@ -140,12 +141,12 @@ def sums(logits: jax.Array, chosen: jax.Array, real: jax.Array | None) -> Sums:
     }
 
 
-def losses(c: MixtralConfig, layers: Sums) -> dict[str, jax.Array]:
+def losses(c: MixtralConfig, sums: Sums) -> dict[str, jax.Array]:
     """The weighted losses of the router from the sums of all layers.
 
     The balance loss is as that of transformers (`load_balancing_loss_func`): shares over all layers together.
     """
-    total = jax.tree.map(lambda x: x.sum(0), layers)
+    total = rules.add_replicas(jax.tree.map(lambda x: x.sum(0), sums))
     tokens = jnp.maximum(total["tokens"], 1)
     balance = c.experts * jnp.vdot(total["asked"] / tokens, total["probability"] / tokens)
     return {"balance_loss": c.balance_loss * balance, "router_z_loss": c.z_loss * total["log_z_squared"] / tokens}

@@ -101,7 +101,7 @@ def through(
         better = -(-B // least) * least
         raise UserError(f"got {B} rows for {S} stages, expected a multiple of {least}, try --data.batch-size {better}")
     say(S, R, M, stack.layers // (S * R), B // M)
-    with rules.inside_stage():
+    with rules.inside(rules.STAGE):
         return _through(stack, Stages(S, R, M), params, x, carried, shared, key)
 
 

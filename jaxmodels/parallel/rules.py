@@ -17,8 +17,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxmodels.errors import UserError, nearest
 
-STAGE = "stage"
-AXES = ("data", STAGE, "fsdp", "expert", "context", "tensor")
+DATA, STAGE = "data", "stage"
+AXES = (DATA, STAGE, "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest network) first."""
 SEQUENCE = "sequence"
 """An axis of one, by which a mesh says that it cuts the residual stream's tokens over `tensor` too.
@@ -29,10 +29,11 @@ microbatches=8 or rounds=2 say how the stages work (`Stages`).
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp", "expert"),
+    "batch": (DATA, "fsdp", "expert"),
+    "replicas": (DATA,),
     "seq": ("context",),
     "residual": ("context",),
-    "expert_batch": ("data", "fsdp"),
+    "expert_batch": (DATA, "fsdp"),
     # parameters; heads, mlp and vocab name activations' dimensions too
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -55,9 +56,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
 SEQUENCE_RULES: Mapping[str, tuple[str, ...]] = {**RULES, "residual": ("context", "tensor")}
 """The table of a mesh with the axis `SEQUENCE`."""
 
+REPLICAS = "replicas"
+"""The axis that replicas bind, those of pmap or of a step that sums gradients once; statistics go over all of them."""
+
 Names = tuple[str | None, ...]
 
-_inside = contextvars.ContextVar("inside a stage", default=False)
+_inside: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("mapped mesh axes", default=frozenset())
 
 
 class Stages(NamedTuple):
@@ -87,16 +91,18 @@ def table(sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
     Outside the stages their devices would all do the same, so rows are cut over them too; outermost, so that those of a
     microbatch are on one stage.
     """
-    rows = SEQUENCE_RULES if SEQUENCE in sizes else RULES
-    if sizes.get(STAGE, 1) == 1 or _inside.get():
-        return rows
-    return {**rows, "batch": (STAGE, *rows["batch"])}
+    rows, inside = SEQUENCE_RULES if SEQUENCE in sizes else RULES, _inside.get()
+    if sizes.get(STAGE, 1) > 1 and STAGE not in inside:
+        rows = {**rows, "batch": (STAGE, *rows["batch"])}
+    if DATA in inside:
+        rows = {name: tuple(axis for axis in axes if axis != DATA) for name, axes in rows.items()}
+    return rows
 
 
 @contextlib.contextmanager
-def inside_stage() -> Iterator[None]:
-    """While a stage is traced: rows are those of a microbatch, which are cut over `RULES["batch"]` alone."""
-    token = _inside.set(True)
+def inside(axis: str) -> Iterator[None]:
+    """While what a stage or a replica does is traced, to be mapped over that mesh axis: rows are not cut over it."""
+    token = _inside.set(_inside.get() | {axis})
     try:
         yield
     finally:
@@ -199,6 +205,14 @@ def add_up(parts: jax.Array, over: Sequence[str], names: Names) -> jax.Array:
     cut = [rows[name] if name else None for name in names]
     parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(*rest, *cut))
     return constrain(parts.sum(range(len(rest))), names)
+
+
+def add_replicas(sums: Any) -> Any:
+    """A tree of sums, added up over all replicas where there are any."""
+    try:
+        return jax.lax.psum(sums, REPLICAS)
+    except NameError:
+        return sums
 
 
 def shards(sizes: Mapping[str, int], axes: Sequence[str]) -> int:

@@ -11,7 +11,8 @@ from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.functional import Model
-from jaxmodels.models.layers import REPLICAS, shard
+from jaxmodels.models.layers import shard
+from jaxmodels.parallel.rules import REPLICAS
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, normalised
 

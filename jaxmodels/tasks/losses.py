@@ -60,7 +60,7 @@ def language_cross_entropy(
 
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
-    output = gather(unembedding.astype(features.dtype), ("vocab", "embed"))
+    output: Any = gather(unembedding.astype(features.dtype), ("vocab", "embed"))
     if output.shape[0] < FEW:
         return cross_entropy(_logits(features, output), targets, smoothing, z_loss)
     return linear_cross_entropy(features, output, targets, smoothing, z_loss, at_once(*targets.shape))

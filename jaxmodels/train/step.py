@@ -14,7 +14,6 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmodels.errors import UserError
-from jaxmodels.models.layers import REPLICAS
 from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State
@@ -35,29 +34,63 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate: int) -> tuple[Any, jax.Array, Aux]:
-    """Gradient of the loss's sum, the sum, and what came with it, over `accumulate` microbatches."""
+    """Gradient of the loss's sum, the sum, and what came with it, over `accumulate` microbatches.
+
+    Where a step has several passes over the parameters, by microbatches or by a pipeline's ticks, each replica of a
+    mesh adds up its own gradients, and they are summed over `data` once.
+    """
 
     def total(trained: Any, stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
         return loss.fn({**state.params, loss.trains: trained}, stats, part, key, state.step)
 
     grad = jax.value_and_grad(total, has_aux=True)
-    trained = state.params[loss.trains]
+    trained, replicas = state.params[loss.trains], rules.pieces("replicas")
+    passes = accumulate > 1 or rules.pieces("layers") > 1
+    apart = passes and replicas > 1 and len(next(iter(batch.values()))) % (accumulate * replicas) == 0
+    if apart:
+        grad = mapped(grad, replicas)
     if accumulate == 1:
         (value, aux), grads = grad(trained, state.stats, batch, rng)
-        return grads, value, aux
+        stats, sums = aux.stats, (grads, value, aux.weight, aux.sums)
+    else:
 
-    def body(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
-        sums, stats = carry
-        (value, aux), grads = grad(trained, stats, *part)
-        new = (grads, value, aux.weight, aux.sums)
-        return (jax.tree.map(jnp.add, sums, new), aux.stats), None
+        def body(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], None]:
+            sums, stats = carry
+            (value, aux), grads = grad(trained, stats, *part)
+            new = (grads, value, aux.weight, aux.sums)
+            return (jax.tree.map(jnp.add, sums, new), aux.stats), None
 
-    parts = (split(batch, accumulate), jax.random.split(rng, accumulate))
-    first = jax.tree.map(lambda x: x[0], parts)
-    (value, aux), grads = jax.eval_shape(grad, trained, state.stats, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, aux.weight, aux.sums))
-    ((grads, value, weight, sums), stats), _ = jax.lax.scan(body, (zeros, state.stats), parts)
+        parts = (split(batch, accumulate), jax.random.split(rng, accumulate))
+        first = jax.tree.map(lambda x: x[0], parts)
+        (value, aux), grads = jax.eval_shape(grad, trained, state.stats, *first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, aux.weight, aux.sums))
+        zeros = jax.tree.map(lambda x: rules.pin(x, "replicas"), zeros) if apart else zeros
+        (sums, stats), _ = jax.lax.scan(body, (zeros, state.stats), parts)
+    grads, value, weight, sums = jax.tree.map(lambda x: x.sum(0), sums) if apart else sums
     return grads, value, Aux(weight, sums, stats)
+
+
+def mapped(grad: Callable[..., Any], replicas: int) -> Callable[..., Any]:
+    """`grad(params, stats, batch, key)` of each replica's rows; what it gives has a dimension of replicas in front.
+
+    Replicas know of each other by the axis `rules.REPLICAS`, as under pmap, so statistics are those of all rows.
+    """
+
+    def own(x: jax.Array) -> jax.Array:
+        """(B, …) as (replicas, B / replicas, …); rows stay where they are, which is outermost on the stages."""
+        outer = rules.pieces("layers")
+        x = jnp.swapaxes(x.reshape(outer, replicas, -1, *x.shape[1:]), 0, 1)
+        return rules.pin(x.reshape(replicas, -1, *x.shape[3:]), "replicas")
+
+    def run(params: Any, stats: Any, batch: Batch, key: jax.Array) -> Any:
+        with rules.inside(rules.DATA):
+            return grad(params, stats, batch, jax.random.fold_in(key, jax.lax.axis_index(rules.REPLICAS)))
+
+    out = ((0, Aux(0, 0, None)), 0)  # pyright: ignore[reportArgumentType]
+    every = jax.vmap(
+        run, in_axes=(None, None, 0, None), out_axes=out, axis_name=rules.REPLICAS, spmd_axis_name=rules.DATA
+    )
+    return lambda params, stats, batch, key: every(params, stats, jax.tree.map(own, dict(batch)), key)
 
 
 def advance(
@@ -180,10 +213,10 @@ def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, op
     devices = list(mesh.devices.flat)
 
     def run(state: State, batch: Batch) -> tuple[State, Metrics]:
-        return advance(task, optimizers, state, batch, across=REPLICAS, **options)
+        return advance(task, optimizers, state, batch, across=rules.REPLICAS, **options)
 
     # axes None: the state goes in and comes out as one replicated value, as under jit, so that checkpoints agree
-    compiled = jax.pmap(run, axis_name=REPLICAS, in_axes=(None, 0), out_axes=None, devices=devices)
+    compiled = jax.pmap(run, axis_name=rules.REPLICAS, in_axes=(None, 0), out_axes=None, devices=devices)
     rows = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
 

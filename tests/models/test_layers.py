@@ -13,6 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models import functional, layers
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
+from jaxmodels.parallel import rules
 
 
 def rand(*shape, seed=0):
@@ -280,9 +281,9 @@ def test_batch_norm_over_replicas_equals_one_device(net):
 
     def replica(x):
         grads, out, new = step(model, params, model.stats(), x)
-        return jax.lax.psum(grads, layers.REPLICAS), out, new
+        return jax.lax.psum(grads, rules.REPLICAS), out, new
 
-    grads2, out2, stats2 = jax.pmap(replica, axis_name=layers.REPLICAS)(x.reshape(8, 2, 4, 4, 2))
+    grads2, out2, stats2 = jax.pmap(replica, axis_name=rules.REPLICAS)(x.reshape(8, 2, 4, 4, 2))
     close(out2.reshape(16, 2), out)
     for device in range(8):
         jax.tree.map(lambda a, b, d=device: close(a[d], b), stats2, stats)

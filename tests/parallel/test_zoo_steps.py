@@ -17,7 +17,7 @@ ELSEWHERE = {"llama", "mistral", "qwen", "mixtral-capacity", "bert-classifier", 
 DESCENT = OptimConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=None)
 
 
-def train(name, mesh_cfg, devices):
+def train(name, mesh_cfg, devices, **options):
     """State and metrics after one step, and the parameters before it."""
     kind, config = ZOO[name]
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
@@ -31,7 +31,7 @@ def train(name, mesh_cfg, devices):
         field: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for field, x in fill(task.batch_spec(B)).items()
     }
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    now, metrics = step.build(task, optimizers, mesh, layout, rows)(now, batch)
+    now, metrics = step.build(task, optimizers, mesh, layout, rows, **options)(now, batch)
     held = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.addressable_shards[0].data.size / x.size
         for path, x in jax.tree_util.tree_leaves_with_path(now.params)
