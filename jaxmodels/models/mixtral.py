@@ -110,7 +110,7 @@ class MoE(nn.Module):
         c, E, F = self.config, self.config.experts, self.config.mlp_width
         router = layers.Linear((E,), ("embed", "gates"), bias=False, name="router")
         logits = router(x)
-        top, chosen = jax.lax.top_k(logits, c.experts_per_token)
+        top, chosen = greatest(logits, c.experts_per_token)
         share = jax.nn.softmax(top, -1)
         D = x.shape[-1]
         gate, up = (layers.Experts((E, D, F), experts.WIDE, name=name)() for name in ("gate", "up"))
@@ -123,6 +123,21 @@ class MoE(nn.Module):
             places = experts.places(chosen, real, E, capacity)
             y = experts.limited(x, places, share, weights, nn.silu, capacity)
         return y, sums(logits, chosen, real)
+
+
+def greatest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` by k maxima: for a sort, XLA's partitioner gathers the scores of all tokens on every device.
+
+    Shapes: scores (…, E), returns values and places (…, k).
+    """
+    values, places, left = [], [], scores
+    for _ in range(k):
+        place = jnp.argmax(left, -1)
+        own = jax.nn.one_hot(place, scores.shape[-1], dtype=bool)
+        values.append(jnp.where(own, scores, 0).sum(-1))
+        places.append(place)
+        left = jnp.where(own, -jnp.inf, left)
+    return jnp.stack(values, -1), jnp.stack(places, -1)
 
 
 def sums(logits: jax.Array, chosen: jax.Array, real: jax.Array | None) -> Sums:

@@ -14,6 +14,7 @@ from jaxmodels import tasks
 from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.generate.sample import sample
+from jaxmodels.models import mixtral
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
@@ -350,3 +351,15 @@ def test_a_device_holds_its_share_of_the_experts():
     for mesh, share in (("expert4-data2", 1 / 4), ("fsdp4-tensor2", 1 / 8), ("data8", 1)):
         moe = one_step("capacity", mesh)[2]["layers"]["moe"]
         assert [moe[name]["w"] for name in ("gate", "up", "down")] == [share] * 3
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_greatest_are_those_of_a_sort_in_value_place_and_gradient(k):
+    scores = jax.random.normal(jax.random.key(0), (4, 5, 8)).round(1)  # with equals, of which the first comes first
+    for got, want in zip(mixtral.greatest(scores, k), jax.lax.top_k(scores, k), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+    def slope(function):
+        return jax.grad(lambda scores: (function(scores, k)[0] * jnp.arange(1.0, k + 1)).sum())(scores)
+
+    np.testing.assert_array_equal(slope(mixtral.greatest), slope(jax.lax.top_k))
