@@ -213,6 +213,8 @@ class OptimConfig:
     """Patterns of parameters that stay as they are: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each layer to the one below it (ELECTRA; Clark et al. 2020)."""
+    offload: bool = False
+    """Keep the optimizer's state in the hosts' memory; it comes to the devices for the update alone."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,12 @@ class TrainConfig:
     """jit: sharded by the mesh; pmap: replicated data parallelism, equal in result."""
     ema: float | None = None
     """Decay of the moving average of the parameters, which evaluation then uses; None: none."""
+    quantize: Literal["none", "int8", "float8"] = "none"
+    """Type of the products with the weights of blocks, forward and backward; parameters and optimizer stay float32."""
+    quantize_axes: tuple[Literal["embed", "heads", "kv_heads", "head_dim", "mlp"], ...] = (
+        "embed", "heads", "kv_heads", "head_dim", "mlp",
+    )  # fmt: skip
+    """Which of them: weights that have none but these logical axes; embed mlp: the MLPs alone."""
 
     def __post_init__(self) -> None:
         _at_least("train", 1, steps=self.steps, accumulate=self.accumulate)

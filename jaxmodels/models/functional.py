@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.models.kernels import quantized as quantization
 
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -219,6 +220,27 @@ def functional(config: Any, family: Family) -> Model:
         None if family.longest is None else family.longest(config),
         family.auxiliary,
     )
+
+
+def quantized(model: Model, rule: quantization.Rule) -> Model:
+    """The model whose products with weights are in eight bits, as far as the rule says; its parameters stay float32.
+
+    Raises:
+        UserError: the rule covers none of its products.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    weights = [[name for name in axes if name != "layers"] for path, axes in leaves if path[-1].key == "w"]
+    if not any(rule.covers(axes) for axes in weights if len(axes) > 1):
+        raise UserError(
+            f"got quantization to {rule.kind} for {type(model.config).__name__}, expected a model with weights of the "
+            f"axes {', '.join(rule.axes)} alone, try --train.quantize none"
+        )
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        with quantization.ambient(rule):
+            return model.apply(*args, **kwargs)
+
+    return dataclasses.replace(model, apply=apply)
 
 
 def divide(config: Any, whole: str, parts: str) -> None:

@@ -21,6 +21,7 @@ from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import gathered_product, product
+from jaxmodels.models.kernels.quantized import kind_of, quantized_product
 from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
 
 Init = Callable[..., jax.Array]
@@ -60,8 +61,9 @@ class Linear(nn.Module):
         contracted = len(self.axes) - len(self.shape)
         inputs = x.shape[x.ndim - contracted :]
         w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape)
+        how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
         multiply = gathered_product if pieces("embed") > 1 else product
-        y: Any = multiply(x, w, tuple(self.axes), contracted, self.dtype)
+        y: Any = multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)
         if self.bias:
             b = parameter(self, "b", self.bias_initializer, self.axes[contracted:], self.shape)
             y = y + b.astype(self.dtype)

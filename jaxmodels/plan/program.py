@@ -237,7 +237,9 @@ def products(program: Program, computation: Computation, each: Instruction) -> I
     elif count := _product(computation, each):
         factors = (arrays(computation.instructions[name].shape) for name in each.operands[:2])
         kinds = {NARROW.get(found[0][0], "") if found else "" for found in factors}
-        yield kinds.pop() if len(kinds) == 1 else "", count
+        # a kernel of attention may take its masks first, as bytes
+        matrices = each.opcode != "custom-call" or "gemm" in each.attributes or "cublas" in each.attributes
+        yield kinds.pop() if matrices and len(kinds) == 1 else "", count
 
 
 def _product(computation: Computation, each: Instruction) -> float:

@@ -1,9 +1,9 @@
 """How long a compiled step takes: its schedule played against compute, memory and links.
 
 The compiler has decided what runs when. Each instruction takes the longer of two times: that of its products at the
-peak of the hardware, and that of its bytes at the bandwidth of the memory, both as far as programs reach them. A
-collective occupies its link from where it begins, and is waited for where it must be done. Nothing here was measured on
-the hardware that is planned for: `SHARE` and `OWN` are the assumptions, and a plan prints them.
+peak that the hardware has for their type, and that of its bytes at the bandwidth of the memory, both as far as programs
+reach them. A collective occupies its link from where it begins, and is waited for where it must be done. Nothing here
+was measured on the hardware that is planned for: `SHARE` and `OWN` are the assumptions, and a plan prints them.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class _Player:
         self.program, self.places = program, places
         row = places.topology.hardware
         self.share = shares(row)
-        self.peak = row.flops.get(dtype, row.flops["bfloat16"])
+        self.peaks = {**row.flops, "": row.flops.get(dtype, row.flops["bfloat16"])}
         self.bandwidth = row.bandwidth * self.share["memory"]
         self.result = Estimate()
         self.transfers: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0, 0.0])
@@ -236,12 +236,15 @@ class _Player:
             return self.run(called["to_apply"], times)
         if each.opcode == "conditional":
             return self.run(self.program.dearest(each), times)
-        flops = programs.flops(self.program, computation, each)
+        computed = list(programs.products(self.program, computation, each))
+        flops = sum(count for _, count in computed)
         moved = programs.moved(self.program, computation, each)
         if not flops and not moved:
             return 0.0
         kind = "attention" if each.opcode == "custom-call" and "gemm" not in each.name else "products"
-        products, memory = flops / (self.peak * self.share[kind]), moved / self.bandwidth
+        # at the peak of their own type, as far as this hardware has one
+        products = sum(count / self.peaks.get(name, self.peaks[""]) for name, count in computed) / self.share[kind]
+        memory = moved / self.bandwidth
         self.result.flops += times * flops
         self.result.moved += times * moved
         if products > memory:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxmodels.config import DataConfig, TaskConfig
-from jaxmodels.models.functional import create
+from jaxmodels.config import DataConfig, TaskConfig, TrainConfig
+from jaxmodels.models.functional import create, quantized
+from jaxmodels.models.kernels.quantized import Rule
 from jaxmodels.tasks.causal_lm import causal_lm
 from jaxmodels.tasks.classification import classification
 from jaxmodels.tasks.contrastive import contrastive
@@ -28,6 +29,9 @@ TASKS = {
 }
 
 
-def build(task: TaskConfig, model: Any, data: DataConfig) -> Task:
-    """The task of an experiment: this kind of training of this model on batches of this shape."""
-    return TASKS[task.name](task, create(model), data)
+def build(task: TaskConfig, model: Any, data: DataConfig, train: TrainConfig | None = None) -> Task:
+    """The task of an experiment: this kind of training of this model on batches of this shape; quantized by `train`."""
+    made = create(model)
+    if train is not None and train.quantize != "none":
+        made = quantized(made, Rule(train.quantize, train.quantize_axes))
+    return TASKS[task.name](task, made, data)

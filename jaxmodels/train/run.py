@@ -76,7 +76,7 @@ def setup(cfg: Config) -> Experiment:
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
-    task = tasks.build(cfg.task, cfg.model, cfg.data)
+    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
     step.check_lengths(sizes, task.batch_spec(cfg.data.batch_size))
     train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
     check_batch(task.batch_spec(cfg.data.batch_size), data.spec(train_data, cfg.data.batch_size))
@@ -101,7 +101,7 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, St
         loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes())
         for loss in task.losses
     }
-    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None)
+    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)
 
 
 def train(

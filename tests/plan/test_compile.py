@@ -1,5 +1,6 @@
 """Steps compiled for hardware that is not here: what they hold, whether they fit, and what they send."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -7,9 +8,9 @@ import json
 import pytest
 
 from jaxmodels import cli
-from jaxmodels.config import Config, DataConfig, MeshConfig
+from jaxmodels.config import Config, DataConfig, MeshConfig, TrainConfig
 from jaxmodels.models.llama import LlamaConfig
-from jaxmodels.plan import command, compile, topology
+from jaxmodels.plan import command, compile, program, topology
 
 COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu"}
 CONFIG = Config(
@@ -23,17 +24,23 @@ PARAMETERS = 2 * 4096 * 512 + 2 * (512 * (4 + 2 + 2 + 4) * 128 + 3 * 512 * 1024 
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    """Plans, each compiled once."""
+def compiled(tmp_path_factory):
+    """Steps, each compiled once."""
     cache = tmp_path_factory.mktemp("plans")
 
     def make(on, cfg=CONFIG):
         package = COMPILERS[on.split(":")[0]]
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the compiler {package}: pip install 'jaxmodels[aot]'")
-        return command.plan(cfg, compile.compiled(cfg, topology.parse(on), cache))
+        return compile.compiled(cfg, topology.parse(on), cache)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def planned(compiled):
+    """Plans of steps, each compiled once."""
+    return lambda on, cfg=CONFIG: command.plan(cfg, compiled(on, cfg))
 
 
 @pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
@@ -89,6 +96,26 @@ def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned
     scattered = found["reduce-scatter", ("fsdp",)]
     assert output <= scattered <= 1.01 * (blocks + output)
     assert scattered + windows >= 0.99 * (blocks + output)
+
+
+@pytest.mark.parametrize(("on", "kind"), [("h100:1x8", "float8"), ("v5e:2x4", "int8")])
+def test_quantized_blocks_compute_and_gather_in_eight_bits_alone(planned, compiled, on, kind):
+    cfg = dataclasses.replace(CONFIG, train=TrainConfig(quantize=kind))
+    found = program.parse(compiled(on, cfg).text)
+    sums = collections.Counter()
+    for where, each, times in found.walk():
+        for name, count in program.products(found, where, each):
+            sums[name] += times * count
+    tokens = 64 * 512
+    blocks = PARAMETERS - 5 * 512 - 2 * 4096 * 512
+    assert sums[kind] == 6 * tokens * blocks / 8
+    assert sums[""] >= 6 * tokens * 4096 * 512 / 8, "the output layer"
+    gathered = [
+        sum(each["bytes"] for each in planned(on, one)["transfers"] if each["kind"] == "all-gather")
+        for one in (cfg, CONFIG)
+    ]
+    # one byte for two, forward and backward; scales of rows and columns come on top
+    assert gathered[1] - gathered[0] > 0.7 * 2 * blocks
 
 
 def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):

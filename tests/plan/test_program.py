@@ -124,6 +124,48 @@ def test_a_collective_is_waited_for_only_where_nothing_covers_it():
     assert covered.products == pytest.approx(2 * 8192**3 / (989e12 * roofline.OWN["h100"]["products"]))
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "on", "peak"),
+    [
+        ("f8e5m2", "f8e4m3fn", "h100:1x8", "float8"),
+        ("s8", "s8", "h100:1x8", "int8"),
+        ("bf16", "f8e4m3fn", "h100:1x8", "bfloat16"),
+        ("s8", "s8", "v5e:2x4", "int8"),
+        ("f8e4m3fn", "f8e4m3fn", "v5e:2x4", "bfloat16"),
+    ],
+)
+def test_a_product_runs_at_the_peak_of_its_own_type_where_the_hardware_has_one(left, right, on, peak):
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (a: {left}[8192,8192], b: {right}[8192,8192]) -> bf16[8192,8192] {{
+  %a = {left}[8192,8192]{{1,0}} parameter(0)
+  %b = {right}[8192,8192]{{1,0}} parameter(1)
+  ROOT %c = bf16[8192,8192]{{1,0}} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+"""
+    row = topology.parse(on).hardware
+    expected = 2 * 8192**3 / (row.flops[peak] * roofline.shares(row)["products"])
+    assert played(text, on).products == pytest.approx(expected)
+
+
+def test_a_kernel_of_attention_that_takes_its_masks_as_bytes_is_none_of_int8():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (m: s8[8,8], n: s8[8,8], q: bf16[8,1024,128], k: bf16[8,1024,128]) -> bf16[8,1024,128] {
+  %m = s8[8,8]{1,0} parameter(0)
+  %n = s8[8,8]{1,0} parameter(1)
+  %q = bf16[8,1024,128]{2,1,0} parameter(2)
+  %k = bf16[8,1024,128]{2,1,0} parameter(3)
+  ROOT %splash_mha = bf16[8,1024,128]{2,1,0} custom-call(%m, %n, %q, %k), custom_call_target="tpu_custom_call"
+}
+"""
+    found = program.parse(text)
+    (computation,) = found.computations.values()
+    assert [
+        kind for each in computation.instructions.values() for kind, _ in program.products(found, computation, each)
+    ] == [""]
+
+
 def test_a_group_takes_the_slowest_link_that_it_crosses():
     where = topology.parse("h100:2x8")
     places = roofline.Places(where, {"data": 2, "tensor": 8}, np.array([[i // 8, i % 8] for i in range(16)]))

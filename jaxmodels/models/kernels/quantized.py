@@ -1,0 +1,140 @@
+"""Products with weights in eight bits, forward and backward, beside parameters in float32.
+
+Each factor is divided by a scale that takes its largest value to the largest of its type, and rounded; the product is
+summed up in more bits and multiplied by both scales. Scales are those of the arrays at hand. float8 has one for a whole
+array, E4M3 for activations and weights and E5M2 for gradients (Micikevicius et al. 2022, section 3); int8, which has no
+exponents, one for each row of the left and each column of the right (Dettmers et al. 2022, section 2.1). What fsdp cuts
+is rounded before it is gathered, so that links carry eight bits too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.parallel.rules import constrain, gather
+
+Array = jax.Array
+AXES = ("embed", "heads", "kv_heads", "head_dim", "mlp")
+"""Logical axes of the weights of blocks. Embeddings, output layers, routers and patches have others too."""
+
+
+class Kind(NamedTuple):
+    """How numbers are rounded."""
+
+    forward: str
+    """Type of activations and weights."""
+    backward: str
+    """Type of gradients."""
+    sums: str | None
+    """Type that products are summed up to; None: the compute dtype, rounded to once."""
+    vectors: bool
+    """Whether each row and column has a scale of its own."""
+
+    def shared(self, contracted: Sequence[int]) -> Sequence[int] | None:
+        """Dimensions along which numbers share a scale, in a product that contracts these; None: all."""
+        return contracted if self.vectors else None
+
+
+KINDS = {
+    "int8": Kind("int8", "int8", "int32", True),
+    "float8": Kind("float8_e4m3fn", "float8_e5m2", None, False),
+}
+
+
+class Rule(NamedTuple):
+    """Which products are quantized: those with weights that have none but these logical axes."""
+
+    kind: str
+    axes: tuple[str, ...] = AXES
+
+    def covers(self, axes: Sequence[str]) -> bool:
+        return set(axes) <= set(self.axes)
+
+
+class Scaled(NamedTuple):
+    """values · scale; the scale has a 1 for each dimension that shares it."""
+
+    values: Array
+    scale: Array
+
+
+_ambient: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule of quantization", default=None)
+
+
+@contextlib.contextmanager
+def ambient(rule: Rule) -> Iterator[None]:
+    """While a model is traced: its layers quantize by this rule."""
+    token = _ambient.set(rule)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def kind_of(axes: Sequence[str]) -> Kind | None:
+    """How products with weights of these logical axes are quantized; None: they are not."""
+    rule = _ambient.get()
+    return KINDS[rule.kind] if rule is not None and rule.covers(axes) else None
+
+
+def quantize(x: Array, dtype: str, shared: Sequence[int] | None) -> Scaled:
+    """An array in eight bits, with one scale for all that lies along the dimensions `shared` (None: all)."""
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    top = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
+    # what is not a number goes through the maximum, and with the scale into all that it has a part in
+    largest = jnp.maximum(jnp.abs(x).max(shared, keepdims=True).astype(jnp.float32), 1e-30)
+    values = jnp.clip(x.astype(jnp.float32) * (top / largest), -top, top)
+    return Scaled((jnp.round(values) if whole else values).astype(dtype), largest / top)
+
+
+def gathered(x: Scaled, axes: tuple[str, ...]) -> Scaled:
+    """Weights of these logical axes, whole along what fsdp cuts."""
+    # cut until they are rounded: the partitioner would gather first, and send float32
+    return x._replace(values=gather(constrain(x.values, axes), axes))
+
+
+def multiply(a: Scaled, b: Scaled, left: Sequence[int], right: Sequence[int], kind: Kind, dtype: str) -> Array:
+    """The product that contracts these dimensions of the left and of the right, in `dtype`."""
+    sums, contracted = jnp.dtype(kind.sums or dtype), (tuple(left), tuple(right))
+    y = jax.lax.dot_general(a.values, b.values, (contracted, ((), ())), preferred_element_type=sums)
+    rows, columns = a.scale.squeeze(left), b.scale.squeeze(right)
+    rows = rows.reshape(*rows.shape, *(1,) * columns.ndim)
+    return (y.astype(jnp.float32) * rows * columns).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def quantized_product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str, kind: Kind) -> Array:
+    """`product.product` in eight bits, and so are both products of its backward pass, which gathers w again."""
+    last, first = range(x.ndim - contracted, x.ndim), range(contracted)
+    a = quantize(x, kind.forward, kind.shared(last))
+    b = gathered(quantize(w, kind.forward, kind.shared(first)), axes)
+    return multiply(a, b, last, first, kind, dtype)
+
+
+def _forward(x: Array, w: Array, *how: object) -> tuple[Array, tuple[Array, Array]]:
+    return quantized_product(x, w, *how), (x, w)  # pyright: ignore[reportArgumentType]
+
+
+def _backward(
+    axes: tuple[str, ...], contracted: int, dtype: str, kind: Kind, kept: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, w = kept
+    leading = range(x.ndim - contracted)
+    outputs, columns = range(len(leading), dy.ndim), range(contracted, w.ndim)
+    g = quantize(dy, kind.backward, kind.shared(outputs))
+    b = gathered(quantize(w, kind.forward, kind.shared(columns)), axes)
+    dx = multiply(g, b, outputs, columns, kind, dtype)
+    a = quantize(x, kind.forward, kind.shared(leading))
+    g = quantize(dy, kind.backward, kind.shared(leading))
+    dw = constrain(multiply(a, g, leading, leading, kind, dtype), axes)
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+quantized_product.defvjp(_forward, _backward)
