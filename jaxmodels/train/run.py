@@ -101,7 +101,7 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, St
         loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes())
         for loss in task.losses
     }
-    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)
+    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None)
 
 
 def train(
