@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel import rules
@@ -31,6 +32,9 @@ AXES = WIDE, WIDE, NARROW
 """Logical axes of the weights."""
 SLACK = 1.25
 """Places of a pair of devices, over those that it needs if experts are chosen alike."""
+
+_named = partial(checkpoint_name, name="experts")
+"""By a name, a policy of `jax.checkpoint` can keep what comes out of a loop, into which it does not look."""
 
 
 class Axes(NamedTuple):
@@ -86,8 +90,8 @@ def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation
     """Each token through all experts chosen for it, however unevenly they are chosen.
 
     On a mesh tokens go to the devices that have their experts, and back, in rounds of a fixed buffer: one if experts
-    are chosen about evenly, and as many as it takes if they are not. The parts of the axis that cuts F are added up
-    and, where the residual stream is cut over it, scattered.
+    are chosen about evenly, and as many as it takes if they are not. The parts that F is cut into are added up, and
+    scattered where the residual stream is cut alike.
     Shapes: x (B, T, D), chosen and share (B, T, k), returns (B, T, D).
     """
     mesh, split, tokens = rules.ambient(), rules.RULES["mlp"], ("batch", "seq")
@@ -102,15 +106,14 @@ def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation
         return local(Axes(), x, chosen, share, weights)
     table = rules.table(mesh.shape)
     scattered = set(split) <= set(table["residual"]) and x.shape[1] % rules.pieces("residual") == 0
-    cut = (tuple(axis for axis in rules.RULES[name] if mesh.shape[axis] > 1) for name in ("expert", "embed"))
-    axes = Axes(*cut, mesh.axis_names)
+    expert, fsdp = (tuple(axis for axis in rules.RULES[name] if mesh.shape[axis] > 1) for name in ("expert", "embed"))
 
     def add(*given: Any) -> Array:
-        y = local(axes, *given)
+        y = local(Axes(expert, fsdp, mesh.axis_names), *given)
         return jax.lax.psum_scatter(y, split, scatter_dimension=1, tiled=True) if scattered else y[None]
 
-    rows = rules.spec((*tokens, None))
-    out = rules.spec(("batch", "residual", None), table) if scattered else rules.spec(("mlp", *tokens, None))
+    rows = rules.spec((*tokens, None), table)
+    out = rules.spec(("batch", "residual", None), table) if scattered else rules.spec(("mlp", *tokens, None), table)
     specs = (rows, rows, rows, tuple(map(rules.spec, AXES)))
     y = jax.shard_map(add, in_specs=specs, out_specs=out, check_vma=False)(x, chosen, share, weights)
     # out here, where the gradient of a sum is no sum
@@ -137,9 +140,9 @@ def _route(axes: Axes, chosen: Array, here: int) -> tuple[Exchange, Route]:
 
 def _round(exchange: Exchange, route: Route, number: Any) -> Round:
     """Of the rows from each device to each other, those from `number` · C on."""
-    (axes, C, _, k), S = exchange, len(route.sent)
+    (axes, C, most, k), S = exchange, len(route.sent)
     at = number * C + jnp.arange(C)
-    source = route.order.at[(jnp.cumsum(route.sent) - route.sent)[:, None] + at].get(mode="clip").ravel()
+    source = route.order.at[((jnp.cumsum(route.sent) - route.sent)[:, None] + at).ravel()].get(mode="clip")
     slot = route.rank - number * C
     now, slot = ((slot >= 0) & (slot < C))[:, None], route.device * C + slot
     ends = jnp.cumsum(route.received, 1)
@@ -148,13 +151,16 @@ def _round(exchange: Exchange, route: Route, number: Any) -> Round:
     by_device = jnp.zeros_like(by_expert).at[by_expert].set(jnp.arange(S * C), unique_indices=True)
     move = partial(jax.lax.all_to_all, axis_name=axes.expert, split_axis=0, concat_axis=0, tiled=True)
 
+    def take(rows: Array, at: Array) -> Array:
+        return rows.at[at].get(mode="clip")  # places that are not of this round point anywhere
+
     def send(rows: Array) -> Array:
-        rows = rows[source if len(rows) == len(slot) else source // k]
-        return move(rows)[by_expert] if axes.expert else rows
+        rows = take(rows, source if len(rows) == len(slot) else source // k)
+        return take(move(rows), by_expert) if axes.expert else rows
 
     def bring(rows: Array, others: Array) -> Array:
-        rows = move(rows[by_device]) if axes.expert else rows
-        return jnp.where(now, rows.at[slot].get(mode="clip"), others)
+        rows = take(move(take(rows, by_device)) if axes.expert else rows, slot)
+        return jnp.where(now, rows, others) if most > 1 else rows
 
     return Round(sizes, send, bring)
 
@@ -171,9 +177,7 @@ def _through(exchange: Exchange, activation: Activation, x: Array, route: Route,
     return _through_forward(exchange, activation, x, route, weights)[0]
 
 
-def _through_forward(
-    exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights
-) -> tuple[Array, Any]:
+def _through_forward(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Any:
     whole = _whole(weights, x.dtype, exchange.axes.fsdp)
 
     def go(number: Any, y: Array) -> tuple[Array, Any]:
@@ -184,7 +188,7 @@ def _through_forward(
     y, first = go(0, jnp.zeros((len(route.order), x.shape[1]), x.dtype))
     if exchange.most > 1:
         y = jax.lax.fori_loop(1, route.rounds, lambda number, y: go(number, y)[0], y)
-    return y, (x if exchange.most > 1 else None, route, weights, first)
+    return _named(y), (x if exchange.most > 1 else None, route, weights, first)
 
 
 def _through_backward(exchange: Exchange, activation: Activation, saved: Any, dy: Array) -> tuple[Array, None, Weights]:
@@ -217,16 +221,14 @@ def _whole(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
         w = rules.gather(w.astype(dtype), names)
         return jax.lax.all_gather(w, fsdp, axis=names.index("embed"), tiled=True) if fsdp else w
 
-    gate, up, down = map(one, weights, AXES)
-    return gate, up, down
+    return one(weights[0], WIDE), one(weights[1], WIDE), one(weights[2], NARROW)
 
 
 def _ragged(sizes: Array, activation: Activation) -> How:
     """Of rows sorted by expert; those beyond the last expert's may not even be numbers, and stop here."""
 
     def hidden(gate: Array, up: Array) -> Array:
-        real = jnp.arange(len(gate)) < sizes.sum()
-        return jnp.where(real[:, None], activation(gate) * up, 0)
+        return jnp.where((jnp.arange(len(gate)) < sizes.sum())[:, None], activation(gate) * up, 0)
 
     return partial(grouped, sizes=sizes), hidden
 
@@ -243,8 +245,8 @@ def _padded(activation: Activation) -> How:
 def _gated(how: How, x: Array, weights: Weights) -> tuple[Array, Kept]:
     """Gated MLPs, and what their gradients need."""
     (multiply, hidden), (gate, up, down) = how, weights
-    kept = x, multiply(x, gate), multiply(x, up)
-    return multiply(hidden(*kept[1:]), down), kept
+    products = _named(multiply(x, gate)), _named(multiply(x, up))
+    return multiply(hidden(*products), down), (x, *products)
 
 
 def _gated_gradients(how: How, kept: Kept, weights: Weights, dy: Array) -> tuple[Array, Weights]:
@@ -263,8 +265,7 @@ def grouped(x: Array, w: Array, sizes: Array) -> Array:
 
     A loop over blocks of rows, each of one expert; on TPU `ragged_dot`, which is a kernel there, but elsewhere computes
     all rows with all experts.
-    Shapes: x (N, D), w (E, D, F), sizes (E,) rows of each expert, N or fewer; returns (N, F), in which rows beyond
-    them mean nothing.
+    Shapes: x (N, D), w (E, D, F), sizes (E,) rows of each expert, all or fewer; returns (N, F), undefined beyond them.
     """
     return _product(x, w, sizes)
 

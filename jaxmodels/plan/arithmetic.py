@@ -269,11 +269,20 @@ class Arithmetic:
         self, sizes: dict[str, int], rows: float, gathered: float, own: float, remat: str, times: int
     ) -> dict[str, float]:
         """Seconds that links carry parameters, and activations, in a step; and the least of any of them."""
+        from jaxmodels.models.experts import SLACK
+
         table = self.rules.RULES
         fsdp, tensor, context = table["embed"][0], table["mlp"][0], table["seq"][0]
         gather = self.seconds(sizes, fsdp, "all-gather", self.width * gathered)
         replicas = [axis for axis in table["batch"] if axis not in (fsdp, *table["expert"])]
         reduced = sum(self.seconds(sizes, axis, "all-reduce", self.width * own) for axis in replicas)
+        # devices that share experts have the rest of the model in common
+        rest = sum(
+            math.prod(shape) / self.rules.shards(sizes, [axis for name in names if name for axis in table[name]])
+            for shape, names in self.parameters
+            if "expert" not in names
+        )
+        reduced += self.seconds(sizes, table["expert"][0], "all-reduce", self.width * rest)
         again = 1 if remat == "none" else 2
         # a block's sums: of each product whose inputs `tensor` cuts, and of the gradient at the inputs of the others
         stream = rows * self.length * self.width
@@ -293,9 +302,12 @@ class Arithmetic:
         around = self.seconds(sizes, context, "all-gather", rows * self.length * keys * self.width * sizes[context])
         experts = 0.0
         if "expert" in self.logical:
-            chosen = getattr(self.cfg.model, "experts_per_token", 1)
+            chosen = self.cfg.model.experts_per_token
             inputs = max(s[n.index("embed")] for s, n in self.parameters if "expert" in n and "embed" in n)
-            experts = 4 * self.seconds(sizes, table["expert"][0], "all-to-all", self.layers * chosen * stream * inputs)
+            places = self.cfg.model.capacity_factor if self.cfg.model.routing == "capacity" else SLACK
+            sent = self.layers * chosen * places * stream * inputs
+            # there and back: forward, again if that is recomputed, and backward
+            experts = (2 + 2 * again) * self.seconds(sizes, table["expert"][0], "all-to-all", sent)
         stages, embed = (
             self.rules.STAGE,
             max([s[n.index("embed")] for s, n in self.parameters if "embed" in n], default=1),

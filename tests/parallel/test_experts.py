@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.config import MeshConfig
-from jaxmodels.models import experts
+from jaxmodels.models import experts, functional
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.plan import program
@@ -132,10 +132,23 @@ def test_stages_whose_tokens_choose_differently_go_on_until_all_are_through():
     """Each needs another number of rounds, and all devices take part in each."""
     both = ("even", "one")
     args = jax.tree.map(lambda *x: np.stack(x), *map(inputs, both))
-    with jax.set_mesh(place(MeshConfig(data=1, stage=2, expert=4))), rules.inside_stage():
+    with jax.set_mesh(place(MeshConfig(data=1, stage=2, expert=4))), rules.inside(rules.STAGE):
         run = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
         got = jax.jit(jax.vmap(run, spmd_axis_name=rules.STAGE))(*args)
     jax.tree.map(lambda a, *b: close(a, np.stack(b)), got, *map(alone, both))
+
+
+def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the_products():
+    sizes = dict(experts=8, width=20, head_dim=6, mlp_width=28)  # as no other dimension
+    model = functional.create(dataclasses.replace(MODELS["mixtral"], layers=4, attention="xla", **sizes))
+    mesh = place(MeshConfig(data=1, stage=2, fsdp=2, expert=2, rounds=2, microbatches=4))
+    with jax.set_mesh(mesh):
+        gradient = jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum())
+        jaxpr = jax.make_jaxpr(gradient)(model.shapes(), jax.ShapeDtypeStruct((16, 12), np.int32)).jaxpr
+    forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 9)
+    kept = [v.aval.shape for v in forward.outvars[forward.params["num_carry"] :]]
+    assert not [shape for shape in kept if {20, 28} <= {*shape}]
+    assert len([shape for shape in kept if 28 in shape]) == 2, "gate and up of the rows"
 
 
 def test_steps_are_those_of_one_device():
