@@ -213,6 +213,8 @@ class OptimConfig:
     """Patterns of parameters that stay as they are: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
     layer_decay: float = 1.0
     """Factor of the learning rate from each layer to the one below it (ELECTRA; Clark et al. 2020)."""
+    offload: bool = False
+    """Keep the optimizer's state in the hosts' memory; it comes to the devices for the update alone."""
 
 
 @dataclass(frozen=True)

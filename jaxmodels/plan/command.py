@@ -104,6 +104,7 @@ def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
             "device": int(row.memory),
             "peak": made.peak,
             **made.held,
+            "host": made.hosted,
             "gradients": made.gradients,
             "activations": max(0, made.temporaries - made.gradients),
             "arguments": made.arguments,
@@ -155,6 +156,7 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
     ]
     shown = ("parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
     lines += [f"  {name:<24}{memory[name] / 2**30:>12.2f}" for name in shown if memory[name]]
+    lines += [f"  {'on the host':<24}{memory['host'] / 2**30:>12.2f}   (optimizer)"] * bool(memory["host"])
     lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}")
     if plan["fits"]:
         lines.append("  it fits")

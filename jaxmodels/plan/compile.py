@@ -46,6 +46,8 @@ class Compiled:
     """The compiled program; empty where it does not fit."""
     held: dict[str, int]
     """Bytes of parameters, optimizer, average, statistics, batch and the rest, by arithmetic."""
+    hosted: int
+    """Bytes of the optimizer that lie in the host's memory and not in the device's."""
     gradients: int
     """Bytes of the gradients, which are temporaries."""
     arguments: int
@@ -78,6 +80,11 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
     Raises:
         UserError: the config does not fit the topology's mesh, or its compiler is not installed.
     """
+    if cfg.optim.offload and not topology.hardware.host:
+        raise UserError(
+            f"got optim.offload on {topology.hardware.name}, expected hardware whose link to its host is known, "
+            "try --optim.offload False"
+        )
     asked = {"config": configs.to_json(cfg), "on": topology.name, "versions": _versions(), "source": _source()}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "plan"
@@ -166,10 +173,13 @@ def child(folder: Path) -> None:
         }.items()
     }
     held |= {"batch": _bytes(batch), "rest": _bytes((layout.step, layout.rng))}
+    hosted = _bytes([leaf for leaf in jax.tree.leaves(layout.opt_state) if leaf.ndim]) if cfg.optim.offload else 0
+    held["optimizer"] -= hosted
     facts: dict[str, Any] = {
         "mesh": {axis: size for axis, size in where.shape.items()},
         "coordinates": [_coordinates(device, topology) for device in where.devices.flat],
         "held": held,
+        "hosted": hosted,
         "gradients": max(_bytes(layout.params[loss.trains]) for loss in task.losses),
         "flops": _flops(cfg, task, flops),
         "unit": task.unit,
@@ -182,6 +192,7 @@ def child(folder: Path) -> None:
         layout,
         batch,
         accumulate=cfg.train.accumulate,
+        offload=cfg.optim.offload,
         ema=cfg.train.ema,
         platforms=(topology.hardware.platform,),
     )

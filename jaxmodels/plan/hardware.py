@@ -29,6 +29,8 @@ class Hardware:
     """Bytes a second one way: of a GPU to the switch that joins its node; of one link of a TPU's torus."""
     network: float
     """Bytes a second one way of a device to other nodes or slices."""
+    host: float
+    """Bytes a second one way of a device from or to the memory of its host; 0: not published."""
     source: str
     node: int = 8
     """Devices that the fast switch joins (GPUs), or that one host drives (TPUs)."""
@@ -48,6 +50,7 @@ class Hardware:
 
 _CLOUD = "docs.cloud.google.com/tpu/docs"
 _XLA = "XLA's target_config/specs"
+_HOST = "host: How to Scale Your Model (Austin et al. 2025), chapter 2"
 
 HOPPER = (
     "shared_memory_per_core: 233472 fpus_per_core: 128 l2_cache_size: 52428800 clock_rate_ghz: 1.98 "
@@ -72,7 +75,8 @@ TABLE = (
         bandwidth=2039e9,
         link=300e9,
         network=25e9,
-        source=f"NVIDIA A100 data sheet (SXM, 80 GB); DGX A100: 8 x 200 Gb/s; {_XLA}/a100_sxm_80",
+        host=32e9,
+        source=f"NVIDIA A100 data sheet (SXM, 80 GB); DGX A100: 8 x 200 Gb/s; PCIe 4.0 x16; {_XLA}/a100_sxm_80",
         cores=108,
         target=AMPERE,
     ),
@@ -85,7 +89,8 @@ TABLE = (
         bandwidth=3352e9,
         link=450e9,
         network=50e9,
-        source=f"NVIDIA H100 data sheet (SXM5); DGX H100: 8 x 400 Gb/s; {_XLA}/h100_sxm",
+        host=64e9,
+        source=f"NVIDIA H100 data sheet (SXM5); DGX H100: 8 x 400 Gb/s; PCIe 5.0 x16; {_XLA}/h100_sxm",
         cores=132,
         target=HOPPER,
     ),
@@ -98,6 +103,7 @@ TABLE = (
         bandwidth=2039e9,
         link=64e9,
         network=50e9,
+        host=64e9,
         source=f"NVIDIA H100 data sheet (PCIe); without NVLink bridges: PCIe 5.0 x16; {_XLA}/h100_pcie",
         cores=114,
         target=HOPPER,
@@ -111,7 +117,8 @@ TABLE = (
         bandwidth=4800e9,
         link=450e9,
         network=50e9,
-        source=f"NVIDIA H200 data sheet; DGX H200: 8 x 400 Gb/s; {_XLA}/h200",
+        host=64e9,
+        source=f"NVIDIA H200 data sheet; DGX H200: 8 x 400 Gb/s; PCIe 5.0 x16; {_XLA}/h200",
         cores=132,
         target=HOPPER,
     ),
@@ -124,7 +131,8 @@ TABLE = (
         bandwidth=7672e9,
         link=900e9,
         network=50e9,
-        source=f"NVIDIA DGX B200 data sheet (its eighth part, dense); 8 x 400 Gb/s; {_XLA}/b200",
+        host=64e9,
+        source=f"NVIDIA DGX B200 data sheet (its eighth part, dense); 8 x 400 Gb/s; PCIe 5.0 x16; {_XLA}/b200",
         cores=148,
         target=BLACKWELL,
     ),
@@ -137,7 +145,8 @@ TABLE = (
         bandwidth=7928e9,
         link=900e9,
         network=50e9,
-        source=f"NVIDIA GB200 NVL72 data sheet (one GPU, dense); 400 Gb/s a GPU; {_XLA}/gb200",
+        host=225e9,
+        source=f"NVIDIA GB200 NVL72 data sheet (one GPU, dense); 400 Gb/s a GPU; half of NVLink-C2C; {_XLA}/gb200",
         node=72,
         cores=152,
         target=BLACKWELL,
@@ -151,7 +160,8 @@ TABLE = (
         bandwidth=1200e9,
         link=50e9,
         network=6.25e9,
-        source=f"{_CLOUD}/v4; links: Jouppi et al. 2023, table 4; network: as v5p",
+        host=16e9,
+        source=f"{_CLOUD}/v4; links: Jouppi et al. 2023, table 4; network: as v5p; {_HOST}",
         node=4,
         dimensions=3,
         wraps=4,
@@ -166,7 +176,8 @@ TABLE = (
         bandwidth=819e9,
         link=50e9,
         network=3.125e9,
-        source=f"{_CLOUD}/v5e: 400 GB/s both ways over 4 links; 4 chips share a host's 100 Gb/s",
+        host=16e9,
+        source=f"{_CLOUD}/v5e: 400 GB/s both ways over 4 links; 4 chips share a host's 100 Gb/s; {_HOST}",
         node=4,
         dimensions=2,
         wraps=16,
@@ -180,7 +191,8 @@ TABLE = (
         bandwidth=2765e9,
         link=100e9,
         network=6.25e9,
-        source=f"{_CLOUD}/v5p: 1200 GB/s both ways over 6 links, 50 Gb/s a chip",
+        host=16e9,
+        source=f"{_CLOUD}/v5p: 1200 GB/s both ways over 6 links, 50 Gb/s a chip; {_HOST}",
         node=4,
         dimensions=3,
         wraps=4,
@@ -194,7 +206,8 @@ TABLE = (
         bandwidth=1638e9,
         link=100e9,
         network=12.5e9,
-        source=f"{_CLOUD}/v6e: 800 GB/s both ways over 4 links, 100 Gb/s a chip",
+        host=32e9,
+        source=f"{_CLOUD}/v6e: 800 GB/s both ways over 4 links, 100 Gb/s a chip; {_HOST}",
         node=4,
         dimensions=2,
         wraps=16,
@@ -208,6 +221,7 @@ TABLE = (
         bandwidth=3690e9,
         link=50e9,
         network=6.25e9,
+        host=0.0,
         source=f"{_CLOUD}/tpu7x, half a chip, which is two devices: 1200 GB/s both ways over 6 links, 100 Gb/s",
         node=8,
         dimensions=3,

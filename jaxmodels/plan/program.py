@@ -15,6 +15,7 @@ BYTES = {
     "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "token": 0,
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+HOST = "host copy"
 SLICES = {
     "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
@@ -46,8 +47,13 @@ class Instruction:
 
     @property
     def kind(self) -> str | None:
-        """Which collective this is or begins; None: none. Between slices of TPUs it is a pair of send and recv."""
+        """Which collective this is or begins; None: none. Between slices of TPUs it is a pair of send and recv.
+
+        A copy from or to the host's memory is taken for one, as it is under way beside all else.
+        """
         base = self.opcode.removesuffix("-start")
+        if self.opcode in ("copy", "copy-start") and "S(5)" in self.shape:
+            return HOST
         if self.opcode == "recv" and (found := re.search(r'megascale_transfer_type="(\w+)"', self.attributes)):
             base = SLICES[found.group(1)]
         return base if base in COLLECTIVES else None
@@ -334,6 +340,21 @@ def moved(program: Program, computation: Computation, each: Instruction) -> floa
             whole = 0.0
         total += whole
     return total + max(written, 0.0)
+
+
+def hosted(computation: Computation, each: Instruction) -> float:
+    """Bytes in the host's memory that an instruction reads or writes itself, without a copy of their own."""
+    if each.opcode in FREE or each.kind is not None or each.opcode in ("while", "call", "conditional"):
+        return 0.0
+    if each.opcode.endswith(("-start", "-done")):
+        return 0.0
+    total = size(each.shape) if "S(5)" in each.shape else 0.0
+    for name in each.operands:
+        source = computation.instructions.get(name)
+        while source is not None and source.opcode == "bitcast":
+            source = computation.instructions.get(source.operands[0])
+        total += size(source.shape) if source is not None and "S(5)" in source.shape else 0.0
+    return total
 
 
 def groups(attributes: str, devices: int) -> list[list[int]]:

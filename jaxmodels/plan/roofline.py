@@ -148,7 +148,7 @@ def payload(each: Instruction, devices: int) -> float:
 
 def passes(kind: str, devices: int) -> float:
     """How often the whole goes through a device's link, in a ring."""
-    if kind == "collective-permute":
+    if kind in ("collective-permute", programs.HOST):
         return 1.0
     return (2.0 if kind == "all-reduce" else 1.0) * (devices - 1) / devices
 
@@ -190,7 +190,7 @@ class _Player:
         for each in computation.instructions.values():
             for key, collective in held[each.name].items():
                 if key not in done:
-                    link, seconds = self.send(collective, times)
+                    link, seconds = self.send(key, collective, times)
                     lanes[link] = max(clock, lanes[link]) + seconds
                     done[key] = lanes[link]
                 started[each.name] = key
@@ -204,15 +204,18 @@ class _Player:
         return max([clock, *done.values()])
 
     def held(self, each: Instruction) -> dict[str, Instruction]:
-        """Collectives of an instruction, by channel: the same one may be in several fusions, a piece in each."""
+        """Collectives of an instruction, by a key: on TPUs the same one may be in several fusions, a piece in each."""
         found = [each] if each.kind is not None else []
         found += [inner for _, inner in programs.inner_collectives(self.program, each)]
-        return {collective.channel or each.name: collective for collective in found}
+        tpu = self.places.topology.hardware.platform == "tpu"
+        # of a GPU's program all collectives that a shard_map makes may have one channel
+        return {f"{one.kind} {one.channel}" if tpu and one.channel else one.name: one for one in found}
 
-    def send(self, each: Instruction, times: int) -> tuple[str, float]:
+    def send(self, key: str, each: Instruction, times: int) -> tuple[str, float]:
         """The lane of a collective, and its seconds; notes it."""
-        key = each.channel or each.name
-        if key not in self.groups:
+        if key not in self.groups and each.kind == programs.HOST:
+            self.groups[key] = ((), "host", self.places.topology.hardware.host, 1)
+        elif key not in self.groups:
             groups = self.places.groups(each.attributes)
             link, rate = self.places.link(groups)
             self.groups[key] = (self.places.axes(groups), link, rate, max(len(group) for group in groups))
@@ -245,6 +248,8 @@ class _Player:
         # at the peak of their own type, as far as this hardware has one
         products = sum(count / self.peaks.get(name, self.peaks[""]) for name, count in computed) / self.share[kind]
         memory = moved / self.bandwidth
+        if outside := programs.hosted(computation, each):
+            memory += outside / (self.places.topology.hardware.host * self.share["link"])
         self.result.flops += times * flops
         self.result.moved += times * moved
         if products > memory:

@@ -73,6 +73,8 @@ def setup(cfg: Config) -> Experiment:
     """
     sizes = mesh.sizes(cfg.mesh, jax.device_count())
     step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=updates(cfg))
+    if cfg.optim.offload and cfg.train.strategy == "pmap":
+        raise UserError("got optim.offload with train.strategy pmap, expected jit, try --train.strategy jit")
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
@@ -101,7 +103,7 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, St
         loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes())
         for loss in task.losses
     }
-    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None)
+    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)
 
 
 def train(
@@ -186,6 +188,7 @@ def compiled(experiment: Experiment) -> step.Step:
         loader.abstract(),
         strategy=cfg.train.strategy,
         accumulate=cfg.train.accumulate,
+        offload=cfg.optim.offload,
         ema=cfg.train.ema,
     )
 

@@ -33,6 +33,8 @@ class State:
     """The key that dropout's keys are folded from; it never changes."""
 
 
+HOST = "pinned_host"
+"""The memory of the host that devices copy from and to."""
 Optimizers = dict[str, optax.GradientTransformation]
 """Loss name -> its optimizer."""
 
@@ -45,10 +47,11 @@ def init(task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False) 
     return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng)
 
 
-def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False) -> State:
+def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, offload: bool = False) -> State:
     """The state as `jax.ShapeDtypeStruct`s with shardings, from shapes alone.
 
     The optimizer's arrays that have a parameter's shape live where that parameter lives; all others are replicated.
+    With `offload` the optimizer's arrays lie in the memory of the devices' hosts.
 
     Raises:
         UserError: a parameter does not divide by the mesh.
@@ -73,15 +76,25 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False) ->
                 return place
         return everywhere
 
+    moments = jax.tree_util.tree_map_with_path(beside, shapes.opt_state)
+    if offload:
+        moments = jax.tree.map(
+            lambda x, place: place.with_memory_kind(HOST) if x.ndim else place, shapes.opt_state, moments
+        )
     replicated: Any = everywhere
     shardings = State(
         step=replicated,
         params=params,
         stats=jax.tree.map(lambda _: everywhere, shapes.stats),
-        opt_state=jax.tree_util.tree_map_with_path(beside, shapes.opt_state),
+        opt_state=moments,
         ema=params if ema else None,
         rng=replicated,
     )
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
     )
+
+
+def move(opt_state: Any, space: jax.memory.Space) -> Any:  # pyright: ignore[reportInvalidTypeForm]
+    """An optimizer's arrays in the memory of the devices or of the hosts; its few numbers stay. For use under `jit`."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
-from jaxmodels.train.state import Optimizers, State
+from jaxmodels.train.state import Optimizers, State, move
 
 Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
@@ -160,6 +160,7 @@ def build(
     strategy: str = "jit",
     accumulate: int = 1,
     ema: float | None = None,
+    offload: bool = False,
 ) -> Step:
     """The step, compiling in the background from shapes alone; its state argument is donated.
 
@@ -168,7 +169,7 @@ def build(
     options: dict[str, Any] = {"accumulate": accumulate, "ema": ema}
     if strategy == "pmap":
         return replicated(task, optimizers, mesh, layout, options)
-    lowered = lower(task, optimizers, mesh, layout, batch, **options)
+    lowered = lower(task, optimizers, mesh, layout, batch, offload=offload, **options)
     pool = ThreadPoolExecutor(1)
     compiling = pool.submit(lowered.compile)
     pool.shutdown(wait=False)
@@ -192,16 +193,23 @@ def lower(
     *,
     accumulate: int = 1,
     ema: float | None = None,
+    offload: bool = False,
     platforms: tuple[str, ...] | None = None,
 ) -> Any:
     """The step as JAX hands it to XLA, from shapes alone; its state argument is donated.
 
-    `platforms` are those that it is for, where they are not those of this machine.
+    With `offload` the optimizer's arrays come from the hosts' memory and go back there. `platforms` are those that it
+    is for, where they are not those of this machine.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
 
     def run(state: State, batch: Batch) -> tuple[State, Metrics]:
-        return advance(task, optimizers, state, batch, accumulate=accumulate, ema=ema)
+        if offload:
+            state = dataclasses.replace(state, opt_state=move(state.opt_state, jax.memory.Space.Device))
+        state, metrics = advance(task, optimizers, state, batch, accumulate=accumulate, ema=ema)
+        if offload:
+            state = dataclasses.replace(state, opt_state=move(state.opt_state, jax.memory.Space.Host))
+        return state, metrics
 
     with jax.set_mesh(mesh):
         traced = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0).trace(layout, batch)

@@ -20,7 +20,7 @@ from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train import optim, state, step
 
-B, T, V, STEPS = 8, 16, 64, 4
+B, T, V, STEPS = 8, 16, 64, 10
 SMALL = {"vocab_size": V, "layers": 2, "width": 16, "heads": 4}
 MODELS = {
     "gpt2": GPT2Config(**SMALL, context=T),

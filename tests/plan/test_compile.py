@@ -8,7 +8,7 @@ import json
 import pytest
 
 from jaxmodels import cli
-from jaxmodels.config import Config, DataConfig, MeshConfig, TrainConfig
+from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.plan import command, compile, program, topology
 
@@ -141,6 +141,19 @@ def test_with_a_replica_on_each_node_or_slice_only_gradients_go_between_them(pla
     cut = (PARAMETERS - 5 * 512) / 4  # a device's piece; gradients are bfloat16, but for the output layer's
     assert between["all-reduce", ("data",)] == pytest.approx(2 * cut + 2 * 4096 * 512 / 4, rel=0.05)
     assert plan["memory"]["parameters"] == 4 * cut + 4 * 5 * 512
+
+
+@pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
+def test_an_optimizer_with_the_host_is_copied_from_there_and_back(planned, on):
+    plan = planned(on, dataclasses.replace(CONFIG, optim=OptimConfig(offload=True)))
+    memory, here = plan["memory"], planned(on)["memory"]
+    assert memory["optimizer"] == 8, "its two counts"
+    assert memory["host"] == here["optimizer"] - 8
+    assert memory["arguments"] == pytest.approx(here["arguments"] - memory["host"], abs=4096)
+    copied = sum(each["bytes"] for each in plan["transfers"] if each["link"] == "host")
+    # a GPU's kernels read it where it lies
+    assert copied == pytest.approx(memory["host"] * (1 if on.startswith("h100") else 2), rel=0.01)
+    assert plan["step_seconds"] > planned(on)["step_seconds"]
 
 
 def test_what_does_not_fit_is_told_by_the_compiler_with_what_would_make_it_fit(planned):

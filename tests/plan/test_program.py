@@ -237,3 +237,33 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,128] {
 def test_a_sum_of_which_a_tpu_keeps_a_piece_is_a_reduce_scatter():
     (sent,) = played(SCATTERED).transfers
     assert (sent.kind, sent.bytes, sent.devices) == ("reduce-scatter", 4 * 1024**2, 8)
+
+
+def test_what_a_kernel_reads_of_the_host_s_memory_takes_that_link_s_time():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[1024,1024], b: f32[1024,1024]) -> f32[1024,1024] {
+  %a = f32[1024,1024]{1,0:S(5)} parameter(0)
+  %b = f32[1024,1024]{1,0} parameter(1)
+  %c = f32[1024,1024]{1,0} bitcast(%a)
+  %start = (f32[1024,1024]{1,0:S(5)}, f32[1024,1024]{1,0}, u32[]) copy-start(%b)
+  %done = f32[1024,1024]{1,0:S(5)} copy-done(%start)
+  ROOT %sum = f32[1024,1024]{1,0} add(%b, %c)
+}
+"""
+    got = played(text)
+    (copied,) = got.transfers
+    assert (copied.kind, copied.link, copied.bytes) == ("host copy", "host", pytest.approx(4 * 1024**2, abs=4))
+    assert got.memory == pytest.approx(4 * 1024**2 * (3 / (3352e9 * 0.88) + 1 / (64e9 * 0.8)))
+
+
+def test_collectives_of_a_gpu_are_told_apart_though_they_share_a_channel():
+    text = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
+  %a = f32[1024,1024]{1,0} parameter(0)
+  %x = f32[1024,1024]{1,0} all-reduce(%a), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %y = f32[1024,1024]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+}
+"""
+    assert sorted((each.devices, each.count) for each in played(text).transfers) == [(2, 1), (4, 1)]
