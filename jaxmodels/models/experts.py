@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxmodels.models.kernels.product import PRODUCT
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel import rules
 
@@ -33,8 +34,7 @@ AXES = WIDE, WIDE, NARROW
 SLACK = 1.25
 """Places of a pair of devices, over those that it needs if experts are chosen alike."""
 
-_named = partial(checkpoint_name, name="experts")
-"""By a name, a policy of `jax.checkpoint` can keep what comes out of a loop, into which it does not look."""
+_named = partial(checkpoint_name, name=PRODUCT)
 
 
 class Axes(NamedTuple):

@@ -14,13 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
-from jaxmodels.models.kernels.product import gathered_product, product
+from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
 from jaxmodels.models.kernels.quantized import kind_of, quantized_product
 from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
 
@@ -64,6 +65,7 @@ class Linear(nn.Module):
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
         multiply = gathered_product if pieces("embed") > 1 else product
         y: Any = multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)
+        y = checkpoint_name(y, PRODUCT)
         if self.bias:
             b = parameter(self, "b", self.bias_initializer, self.axes[contracted:], self.shape)
             y = y + b.astype(self.dtype)
@@ -358,7 +360,7 @@ def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1
     """
     kept = block
     if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "dots" else None
         kept = nn.remat(block, policy=policy, prevent_cse=False)
     scanned = nn.scan(
         kept,

@@ -127,9 +127,9 @@ class Llama(nn.Module):
         ctx = Context.of(tokens, cache, positions, segment_ids)
         embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
         output = embed if c.tied else layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="head")
-        x = layers.shard(embed(tokens), "batch", "seq", None)
+        x = layers.shard(embed(tokens), "batch", "residual", None)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, name="layers")
-        x, kv = blocks(layers.shard(x, "batch", "residual", None), None if cache is None else cache["layers"], ctx)
+        x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
         x = layers.shard(layers.RMSNorm(c.norm_eps, name="norm")(x), "batch", "seq", None)
         y = output.logits(x) if head else x
         return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})

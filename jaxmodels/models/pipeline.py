@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.errors import UserError
+from jaxmodels.models.kernels.product import PRODUCT
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.rules import Stages, constrain, pin
 
@@ -134,7 +135,7 @@ def _through(
             return stack.block(params, x, carried, shared, own_key)
 
         if stack.remat != "none":
-            policy = _is_weight_product if stack.remat == "dots" else None
+            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if stack.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         named: Any = lambda x, each: layer(checkpoint_name(x, _INPUT), each)  # noqa: E731
         return jax.lax.scan(named, x, (held, jnp.arange(size)), unroll=min(stack.unroll, size))
@@ -241,15 +242,9 @@ def _beside(x: Array, rank: int) -> Array:
 
 def _kept(remat: str) -> Callable[..., Any]:
     """What of a stage whose weights change from tick to tick is kept for the backward pass."""
-    inputs = jax.checkpoint_policies.save_only_these_names(_INPUT)
     if remat == "none":
         return lambda primitive, *_, **__: primitive.name not in MOVES
-    return inputs if remat == "full" else jax.checkpoint_policies.save_from_both_policies(inputs, _is_weight_product)
-
-
-def _is_weight_product(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether this is a product with weights: of its dimensions only that of the stages is a batch's."""
-    return primitive is jax.lax.dot_general_p and len(params["dimension_numbers"][1][0]) <= 1
+    return jax.checkpoint_policies.save_only_these_names(_INPUT, *[PRODUCT] * (remat == "dots"))
 
 
 @functools.cache

@@ -87,15 +87,15 @@ def sent(plan):
 def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned, on):
     found = sent(planned(on))
     blocks = 2 * (PARAMETERS - 2 * 4096 * 512 - 5 * 512)  # bytes of the blocks' matrices in bfloat16
-    output = 4096 * 512 * 4  # the output layer's gradient in float32
+    tables = 2 * 4096 * 512 * 4  # gradients of embedding and output layer, which are added up in float32
     assert ("all-reduce", ("fsdp",)) not in found, "no gradient is summed whole"
     # a TPU carries some of them out as products in windows, whose pieces go round
     windows = found.get(("collective-permute", ("fsdp",)), 0)
     assert bool(windows) == on.startswith("v5e")
     assert found["all-gather", ("fsdp",)] + windows >= 2 * blocks
     scattered = found["reduce-scatter", ("fsdp",)]
-    assert output <= scattered <= 1.01 * (blocks + output)
-    assert scattered + windows >= 0.99 * (blocks + output)
+    assert tables <= scattered <= 1.01 * (blocks + tables)
+    assert scattered + windows >= 0.99 * (blocks + tables)
 
 
 @pytest.mark.parametrize(("on", "kind"), [("h100:1x8", "float8"), ("v5e:2x4", "int8")])
@@ -138,8 +138,8 @@ def test_with_a_replica_on_each_node_or_slice_only_gradients_go_between_them(pla
     found = sent(plan)
     between = {key: size for key, size in found.items() if "data" in key[1]}
     assert between.keys() == {("all-reduce", ("data",))}
-    cut = (PARAMETERS - 5 * 512) / 4  # a device's piece; gradients are bfloat16, but for the output layer's
-    assert between["all-reduce", ("data",)] == pytest.approx(2 * cut + 2 * 4096 * 512 / 4, rel=0.05)
+    cut = (PARAMETERS - 5 * 512) / 4  # a device's piece; gradients are bfloat16, but for embedding and output layer
+    assert between["all-reduce", ("data",)] == pytest.approx(2 * cut + 2 * 2 * 4096 * 512 / 4, rel=0.05)
     assert plan["memory"]["parameters"] == 4 * cut + 4 * 5 * 512
 
 
@@ -154,6 +154,20 @@ def test_an_optimizer_with_the_host_is_copied_from_there_and_back(planned, on):
     # a GPU's kernels read it where it lies
     assert copied == pytest.approx(memory["host"] * (1 if on.startswith("h100") else 2), rel=0.01)
     assert plan["step_seconds"] > planned(on)["step_seconds"]
+
+
+@pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
+def test_with_sequence_sharding_a_block_s_sums_are_gathers_and_scatters(planned, on):
+    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2, sequence=True))
+    found = sent(planned(on, cfg))
+    stream = 64 * 512 * 512 * 2 / 4  # bytes of a device's rows of the residual stream, all tokens
+    assert found.get(("all-reduce", ("tensor",)), 0) < 2.1 * stream, "embedding and output layer"
+    # on a TPU some are products in windows, whose pieces go round
+    gathered = found.get(("all-gather", ("tensor",)), 0) + found.get(("collective-permute", ("tensor",)), 0)
+    scattered = found.get(("reduce-scatter", ("tensor",)), 0) + found.get(("collective-permute", ("tensor",)), 0)
+    blocks = 2 * 2 * 2 * stream  # two of each block, there and back
+    assert gathered >= 0.9 * blocks
+    assert scattered >= 0.9 * blocks
 
 
 def test_what_does_not_fit_is_told_by_the_compiler_with_what_would_make_it_fit(planned):

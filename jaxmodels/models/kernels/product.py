@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxmodels.parallel.rules import gather
 
 Array = jax.Array
+PRODUCT = "product"
+"""The name by which a policy of `jax.checkpoint` knows the results of products with weights, whatever computes them."""
 
 
 def product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str) -> Array:
