@@ -357,48 +357,6 @@ def hosted(computation: Computation, each: Instruction) -> float:
     return total
 
 
-def groups(attributes: str, devices: int) -> list[list[int]]:
-    """The devices that take part in a collective, group by group, in the places that they have in the mesh."""
-    pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes)
-    if pairs:
-        return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes)
-    if named:
-        sizes = {key: int(value) for key, value in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
-        taken = re.findall(r"'([^']+)'", named.group(3))
-        order = [axis for axis in sizes if axis not in taken] + taken
-        ids = _numbers(named.group(2) or f"[{devices}]").reshape(tuple(sizes.values()))
-        ids = ids.transpose([list(sizes).index(axis) for axis in order])
-        return ids.reshape(-1, math.prod(sizes[axis] for axis in taken)).tolist()
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
-    if iota:
-        return _numbers(iota.group(2)).reshape([int(n) for n in iota.group(1).split(",")]).tolist()
-    listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes)
-    if listed:
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]
-    return [list(range(devices))]
-
-
-def _numbers(text: str) -> np.ndarray:
-    """Numbers as the compiler writes them: 3,1,2, or [2,4]T(1,0), which is 0 to 7 as 2 x 4, transposed."""
-    iota = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    given, order = iota.groups() if iota else (text, None)
-    numbers = [int(n) for n in given.split(",")]
-    if iota is None:
-        return np.array(numbers)
-    ids = np.arange(math.prod(numbers)).reshape(numbers)
-    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
-
-
-def slices(attributes: str) -> list[int]:
-    """The slices of TPUs that take part in a collective between them; none in any other."""
-    among = re.search(r'megascale_target="\{([\d,]+)\}x', attributes)
-    if among:
-        return [int(number) - 1 for number in among.group(1).split(",")]
-    listed = re.search(r"megascale_target=\{\{([^}]*)\}", attributes)  # devices, of which slice 2 has 200000 and on
-    return sorted({int(number) // 100000 - 1 for number in re.findall(r"\d+", listed.group(1))}) if listed else []
-
-
 def inner_collectives(program: Program, each: Instruction) -> list[tuple[Computation, Instruction]]:
     """Collectives that an instruction is, begins, or holds: TPU programs carry them inside fusions."""
     called = each.called().get("calls")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.plan import program as programs
+from jaxmodels.plan.groups import groups_of, slices_of
 from jaxmodels.plan.hardware import Hardware
 from jaxmodels.plan.program import Computation, Instruction, Program
 from jaxmodels.plan.topology import Topology
@@ -106,13 +107,13 @@ class Places:
     def groups(self, attributes: str) -> list[list[int]]:
         """The devices that take part in a collective, group by group, by their places in the mesh."""
         slices = [np.flatnonzero(self.islands == number) for number in range(self.topology.slices)]
-        among = programs.slices(attributes)
+        among = slices_of(attributes)
         if among:
             return np.stack([slices[number] for number in among], 1).tolist()
         if len(slices) == 1:
-            return programs.groups(attributes, len(self.coordinates))
+            return groups_of(attributes, len(self.coordinates))
         # a program of several slices is written for the devices of one
-        return [slices[0][group].tolist() for group in programs.groups(attributes, len(slices[0]))]
+        return [slices[0][group].tolist() for group in groups_of(attributes, len(slices[0]))]
 
     @property
     def islands(self) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 
 from jaxmodels.config import MeshConfig
 from jaxmodels.models import experts
+from jaxmodels.models.kernels import grouped
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
@@ -35,7 +36,7 @@ def test_each_row_meets_its_experts_weights(sizes):
     rows = sum(sizes)
     x, w, dy = (rng.normal(size=shape).astype(np.float32) for shape in ((rows, 6), (4, 6, 5), (rows, 5)))
     n = jnp.array(sizes, jnp.int32)
-    y, pull = jax.vjp(lambda x, w: experts.grouped(x, w, n), jnp.asarray(x), jnp.asarray(w))
+    y, pull = jax.vjp(lambda x, w: grouped.grouped(x, w, n), jnp.asarray(x), jnp.asarray(w))
     close(y, by_hand(x, w, sizes), 1e-5)
     dx, dw = pull(dy)
     close(dx, by_hand(dy, w.swapaxes(1, 2), sizes), 1e-5)
@@ -47,9 +48,9 @@ def test_what_a_tpu_computes_is_the_same():
     rng = np.random.default_rng(0)
     x, w, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((20, 6), (3, 6, 5), (20, 5)))
     sizes = jnp.array([5, 0, 15], jnp.int32)
-    close(experts.grouped(x, w, sizes), jax.lax.ragged_dot(x, w, sizes), 1e-5)
-    close(experts._block_outer(x, dy, sizes), experts._ragged_outer(x, dy, sizes), 1e-5)
-    program = jax.jit(jax.grad(lambda x, w: experts.grouped(x, w, sizes).sum(), (0, 1)))
+    close(grouped.grouped(x, w, sizes), jax.lax.ragged_dot(x, w, sizes), 1e-5)
+    close(grouped._block_outer(x, dy, sizes), grouped._ragged_outer(x, dy, sizes), 1e-5)
+    program = jax.jit(jax.grad(lambda x, w: grouped.grouped(x, w, sizes).sum(), (0, 1)))
     text = program.trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
     assert "ragged_dot" in text and "while" not in text
 

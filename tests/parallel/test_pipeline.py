@@ -21,6 +21,7 @@ from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh, sizes
 from jaxmodels.parallel.rules import Stages
 from jaxmodels.plan import program
+from jaxmodels.plan.groups import groups_of
 from jaxmodels.train import optim, state, step
 from tests.parallel.steps import MODELS, B, T, measure
 from tests.parallel.test_ring import collectives
@@ -188,7 +189,7 @@ def test_a_stage_works_for_so_many_ticks_as_theory_says_and_sends_to_its_neighbo
     assert flops(text) == work() / 4 * (turns + 3) / turns
     found = program.parse(text)
     moves = [each for _, each, times in found.walk() if each.kind == "collective-permute" and times == turns + 3]
-    pairs = {tuple(map(tuple, program.groups(each.attributes, 4))) for each in moves}
+    pairs = {tuple(map(tuple, groups_of(each.attributes, 4))) for each in moves}
     up, down = tuple((i, (i + 1) % 4) for i in range(4)), tuple((i, (i - 1) % 4) for i in range(4))
     assert {frozenset(p) for p in pairs} == {frozenset(up), frozenset(down)}, "along the ring of stages"
     gathered = [each.shape for _, each, _ in found.walk() if each.kind == "all-gather"]

@@ -10,8 +10,9 @@ import pytest
 import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, TaskConfig
-from jaxmodels.models import experts, functional, layers
+from jaxmodels.models import functional, layers
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.kernels.grouped import grouped
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
@@ -137,7 +138,7 @@ def test_rows_of_ragged_products_count_once_each():
     once = 2 * 30 * 5 * 7
     assert flops.count(jax.lax.ragged_dot, x, w, sizes) == once
     assert flops.count(jax.grad(lambda x, w, n: jax.lax.ragged_dot(x, w, n).sum(), (0, 1)), x, w, sizes) == 3 * once
-    for fn in (experts.grouped, jax.jit(experts.grouped)):
+    for fn in (grouped, jax.jit(grouped)):
         assert flops.count(fn, x, w, sizes) == once
         assert flops.count(jax.grad(lambda x, w, n, fn=fn: fn(x, w, n).sum(), (0, 1)), x, w, sizes) == 3 * once
 

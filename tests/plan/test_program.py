@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.plan import program, roofline, topology
+from jaxmodels.plan.groups import groups_of
 
 # the forms in which XLA writes eight devices as four groups, of devices that differ in the last of two axes
 PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -30,7 +31,7 @@ def test_flops_of_a_compiled_gradient_are_those_of_its_formula_on_each_device():
         text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
     assert summed(text) == 3 * 3 * 2 * 16 * 64 * 64 / 8
     found = program.parse(text)
-    sent = [(each.kind, times, program.groups(each.attributes, 8)) for _, each, times in found.walk() if each.kind]
+    sent = [(each.kind, times, groups_of(each.attributes, 8)) for _, each, times in found.walk() if each.kind]
     assert ("all-reduce", 3, ACROSS) in sent, "the weights' gradient, over the rows' devices, in each iteration"
 
 
@@ -57,7 +58,7 @@ def test_of_branches_the_dearest_counts():
     ],
 )
 def test_groups_of_devices_are_read_in_all_forms(attributes, expected):
-    assert program.groups(attributes, 8) == expected
+    assert groups_of(attributes, 8) == expected
 
 
 def test_a_product_written_as_a_convolution_counts_what_meets_no_padding():

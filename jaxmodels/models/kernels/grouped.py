@@ -1,0 +1,94 @@
+"""Products of rows, sorted by expert, with the weights of their experts.
+
+Dims: N rows, E experts, D and F widths.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.custom_vjp
+def grouped(x: Array, w: Array, sizes: Array) -> Array:
+    """Rows sorted by expert, each times its expert's weights.
+
+    A loop over blocks of rows, each of one expert; on TPU `ragged_dot`, which is a kernel there, but elsewhere computes
+    all rows with all experts.
+    Shapes: x (N, D), w (E, D, F), sizes (E,) rows of each expert, all or fewer; returns (N, F), undefined beyond them.
+    """
+    return _product(x, w, sizes)
+
+
+def _forward(x: Array, w: Array, sizes: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _product(x, w, sizes), (x, w, sizes)
+
+
+def _backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
+    x, w, sizes = saved
+    return _product(dy, jnp.swapaxes(w, 1, 2), sizes), _outer_product(x, dy, sizes).astype(w.dtype), None
+
+
+grouped.defvjp(_forward, _backward)
+
+
+@jax.custom_batching.sequential_vmap  # ragged_dot has no rule for most batches
+def _product(x: Array, w: Array, sizes: Array) -> Array:
+    return jax.lax.platform_dependent(x, w, sizes, tpu=jax.lax.ragged_dot, default=_blocks)
+
+
+@jax.custom_batching.sequential_vmap
+def _outer_product(x: Array, dy: Array, sizes: Array) -> Array:
+    """The sum over each expert's rows of x ⊗ dy: (E, D, F) float32."""
+    return jax.lax.platform_dependent(x, dy, sizes, tpu=_ragged_outer, default=_block_outer)
+
+
+def _cut(rows: int, sizes: Array) -> tuple[int, Array, Array, Array, Array]:
+    """Rows of a block, how many blocks there are, and each one's expert, first row, and end of the expert's rows."""
+    E = len(sizes)
+    size = 2 ** max(3, min(9, round(math.log2(max(1, rows / E / 4)))))
+    most = (rows + min(E, rows) * (size - 1)) // size
+    blocks, ends = (sizes + size - 1) // size, jnp.cumsum(sizes)
+    until, index = jnp.cumsum(blocks), jnp.arange(most)
+    expert = jnp.minimum((until <= index[:, None]).sum(-1), E - 1)
+    first = (ends - sizes)[expert] + (index - (until - blocks)[expert]) * size
+    return size, until[-1], expert, first, ends[expert]
+
+
+def _pad(x: Array, size: int) -> Array:
+    return jnp.pad(x, ((0, size), (0, 0)))
+
+
+def _blocks(x: Array, w: Array, sizes: Array) -> Array:
+    N = len(x)
+    size, count, expert, first, _ = _cut(N, sizes)
+    x = _pad(x, size)
+
+    def body(i: Array, y: Array) -> Array:
+        # what a block computes behind its expert's last row, the next expert's first block replaces
+        part = jax.lax.dynamic_slice_in_dim(x, first[i], size) @ w[expert[i]]
+        return jax.lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros((N + size, w.shape[2]), x.dtype))[:N]
+
+
+def _ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
+    numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
+    return jax.lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=jnp.float32)
+
+
+def _block_outer(x: Array, dy: Array, sizes: Array) -> Array:
+    size, count, expert, first, end = _cut(len(x), sizes)
+    x, dy = _pad(x, size), _pad(dy, size)
+
+    def body(i: Array, dw: Array) -> Array:
+        own = (first[i] + jnp.arange(size) < end[i])[:, None]
+        part, gradient = (jax.lax.dynamic_slice_in_dim(z, first[i], size) for z in (x, dy))
+        part = jnp.where(own, part, 0)
+        return dw.at[expert[i]].add(jnp.matmul(part.T, gradient, preferred_element_type=jnp.float32))
+
+    return jax.lax.fori_loop(0, count, body, jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.float32))
