@@ -20,6 +20,7 @@ from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.vit import ViTConfig
 from jaxmodels.plan import command, topology
 from jaxmodels.plan import compile as compiling
+from jaxmodels.plan.arithmetic import Arithmetic
 
 MAXTEXT = "AI-Hypercomputer/maxtext"
 RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
@@ -33,8 +34,7 @@ class Row:
     measured: float
     """Of `of`: units a second and device, or a share of the peak with attention counted in full."""
     on: str
-    config: Config | None
-    """None: a job that this project does not run; `note` says why."""
+    config: Config
     source: str
     of: str = "per_second_device"
     fitted: bool = False
@@ -43,6 +43,8 @@ class Row:
     """What differs from the published job."""
     hardware: tuple[tuple[str, float], ...] = ()
     """What differs from the table's hardware: factors of its fields."""
+    arithmetic: bool = False
+    """Whether no compiler describes the hardware, so that the search's arithmetic alone predicts."""
 
 
 def language(model: Any, rows: int, length: int, mesh: MeshConfig, **train: Any) -> Config:
@@ -66,6 +68,9 @@ def maxtext(scale: int, **changes: Any) -> LlamaConfig:
     return dataclasses.replace(shape, **changes)
 
 
+LEVANTER = GPT2Config(vocab_size=50304, context=1024, remat="full", attention="xla")
+LEVANTER_SOURCE = "stanford-crfm/levanter, docs/Levanter-1.0-Release.md"
+V3 = MeshConfig(data=1, fsdp=256)
 LLAMA3 = dataclasses.replace(preset("llama3.1-8b"), remat="full")
 TITAN_GPU = (("bandwidth", 2.4 / 3.352), ("flops", (500 / 700) ** (1 / 3)))
 """HBM2e, and 500 W of 700 W: power grows as the cube of the clock."""
@@ -185,12 +190,22 @@ ROWS = {
         note="theirs shards the optimizer alone (ZeRO-1), ours all (ZeRO-3)",
     ),
     "levanter-1.4b-v3": Row(
-        0.417, "v3-256", None, "Levanter's README (stanford-crfm/levanter)", of="mfu",
-        note="no compiler at hand describes v3",
+        0.417,
+        "v3:8x16",
+        language(dataclasses.replace(LEVANTER, layers=48, heads=24, width=1536), 512, 1024, V3),
+        f"{LEVANTER_SOURCE}; config/gpt2_1536.yaml",
+        of="mfu",
+        arithmetic=True,
+        note="by arithmetic alone; the batch is not published: two rows a core",
     ),
     "levanter-13b-v3": Row(
-        0.544, "v3-256", None, "Levanter's README (stanford-crfm/levanter)", of="mfu",
-        note="no compiler at hand describes v3",
+        0.544,
+        "v3:8x16",
+        language(dataclasses.replace(LEVANTER, layers=40, heads=40, width=5120), 512, 1024, V3),
+        LEVANTER_SOURCE,
+        of="mfu",
+        arithmetic=True,
+        note="as above; shape of GPT-3 13B",
     ),
     "vit-b16-h100": Row(
         1459,
@@ -255,15 +270,20 @@ def compare(name: str, row: Row) -> dict[str, Any]:
         "name": name, "on": row.on, "measured": row.measured, "of": row.of, "fitted": "yes" if row.fitted else "",
         "note": row.note, "source": row.source, "error": None, "percent": "–",
     }  # fmt: skip
-    if row.config is None:
-        return about | {"unit": "MFU" if row.of == "mfu" else "tokens/s a device"}
-    print(f"compiling {name} for {row.on} ...", flush=True)
-    made = compiling.compiled(row.config, topology.parse(row.on))
-    plan = command.plan(row.config, changed(made, row.hardware))
+    where = topology.parse(row.on)
+    if row.arithmetic:
+        judge = Arithmetic(row.config, where)
+        guess = judge.guess(row.config)
+        peak = where.devices * where.hardware.flops["bfloat16"]
+        plan = {"mfu": judge.model_flops / guess.seconds / peak, "fits": guess.peak <= where.hardware.memory}
+        plan |= {"memory": {"peak": guess.peak}, "unit": "tokens"}
+    else:
+        print(f"compiling {name} for {row.on} ...", flush=True)
+        plan = command.plan(row.config, changed(compiling.compiled(row.config, where), row.hardware))
     predicted = plan.get(row.of)
-    unit = "MFU, attention in full" if row.of == "mfu" else f"{made.unit}/s a device"
     about |= {
-        "unit": unit, "settings": settings(row.config), "predicted": predicted, "binds": plan.get("binds"),
+        "unit": "MFU, attention in full" if row.of == "mfu" else f"{plan['unit']}/s a device",
+        "settings": settings(row.config), "predicted": predicted, "binds": plan.get("binds", "–"),
         "peak": plan["memory"]["peak"] / 2**30, "fits": plan["fits"], "plan": plan,
     }  # fmt: skip
     if predicted is not None:

@@ -223,7 +223,7 @@ class Arithmetic:
         activations += 4 * self.vocabulary / tensor * min(parts * self.length, losses.SCORED)  # logits of a piece
         activations += 4 * own * (cfg.train.accumulate > 1)  # the sum of gradients, beside those of a microbatch
         kept = 4 * own * (2 + self.copies)
-        compute, least = (idle * seconds for seconds in self._products(remat))
+        compute, least = (idle * seconds for seconds in self._products(remat, kernel))
         times = ticks * cfg.train.accumulate
         links = self._links(sizes, rows, gathered, own, remat, times)
         row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
@@ -238,14 +238,18 @@ class Arithmetic:
             seconds=compute + memory + links["activations"] + hidden,
         )
 
-    def _products(self, remat: str) -> tuple[float, float]:
+    def _products(self, remat: str, kernel: str) -> tuple[float, float]:
         """Seconds of products and attention, and of the products alone without any recomputed."""
         row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
         peak = self.topology.devices * row.flops.get(getattr(self.cfg.model, "dtype", "float32"), row.flops["bfloat16"])
         plain = (self.model_flops - self.attention_flops) / (peak * share["products"])
-        half = self.attention_flops / 2 / (peak * share["attention"])  # causal: the other half is not computed
-        # a block's last product is not needed again, but the scores are in all fused kernels
-        return plain * (1.25 if remat == "full" else 1) + half * (7 / 6 if remat == "none" else 9 / 6), plain
+        if kernel == "xla":  # scores are products as others are, all of them, and are kept
+            scores = self.attention_flops / (peak * share["products"]) * (1 if remat == "none" else 4 / 3)
+        else:  # causal: half is not computed, but the backward pass computes the scores again
+            half = self.attention_flops / 2 / (peak * share["attention"])
+            scores = half * (7 / 6 if remat == "none" else 9 / 6)
+        # a block's last product is not needed again
+        return plain * (1.25 if remat == "full" else 1) + scores, plain
 
     def _ticks(self, cfg: Config, sizes: dict[str, int]) -> tuple[int, float]:
         """How often a stage begins in a microbatch of the step, and how much longer all take for its bubble.
@@ -274,15 +278,14 @@ class Arithmetic:
         table = self.rules.RULES
         fsdp, tensor, context = table["embed"][0], table["mlp"][0], table["seq"][0]
         gather = self.seconds(sizes, fsdp, "all-gather", self.width * gathered)
-        replicas = [axis for axis in table["batch"] if axis not in (fsdp, *table["expert"])]
-        reduced = sum(self.seconds(sizes, axis, "all-reduce", self.width * own) for axis in replicas)
+        once = self.seconds(sizes, self.rules.DATA, "all-reduce", self.width * own)
         # devices that share experts have the rest of the model in common
         rest = sum(
             math.prod(shape) / self.rules.shards(sizes, [axis for name in names if name for axis in table[name]])
             for shape, names in self.parameters
             if "expert" not in names
         )
-        reduced += self.seconds(sizes, table["expert"][0], "all-reduce", self.width * rest)
+        reduced = self.seconds(sizes, table["expert"][0], "all-reduce", self.width * rest)
         again = 1 if remat == "none" else 2
         # a block's sums: of each product whose inputs `tensor` cuts, and of the gradient at the inputs of the others
         stream = rows * self.length * self.width
@@ -315,9 +318,9 @@ class Arithmetic:
         # a stage has the rows of all, and hands each on and its gradient back
         handed = 2 * self.seconds(sizes, stages, "collective-permute", sizes[stages] * stream * embed)
         return {
-            "parameters": times * (gather * (again + 1) + reduced) + 3 * around,
+            "parameters": times * (gather * (again + 1) + reduced) + once + 3 * around,
             "activations": added * (2 if remat == "none" else 3) + experts + handed,
-            "least": max(2 * gather, reduced, 2 * added),
+            "least": max(2 * gather, reduced, once, 2 * added),
         }
 
     def seconds(self, sizes: dict[str, int], axis: str, kind: str, size: float) -> float:
