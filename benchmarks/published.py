@@ -20,7 +20,6 @@ from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.vit import ViTConfig
 from jaxmodels.plan import command, topology
 from jaxmodels.plan import compile as compiling
-from jaxmodels.plan.arithmetic import Arithmetic
 
 MAXTEXT = "AI-Hypercomputer/maxtext"
 RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
@@ -43,8 +42,6 @@ class Row:
     """What differs from the published job."""
     hardware: tuple[tuple[str, float], ...] = ()
     """What differs from the table's hardware: factors of its fields."""
-    arithmetic: bool = False
-    """Whether no compiler describes the hardware, so that the search's arithmetic alone predicts."""
 
 
 def language(model: Any, rows: int, length: int, mesh: MeshConfig, **train: Any) -> Config:
@@ -195,8 +192,7 @@ ROWS = {
         language(dataclasses.replace(LEVANTER, layers=48, heads=24, width=1536), 512, 1024, V3),
         f"{LEVANTER_SOURCE}; config/gpt2_1536.yaml",
         of="mfu",
-        arithmetic=True,
-        note="by arithmetic alone; the batch is not published: two rows a core",
+        note="the batch is not published: two rows a core",
     ),
     "levanter-13b-v3": Row(
         0.544,
@@ -204,7 +200,6 @@ ROWS = {
         language(dataclasses.replace(LEVANTER, layers=40, heads=40, width=5120), 512, 1024, V3),
         LEVANTER_SOURCE,
         of="mfu",
-        arithmetic=True,
         note="as above; shape of GPT-3 13B",
     ),
     "vit-b16-h100": Row(
@@ -270,20 +265,13 @@ def compare(name: str, row: Row) -> dict[str, Any]:
         "name": name, "on": row.on, "measured": row.measured, "of": row.of, "fitted": "yes" if row.fitted else "",
         "note": row.note, "source": row.source, "error": None, "percent": "–",
     }  # fmt: skip
-    where = topology.parse(row.on)
-    if row.arithmetic:
-        judge = Arithmetic(row.config, where)
-        guess = judge.guess(row.config)
-        peak = where.devices * where.hardware.flops["bfloat16"]
-        plan = {"mfu": judge.model_flops / guess.seconds / peak, "fits": guess.peak <= where.hardware.memory}
-        plan |= {"memory": {"peak": guess.peak}, "unit": "tokens"}
-    else:
-        print(f"compiling {name} for {row.on} ...", flush=True)
-        plan = command.plan(row.config, changed(compiling.compiled(row.config, where), row.hardware))
+    print(f"compiling {name} for {row.on} ...", flush=True)
+    made = compiling.compiled(row.config, topology.parse(row.on))
+    plan = command.plan(row.config, changed(made, row.hardware))
     predicted = plan.get(row.of)
     about |= {
-        "unit": "MFU, attention in full" if row.of == "mfu" else f"{plan['unit']}/s a device",
-        "settings": settings(row.config), "predicted": predicted, "binds": plan.get("binds", "–"),
+        "unit": "MFU, attention in full" if row.of == "mfu" else f"{made.unit}/s a device",
+        "settings": settings(row.config), "predicted": predicted, "binds": plan.get("binds"),
         "peak": plan["memory"]["peak"] / 2**30, "fits": plan["fits"], "plan": plan,
     }  # fmt: skip
     if predicted is not None:
