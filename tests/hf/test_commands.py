@@ -21,6 +21,7 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.train import run as runs
+from tests.quick import FLAGS
 
 GPT2 = GPT2Config(vocab_size=300, context=16, layers=2, width=16, heads=2)
 TEXT = "def f(x):\n    return x  # naïve\n" * 40
@@ -186,7 +187,7 @@ def test_an_import_that_fails_leaves_nothing(given, tmp_path, monkeypatch):
 def child(*code, **environment):
     """A process of its own that runs a line after importing what all of these need."""
     setup = "import resource, sys\nfrom jaxmodels import cli\nfrom jaxmodels.hf import files, load\n"
-    env = {**os.environ, "XLA_FLAGS": "", **environment}
+    env = {**os.environ, "XLA_FLAGS": FLAGS, **environment}
     return subprocess.Popen(
         [sys.executable, "-c", setup + "\n".join(code)],
         env=env,

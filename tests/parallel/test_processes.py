@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.quick import FLAGS
+
 FIELDS = [
     "--train.steps",
     "6",
@@ -52,7 +54,7 @@ def train(run, processes, root, *fields):
         *FIELDS,
         *fields,
     ]
-    env = {**os.environ, "XLA_FLAGS": ""}
+    env = {**os.environ, "XLA_FLAGS": FLAGS}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -23,6 +23,7 @@ import pytest
 
 from jaxmodels.errors import UserError
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
+from tests.quick import FLAGS
 
 
 class State(NamedTuple):
@@ -303,7 +304,7 @@ def test_kill_9_at_any_moment_leaves_only_complete_checkpoints(tmp_path: Path) -
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
             cwd=Path(__file__).parents[2],
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": FLAGS},
             stdout=subprocess.PIPE,
         )
         assert process.stdout is not None

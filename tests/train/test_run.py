@@ -26,6 +26,7 @@ from jaxmodels.train import evaluate
 from jaxmodels.train import run as runs
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import verify
+from tests.quick import FLAGS
 
 STEPS = 60
 CONFIG = f"""
@@ -61,7 +62,7 @@ class Process:
 
     def __init__(self, root: Path, config: Path, run: Path, *options: str):
         self.run = run
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(root)}
+        environment = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(root)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxmodels", "train", str(config), "--run-dir", str(run), *options],
             stdout=subprocess.PIPE,
