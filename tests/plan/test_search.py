@@ -322,4 +322,5 @@ def test_a_real_search_finds_the_fastest_and_goes_on_from_what_is_compiled(root,
         assert each["guess"]["peak"] > kept
         assert 0.5 < each["guess"]["peak"] / each["plan"]["memory"]["peak"] < 2, "the guess is rough, not wrong"
     text = (tmp_path / "h100-1x4.args").read_text()
-    assert "--mesh." in text and "--model.width 256" in text, "all options of train, those given too"
+    assert all(f"{small[i]} {small[i + 1]}" in text for i in range(0, len(small), 2)), "those that were given too"
+    assert ("--mesh." in text) == (second["winner"]["plan"]["mesh"]["data"] != 4), "what differs from the config"
