@@ -178,7 +178,7 @@ def test_text_is_learned_as_well_as_in_float32():
     plain = functional.create(GPT2)
 
     def learn(model):
-        tx = optax.adamw(3e-3)
+        tx = optax.adamw(1e-3)
 
         def loss(params, rows):
             logits = model.apply(params, rows[:, :-1])
@@ -195,8 +195,8 @@ def test_text_is_learned_as_well_as_in_float32():
 
     exact = learn(plain)
     assert exact[-16:].mean() < exact[0] - 2, "the model must have learned something for this to mean anything"
-    for kind in KINDS:  # float8 comes out 4 % lower here, by the luck of its noise
-        assert abs(learn(functional.quantized(plain, Rule(kind)))[-16:].mean() / exact[-16:].mean() - 1) < 0.06
+    for kind in KINDS:
+        assert abs(learn(functional.quantized(plain, Rule(kind)))[-16:].mean() / exact[-16:].mean() - 1) < 0.003
 
 
 def test_the_task_of_an_experiment_is_quantized():
