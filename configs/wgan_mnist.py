@@ -4,7 +4,7 @@
     jaxmodels train configs/wgan_mnist.py --data.dir DIR     # a TFDS data directory
 
 Reached (the aim is ≥ 8.00) on 8,500 training and 1,500 test digits, cut from MNIST's own test set: a score by
-`cnn_mnist` of 8.11 in 21.6 minutes, on two CPU cores that were busy with other work too; without the hidden layer 4.83.
+`cnn_mnist` of 8.11 in 7.5 minutes, on two CPU cores that did little else; without the hidden layer 4.83.
 benchmarks/results/quality.md. On a full set: not run.
 """
 
