@@ -38,9 +38,9 @@ class Topology:
     def coordinates(self) -> np.ndarray:
         """Where each device lies, (devices, numbers): node and GPU; or chip in the torus, core and slice."""
         if self.hardware.platform == "cuda":
-            return np.array(list(np.ndindex(self.shape)))
-        inside = (*self.shape, self.hardware.per_chip)
-        return np.array([[*place, number] for number in range(self.slices) for place in np.ndindex(inside)])
+            return np.indices(self.shape).reshape(2, -1).T
+        numbers = np.indices((self.slices, *self.shape, self.hardware.per_chip))
+        return np.roll(numbers.reshape(len(numbers), -1).T, -1, 1)
 
     @property
     def name(self) -> str:
