@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError, nearest
@@ -183,6 +184,11 @@ def gather(x: jax.Array, names: Names) -> jax.Array:
 
 
 gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
+
+
+def apart(x: jax.Array, rows: int, along: int) -> jax.Array:
+    """(B, T, …) with what each piece of the mesh has apart: (rows, along, B / rows, T / along, …)."""
+    return jnp.swapaxes(x.reshape(rows, x.shape[0] // rows, along, -1, *x.shape[2:]), 1, 2)
 
 
 def add_up(parts: jax.Array, over: Sequence[str], names: Names) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxmodels.models.attention import platform
 from jaxmodels.models.layers import shard
-from jaxmodels.parallel.rules import add_up, gather, pieces
+from jaxmodels.parallel.rules import add_up, apart, gather, pieces
 
 FEW = 2048
 """Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
@@ -115,9 +115,7 @@ def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[fl
     B, T = targets.shape
     rows, n = _pieces("batch", B), _pieces("seq", T)
 
-    def own(x: jax.Array) -> jax.Array:
-        """(B, n · chunk, …) with what each piece of the mesh has apart: (rows, n, B / rows, chunk, …)."""
-        return jnp.swapaxes(x.reshape(rows, B // rows, n, -1, *x.shape[2:]), 1, 2)
+    own = functools.partial(apart, rows=rows, along=n)
 
     def body(carry: Any, part: Any) -> tuple[Any, Any]:
         sums, dw = carry

@@ -204,7 +204,7 @@ def lower(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
 
     def run(state: State, batch: Batch) -> tuple[State, Metrics]:
-        if offload:
+        if offload:  # told apart from the layout, whose kinds of memory are lost on devices that are not here
             state = dataclasses.replace(state, opt_state=move(state.opt_state, jax.memory.Space.Device))
         state, metrics = advance(task, optimizers, state, batch, accumulate=accumulate, ema=ema)
         if offload:

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.parallel.rules import add_up, constrain, pieces
+from jaxmodels.parallel.rules import add_up, apart, constrain, pieces
 
 Array = jax.Array
 Table = tuple[tuple[int, ...], str, tuple[str, ...]]
@@ -42,13 +42,8 @@ def _backward(table: Table, ids: Array, dy: Array) -> tuple[Array, None]:
     counts = tuple(map(pieces, over))
     if counts == (1, 1) or ids.ndim != 2 or any(size % n for size, n in zip(ids.shape, counts, strict=True)):
         return constrain(add(ids, dy), axes).astype(dtype), None
-    rows, along = counts
-
-    def own(x: Array) -> Array:
-        """(B, T, …) with what each piece of the mesh has apart: (rows, along, B / rows, T / along, …)."""
-        return jnp.swapaxes(x.reshape(rows, ids.shape[0] // rows, along, -1, *x.shape[2:]), 1, 2)
-
-    parts = constrain(jax.vmap(jax.vmap(add))(own(ids), own(dy)), (*over, axes[0], None))
+    parts = jax.vmap(jax.vmap(add))(apart(ids, *counts), apart(dy, *counts))
+    parts = constrain(parts, (*over, axes[0], None))
     return add_up(parts, over, axes).astype(dtype), None
 
 
