@@ -29,6 +29,6 @@ def get_config() -> Config:
             batch_size=64,
         ),
         optim=OptimConfig(name="muon", peak_lr=4e-3, warmup_steps=100, schedule="linear", final_lr_fraction=0.01),
-        train=TrainConfig(steps=1400),
-        eval=EvalConfig(every=350),
+        train=TrainConfig(steps=5000),
+        eval=EvalConfig(every=500),
     )
