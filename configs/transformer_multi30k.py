@@ -3,8 +3,8 @@
     jaxmodels train configs/transformer_multi30k.py --data.dir DIR     # a TFDS data directory with multi30k
     jaxmodels eval runs/transformer_multi30k --split test              # BLEU, with a beam of 4
 
-Reached on Multi30k's 29,000 pairs, tested on test_2016_flickr: sacreBLEU 38.77 in 85.5 minutes, on two CPU cores
-that were busy with other work too; benchmarks/results/quality.md. That is 78 minutes of CPU time.
+Reached on Multi30k's 29,000 pairs, tested on test_2016_flickr: sacreBLEU 39.17 in 17.8 minutes on two CPU cores;
+benchmarks/results/quality.md.
 """
 
 from jaxmodels.config import (

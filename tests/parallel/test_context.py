@@ -41,6 +41,7 @@ def alone(name):
         ("llama", mesh(fsdp=2, context=2), {"remat": "dots"}),
         ("llama", mesh(context=2, tensor=2, sequence=True), {}),
         ("llama", mesh(fsdp=2, tensor=2, sequence=True), {}),
+        ("llama", mesh(data=2, tensor=2), {}),
         ("mixtral", mesh(expert=2, context=2), {}),
         ("mixtral", mesh(context=2, tensor=2, sequence=True), {}),
     ],

@@ -65,6 +65,12 @@ def alone(routing):
     return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*inputs(routing))
 
 
+@functools.cache
+def steps_alone():
+    """Loss and gradient norm of each step on one device."""
+    return measure(MODELS["mixtral"], MeshConfig(data=1))
+
+
 def sharded(mesh):
     """Where the arguments of `total` are."""
     weights = tuple(rules.sharding(mesh, names) for names in experts.AXES)
@@ -151,8 +157,15 @@ def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the
     assert len([shape for shape in kept if 28 in shape]) == 2, "gate and up of the rows"
 
 
-def test_steps_are_those_of_one_device():
-    model = MODELS["mixtral"]
-    cfg = MeshConfig(data=1, fsdp=2, expert=2, tensor=2, sequence=True)
-    got = measure(dataclasses.replace(model, remat="dots"), cfg)
-    close(got, measure(model, MeshConfig(data=1)))
+@pytest.mark.parametrize(
+    ("axes", "changes"),
+    [
+        ({"fsdp": 2}, {}),
+        ({"tensor": 2}, {}),
+        ({"fsdp": 2, "tensor": 2, "sequence": True}, {"remat": "dots"}),
+    ],
+    ids=lambda x: "-".join(x) or "plain",
+)
+def test_steps_are_those_of_one_device(axes, changes):
+    got = measure(dataclasses.replace(MODELS["mixtral"], **changes), MeshConfig(data=1, expert=2, **axes))
+    close(got, steps_alone())

@@ -1,4 +1,4 @@
-"""Two real processes compute what one does."""
+"""Two and four real processes compute what one does."""
 
 import json
 import os
@@ -35,7 +35,22 @@ FIELDS = [
 ]
 
 
-def train(run, processes, root, *fields):
+MIXTRAL = """
+from jaxmodels.config import Config, DataConfig, OptimConfig, TrainConfig
+from jaxmodels.models.mixtral import MixtralConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=MixtralConfig(vocab_size=256, width=32, heads=4, kv_heads=2, mlp_width=64, experts=4),
+        data=DataConfig(source="stdlib"),
+        optim=OptimConfig(peak_lr=4e-3, warmup_steps=2),
+        train=TrainConfig(),
+    )
+"""
+
+
+def train(run, processes, root, *fields, config="configs/gpt_stdlib.py", devices=4):
     command = [
         sys.executable,
         "-m",
@@ -44,11 +59,11 @@ def train(run, processes, root, *fields):
         "--processes",
         str(processes),
         "--devices-per-process",
-        str(4 // processes),
+        str(devices // processes),
         "--platform",
         "cpu",
         "--",
-        "configs/gpt_stdlib.py",
+        str(config),
         "--run-dir",
         str(run),
         *FIELDS,
@@ -92,3 +107,24 @@ def test_a_run_of_two_processes_goes_on_as_one_and_as_two_again(runs, root):
     assert [row["step"] for row in rows] == list(range(1, 11))
     for name in ("train/loss", "train/grad_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in alone], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "axes"),
+    [("gpt_stdlib", {"context": 4, "tensor": 2}), ("mixtral", {"stage": 2, "expert": 2, "tensor": 2})],
+    ids=["context-tensor", "stage-expert-tensor"],
+)
+def test_four_processes_of_two_devices_give_the_losses_of_one_device(model, axes, tmp_path, root):
+    """Of the axes the last lies within a process, the others go from process to process."""
+    config = root / "configs" / f"{model}.py"
+    if model == "mixtral":
+        config = tmp_path / "mixtral.py"
+        config.write_text(MIXTRAL)
+    layers = ("--model.layers", "2")
+    one, _ = train(tmp_path / "one", 1, root, *layers, config=config, devices=1)
+    fields = [word for axis, size in axes.items() for word in (f"--mesh.{axis}", str(size))]
+    four, _ = train(tmp_path / "four", 4, root, *layers, "--mesh.data", "1", *fields, config=config, devices=8)
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        a, b = ([row[name] for row in rows if name in row] for rows in (one, four))
+        assert len(a) == len(b) and a
+        assert b == pytest.approx(a, abs=1e-5), name

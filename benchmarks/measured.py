@@ -1,0 +1,105 @@
+"""`python -m benchmarks measured`: the plan against the same jobs on the accelerator that is here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from benchmarks import record
+from jaxmodels.errors import UserError, nearest
+
+BILLION = "--model.layers 16 --model.width 2048 --model.heads 32 --model.mlp-width 8192 --model.tied True"
+JOBS = {
+    "gpt2": "configs/gpt2_openwebtext.py --data.batch-size 32",
+    "llama": f"configs/llama3_8b_c4.py {BILLION} --data.seq-len 4096 --data.batch-size 4",
+    "bert": "configs/bert_base_wikipedia.py --data.batch-size 64",
+    "vit": "configs/vit_b16_imagenet.py --data.batch-size 256",
+    "resnet": "configs/resnet50_imagenet.py --data.batch-size 256",
+}
+"""Name -> config and options; a batch is that of one device."""
+STEPS, EVERY = 60, 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which jobs, on what, and where the record goes."""
+
+    jobs: Positional[tuple[str, ...]] = ()
+    """Names; none: all."""
+    on: str = "h100:1x1"
+    """What is here, as for `jaxmodels plan --on`; with one device."""
+    out: Path | None = None
+    """Folder for the record; benchmarks/results when not given."""
+
+
+def run(options: Options) -> None:
+    """Plan and train each by the commands that a user types, and record how far apart they are."""
+    for name in options.jobs:
+        if name not in JOBS:
+            raise UserError(f"got job {name!r}, expected one of {', '.join(JOBS)}{nearest(name, JOBS)}")
+    # a process that asks for its devices holds their memory, so a child does
+    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    if subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == "cpu":
+        raise UserError(f"got no accelerator, expected {options.on} here, try python -m benchmarks published")
+    rows = [measure(name, options.on) for name in options.jobs or JOBS]
+    errors = {what: [abs(row[f"{what}_error"]) for row in rows] for what in ("memory", "time")}
+    notes = [f"largest error of {what}: {max(found):.1%}" for what, found in errors.items()]
+    columns = {
+        "name": "job", "memory_planned": "GiB planned", "memory": "GiB measured", "memory_percent": "error (aim 5 %)",
+        "time_planned": "s a step planned", "time": "s measured", "time_percent": "error (aim 15 %)",
+        "binds": "bound by", "command": "command",
+    }  # fmt: skip
+    stem = f"plan_vs_measured_{options.on.partition(':')[0]}"
+    title = f"The plan against runs on {options.on}"
+    print(record.write(stem, title, rows, out=options.out, columns=columns, notes=notes).read_text())
+
+
+def measure(name: str, on: str) -> dict[str, Any]:
+    """A row of the record."""
+    job = shlex.split(JOBS[name])
+    print(f"{name}: planning for {on}, then running ...", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        answer, folder = Path(place) / "plan.json", Path(place) / "run"
+        command("plan", *job, "--on", on, "--json", str(answer))
+        command(
+            "train", *job, "--data.source", "synthetic", "--run-dir", str(folder), "--train.steps", str(STEPS),
+            "--metrics.every", str(EVERY), "--eval.every", str(STEPS), "--eval.batches", "1",
+        )  # fmt: skip
+        (plan,) = json.loads(answer.read_text())
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"name": name, "command": shlex.join(["jaxmodels", "plan", *job, "--on", on]), **compare(plan, metrics)}
+
+
+def compare(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """GiB and seconds a step, planned and measured: a run's own peak before its evaluation, the median after warm-up."""
+    seen = [row for row in metrics if "perf/step_seconds" in row and EVERY < row["step"] < STEPS]
+    planned = {"memory": plan["memory"]["peak"] / 2**30, "time": plan["step_seconds"]}
+    found = {
+        "memory": max(row["perf/memory_gib"] for row in seen),
+        "time": statistics.median(row["perf/step_seconds"] for row in seen),
+    }
+    row: dict[str, Any] = {"binds": plan["binds"], "plan": plan}
+    for what, value in found.items():
+        error = planned[what] / value - 1
+        row |= {what: value, f"{what}_planned": planned[what], f"{what}_error": error}
+        row[f"{what}_percent"] = f"{error:+.1%}"
+    return row
+
+
+def command(*arguments: str) -> None:
+    """Run jaxmodels; what it says is shown where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxmodels", *arguments], cwd=record.ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"got exit code {done.returncode} from jaxmodels {arguments[0]}: {done.stderr[-2000:]}")

@@ -1,0 +1,117 @@
+"""`python -m benchmarks planning`: what a plan for many devices costs on a machine that has none of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from benchmarks import record
+from jaxmodels.errors import UserError, nearest
+
+CONFIG = "configs/llama3_8b_c4.py"
+SHAPES = {
+    "8b": {},
+    "70b": {"layers": 80, "width": 8192, "heads": 64, "mlp_width": 28672},
+    "405b": {"layers": 126, "width": 16384, "heads": 128, "mlp_width": 53248},
+}
+"""What of the config's 8B changes (Grattafiori et al. 2024, table 3)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model on a topology."""
+
+    shape: str
+    on: str
+    aim: float
+    """Seconds that the command should take at most."""
+    batch: int
+    mesh: tuple[str, ...] = ()
+    """Options of the mesh; else the config's, which shards over all devices."""
+
+    def arguments(self) -> list[str]:
+        """Of `jaxmodels`."""
+        model = [word for name, value in SHAPES[self.shape].items() for word in (f"--model.{name}", str(value))]
+        words = ["plan", CONFIG, "--on", self.on, *model, "--data.batch-size", str(self.batch), *self.mesh]
+        return [word.replace("_", "-") if word.startswith("--") else word for word in words]
+
+
+def tensor(size: int, data: int = 1) -> tuple[str, ...]:
+    """A mesh whose products and activations are cut over some devices, its state over the rest."""
+    return ("--mesh.data", str(data), "--mesh.tensor", str(size), "--mesh.sequence", "True")
+
+
+JOBS = {
+    "8b-v5e": Job("8b", "v5e:16x16", 120, 512),
+    "70b-v5p": Job("70b", "v5p:8x8x16", 120, 1024, tensor(4)),
+    "405b-v5p": Job("405b", "v5p:16x16x32", 180, 8192, tensor(8, data=4)),
+    "8b-h100": Job("8b", "h100:4x8", 60, 64),
+    "70b-h100": Job("70b", "h100:128x8", 60, 1024, tensor(8)),
+    "405b-h100": Job("405b", "h100:1024x8", 60, 8192, tensor(8)),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which jobs, and where the record goes."""
+
+    jobs: Positional[tuple[str, ...]] = ()
+    """Names; none: all."""
+    out: Path | None = None
+    """Folder for the record; benchmarks/results when not given."""
+
+
+def run(options: Options) -> None:
+    """Plan each by the command that a user types, with nothing cached, and record what it took."""
+    for name in options.jobs:
+        if name not in JOBS:
+            raise UserError(f"got job {name!r}, expected one of {', '.join(JOBS)}{nearest(name, JOBS)}")
+    rows = [measure(name) for name in options.jobs or JOBS]
+    columns = {
+        "name": "job", "on": "hardware", "devices": "devices", "seconds": "seconds", "aim": "aim",
+        "memory": "GB held (aim 4)", "fits": "fits", "peak": "GiB of a device", "step": "step (s)", "mfu": "MFU",
+        "command": "command",
+    }  # fmt: skip
+    notes = ["seconds from the command to its answer, nothing cached; GB of the largest of its processes"]
+    out = options.out
+    if options.jobs and out is None:
+        print(record.markdown(rows, columns))
+    else:
+        print(record.write("planning", "What a plan costs", rows, out=out, columns=columns, notes=notes).read_text())
+
+
+def measure(name: str) -> dict[str, Any]:
+    """A row of the record."""
+    job = JOBS[name]
+    print(f"planning {name} for {job.on} ...", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        answer = Path(place) / "plan.json"
+        begun = time.perf_counter()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "jaxmodels", *job.arguments(), "--json", str(answer)],
+            cwd=record.ROOT,
+            env={**os.environ, "XDG_CACHE_HOME": place},
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, used = os.wait4(child.pid, 0)  # the largest of the command and of what it started
+        seconds = time.perf_counter() - begun
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise UserError(f"got exit code {child.returncode} from planning {name}; its error is above")
+        (plan,) = json.loads(answer.read_text())
+    return {
+        "name": name, "on": job.on, "devices": plan["devices"], "parameters": plan["parameters"], "seconds": seconds,
+        "aim": job.aim, "memory": used.ru_maxrss * 1024 / 1e9, "fits": "yes" if plan["fits"] else "no",
+        "peak": plan["memory"]["peak"] / 2**30, "step": plan.get("step_seconds"), "mfu": plan.get("mfu"),
+        "command": shlex.join(["jaxmodels", *job.arguments()]),
+    }  # fmt: skip
