@@ -81,7 +81,7 @@ def measure(name: str, on: str) -> dict[str, Any]:
 
 
 def compare(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """GiB and seconds a step, planned and measured: a run's own peak before its evaluation, the median after warm-up."""
+    """GiB and seconds a step, planned and measured: the peak before any evaluation, the median after warm-up."""
     seen = [row for row in metrics if "perf/step_seconds" in row and EVERY < row["step"] < STEPS]
     planned = {"memory": plan["memory"]["peak"] / 2**30, "time": plan["step_seconds"]}
     found = {
