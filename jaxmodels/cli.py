@@ -127,8 +127,11 @@ def tune(argv: list[str]) -> int:
 def plan(argv: list[str]) -> int:
     """`jaxmodels plan CONFIG.py --on …`."""
     cfg, options = configured(argv, "jaxmodels plan", PlanOptions)
+    import jax
+
     from jaxmodels.plan import command
 
+    jax.config.update("jax_platforms", "cpu")  # shapes are all there is: an accelerator that is here is not taken
     command.command(cfg, options, argv[0])
     return 0
 
