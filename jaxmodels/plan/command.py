@@ -61,7 +61,7 @@ def plan_each(cfg: Config, on: list[Topology]) -> list[dict[str, Any]]:
     """The config as it is on each topology."""
     plans = []
     for each in on:
-        print(f"compiling for {each.name} ({each.devices} devices) ...", flush=True)
+        print(f"compiling for {each.name} ({each.devices:,} device(s)) ...", flush=True)
         plans.append(plan(cfg, compiling.compiled(cfg, each)))
         print(table(cfg, plans[-1]), flush=True)
     return plans
@@ -149,7 +149,7 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     lines = [
         "",
-        f"{plan['on']}: {plan['devices']} devices, mesh {mesh}, {plan['parameters']:,} parameters, "
+        f"{plan['on']}: {plan['devices']:,} device(s), mesh {mesh}, {plan['parameters']:,} parameters, "
         f"batch {cfg.data.batch_size}",
         "",
         "memory of a device" + f"{'GiB':>22}",

@@ -191,7 +191,7 @@ def test_the_command_prints_a_plan_and_writes_it(planned, root, tmp_path, capsys
     )
     assert code == 0
     printed = capsys.readouterr().out
-    assert "h100:1x8: 8 devices, mesh data=8" in printed
+    assert "h100:1x8: 8 device(s), mesh data=8" in printed
     assert "it fits" in printed
     (plan,) = json.loads(out.read_text())
     assert plan["devices"] == 8
