@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,6 +57,9 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return text, 2
     if type(error).__name__ in ("NotFinite", "CheckpointError"):
         return text, 1
+    if unknown := re.search(r"No such compile option: '(\w+)'", text):
+        name = unknown.group(1)
+        return f"got option {name}, which the compiler does not know, try --train.xla {name}= to leave it out", 2
     if "RESOURCE_EXHAUSTED" in text:
         return (
             f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -237,9 +238,16 @@ class TrainConfig:
         "embed", "heads", "kv_heads", "head_dim", "mlp",
     )  # fmt: skip
     """Which of them: weights that have none but these logical axes; embed mlp: the MLPs alone."""
+    xla: tuple[str, ...] = ()
+    """Options of the compiler as NAME=VALUE, beside those that a step for TPUs has by itself; NAME= leaves one out."""
 
     def __post_init__(self) -> None:
         _at_least("train", 1, steps=self.steps, accumulate=self.accumulate)
+        for option in self.xla:
+            if not re.fullmatch(r"xla_\w+=.*", option):
+                raise UserError(
+                    f"got train.xla {option!r}, expected NAME=VALUE, try xla_tpu_scoped_vmem_limit_kib=65536"
+                )
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ def child(folder: Path) -> None:
         accumulate=cfg.train.accumulate,
         offload=cfg.optim.offload,
         ema=cfg.train.ema,
+        xla=cfg.train.xla,
         platforms=(topology.hardware.platform,),
     )
     try:

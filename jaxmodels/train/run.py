@@ -35,7 +35,17 @@ from jaxmodels.train.state import State
 log = logging.getLogger("jaxmodels")
 
 Resume = Literal["auto", "must", "never"]
-NEUTRAL = ("metrics.", "profile.", "checkpoint.", "mesh.", "data.prefetch", "data.dir", "train.strategy", "init.")
+NEUTRAL = (
+    "metrics.",
+    "profile.",
+    "checkpoint.",
+    "mesh.",
+    "data.prefetch",
+    "data.dir",
+    "train.strategy",
+    "train.xla",
+    "init.",
+)
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 
 
@@ -75,6 +85,8 @@ def setup(cfg: Config) -> Experiment:
     step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=updates(cfg))
     if cfg.optim.offload and cfg.train.strategy == "pmap":
         raise UserError("got optim.offload with train.strategy pmap, expected jit, try --train.strategy jit")
+    if cfg.train.xla and cfg.train.strategy == "pmap":
+        raise UserError("got train.xla with train.strategy pmap, expected jit, try --train.strategy jit")
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
@@ -190,6 +202,7 @@ def compiled(experiment: Experiment) -> step.Step:
         accumulate=cfg.train.accumulate,
         offload=cfg.optim.offload,
         ema=cfg.train.ema,
+        xla=cfg.train.xla,
     )
 
 

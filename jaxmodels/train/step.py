@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,14 @@ from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State, move
 
+TPU = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
+}
+"""Options of XLA for TPUs: weights are gathered while something is computed. Else, over a whole torus of three
+dimensions, XLA adds them up from zeros, which sends twice as much (AI-Hypercomputer's recipes have these options too)."""
 Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
@@ -161,6 +169,7 @@ def build(
     accumulate: int = 1,
     ema: float | None = None,
     offload: bool = False,
+    xla: Sequence[str] = (),
 ) -> Step:
     """The step, compiling in the background from shapes alone; its state argument is donated.
 
@@ -169,7 +178,7 @@ def build(
     options: dict[str, Any] = {"accumulate": accumulate, "ema": ema}
     if strategy == "pmap":
         return replicated(task, optimizers, mesh, layout, options)
-    lowered = lower(task, optimizers, mesh, layout, batch, offload=offload, **options)
+    lowered = lower(task, optimizers, mesh, layout, batch, offload=offload, xla=xla, **options)
     pool = ThreadPoolExecutor(1)
     compiling = pool.submit(lowered.compile)
     pool.shutdown(wait=False)
@@ -194,12 +203,13 @@ def lower(
     accumulate: int = 1,
     ema: float | None = None,
     offload: bool = False,
+    xla: Sequence[str] = (),
     platforms: tuple[str, ...] | None = None,
 ) -> Any:
     """The step as JAX hands it to XLA, from shapes alone; its state argument is donated.
 
-    With `offload` the optimizer's arrays come from the hosts' memory and go back there. `platforms` are those that it
-    is for, where they are not those of this machine.
+    With `offload` the optimizer's arrays come from the hosts' memory and go back there. `xla`: NAME=VALUE, as in
+    `TrainConfig`. `platforms` are those that it is for, where they are not those of this machine.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
 
@@ -212,8 +222,19 @@ def lower(
         return state, metrics
 
     with jax.set_mesh(mesh):
-        traced = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0).trace(layout, batch)
-        return traced.lower(lowering_platforms=platforms)
+        given = compiler_options(xla, mesh.devices.flat[0].platform)
+        jitted = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0, compiler_options=given)
+        return jitted.trace(layout, batch).lower(lowering_platforms=platforms)
+
+
+def compiler_options(given: Sequence[str], platform: str) -> dict[str, bool | int | str]:
+    """The compiler's options for a platform, with those that are given as NAME=VALUE."""
+    options: dict[str, bool | int | str] = {**TPU} if platform == "tpu" else {}
+    for name, _, value in (option.partition("=") for option in given):
+        options[name] = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
+        if not value:
+            del options[name]
+    return options
 
 
 def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, options: dict[str, Any]) -> Step:
