@@ -178,6 +178,8 @@ def _one_line(message: str, prog: str) -> str:
         got = repr(unknown.split()[0]) if unknown else "too few arguments"
         close = nearest(got.strip("'"), [part.split()[0] for part in parts])
         return f"got {got}, expected {' and '.join(parts)}{close or f', try {prog} --help'}"
+    if own := re.match(r"Error parsing \w+: (got .*)", text):  # by a section's own check
+        return own[1]
     if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
         return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {prog} --help"
     return f"got {text}, try {prog} --help" if text else message

@@ -25,7 +25,7 @@ TPU = {
     "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
 """Options of XLA for TPUs: weights are gathered while something is computed. Else, over a whole torus of three
-dimensions, XLA adds them up from zeros, which sends twice as much (AI-Hypercomputer's recipes have these options too)."""
+dimensions, XLA adds them up from zeros, which sends twice as much. The recipes of AI-Hypercomputer have these too."""
 Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 

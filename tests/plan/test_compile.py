@@ -11,8 +11,9 @@ from jaxmodels import cli
 from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.plan import command, compile, program, topology
+from jaxmodels.train import step
 
-COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu"}
+COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu", "v5p": "libtpu"}
 CONFIG = Config(
     model=LlamaConfig(
         vocab_size=4096, context=512, layers=2, heads=4, kv_heads=2, width=512, mlp_width=1024, dtype="bfloat16"
@@ -96,6 +97,15 @@ def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned
     scattered = found["reduce-scatter", ("fsdp",)]
     assert tables <= scattered <= 1.01 * (blocks + tables)
     assert scattered + windows >= 0.99 * (blocks + tables)
+
+
+def test_over_a_torus_of_three_dimensions_parameters_are_gathered_by_the_options_for_tpus(planned):
+    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=64))
+    blocks = 2 * (PARAMETERS - 2 * 4096 * 512 - 5 * 512)
+    gathered = sent(planned("v5p:4x4x4", cfg))["all-gather", ("fsdp",)]
+    assert 2 * blocks <= gathered <= 2.2 * (blocks + 2 * 2 * 4096 * 512)
+    without = dataclasses.replace(cfg, train=TrainConfig(xla=tuple(f"{name}=" for name in step.TPU)))
+    assert ("all-gather", ("fsdp",)) not in sent(planned("v5p:4x4x4", without))
 
 
 @pytest.mark.parametrize(("on", "kind"), [("h100:1x8", "float8"), ("v5e:2x4", "int8")])
