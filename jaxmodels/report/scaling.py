@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from jaxmodels.report import pieces
 from jaxmodels.report.pieces import COLOURS
@@ -45,8 +45,9 @@ def draw(
         kept = "each device keeps its share of the batch" if mode == "weak" else "the batch stays as it is"
         above.set_title(f"{mode} scaling: {kept}", fontsize=11)
         above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter(EngFormatter(sep=""))
-        above.yaxis.set_minor_formatter(EngFormatter(sep=""))
+        above.yaxis.set_minor_formatter(NullFormatter())
         above.set_ylabel(f"{unit} / s")
         above.legend(frameon=False, fontsize=8, title="all growth along", title_fontsize=8)
         below.set_ylabel("efficiency against the first size")
