@@ -58,8 +58,7 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if type(error).__name__ in ("NotFinite", "CheckpointError"):
         return text, 1
     if unknown := re.search(r"No such compile option: '(\w+)'", text):
-        name = unknown.group(1)
-        return f"got option {name}, which the compiler does not know, try --train.xla {name}= to leave it out", 2
+        return f"got train.xla {unknown.group(1)}, which this compiler does not know, try without it", 2
     if "RESOURCE_EXHAUSTED" in text:
         return (
             f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "

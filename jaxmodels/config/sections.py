@@ -239,12 +239,12 @@ class TrainConfig:
     )  # fmt: skip
     """Which of them: weights that have none but these logical axes; embed mlp: the MLPs alone."""
     xla: tuple[str, ...] = ()
-    """Options of the compiler as NAME=VALUE, beside those that a step for TPUs has by itself; NAME= leaves one out."""
+    """Options of XLA for the step, as NAME=VALUE (xla_tpu_scoped_vmem_limit_kib=65536); a plan shows what they change."""
 
     def __post_init__(self) -> None:
         _at_least("train", 1, steps=self.steps, accumulate=self.accumulate)
         for option in self.xla:
-            if not re.fullmatch(r"xla_\w+=.*", option):
+            if not re.fullmatch(r"xla_\w+=.+", option):
                 raise UserError(
                     f"got train.xla {option!r}, expected NAME=VALUE, try xla_tpu_scoped_vmem_limit_kib=65536"
                 )

@@ -18,14 +18,6 @@ from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State, move
 
-TPU = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_prefer_async_allgather_to_allreduce": True,
-}
-"""Options of XLA for TPUs: weights are gathered while something is computed. Else, over a whole torus of three
-dimensions, XLA adds them up from zeros, which sends twice as much. The recipes of AI-Hypercomputer have these too."""
 Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
@@ -222,19 +214,16 @@ def lower(
         return state, metrics
 
     with jax.set_mesh(mesh):
-        given = compiler_options(xla, mesh.devices.flat[0].platform)
+        given = compiler_options(xla)
         jitted = jax.jit(run, out_shardings=(shardings, None), donate_argnums=0, compiler_options=given)
         return jitted.trace(layout, batch).lower(lowering_platforms=platforms)
 
 
-def compiler_options(given: Sequence[str], platform: str) -> dict[str, bool | int | str]:
-    """The compiler's options for a platform, with those that are given as NAME=VALUE."""
-    options: dict[str, bool | int | str] = {**TPU} if platform == "tpu" else {}
-    for name, _, value in (option.partition("=") for option in given):
-        options[name] = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
-        if not value:
-            del options[name]
-    return options
+def compiler_options(given: Sequence[str]) -> dict[str, bool | int | str]:
+    """NAME=VALUE as the compiler takes them."""
+    pairs = (option.partition("=")[::2] for option in given)
+    known = {"true": True, "false": False}
+    return {name: known.get(value.lower(), int(value) if value.isdecimal() else value) for name, value in pairs}
 
 
 def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, options: dict[str, Any]) -> Step:

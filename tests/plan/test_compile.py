@@ -11,7 +11,6 @@ from jaxmodels import cli
 from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.plan import command, compile, program, topology
-from jaxmodels.train import step
 
 COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu", "v5p": "libtpu"}
 CONFIG = Config(
@@ -99,13 +98,18 @@ def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned
     assert scattered + windows >= 0.99 * (blocks + tables)
 
 
-def test_over_a_torus_of_three_dimensions_parameters_are_gathered_by_the_options_for_tpus(planned):
+def test_over_a_torus_of_three_dimensions_an_option_of_the_compiler_decides_how_parameters_are_gathered(planned):
+    """Else XLA adds them up from zeros."""
+    options = (
+        *("xla_enable_async_all_gather=true", "xla_tpu_prefer_async_allgather_to_allreduce=true"),
+        *(f"xla_tpu_enable_async_collective_fusion{more}=true" for more in ("", "_fuse_all_gather")),
+    )
     cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=64))
+    assert {kind for kind, _ in sent(planned("v5p:4x4x4", cfg))} == {"all-reduce"}
+    cfg = dataclasses.replace(cfg, train=TrainConfig(xla=options))
     blocks = 2 * (PARAMETERS - 2 * 4096 * 512 - 5 * 512)
     gathered = sent(planned("v5p:4x4x4", cfg))["all-gather", ("fsdp",)]
     assert 2 * blocks <= gathered <= 2.2 * (blocks + 2 * 2 * 4096 * 512)
-    without = dataclasses.replace(cfg, train=TrainConfig(xla=tuple(f"{name}=" for name in step.TPU)))
-    assert ("all-gather", ("fsdp",)) not in sent(planned("v5p:4x4x4", without))
 
 
 @pytest.mark.parametrize(("on", "kind"), [("h100:1x8", "float8"), ("v5e:2x4", "int8")])
