@@ -239,7 +239,7 @@ class TrainConfig:
     )  # fmt: skip
     """Which of them: weights that have none but these logical axes; embed mlp: the MLPs alone."""
     xla: tuple[str, ...] = ()
-    """Options of XLA for the step, as NAME=VALUE (xla_tpu_scoped_vmem_limit_kib=65536); a plan shows what they change."""
+    """Options of XLA for the step, as NAME=VALUE: xla_tpu_scoped_vmem_limit_kib=65536; plans are made with them too."""
 
     def __post_init__(self) -> None:
         _at_least("train", 1, steps=self.steps, accumulate=self.accumulate)
