@@ -98,15 +98,13 @@ def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned
     assert scattered + windows >= 0.99 * (blocks + tables)
 
 
-def test_over_a_torus_of_three_dimensions_an_option_of_the_compiler_decides_how_parameters_are_gathered(planned):
-    """Else XLA adds them up from zeros."""
+def test_options_of_the_compiler_reach_it_and_parameters_are_gathered_over_a_torus_of_three_dimensions(planned):
+    """Without them XLA (libtpu 0.0.42) adds the parameters up from zeros."""
     options = (
         *("xla_enable_async_all_gather=true", "xla_tpu_prefer_async_allgather_to_allreduce=true"),
         *(f"xla_tpu_enable_async_collective_fusion{more}=true" for more in ("", "_fuse_all_gather")),
     )
-    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=64))
-    assert {kind for kind, _ in sent(planned("v5p:4x4x4", cfg))} == {"all-reduce"}
-    cfg = dataclasses.replace(cfg, train=TrainConfig(xla=options))
+    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=64), train=TrainConfig(xla=options))
     blocks = 2 * (PARAMETERS - 2 * 4096 * 512 - 5 * 512)
     gathered = sent(planned("v5p:4x4x4", cfg))["all-gather", ("fsdp",)]
     assert 2 * blocks <= gathered <= 2.2 * (blocks + 2 * 2 * 4096 * 512)
