@@ -2,9 +2,8 @@
 
     jaxmodels train configs/clip_digits.py --data.dir DIR     # a TFDS data directory
 
-Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: the right caption first for 98.60%
-in 7.1 minutes, on two CPU cores that were busy with other work too; benchmarks/results/quality.md. On a full set:
-not run.
+Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: the right caption first for 98.67%
+in 1.4 minutes, on two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
 from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
