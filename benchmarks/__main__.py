@@ -19,7 +19,7 @@ BENCHMARKS = {
     "quality": "configs of real data trained to their end: what they reach on the test split",
     "planning": "seconds and memory of plans for thousands of devices, on this machine",
     "published": "the plan against throughput that others measured and published",
-    "measured": "the plan against the same jobs on the accelerator that is here",
+    "measured": "the plan against the same jobs on the GPU that is here",
     "weights": "import and export of a model of 1 GB: seconds and memory",
 }
 """Name of a module here -> one line of help."""

@@ -13,7 +13,6 @@ from typing import Any
 from benchmarks import record
 from benchmarks.sizes import SIZES
 from benchmarks.step import Contestant, shim
-from jaxmodels.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Measure, print and record."""
-    for name in options.only:
-        if name not in SIZES:
-            raise UserError(f"got family {name!r}, expected one of {', '.join(SIZES)}{nearest(name, SIZES)}")
+    record.check("family", options.only, SIZES)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         env = {"torch-avx512": {"LD_PRELOAD": str(shim(Path(folder)))}} if "torch-avx512" in options.against else {}

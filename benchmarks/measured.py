@@ -1,4 +1,4 @@
-"""`python -m benchmarks measured`: the plan against the same jobs on the accelerator that is here."""
+"""`python -m benchmarks measured`: the plan against the same jobs on the GPU that is here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from benchmarks import record
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError
+from jaxmodels.plan import hardware
 
 BILLION = "--model.layers 16 --model.width 2048 --model.heads 32 --model.mlp-width 8192 --model.tied True"
 JOBS = {
@@ -26,32 +27,31 @@ JOBS = {
     "vit": "configs/vit_b16_imagenet.py --data.batch-size 256",
     "resnet": "configs/resnet50_imagenet.py --data.batch-size 256",
 }
-"""Name -> config and options; a batch is that of one device."""
+"""Name -> config and options, for one GPU."""
 STEPS, EVERY = 60, 10
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which jobs, on what, and where the record goes."""
+    """Which jobs, and where the record goes."""
 
     jobs: Positional[tuple[str, ...]] = ()
     """Names; none: all."""
-    on: str = "h100:1x1"
-    """What is here, as for `jaxmodels plan --on`; with one device."""
     out: Path | None = None
     """Folder for the record; benchmarks/results when not given."""
 
 
 def run(options: Options) -> None:
-    """Plan and train each by the commands that a user types, and record how far apart they are."""
-    for name in options.jobs:
-        if name not in JOBS:
-            raise UserError(f"got job {name!r}, expected one of {', '.join(JOBS)}{nearest(name, JOBS)}")
+    """Plan and train each by the commands that a user types; all jobs are recorded, a few printed only."""
+    record.check("job", options.jobs, JOBS)
     # a process that asks for its devices holds their memory, so a child does
-    asked = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    if subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip() == "cpu":
-        raise UserError(f"got no accelerator, expected {options.on} here, try python -m benchmarks published")
-    rows = [measure(name, options.on) for name in options.jobs or JOBS]
+    asked = [sys.executable, "-c", "import jax; print(*(each.device_kind for each in jax.devices()), sep='\\n')"]
+    kinds = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    row = hardware.of(kinds[-1])
+    if row is None or row.platform != "cuda" or len(kinds) > 1:
+        raise UserError(f"got {', '.join(kinds)}, expected one GPU that is described, try CUDA_VISIBLE_DEVICES=0")
+    on = f"{row.name}:1x1"
+    rows = [measure(name, on) for name in options.jobs or JOBS]
     errors = {what: [abs(row[f"{what}_error"]) for row in rows] for what in ("memory", "time")}
     notes = [f"largest error of {what}: {max(found):.1%}" for what, found in errors.items()]
     columns = {
@@ -59,8 +59,10 @@ def run(options: Options) -> None:
         "time_planned": "s a step planned", "time": "s measured", "time_percent": "error (aim 15 %)",
         "binds": "bound by", "command": "command",
     }  # fmt: skip
-    stem = f"plan_vs_measured_{options.on.partition(':')[0]}"
-    title = f"The plan against runs on {options.on}"
+    if options.jobs and options.out is None:
+        print(record.markdown(rows, columns))
+        return
+    stem, title = f"plan_vs_measured_{row.name}", f"The plan against runs on {on}"
     print(record.write(stem, title, rows, out=options.out, columns=columns, notes=notes).read_text())
 
 

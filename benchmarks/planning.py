@@ -16,13 +16,13 @@ from typing import Any
 from tyro.conf import Positional
 
 from benchmarks import record
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError
 
 CONFIG = "configs/llama3_8b_c4.py"
 SHAPES = {
     "8b": {},
-    "70b": {"layers": 80, "width": 8192, "heads": 64, "mlp_width": 28672},
-    "405b": {"layers": 126, "width": 16384, "heads": 128, "mlp_width": 53248},
+    "70b": {"layers": 80, "width": 8192, "heads": 64, "mlp-width": 28672},
+    "405b": {"layers": 126, "width": 16384, "heads": 128, "mlp-width": 53248},
 }
 """What of the config's 8B changes (Grattafiori et al. 2024, table 3)."""
 
@@ -42,8 +42,7 @@ class Job:
     def arguments(self) -> list[str]:
         """Of `jaxmodels`."""
         model = [word for name, value in SHAPES[self.shape].items() for word in (f"--model.{name}", str(value))]
-        words = ["plan", CONFIG, "--on", self.on, *model, "--data.batch-size", str(self.batch), *self.mesh]
-        return [word.replace("_", "-") if word.startswith("--") else word for word in words]
+        return ["plan", CONFIG, "--on", self.on, *model, "--data.batch-size", str(self.batch), *self.mesh]
 
 
 def tensor(size: int, data: int = 1) -> tuple[str, ...]:
@@ -73,9 +72,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Plan each by the command that a user types, with nothing cached, and record what it took."""
-    for name in options.jobs:
-        if name not in JOBS:
-            raise UserError(f"got job {name!r}, expected one of {', '.join(JOBS)}{nearest(name, JOBS)}")
+    record.check("job", options.jobs, JOBS)
     rows = [measure(name) for name in options.jobs or JOBS]
     columns = {
         "name": "job", "on": "hardware", "devices": "devices", "seconds": "seconds", "aim": "aim",

@@ -13,7 +13,6 @@ from tyro.conf import Positional
 
 from benchmarks import record
 from jaxmodels.config import AugmentConfig, Config, DataConfig, MeshConfig, OptimConfig, TaskConfig, TrainConfig
-from jaxmodels.errors import UserError, nearest
 from jaxmodels.models.functional import preset
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
@@ -232,9 +231,7 @@ class Options:
 def run(options: Options) -> None:
     """Compile each job for its hardware, predict, and compare; all rows are recorded, the rest printed only."""
     names = options.rows or tuple(ROWS)
-    for name in names:
-        if name not in ROWS:
-            raise UserError(f"got row {name!r}, expected one of {', '.join(ROWS)}{nearest(name, ROWS)}")
+    record.check("row", names, ROWS)
     found = [compare(name, ROWS[name]) for name in names]
     errors = [row["error"] for row in found if row["error"] is not None]
     unseen = [row["error"] for row in found if row["error"] is not None and not row["fitted"]]

@@ -17,7 +17,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from benchmarks import record
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError
 
 DATA = record.ROOT.parent / "shared" / "data" / "tfds"
 
@@ -91,9 +91,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Train and evaluate each, and write the record after each."""
-    for name in options.names:
-        if name not in RECIPES:
-            raise UserError(f"got recipe {name!r}, expected one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    record.check("recipe", options.names, RECIPES)
     with tempfile.TemporaryDirectory() as place:
         runs = (options.runs or Path(place)).resolve()
         rows = {row["name"]: row for row in recorded(options.out)}

@@ -10,12 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from jaxmodels.errors import UserError, nearest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +38,13 @@ def interleave(fns: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, l
             jax.block_until_ready(fn())
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def check(what: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raises UserError where one of the names is not known; says the nearest."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"got {what} {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
 
 
 def environment() -> dict[str, Any]:

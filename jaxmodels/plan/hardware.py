@@ -250,10 +250,13 @@ TABLE = (
 
 def peak(device: Any, dtype: str) -> float | None:
     """Peak FLOP/s of a device at a compute dtype; None where it is not in the table."""
-    for row in TABLE:
-        if device.device_kind.startswith(row.kinds):
-            return row.flops.get(dtype)
-    return None
+    row = of(device.device_kind)
+    return row and row.flops.get(dtype)
+
+
+def of(kind: str) -> Hardware | None:
+    """The row of a device by what JAX calls its kind; None where it is not in the table."""
+    return next((row for row in TABLE if kind.startswith(row.kinds)), None)
 
 
 def find(name: str) -> Hardware:
