@@ -19,7 +19,7 @@ How = tuple[float, int | None, float]
 def sample(
     model: Model,
     params: Any,
-    prompt: np.ndarray,
+    prompt: Any,
     tokens: int,
     *,
     temperature: float = 1.0,
@@ -27,39 +27,61 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     cached: bool = True,
-) -> np.ndarray:
+) -> np.ndarray | list[np.ndarray]:
     """Continue prompts by `tokens` tokens.
 
-    `temperature` 0 takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with
-    that much probability (Holtzman et al. 2020). `cached=False` computes all tokens anew for each one, with the
-    same result.
-    Shapes: prompt (B, P) integers, P ≥ 1; returns (B, P + tokens).
+    Prompts may differ in length: each then goes on as it would alone, and a list of arrays comes back. `temperature` 0
+    takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much
+    probability (Holtzman et al. 2020). `cached=False` computes all tokens anew for each one, with the same result.
+    Shapes: prompt (B, P) integers, P ≥ 1, or B sequences of integers; returns (B, P + tokens), or B arrays.
 
     Raises:
         UserError: an option out of range, or more tokens than the model takes.
     """
-    prompt = np.atleast_2d(np.asarray(prompt, np.int32))
-    length = prompt.shape[1] + tokens
-    if prompt.shape[1] < 1 or tokens < 1:
-        raise UserError(f"got a prompt of {prompt.shape[1]} tokens and {tokens} to add, expected at least 1 of each")
-    if model.longest is not None and length > model.longest:
-        raise UserError(
-            f"got a prompt of {prompt.shape[1]} tokens and {tokens} to add, expected at most the model's "
-            f"context of {model.longest} in all, try --tokens {max(model.longest - prompt.shape[1], 1)}"
-        )
+    rows = _rows(prompt)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    _check(model, lengths, tokens)
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise UserError(
             f"got temperature {temperature}, top_k {top_k}, top_p {top_p}, expected temperature >= 0, "
-            "top_k >= 1, 0 < top_p <= 1"
+            "top_k >= 1, 0 < top_p <= 1, try temperature 0.8, top_k 50, top_p 0.9"
         )
-    run = _cached if cached else _uncached
+    run, longest = _cached if cached else _uncached, int(lengths.max()) + tokens
     # lengths are rounded up, so that prompts of similar length share a compiled program
-    room = -(-length // 64) * 64 if model.longest is None else min(-(-length // 64) * 64, model.longest)
-    padded = np.zeros((prompt.shape[0], room), np.int32)
-    padded[:, : prompt.shape[1]] = prompt
-    numbers = (jnp.int32(prompt.shape[1]), jnp.int32(length))
+    room = -(-longest // 64) * 64 if model.longest is None else min(-(-longest // 64) * 64, model.longest)
+    padded = np.zeros((len(rows), room), np.int32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    numbers = (jnp.asarray(lengths), jnp.int32(longest))
     out = run(model, params, jnp.asarray(padded), *numbers, jax.random.key(seed), (temperature, top_k, top_p))
-    return np.asarray(out)[:, :length]
+    found = [row[: length + tokens] for row, length in zip(np.asarray(out), lengths, strict=True)]
+    return np.stack(found) if (lengths == lengths[0]).all() else found
+
+
+def _rows(prompt: Any) -> list[np.ndarray]:
+    """The prompts, each (P,)."""
+    if np.ndim(prompt[0] if len(prompt) else 0) == 0:
+        prompt = [prompt]
+    return [np.asarray(row, np.int32).reshape(-1) for row in prompt]
+
+
+def _check(model: Model, lengths: np.ndarray, tokens: int) -> None:
+    """Raises UserError where a prompt has no token, none is to be added, or the model does not take so many."""
+    if lengths.min() < 1 or tokens < 1:
+        raise UserError(
+            f"got a prompt of {lengths.min()} tokens and {tokens} to add, expected at least 1 of each, "
+            f"try {'--tokens 1' if lengths.min() else 'a prompt of a word'}"
+        )
+    longest = int(lengths.max())
+    if model.longest is not None and longest + tokens > model.longest:
+        room = model.longest - longest
+        hint = f"--tokens {room}" if room > 0 else f"a prompt of at most {model.longest - tokens} tokens"
+        if room <= 0 and tokens >= model.longest:
+            hint = f"a prompt of at most {model.longest - 1} tokens and --tokens 1"
+        raise UserError(
+            f"got a prompt of {longest} tokens and {tokens} to add, expected at most the model's "
+            f"context of {model.longest} in all, try {hint}"
+        )
 
 
 def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | None, top_p: float) -> jax.Array:
@@ -80,38 +102,41 @@ def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | N
     return jax.random.categorical(key, logits)
 
 
-def _put(tokens: jax.Array, at: Any, logits: jax.Array, key: jax.Array, how: How) -> jax.Array:
-    """Tokens with the one behind position `at` drawn from its logits (B, V)."""
+def _put(tokens: jax.Array, at: Any, logits: jax.Array, prompts: jax.Array, key: jax.Array, how: How) -> jax.Array:
+    """Tokens with the one behind position `at` drawn from its logits (B, V), but for rows whose prompt (B,) has it."""
     new = choose(logits, jax.random.fold_in(key, at), *how).astype(tokens.dtype)
+    own = jax.lax.dynamic_index_in_dim(tokens, at + 1, axis=1, keepdims=False)
+    new = jnp.where(at + 1 < prompts, own, new)
     return jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at + 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _cached(
-    model: Model, params: Any, tokens: jax.Array, prompt: Any, length: Any, key: jax.Array, how: How
+    model: Model, params: Any, tokens: jax.Array, prompts: jax.Array, length: Any, key: jax.Array, how: How
 ) -> jax.Array:
     B, room = tokens.shape
+    first = prompts.min()
 
     def body(carry: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, Any, jax.Array]:
         tokens, cache, at = carry
         logits, cache = model.apply(params, jax.lax.dynamic_slice(tokens, (0, at), (B, 1)), cache=cache)
-        return _put(tokens, at, logits[:, -1], key, how), cache, at + 1
+        return _put(tokens, at, logits[:, -1], prompts, key, how), cache, at + 1
 
-    # The whole row goes through at once. What lies behind the prompt is padding: it leaves a recurrent state as it is,
-    # and keys are overwritten before they are ever attended to.
-    real = jnp.broadcast_to(jnp.arange(room) < prompt, (B, room)).astype(jnp.int32)
+    # What all prompts have goes through at once, the rest of the longer ones token by token. What lies behind is
+    # padding here: it leaves a recurrent state as it is, and keys are overwritten before they are ever attended to.
+    real = jnp.broadcast_to(jnp.arange(room) < first, (B, room)).astype(jnp.int32)
     logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
-    last = jax.lax.dynamic_index_in_dim(logits, prompt - 1, axis=1, keepdims=False)
-    start = (_put(tokens, prompt - 1, last, key, how), {**cache, "length": prompt}, prompt)
+    last = jax.lax.dynamic_index_in_dim(logits, first - 1, axis=1, keepdims=False)
+    start = (_put(tokens, first - 1, last, prompts, key, how), {**cache, "length": first}, first)
     return jax.lax.while_loop(lambda carry: carry[2] + 1 < length, body, start)[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def _uncached(
-    model: Model, params: Any, tokens: jax.Array, prompt: Any, length: Any, key: jax.Array, how: How
+    model: Model, params: Any, tokens: jax.Array, prompts: jax.Array, length: Any, key: jax.Array, how: How
 ) -> jax.Array:
     def body(at: jax.Array, tokens: jax.Array) -> jax.Array:
         logits = jax.lax.dynamic_index_in_dim(model.apply(params, tokens), at, axis=1, keepdims=False)
-        return _put(tokens, at, logits, key, how)
+        return _put(tokens, at, logits, prompts, key, how)
 
-    return jax.lax.fori_loop(prompt - 1, length - 1, body, tokens)
+    return jax.lax.fori_loop(prompts.min() - 1, length - 1, body, tokens)

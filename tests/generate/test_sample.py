@@ -13,11 +13,13 @@ from jaxmodels.generate import sample as public
 from jaxmodels.generate.sample import choose, sample
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.lstm import LSTMConfig
 
 V = 23
 CONFIGS = {
     "gpt2": GPT2Config(layers=2, width=16, heads=2, vocab_size=V, context=24),
     "llama": LlamaConfig(layers=2, width=16, heads=4, kv_heads=2, mlp_width=24, vocab_size=V),
+    "lstm": LSTMConfig(layers=2, width=16, hidden=16, vocab_size=V, dropout=0.0),
 }
 
 
@@ -85,6 +87,25 @@ def test_the_likeliest_alone_is_greedy():
     np.testing.assert_array_equal(sample(model, params, prompt(3), 14, temperature=1.0, top_k=1, seed=5), greedy)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "lstm"])
+def test_prompts_of_different_lengths_go_on_as_each_does_alone(name):
+    model, params = load(name)
+    prompts = [prompt(length, 1)[0] for length in (5, 1, 9)]
+    for cached in (True, False):
+        together = sample(model, params, prompts, 12, temperature=0, cached=cached)
+        assert isinstance(together, list) and [len(row) for row in together] == [17, 13, 21]
+        for row, own in zip(together, prompts, strict=True):
+            np.testing.assert_array_equal(row, sample(model, params, own, 12, temperature=0)[0])
+
+
+def test_prompts_of_one_length_may_be_a_list_and_give_an_array():
+    model, params = load("gpt2")
+    given = prompt(4)
+    np.testing.assert_array_equal(
+        sample(model, params, [*given], 5, temperature=0), sample(model, params, given, 5, temperature=0)
+    )
+
+
 @functools.cache
 def drawn(shares, **options):
     """How often each token is chosen from these shares, out of 4000."""
@@ -131,7 +152,15 @@ def test_tokens_are_drawn_from_the_right_set_by_their_shares(options, kept):
     ("length", "tokens", "options", "message"),
     [
         (20, 5, {}, "20 tokens and 5 to add, expected at most the model's context of 24 in all, try --tokens 4"),
-        (3, 0, {}, "expected at least 1 of each"),
+        (3, 0, {}, "3 tokens and 0 to add, expected at least 1 of each, try --tokens 1"),
+        (
+            24,
+            1,
+            {},
+            "24 tokens and 1 to add, expected at most the model's context of 24 in all, "
+            "try a prompt of at most 23 tokens",
+        ),
+        (30, 50, {}, "try a prompt of at most 23 tokens and --tokens 1"),
         (0, 3, {}, "expected at least 1 of each"),
         (3, 3, {"temperature": -1.0}, "temperature -1.0"),
         (3, 3, {"top_k": 0}, "top_k 0"),
