@@ -193,11 +193,11 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up; wsd: constant, then linear decay over the last `decay_fraction` of the steps."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0: the first has 1 / warmup_steps of the peak, the last of them the peak."""
     final_lr_fraction: float = 0.1
-    """Learning rate at the last step as a share of the peak (cosine, linear, wsd)."""
+    """Learning rate of the last step as a share of the peak (cosine, linear, wsd)."""
     decay_fraction: float = 0.2
-    """Share of the steps that wsd decays over."""
+    """Share of the steps, the last ones, that wsd decays over."""
     b1: float = 0.9
     """First-moment decay (momentum's and Muon's too)."""
     b2: float = 0.95

@@ -76,7 +76,11 @@ class Arithmetic:
         self.axes = self.task.axes()
         optimizers = {
             loss.name: optim.build(
-                cfg.optim, cfg.train.steps, self.axes[loss.trains], self.task.networks[loss.trains].shapes()
+                cfg.optim,
+                cfg.train.steps,
+                self.axes[loss.trains],
+                self.task.networks[loss.trains].shapes(),
+                loss.updates,
             )
             for loss in self.task.losses
         }

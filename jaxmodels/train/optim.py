@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +19,37 @@ from jaxmodels.errors import UserError
 
 _BEFORE = ("embed", "patches", "positions", "relative", "types", "class_token")
 """How the names of parameters begin that come before a stack of layers."""
+_STACKED = ("layers", "expert", "gates")
+"""Logical axes along which parameters of their own lie."""
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then the configured shape up to the last step.
+    """Learning rate of each step, counted from 0: linear warm-up, then the configured shape.
 
+    Step k of W steps of warm-up has (k + 1) / W of the peak: the line begins at 0 one step before the run, so that no
+    step is without effect. The first step after the warm-up has the peak, the last one of the run
+    `final_lr_fraction` of it; the only step of a run of one has the peak.
     Source: wsd is MiniCPM's warmup-stable-decay (Hu et al. 2024).
     """
-    warmup = cfg.warmup_steps
-    rest, peak, final = max(steps - warmup, 1), cfg.peak_lr, cfg.peak_lr * cfg.final_lr_fraction
-    if cfg.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest, cfg.final_lr_fraction)
-    elif cfg.schedule == "linear":
-        after = optax.linear_schedule(peak, final, rest)
-    elif cfg.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        decay = max(int(steps * cfg.decay_fraction), 1)
-        after = optax.linear_schedule(peak, final, decay, transition_begin=max(rest - decay, 0))
-    # the first step already moves: its rate is peak / warmup, not 0
-    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+    warmup, last, final = cfg.warmup_steps, steps - 1, cfg.final_lr_fraction
+    begin = warmup  # of the decay: the last step at the peak
+    if cfg.schedule == "wsd":
+        begin = max(last - round(steps * cfg.decay_fraction), warmup)
+
+    def rate(step: Any) -> Any:
+        at = jnp.asarray(step, jnp.float32)
+        if last > begin:
+            done = jnp.clip((at - begin) / (last - begin), 0.0, 1.0)
+        else:  # no step is left to come down over
+            done = (at >= last) * jnp.float32(last == begin > 0)
+        share = jnp.minimum((at + 1) / warmup, 1.0) if warmup else jnp.float32(1)
+        if cfg.schedule == "cosine":
+            share *= final + (1 - final) * 0.5 * (1 + jnp.cos(math.pi * done))
+        elif cfg.schedule != "constant":
+            share *= 1 - (1 - final) * done
+        return cfg.peak_lr * share
+
+    return rate
 
 
 def kinds(axes: Any) -> Any:
@@ -55,13 +66,16 @@ def kinds(axes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(kind, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def matrices(axes: Any) -> Any:
-    """For Muon: which dimensions of each matrix are inputs and which outputs; stacked layers, experts are a batch."""
+def matrices(axes: Any, *kind_names: str) -> Any:
+    """Which dimensions of each parameter of these kinds are its matrix's inputs and which its outputs; None elsewhere.
+
+    Stacked layers, experts and gates are a batch of matrices; heads and their width are one dimension of a matrix.
+    """
 
     def dims(kind: str, names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers | None:
-        if kind != "matrix":
+        if kind not in kind_names:
             return None
-        used = [i for i, name in enumerate(names) if name not in ("layers", "expert", "gates")]
+        used = [i for i, name in enumerate(names) if name not in _STACKED]
         outputs = used[-2:] if names[-1] == "head_dim" else used[-1:]
         return contrib.MuonDimensionNumbers(tuple(i for i in used if i not in outputs), tuple(outputs))
 
@@ -75,7 +89,7 @@ def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
     the stack of layers (head, norm, pooler, …), all of them for embeddings before it.
 
     Raises:
-        UserError: a pattern of no parameter, or a layer decay for a model without a stack of layers.
+        UserError: a layer decay for a model without a stack of layers.
     """
     leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): axis for path, axis in leaves}
@@ -90,13 +104,6 @@ def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
             f"got optim.layer_decay {cfg.layer_decay} for a model without a stack of layers, expected 1, "
             "try --optim.layer-decay 1"
         )
-    for pattern in cfg.freeze:
-        if not any(frozen((pattern,), name, (*shape, 1)[0]).any() for name, shape in zip(names, sizes, strict=True)):
-            tops = list(dict.fromkeys(name.partition("/")[0] for name in names))
-            raise UserError(
-                f"got optim.freeze {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
-                f"try --optim.freeze '{tops[0]}/*'"
-            )
 
     def above(name: str) -> int:
         # of its own tower, or of the deepest one that it feeds
@@ -120,6 +127,31 @@ def factors(cfg: OptimConfig, shapes: Any, axes: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
+def check_freeze(patterns: Sequence[str], networks: Mapping[str, Any]) -> None:
+    """Refuse patterns that hold nothing, and those that leave nothing to train, of all networks' shapes together.
+
+    Raises:
+        UserError: there are such.
+    """
+    held: dict[str, np.ndarray] = {}
+    for network, tree in networks.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            held[f"{network}/{name}"] = np.stack([frozen([p], name, (*leaf.shape, 1)[0]) for p in patterns])
+    for index, pattern in enumerate(patterns):
+        if not any(each[index].any() for each in held.values()):
+            tops = list(dict.fromkeys(name.split("/")[1] for name in held))
+            raise UserError(
+                f"got optim.freeze {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
+                f"try --optim.freeze '{tops[0]}/*'"
+            )
+    if all(each.any(0).all() for each in held.values()):
+        raise UserError(
+            f"got optim.freeze {' '.join(map(repr, patterns))}, which is every parameter, expected some left to train, "
+            "try without it"
+        )
+
+
 def frozen(patterns: Sequence[str], name: str, layers: int) -> np.ndarray:
     """Which layers of a stack (or the one parameter) patterns such as embed/* and layers[:6]/* hold, bool (layers,)."""
     hold = np.zeros(layers, bool)
@@ -132,10 +164,93 @@ def frozen(patterns: Sequence[str], name: str, layers: int) -> np.ndarray:
     return hold
 
 
-def build(cfg: OptimConfig, steps: int, axes: Any, shapes: Any = None) -> optax.GradientTransformation:
+FACTORED = 128
+"""Adafactor keeps a matrix's second moments whole where it has fewer rows or columns: little would be saved."""
+
+
+class Factored(NamedTuple):
+    """Adafactor's state; of each parameter either rows and columns or the whole, None for the other."""
+
+    count: jax.Array
+    rows: Any
+    """Mean squares of each row of a matrix, over its columns."""
+    columns: Any
+    whole: Any
+
+
+def scale_by_adafactor(axes: Any) -> optax.GradientTransformation:
+    """Updates divided by the root of a factored second moment, each then clipped to a root mean square of 1.
+
+    Optax's `scale_by_factored_rms` factors the two largest dimensions, which are no matrix where a projection has
+    heads or layers are stacked: then it keeps all of 64-wide heads, or joins layers. Here the logical axes say what is
+    a row and what a column.
+    Source: Shazeer & Stern 2018, algorithm 4 and equation 6, with the decay of section 7.2 (1 - t^-0.8).
+    """
+
+    dimensions = matrices(axes, "matrix", "embedding")
+
+    def factors(dims: contrib.MuonDimensionNumbers | None, shape: tuple[int, ...]) -> Any:
+        """Dimensions of rows and of columns of what is factored, else None."""
+        if dims is None:
+            return None
+        sides: Any = (dims.reduction_axis, dims.output_axis)
+        return sides if all(math.prod(shape[i] for i in side) >= FACTORED for side in sides) else None
+
+    def each(function: Any, *trees: Any) -> list[Any]:
+        """`function(dimensions, names, leaf, …)` of each parameter; None is a leaf."""
+        leaf = lambda x: x is None or isinstance(x, tuple)  # noqa: E731
+        found = [jax.tree.leaves(tree, is_leaf=leaf) for tree in (dimensions, axes, *trees)]
+        return [function(*leaves) for leaves in zip(*found, strict=True)]
+
+    def init(params: Any) -> Factored:
+        def one(dims: Any, names: Any, x: jax.Array) -> tuple[Any, Any, Any]:
+            sides = factors(dims, x.shape)
+            if sides is None:
+                return None, None, jnp.zeros_like(x)
+            rows, columns = sides
+            row, column = (tuple(1 if i in over else n for i, n in enumerate(x.shape)) for over in (columns, rows))
+            return jnp.zeros(row, x.dtype), jnp.zeros(column, x.dtype), None
+
+        kept = zip(*each(one, params), strict=True)
+        tree = jax.tree.structure(params)
+        return Factored(jnp.zeros((), jnp.int32), *(jax.tree.unflatten(tree, leaves) for leaves in kept))
+
+    def update(updates: Any, state: Factored, params: Any = None) -> tuple[Any, Factored]:
+        decay = 1 - (state.count.astype(jnp.float32) + 1) ** -0.8
+
+        def one(dims: Any, names: Any, g: jax.Array, row: Any, column: Any, whole: Any) -> tuple[Any, ...]:
+            square = jnp.square(g) + 1e-30
+            mix = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)  # noqa: E731
+            sides = factors(dims, g.shape)
+            if sides is None:
+                whole = mix(whole, square)
+                scaled = g * jax.lax.rsqrt(whole)
+            else:
+                rows, columns = sides
+                row, column = (
+                    mix(row, square.mean(columns, keepdims=True)),
+                    mix(column, square.mean(rows, keepdims=True)),
+                )
+                scaled = g * jax.lax.rsqrt(row / row.mean(rows, keepdims=True)) * jax.lax.rsqrt(column)
+            inner = tuple(i for i, name in enumerate(names) if name not in _STACKED)
+            size = jnp.sqrt(jnp.square(scaled).mean(inner, keepdims=True))
+            return (scaled / jnp.maximum(size, 1.0)).astype(g.dtype), row, column, whole
+
+        new = zip(*each(one, updates, state.rows, state.columns, state.whole), strict=True)
+        tree = jax.tree.structure(updates)
+        scaled, *moments = (jax.tree.unflatten(tree, leaves) for leaves in new)
+        return scaled, Factored(optax.safe_increment(state.count), *moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def build(
+    cfg: OptimConfig, steps: int, axes: Any, shapes: Any = None, updates: int = 1
+) -> optax.GradientTransformation:
     """Clip, update rule, decoupled weight decay by kind of parameter, learning rate; for params with these axes.
 
     `shapes` are the params' as `jax.ShapeDtypeStruct`s, of use where layers are frozen or learn at rates of their own.
+    `updates`: those of a step, which all have the step's learning rate.
 
     Source: Muon as Jordan et al. 2024 for matrices, with Adam for all else, its updates scaled to Adam's size
     (Liu et al. 2025); Adafactor as Shazeer & Stern 2018 without momentum.
@@ -145,11 +260,11 @@ def build(cfg: OptimConfig, steps: int, axes: Any, shapes: Any = None) -> optax.
     elif cfg.name == "momentum":
         rule = optax.trace(cfg.b1)
     elif cfg.name == "rmsprop":
-        rule = optax.scale_by_rms(cfg.b2, cfg.eps)
+        rule = optax.scale_by_rms(cfg.b2, cfg.eps, eps_in_sqrt=False)
     elif cfg.name == "lion":
         rule = optax.scale_by_lion(cfg.b1, cfg.b2)
     elif cfg.name == "adafactor":
-        rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        rule = scale_by_adafactor(axes)
     elif cfg.name == "muon":
         muon = contrib.muon(
             1.0,
@@ -158,19 +273,20 @@ def build(cfg: OptimConfig, steps: int, axes: Any, shapes: Any = None) -> optax.
             adam_b1=cfg.b1,
             adam_b2=cfg.b2,
             consistent_rms=0.2,
-            muon_weight_dimension_numbers=matrices(axes),
+            muon_weight_dimension_numbers=matrices(axes, "matrix"),
         )
         rule = optax.chain(muon, optax.scale(-1.0))
     else:
         rule = optax.identity()
     mask = jax.tree.map(lambda kind: kind in cfg.decay_on, kinds(axes))
+    rate = schedule(cfg, steps)
     # Adam without the W: no decay, whatever the weight_decay of the config says
     decay = 0.0 if cfg.name == "adam" else cfg.weight_decay
     parts = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         rule,
         optax.add_decayed_weights(decay, mask) if decay else optax.identity(),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
+        optax.scale_by_learning_rate(lambda count: rate(count // updates)),
     ]
     scales = None if shapes is None else factors(cfg, shapes, axes)
     if scales is None:

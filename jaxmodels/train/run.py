@@ -108,11 +108,15 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, St
     """Optimizers of a task, and the state that they and its networks make on a mesh, from shapes alone.
 
     Raises:
-        UserError: a parameter does not divide by the mesh.
+        UserError: a parameter does not divide by the mesh, or `optim.freeze` holds none of them or all.
     """
     axes = task.axes()  # before any mesh is ambient
+    if cfg.optim.freeze:
+        optim.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
     optimizers = {
-        loss.name: optim.build(cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes())
+        loss.name: optim.build(
+            cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
+        )
         for loss in task.losses
     }
     return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)

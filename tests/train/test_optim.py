@@ -25,34 +25,61 @@ def params(model):
     return model.init(jax.random.key(0))
 
 
-def test_cosine_rises_to_the_peak_and_ends_at_its_share():
-    rate = optim.schedule(OptimConfig(peak_lr=1.0, warmup_steps=10, final_lr_fraction=0.1), 110)
-    assert [float(rate(s)) for s in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert float(rate(60)) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert float(rate(110)) == pytest.approx(0.1)
+LINE, COSINE = [1.0, 0.775, 0.55, 0.325, 0.1], [1.0, 0.868198, 0.55, 0.231802, 0.1]
+RATES = {
+    # schedule, steps of warm-up: the rate of each of five steps (of seven with a warm-up of two)
+    ("linear", 0): LINE,
+    ("cosine", 0): COSINE,
+    ("wsd", 0): [1.0, 1.0, 1.0, 0.55, 0.1],  # the last two of five come down
+    ("constant", 0): [1.0] * 5,
+    ("linear", 2): [0.5, 1.0, *LINE],
+    ("cosine", 2): [0.5, 1.0, *COSINE],
+    ("wsd", 2): [0.5, 1.0, 1.0, 1.0, 0.7, 0.4, 0.1],
+    ("constant", 2): [0.5, *[1.0] * 6],
+}
 
 
-@pytest.mark.parametrize(
-    ("shape", "values"),
-    [
-        ("linear", {10: 1.0, 60: 0.55, 110: 0.1}),
-        ("constant", {10: 1.0, 110: 1.0}),
-        ("wsd", {10: 1.0, 87: 1.0, 99: 0.55, 110: 0.1}),
-    ],
-)
-def test_the_other_schedules(shape, values):
-    rate = optim.schedule(OptimConfig(peak_lr=1.0, warmup_steps=10, schedule=shape), 110)
-    for step, value in values.items():
-        assert float(rate(step)) == pytest.approx(value, abs=1e-6), step
+@pytest.mark.parametrize(("shape", "warmup"), RATES)
+def test_each_schedule_begins_and_ends_where_it_should(shape, warmup):
+    """The first step moves, the peak is reached with the last step of warm-up, the last step has its share."""
+    cfg = OptimConfig(peak_lr=2.0, schedule=shape, warmup_steps=warmup, decay_fraction=0.4, final_lr_fraction=0.1)
+    wanted = RATES[shape, warmup]
+    rate = optim.schedule(cfg, len(wanted))
+    assert [float(rate(step)) / 2 for step in range(len(wanted))] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_without_warm_up_the_first_step_has_the_peak():
-    assert float(optim.schedule(OptimConfig(peak_lr=0.5), 100)(0)) == pytest.approx(0.5)
+@pytest.mark.parametrize("shape", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1000, 0), (1000, 100), (7, 6), (2, 0), (2, 1)])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_the_last_step_has_the_final_share_whatever_the_length(shape, steps, warmup, final):
+    cfg = OptimConfig(peak_lr=1.0, schedule=shape, warmup_steps=warmup, final_lr_fraction=final)
+    rates = [float(optim.schedule(cfg, steps)(step)) for step in range(steps)]
+    assert rates[-1] == pytest.approx(final, abs=1e-7) and max(rates) == pytest.approx(1)
+    assert rates[0] == pytest.approx(1 / warmup if warmup else 1)
+    top = rates.index(max(rates))
+    assert rates[top:] == sorted(rates[top:], reverse=True) and rates[:top] == sorted(rates[:top])
+
+
+def test_the_only_step_of_a_run_has_the_peak():
+    for shape in ("linear", "cosine", "wsd", "constant"):
+        assert float(optim.schedule(OptimConfig(peak_lr=0.5, schedule=shape), 1)(0)) == pytest.approx(0.5)
 
 
 def test_a_run_may_end_within_its_warm_up():
     rate = optim.schedule(OptimConfig(peak_lr=1.0, warmup_steps=50), 40)
     assert [float(rate(s)) for s in (0, 24, 39)] == pytest.approx([0.02, 0.5, 0.8])
+
+
+def test_all_updates_of_a_step_have_the_step_s_rate(model, params):
+    """A critic with three updates a step comes down with the generator, not three times as fast."""
+    cfg = OptimConfig(name="sgd", peak_lr=1.0, schedule="linear", weight_decay=0.0, clip_norm=None)
+    tx = optim.build(cfg, 5, model.axes(), updates=3)
+    ones, opt_state, seen = jax.tree.map(jnp.ones_like, params), tx.init(params), []
+    update = jax.jit(tx.update)
+    for _ in range(15):
+        updates, opt_state = update(ones, opt_state, params)
+        seen.append(-float(updates["norm"]["bias"][0]))
+    assert seen == pytest.approx(np.repeat(LINE, 3), rel=1e-5)
 
 
 def test_kinds_come_from_names_and_axes(model):
@@ -102,6 +129,77 @@ def test_adamw_is_the_published_rule(model, params):
     np.testing.assert_allclose(
         updates["layers"]["mlp"]["up"]["w"], -0.1 * (g / (np.abs(g) + 1e-6) + 0.3 * p), rtol=1e-4, atol=1e-7
     )
+
+
+def reference(name, grads, cfg):
+    """Where a parameter that starts at 0 is after updates along these gradients, in double precision, as published."""
+    p = m = v = 0.0
+    for t, g in enumerate(grads.astype(np.float64), 1):
+        if name in ("adam", "adamw"):
+            m, v = cfg.b1 * m + (1 - cfg.b1) * g, cfg.b2 * v + (1 - cfg.b2) * g**2
+            p -= cfg.peak_lr * (m / (1 - cfg.b1**t)) / (np.sqrt(v / (1 - cfg.b2**t)) + cfg.eps)
+        elif name == "rmsprop":
+            v = cfg.b2 * v + (1 - cfg.b2) * g**2
+            p -= cfg.peak_lr * g / (np.sqrt(v) + cfg.eps)
+        elif name == "momentum":
+            m = cfg.b1 * m + g
+            p -= cfg.peak_lr * m
+        elif name == "lion":
+            p -= cfg.peak_lr * np.sign(cfg.b1 * m + (1 - cfg.b1) * g)
+            m = cfg.b2 * m + (1 - cfg.b2) * g
+        else:
+            p -= cfg.peak_lr * g
+    return p
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "momentum", "lion", "sgd"])
+def test_ten_updates_are_those_of_the_published_rule(name):
+    """With an epsilon as large as the gradients, so that it matters where it stands."""
+    cfg = OptimConfig(
+        name=name, peak_lr=0.1, b1=0.8, b2=0.9, eps=0.01, weight_decay=0.0, clip_norm=None, schedule="constant"
+    )
+    tx = optim.build(cfg, 10, {"w": ("embed", "mlp")})
+    grads = (0.01 * np.random.default_rng(0).normal(size=(10, 4, 3))).astype(np.float32)
+    params = {"w": jnp.zeros((4, 3))}
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    for g in grads:
+        updates, opt_state = update({"w": g}, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], reference(name, grads, cfg), rtol=2e-5, atol=1e-7)
+
+
+def test_adafactor_is_optax_s_of_each_layer_s_matrix_by_itself():
+    axes = {"q": {"w": ("layers", "embed", "heads", "head_dim")}, "o": {"w": ("heads", "head_dim", "embed")},
+            "norm": {"scale": ("layers", "embed")}}  # fmt: skip
+    shapes = {"q": {"w": (2, 128, 4, 64)}, "o": {"w": (4, 64, 128)}, "norm": {"scale": (2, 8)}}
+    params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    def apart(tree):
+        """Each matrix or vector by itself."""
+        q, o, norm = tree["q"]["w"], tree["o"]["w"], tree["norm"]["scale"]
+        return [q[0].reshape(128, 256), q[1].reshape(128, 256), o.reshape(256, 128), norm[0], norm[1]]
+
+    own = optim.scale_by_adafactor(axes)
+    other = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    mine, theirs = own.init(params), other.init(apart(params))
+    for key in jax.random.split(jax.random.key(0), 3):
+        grads = jax.tree.map(lambda p, key=key: jax.random.normal(jax.random.fold_in(key, p.size), p.shape), params)
+        grads["norm"]["scale"] *= jnp.array([[1.0], [100.0]])
+        updates, mine = own.update(grads, mine, params)
+        expected, theirs = other.update(apart(grads), theirs, apart(params))
+        for a, b in zip(apart(updates), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_keeps_rows_and_columns_of_64_wide_heads_and_of_embeddings():
+    """Less than a fiftieth of the parameters' bytes, where Adam keeps twice of them."""
+    model = create("gpt2", layers=2, width=256, heads=4, vocab_size=1024, context=256, attention="xla")
+    shapes = model.shapes()
+    opt_state = jax.eval_shape(optim.build(OptimConfig(name="adafactor"), 1, model.axes()).init, shapes)
+    kept, whole = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (opt_state, shapes))
+    assert kept < whole / 50
+    rows, columns = (optax.tree.get(opt_state, name)["layers"]["attn"]["q"]["w"] for name in ("rows", "columns"))
+    assert rows.shape == (2, 256, 1, 1) and columns.shape == (2, 1, 4, 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,11 +292,19 @@ def test_what_is_frozen_has_no_part_in_the_norm_that_is_clipped(model, params):
     assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{"freeze": ("layer/*",)}, {"freeze": ("embed/*", "head[:2]/*")}])
-def test_a_pattern_of_nothing_is_refused_by_name(model, fields):
-    wrong = fields["freeze"][-1].replace("[", r"\[").replace("*", r"\*")
-    with pytest.raises(UserError, match=f"got optim.freeze '{wrong}', which is no parameter, expected some of embed"):
-        optim.build(OptimConfig(**fields), 1, model.axes(), model.shapes())
+@pytest.mark.parametrize("patterns", [("layer/*",), ("embed/*", "head[:2]/*"), ("embed/*", "layers[2:]/*")])
+def test_a_pattern_of_nothing_is_refused_by_name(model, patterns):
+    with pytest.raises(UserError, match=r"which is no parameter, expected some of embed") as caught:
+        optim.check_freeze(patterns, {"model": model.shapes()})
+    assert f"got optim.freeze {patterns[-1]!r}" in str(caught.value)
+
+
+def test_a_pattern_may_hold_one_of_two_networks_but_not_all_of_both():
+    networks = {name: create(config).shapes() for name, (_, config) in ZOO.items() if name.startswith("dcgan")}
+    assert len(networks) == 2
+    optim.check_freeze(("head/*",), networks)
+    with pytest.raises(UserError, match="which is every parameter, expected some left to train"):
+        optim.check_freeze(("head/*", "*"), networks)
 
 
 def test_each_layer_moves_less_than_the_one_above_and_embeddings_least(model, params):
