@@ -3,6 +3,7 @@
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
 from jaxmodels.models.functional import Model, create, list_models
+from jaxmodels.train import load_run
 
 __version__ = "0.1.0"
-__all__ = ["Model", "UserError", "create", "list_models", "load_pretrained"]
+__all__ = ["Model", "UserError", "create", "list_models", "load_pretrained", "load_run"]

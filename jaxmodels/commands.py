@@ -16,7 +16,7 @@ from jaxmodels import data, hf
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.models.functional import create, list_models
-from jaxmodels.options import RunOptions, TuneOptions
+from jaxmodels.options import OWN_DATA, EvalData, RunOptions, TuneOptions
 from jaxmodels.parallel import distributed
 
 SAVED = 75
@@ -59,7 +59,9 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
     more = f"jaxmodels eval {run}"
     if experiment.cfg.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
         params, prompt = averaged(result.state)["model"], "def " if experiment.cfg.data.source == "stdlib" else "\n"
-        text = continued(experiment.task.networks["model"], params, tokenizer, prompt, 400, temperature=0.6, seed=1)
+        model = experiment.task.networks["model"]
+        room = 400 if model.longest is None else min(400, model.longest - len(tokenizer.encode(prompt)))
+        text = continued(model, params, tokenizer, prompt, room, temperature=0.6, seed=1)
         print("\na sample:\n" + "\n".join("  | " + line for line in text.splitlines()))
         more = f"jaxmodels sample {run} --temperature 0.5 --tokens 200"
     print(f"""
@@ -72,14 +74,10 @@ try next:
 
 
 def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, tokens: int, **how: Any) -> str:
-    """A prompt and its continuation as text, no longer than the model takes."""
+    """A prompt and its continuation as text."""
     from jaxmodels.generate import sample as draw
 
-    ids = tokenizer.encode(prompt)
-    if not len(ids):
-        raise UserError(f"got prompt {prompt!r}, expected at least one token, try --prompt 'def '")
-    room = tokens if model.longest is None else max(min(tokens, model.longest - len(ids)), 1)
-    return tokenizer.decode(draw(model, params, ids, room, **how)[0])
+    return tokenizer.decode(draw(model, params, tokenizer.encode(prompt), tokens, **how)[0])
 
 
 def tune(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> None:
@@ -115,33 +113,44 @@ def evaluate(
     json: Path | None = None,
     data_dir: str | None = None,
     classifier: Path | None = None,
-    beams: int = 4,
+    beams: int | None = None,
+    data: EvalData = OWN_DATA,
 ) -> None:
-    """Metrics of a run on held-out data; of a translator BLEU too.
+    """Metrics of a run on held-out data, its own or others; of a translator BLEU too.
 
     Args:
         run: run directory.
-        split: another split of a TFDS set than the run's own.
+        split: another split of a set than the run's own (tfds, huggingface).
         best: the best checkpoint instead of the newest.
         json: write the metrics to this file too.
         data_dir: another TFDS data directory than the run's own.
         classifier: a run of a classifier that judges 1,000 images which a generative model makes.
-        beams: width of the search for translations; 1: the likeliest token each time.
+        beams: width of the search for translations, 4 when not given; 1: the likeliest token each time.
+        data: what it is evaluated on, where not on the run's own data.
     """
+    from jaxmodels.train import judge, saved
     from jaxmodels.train import run as runs
-    from jaxmodels.train import saved
 
     runs.compilation_cache()
-    opened = saved.open_run(Path(run), split, best, data_dir)
+    if json is not None and not json.absolute().parent.is_dir():  # before any work
+        raise UserError(f"got --json {json}, whose folder does not exist, expected one that does, try {json.name}")
+    given = data.given() | {
+        name: value for name, value in (("eval_split", split), ("dir", data_dir)) if value is not None
+    }
+    opened = saved.open_run(run, best=best, given=given)
+    translates = opened.config.task.name == "seq2seq" and opened.config.data.source != "synthetic"
+    if beams is not None and not translates:
+        raise UserError(f"got --beams {beams} for a run of task {opened.config.task.name}, try it without")
+    judged = judge.judged(opened, classifier) if classifier is not None else {}
     found = opened.measure()
-    if opened.experiment.cfg.task.name == "seq2seq" and opened.experiment.cfg.data.source != "synthetic":
-        found |= saved.translated(opened, beams)
-    if classifier is not None:
-        found |= saved.judged(opened, classifier)
-    print(f"{run}, step {opened.step}, on {opened.experiment.eval_data.describe()}")
+    if translates:
+        found |= judge.translated(opened, 4 if beams is None else beams)
+    found |= judged
+    print(f"{run}, step {opened.step}, on {opened.source.describe()}")
     print(table(found))
     if json is not None:
-        json.write_text(dumps({"run": run, "step": opened.step, **found}, indent=2) + "\n")
+        facts = {"run": run, "step": opened.step, "data": opened.source.describe()}
+        json.write_text(dumps({**facts, **found}, indent=2) + "\n")
 
 
 def table(found: dict[str, float]) -> str:
@@ -176,55 +185,61 @@ def table(found: dict[str, float]) -> str:
 def sample(
     run: str,
     /,
-    prompt: str = "\n",
-    tokens: int = 200,
-    temperature: float = 0.8,
+    prompt: str | None = None,
+    tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
-    top_p: float = 1.0,
-    seed: int = 0,
+    top_p: float | None = None,
+    seed: int | None = None,
     best: bool = False,
 ) -> None:
     """Text from a run: the prompt goes on, or is translated (the likeliest translation that a beam of 4 finds).
 
     Args:
         run: run directory.
-        prompt: what the text begins with, or what is translated.
-        tokens: how many tokens to add.
-        temperature: 0 takes the likeliest token each time; higher is more varied.
+        prompt: what the text begins with, a line end when not given; or what is translated.
+        tokens: how many tokens to add; 200, or as many as the model's context has room for, when not given.
+        temperature: 0 takes the likeliest token each time; higher is more varied; 0.8 when not given.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the likeliest tokens that together have this probability.
-        seed: the same seed gives the same text.
+        seed: the same seed gives the same text; 0 when not given.
         best: the best checkpoint instead of the newest.
     """
-    from jaxmodels.train.checkpoint import Checkpointer
+    from jaxmodels.train import load_run
     from jaxmodels.train.run import compilation_cache
 
     compilation_cache()
+    options = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
     cfg, _ = configs.read(run)
     if cfg.task.name not in ("causal_lm", "seq2seq"):
-        raise UserError(f"got a run of task {cfg.task.name}, expected causal_lm or seq2seq, try jaxmodels eval {run}")
-    kind = "params" if cfg.train.ema is None else "ema"
-    params, _, _ = Checkpointer(Path(run) / "checkpoints").restore_params("best" if best else None, subtree=kind)
-    params = jax.tree.map(np.asarray, params["model"])
-    tokenizer = data.load_tokenizer(Path(run))
+        instead = {"gan": "report", "vae": "report"}.get(cfg.task.name, "predict")
+        files = " FILE" if instead == "predict" else ""
+        raise UserError(
+            f"got a run of task {cfg.task.name}, expected causal_lm or seq2seq, try jaxmodels {instead} {run}{files}"
+        )
+    if cfg.task.name == "seq2seq":
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise UserError(f"got --{flag} for a translator, expected a --prompt alone, try it without --{flag}")
+        if not prompt:
+            raise UserError(f"got no prompt, expected a text to translate, try jaxmodels sample {run} --prompt TEXT")
+    opened = load_run(run, best=best)
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        raise UserError(f"got {run} without a tokenizer, expected a run that was trained on texts, try another run")
+    model, params = opened.model, opened.params["model"]
     if cfg.task.name == "seq2seq":
         from jaxmodels.generate import translate_texts
 
-        print(translate_texts(create(cfg.model), params, tokenizer, [prompt])[0])
+        assert prompt is not None
+        print(translate_texts(model, params, tokenizer, [prompt])[0])
         return
-    print(
-        continued(
-            create(cfg.model),
-            params,
-            tokenizer,
-            prompt,
-            tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
-    )
+    prompt = "\n" if prompt is None else prompt
+    if tokens is None:
+        room = 200 if model.longest is None else model.longest - len(tokenizer.encode(prompt))
+        given["tokens"] = max(min(200, room), 1)
+    print(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
 
 
 def models(name: str | None = None, /) -> None:

@@ -81,6 +81,40 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class EvalData:
+    """What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."""
+
+    source: Literal["table", "images", "text", "tokens", "tfds", "huggingface"] | None = None
+    """Another kind of data than the run's, as in training."""
+    path: tuple[str, ...] = ()
+    """Files, globs or a folder, all of which is evaluated on (table, images, text, tokens)."""
+    dir: str | None = None
+    """TFDS data directory."""
+    name: str | None = None
+    """Name of the set (tfds, huggingface)."""
+    eval_split: str | None = None
+    """Split of the set (tfds, huggingface)."""
+    input_field: str | None = None
+    """Field of a record that is the model's input."""
+    label_field: str | None = None
+    """Field of a record that holds the class, or several."""
+    target_field: str | None = None
+    """Field of a record that holds the translation."""
+    group_field: str | None = None
+    """Field of a record that names its group: each metric is given for each group too."""
+    bad_records: int | None = None
+    """Records that cannot be read are named, counted and left out, up to so many."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {name: value for name, value in vars(self).items() if value not in (None, ())}
+
+
+OWN_DATA = EvalData()
+"""What the run was evaluated on."""
+
+
+@dataclass(frozen=True)
 class NoOptions:
     """The fields of the experiment."""
 

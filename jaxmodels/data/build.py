@@ -32,11 +32,13 @@ def open_source(
     num_classes: int | None = None,
     augment: AugmentConfig | None = None,
     seed: int = 0,
+    classes: Sequence[str] = (),
 ) -> Source:
     """The examples of one split.
 
     `vocab_size`, `inputs_shape` and `num_classes` are the model's: the data is checked against them, and synthetic
-    data is made from them. `augment` and the seed say how images of the training split are changed.
+    data is made from them. `augment` and the seed say how images of the training split are changed. `classes` are the
+    names of those that a model was trained on, where labels are to count them and not the data's own.
 
     Raises: UserError.
     """
@@ -59,15 +61,15 @@ def open_source(
     if task == "seq2seq":
         return _pairs(cfg, split, vocab_size)
     if task == "contrastive":
-        return _captioned(cfg, split, vocab_size, inputs_shape, augment, seed)
-    source = _examples(cfg, split, task, vocab_size, inputs_shape, num_classes, augment, seed)
+        return _captioned(cfg, split, vocab_size, inputs_shape, augment, seed, classes)
+    source = _examples(cfg, split, task, vocab_size, inputs_shape, num_classes, augment, seed, classes)
     if task == "classification":
         _check_classes(source, num_classes)
     return source
 
 
-def open_for(cfg: Config, split: Split) -> Source:
-    """The source of a whole experiment, checked against its model."""
+def open_for(cfg: Config, split: Split, classes: Sequence[str] = ()) -> Source:
+    """The source of a whole experiment, checked against its model; `classes` as in `open_source`."""
     return open_source(
         cfg.data,
         split,
@@ -77,11 +79,12 @@ def open_for(cfg: Config, split: Split) -> Source:
         num_classes=getattr(cfg.model, "classes", None),
         augment=cfg.augment,
         seed=cfg.train.seed,
+        classes=classes,
     )
 
 
-def open_records(cfg: DataConfig, split: Split) -> Records:
-    """The records of a split of a set."""
+def open_records(cfg: DataConfig, split: Split, classes: Sequence[str] = ()) -> Records:
+    """The records of a split of a set; `classes` are what its labels count, where not the data's own."""
     if cfg.source == "tfds":
         from jaxmodels.data import tfds as kind
     elif cfg.source == "images":
@@ -90,7 +93,9 @@ def open_records(cfg: DataConfig, split: Split) -> Records:
         from jaxmodels.data import tables as kind
     else:
         from jaxmodels.data import huggingface as kind
-    return kind.records(cfg, split)
+    found = kind.records(cfg, split)
+    label = found.fields.get(cfg.label_field)
+    return recorded.Known(found, cfg.label_field, classes) if classes and label is not None else found
 
 
 def open_corpus(cfg: DataConfig) -> corpora.Corpus:
@@ -110,15 +115,19 @@ def open_corpus(cfg: DataConfig) -> corpora.Corpus:
 class _Readers:
     """A set's reader for each split, opened once, so that a bad record is named once."""
 
-    def __init__(self, cfg: DataConfig, train: Records, fields: Sequence[str]) -> None:
-        self.cfg, self.train, self.fields = cfg, train, tuple(dict.fromkeys(fields))
+    def __init__(self, cfg: DataConfig, train: Records, fields: Sequence[str], classes: Sequence[str] = ()) -> None:
+        self.cfg, self.train, self.fields, self.classes = cfg, train, tuple(dict.fromkeys(fields)), classes
         self._opened: dict[Split, Reader] = {}
 
     def of(self, split: Split) -> Reader:
         if split not in self._opened:
-            records = self.train if split == "train" else open_records(self.cfg, split)
+            records = self.train if split == "train" else open_records(self.cfg, split, self.classes)
             self._opened[split] = Reader(records, self.fields, self.cfg.bad_records)
         return self._opened[split]
+
+    def label(self, split: Split) -> str:
+        """What a split and the fields are, in a few words."""
+        return f"{self.of(split).records.label} {' and '.join(self.fields)}"
 
     def rows(self, split: Split) -> list[Row]:
         """Every good record."""
@@ -194,8 +203,7 @@ def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
     sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
     arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack)
     what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
-    label = readers.corpus(*fields).label
-    return texts.Rows(arrays, split=split, label=label, tokenizer=tokenizer, what=what)
+    return texts.Rows(arrays, split=split, label=readers.label(split), tokenizer=tokenizer, what=what)
 
 
 def open_pairs(cfg: DataConfig, split: Split) -> tuple[list[str], list[str]]:
@@ -212,8 +220,9 @@ def _captioned(
     inputs_shape: tuple[int, ...] | None,
     augment: AugmentConfig | None,
     seed: int,
+    classes: Sequence[str] = (),
 ) -> Source:
-    images = _examples(cfg, split, "contrastive", None, inputs_shape, None, augment, seed)
+    images = _examples(cfg, split, "contrastive", None, inputs_shape, None, augment, seed, classes)
     if not cfg.captions:
         raise UserError(
             "got no data.captions for contrastive, expected captions of a class, "
@@ -237,11 +246,12 @@ def _examples(
     num_classes: int | None,
     augment: AugmentConfig | None,
     seed: int,
+    classes: Sequence[str] = (),
 ) -> Source:
     """Images, arrays or texts, with their labels, and in training as balanced as asked for."""
     from jaxmodels.data import images
 
-    train = open_records(cfg, "train")
+    train = open_records(cfg, "train", classes)
     field = recorded.input_field(train, cfg, ("image", "array") if inputs_shape else ("text",))
     label: str | None = cfg.label_field
     if label not in train.fields and task in ("vae", "gan"):
@@ -250,7 +260,7 @@ def _examples(
         recorded.named_field(train, "label_field", label, ("label", "labels"))
     if train.fields[field].kind == "image":
         source = images.Images(
-            train if split == "train" else open_records(cfg, split),
+            train if split == "train" else open_records(cfg, split, classes),
             cfg,
             augment or AugmentConfig(),
             split,
@@ -261,7 +271,8 @@ def _examples(
             seed=seed,
         )
     else:
-        source = _rows(cfg, split, train, field, label, vocab_size, num_classes)
+        source = _rows(cfg, split, train, field, label, vocab_size, num_classes, classes)
+    source.field, source.kind = field, train.fields[field].kind
     return Balanced(source, source.labels()) if cfg.balance and split == "train" else source
 
 
@@ -273,9 +284,10 @@ def _rows(
     label: str | None,
     vocab_size: int | None,
     num_classes: int | None,
+    known: Sequence[str] = (),
 ) -> texts.Rows:
-    """Texts or arrays with their labels."""
-    readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name])
+    """Texts or arrays with their labels, which count the classes `known`, where there are any."""
+    readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name], known)
     tokenizer = readers.tokenizer(vocab_size, field) if train.fields[field].kind == "text" else None
     rows = readers.rows(split)
     values = [row[field] for row in rows]
@@ -299,7 +311,8 @@ def _rows(
     return texts.Rows(
         arrays,
         split=split,
-        label=f"{train.label} {field}",
+        label=f"{readers.of(split).records.label} {field}",
+        originals=[row[field] for row in rows] if tokenizer and split == "eval" else (),
         tokenizer=tokenizer,
         classes=classes,
         groups=groups,

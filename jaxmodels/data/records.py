@@ -8,7 +8,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +108,49 @@ class Joined(Records):
         wanted = np.asarray(indices, np.int64)
         which = np.searchsorted(self._ends, wanted, side="right")
         return which, wanted - np.concatenate([[0], self._ends])[which]
+
+
+class Known(Records):
+    """Records whose labels count the classes that a model was trained on, found by their names.
+
+    A record of any other class is bad. Where the records' own classes have no names, their numbers are the model's.
+    """
+
+    def __init__(self, records: Records, label: str, classes: Sequence[str]) -> None:
+        self.records, self.label, self.fingerprint, self.whole = (
+            records, records.label, records.fingerprint, records.whole,
+        )  # fmt: skip
+        own = records.fields[label]
+        self.fields = {**records.fields, label: replace(own, names=tuple(classes))}
+        places = {name: at for at, name in enumerate(classes)}
+        self._label, self._classes, self._names = label, tuple(classes), own.names
+        self._to = [places.get(name) for name in own.names] or list(range(len(classes)))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def where(self, index: int) -> str:
+        return self.records.where(index)
+
+    def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
+        found = self.records.read(indices, fields)
+        if self._label not in fields or self.fields[self._label].kind not in ("label", "labels"):
+            return found
+        return [self._one(index, value) for index, value in zip(indices, found, strict=True)]
+
+    def _one(self, index: int, value: dict[str, Any] | Bad) -> dict[str, Any] | Bad:
+        if isinstance(value, Bad):
+            return value
+        label = value[self._label]
+        several = isinstance(label, tuple)
+        each = label if several else (label,)
+        places = [at if at < 0 else self._to[at] if at < len(self._to) else None for at in each]  # below 0: ignored
+        if None in places:
+            at = each[places.index(None)]
+            said = repr(self._names[at]) if at < len(self._names) else at
+            known = ", ".join(self._classes[:10]) + (", ..." if len(self._classes) > 10 else "")
+            return Bad(self.where(index), f"{self._label} is {said}, expected one of {known}, which were trained on")
+        return {**value, self._label: tuple(places) if several else places[0]}
 
 
 class Row(dict[str, Any]):

@@ -33,6 +33,12 @@ class Source(ABC):
     class_names: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     """Names of the groups that a batch's `group` (B,) counts."""
+    field: str = ""
+    """The records' field that is the model's input, where they have fields."""
+    kind: str = ""
+    """What that field holds: image, text or array."""
+    texts: Sequence[str] = ()
+    """In evaluation, the text of each example as its record has it, where an example is a text."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -24,9 +24,11 @@ class Rows(Source):
         classes: Sequence[str] | int = (),
         groups: Sequence[str] = (),
         what: str = "texts",
+        originals: Sequence[str] = (),
     ) -> None:
+        """`originals`: the text of each row as its record has it."""
         self.arrays, self.split, self.label, self.tokenizer = dict(arrays), split, label, tokenizer
-        self.groups, self._what = tuple(groups), what
+        self.groups, self.texts, self._what = tuple(groups), originals, what
         self.vocab_size = None if tokenizer is None else tokenizer.vocab_size
         self.num_classes = (classes if isinstance(classes, int) else len(classes)) or None
         self.class_names = () if isinstance(classes, int) else tuple(classes)
@@ -168,6 +170,7 @@ class Captioned(Source):
         self._rows, self._each, self.images = single(ids, seq_len), len(captions) // (images.num_classes or 1), images
         self.tokenizer, self.vocab_size, self.captions = tokenizer, tokenizer.vocab_size, tuple(captions)
         self.num_classes, self.class_names, self.groups = images.num_classes, images.class_names, images.groups
+        self.field, self.kind = images.field, images.kind
         self.fingerprint = fingerprint(list(self._rows.values()), "captioned", images.fingerprint)
 
     def __len__(self) -> int:

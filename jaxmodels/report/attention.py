@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxmodels.models.attention import recording
-from jaxmodels.report.pieces import Picture, Piece, blank, grid, pieces_of, show
-from jaxmodels.report.saved import Saved, length, pixels
+from jaxmodels.report.pieces import Picture, Piece, blank, grid, length, pieces_of, pixels, show
 from jaxmodels.tasks.task import normalised
+from jaxmodels.train.saved import Saved
 
 LOOKED_AT = 64
 GOOD_LENGTH, LONGEST = 14, 32
@@ -25,9 +25,9 @@ IMAGES, LAYERS, HEADS = 4, 8, 16
 
 def pieces(saved: Saved) -> list[Piece]:
     """Maps of each layer's mean over heads and of the last layer's heads, for one example; nothing if it has none."""
-    if "model" not in saved.experiment.task.networks:
+    if "model" not in saved.networks:
         return []
-    batch, name = saved.examples(0, LOOKED_AT), saved.cfg.task.name
+    batch, name = saved.examples(0, LOOKED_AT), saved.config.task.name
     if name == "seq2seq":
         return cross(saved, batch)
     if name == "contrastive":
@@ -53,7 +53,7 @@ def of_images(saved: Saved, inputs: np.ndarray, apply: Callable[..., Any]) -> li
     """Patches that the output draws on, laid over their images."""
     config = saved.model.config
     inputs = inputs[:IMAGES]
-    kept = weights(apply, normalised(jnp.asarray(inputs), saved.cfg.data))
+    kept = weights(apply, normalised(jnp.asarray(inputs), saved.config.data))
     height, width, _ = config.input_shape
     rows, columns = height // config.patch, width // config.patch
     token = kept[0].shape[-1] > rows * columns

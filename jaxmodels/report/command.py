@@ -13,8 +13,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, translations
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
-from jaxmodels.report.saved import Saved, open_run
 from jaxmodels.train import metrics
+from jaxmodels.train.saved import Saved, open_run
 
 log = logging.getLogger("jaxmodels")
 
@@ -61,11 +61,11 @@ def names(runs: Sequence[str]) -> list[str]:
 
 def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: bool) -> Path:
     """The page's file. What cannot be drawn is said, in the log and on the page, and the rest is there all the same."""
-    several = len(runs) > 1
+    several, given = len(runs) > 1, {} if split is None else {"eval_split": split}
     opened: dict[str, Saved] = {}
     columns = []
     for name, run in runs.items():
-        saved, _ = attempt(f"the checkpoint of {name}", lambda run=run, name=name: open_run(run, name, split, best))
+        saved, _ = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best=best, given=given))
         values = None
         if saved is not None:
             opened[name] = saved
@@ -90,9 +90,10 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
 
 def evaluated(saved: Saved, split: str | None) -> Mapping[str, float]:
     """The metrics of the checkpoint: as training wrote them down, or measured now where it did not."""
-    rows = metrics.read(saved.run) if split is None else []
+    rows = metrics.read(saved.directory) if split is None else []
     row = next((row for row in rows if row["step"] == saved.step), {})
-    return {name: value for name, value in row.items() if name.startswith("eval/")} or saved.measured
+    found = {name: value for name, value in row.items() if name.startswith("eval/")}
+    return found or {f"eval/{name}": value for name, value in saved.measure().items()}
 
 
 def attempt(what: str, make: Callable[[], Any]) -> tuple[Any, str]:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from jaxmodels.report.pieces import Picture, Piece, Table, figure, grid, pieces_of, show
-from jaxmodels.report.saved import Saved, length, pixels
+from jaxmodels.report.pieces import Picture, Piece, Table, figure, grid, pixels, show
+from jaxmodels.train.saved import Saved
 
 WORST = 24
 LISTED = 40
@@ -18,7 +18,7 @@ LISTED = 40
 
 def pieces(saved: Saved) -> list[Piece]:
     """The confusion matrix of a classifier of one class, and what it got wrong with the highest confidence."""
-    if saved.cfg.task.name != "classification" or saved.cfg.task.multi_label:
+    if saved.config.task.name != "classification" or saved.config.task.multi_label:
         return []
     labels, predicted, confidence = predictions(saved)
     classes = saved.model.config.classes
@@ -101,16 +101,16 @@ def mistakes(
             show(axis, image)
             axis.set_title(f"{true} → {wrong}\n{sure}", fontsize=8.5, parse_math=False)
         return Picture("mistakes", whole, caption + " Above each: true → predicted, and with what confidence.")
-    texts = (text(saved, batch, i) for i in range(len(worst)))
-    head = ("text" if saved.source.tokenizer else "input", "true", "predicted", "confidence")
+    texts = [shortened(saved.source.texts[at]) for at in worst] if len(saved.source.texts) else numbers(inputs)
+    head = ("text" if len(saved.source.texts) else "input", "true", "predicted", "confidence")
     return Table(head, [(words, *each) for words, each in zip(texts, said, strict=True)], caption)
 
 
-def text(saved: Saved, batch: dict[str, np.ndarray], row: int, most: int = 200) -> str:
-    """The text of an example, or its first numbers."""
-    ids = batch["inputs"][row]
-    if saved.source.tokenizer is None:
-        return " ".join(f"{x:.3g}" for x in ids.reshape(-1)[:16].tolist())
-    segments = batch["segment_ids"][row] if "segment_ids" in batch else None
-    ids = ids[: length(segments, ids, most)]
-    return saved.source.tokenizer.decode(ids) or " ".join(pieces_of(None, ids))
+def shortened(text: str, most: int = 600) -> str:
+    """A text as its record has it, cut where it is long."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def numbers(inputs: np.ndarray) -> list[str]:
+    """The first numbers of each example."""
+    return [" ".join(f"{x:.3g}" for x in each.reshape(-1)[:16].tolist()) for each in inputs]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.report.pieces import Picture, Piece, sheet
-from jaxmodels.report.saved import Saved, pixels
+from jaxmodels.report.pieces import Picture, Piece, pixels, sheet
 from jaxmodels.tasks.losses import gaussian_kl
+from jaxmodels.train.saved import Saved
 
 SIDE = 15
 PAIRS = 30
@@ -19,11 +19,11 @@ LOOKED_AT = 1000
 
 def pieces(saved: Saved) -> list[Piece]:
     """A grid over two latents, and originals above their reconstructions."""
-    if saved.cfg.task.name != "vae":
+    if saved.config.task.name != "vae":
         return []
     inputs = saved.examples(0, LOOKED_AT)["inputs"]
     images = pixels(inputs)
-    seen = (images > 0.5).astype(np.float32) if saved.cfg.task.binarise else images
+    seen = (images > 0.5).astype(np.float32) if saved.config.task.binarise else images
     outputs, mean, log_variance = saved.apply(jnp.asarray(seen))
     size = mean.shape[-1]
     used = np.asarray(gaussian_kl(mean[..., None], log_variance[..., None]).mean(0))
@@ -62,7 +62,7 @@ def codes(size: int, axes: tuple[int, ...], side: int = SIDE) -> np.ndarray:
 
 def shown(saved: Saved, outputs: Any) -> np.ndarray:
     """Images in [0, 1] that the decoder's outputs stand for."""
-    return np.asarray(jax.nn.sigmoid(outputs) if saved.cfg.task.pixels == "bernoulli" else jnp.clip(outputs, 0, 1))
+    return np.asarray(jax.nn.sigmoid(outputs) if saved.config.task.pixels == "bernoulli" else jnp.clip(outputs, 0, 1))
 
 
 def beside(pairs: np.ndarray, columns: int) -> np.ndarray:

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from jaxmodels.tasks.task import floats
 
 COLOURS = ("#1f6fb4", "#d9541e", "#2a9d4e", "#8f4bb3", "#b8860b", "#17a0ad", "#d4418e", "#555555")
 """Of runs and series: of different hue and lightness, so that most of them stay apart for the colour-blind too."""
@@ -113,3 +116,17 @@ def pieces_of(tokenizer: Any, ids: np.ndarray) -> list[str]:
         return text if len(text) <= 16 else text[:15] + "…"
 
     return [one(i) for i in ids.tolist()]
+
+
+def pixels(x: np.ndarray) -> np.ndarray:
+    """Images as the data has them in [0, 1]."""
+    return np.asarray(floats(jax.numpy.asarray(x)))
+
+
+def length(segment_ids: np.ndarray | None, ids: np.ndarray, most: int) -> int:
+    """Tokens of the first text of a row (T,), without what fills it up, and `most` at most."""
+    if segment_ids is not None:
+        there = int((segment_ids == segment_ids[0]).sum())
+    else:
+        there = len(np.trim_zeros(ids, "b"))
+    return max(1, min(there, most))

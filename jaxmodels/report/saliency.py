@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.models.functional import create
-from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, pieces_of, show
-from jaxmodels.report.saved import Saved, length, pixels
+from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, length, pieces_of, pixels, show
+from jaxmodels.train.saved import Saved
 
 LOOKED_AT = 200
 IMAGES, TEXTS, LONGEST = 10, 8, 60
@@ -20,7 +20,7 @@ IMAGES, TEXTS, LONGEST = 10, 8, 60
 
 def pieces(saved: Saved) -> list[Piece]:
     """The part that each pixel or token has in the logit of the class that a classifier chooses."""
-    if saved.cfg.task.name != "classification":
+    if saved.config.task.name != "classification":
         return []
     batch = saved.examples(0, LOOKED_AT)
     inputs = batch["inputs"]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxmodels.report.pieces import Picture, Piece, grid, sheet, show, tile
-from jaxmodels.report.saved import Saved
+from jaxmodels.train.saved import Saved
 
 MOMENTS = 8
 SIDE = 8
@@ -20,7 +20,7 @@ SEED = 1
 def pieces(saved: Saved) -> list[Piece]:
     """Samples from the same latents as training went on, and a grid of fresh ones."""
     found: list[Piece] = []
-    moments = over_time(saved.run / "samples", saved.step)
+    moments = over_time(saved.directory / "samples", saved.step)
     if moments:
         columns = min(len(moments), MOMENTS)
         figure, axes = grid(-(-len(moments) // columns), columns, 2.0, 2.3)
@@ -28,8 +28,8 @@ def pieces(saved: Saved) -> list[Piece]:
             show(axis, tile(images[:16], 4, 1))
             axis.set_title(f"step {step:,}", fontsize=10)
         found.append(Picture("samples", figure, "Images from the same latents after so many steps."))
-    if saved.cfg.task.name == "gan":
-        config: Any = saved.experiment.task.networks["generator"].config
+    if saved.config.task.name == "gan":
+        config: Any = saved.networks["generator"].config
         z = jax.random.normal(jax.random.key(SEED), (SIDE * SIDE, config.latents))
         images = (np.asarray(saved.apply(z, network="generator")) + 1) / 2
         found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, not chosen."))

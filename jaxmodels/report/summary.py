@@ -12,8 +12,8 @@ from jaxmodels import tasks
 from jaxmodels.config import Config
 from jaxmodels.models.functional import family_of
 from jaxmodels.report.pieces import Piece, Table
-from jaxmodels.report.saved import Saved
 from jaxmodels.train import metrics
+from jaxmodels.train.saved import Saved
 
 BY_CLASS = ("precision", "recall", "f1")
 ELSEWHERE = ("data.dir", "data.prefetch", "metrics.", "profile.")
@@ -66,7 +66,7 @@ def described(c: Column) -> dict[str, str]:
         "model": family_of(c.cfg.model).name,
         "parameters": ", ".join(sizes),
         "task": c.cfg.task.name,
-        "trained on": c.saved.experiment.train_data.describe() if c.saved else source,
+        "trained on": (c.saved and c.saved.kept.train) or source,
         "evaluated on": c.saved.source.describe() if c.saved else source,
         "steps": f"{steps}, batches of {c.cfg.data.batch_size}",
         "training": "not known" if minutes is None else f"{minutes:.1f} minutes of steps",

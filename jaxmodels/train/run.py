@@ -26,7 +26,7 @@ from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import distributed, mesh, rules
 from jaxmodels.tasks.task import Task, check_batch
-from jaxmodels.train import beginning, evaluate, loop, optim, step
+from jaxmodels.train import beginning, evaluate, loop, optim, saved, step
 from jaxmodels.train import state as states
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.metrics import Clock, Display, Writer
@@ -182,8 +182,8 @@ def train(
                     "nothing is left to do: this run ended there; another --run-dir starts another, "
                     "--resume never starts this one anew"
                 )
-        if main and experiment.train_data.tokenizer is not None:
-            experiment.train_data.tokenizer.save(run)
+        if main:
+            saved.keep(run, experiment.train_data, experiment.eval_data)
         writer = Writer(run, cfg.metrics, start) if main else None
         if writer is not None:
             stack.callback(writer.close)  # also after an error: its last line explains it

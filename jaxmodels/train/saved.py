@@ -1,106 +1,289 @@
-"""A run that is on the disk, ready to be used again; and what only whole texts and images can be judged by."""
+"""Runs on the disk, opened again: without their data, or with what they are to be evaluated on."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels import config as configs
-from jaxmodels import data
-from jaxmodels.config import MeshConfig
+from jaxmodels import data, tasks
+from jaxmodels.config import Config, DataConfig, MeshConfig
+from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
-from jaxmodels.tasks.metrics import inception_score
-from jaxmodels.tasks.task import forward, normalised
-from jaxmodels.train import run as runs
+from jaxmodels.models.functional import Model, create
+from jaxmodels.parallel import mesh, rules
+from jaxmodels.tasks.task import Task, check_batch, normalised
+from jaxmodels.train import evaluate
 from jaxmodels.train.checkpoint import Checkpointer
 
-_AT_ONCE = 100
+KEPT = "data.json"
 
 
 @dataclass(frozen=True)
-class Saved:
-    """An experiment with the parameters that evaluation uses, and the statistics, of one of its checkpoints."""
+class Kept:
+    """What a run keeps of its data, so that it can be used without them."""
 
-    run: Path
-    experiment: runs.Experiment
+    field: str = ""
+    """The records' field that is the model's input, where they have fields."""
+    kind: str = ""
+    """What that field holds: image, text or array."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, as far as they have names."""
+    train: str = ""
+    """What it was trained on, in one line."""
+    eval: str = ""
+    """What it was evaluated on."""
+
+
+def keep(run: Path, train: data.Source, held_out: data.Source) -> None:
+    """Write what a run keeps of its data beside its config."""
+    kept = Kept(held_out.field, held_out.kind, tuple(train.class_names), train.describe(), held_out.describe())
+    part = run / f"{KEPT}.part"
+    part.write_text(json.dumps(dataclasses.asdict(kept), indent=1) + "\n", encoding="utf-8", errors="backslashreplace")
+    part.replace(run / KEPT)
+    if train.tokenizer is not None:
+        train.tokenizer.save(run)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies on the disk: what it was, and what one of its checkpoints holds. Its data need not be here."""
+
+    directory: Path
+    config: Config
+    networks: Mapping[str, Model]
+    """By name; that of a task with one is `model`."""
     params: dict[str, Any]
+    """Of each network, those that evaluation uses: the moving averages where the run keeps them."""
     stats: dict[str, Any]
+    """Batch statistics of the networks that have them."""
     step: int
+
+    @property
+    def model(self) -> Model:
+        """The network of a task that has one."""
+        return self.networks["model"]
+
+    @cached_property
+    def task(self) -> Task:
+        """Its losses and metrics.
+
+        Raises:
+            UserError: the run was imported, and no task trains such a model.
+        """
+        return _task(self.config)
+
+    @cached_property
+    def tokenizer(self) -> data.Tokenizer | None:
+        """The run's own, None where it reads no texts."""
+        return data.load_tokenizer(self.directory) if (self.directory / TOKENIZER).is_file() else None
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What it keeps of its data; nothing where it was made before runs did."""
+        path = self.directory / KEPT
+        if not path.is_file():
+            return Kept()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name for field in dataclasses.fields(Kept)}
+            kept = Kept(**{name: value for name, value in values.items() if name in known})
+            return dataclasses.replace(kept, classes=tuple(map(str, kept.classes)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"got {path}, which is damaged ({error}), expected what a run keeps of its data") from None
+
+    def class_name(self, index: int) -> str:
+        """A class's name in the data, or its number."""
+        names = self.kept.classes
+        return names[index] if index < len(names) else str(index)
+
+    def apply(self, *args: Any, network: str = "model", params: Any = None, **kwargs: Any) -> Any:
+        """A network's outputs, in evaluation, of inputs as it takes them; `params` in the place of its own."""
+        model, params = self.networks[network], self.params[network] if params is None else params
+        if network not in self.stats:
+            return model.apply(params, *args, **kwargs)
+        return model.apply(params, *args, stats=self.stats[network], **kwargs)[0]
+
+    def inputs(self, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """What a classifier is given of a batch of the data: the first argument, and those with names."""
+        named = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
+        return normalised(jax.numpy.asarray(batch["inputs"]), self.config.data), named
+
+
+def load_run(directory: str | Path, *, best: bool = False) -> Run:
+    """A run's newest checkpoint, or its best; on the default device, from where a mesh may take it.
+
+    Raises:
+        UserError: no run or no checkpoint there, or one that does not fit its config.
+    """
+    directory = Path(directory)
+    cfg, _ = configs.read(directory)
+    # the result does not depend on how the work was shared out
+    cfg = dataclasses.replace(
+        cfg, mesh=MeshConfig(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
+    )
+    try:
+        networks = _task(cfg).networks
+    except UserError:  # imported, to be exported again: no task trains it
+        networks = {"model": create(cfg.model)}
+    checkpointer = Checkpointer(directory / "checkpoints")
+    shapes = {name: model.shapes() for name, model in networks.items()}
+    kind = "params" if cfg.train.ema is None else "ema"
+    params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind, abstract=shapes)
+    stats = {name: tree for name, model in networks.items() if (tree := jax.eval_shape(model.stats))}
+    if stats:
+        stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
+    return Run(directory, cfg, networks, jax.device_put(params), jax.device_put(stats), at)
+
+
+def _task(cfg: Config) -> Task:
+    return tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
+
+
+@dataclass(frozen=True)
+class Saved(Run):
+    """A run with the examples that it is evaluated on."""
+
+    source: data.Source
 
     def measure(self) -> dict[str, float]:
         """The metrics of the whole evaluation set."""
-        return self.experiment.measure()(self.params, self.stats, self.experiment.loader("eval").once()) or {}
+        where = mesh.make_mesh(MeshConfig())
+        everywhere = NamedSharding(where, PartitionSpec())
+        params, stats = jax.device_put((self.params, self.stats), everywhere)
+        found = evaluate.build(self.task, where, classes=self.source.class_names, groups=self.source.groups)
+        return found(params, stats, self._loader(where).once()) or {}
+
+    def _loader(self, where: Mesh) -> data.Loader:
+        size = self.config.eval.batch_size or self.config.data.batch_size
+        if self.config.task.name != "contrastive":  # its loss depends on the batch, that of all others does not
+            size = -(-size // where.size) * where.size
+        shapes = data.spec(self.source, size)
+        shardings = {name: rules.batch_sharding(where, x.ndim) for name, x in shapes.items()}
+        order = data.Order(len(self.source), size, self.config.train.seed)
+        return data.Loader(self.source, order, shardings, prefetch=self.config.data.prefetch)
+
+    def examples(self, first: int, last: int) -> dict[str, np.ndarray]:
+        """A batch of examples, as far as there are so many."""
+        indices = np.arange(first, min(last, len(self.source)))
+        return self.source.batch(indices, np.zeros_like(indices))
+
+    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """All examples, in order, the last batch as it comes."""
+        size = self.config.eval.batch_size or self.config.data.batch_size
+        last = len(self.source)
+        if self.config.eval.batches is not None:
+            last = min(last, self.config.eval.batches * size)
+        for first in range(0, last, size):
+            yield self.examples(first, min(first + size, last))
+
+    def class_name(self, index: int) -> str:
+        names = self.source.class_names
+        return names[index] if index < len(names) else str(index)
 
 
-def open_run(run: Path, split: str | None = None, best: bool = False, data_dir: str | None = None) -> Saved:
-    """A run's newest checkpoint, or its best, on the devices that are here.
+def open_run(directory: str | Path, *, best: bool = False, given: Mapping[str, Any] | None = None) -> Saved:
+    """A run with the data that it was evaluated on, or with others: `given` are fields of `data` to change.
 
-    `split` and `data_dir` are taken instead of the run's own.
+    Classes are those that the run was trained on, whatever the data's are; texts are read by the run's own tokenizer.
 
     Raises:
-        UserError: no run or no checkpoint there, or its data are not here.
+        UserError: no run or no checkpoint there, or the data are not here or do not fit it.
     """
-    cfg, _ = configs.read(run)
-    section = cfg.data if split is None else dataclasses.replace(cfg.data, eval_split=split)
-    section = section if data_dir is None else dataclasses.replace(section, dir=data_dir)
-    # the result does not depend on the mesh: whatever is here will do
-    plain = dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
-    cfg = dataclasses.replace(cfg, data=section, mesh=MeshConfig(), train=plain)
-    experiment = runs.setup(cfg)
-    checkpointer = Checkpointer(run / "checkpoints")
-    kind = "params" if cfg.train.ema is None else "ema"
-    params, _, at = checkpointer.restore_params(
-        "best" if best else None, subtree=kind, abstract=experiment.layout.params
-    )
-    stats = experiment.layout.stats
-    if jax.tree.leaves(stats):
-        stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
-    return Saved(run, experiment, params, stats, at)
+    run = load_run(directory, best=best)
+    task, section = run.task, elsewhere(run, given or {})
+    cfg = dataclasses.replace(run.config, data=section)
+    try:
+        source = data.open_for(cfg, "eval", classes=run.kept.classes)
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(f"{error}, or other data than the run's own with {_instead(section.source)}") from error
+    check_batch(task.batch_spec(section.batch_size), data.spec(source, section.batch_size))
+    known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return Saved(**{**known, "config": cfg}, source=source)
 
 
-def translated(saved: Saved, beams: int = 4) -> dict[str, float]:
-    """BLEU of a translator on its evaluation set."""
-    from jaxmodels.generate import bleu, translate_texts
+_SETS = ("input_field", "label_field", "target_field", "group_field", "bad_records")
+CHOOSES: dict[str, tuple[str, ...]] = {
+    "table": ("path", *_SETS),
+    "images": ("path", "bad_records"),
+    "tfds": ("dir", "name", "eval_split", *_SETS),
+    "huggingface": ("name", "eval_split", *_SETS),
+    "text": ("path",),
+    "tokens": ("path",),
+    "stdlib": (),
+    "synthetic": (),
+}
+"""Source -> the fields of `data` that say what is evaluated on."""
+READS: dict[str, tuple[str, ...]] = {
+    "label_field": ("classification", "contrastive"),
+    "target_field": ("seq2seq",),
+    "group_field": ("classification", "contrastive", "vae", "gan"),
+}
+"""Such a field -> the tasks that have a use for it, where not all have."""
 
-    cfg, tokenizer = saved.experiment.cfg, data.load_tokenizer(saved.run)
-    sources, references = data.open_pairs(cfg.data, "eval")
-    model = saved.experiment.task.networks["model"]
-    found = translate_texts(model, saved.params["model"], tokenizer, sources, beams=beams)
-    return {"bleu": bleu(found, references)}
 
+def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
+    """The section `data` of a run with what it is evaluated on changed.
 
-def judged(saved: Saved, classifier: Path, count: int = 1000) -> dict[str, float]:
-    """What a classifier, the run of which is given, sees in images that a generative model makes.
-
-    `score` as Salimans et al. 2016 have it, by this classifier; `classes`: how many it sees at all; `confidence`.
+    Raises:
+        UserError: a field that makes no difference for this source or this task.
     """
-    samples = saved.experiment.task.samples
-    if samples is None:
+    own = run.config.data
+    source = given.get("source", own.source)
+    fields = {name: value for name, value in given.items() if name != "source"}
+    for name, value in fields.items():
+        if name not in CHOOSES[source]:
+            known = ", ".join(f"--data.{each.replace('_', '-')}" for each in CHOOSES[source])
+            raise UserError(
+                f"got {_flag(name)} {_shown(value)} for data of source {source}, which has no use for it, "
+                f"expected {f'one of {known}' if known else 'no choice of data'}, try {_instead(source)}"
+            )
+        if run.config.task.name not in READS.get(name, (run.config.task.name,)):
+            raise UserError(
+                f"got {_flag(name)} {value} for a run of task {run.config.task.name}, which has no use for it, "
+                f"expected it for {' or '.join(READS[name])}, try without it"
+            )
+    if source != own.source:  # what told where the other data lie says nothing of these
+        own = dataclasses.replace(DataConfig(source=source), **{name: getattr(own, name) for name in _OF_MODEL})
+    if own.source == "synthetic" and not given and (run.directory / "pretrained").is_dir():
         raise UserError(
-            f"got --classifier for a run of task {saved.experiment.cfg.task.name}, expected a vae or a gan, "
-            "try it without"
+            f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
+            f"try --data.source {'text --data.path FILE' if run.tokenizer else 'images --data.path FOLDER'}"
         )
-    judge = open_run(classifier, data_dir=saved.experiment.cfg.data.dir)
-    if judge.experiment.cfg.task.name != "classification":
-        raise UserError(
-            f"got classifier {classifier} of task {judge.experiment.cfg.task.name}, expected classification, "
-            "try the run of a classifier"
-        )
-    model = ("model", judge.experiment.task.networks["model"])
-    section = judge.experiment.cfg.data
+    if "path" in fields:
+        fields["eval_path"] = fields["path"]
+    if {"name", "eval_split", "dir"} & set(fields):
+        # a set that is evaluated on need not have the split that was trained on
+        fields["train_split"] = fields.get("eval_split", own.eval_split)
+    if run.tokenizer is not None and source != "synthetic":
+        fields["tokenizer"] = str(run.directory)
+    return dataclasses.replace(own, **fields)
 
-    @jax.jit
-    def probabilities(images: jax.Array) -> jax.Array:
-        logits, _ = forward(model, judge.params, judge.stats, normalised(images, section))
-        return jax.nn.softmax(logits.astype(jnp.float32))
 
-    images = samples(saved.params, saved.stats, count)
-    seen = np.concatenate([probabilities(images[i : i + _AT_ONCE]) for i in range(0, count, _AT_ONCE)])
-    chosen = np.unique(seen.argmax(1))
-    return {"score": inception_score(seen), "classes": float(len(chosen)), "confidence": float(seen.max(1).mean())}
+_OF_MODEL = ("seq_len", "pack", "mean", "std", "batch_size", "prefetch", "threads", "pixels", "captions", "class_names")
+"""Fields of `data` that say how the model sees what it is given, wherever that lies."""
+
+
+def _flag(name: str) -> str:
+    return {"eval_split": "--split", "dir": "--data-dir"}.get(name, f"--data.{name.replace('_', '-')}")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+
+
+def _instead(source: str) -> str:
+    if "path" in CHOOSES[source]:
+        return "--data.path FILE" if source != "images" else "--data.path FOLDER"
+    return "--split test" if CHOOSES[source] else "--data.source table --data.path FILE"

@@ -20,8 +20,8 @@ from jaxmodels.models.functional import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, command, confusion, curves, latents, page, saliency, samples, summary
 from jaxmodels.report.pieces import Table, tile
-from jaxmodels.report.saved import Saved, open_run
 from jaxmodels.train import run as runs
+from jaxmodels.train.saved import Saved, open_run
 from tests.zoo import ZOO, arrays, example
 
 
@@ -150,17 +150,19 @@ def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
 def test_confusion_is_that_of_scikit_learn(trained):
     from sklearn.metrics import accuracy_score, confusion_matrix
 
-    saved = open_run(trained / "fast", "fast")
+    saved = open_run(trained / "fast")
     labels, predicted, confidence = confusion.predictions(saved)
     assert len(labels) == 600 and 0.1 <= confidence.min() <= confidence.max() <= 1
     found = confusion.counts(labels, predicted, 10)
     np.testing.assert_array_equal(found, confusion_matrix(labels, predicted, labels=range(10)))
-    np.testing.assert_allclose(accuracy_score(labels, predicted), curves.last(saved.run)["eval/accuracy"], atol=1e-6)
+    np.testing.assert_allclose(
+        accuracy_score(labels, predicted), curves.last(saved.directory)["eval/accuracy"], atol=1e-6
+    )
     assert confusion.counts(np.array([-1, 1]), np.array([0, 0]), 2).tolist() == [[0, 0], [1, 0]], "-1 is no label"
 
 
 def test_another_split_is_measured_anew(trained):
-    saved = open_run(trained / "fast", "fast", split="test[600:900]")
+    saved = open_run(trained / "fast", given={"eval_split": "test[600:900]"})
     found = command.evaluated(saved, "test[600:900]")
     labels, predicted, _ = confusion.predictions(saved)
     assert len(labels) == 300
@@ -183,10 +185,8 @@ def test_saliency_of_a_linear_model_is_weight_times_input():
 def stand_in(name, params):
     """A model of the zoo as a saved run has it."""
     task, config = ZOO[name]
-    experiment = SimpleNamespace(
-        task=SimpleNamespace(networks={"model": create(config)}), cfg=SimpleNamespace(task=TaskConfig(name=task))
-    )
-    return Saved(name, None, experiment, {"model": params}, {}, 0)
+    cfg = SimpleNamespace(task=TaskConfig(name=task))
+    return Saved(None, cfg, {"model": create(config)}, {"model": params}, {}, 0, source=SimpleNamespace(tokenizer=None))
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "lstm-both-ways"])
@@ -244,7 +244,6 @@ def test_cross_attention_is_of_the_texts_alone_without_what_fills_up_their_rows(
     tokens = np.arange(1, 13, dtype=np.int32)[None]
     targets, own = np.where(tokens <= 6, tokens + 1, -1), (tokens <= 6).astype(np.int32)
     batch = {"inputs": tokens, "segment_ids": (tokens <= 8).astype(np.int32), "tokens": tokens, "targets": targets}
-    saved.experiment.eval_data = SimpleNamespace(tokenizer=None)
     means, heads = attention.cross(saved, batch | {"target_segment_ids": own})
     assert len(means.figure.axes) == 2 and len(heads.figure.axes) == 4, "layers of the decoder; heads"
     (shown,) = means.figure.axes[0].images

@@ -28,7 +28,7 @@ from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.metrics import inception_score
-from jaxmodels.train import evaluate, saved
+from jaxmodels.train import evaluate, judge, saved
 from jaxmodels.train import run as runs
 
 CLASSES, GROUPS, N = 7, ("north", "south", "empty", "west"), 50
@@ -178,18 +178,18 @@ def test_images_are_judged_by_a_classifier_on_the_command_line(run_of, tmp_path,
     found = json.loads(out.read_text())
     assert found["elbo"] == pytest.approx(-found["loss"])
     assert 1 <= found["score"] <= 5 and found["classes"] in range(1, 6) and 0.2 <= found["confidence"] <= 1
-    judge, opened = saved.open_run(run_of / "classifier"), saved.open_run(run_of / "vae")
-    images = opened.experiment.task.samples(opened.params, {}, 1000)
-    logits = judge.experiment.task.networks["model"].apply(judge.params["model"], images)
+    by, opened = saved.load_run(run_of / "classifier"), saved.load_run(run_of / "vae")
+    images = opened.task.samples(opened.params, {}, 1000)
+    logits = by.apply(images)
     assert found["score"] == pytest.approx(inception_score(np.asarray(jax.nn.softmax(logits))), rel=1e-4)
 
 
 def test_what_cannot_judge_or_be_judged_is_refused(run_of):
-    opened = {name: saved.open_run(run_of / name) for name in ("classifier", "vae")}
+    opened = {name: saved.load_run(run_of / name) for name in ("classifier", "vae")}
     with pytest.raises(UserError, match="got --classifier for a run of task classification, expected a vae or a gan"):
-        saved.judged(opened["classifier"], run_of / "classifier")
+        judge.judged(opened["classifier"], run_of / "classifier")
     with pytest.raises(UserError, match="got classifier .* of task vae, expected classification, try"):
-        saved.judged(opened["vae"], run_of / "vae")
+        judge.judged(opened["vae"], run_of / "vae")
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path):

@@ -1,0 +1,61 @@
+"""What only whole texts and images of a saved run can be judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels import data
+from jaxmodels.errors import UserError
+from jaxmodels.tasks.metrics import inception_score
+from jaxmodels.tasks.task import normalised
+from jaxmodels.train.saved import Run, Saved, load_run
+
+_AT_ONCE = 100
+
+
+def translated(saved: Saved, beams: int = 4) -> dict[str, float]:
+    """BLEU of a translator on its evaluation set."""
+    from jaxmodels.generate import bleu, translate_texts
+
+    assert saved.tokenizer is not None
+    sources, references = data.open_pairs(saved.config.data, "eval")
+    found = translate_texts(saved.model, saved.params["model"], saved.tokenizer, sources, beams=beams)
+    return {"bleu": bleu(found, references)}
+
+
+def judged(run: Run, classifier: Path, count: int = 1000) -> dict[str, float]:
+    """What a classifier, the run of which is given, sees in images that a generative model makes.
+
+    `score` as Salimans et al. 2016 have it, by this classifier; `classes`: how many it sees at all; `confidence`.
+    """
+    samples = run.task.samples
+    if samples is None:
+        raise UserError(
+            f"got --classifier for a run of task {run.config.task.name}, expected a vae or a gan, try it without"
+        )
+    judge = load_run(classifier)
+    if judge.config.task.name != "classification":
+        raise UserError(
+            f"got classifier {classifier} of task {judge.config.task.name}, expected classification, "
+            "try the run of a classifier"
+        )
+    made, seen_as = jax.eval_shape(lambda: samples(run.params, run.stats, 1)), judge.model.inputs(1)[0]
+    if made.shape != seen_as.shape:
+        raise UserError(
+            f"got classifier {classifier} of inputs {seen_as.shape[1:]} for images of {made.shape[1:]}, "
+            "expected the same, try a classifier that was trained on images of that size"
+        )
+
+    @jax.jit
+    def probabilities(images: jax.Array) -> jax.Array:
+        logits = judge.apply(normalised(images, judge.config.data))
+        return jax.nn.softmax(logits.astype(jnp.float32))
+
+    images = samples(run.params, run.stats, count)
+    seen = np.concatenate([probabilities(images[i : i + _AT_ONCE]) for i in range(0, count, _AT_ONCE)])
+    chosen = np.unique(seen.argmax(1))
+    return {"score": inception_score(seen), "classes": float(len(chosen)), "confidence": float(seen.max(1).mean())}

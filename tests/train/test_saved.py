@@ -1,0 +1,147 @@
+"""Runs opened again: without their data, on other data, and with options that take effect or are refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import jaxmodels
+from jaxmodels.cli import main
+from jaxmodels.config import Config, DataConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.errors import UserError
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.lstm import LSTMConfig
+from jaxmodels.train import run as runs
+from jaxmodels.train.saved import open_run
+
+WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
+
+
+def rows(count, classes=("good", "bad"), seed=0):
+    """Lines of a CSV of texts whose class stands in their words."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice(classes, count).tolist()
+    return [f"{' '.join(rng.choice(WORDS.get(name, ['odd']), 4))},{name}" for name in names]
+
+
+def csv(path, lines):
+    path.write_text("\n".join(["sentence,label", *lines]) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A run of a classifier of texts, and the folder of its data."""
+    folder = tmp_path_factory.mktemp("texts")
+    cfg = Config(
+        model=LSTMConfig(vocab_size=64, width=8, hidden=8, layers=1, classes=2, dropout=0.0),
+        task=TaskConfig(name="classification"),
+        data=DataConfig(
+            source="table", path=(csv(folder / "train.csv", rows(80)),), tokenizer="words:64", seq_len=8, batch_size=8
+        ),
+        optim=OptimConfig(peak_lr=3e-2),
+        train=TrainConfig(steps=30),
+        metrics=MetricsConfig(every=10, progress="none", tensorboard=False),
+    )
+    runs.train(cfg, folder / "run")
+    return folder
+
+
+@pytest.fixture
+def moved(texts, tmp_path):
+    """The run, moved to where its data are not."""
+    shutil.copytree(texts / "run", tmp_path / "run")
+    (texts / "train.csv").rename(texts / "away.csv")
+    yield tmp_path / "run"
+    (texts / "away.csv").rename(texts / "train.csv")
+
+
+def test_a_run_is_loaded_without_its_data(moved):
+    run = jaxmodels.load_run(moved)
+    assert run.step == 30 and run.config.data.tokenizer == "words:64" and run.task.networks["model"] is not None
+    assert run.kept.classes == ("bad", "good") and (run.kept.field, run.kept.kind) == ("sentence", "text")
+    ids = run.tokenizer.encode("fine great")
+    logits = run.apply(ids[None])
+    assert logits.shape == (1, 2) and logits.argmax() == 1
+    np.testing.assert_array_equal(logits, run.model.apply(run.params["model"], ids[None]))
+
+
+def test_another_table_is_evaluated_by_the_classes_and_the_tokenizer_of_the_run(moved, tmp_path, capsys):
+    """Its texts are all of one class, which would be the first if the table's own were counted."""
+    other = csv(tmp_path / "other.csv", rows(10, ["good"]))
+    assert main(["eval", str(moved), "--data.path", other]) == 0
+    said = capsys.readouterr().out
+    assert "on table other.csv sentence: 10 texts, 2 classes (eval), tokenizer tokenizer.json" in said
+    assert "accuracy           1\n" in said and "train.csv" not in said
+
+
+def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path, caplog):
+    other = csv(tmp_path / "other.csv", [*rows(3), "odd odd,strange"])
+    with caplog.at_level("WARNING", "jaxmodels"):
+        opened = open_run(moved, given={"path": (other,)})
+    assert len(opened.source) == 3
+    assert "other.csv:5: label is 'strange', expected one of bad, good" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--split", "nonsense"], "got --split 'nonsense' for data of source table, which has no use for it"),
+        (["--data-dir", "/nowhere"], "try --data.path FILE"),
+        (["--data.name", "mnist"], "got --data.name 'mnist' for data of source table"),
+        (["--data.target-field", "label"], "got --data.target-field label for a run of task classification"),
+        (["--data.path", "nothing.csv"], "got data.path 'nothing.csv', which does not exist"),
+        (["--data.source", "images", "--data.input-field", "x"], "for data of source images, which has no use for it"),
+        (["--beams", "4"], "got --beams 4 for a run of task classification"),
+        (["--json", "no/where.json"], "whose folder does not exist"),
+    ],
+)
+def test_an_option_of_eval_takes_effect_or_is_refused(texts, argv, said, capsys):
+    assert main(["eval", str(texts / "run"), *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_run_whose_data_is_gone_is_told_an_option_that_eval_has(moved, capsys):
+    assert main(["eval", str(moved)]) == 2
+    assert "--data.path" in capsys.readouterr().err
+
+
+def test_a_report_shows_the_user_s_own_words(texts, tmp_path):
+    other = csv(tmp_path / "other.csv", ["Zebras & <b>giraffes</b> agree,good", "Zebras of 1990 agree,bad"])
+    from jaxmodels.report import confusion
+
+    saved = open_run(texts / "run", given={"path": (other,)})
+    found = confusion.pieces(saved)[-1]
+    assert found.head[0] == "text" and len(found.rows) == 1
+    assert found.rows[0][0] in ("Zebras & <b>giraffes</b> agree", "Zebras of 1990 agree")
+
+
+def test_sample_says_what_fits(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question.\n" * 20)
+    cfg = Config(
+        model=GPT2Config(vocab_size=256, context=16, layers=1, heads=2, width=8),
+        data=DataConfig(source="text", path=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=8),
+        train=TrainConfig(steps=1),
+        metrics=MetricsConfig(progress="none", tensorboard=False),
+    )
+    runs.train(cfg, tmp_path / "run")
+    run = str(tmp_path / "run")
+    for argv, said in (
+        (["--prompt", "a" * 16], "try a prompt of at most 15 tokens"),
+        (["--prompt", "a" * 10, "--tokens", "7"], "try --tokens 6"),
+        (["--prompt", "a", "--tokens", "0"], "0 to add, expected at least 1 of each"),
+    ):
+        assert main(["sample", run, *argv]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["sample", run, "--prompt", "to be", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("to be")
+
+
+def test_what_makes_no_text_is_told_what_it_makes(texts, capsys):
+    assert main(["sample", str(texts / "run"), "--prompt", "x"]) == 2
+    assert f"try jaxmodels predict {texts / 'run'} FILE" in capsys.readouterr().err
+
+
+def test_loading_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="expected a directory with config.json"):
+        jaxmodels.load_run(tmp_path)
