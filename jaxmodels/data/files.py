@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import json
 import mmap
 import sys
@@ -15,11 +17,39 @@ from typing import Any
 
 from jaxmodels.errors import UserError
 
+BOM = codecs.BOM_UTF8
+_BEGINNING = 1 << 16
+_SEPARATORS = ",;\t|"
+_BETWEEN = 3
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip -d", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bzip2 -d", b"\xfd7zXZ\0": "xz -d",
+    b"PK\3\4": "unzip",
+}  # fmt: skip
+
+
+def not_text(beginning: bytes) -> str:
+    """What a file that begins so is, if it is no text in UTF-8, what was expected and what to try; else nothing."""
+    for magic, command in _COMPRESSED.items():
+        if beginning.startswith(magic):
+            return f"compressed, expected text, try {command}"
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "text in UTF-16, expected UTF-8, try iconv -f UTF-16 -t UTF-8"
+    if b"\0" in beginning:
+        even, odd = beginning[::2].count(0), beginning[1::2].count(0)
+        if max(even, odd) > len(beginning) // 8 > min(even, odd):
+            order = "BE" if even > odd else "LE"
+            return f"text in UTF-16, expected UTF-8, try iconv -f UTF-16{order} -t UTF-8"
+        if even + odd > len(beginning) // 100:
+            return "binary (it has zero bytes), expected text, try another file"
+    return ""
+
 
 class File(ABC):
     """A table in one file. `typed`: whether the file says of a value that it is a number."""
 
     typed = True
+    columns: tuple[str, ...] | None = None
+    """Of every row; None where each row has its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,8 +76,11 @@ class _Lines(File):
             raise UserError(f"got {path}, which is empty, expected a table, try another file")
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._start = 3 if self._bytes[:3] == b"\xef\xbb\xbf" else 0
-        self._first_line = 1
+        if foreign := not_text(self._bytes[:4096]):
+            raise UserError(f"got {path}, which is {foreign}")
+        self._start = 3 if self._bytes[:3] == BOM else 0
+        beginning = self._bytes[:_BEGINNING]
+        self._line_end = b"\r" if b"\r" in beginning and b"\n" not in beginning else b"\n"
         self._extents, self._numbers = array("q"), array("q")
 
     @abstractmethod
@@ -76,7 +109,7 @@ class _Lines(File):
     def _each_line(self) -> Iterator[tuple[int, int]]:
         start = self._start
         while start < len(self._bytes):
-            end = self._bytes.find(b"\n", start) + 1 or len(self._bytes)
+            end = self._bytes.find(self._line_end, start) + 1 or len(self._bytes)
             yield start, end
             start = end
 
@@ -86,7 +119,7 @@ class _Json(_Lines):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if self._bytes[self._start : self._start + 256].lstrip()[:1] == b"[":
+        if self._bytes[self._start : self._start + _BEGINNING].lstrip()[:1] == b"[":
             raise UserError(f"got {path}, which is one JSON array, expected JSON lines, try jq -c '.[]' {path}")
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:
@@ -106,7 +139,12 @@ class _Json(_Lines):
 
 
 class _Csv(_Lines):
-    """Comma- or tab-separated values, with the columns' names in the first row."""
+    """Values separated by commas, semicolons, tabs or bars, with the columns' names in the first row.
+
+    A cell in quotes may have line ends in it. Where such a row is none in the end (the quote is never closed, or other
+    cells stand behind it), or all the lines between are rows of their own, its first line alone is bad, and reading
+    goes on behind it: a stray quote costs one row.
+    """
 
     typed = False
 
@@ -114,9 +152,9 @@ class _Csv(_Lines):
         super().__init__(path)
         # a field may be a whole document
         csv.field_size_limit(sys.maxsize)
-        self._delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        self._delimiter = self._separator(path.suffix.lower())
         self._names: list[str] = []
-        start, end, _ = next(self._cut())
+        start, end, _ = next(self._cut(), (self._start, self._start, 1))
         header = self._cells(self._bytes[start:end])
         if isinstance(header, str) or len(set(header)) < len(header) or not all(header):
             raise UserError(
@@ -124,15 +162,27 @@ class _Csv(_Lines):
                 "try adding such a row"
             )
         self._names = header
+        self.columns = tuple(header)
+
+    def _separator(self, suffix: str) -> str:
+        """The file's own, or one by which its first row has several names and the second one as many cells."""
+        usual = "\t" if suffix == ".tsv" else ","
+        lines = [self._bytes[start:end] for start, end in itertools.islice(self._each_line(), 2)]
+        for self._delimiter in (usual, *_SEPARATORS.replace(usual, "")):
+            counts = [len(cells) if isinstance(cells := self._cells(line), list) else 0 for line in lines]
+            if counts[0] > 1 and len(set(counts)) == 1:
+                return self._delimiter
+        return usual
 
     def _cells(self, raw: bytes) -> list[str] | str:
         try:
             text = io.StringIO(raw.decode("utf-8"), newline="\n")
-            return next(csv.reader(text, delimiter=self._delimiter, strict=True))
+            return next(csv.reader(text, delimiter=self._delimiter, strict=True), [])
         except UnicodeDecodeError as error:
             return f"byte {error.start} of the row is not UTF-8"
         except csv.Error as error:
-            return f"invalid CSV ({error})"
+            known = str(error).replace("unexpected end of data", "a quote that is not closed")
+            return f"invalid CSV ({known})"
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:
         cells = self._cells(raw)
@@ -140,28 +190,46 @@ class _Csv(_Lines):
             return cells
         if len(cells) != len(self._names):
             return f"has {len(cells)} columns, expected {len(self._names)}"
+        if b"\0" in raw:
+            return "has a zero byte"
         return dict(zip(self._names, cells, strict=True))
 
     def _cut(self) -> Iterator[tuple[int, int, int]]:
-        end = begin = self._start
+        at, number = self._start, 0
 
         def lines() -> Iterator[str]:
-            nonlocal end
-            for start, end in self._each_line():
+            nonlocal at, number
+            while at < len(self._bytes):
+                start, at = at, self._bytes.find(self._line_end, at) + 1 or len(self._bytes)
+                number += 1
                 # any byte is a character of latin-1, and those that end a cell or a row are the same
-                yield self._bytes[start:end].decode("latin-1")
+                yield self._bytes[start:at].decode("latin-1")
 
-        reader, number, ended, header = csv.reader(lines(), delimiter=self._delimiter), 1, False, True
-        while not ended:
+        def reader() -> Any:
+            return csv.reader(lines(), delimiter=self._delimiter, strict=True)
+
+        rows, header = reader(), True
+        while at < len(self._bytes):
+            begin, first = at, number + 1
             try:
-                next(reader)
-            except csv.Error:
-                pass  # what it is will be said where the row is parsed
-            except StopIteration:
-                ended = True
-            if end > begin and not (header and self._names):
-                yield begin, end, number
-            header, begin, number = False, end, reader.line_num + 1
+                cells = len(next(rows))
+            except csv.Error:  # what it is will be said where the row is parsed
+                cells = -1
+            if number > first and not header and (cells != len(self._names) or self._rows_between(begin, at)):
+                at, number = self._bytes.find(self._line_end, begin) + 1, first
+                rows = reader()
+            if not (header and self._names):
+                yield begin, at, first
+            header = False
+
+    def _rows_between(self, begin: int, end: int) -> bool:
+        """Whether all lines within a row, several of them, are rows: as many cells, no space before one as in prose."""
+        lines = self._bytes[begin:end].removesuffix(self._line_end).split(self._line_end)[1:-1]
+        for line in lines:
+            cells = self._cells(line)
+            if not 1 < len(cells) == len(self._names) or isinstance(cells, str) or any(c[:1] == " " for c in cells[1:]):
+                return False
+        return len(lines) >= _BETWEEN
 
 
 class _Parquet(File):
@@ -178,22 +246,41 @@ class _Parquet(File):
             ) from None
         try:
             self._table = parquet.read_table(path)
-        except arrow.ArrowInvalid as error:
-            reason = str(error).splitlines()[0]
+        except (arrow.ArrowException, OSError, ValueError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"got {path}, which is no Parquet file ({reason}), expected one, try another file"
+                f"got {path}, which is no Parquet file ({reason[:200]}), expected one, try another file"
             ) from error
+        names = self._table.column_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"got {path} with several columns {twice[0]!r}, expected each once, try renaming one")
+        self.columns = tuple(names)
 
     def rows(self) -> Iterator[tuple[dict[str, Any] | str, bytes]]:
         for batch in self._table.to_batches(max_chunksize=1024):
-            for row in batch.to_pylist():
+            for row in _python(batch):
                 yield row, b""
 
     def read(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | str]:
-        return self._table.select(list(fields)).take(rows).to_pylist()
+        return _python(self._table.select([name for name in fields if name in self.columns]).take(rows))
 
     def line(self, row: int) -> int:
         return row + 1
+
+
+def _python(table: Any) -> list[dict[str, Any] | str]:
+    """Rows of Arrow's columns as Python's values, or why a row is none."""
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, times that no calendar has: find out where
+
+        def row(number: int) -> dict[str, Any] | str:
+            try:
+                return table.slice(number, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                return f"cannot be read ({' '.join(str(error).split())[:200]})"
+
+        return [row(number) for number in range(table.num_rows)]
 
 
 TABLES: dict[str, type[File]] = {
@@ -208,11 +295,17 @@ def open_file(path: Path) -> File:
     """
     kind = TABLES.get(path.suffix.lower())
     if kind is None:
+        with path.open("rb") as file:
+            if (foreign := not_text(file.read(8))).startswith("compressed"):
+                raise UserError(f"got {path}, which is {foreign}")
         raise UserError(f"got {path}, expected a table: one of {', '.join(TABLES)}, try renaming or converting it")
     return kind(path)
 
 
 def shown(value: Any) -> str:
     """A value as it may stand in a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or of thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."

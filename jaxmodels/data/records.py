@@ -14,12 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxmodels.config import DataConfig
+from jaxmodels.data.files import shown
 from jaxmodels.errors import UserError
 
 Kind = Literal["image", "text", "label", "labels", "array"]
 
 _AT_ONCE = 1024
 _SHOWN = 3
+_EMPTY = "is an empty text"
+_MOST_CLASSES = 2**31
+"""Numbers of classes are int32 in a batch."""
 
 _log = logging.getLogger("jaxmodels")
 
@@ -47,6 +51,8 @@ class Bad:
     where: str
     """File and row, or the file alone."""
     reason: str
+    empty: bool = False
+    """Whether it is a text without a word: no mistake, but nothing to learn from either."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -75,6 +81,9 @@ class Records(ABC):
     def where(self, index: int) -> str:
         """File and row of a record, or the file alone."""
         return f"{self.label}, record {index}"
+
+    def check(self, fields: Sequence[str]) -> None:  # noqa: B027 - most sets have all fields everywhere
+        """Raises UserError where a part of the set, such as one of its files, lacks one of these fields."""
 
 
 class Joined(Records):
@@ -164,18 +173,21 @@ class Row(dict[str, Any]):
 class Reader:
     """Fields of records, without those that cannot be read.
 
-    Each bad record is logged once, by name, and counted; more than `limit` of them stop the run.
+    What `records` read is held to its `Field`s here, for sets of any kind (`unfit`). Each bad record is logged once, by
+    name, and counted; more than `limit` of them stop the run. Empty texts are left out and counted apart.
     """
 
     def __init__(self, records: Records, fields: Sequence[str], limit: int) -> None:
         self.records, self.fields, self.limit = records, tuple(fields), limit
+        records.check(self.fields)
         self._bad: dict[int, Bad] = {}
+        self._empty = 0
         self._lock = threading.Lock()
 
     @property
     def left_out(self) -> int:
-        """How many records have been found bad so far."""
-        return len(self._bad)
+        """How many records have been found bad so far; empty texts are not counted."""
+        return len(self._bad) - self._empty
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> tuple[list[Row], np.ndarray]:
         """These records, the next good one in the place of a bad one; and in which places that is so, bool (B,).
@@ -188,7 +200,7 @@ class Reader:
         places, rows = [self._good(i) for i in wanted], [Row({}, -1)] * len(wanted)
         left = list(range(len(wanted)))
         while left:
-            values = self.records.read([places[k] for k in left], self.fields)
+            values = self._read([places[k] for k in left])
             again = []
             for k, value in zip(left, values, strict=True):
                 if isinstance(value, Bad):
@@ -205,15 +217,18 @@ class Reader:
 
         Raises: UserError where more than the limit are bad.
         """
+        before = self._empty
         for start in range(0, len(self.records), _AT_ONCE):
             some = [i for i in range(start, min(start + _AT_ONCE, len(self.records))) if i not in self._bad]
             good = []
-            for index, value in zip(some, self.records.read(some, self.fields), strict=True):
+            for index, value in zip(some, self._read(some), strict=True):
                 if isinstance(value, Bad):
                     self._leave_out(index, value)
                 else:
                     good.append(Row(value, index))
             yield good
+        if self._empty > before:
+            _log.warning("left out %s empty texts of %s", f"{self._empty:,}", self.records.label)
 
     def bad(self, index: int, reason: str) -> None:
         """Leave out a record that turned out to be bad after it was read: `Row.index`, and why.
@@ -223,6 +238,18 @@ class Reader:
         Raises: UserError where more than the limit are bad.
         """
         self._leave_out(index, Bad(self.records.where(index), reason))
+
+    def _read(self, indices: Sequence[int]) -> list[dict[str, Any] | Bad]:
+        return [
+            value if isinstance(value, Bad) else self._fit(index, value)
+            for index, value in zip(indices, self.records.read(indices, self.fields), strict=True)
+        ]
+
+    def _fit(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
+        for name, value in values.items():
+            if reason := unfit(name, value, self.records.fields[name]):
+                return Bad(self.records.where(index), reason, reason is _EMPTY)
+        return values
 
     def _good(self, index: int) -> int:
         n = len(self.records)
@@ -239,7 +266,10 @@ class Reader:
             if index in self._bad:
                 return
             self._bad[index] = bad
-            count, last = len(self._bad), self._last()
+            self._empty += bad.empty
+            count, last = self.left_out, self._last()
+        if bad.empty:
+            return
         _log.warning("left out %s", bad)
         if count > self.limit:
             raise UserError(
@@ -249,6 +279,30 @@ class Reader:
 
     def _last(self) -> str:
         return "; ".join(map(str, list(self._bad.values())[-_SHOWN:]))
+
+
+def unfit(name: str, value: Any, field: Field) -> str:
+    """Why a value is not what its field says; nothing where it is.
+
+    A label of -1 is one that is not known, as both TFDS and the library `datasets` write it, where classes have names.
+    """
+    if field.kind == "text":
+        if not value or value.isspace():
+            return _EMPTY
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            return f"{name} has half of a surrogate pair, which is no character"
+    if field.kind == "array":
+        sizes = zip(value.shape, field.shape, strict=False)
+        if value.ndim != len(field.shape) or any(s not in (None, n) for n, s in sizes):
+            return f"{name} has the shape {value.shape}, expected {field.shape}"
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            return f"{name} holds {value[~np.isfinite(value)].flat[0]}, expected finite numbers"
+    elif field.kind in ("label", "labels"):
+        least, number = (-1 if field.names and field.kind == "label" else 0), len(field.names) or _MOST_CLASSES
+        for label in (value,) if field.kind == "label" else value:
+            if not least <= label < number:
+                return f"{name} is {shown(label)}, expected a class from 0 to {number - 1}"
+    return ""
 
 
 def input_field(records: Records, cfg: DataConfig, kinds: Sequence[Kind]) -> str:
@@ -276,19 +330,27 @@ def input_field(records: Records, cfg: DataConfig, kinds: Sequence[Kind]) -> str
     )
 
 
-def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind]) -> str:
+def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind], taken: Sequence[str] = ()) -> str:
     """The name again, where the records have that field and it is of one of these kinds.
 
-    Raises: UserError with the fields that could be meant; `option` is the one that named it, such as label_field.
+    Raises: UserError with the fields that could be meant, which those `taken` for something else are not; `option` is
+    the one that named it, such as label_field.
     """
     flag = f"--data.{option.replace('_', '-')}"
+    candidates = _of_kinds(records, kinds, {name, *taken})
     if name not in records.fields:
-        raise UserError(unknown(f"data.{option}", name, sorted(records.fields), flag))
-    if (kind := records.fields[name].kind) not in kinds:
-        candidates = _of_kinds(records, kinds, {name})
-        hint = f"{flag} {candidates[0]}" if candidates else "another --task.name or another set"
+        if candidates:
+            raise UserError(unknown(f"data.{option}", name, candidates, flag))
+        known = ", ".join(sorted(records.fields)) or "no field that can be used"
         raise UserError(
-            f"got data.{option} {name!r}, which is {_article([kind])}, not {_article(kinds)}, "
+            f"got data.{option} {name!r} for {records.label}, which has {known}, expected {_article(kinds)} field, "
+            "try another --task.name or another set"
+        )
+    if (kind := records.fields[name].kind) not in kinds:
+        hint = f"{flag} {candidates[0]}" if candidates else "another --task.name or another set"
+        numbers = " (numbers that are not whole)" if kind == "array" and option == "label_field" else ""
+        raise UserError(
+            f"got data.{option} {name!r}, which is {_article([kind])}{numbers}, not {_article(kinds)}, "
             f"expected one of {', '.join(candidates) or 'none: the set has no such field'}, try {hint}"
         )
     return name

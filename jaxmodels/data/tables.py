@@ -17,14 +17,19 @@ from jaxmodels.data import corpus
 from jaxmodels.data.files import File, open_file, shown
 from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, place
 from jaxmodels.data.source import Split
+from jaxmodels.errors import UserError
 
 # Share of a column's values that must be numbers for it to be one of numbers: others are then bad.
 _MOST = 0.9
+# Whole numbers up to this are taken for the numbers of classes.
+_MOST_NUMBERED = 100_000
 _DIGITS = frozenset("0123456789")
 
 
 def records(cfg: DataConfig, split: Split) -> Records:
     """The rows of the tables that `data.path` names.
+
+    Whole numbers are the numbers of classes, from 0 on; others (-1 and 1, say) and names are classes in their order.
 
     Evaluation has those of `data.eval_path`; else those whose content has a hash below `data.eval_fraction`: equal
     rows are on one side, in files of any kind, and none ever changes it. The classes of a label or group are those
@@ -35,6 +40,7 @@ def records(cfg: DataConfig, split: Split) -> Records:
     train = _scan(_stamped(cfg.path), cfg.label_field, cfg.group_field)
     if cfg.eval_path:
         here = train if split == "train" else _scan(_stamped(cfg.eval_path), cfg.label_field, cfg.group_field)
+        _check_names(train, here, cfg)
         chosen = np.arange(len(here.places))
     else:
         check_fraction(cfg.eval_fraction)
@@ -44,18 +50,40 @@ def records(cfg: DataConfig, split: Split) -> Records:
     return found
 
 
+def _check_names(train: _Scan, here: _Scan, cfg: DataConfig) -> None:
+    """Raises UserError where a class or group that comes again and again in evaluation is none that is trained on."""
+    for name in (cfg.label_field, cfg.group_field):
+        if name in train.fields and name in here.fields:
+            known = train.fields[name].names
+            if others := [other for other in here.fields[name].names if other not in known]:
+                used = [other for other in others if here.columns[name].names[other] > 1]
+                if known and used:
+                    raise UserError(
+                        f"got {name} {used[0]!r} in {here.label}, expected one of {listed(known)} as in {train.label}, "
+                        "try --data.eval-path with a table of the same classes"
+                    )
+
+
 class Table(Records):
     """Some rows of files, read where they lie."""
 
     def __init__(self, scan: _Scan, fields: Mapping[str, Field], chosen: np.ndarray) -> None:
         self.fields, self._files = fields, scan.files
         self._which, self._rows = scan.which[chosen], scan.rows[chosen]
-        self.label = f"table {', '.join(f.path.name for f in self._files[:3])}{', ...' if len(self._files) > 3 else ''}"
+        self._scan, self.label = scan, scan.label
         self._ids = {name: {n: i for i, n in enumerate(field.names)} for name, field in fields.items()}
         self.fingerprint = digest(scan.places[chosen].tobytes() + repr(sorted(fields.items())).encode())
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def check(self, fields: Sequence[str]) -> None:
+        for file, columns in zip(self._files, self._scan.seen, strict=True):
+            if columns and (missing := [name for name in fields if name not in columns]):
+                raise UserError(
+                    f"got {file.path} without {missing[0]}, expected it in every file of {self.label} "
+                    f"(this one has {listed(sorted(columns))}), try another --data.path"
+                )
 
     def where(self, index: int) -> str:
         file = self._files[self._which[index]]
@@ -81,7 +109,7 @@ class Table(Records):
 
     def _value(self, name: str, value: Any) -> Any:
         field = self.fields[name]
-        if value is None or value == "":
+        if value is None or (value == "" and field.kind != "text"):
             raise _Unfit(f"{name} is missing")
         if field.kind == "label":
             return self._class(name, value)
@@ -89,29 +117,38 @@ class Table(Records):
             return tuple(self._class(name, v) for v in value)
         if field.kind == "array":
             try:
-                numbers = np.asarray(value, field.dtype)
-            except (ValueError, TypeError):
+                with np.errstate(over="ignore"):  # too large for float32: infinite, and then bad
+                    return np.asarray(value, field.dtype)
+            except (ValueError, TypeError, OverflowError):
                 raise _Unfit(f"{name} is {shown(value)}, expected numbers") from None
-            sizes = zip(numbers.shape, field.shape, strict=False)
-            if numbers.ndim != len(field.shape) or any(s not in (None, n) for n, s in sizes):
-                raise _Unfit(f"{name} has the shape {numbers.shape}, expected {field.shape}")
-            return numbers
         if (field.kind == "text" and isinstance(value, str)) or (field.kind == "image" and isinstance(value, bytes)):
             return value
         raise _Unfit(f"{name} is {shown(value)}, expected {field.kind}")
 
     def _class(self, name: str, value: Any) -> int:
-        if ids := self._ids[name]:
-            for key in (str(value), str(int(value)) if isinstance(value, bool) else ""):
-                if key in ids:
-                    return ids[key]
-            known = list(ids)
-            first = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-            raise _Unfit(f"{name} is {shown(value)}, expected one of {first}")
-        try:
-            return int(value)
-        except (ValueError, TypeError):
-            raise _Unfit(f"{name} is {shown(value)}, expected a whole number") from None
+        key, ids = name_of(value), self._ids[name]
+        if key is None:
+            raise _Unfit(f"{name} is missing")
+        if key in ids:
+            return ids[key]
+        if not ids and _whole(key):
+            return int(key)
+        raise _Unfit(f"{name} is {shown(value)}, expected {f'one of {listed(list(ids))}' if ids else 'a whole number'}")
+
+
+def name_of(value: Any) -> str | None:
+    """The name of the class that a value means: of true 1, of 2.0 and of the text "2.0" 2; None: it means none."""
+    if value is None or value != value or value == "":
+        return None
+    if isinstance(value, str):
+        whole = value.removesuffix(".0")
+        return whole if whole.removeprefix("-").isdecimal() else value
+    return str(int(value) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, the first ten where there are more."""
+    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
 
 
 class _Unfit(Exception):
@@ -123,20 +160,35 @@ class _Scan:
 
     def __init__(self, files: Sequence[File], label_field: str, group_field: str) -> None:
         self.files = files
+        self.label = f"table {', '.join(f.path.name for f in files[:3])}{', ...' if len(files) > 3 else ''}"
         which, rows, places = array("i"), array("q"), array("d")
-        columns: dict[str, _Column] = {}
+        self.columns: dict[str, _Column] = {}
+        self.seen: list[set[str]] = []
+        """The columns of each file."""
+        broken = ""
         for number, file in enumerate(files):
+            self.seen.append(set(file.columns or ()))
             for row, (values, raw) in enumerate(file.rows()):
                 which.append(number)
                 rows.append(row)
-                places.append(place(_canonical(values) if isinstance(values, dict) else raw))
-                for name, value in values.items() if isinstance(values, dict) else ():
-                    if name not in columns:
-                        columns[name] = _Column(name == label_field, name == group_field)
-                    columns[name].see(value, file.typed)
+                places.append(place(raw if isinstance(values, str) else _canonical(values) or raw))
+                if isinstance(values, str):
+                    broken = broken or f"{file.path}:{file.line(row)}: {values}"
+                    continue
+                if file.columns is None:
+                    self.seen[-1].update(values)
+                for name, value in values.items():
+                    if name not in self.columns:
+                        self.columns[name] = _Column(name == label_field, name == group_field)
+                    self.columns[name].see(value, file.typed)
+        if broken and not self.columns:
+            raise UserError(
+                f"got {self.label}, of whose {len(rows):,} rows none can be read (the first: {broken}), expected "
+                "one record a row, try another file"
+            )
         self.which, self.rows = np.array(which, np.int32), np.array(rows, np.int64)
         self.places = np.array(places, np.float64)
-        found = {name: columns[name].field() for name in sorted(columns)}
+        found = {name: self.columns[name].field() for name in sorted(self.columns)}
         self.fields = {name: field for name, field in found.items() if field}
 
 
@@ -146,60 +198,89 @@ class _Column:
     def __init__(self, is_label: bool, is_group: bool) -> None:
         self.is_label, self.is_group = is_label, is_group
         self.kinds: Counter[str] = Counter()
-        self.names: set[str] = set()
-        self.shapes: set[tuple[int, ...]] = set()
-        self.largest = -1
+        self.names: Counter[str] = Counter()
+        """How often each name of a class or group comes, and of several labels each one."""
+        self.numbers: Counter[str] = Counter()
+        """How often as a number."""
+        self.shapes: Counter[tuple[int, ...]] = Counter()
 
     def see(self, value: Any, typed: bool) -> None:
         kind = _kind(value, typed)
         self.kinds[kind] += 1
         if kind == "texts" or (kind == "list" and self.is_label):
-            self.names.update(map(str, value))
+            self.names.update(name for v in value if (name := name_of(v)) is not None)
         elif kind in ("text", "whole", "number") and (self.is_label or self.is_group):
-            self.names.add(str(value))
-            if kind == "whole":
-                self.largest = max(self.largest, int(value))
+            name = str(name_of(value))
+            self.names[name] += 1
+            self.numbers[name] += kind != "text"
         if kind == "list":
-            self.shapes.add(np.shape(value))
+            self.shapes[np.shape(value)] += 1
 
     def field(self) -> Field | None:
         """None: nothing here can use such a column."""
         count = self.kinds
         total = max(sum(count.values()) - count["missing"], 1)
-        if count["texts"] or (count["list"] and self.is_label):
+        if count["texts"] or (count["list"] and self.is_label and all(map(_whole, self.names))):
             return Field("labels", tuple(sorted(self.names, key=_in_order)))
         if count["list"]:
-            sizes = list(zip(*self.shapes, strict=False))
-            shape = tuple(each[0] if len(set(each)) == 1 else None for each in sizes)
-            return Field("array", shape=shape, dtype="float32")
+            return Field("array", shape=self._shape(), dtype="float32")
         if self.is_group and self.names:
             return Field("label", tuple(sorted(self.names, key=_in_order)))
+        if self.is_label and self.names:
+            return self._classes(total)
         if count["whole"] >= _MOST * total:
-            # whole numbers are classes from 0 on; more names than these would be of no use to anyone
-            named = self.is_label and self.largest < 100_000
-            return Field("label", tuple(map(str, range(self.largest + 1))) if named else ())
+            return Field("label")
         if count["whole"] + count["number"] >= _MOST * total:
             return Field("array", dtype="float32")
         if count["bytes"]:
             return Field("image", shape=(None, None, None))
-        if count["text"]:
-            return Field("label", tuple(sorted(self.names))) if self.is_label else Field("text")
-        return None
+        return Field("text") if count["text"] else None
+
+    def _shape(self) -> tuple[int | None, ...]:
+        """The shape that nearly all arrays have, or what they share: None where they differ."""
+        (usual, often), *_ = self.shapes.most_common(1)
+        if often >= _MOST * self.shapes.total():
+            return usual
+        sizes = list(zip(*self.shapes, strict=False))
+        return tuple(each[0] if len(set(each)) == 1 else None for each in sizes)
+
+    def _classes(self, total: int) -> Field:
+        """Whole numbers from 0 on are the numbers of their classes; other numbers and names are sorted.
+
+        A value that is of another kind than nearly all others and comes only once is a mistake in its row; one that
+        comes again is a class.
+        """
+        numbers = {int(name): often for name, often in self.numbers.items() if often and _whole(name)}
+        strange = Counter({name: often for name, often in self.names.items() if not self.numbers[name]})
+        fractions = Counter({name: often for name, often in self.numbers.items() if often and not _whole(name)})
+        if fractions.total() > (1 - _MOST) * total and not strange:
+            return Field("array", dtype="float32")
+        strange += fractions
+        if not numbers or strange.total() > (1 - _MOST) * total or any(often > 1 for often in strange.values()):
+            return Field("label", tuple(sorted(self.names, key=_in_order)))
+        plain = {n for n in numbers if 0 <= n < _MOST_NUMBERED}
+        if not plain or any(often > 1 for n, often in numbers.items() if n not in plain):
+            return Field("label", tuple(map(str, sorted(numbers))))
+        return Field("label", tuple(map(str, range(max(plain) + 1))))
+
+
+def _whole(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:
     """Numbers by their size, then names by their letters."""
-    return (False, int(name), "") if name.removeprefix("-").isdecimal() else (True, 0, name)
+    return (False, int(name), "") if _whole(name) else (True, 0, name)
 
 
 def _kind(value: Any, typed: bool) -> str:
     """What a value is; where a file has no types (CSV), a text that reads as a number is one."""
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and value != value):
         return "missing"
     if isinstance(value, str):
-        if typed or value[-1] not in _DIGITS:
+        if typed or value[-1] not in _DIGITS or "_" in value:
             return "text"
-        if value.removeprefix("-").isdecimal():
+        if _whole(value):
             return "whole"
         try:
             float(value)
@@ -219,8 +300,11 @@ def _kind(value: Any, typed: bool) -> str:
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:
-    """A row as bytes, the same whatever kind of file it is from."""
-    return json.dumps({k: v for k in sorted(values) if (v := _plain(values[k])) != ""}).encode()
+    """A row as bytes, the same whatever kind of file it is from; none where it is nested too deep for that."""
+    try:
+        return json.dumps({k: v for k in sorted(values) if (v := _plain(values[k])) != ""}).encode()
+    except RecursionError:
+        return b""
 
 
 def _plain(value: Any) -> Any:

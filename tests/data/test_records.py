@@ -122,7 +122,7 @@ def test_the_input_field_is_found_or_asked_for():
         input_field(records, DataConfig(), ("text",))
     with pytest.raises(UserError, match="got data.input_field 'picture', which is an image, not a text, .* de, en"):
         input_field(records, DataConfig(input_field="picture"), ("text",))
-    with pytest.raises(UserError, match="'labl', expected one of de, en, label, picture, try --data.label-field label"):
+    with pytest.raises(UserError, match="'labl', expected one of label, try --data.label-field label"):
         named_field(records, "label_field", "labl", ("label",))
     with pytest.raises(UserError, match="with the fields de, en, label, picture, expected an array field"):
         input_field(records, DataConfig(), ("array",))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data import tables, tfds
-from jaxmodels.data.records import Reader, Records
+from jaxmodels.data.records import Reader, Records, named_field
 from jaxmodels.errors import UserError
 
 KINDS = ("csv", "tsv", "jsonl", "json", "parquet")
@@ -166,7 +166,8 @@ def test_a_row_that_cannot_be_read_is_named_and_left_out(tmp_path, caplog, line,
         (b"a", "has 1 columns, expected 2"),
         (b"\xff\xfe,1", "byte 0 of the row is not UTF-8"),
         (b'"a"b,1', "invalid CSV"),
-        (b",1", "text is missing"),
+        (b"a,", "label is missing"),
+        (b"a\0,1", "has a zero byte"),
         (b"a,dog", "label is 'dog', expected one of 0, 1"),
     ],
 )
@@ -206,3 +207,154 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path):
     write(file, [{"text": "new, and longer", "label": 0}])
     second = tables.records(table(file, eval_fraction=0), "train")
     assert second.fingerprint != first and values(second, "text") == [("new, and longer",)]
+
+
+def read(path: Path, content: bytes | str, **fields: Any) -> Records:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return tables.records(table(path, eval_fraction=0, **fields), "train")
+
+
+@pytest.mark.parametrize("quoted", [[7], [7, 30], [7, 30, 31], [39]])
+def test_a_stray_quote_costs_its_own_row_alone(tmp_path, caplog, quoted):
+    lines = [f"{chr(34) if i in quoted else ''}text {i},{'ab'[i % 2]}" for i in range(40)]
+    lines += ['"a text, with\nlines that go on,\nas in prose, for some time,\nand end",a']
+    records = read(tmp_path / "a.csv", "\n".join(["text,label", *lines, ""]))
+    found = values(records, "text", "label", limit=len(quoted))
+    assert found[:-1] == [(f"text {i}", i % 2) for i in range(40) if i not in quoted] and "\n" in found[-1][0]
+    assert caplog.messages == [
+        f"left out {tmp_path / 'a.csv'}:{i + 2}: invalid CSV (a quote that is not closed)" for i in quoted
+    ]
+
+
+def test_two_stray_quotes_do_not_make_one_text_of_what_is_between(tmp_path, caplog):
+    lines = [f"text {i},{'ab'[i % 2]}" for i in range(40)]
+    lines[10], lines[20] = '"text 10,a', 'text 20",a'
+    found = values(read(tmp_path / "a.csv", "\n".join(["text,label", *lines])), "text", "label", limit=2)
+    assert [text for text, _ in found] == [f"text {i}" for i in range(10)] + [f"text {i}" for i in range(11, 20)] + [
+        'text 20"', *(f"text {i}" for i in range(21, 40))
+    ]  # fmt: skip
+    assert len(caplog.messages) == 1 and "a.csv:12: invalid CSV" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_the_separator_of_a_csv_is_the_one_that_its_first_row_has(tmp_path, separator):
+    lines = [separator.join(row) for row in (("text", "label"), ("a, b", "x"), ("c", "y"))]
+    assert values(read(tmp_path / "a.csv", "\n".join(lines)), "text", "label") == [("a, b", 0), ("c", 1)]
+
+
+def test_line_ends_of_old_macs_end_rows(tmp_path):
+    assert values(read(tmp_path / "a.csv", "text,label\ra,0\rb,1\r"), "text", "label") == [("a", 0), ("b", 1)]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.csv", "text,label\na,0\n".encode("utf-16"), "text in UTF-16, expected UTF-8, try iconv -f UTF-16 -t UTF-8"),
+        ("a.csv", "text,label\na,0\n".encode("utf-16-be"), "try iconv -f UTF-16BE -t UTF-8"),
+        ("a.csv.gz", b"\x1f\x8b\x08", "compressed, expected text, try gzip -d"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd", "compressed, expected text, try zstd -d"),
+        ("a.csv", b"\0\1\2" * 400, "binary"),
+        ("a.json", '{"text": "a",\n"label": 0}\n', "of whose 2 rows none can be read .*a.json:1: invalid JSON"),
+        ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "which is no Parquet file"),
+    ],
+)
+def test_files_in_other_forms_are_refused_by_what_they_are(tmp_path, name, content, words):
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name, content)
+
+
+@pytest.mark.parametrize(
+    "labels, names, classes",
+    [
+        ([-1, 1, 1, -1], ("-1", "1"), [0, 1, 1, 0]),
+        ([-1, 0, 1, -1, 0, 1], ("-1", "0", "1"), [0, 1, 2, 0, 1, 2]),
+        ([0.0, 1.0, 1.0], ("0", "1"), [0, 1, 1]),
+        (["1.0", "0.0", "1.0"], ("0", "1"), [1, 0, 1]),
+        ([True, False, True], ("0", "1"), [1, 0, 1]),
+        (["true", "false"], ("false", "true"), [1, 0]),
+        ([0, "0", 1, "1"], ("0", "1"), [0, 0, 1, 1]),
+        ([1, 3], ("0", "1", "2", "3"), [1, 3]),
+        ([str(i) for i in range(12)], tuple(map(str, range(12))), list(range(12))),
+        ([10**9, 5, 10**9, 5], ("5", str(10**9)), [1, 0, 1, 0]),
+        ([0, 1, "unknown", "unknown"], ("0", "1", "unknown"), [0, 1, 2, 2]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_every_label_that_comes_again_is_a_class(tmp_path, labels, names, classes, kind):
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    if kind == "csv" and isinstance(labels[0], bool):
+        pytest.skip("a CSV has no booleans")
+    records = tables.records(table(write(tmp_path / f"a.{kind}", rows), eval_fraction=0), "train")
+    assert records.fields["label"].names == names
+    assert [label for (label,) in values(records, "label")] == classes
+
+
+def test_numbers_that_are_no_classes_are_told(tmp_path, caplog):
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(40)] + [{"text": "huge", "label": 10**200}]
+    records = tables.records(table(write(tmp_path / "a.jsonl", rows), eval_fraction=0), "train")
+    assert len(values(records, "label", limit=1)) == 40 and "a.jsonl:41: label is 1000" in caplog.messages[0]
+    scores = write(tmp_path / "b.jsonl", [{"text": f"t{i}", "label": i / 7} for i in range(40)])
+    fields = tables.records(table(scores, eval_fraction=0), "train")
+    with pytest.raises(UserError, match=r"'label', which is an array \(numbers that are not whole\), not a label"):
+        named_field(fields, "label_field", "label", ("label", "labels"))
+
+
+@pytest.mark.parametrize(
+    "odd", ["[0.5, NaN]", "[0.5, null]", "[Infinity, 1]", "[1e300, 1]", "[1, 2, 3]", '["a", 1]', "[]"]
+)
+def test_an_array_of_no_numbers_is_a_bad_record_by_name(tmp_path, caplog, odd):
+    lines = [f'{{"x": [{i}, 0.5], "label": {i % 2}}}' for i in range(30)]
+    lines[12] = f'{{"x": {odd}, "label": 0}}'
+    records = read(tmp_path / "a.jsonl", "\n".join(lines))
+    assert records.fields["x"].shape == (2,)
+    found = values(records, "x", limit=1)
+    assert len(found) == 29 and all(np.isfinite(x).all() for (x,) in found)
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(f"left out {tmp_path / 'a.jsonl'}:13: x ")
+
+
+def test_empty_texts_are_counted_apart(tmp_path, caplog):
+    rows = [{"text": ("", "  \n", f"t{i}")[i % 3], "label": i % 2} for i in range(60)]
+    records = tables.records(table(write(tmp_path / "a.jsonl", rows), eval_fraction=0), "train")
+    assert len(values(records, "text", "label", limit=0)) == 20
+    assert caplog.messages == ["left out 40 empty texts of table a.jsonl"]
+
+
+def test_half_of_a_surrogate_pair_is_a_bad_record(tmp_path, caplog):
+    records = read(tmp_path / "a.jsonl", '{"text": "a \\ud83d"}\n{"text": "b \\ud83d\\ude00"}\n')
+    assert values(records, "text", limit=1) == [("b \N{GRINNING FACE}",)]
+    assert caplog.messages[0].endswith("a.jsonl:1: text has half of a surrogate pair, which is no character")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_without_a_column_is_refused_by_name(tmp_path, kind):
+    files = [write(tmp_path / f"{n}.{kind}", [{"text": n, n: "x"} for _ in range(3)]) for n in ("label", "body")]
+    records = tables.records(table(*files, eval_fraction=0), "train")
+    with pytest.raises(
+        UserError, match=rf"got .*body.{kind} without label, expected it in every file .* has body, text"
+    ):
+        Reader(records, ["text", "label"], 10)
+
+
+def test_a_class_that_only_evaluation_has_is_refused(tmp_path):
+    files = [
+        write(tmp_path / f"{a}.csv", [{"text": f"{i}", "label": a[i % 2]} for i in range(8)]) for a in ("ab", "ac")
+    ]
+    with pytest.raises(UserError, match=r"got label 'c' in table ac.csv, expected one of a, b as in table ab.csv"):
+        tables.records(table(files[0], eval_path=(str(files[1]),)), "eval")
+
+
+def test_json_of_any_depth_is_a_row(tmp_path):
+    deep = "[" * 900 + "]" * 900
+    records = read(tmp_path / "a.jsonl", f'{{"text": "a", "label": 0, "x": {deep}}}\n{{"text": "b", "label": 1}}\n')
+    assert ("b", 1) in values(records, "text", "label", limit=1)
+
+
+def test_parquet_with_odd_values_is_read_but_for_those(tmp_path, caplog):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    parquet.write_table(pa.table({"text": text, "label": [0, 1, 1]}), tmp_path / "a.parquet")
+    records = tables.records(table(tmp_path / "a.parquet", eval_fraction=0), "train")
+    assert values(records, "text", "label", limit=1) == [("a", 0), ("c", 1)]
+    assert "a.parquet:2: cannot be read" in caplog.messages[0]
