@@ -1,4 +1,4 @@
-"""The command line: `jaxmodels train|eval|tune|plan|sample|models|report|import|export|data|config`.
+"""The command line: `jaxmodels train|eval|tune|plan|predict|sample|models|report|import|export|data|config`.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
 """
@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
     "tune": "tune CONFIG.py --space FIELD=LOW:HIGH ... [--trials N] [--workers N]          search for good fields",
     "plan": "plan CONFIG.py --on h100:4x8,v5e:16x16,… [--search|--scaling]          a job on hardware not here",
+    "predict": "predict RUN FILE...|- [--best]          labels, texts or translations of new records, as JSON lines",
     "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
     "models": "models [NAME]          families and presets, or one model's tree of parameters",
     "report": "report RUN [RUN ...] [--out DIR] [--best]          a page of curves and pictures of runs",
@@ -91,6 +92,10 @@ def dispatch(argv: list[str]) -> int:
             from jaxmodels.hf import commands as weights
 
             function = weights.import_run if name == "import" else weights.export_run
+        elif name == "predict":
+            from jaxmodels import predict
+
+            function = predict.predict
         elif name == "report":
             from jaxmodels.report import command
 

@@ -45,9 +45,9 @@ def open_source(
     from jaxmodels.data import synthetic, tokens
 
     if cfg.source == "synthetic":
-        classes = num_classes if task == "classification" else None
+        drawn = num_classes if task == "classification" else None
         return synthetic.Synthetic(
-            cfg, split, task, vocab_size=vocab_size, inputs_shape=inputs_shape, num_classes=classes
+            cfg, split, task, vocab_size=vocab_size, inputs_shape=inputs_shape, num_classes=drawn
         )
     if task in ("causal_lm", "masked_lm"):
         if cfg.source == "tokens":

@@ -152,22 +152,31 @@ def lay(
     return out
 
 
+def encoded(captions: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """Captions, one a row: `inputs` and `segment_ids` (N, length).
+
+    Raises: UserError where one is longer.
+    """
+    ids = tokenizer.encode_many(captions, special=True)
+    if tokenizer.end is not None and any(x[-1] != tokenizer.end for x in ids):
+        # a text is read out at its end
+        ids = [np.append(x, np.int32(tokenizer.end)) for x in tokenizer.encode_many(captions)]
+    longest = max((len(x) for x in ids), default=0)
+    if longest > length:
+        raise UserError(
+            f"got captions of up to {longest} tokens, expected at most data.seq_len {length}, "
+            f"try --data.seq-len {longest}"
+        )
+    return single(ids, length)
+
+
 class Captioned(Source):
     """Images with captions of their class: each example has one of them, another in the next epoch."""
 
     def __init__(self, images: Source, captions: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> None:
         """`captions` are those of the first class, then as many of the second, and so on."""
-        ids = tokenizer.encode_many(captions, special=True)
-        if tokenizer.end is not None and any(x[-1] != tokenizer.end for x in ids):
-            # a text is read out at its end
-            ids = [np.append(x, np.int32(tokenizer.end)) for x in tokenizer.encode_many(captions)]
-        longest = max((len(x) for x in ids), default=0)
-        if longest > seq_len:
-            raise UserError(
-                f"got captions of up to {longest} tokens, expected at most data.seq_len {seq_len}, "
-                f"try --data.seq-len {longest}"
-            )
-        self._rows, self._each, self.images = single(ids, seq_len), len(captions) // (images.num_classes or 1), images
+        self._rows = encoded(captions, tokenizer, seq_len)
+        self._each, self.images = len(captions) // (images.num_classes or 1), images
         self.tokenizer, self.vocab_size, self.captions = tokenizer, tokenizer.vocab_size, tuple(captions)
         self.num_classes, self.class_names, self.groups = images.num_classes, images.class_names, images.groups
         self.field, self.kind = images.field, images.kind

@@ -1,0 +1,159 @@
+"""What a hand gives to a saved run: files of images, tables, lines of text, and the standard input."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jaxmodels.data.files import TABLES, File, open_file, shown
+from jaxmodels.data.folders import SUFFIXES
+from jaxmodels.data.records import Bad
+from jaxmodels.errors import UserError, nearest
+
+Kind = Literal["text", "image", "array"]
+"""What a model reads: str; the bytes of an image file; numbers as lists."""
+STDIN = "-"
+
+
+class Given(NamedTuple):
+    """One record: where it is from, and its value or why there is none."""
+
+    where: str
+    value: Any
+
+
+class _Place(NamedTuple):
+    """A file to read, as what."""
+
+    name: str
+    path: Path
+    how: Literal["lines", "image", "table"]
+
+
+def records(paths: Sequence[str], kind: Kind, field: str, known: str = "") -> Iterator[Given]:
+    """The records of files in their order: of a table its rows, of a folder its images, of any other file its lines.
+
+    A line is a text, the path of an image, or numbers in JSON; `-` are the lines of the standard input. `field` is the
+    column of a table that is read; where it is not given, `known`, or the only one that there is.
+
+    Raises:
+        UserError: before anything is read, for a file that is not there or that holds nothing of that kind.
+    """
+    if not paths:
+        raise UserError("got no files, expected some, or - for the lines of the standard input, try -")
+    places = [place for path in paths for place in _places(path, kind)]
+    tables = {place.path: open_file(place.path) for place in places if place.how == "table"}
+    columns = {path: _column(table, field, known) for path, table in tables.items()}
+    if field and not tables:
+        raise UserError(f"got --input-field {field} without a table, expected CSV, JSON lines or Parquet")
+    return _read(places, kind, tables, columns)
+
+
+def _places(name: str, kind: Kind) -> list[_Place]:
+    if name == STDIN:
+        return [_Place(STDIN, Path(STDIN), "lines")]
+    path = Path(name).expanduser()
+    if glob.has_magic(name) and not path.exists():
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise UserError(f"got {name!r}, which matches no file, expected one that does, try ls {name}")
+        return [place for each in found for place in _places(each, kind)]
+    if path.is_dir():
+        if kind != "image":
+            raise UserError(f"got the folder {name}, expected files, try '{path}/*'")
+        found = [Path(folder, each) for folder, _, files in os.walk(path) for each in files]
+        found = sorted(each for each in found if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
+        if not found:
+            raise UserError(f"got the folder {name} without images, expected some of {', '.join(SUFFIXES)}")
+        return [_Place(str(each), each, "image") for each in found]
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        near = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise UserError(f"got {name!r}, which {what}, expected a file, a folder of images or -{near or ', try ls'}")
+    if path.suffix.lower() in SUFFIXES:
+        if kind != "image":
+            raise UserError(f"got the image {name} for a model that reads {kind}s, expected a table, lines or -")
+        return [_Place(name, path, "image")]
+    return [_Place(name, path, "table" if path.suffix.lower() in TABLES else "lines")]
+
+
+def _column(table: File, field: str, known: str) -> str:
+    """The column of a table that is read."""
+    first = next((values for values, _ in table.rows() if isinstance(values, dict)), {})
+    names = list(first)
+    if not field and known not in names and len(names) == 1:
+        return names[0]
+    wanted = field or known
+    if wanted not in names:
+        got = f"--input-field {field}" if field else f"{table.path} without {known}" if known else f"{table.path}"
+        raise UserError(
+            f"got {got}, expected one of its columns, {', '.join(names) or 'of which there are none'}"
+            f"{nearest(wanted, names) if wanted else ''}, try --input-field {names[0] if names else 'text'}"
+        )
+    return wanted
+
+
+def _read(places: Sequence[_Place], kind: Kind, tables: dict[Path, File], columns: dict[Path, str]) -> Iterator[Given]:
+    for name, path, how in places:
+        if how == "image":
+            yield Given(name, _bytes(path, name))
+        elif how == "table":
+            yield from _rows(name, tables[path], columns[path])
+        elif path == Path(STDIN):
+            yield from _lines(name, sys.stdin.buffer, kind)
+        else:
+            with path.open("rb") as file:
+                yield from _lines(name, file, kind)
+
+
+def _bytes(path: Path, where: str) -> bytes | Bad:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return Bad(where, "is no regular file")
+    try:
+        return path.read_bytes() or Bad(where, "is empty")
+    except OSError as error:
+        return Bad(where, error.strerror or "cannot be read")
+
+
+def _rows(name: str, table: File, column: str) -> Iterator[Given]:
+    for row, (values, _) in enumerate(table.rows()):
+        where = f"{name}:{table.line(row)}"
+        if isinstance(values, str):
+            yield Given(where, Bad(where, values))
+            continue
+        value = values.get(column)
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as the datasets library keeps images
+            value = value["bytes"]
+        missing = value is None or value == ""
+        yield Given(where, Bad(where, f"{column} is missing") if missing else value)
+
+
+def _lines(name: str, file: Iterable[bytes], kind: Kind) -> Iterator[Given]:
+    for number, raw in enumerate(file, 1):
+        where = f"{name}:{number}"
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield Given(where, Bad(where, f"byte {error.start} of the line is not UTF-8"))
+            continue
+        if not line.strip():
+            yield Given(where, Bad(where, "is empty"))
+        elif kind == "image":
+            yield Given(line, _bytes(Path(line.strip()).expanduser(), line))
+        else:
+            yield Given(where, _numbers(where, line) if kind == "array" else line)
+
+
+def _numbers(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return Bad(where, f"{shown(line)} is no list of numbers in JSON")

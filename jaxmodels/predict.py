@@ -1,0 +1,400 @@
+"""`jaxmodels predict`: what a saved run says of records that a hand gives it, one line of JSON for each."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.config import AugmentConfig
+from jaxmodels.data import given, pixels, texts, transforms
+from jaxmodels.data.files import shown
+from jaxmodels.data.records import Bad
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+from jaxmodels.generate import sample, translate_texts
+from jaxmodels.generate.translation import upto
+from jaxmodels.train.saved import Run, load_run
+
+Answer = dict[str, Any]
+Answers = Callable[[Sequence[Any]], Sequence[Answer]]
+"""What is said of a batch of records that are ready."""
+
+LISTED = 100
+"""With more classes than so many, the likeliest of them alone are listed."""
+LIKELIEST = 5
+TOKENS = 100
+MASK = "[MASK]"
+
+
+def predict(
+    run: str,
+    files: tuple[str, ...],
+    /,
+    input_field: str | None = None,
+    tokens: int | None = None,
+    beams: int | None = None,
+    best: bool = False,
+) -> None:
+    """Labels, texts or translations of new records, as a line of JSON for each, in their order.
+
+    A table gives its rows, a folder its images, any other file its lines, and - the lines of the standard input. A
+    line is a text, the path of an image, or a list of numbers. The data that the run was trained on need not be here.
+    Of a record that cannot be read the line says why.
+
+    Args:
+        run: run directory.
+        files: images, folders of images, tables (CSV, JSON lines, Parquet), files of text, or -.
+        input_field: column of a table to read, where it is not called as in training.
+        tokens: how many tokens a text goes on for, at most (causal_lm); 100 when not given.
+        beams: width of the search for translations (seq2seq); 4 when not given.
+        best: the best checkpoint instead of the newest.
+    """
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    opened = load_run(run, best=best)
+    for name, value, task in (("tokens", tokens, "causal_lm"), ("beams", beams, "seq2seq")):
+        if value is not None and opened.config.task.name != task:
+            raise UserError(
+                f"got --{name} {value} for a run of task {opened.config.task.name}, expected it for {task} alone, "
+                "try it without"
+            )
+        if value is not None and value < 1:
+            raise UserError(f"got --{name} {value}, expected at least 1, try --{name} 4")
+    ready, answers = _predictor(opened, tokens or TOKENS, beams or 4)
+    known = opened.kept.field or opened.config.data.input_field
+    found = given.records(files, kind_of(opened), input_field or "", known)
+    size = opened.config.eval.batch_size or opened.config.data.batch_size
+    count, bad = 0, []
+    with ThreadPoolExecutor(opened.config.data.threads) as threads:
+        for answer in said(found, ready, answers, size, threads):
+            count += 1
+            if "error" in answer:
+                bad.append(f"{answer['where']}: {answer['error']}")
+            print(_line(answer), flush=count % size == 0)
+    if bad:
+        shortened = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+        if len(bad) == count:
+            raise UserError(f"got {count:,} records, none of which can be read ({shortened}), expected some that can")
+        print(f"{len(bad):,} of {count:,} records could not be read ({_plain(shortened)})", file=sys.stderr)
+
+
+def said(
+    records: Iterable[given.Given],
+    ready: Callable[[Any], Any],
+    answers: Answers,
+    size: int,
+    threads: ThreadPoolExecutor,
+) -> Iterator[Answer]:
+    """An answer to each record, in order; `answers` is always given `size` of them that are `ready`."""
+
+    def prepare(value: Any) -> Any:
+        try:
+            return value if isinstance(value, Bad) else ready(value)
+        except (UserError, pixels.Unreadable) as error:
+            return Bad("", str(error))
+
+    rest = iter(records)
+    while chunk := list(islice(rest, size)):
+        made = list(threads.map(prepare, [value for _, value in chunk]))
+        good = [value for value in made if not isinstance(value, Bad)]
+        # filled up, so that nothing is compiled for a batch of another size
+        found = iter(answers([*good, *[good[0]] * (size - len(good))])[: len(good)] if good else [])
+        for (where, value), own in zip(chunk, made, strict=True):
+            if isinstance(own, Bad):
+                yield {"where": where, "error": own.reason}
+            else:
+                yield {"where": where, **({"text": value} if isinstance(value, str) else {}), **next(found)}
+
+
+def kind_of(run: Run) -> given.Kind:
+    """What a run's model reads."""
+    if "model" in run.networks and np.issubdtype(run.model.inputs(1)[0].dtype, np.integer):
+        return "text"
+    return "array" if run.kept.kind == "array" or len(_shape(run)) != 3 else "image"
+
+
+def _predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
+    """What makes a value ready, and what answers to a batch of them."""
+    task = run.config.task.name
+    if task in ("vae", "gan"):
+        raise UserError(
+            f"got a run of task {task}, expected one that says something of a record, try jaxmodels report "
+            f"{run.directory}, which shows the images that it makes"
+        )
+    if kind_of(run) == "text" and run.tokenizer is None:
+        raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
+    if task == "classification":
+        return _inputs(run), _classifier(run)
+    if task == "contrastive":
+        return _images(run), _captioned(run)
+    assert run.tokenizer is not None
+    if task == "seq2seq":
+        return _source(run, run.tokenizer), _translator(run, run.tokenizer, beams)
+    if task == "causal_lm":
+        return _prompt(run, run.tokenizer, tokens), _writer(run, run.tokenizer, tokens)
+    return _gaps(run, run.tokenizer), _filler(run, run.tokenizer)
+
+
+# ---- classes
+
+
+def _inputs(run: Run) -> Callable[[Any], Any]:
+    """A record as a row of each of a classifier's inputs."""
+    kind = kind_of(run)
+    if kind != "text":
+        return _images(run) if kind == "image" else _array(run)
+    tokenizer = run.tokenizer
+    assert tokenizer is not None
+
+    def ready(value: Any) -> Any:
+        rows = texts.single(tokenizer.encode_many([_text(value)], special=True), run.config.data.seq_len)
+        return {name: row[0] for name, row in rows.items()}
+
+    return ready
+
+
+def _images(run: Run) -> Callable[[Any], Any]:
+    section, crop = run.config.data, AugmentConfig(crop=run.config.augment.crop)
+    pixels.check(section.pixels)
+    height, width, channels = _shape(run)
+
+    def ready(value: Any) -> Any:
+        if not isinstance(value, bytes):
+            raise UserError(f"is {shown(value)}, expected an image")
+        image = pixels.decode(value, section.pixels)
+        return {"inputs": transforms.center(image, crop, (height, width, channels), section.pixels)}
+
+    return ready
+
+
+def _array(run: Run) -> Callable[[Any], Any]:
+    shape = _shape(run)
+
+    def ready(value: Any) -> Any:
+        try:
+            numbers = np.asarray(json.loads(value) if isinstance(value, str) else value, np.float32)
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"is {shown(value)}, expected numbers") from None
+        if numbers.shape != shape:
+            raise UserError(f"has the shape {numbers.shape}, expected {shape}")
+        if not np.isfinite(numbers).all():
+            raise UserError("has numbers that are not finite, expected finite ones")
+        return {"inputs": numbers}
+
+    return ready
+
+
+def _shape(run: Run) -> tuple[int, ...]:
+    """Of one example of numbers or pixels."""
+    return tuple(run.networks[next(iter(run.networks))].inputs(1)[0].shape[1:])
+
+
+def _classifier(run: Run) -> Answers:
+    names, several = distinct([run.class_name(i) for i in range(run.model.config.classes)]), run.config.task.multi_label
+
+    @jax.jit
+    def shares(params: Any, batch: Any) -> jax.Array:
+        inputs, named = run.inputs(batch)
+        logits = run.apply(inputs, params=params, **named).astype(jnp.float32)
+        return jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits)
+
+    def answers(ready: Sequence[Any]) -> list[Answer]:
+        batch = {name: np.stack([each[name] for each in ready]) for name in ready[0]}
+        return [chosen(row, names, several) for row in np.asarray(shares(run.params["model"], batch))]
+
+    return answers
+
+
+def _captioned(run: Run) -> Answers:
+    """The class whose captions are nearest to an image."""
+    section, tokenizer = run.config.data, run.tokenizer
+    names = section.class_names or run.kept.classes
+    if tokenizer is None or not section.captions or not names:
+        raise UserError(
+            f"got {run.directory} without captions of classes, expected a run that was trained on some, "
+            "try a run of jaxmodels train with --data.captions"
+        )
+    captions = [template.replace("{label}", name) for name in names for template in section.captions]
+    rows = texts.encoded(captions, tokenizer, section.seq_len)
+    _, read, scale = run.apply(None, rows["inputs"], segment_ids=rows["segment_ids"])
+    read = np.asarray(read).reshape(len(names), len(section.captions), -1).mean(1)
+    read /= np.linalg.norm(read, axis=-1, keepdims=True)
+
+    @jax.jit
+    def shares(params: Any, inputs: jax.Array) -> jax.Array:
+        seen, _, _ = run.apply(run.inputs({"inputs": inputs})[0], None, params=params)
+        return jax.nn.softmax(jnp.minimum(scale, 100.0) * seen @ read.T)
+
+    def answers(ready: Sequence[Any]) -> list[Answer]:
+        found = shares(run.params["model"], np.stack([each["inputs"] for each in ready]))
+        return [chosen(row, distinct(names)) for row in np.asarray(found)]
+
+    return answers
+
+
+def chosen(shares: np.ndarray, names: Sequence[str], several: bool = False) -> Answer:
+    """The class or, of several, those above 1/2, with the probabilities of all."""
+    if not np.isfinite(shares).all():
+        return {"error": "the model's probabilities are no finite numbers"}
+    order = np.argsort(-shares, kind="stable")[:LIKELIEST] if len(shares) > LISTED else range(len(shares))
+    listed = {names[i]: round(float(shares[i]), 6) for i in order}
+    if several:
+        return {"labels": [names[i] for i in np.flatnonzero(shares > 0.5).tolist()], "probabilities": listed}
+    best = int(shares.argmax())
+    return {"label": names[best], "probability": round(float(shares[best]), 6), "probabilities": listed}
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names, each once: of those that are alike all but the first with their number."""
+    seen: set[str] = set()
+    found = []
+    for index, name in enumerate(names):
+        own = name if name not in seen else f"{name} ({index})"
+        seen.add(own)
+        found.append(own)
+    return found
+
+
+# ---- texts
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"is {shown(value)}, expected text")
+    if re.search(r"[\ud800-\udfff]", value):
+        raise UserError("has half of a surrogate pair, expected text of UTF-8")
+    if not value.strip():
+        raise UserError("is blank, expected text")
+    return value
+
+
+def _source(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
+    def ready(value: Any) -> Any:
+        count, longest = len(tokenizer.encode(_text(value))) + 1, run.model.longest
+        if longest is not None and count > longest:
+            raise UserError(f"has {count} tokens, expected at most the model's context of {longest}")
+        return value
+
+    return ready
+
+
+def _translator(run: Run, tokenizer: Tokenizer, beams: int) -> Answers:
+    def answers(ready: Sequence[Any]) -> list[Answer]:
+        found = translate_texts(run.model, run.params["model"], tokenizer, ready, beams=beams, batch_size=len(ready))
+        return [{"translation": text} for text in found]
+
+    return answers
+
+
+def _prompt(run: Run, tokenizer: Tokenizer, tokens: int) -> Callable[[Any], Any]:
+    longest = run.model.longest
+    most = None if longest is None else longest - min(tokens, longest - 1)
+
+    def ready(value: Any) -> Any:
+        ids = tokenizer.encode(_text(value))
+        if most is not None and len(ids) > most:
+            raise UserError(f"has {len(ids)} tokens, expected at most {most} with --tokens {tokens}")
+        return ids
+
+    return ready
+
+
+def _writer(run: Run, tokenizer: Tokenizer, tokens: int) -> Answers:
+    tokens = tokens if run.model.longest is None else min(tokens, run.model.longest - 1)
+
+    def answers(ready: Sequence[Any]) -> list[Answer]:
+        rows = sample(run.model, run.params["model"], ready, tokens, temperature=0)
+        new = [row[len(ids) :] for row, ids in zip(rows, ready, strict=True)]
+        cut = new if tokenizer.end is None else [upto(row, tokenizer.end) for row in new]
+        return [{"continuation": tokenizer.decode(row)} for row in cut]
+
+    return answers
+
+
+def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
+    """A text as its row of tokens, with the places of `[MASK]`."""
+    section, gap = run.config.data, _gap(run, tokenizer)
+    special = section.pack or section.source == "synthetic"  # whole texts; windows of joined ones have none
+
+    def encode(text: str) -> np.ndarray:
+        if list(tokenizer.encode(MASK)) == [gap]:
+            return tokenizer.encode_many([text], special=special)[0]
+        parts = [tokenizer.encode(part) for part in text.split(MASK)]
+        inner = [np.append(part, gap) for part in parts[:-1]]
+        around = tokenizer.encode_many([""], special=special)[0] if special else np.zeros(0, np.int32)
+        return np.concatenate([around, *inner, parts[-1]]).astype(np.int32)
+
+    def ready(value: Any) -> Any:
+        ids = encode(_text(value))
+        at = np.flatnonzero(ids == gap)
+        if not len(at):
+            raise UserError(f"has no {MASK}, expected one where a token is to be found")
+        if len(ids) > section.seq_len:
+            raise UserError(f"has {len(ids)} tokens, expected at most data.seq_len, {section.seq_len}")
+        row, segments = np.zeros((2, section.seq_len), np.int32)
+        row[: len(ids)], segments[: len(ids)] = ids, 1
+        return {"tokens": row, "segment_ids": segments, "places": at, "length": len(ids)}
+
+    return ready
+
+
+def _gap(run: Run, tokenizer: Tokenizer) -> int:
+    """The id that stands where a token was taken out."""
+    own = run.config.task.mask_token
+    if own is not None:
+        return own
+    ids = tokenizer.encode(MASK)
+    return int(ids[0]) if len(ids) == 1 else run.model.config.vocab_size - 1
+
+
+def _filler(run: Run, tokenizer: Tokenizer) -> Answers:
+    @jax.jit
+    def likeliest(params: Any, tokens: jax.Array, segment_ids: jax.Array, at: jax.Array) -> Any:
+        logits = run.apply(tokens, params=params, segment_ids=segment_ids, at=at)
+        return jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), LIKELIEST)
+
+    def answers(ready: Sequence[Any]) -> list[Answer]:
+        most = max(len(each["places"]) for each in ready)
+        at = np.zeros((len(ready), 1 << (most - 1).bit_length()), np.int32)  # few numbers of places, few programs
+        for row, each in zip(at, ready, strict=True):
+            row[: len(each["places"])] = each["places"]
+        tokens, segments = (np.stack([each[name] for each in ready]) for name in ("tokens", "segment_ids"))
+        shares, ids = jax.device_get(likeliest(run.params["model"], tokens, segments, at))
+        return [one(*each) for each in zip(ready, shares, ids, strict=True)]
+
+    def one(each: Any, shares: np.ndarray, ids: np.ndarray) -> Answer:
+        count = len(each["places"])
+        if not np.isfinite(shares[:count]).all():
+            return {"error": "the model's probabilities are no finite numbers"}
+        whole = each["tokens"].copy()
+        whole[each["places"]] = ids[:count, 0]
+        masks = [
+            [{"token": tokenizer.decode([i]), "probability": round(float(p), 6)} for i, p in zip(*pair, strict=True)]
+            for pair in zip(ids[:count].tolist(), shares[:count].tolist(), strict=True)
+        ]
+        return {"filled": tokenizer.decode(whole[: each["length"]]), "masks": masks}
+
+    return answers
+
+
+# ---- lines
+
+
+def _line(answer: Answer) -> str:
+    """JSON without what a terminal would obey, in letters that the output can have."""
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    return _plain(json.dumps(answer, ensure_ascii=plain))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
