@@ -10,7 +10,7 @@ from jaxmodels import tasks
 from jaxmodels.config import MeshConfig
 from jaxmodels.parallel import mesh as meshes
 from jaxmodels.parallel import rules
-from jaxmodels.train import run, step
+from jaxmodels.train import state, step
 
 FULL = (
     "bert_base_wikipedia",
@@ -28,7 +28,7 @@ def parts(cfg):
     """Task, optimizers, layout and mesh of an experiment."""
     task = tasks.build(cfg.task, cfg.model, cfg.data)
     mesh = meshes.make_mesh(cfg.mesh)
-    return task, *run.compose(cfg, task, mesh), mesh
+    return task, *state.compose(cfg, task, mesh), mesh
 
 
 def test_every_config_fits_eight_devices_and_says_how_it_is_run(root):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels.data.order import Order
 from jaxmodels.data.source import Source, spec
@@ -59,7 +59,7 @@ class Loader:
         return ahead(self.batch, range(start, stop), self.prefetch)
 
     def once(self, batches: int | None = None) -> Generator[Batch, None, None]:
-        """Each example once, in order; the last batch is filled up with rows whose labels are ignored (-1)."""
+        """Each example once, in order; the last batch is filled up with rows of `weight` (B,) 0, of labels -1."""
         total = -(-len(self.source) // self.order.batch_size)
         count = total if batches is None else min(batches, total)
         return ahead(self._in_order, range(count), self.prefetch)
@@ -71,12 +71,23 @@ class Loader:
         for name in _LABELS:
             if name in local:
                 local[name][missing] = -1
-        return self._place(local)
+        return self._place({**local, "weight": (~missing).astype(np.float32)})
 
     def _place(self, local: dict[str, np.ndarray]) -> Batch:
         if self.shardings is None:
             return dict(local)
-        return {name: self._array(x, self.spec[name].shape, self.shardings[name]) for name, x in local.items()}
+        return {
+            name: self._array(x, (self.order.batch_size, *x.shape[1:]), self._sharding(name))
+            for name, x in local.items()
+        }
+
+    def _sharding(self, name: str) -> NamedSharding:
+        """Where an array of a batch lies; the weight, which is of no source, beside the rows of the others."""
+        shardings = self.shardings or {}
+        if name in shardings:
+            return shardings[name]
+        other = next(iter(shardings.values()))
+        return NamedSharding(other.mesh, PartitionSpec(*other.spec[:1]))
 
     def _array(self, local: np.ndarray, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:

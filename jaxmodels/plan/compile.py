@@ -147,7 +147,7 @@ def child(folder: Path) -> None:
     from jaxmodels.parallel import mesh as meshes
     from jaxmodels.parallel import rules
     from jaxmodels.plan import flops
-    from jaxmodels.train import run, step
+    from jaxmodels.train import run, state, step
 
     asked = json.loads((folder / "asked.json").read_text())
     cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
@@ -158,7 +158,7 @@ def child(folder: Path) -> None:
     spec = batch_shapes(cfg, task)
     step.check_lengths(sizes, spec)
     where = meshes.make_mesh(cfg.mesh, topologies.describe(topology).devices)
-    optimizers, layout = run.compose(cfg, task, where)
+    optimizers, layout = state.compose(cfg, task, where)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(where, x.ndim))
         for name, x in spec.items()

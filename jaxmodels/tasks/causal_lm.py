@@ -12,7 +12,7 @@ from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, perplexity
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, counted, forward, perplexity
 
 
 def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -40,7 +40,8 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         )
         features, extra = out if model.auxiliary else (out, {})
         output = unembedding(params["model"])
-        scores = language_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss)
+        targets = counted(batch, batch["targets"])
+        scores = language_cross_entropy(features, output, targets, cfg.label_smoothing, cfg.z_loss)
         return scores, stats, extra
 
     def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
@@ -54,11 +55,13 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         s, _, _ = run(params, stats, batch)
         found = {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
         if "bytes" in batch:
-            found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(batch["targets"] >= 0, batch["bytes"], 0).sum())
+            seen = counted(batch, batch["targets"]) >= 0
+            found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(seen, batch["bytes"], 0).sum())
         return found
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
         return {"tokens": rows, "targets": rows}
 
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)
+    losses = (Loss("loss", "model", loss),)
+    return Task({"model": model}, losses, metrics, batch_spec, "tokens", "a target of 0 or above", perplexity)

@@ -13,7 +13,7 @@ from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.tasks import metrics as measures
 from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, normalised
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, counted, forward, normalised
 
 
 def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -58,7 +58,7 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         return forward(("model", model), params, stats, inputs, **packed, **kwargs)
 
     def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-        inputs, labels = normalised(batch["inputs"], data), batch["labels"]
+        inputs, labels = normalised(batch["inputs"], data), counted(batch, batch["labels"])
         if not blends:
             logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
             s = scores(logits, labels)
@@ -72,16 +72,24 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
 
     def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
         logits, _ = apply(params, stats, batch, normalised(batch["inputs"], data))
-        s = scores(logits, batch["labels"])
+        labels = counted(batch, batch["labels"])
+        s = scores(logits, labels)
         measure = measures.multiple if cfg.multi_label else measures.single
-        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count), **measure(logits, batch["labels"])}
+        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count), **measure(logits, labels)}
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         (inputs,) = model.inputs(batch_size, data.seq_len)
         labels = ((batch_size, classes), jnp.float32) if cfg.multi_label else ((batch_size,), jnp.int32)
         return {"inputs": inputs, "labels": jax.ShapeDtypeStruct(*labels)}
 
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, summarise=measures.summarise)
+    return Task(
+        {"model": model},
+        (Loss("loss", "model", loss),),
+        metrics,
+        batch_spec,
+        needs="a label of 0 or above",
+        summarise=measures.summarise,
+    )
 
 
 def blend(key: jax.Array, images: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:

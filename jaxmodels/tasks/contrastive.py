@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
@@ -14,7 +16,7 @@ from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel.rules import REPLICAS
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, forward, normalised
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, Whole, forward, normalised, rows
 
 LARGEST = 100.0
 """Bound of what similarities are multiplied by (Radford et al. 2021, section 2.5)."""
@@ -26,8 +28,8 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     Cross-entropy of each image over the texts of the global batch, and of each text over its images, halved and added.
     A batch may have `classes` (B,): pairs of one class match each other too, so that the target is spread over them
     evenly (Yang et al. 2022, section 3.2), and the choice of any of them is right.
-    With train.accumulate above 1 the others are those of a microbatch, and in evaluation those of an evaluation's
-    batch, so that the loss depends on their size. A batch may have `segment_ids` (B, T).
+    With train.accumulate above 1 the others are those of a microbatch, and in evaluation those of the whole set: the
+    loss depends on their number, so it is higher there. A batch may have `segment_ids` (B, T).
     """
     if not isinstance(model.config, CLIPConfig):
         raise UserError(
@@ -45,15 +47,15 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             f"try --data.seq-len {model.config.context}"
         )
 
-    def score(
-        params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
-    ) -> tuple[Scores, Scores, Params]:
+    def embed(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
         images, tokens = normalised(batch["images"], data), batch["tokens"]
         packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-        (seen, read, scale), stats = forward(
-            ("model", model), params, stats, images, tokens, train=train, rng=rng, **packed
-        )
-        counts = batch["labels"] >= 0 if "labels" in batch else jnp.ones(len(tokens), bool)
+        return forward(("model", model), params, stats, images, tokens, **packed, **how)
+
+    def score(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Scores, Scores, Params]:
+        (seen, read, scale), stats = embed(params, stats, batch, **how)
+        tokens = batch["tokens"]
+        counts = rows(batch) > 0
         others, targets = everywhere(counts), jnp.where(counts, first(len(tokens)) + jnp.arange(len(tokens)), -1)
         classes = batch.get("classes")
         same = None if classes is None else others & (classes[:, None] == everywhere(classes)[None])
@@ -81,11 +83,50 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
         return sums(*score(params, stats, batch)[:2])
 
+    def keep(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
+        (seen, read, scale), _ = embed(params, stats, batch)
+        own = {"classes": batch["classes"]} if "classes" in batch else {}
+        return {"images": jnp.minimum(scale, LARGEST) * seen, "texts": read, "weight": rows(batch), **own}
+
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         images, tokens = model.inputs(batch_size, data.seq_len)
         return {"images": images, "tokens": tokens}
 
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec)
+    return Task(
+        {"model": model},
+        (Loss("loss", "model", loss),),
+        metrics,
+        batch_spec,
+        needs="a pair, with a label of 0 or above if it has one",
+        whole=Whole(keep, retrieval),
+    )
+
+
+def retrieval(kept: Mapping[str, np.ndarray], rows: int = 1024) -> dict[str, tuple[float, float]]:
+    """The task's metrics of a whole set, each image among all texts and each text among all images, on the host.
+
+    Shapes: images and texts (N, K), whose products are logits; classes (N,), of which pairs match each other too. So
+    many rows' logits are held at once.
+    """
+    count = len(kept["images"])
+    classes = kept.get("classes", np.arange(count))
+    loss, correct = [], []
+    for mine, theirs in ((kept["images"], kept["texts"]), (kept["texts"], kept["images"])):
+        total, right = 0.0, 0
+        for at in range(0, count, rows):
+            logits = (mine[at : at + rows].astype(np.float32) @ theirs.T.astype(np.float32)).astype(np.float64)
+            same = classes[at : at + rows, None] == classes[None]
+            top = logits.max(1)
+            log_z = top + np.log(np.exp(logits - top[:, None]).sum(1))
+            total += float((log_z - (logits * same).sum(1) / same.sum(1)).sum())
+            right += int(np.take_along_axis(same, logits.argmax(1)[:, None], 1).sum())
+        loss.append(total)
+        correct.append(right)
+    return {
+        "loss": (sum(loss) / 2, float(count)),
+        "image_to_text": (correct[0], float(count)),
+        "text_to_image": (correct[1], float(count)),
+    }
 
 
 def any_of(logits: jax.Array, same: jax.Array) -> Scores:

@@ -95,4 +95,5 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         Loss("discriminator", "discriminator", train_discriminator, cfg.critic_steps),
         Loss("generator", "generator", train_generator),
     )
-    return Task(dict((generator, discriminator)), losses, metrics, batch_spec, samples=samples)
+    needs = "an image, with a label of 0 or above if it has one"
+    return Task(dict((generator, discriminator)), losses, metrics, batch_spec, needs=needs, samples=samples)

@@ -12,7 +12,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, forward, perplexity, scored, seeds
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, perplexity, scored, seeds
 
 
 def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -40,6 +40,15 @@ def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             f"got task.mask_token {gap}, expected an id below model.vocab_size {config.vocab_size}, "
             f"try --task.mask-token {config.vocab_size - 1}"
         )
+    if wrong := [token for token in cfg.keep if not 0 <= token < config.vocab_size]:
+        raise UserError(
+            f"got {wrong[0]} in task.keep, expected ids below model.vocab_size {config.vocab_size}, try without it"
+        )
+    if len(set(cfg.keep)) == config.vocab_size:
+        raise UserError(
+            f"got task.keep of all {config.vocab_size} ids, expected some that may be taken out, "
+            "try those of [PAD], [CLS] and [SEP] alone"
+        )
 
     def score(
         params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
@@ -58,13 +67,15 @@ def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         hidden, at, targets = jax.vmap(hide)(keys, tokens, free)
         given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
         logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
-        return cross_entropy(logits, targets, cfg.label_smoothing, cfg.z_loss), stats
+        return cross_entropy(logits, counted(batch, targets), cfg.label_smoothing, cfg.z_loss), stats
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {"tokens": jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)}
 
     loss, metrics = scored(score)
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)
+    needs = "a token that may be taken out: no padding, none of task.keep"
+    losses = (Loss("loss", "model", loss),)
+    return Task({"model": model}, losses, metrics, batch_spec, "tokens", needs, perplexity)
 
 
 def mask(

@@ -80,10 +80,18 @@ def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
         bins, count = totals["calibration"]
         found["calibration_error"] = float(np.abs(bins[:, 0] - bins[:, 1]).sum() / max(count, 1))
     if len(counts) <= LISTED:
-        names = [*classes, *map(str, range(len(classes), len(counts)))]
+        names = unique([*classes, *map(str, range(len(classes), len(counts)))])
         for name, values in each.items():
             found |= {f"{name}/{names[k]}": float(value) for k, value in enumerate(values)}
     return found
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Names of which no two are alike: those that are have their numbers behind them, as in `3 (2)` and `3 (3)`."""
+    names = list(names)
+    while alike := {name for name in names if names.count(name) > 1}:
+        names = [f"{name} ({k})" if name in alike else name for k, name in enumerate(names)]
+    return names
 
 
 def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:

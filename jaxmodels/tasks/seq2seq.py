@@ -11,7 +11,7 @@ from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, forward, perplexity, scored
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, perplexity, scored
 
 
 def seq2seq(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -32,11 +32,13 @@ def seq2seq(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         inputs = (batch["inputs"], batch["tokens"])
         features, stats = forward(("model", model), params, stats, *inputs, head=False, **packed, **kwargs)
         output = unembedding(params["model"])
-        return language_cross_entropy(features, output, batch["targets"], cfg.label_smoothing, cfg.z_loss), stats
+        targets = counted(batch, batch["targets"])
+        return language_cross_entropy(features, output, targets, cfg.label_smoothing, cfg.z_loss), stats
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
         return {"inputs": rows, "tokens": rows, "targets": rows}
 
     loss, metrics = scored(score)
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, "tokens", perplexity)
+    losses = (Loss("loss", "model", loss),)
+    return Task({"model": model}, losses, metrics, batch_spec, "tokens", "a target of 0 or above", perplexity)

@@ -17,6 +17,7 @@ from jaxmodels.tasks.losses import Scores
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+"""Fields by name. `weight` (B,), where there is one, is 0 for a row that does not count: one that fills up a batch."""
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metric -> (sum, count): added up over batches and devices, divided once at the end. A sum may be an array."""
 Totals = Mapping[str, tuple[Any, float]]
@@ -47,6 +48,15 @@ class Loss:
     """Updates of its network in a step, each on its own share of the batch."""
 
 
+class Whole(NamedTuple):
+    """Metrics for which each example is compared with all others of a set, so that they are no sums over batches."""
+
+    keep: Callable[[Params, Params, Batch], dict[str, jax.Array]]
+    """`keep(params, stats, batch)`: what is kept of each example, arrays (B, …)."""
+    sums: Callable[[Mapping[str, np.ndarray]], dict[str, tuple[Any, float]]]
+    """The metrics' sums, from what was kept of all examples."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Networks by name, the ordered losses that train them, and what is measured on held-out data."""
@@ -59,8 +69,12 @@ class Task:
     """Names, shapes and dtypes of a batch of so many examples."""
     unit: Literal["tokens", "examples"] = "examples"
     """What throughput counts."""
+    needs: str = "an example"
+    """What a set must have for anything of it to count, as the error says it where nothing does."""
     summarise: Callable[[Totals, Sequence[str]], dict[str, float]] = lambda totals, classes: divide(totals)
     """The metrics that the sums over a whole set stand for, given the names of the classes, as far as they have any."""
+    whole: Whole | None = None
+    """How a whole set is measured, where sums over its batches would depend on their size."""
     samples: Callable[..., jax.Array] | None = None
     """`samples(params, stats, count=64)`: images (N, H, W, C) in [0, 1] that a generative model makes, of the same
     latents each time."""
@@ -108,12 +122,14 @@ def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., A
 def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     """Metrics with the perplexity that their loss in nats means; for a language model's `summarise`."""
     values = divide(totals)
-    return {**values, "perplexity": float(np.exp(min(values["loss"], 700.0)))}
+    if values.get("loss", np.inf) < np.log(np.finfo(float).max):  # beyond, no number says it
+        values["perplexity"] = float(np.exp(values["loss"]))
+    return values
 
 
 def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """The metrics that sums of numbers stand for."""
-    return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in totals.items()}
+    """The metrics that sums of numbers stand for; a mean over nothing is none of them."""
+    return {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
 
 
 def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, Any]) -> None:
@@ -149,10 +165,17 @@ def normalised(x: jax.Array, data: DataConfig) -> jax.Array:
 
 
 def rows(batch: Batch) -> jax.Array:
-    """1 for each example that counts, 0 for one that fills up a batch (its label is below 0); (B,) float32."""
-    if "labels" not in batch:
-        return jnp.ones(len(batch["inputs"]), jnp.float32)
-    return (batch["labels"] >= 0).astype(jnp.float32)
+    """1 for each example that counts, 0 for one of weight 0 or whose label is below 0; (B,) float32."""
+    size = len(next(iter(batch.values())))
+    labels = batch["labels"].reshape(size, -1)[:, 0] if "labels" in batch else jnp.zeros(size)
+    return (counted(batch, labels) >= 0).astype(jnp.float32)
+
+
+def counted(batch: Batch, labels: jax.Array) -> jax.Array:
+    """Labels or targets (B, …), -1 (ignored) in the batch's rows of weight 0."""
+    if "weight" not in batch:
+        return labels
+    return jnp.where(batch["weight"].reshape(-1, *(1,) * (labels.ndim - 1)) > 0, labels, -1)
 
 
 def seeds(inputs: jax.Array) -> jax.Array:

@@ -88,7 +88,7 @@ def vae(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
 
     def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
         values = divide(totals)
-        return {**values, "elbo": -values["loss"]}
+        return {**values, "elbo": -values["loss"]} if "loss" in values else values
 
     def samples(params: Params, stats: Params, count: int = SAMPLES) -> jax.Array:
         z = jax.random.normal(jax.random.key(0), (count, model.config.latents))
@@ -99,5 +99,11 @@ def vae(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         return {"inputs": model.inputs(batch_size)[0]}
 
     return Task(
-        {"model": model}, (Loss("loss", "model", loss),), metrics, batch_spec, summarise=summarise, samples=samples
+        {"model": model},
+        (Loss("loss", "model", loss),),
+        metrics,
+        batch_spec,
+        needs="an image, with a label of 0 or above if it has one",
+        summarise=summarise,
+        samples=samples,
     )

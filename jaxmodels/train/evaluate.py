@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmodels.tasks.task import Batch, Sums, Task
+from jaxmodels.config import EvalConfig
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.parallel import rules
+from jaxmodels.tasks.metrics import unique
+from jaxmodels.tasks.task import Batch, Sums, Task, Whole
 
 Evaluate = Callable[[Any, Any, Iterable[Batch]], dict[str, float] | None]
-
-_IGNORED = ("labels", "targets")
 
 
 def build(
@@ -28,10 +31,13 @@ def build(
 ) -> Evaluate:
     """`evaluate(params, stats, batches) -> metrics`; None if `stop` said so before the end.
 
-    The result depends on the examples alone, not on batch size or device count: rows that pad the last batch are
-    ignored, and sums are divided once. Batches with a `group` (B,) give each metric for each of `groups` too, and the
-    largest difference between them (`gap/…`).
+    The result depends on the examples alone, not on batch size or device count: rows of weight 0, which pad the last
+    batch, are ignored, and sums are divided once. Batches with a `group` (B,) give each metric for each of `groups`
+    too, and the largest difference between them (`gap/…`).
+
+    `evaluate` raises UserError where nothing of all batches counts: a mean over nothing is no number.
     """
+    groups = unique(groups)
 
     @jax.jit
     def add(params: Any, stats: Any, batch: Batch) -> dict[str, Sums]:
@@ -40,32 +46,47 @@ def build(
 
         found = {"": task.metrics(params, stats, batch)}
         if groups and "group" in batch:
-            # only labels differ from group to group, so the network runs once
+            # only weights differ from group to group, so the network runs once
             found["group"] = jax.vmap(of)(jnp.arange(len(groups)))
         return found
 
+    # every process measures the set as a whole, so each has all of it
+    @functools.partial(jax.jit, out_shardings=rules.sharding(mesh, ()))
+    def keep(params: Any, stats: Any, batch: Batch) -> dict[str, jax.Array]:
+        assert task.whole is not None
+        return {**task.whole.keep(params, stats, batch), **({"group": batch["group"]} if "group" in batch else {})}
+
     def evaluate(params: Any, stats: Any, batches: Iterable[Batch]) -> dict[str, float] | None:
         totals: dict[str, Any] = {}
+        kept: list[dict[str, np.ndarray]] = []
 
-        def take(sums: Any) -> None:
-            # on the host, in double precision: a float32 count stops counting at 2^24
+        def take(found: Any) -> None:
             nonlocal totals
-            new = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+            found = jax.device_get(found)
+            if task.whole is not None:
+                kept.append({name: x[found["weight"] > 0] for name, x in found.items()})
+                return
+            # on the host, in double precision: a float32 count stops counting at 2^24
+            new = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             totals = jax.tree.map(np.add, totals, new) if totals else new
 
         with jax.set_mesh(mesh):
             ahead = None
             for batch in batches:
-                sums = add(params, stats, batch)
+                found = (add if task.whole is None else keep)(params, stats, batch)
                 if ahead is not None:
                     take(ahead)  # while the device works on the batch just dispatched
-                ahead = sums
+                ahead = found
                 if stop():
                     return None
             if ahead is not None:
                 take(ahead)
-        if not totals:
-            return {}
+        if task.whole is not None and kept:
+            totals = compared(task.whole, {name: np.concatenate([x[name] for x in kept]) for name in kept[0]}, groups)
+        if not totals or not totals[""]["loss"][1] > 0:
+            raise UserError(
+                f"got nothing to evaluate, expected {task.needs} in the data, try jaxmodels data inspect to see it"
+            )
         found = task.summarise(totals[""], classes)
         if "group" in totals:
             found |= compare(task, totals["group"], classes, groups)
@@ -76,11 +97,17 @@ def build(
 
 
 def only(batch: Batch, rows: jax.Array) -> Batch:
-    """The batch with the labels of other rows (B,) ignored."""
-    return {
-        name: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, -1) if name in _IGNORED else x
-        for name, x in batch.items()
-    }
+    """The batch with weight 0 for all but these rows (B,)."""
+    return {**batch, "weight": jnp.where(rows, batch.get("weight", 1.0), 0.0)}
+
+
+def compared(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
+    """The sums over all examples, and over each group's own, of metrics that compare examples."""
+    found: dict[str, Any] = {"": whole.sums(kept)}
+    if groups and "group" in kept:
+        each = [whole.sums({name: x[kept["group"] == g] for name, x in kept.items()}) for g in range(len(groups))]
+        found["group"] = jax.tree.map(lambda *x: np.stack(x), *each)
+    return found
 
 
 def compare(task: Task, totals: Mapping[str, Any], classes: Sequence[str], groups: Sequence[str]) -> dict[str, float]:
@@ -96,3 +123,63 @@ def compare(task: Task, totals: Mapping[str, Any], classes: Sequence[str], group
         if len(values) > 1:
             found[f"gap/{metric}"] = max(values) - min(values)
     return found
+
+
+def names(
+    task: Task,
+    mesh: Mesh,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    classes: Sequence[str] = (),
+    groups: Sequence[str] = (),
+) -> list[str]:
+    """Names of the metrics that an evaluation may give, from the shapes of its batches alone."""
+    params = {network: model.shapes() for network, model in task.networks.items()}
+    with jax.set_mesh(mesh):
+        sums = jax.eval_shape(task.metrics, params, jax.eval_shape(task.stats), dict(batch))
+    ones = {name: (np.ones(total.shape), 1.0) for name, (total, _) in sums.items()}
+    found = [*task.summarise(ones, classes)]
+    if "group" in batch:
+        each = [f"group/{group}/{name}" for group in unique(groups) for name in found]
+        found += [*each, *(f"gap/{name}" for name in found)]
+    return found
+
+
+_DIRECTIONS = {
+    "min": ("loss", "perplexity", "bits_per_byte", "calibration_error"),
+    "max": ("accuracy", "top5", "precision", "recall", "f1", "elbo", "image_to_text", "text_to_image"),
+}
+"""Of metrics that are better in one way alone, how their names begin."""
+
+
+def check(
+    cfg: EvalConfig,
+    task: Task,
+    mesh: Mesh,
+    batch: Callable[[], Mapping[str, jax.ShapeDtypeStruct]],
+    *,
+    classes: Sequence[str] = (),
+    groups: Sequence[str] = (),
+) -> None:
+    """Refuse an `eval.metric` that evaluations will not give, and a mode by which its worst would be the best.
+
+    `batch` gives the shapes of a batch; it is not asked for the loss, which every task has.
+
+    Raises:
+        UserError: it is so.
+    """
+    metric, mode = cfg.metric, cfg.mode
+    right = [way for way, names in _DIRECTIONS.items() if metric.removeprefix("eval/").startswith(names)]
+    if right and right[0] != mode:
+        raise UserError(
+            f"got eval.mode {mode} for eval.metric {metric}, expected {right[0]}, try --eval.mode {right[0]}"
+        )
+    if metric == "eval/loss":
+        return
+    found = names(task, mesh, batch(), classes=classes, groups=groups)
+    whole = [f"eval/{name}" for name in found]
+    if metric in whole:
+        return
+    short = [name for name in whole if name.count("/") == 1]
+    near = f", did you mean 'eval/{metric}'?" if metric in found else nearest(metric, whole)
+    raise UserError(f"got eval.metric {metric!r}, expected one of {', '.join(short)}{near}")

@@ -4,6 +4,7 @@ metrics of the step before (so that the device is never idle), check for preempt
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator
@@ -19,7 +20,12 @@ from jaxmodels.errors import UserError
 from jaxmodels.tasks.task import Batch
 from jaxmodels.train.metrics import Clock, Display, Writer
 from jaxmodels.train.state import State
-from jaxmodels.train.step import Step
+from jaxmodels.train.step import Step, measured
+
+log = logging.getLogger("jaxmodels")
+
+EMPTY = 100
+"""Batches one after another with nothing to train on that end a run: by chance so many do not come."""
 
 
 class NotFinite(RuntimeError):
@@ -55,6 +61,8 @@ class Hooks:
     """Ids of the examples in the batch of a step."""
     last_good: Callable[[int], int | None]
     """Step of the newest complete checkpoint before a step."""
+    needs: str = "an example"
+    """What a batch must have for anything of it to count."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,30 @@ def run(
 
     Raises:
         NotFinite: a step's loss is not a number; names the step, its examples and the last good checkpoint.
-        UserError: `eval.metric` names a metric that the task does not have.
+        UserError: batch after batch had nothing to train on.
     """
     steps, evaluated = cfg.train.steps, {}
+    empty, trained = 0, False
     unsaved = tracing = False
     first, last = profile_steps(cfg.profile.steps, steps)
     pending: tuple[int, Any, float] | None = None
 
     def read() -> None:
         """Wait for the pending step and take its metrics."""
-        nonlocal pending
+        nonlocal pending, empty, trained
         if pending is None:
             return
         done, values, waited = pending
         pending = None
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        values, nothing = measured({name: float(value) for name, value in jax.device_get(values).items()})
+        empty, trained = empty + 1 if nothing else 0, trained or not nothing
+        if empty >= EMPTY or (nothing and done == steps and not trained):
+            raise UserError(
+                f"got nothing to train on in {empty} batches one after another, expected {hooks.needs} in each, "
+                "try jaxmodels data inspect to see them"
+            )
+        if empty == 1:
+            log.warning("nothing to train on in the batch of step %d: its loss is left out, its gradient is 0", done)
         clock.tick(waited)
         loss = next((value for name, value in values.items() if name.endswith("loss")), 0.0)
         if not all(math.isfinite(value) for value in values.values()):
@@ -112,7 +129,8 @@ def run(
                 f"{'none' if good is None else f'step {good}'}; try a lower --optim.peak-lr or "
                 "--optim.clip-norm 1.0"
             )
-        display.update(done, loss, clock.rate)
+        if not nothing:
+            display.update(done, loss, clock.rate)
         if done % cfg.metrics.every == 0 or done == steps:
             row = {f"train/{name}": value for name, value in values.items()}
             row |= {"train/learning_rate": schedule(done - 1), **clock.read()}
@@ -190,16 +208,12 @@ def exhausted(cfg: Config, progress: Progress) -> bool:
 
 
 def judge(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -> bool:
-    """Note an evaluation; whether it is the best so far."""
+    """Note an evaluation; whether it is the best so far, which what is no number never is."""
     progress.evaluated = now
-    wanted = cfg.eval.metric
-    if wanted not in values:
-        if cfg.eval.early_stop is None and not cfg.checkpoint.best:
-            return False
-        raise UserError(f"got eval.metric {wanted!r}, expected one of {', '.join(values)}")
-    value = values[wanted]
-    best = progress.best
-    better = math.isfinite(value) and (best is None or (value < best if cfg.eval.mode == "min" else value > best))
+    # a metric that had nothing to be a mean over is none, and where the loss is no number no other means anything
+    value, best = values.get(cfg.eval.metric, math.nan), progress.best
+    known = math.isfinite(value) and math.isfinite(values.get("eval/loss", value))
+    better = known and (best is None or (value < best if cfg.eval.mode == "min" else value > best))
     if better:
         progress.best, progress.best_step, progress.waited = value, now, 0
     else:

@@ -215,7 +215,7 @@ def scale_by_adafactor(axes: Any) -> optax.GradientTransformation:
         tree = jax.tree.structure(params)
         return Factored(jnp.zeros((), jnp.int32), *(jax.tree.unflatten(tree, leaves) for leaves in kept))
 
-    def update(updates: Any, state: Factored, params: Any = None) -> tuple[Any, Factored]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Factored]:
         decay = 1 - (state.count.astype(jnp.float32) + 1) ** -0.8
 
         def one(dims: Any, names: Any, g: jax.Array, row: Any, column: Any, whole: Any) -> tuple[Any, ...]:
@@ -239,7 +239,7 @@ def scale_by_adafactor(axes: Any) -> optax.GradientTransformation:
         new = zip(*each(one, updates, state.rows, state.columns, state.whole), strict=True)
         tree = jax.tree.structure(updates)
         scaled, *moments = (jax.tree.unflatten(tree, leaves) for leaves in new)
-        return scaled, Factored(optax.safe_increment(state.count), *moments)
+        return scaled, Factored(state.count + 1, *moments)
 
     return optax.GradientTransformation(init, update)
 
@@ -279,14 +279,14 @@ def build(
     else:
         rule = optax.identity()
     mask = jax.tree.map(lambda kind: kind in cfg.decay_on, kinds(axes))
-    rate = schedule(cfg, steps)
+    rate: Any = schedule(cfg, steps)
     # Adam without the W: no decay, whatever the weight_decay of the config says
     decay = 0.0 if cfg.name == "adam" else cfg.weight_decay
     parts = [
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         rule,
         optax.add_decayed_weights(decay, mask) if decay else optax.identity(),
-        optax.scale_by_learning_rate(lambda count: rate(count // updates)),
+        optax.scale_by_learning_rate(lambda count: rate(jnp.asarray(count) // updates)),
     ]
     scales = None if shapes is None else factors(cfg, shapes, axes)
     if scales is None:

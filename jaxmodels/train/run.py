@@ -69,6 +69,11 @@ class Experiment:
         order = data.Order(len(source), size, self.cfg.train.seed)
         return data.Loader(source, order, shardings, prefetch=self.cfg.data.prefetch)
 
+    def check_metric(self) -> None:
+        """Refuse an `eval.metric` that evaluations will not give."""
+        source, batch = self.eval_data, self.loader("eval").abstract
+        evaluate.check(self.cfg.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups)
+
     def measure(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
         """What evaluates this experiment's task, with the data's names for classes and groups."""
         source = self.eval_data
@@ -95,31 +100,13 @@ def setup(cfg: Config) -> Experiment:
     train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
     check_batch(task.batch_spec(cfg.data.batch_size), data.spec(train_data, cfg.data.batch_size))
     where = mesh.make_mesh(cfg.mesh)
-    optimizers, layout = compose(cfg, task, where)
+    optimizers, layout = states.compose(cfg, task, where)
     return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
 
 
 def updates(cfg: Config) -> int:
     """Into how many shares a step's batch is cut, one for each update of a network."""
     return cfg.task.critic_steps if cfg.task.name == "gan" else 1
-
-
-def compose(cfg: Config, task: Task, where: Mesh) -> tuple[states.Optimizers, State]:
-    """Optimizers of a task, and the state that they and its networks make on a mesh, from shapes alone.
-
-    Raises:
-        UserError: a parameter does not divide by the mesh, or `optim.freeze` holds none of them or all.
-    """
-    axes = task.axes()  # before any mesh is ambient
-    if cfg.optim.freeze:
-        optim.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
-    optimizers = {
-        loss.name: optim.build(
-            cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
-        )
-        for loss in task.losses
-    }
-    return optimizers, states.layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)
 
 
 def train(
@@ -140,6 +127,7 @@ def train(
         CheckpointError: the last checkpoint could not be written.
     """
     experiment = setup(cfg)
+    experiment.check_metric()
     main = distributed.is_main()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
     if main:
@@ -260,6 +248,7 @@ def run_loop(
         stop=lambda now: preemption.requested(now) or any(enough),
         examples=loaders["train"].order.indices,
         last_good=last_good,
+        needs=task.needs,
     )
     spec = data.spec(experiment.train_data, cfg.data.batch_size)
     clock = Clock(spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size, task.unit, *speed(experiment))

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxmodels.config import Config
 from jaxmodels.parallel import rules
 from jaxmodels.tasks.task import Task
+from jaxmodels.train import optim
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +47,24 @@ def init(task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False) 
     params = task.init(init_key)
     opt_state = {loss.name: optimizers[loss.name].init(params[loss.trains]) for loss in task.losses}
     return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng)
+
+
+def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State]:
+    """Optimizers of a task, and the state that they and its networks make on a mesh, from shapes alone.
+
+    Raises:
+        UserError: a parameter does not divide by the mesh, or `optim.freeze` holds none of them or all.
+    """
+    axes = task.axes()  # before any mesh is ambient
+    if cfg.optim.freeze:
+        optim.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
+    optimizers = {
+        loss.name: optim.build(
+            cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
+        )
+        for loss in task.losses
+    }
+    return optimizers, layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)
 
 
 def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, offload: bool = False) -> State:

@@ -21,6 +21,17 @@ from jaxmodels.train.state import Optimizers, State, move
 Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
+WEIGHT = "weight"
+"""What a step's metrics call the number of tokens or examples that a loss is the mean over."""
+
+
+def measured(metrics: Mapping[str, float]) -> tuple[dict[str, float], bool]:
+    """A step's metrics without the weights and without means over nothing; whether there were such means."""
+    weights = {name: value for name, value in metrics.items() if name.rpartition("/")[2] == WEIGHT}
+    empty = tuple(name.removesuffix(WEIGHT) for name, value in weights.items() if not value)
+    kept = {name: value for name, value in metrics.items() if name not in weights and not name.startswith(empty)}
+    return kept, bool(empty)
+
 
 def split(batch: Batch, parts: int) -> Batch:
     """Shares of a batch, stacked: (B, …) as (parts, B / parts, …)."""
@@ -105,7 +116,8 @@ def advance(
 ) -> tuple[State, Metrics]:
     """The state after one step on a batch, and the step's metrics; pure.
 
-    `across` names a mapped axis to sum gradients over (pmap); under `jit` the compiler does it.
+    `across` names a mapped axis to sum gradients over (pmap); under `jit` the compiler does it. Where nothing of the
+    batch counts the gradient is 0, the means are no numbers, and the loss's `weight` among the metrics is 0.
     """
     metrics: Metrics = {}
     params, stats, opt_state = dict(state.params), state.stats, dict(state.opt_state)
@@ -121,26 +133,27 @@ def advance(
         weight, sums, stats = aux.weight, aux.sums, aux.stats
         if across is not None:
             grads, value, weight, sums = jax.lax.psum((grads, value, weight, sums), across)
-        share = 1.0 / jnp.maximum(weight, 1)
+        share = jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1), 0.0)
         grads = jax.tree.map(lambda g: (g * share).astype(g.dtype), grads)
         trained = params[loss.trains]
         updates, opt_state = optimizers[loss.name].update(grads, opt_state, trained)
         params = {**params, loss.trains: optax.apply_updates(trained, updates)}
-        return (params, stats, opt_state), (sums, optax.tree.norm(grads))
+        return (params, stats, opt_state), (sums, weight, optax.tree.norm(grads))
 
     for index, loss in enumerate(task.losses):
         carry, own = (params, stats, opt_state[loss.name]), jax.random.fold_in(rng, index)
         if loss.updates == 1:
-            carry, (sums, norm) = update(loss, carry, batch, own)
+            carry, (sums, weight, norm) = update(loss, carry, batch, own)
         else:
             parts = (split(batch, loss.updates), jax.random.split(own, loss.updates))
             body = functools.partial(update, loss)
             carry, measured = jax.lax.scan(lambda carry, part, body=body: body(carry, *part), carry, parts)
-            sums, norm = jax.tree.map(lambda x: x.sum(0), measured[0]), measured[1][-1]
+            sums, weight = jax.tree.map(lambda x: x.sum(0), measured[:2])
+            norm = measured[2][-1]
         params, stats, opt_state[loss.name] = carry
         prefix = "" if len(task.losses) == 1 else f"{loss.name}/"
-        metrics |= {prefix + name: total / jnp.maximum(count, 1) for name, (total, count) in sums.items()}
-        metrics[prefix + "grad_norm"] = norm
+        metrics |= {prefix + name: total / count for name, (total, count) in sums.items()}
+        metrics |= {prefix + "grad_norm": norm, prefix + WEIGHT: weight}
     average = None
     if ema is not None:
         # the early average follows closely: min(decay, (1 + t) / (10 + t)), as TensorFlow's moving averages

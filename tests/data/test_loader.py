@@ -188,6 +188,7 @@ def test_once_gives_each_example_once_in_order_and_ignores_the_padding(batch_siz
     inputs = np.concatenate([b["inputs"][:, 0] for b in batches])
     assert np.array_equal(labels[:n], np.arange(n)) and np.array_equal(inputs[:n], np.arange(n))
     assert (labels[n:] == -1).all()
+    assert np.array_equal(np.concatenate([b["weight"] for b in batches]), np.arange(len(labels)) < n)
     assert np.array_equal(source.arrays["labels"], np.arange(n)), "the source's own are not written to"
 
 

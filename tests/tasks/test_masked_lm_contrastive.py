@@ -191,7 +191,7 @@ def test_a_hidden_token_is_learned_from_the_others():
     """Texts of one token over and over: what is hidden is what stands beside it."""
     config = jaxmodels.create(BERT, layers=1, vocab_size=12, dropout=0.0).config
     task = tasks.build(TaskConfig(name="masked_lm"), config, DATA)
-    optimizer = optim.build(OptimConfig(peak_lr=3e-3, weight_decay=0.0), 100, task.axes()["model"])
+    optimizer = optim.build(OptimConfig(peak_lr=3e-3, weight_decay=0.0), 120, task.axes()["model"])
 
     def rows(key):
         return {"tokens": jnp.broadcast_to(jax.random.randint(key, (32, 1), 0, 11), (32, T))}
@@ -199,7 +199,7 @@ def test_a_hidden_token_is_learned_from_the_others():
     params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
     metrics = jax.jit(task.metrics)
     before = divide(metrics(params, {}, rows(jax.random.key(2))))
-    after = divide(metrics(learn(task, params, optimizer, rows, steps=100), {}, rows(jax.random.key(2))))
+    after = divide(metrics(learn(task, params, optimizer, rows, steps=120), {}, rows(jax.random.key(2))))
     assert after["loss"] < 0.5 * np.log(11) < before["loss"] and after["accuracy"] > 0.8, (before, after)
 
 

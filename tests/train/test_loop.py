@@ -15,7 +15,7 @@ import pytest
 from jaxmodels.config import CheckpointConfig, Config, EvalConfig, MetricsConfig, ProfileConfig, TrainConfig
 from jaxmodels.errors import UserError
 from jaxmodels.train import loop
-from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result
+from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result, judge
 from jaxmodels.train.metrics import Clock, Display, Writer
 
 
@@ -39,6 +39,7 @@ class World:
         self.saved: dict[int, tuple[int, Progress, bool]] = {}
         self.losses: dict[int, float] = {}
         self.evals: dict[int, float] = {}
+        self.empty: set[int] = set()
         self.damaged: set[int] = set()
         self.stop_after: int | None = None
         self.stop_in_evaluation: int | None = None
@@ -51,7 +52,10 @@ class World:
     def step(self, state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
         assert batch["step"] == state
         self.events.append(f"dispatch {state + 1}")
-        return state + 1, {"loss": Value(self, state + 1, self.losses.get(state + 1, 1 / (state + 1)))}
+        metrics = {"loss": Value(self, state + 1, self.losses.get(state + 1, 1 / (state + 1)))}
+        if state + 1 in self.empty:
+            metrics = {"loss": Value(self, state + 1, float("nan")), "weight": Value(self, state + 1, 0.0)}
+        return state + 1, metrics
 
     def evaluate(self, state: Any) -> dict[str, float] | None:
         if self.stop_in_evaluation == state:
@@ -247,10 +251,40 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(make: Make) -> None:
     assert world.train().progress == Progress(0.7, 4, 1, 6)
 
 
-def test_a_metric_that_does_not_exist_is_refused_only_where_it_matters(make: Make) -> None:
-    make(eval_=EvalConfig(every=3, metric="eval/bleu")).train()
-    world = make(eval_=EvalConfig(every=3, metric="eval/bleu", early_stop=1))
-    with pytest.raises(UserError, match=r"got eval.metric 'eval/bleu', expected one of eval/loss"):
+def test_a_metric_that_an_evaluation_lacks_is_not_better_and_one_beside_a_loss_of_nan_neither(make: Make) -> None:
+    cfg = make(6, EvalConfig(every=2, metric="eval/f1", mode="max")).cfg
+    progress = Progress()
+    judged = [
+        judge(cfg, progress, step, values)
+        for step, values in enumerate(
+            [
+                {"eval/loss": 1.0},
+                {"eval/loss": 1.0, "eval/f1": 0.5},
+                {"eval/loss": float("nan"), "eval/f1": 1.0},
+                {"eval/loss": 1.0, "eval/f1": 0.4},
+            ]
+        )
+    ]
+    assert judged == [False, True, False, False] and progress == Progress(0.5, 1, 2, 3)
+
+
+def test_a_step_with_nothing_to_train_on_is_said_and_has_no_loss(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    world = make(5, EvalConfig())
+    world.empty = {2, 3}
+    world.train()
+    rows = {row["step"]: row for row in world.rows()}
+    assert [step for step, row in rows.items() if "train/loss" in row] == [1, 4, 5]
+    assert not any("weight" in name for row in rows.values() for name in row)
+    assert [record.getMessage() for record in caplog.records if "nothing to train on" in record.getMessage()] == [
+        "nothing to train on in the batch of step 2: its loss is left out, its gradient is 0"
+    ]
+
+
+@pytest.mark.parametrize(("steps", "last"), [(4, 4), (500, 100)])
+def test_a_run_with_nothing_to_train_on_ends_with_an_error(make: Make, steps: int, last: int) -> None:
+    world = make(steps, EvalConfig())
+    world.empty = set(range(1, steps + 1))
+    with pytest.raises(UserError, match=f"got nothing to train on in {last} batches one after another, expected an ex"):
         world.train()
 
 
