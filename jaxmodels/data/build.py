@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig
+from jaxmodels.config import AugmentConfig, Config, DataConfig, used
 from jaxmodels.data import corpus as corpora
 from jaxmodels.data import records as recorded
 from jaxmodels.data import texts
 from jaxmodels.data.balance import Balanced
+from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
 from jaxmodels.data.records import Reader, Records, Row
 from jaxmodels.data.source import Source, Split, Windows
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 
-_SETS = ("tfds", "images", "table", "huggingface")
+_log = logging.getLogger("jaxmodels")
 
 _learned: dict[tuple[str, str, tuple[str, ...]], Tokenizer] = {}
 """The last tokenizer learned from texts, by what it was learned from: the splits of a set are opened one by one."""
@@ -44,6 +46,12 @@ def open_source(
     """
     from jaxmodels.data import synthetic, tokens
 
+    if task not in ("causal_lm", "masked_lm") and cfg.source not in (*used.RECORDS, "synthetic"):
+        raise UserError(
+            f"got data.source {cfg.source} for {task}, expected one of {', '.join(used.RECORDS)} or synthetic, "
+            "try --data.source tfds"
+        )
+    used.check_data(cfg, augment or AugmentConfig(), task, used.kinds(task, bool(inputs_shape)))
     if cfg.source == "synthetic":
         drawn = num_classes if task == "classification" else None
         return synthetic.Synthetic(
@@ -53,11 +61,6 @@ def open_source(
         if cfg.source == "tokens":
             return tokens.open_tokens(cfg, split, vocab_size)
         return _language(cfg, split, task, vocab_size)
-    if cfg.source not in _SETS:
-        raise UserError(
-            f"got data.source {cfg.source} for {task}, expected one of {', '.join(_SETS)} or synthetic, "
-            "try --data.source tfds"
-        )
     if task == "seq2seq":
         return _pairs(cfg, split, vocab_size)
     if task == "contrastive":
@@ -105,10 +108,12 @@ def open_corpus(cfg: DataConfig) -> corpora.Corpus:
     """
     if cfg.source in ("stdlib", "text"):
         return (corpora.stdlib if cfg.source == "stdlib" else corpora.text)(cfg)
-    if cfg.source not in _SETS:
-        raise UserError(f"got data.source {cfg.source}, expected a source of texts: stdlib, text, {', '.join(_SETS)}")
+    if cfg.source not in used.RECORDS:
+        raise UserError(
+            f"got data.source {cfg.source}, expected a source of texts: stdlib, text, {', '.join(used.RECORDS)}"
+        )
     train = open_records(cfg, "train")
-    field = recorded.input_field(train, cfg, ("text",))
+    field = input_field(train, cfg, ("text",))
     return _Readers(cfg, train, (field,)).corpus(field)
 
 
@@ -190,13 +195,23 @@ def _end(tokenizer: Tokenizer) -> int:
 def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
     train = open_records(cfg, "train")
     if not cfg.input_field or not cfg.target_field:
-        known = ", ".join(sorted(name for name, field in train.fields.items() if field.kind == "text"))
+        known = sorted(name for name, field in train.fields.items() if field.kind == "text")
+        a, b = (*(name for name in known if name not in (cfg.input_field, cfg.target_field)), "SOURCE", "TARGET")[:2]
+        source = cfg.input_field or a
         raise UserError(
             "got no data.input_field or no data.target_field for seq2seq, expected the fields of the source and of "
-            f"the translation, of {known}, try --data.input-field en --data.target-field de"
+            f"the translation, of {', '.join(known)}, "
+            f"try --data.input-field {source} --data.target-field {cfg.target_field or (a if cfg.input_field else b)}"
         )
-    names = (("input_field", cfg.input_field), ("target_field", cfg.target_field))
-    fields = [recorded.named_field(train, option, name, ("text",)) for option, name in names]
+    fields = [
+        named_field(train, "input_field", cfg.input_field, ("text",), [cfg.target_field]),
+        named_field(train, "target_field", cfg.target_field, ("text",), [cfg.input_field]),
+    ]
+    if cfg.input_field == cfg.target_field:
+        raise UserError(
+            f"got {cfg.input_field!r} for data.input_field and for data.target_field, expected two fields, "
+            "try another --data.target-field"
+        )
     readers = _Readers(cfg, train, fields)
     tokenizer = readers.tokenizer(vocab_size, *fields)
     rows = readers.rows(split)
@@ -252,13 +267,20 @@ def _examples(
     from jaxmodels.data import images
 
     train = open_records(cfg, "train", classes)
-    field = recorded.input_field(train, cfg, ("image", "array") if inputs_shape else ("text",))
+    field = input_field(train, cfg, ("image", "array") if inputs_shape else ("text",))
     label: str | None = cfg.label_field
-    if label not in train.fields and task in ("vae", "gan"):
+    if label not in train.fields and task in ("vae", "gan") and label == DataConfig().label_field:
         label = None
     if label is not None:
-        recorded.named_field(train, "label_field", label, ("label", "labels"))
-    if train.fields[field].kind == "image":
+        named_field(train, "label_field", label, ("label", "labels"))
+    kind = train.fields[field].kind
+    used.check_data(cfg, augment or AugmentConfig(), task, (kind, "text") if task == "contrastive" else (kind,))
+    if inputs_shape and len(cfg.mean) not in (0, 1, inputs_shape[-1]):
+        raise UserError(
+            f"got data.mean {cfg.mean} for a model of inputs {inputs_shape}, expected one number or "
+            f"{inputs_shape[-1]}, one for each channel, try --data.mean 0.5 --data.std 0.5"
+        )
+    if kind == "image":
         source = images.Images(
             train if split == "train" else open_records(cfg, split, classes),
             cfg,
@@ -293,19 +315,31 @@ def _rows(
     values = [row[field] for row in rows]
     arrays: dict[str, np.ndarray]
     if tokenizer is not None:
-        arrays = texts.single(tokenizer.encode_many(values, special=True), cfg.seq_len)
+        ids = tokenizer.encode_many(values, special=True)
+        if blank := sum(not len(x) for x in ids):  # a mean over no token would be no number
+            _log.warning("left out %s texts of %s without a token", f"{blank:,}", train.label)
+            rows = [row for row, x in zip(rows, ids, strict=True) if len(x)]
+        arrays = texts.single([x for x in ids if len(x)], cfg.seq_len)
     else:
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise UserError(
+                f"got arrays of the shapes {', '.join(map(str, shapes[:3]))} in {train.label} {field}, expected all of "
+                "one shape, try filling them up or --data.input-field with another field"
+            )
         arrays = {"inputs": np.array(values, np.float32)}
     classes: tuple[str, ...] | int = train.fields[label].names if label else ()
     if label and not classes:
-        classes = 1 + max((np.max(row[label], initial=-1) for row in rows), default=-1)
+        classes = numbered(train, label, (row[label] for row in rows))
     if label:
         width = max(num_classes or 0, classes if isinstance(classes, int) else len(classes))
         arrays["labels"] = labels_of(rows, label, train.fields[label].kind == "labels", width)
+        if missing := int((arrays["labels"] < 0).sum()):
+            _log.warning("%s of %s examples of %s have no label (-1)", f"{missing:,}", f"{len(rows):,}", train.label)
     groups: tuple[str, ...] = ()
     if cfg.group_field:
         values = [row[cfg.group_field] for row in rows]
-        groups, place = recorded.named_groups(train.fields[cfg.group_field], lambda: values)
+        groups, place = named_groups(train.fields[cfg.group_field], lambda: values)
         arrays["group"] = np.array([place(value) for value in values], np.int32)
     what = "texts" if tokenizer else "arrays"
     return texts.Rows(
@@ -333,7 +367,8 @@ def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> n
 def _check_classes(source: Source, num_classes: int | None) -> None:
     """Raises UserError where the data has more classes than the model."""
     if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
+        names = f" ({', '.join(source.class_names[:5])}, ...)" if source.class_names else ""
         raise UserError(
-            f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}, "
+            f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}{names}, "
             f"try --model.classes {source.num_classes}"
         )

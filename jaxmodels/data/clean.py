@@ -20,8 +20,8 @@ from typing import IO, Annotated, Any, Literal
 import tyro
 
 from jaxmodels.data import corpus
+from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import TABLES, open_file, shown
-from jaxmodels.data.records import unknown
 from jaxmodels.errors import UserError, nearest
 
 _AT_ONCE = 512

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data import tokenizer as tokenizers
+from jaxmodels.data.files import BOM, not_text
 from jaxmodels.data.records import check_fraction, place
 from jaxmodels.data.source import Split
 from jaxmodels.data.tokenizer import Tokenizer
@@ -38,8 +39,8 @@ class Corpus:
     whole: bool = False
 
     def all_documents(self) -> Iterable[str]:
-        """Those of both splits, and the line end that may be put between them."""
-        return chain(self.documents("train"), self.documents("eval"), () if self.whole else ("\n",))
+        """Those of both splits, and the line end that is put between them and that a sample begins with."""
+        return chain(self.documents("train"), self.documents("eval"), ("\n",))
 
 
 def stdlib(cfg: DataConfig) -> Corpus:
@@ -56,39 +57,45 @@ def stdlib(cfg: DataConfig) -> Corpus:
 
 
 def text(cfg: DataConfig) -> Corpus:
-    """Files of text: several are split by file, one by its last part."""
+    """Files of text: several are split by file, one by its last part, unless `data.eval_path` names others."""
     files = expand(cfg.path, "text")
+    if cfg.eval_path:
+        parts: dict[Split, list[Path]] = {"train": files, "eval": expand(cfg.eval_path, "text", "data.eval_path")}
+        each = [str(some[0]) if len(some) == 1 else f"{len(some)} files" for some in parts.values()]
+        label = f"text, {each[0]} to train and {each[1]} to evaluate on"
+        return Corpus(label, lambda split: read(parts[split], strict=True), all(len(p) == 1 for p in parts.values()))
     if len(files) == 1:
         return Corpus(str(files[0]), lambda split: [_part(files[0], split, cfg.eval_fraction)], whole=True)
     parts = split_files(files, Path(os.path.commonpath([f.parent for f in files])), cfg.eval_fraction)
     return Corpus(f"text, {len(files)} files", lambda split: read(parts[split], strict=True))
 
 
-def expand(patterns: Sequence[str], source: str) -> list[Path]:
-    """The files that paths and globs name, sorted, each once."""
+def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> list[Path]:
+    """The files that paths and globs name, sorted, each once; `option` is the one that named them."""
+    flag = f"--{option.replace('_', '-')}"
     if not patterns:
-        raise UserError(
-            f"got data.source {source} without data.path, expected files or globs, try --data.path 'data/*'"
-        )
+        raise UserError(f"got data.source {source} without {option}, expected files or globs, try {flag} 'data/*'")
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_file():
             found[path.resolve()] = None
         elif path.is_dir():
-            raise UserError(f"got the directory {pattern}, expected files, try --data.path '{path}/**/*.txt'")
+            raise UserError(f"got the directory {pattern}, expected files, try {flag} '{path}/**/*.txt'")
+        elif path.exists():
+            raise UserError(f"got {option} {pattern!r}, which is a pipe or a device, expected a file, try a copy")
         elif glob.has_magic(pattern):
             files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
             if not files:
                 raise UserError(
-                    f"got data.path {pattern!r}, which matches no file, expected one that does, try ls {pattern}"
+                    f"got {option} {pattern!r}, which matches no file, expected one that does, try ls {pattern}"
                 )
             found |= {p.resolve(): None for p in files}
         else:
             names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, names, 1)
             hint = str(path.parent / near[0]) if near else "a path that ls shows"
-            raise UserError(f"got data.path {pattern!r}, which does not exist, expected a file or a glob, try {hint}")
+            raise UserError(f"got {option} {pattern!r}, which does not exist, expected a file or a glob, try {hint}")
     return sorted(found)
 
 
@@ -105,11 +112,13 @@ def split_files(files: Sequence[Path], root: Path, eval_fraction: float) -> dict
 
 
 def read(files: Iterable[Path], strict: bool) -> Iterator[str]:
-    """The text of each file; one that is not UTF-8 is an error (strict) or left out."""
+    """The text of each file, without a byte order mark; one that is not UTF-8 is an error (strict) or left out."""
     for file in files:
         raw = file.read_bytes()
+        if strict and (foreign := not_text(raw[:4096])):
+            raise UserError(f"got {file}, which is {foreign}")
         try:
-            yield raw.decode("utf-8")
+            yield raw.removeprefix(BOM).decode("utf-8")
         except UnicodeDecodeError as error:
             if strict:
                 raise UserError(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +14,23 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, place
+from jaxmodels.data import idx
+from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, check_unused_fraction, digest, place
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError, nearest
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+)  # fmt: skip
 HELD_OUT = ("val", "validation", "test")
+
+_log = logging.getLogger("jaxmodels")
 
 
 def records(cfg: DataConfig, split: Split) -> Records:
-    """The images of `data.path`, `root/<class>/<image>`: fields image and label, classes in the order of their names.
+    """The images of `data.path`, `root/<class>/…/<image>`: fields image and label, classes in the order of their names.
+
+    What lies there and is no image is counted by its kind, once. A folder of MNIST's own files is read too (`idx`).
 
     Evaluation has the images of `data.eval_path`; else of the folder val, validation or test beside the folder train;
     else those whose path below the root has a hash below `data.eval_fraction`.
@@ -27,6 +38,8 @@ def records(cfg: DataConfig, split: Split) -> Records:
     Raises: UserError where there are no such folders, or one to evaluate on has a class that is not trained on.
     """
     root = _root(cfg.path, "path")
+    if idx.found(root):
+        return idx.records(root, cfg, split)
     beside = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
     by_folder = (root / "train").is_dir() and beside is not None and set(_classes(root)) <= {"train", *HELD_OUT}
     if by_folder:
@@ -40,6 +53,8 @@ def records(cfg: DataConfig, split: Split) -> Records:
         raise UserError(
             f"got {root} without folders in it, expected one folder of images a class, try {root}/NAME_OF_A_CLASS/1.png"
         )
+    if held_out is not None and not cfg.eval_path:
+        check_unused_fraction(cfg, f"evaluation has the folder {held_out}")
     if held_out is None:
         check_fraction(cfg.eval_fraction)
         files = [f for f in _images(root, names) if (place(os.fsencode(f[0])) < cfg.eval_fraction) == (split == "eval")]
@@ -51,7 +66,7 @@ def records(cfg: DataConfig, split: Split) -> Records:
                 f"got the class {others[0]!r} in {held_out}, expected one of {', '.join(names)} as in {root}"
                 f"{nearest(others[0], names)}"
             )
-        root, files = held_out, _images(held_out, names)
+        root, files = held_out, _images(held_out, names, all_of_them=False)
     found = _Folder(root, names, files)
     check_some(found, split)
     return found
@@ -64,7 +79,7 @@ class _Folder(Records):
         # of a million files, names in one array take a tenth of the memory of a list of them
         self._names = np.array([os.fsencode(name) for name, _ in files], np.bytes_)
         ids = {name: i for i, name in enumerate(names)}
-        self._labels = np.array([ids[name.split("/")[0]] for name, _ in files], np.int32)
+        self._labels = np.array([ids[_named(name.split("/")[0])] for name, _ in files], np.int32)
         self.fingerprint = digest(os.fsencode(repr((names, files))))
 
     def __len__(self) -> int:
@@ -102,17 +117,68 @@ def _root(paths: Sequence[str], option: str) -> Path:
     return root
 
 
+def _named(folder: str) -> str:
+    """The class of a folder, whose accents some systems write as letters of their own."""
+    return unicodedata.normalize("NFC", folder)
+
+
 def _classes(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted({_named(e.name) for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")})
 
 
-def _images(root: Path, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Paths below the root and sizes, sorted."""
+def _images(root: Path, names: Sequence[str], all_of_them: bool = True) -> list[tuple[str, int]]:
+    """Paths below the root and sizes, sorted.
+
+    Raises: UserError where `all_of_them` are to have images and a class has none.
+    """
     found: list[tuple[str, int]] = []
-    for name in names:
-        if (root / name).is_dir():
-            with os.scandir(root / name) as entries:
-                wanted = (e for e in entries if e.name.lower().endswith(SUFFIXES) and not e.name.startswith("."))
-                # of a link its own size: one that leads nowhere is told when it is read
-                found += [(f"{name}/{e.name}", e.stat(follow_symlinks=not e.is_symlink()).st_size) for e in wanted]
+    others: Counter[str] = Counter()
+    for entry in os.scandir(root):
+        if _named(entry.name) in names and entry.is_dir():
+            found += _below(root, entry.name, others, ())
+        elif not entry.is_dir():
+            others[_kind(entry)] += 1
+    empty = sorted(set(names) - {_named(name.split("/")[0]) for name, _ in found})
+    _tell(root, tuple(sorted(others.items())))
+    if empty and all_of_them:
+        raise UserError(
+            f"got no image in {root}/{empty[0]}, expected some of every class ({', '.join(SUFFIXES)}), "
+            "try removing the folder or converting what is in it"
+        )
     return sorted(found)
+
+
+def _below(root: Path, folder: str, others: Counter[str], above: tuple[tuple[int, int], ...]) -> list[tuple[str, int]]:
+    """Images in a folder and in those in it; `above`: the folders that it lies in, which a link may lead back to."""
+    found: list[tuple[str, int]] = []
+    status = os.stat(root / folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return []
+    with os.scandir(root / folder) as entries:
+        for e in entries:
+            if e.is_dir() and not e.name.startswith("."):
+                found += _below(root, f"{folder}/{e.name}", others, (*above, here))
+            elif (kind := _kind(e)) in SUFFIXES:
+                # of a link its own size: one that leads nowhere is told when it is read
+                found.append((f"{folder}/{e.name}", e.stat(follow_symlinks=not e.is_symlink()).st_size))
+            else:
+                others[kind] += 1
+    return found
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """The ending of an image's name, or what else a file is."""
+    if entry.name.startswith(".") or entry.name in ("Thumbs.db", "desktop.ini"):
+        return "hidden"
+    if not entry.is_file() and not (entry.is_symlink() and not os.path.exists(entry.path)):
+        return "hidden folder" if entry.is_dir() else "no regular file"  # to open a pipe would wait for ever
+    return os.path.splitext(entry.name)[1].lower() or "without an ending"
+
+
+@functools.lru_cache(16)
+def _tell(root: Path, others: tuple[tuple[str, int], ...]) -> None:
+    """Says once what was left out; both splits of a set look through the same folder."""
+    if others:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in others)
+        _log.warning("left out files of %s that are no images: %s", root, kinds)

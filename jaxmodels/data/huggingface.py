@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data.records import Bad, Field, Records, digest, unknown
+from jaxmodels.data.fields import unknown
+from jaxmodels.data.records import Bad, Field, Records, digest
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 

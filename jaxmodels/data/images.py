@@ -12,7 +12,8 @@ import numpy as np
 
 from jaxmodels.config import AugmentConfig, DataConfig
 from jaxmodels.data import pixels, transforms
-from jaxmodels.data.records import Reader, Records, Row, named_field, named_groups
+from jaxmodels.data.fields import named_field, named_groups, numbered
+from jaxmodels.data.records import Reader, Records, Row
 from jaxmodels.data.source import Source, Split, fingerprint
 from jaxmodels.errors import UserError
 
@@ -65,7 +66,7 @@ class Images(Source):
         self._reader = Reader(records, [f for f in dict.fromkeys((field, label, self._group)) if f], self._limit)
         self._several = label is not None and records.fields[label].kind == "labels"
         self.class_names = records.fields[label].names if label is not None else ()
-        self.num_classes = len(self.class_names) or (self._largest(label) + 1 if label is not None else None)
+        self.num_classes = len(self.class_names) or (self._number(label) if label is not None else None)
         self._width = max(classes or 0, self.num_classes or 0)
         self.groups, self._group_of = self._name_groups()
         self._kept = self._keep()
@@ -211,8 +212,8 @@ class Images(Source):
         for done in [self._pool.submit(work) for _ in range(self._threads)]:
             done.result()
 
-    def _largest(self, name: str) -> int:
-        return max((int(np.max(value, initial=-1)) for value in self._values(name)), default=-1)
+    def _number(self, label: str) -> int:
+        return numbered(self._records, label, self._values(label))
 
     def _name_groups(self) -> tuple[tuple[str, ...], Callable[[Any], int]]:
         if not self._group:

@@ -125,7 +125,7 @@ def resized(
         if image.format == "JPEG":
             image.draft(mode, least)
         image.load()
-        image = image if image.mode == mode else image.convert(mode)
+        image = _converted(image, mode)
     except Exception as error:
         raise Unreadable(_reason(error)) from error
     if box is None:
@@ -147,7 +147,26 @@ def _read(image: Image.Image | Jpeg, mode: str, least: Size) -> np.ndarray:
             return simplejpeg.decode_jpeg(image.data, "GRAY" if mode == "L" else "RGB", False, False, *smaller)
         except ValueError:  # it refuses all that is not quite right; what of that can be read, Pillow reads
             image = Image.open(io.BytesIO(image.data))
-    return as_array(image if image.mode == mode else image.convert(mode))
+    return as_array(_converted(image, mode))
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """An image as L or RGB, of 8 bits: of 16 the upper ones, as Pillow itself reads colours of 16 bits.
+
+    What covers what lies behind an image (alpha) is left out, not blended with a background that no one has named.
+    Raises: Unreadable where nothing says which number is white.
+    """
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        wide = np.asarray(image)
+        if wide.dtype.kind == "u" or (wide.min() >= 0 and wide.max() < 1 << 16):
+            return Image.fromarray((wide >> 8).astype(np.uint8)).convert(mode)
+    if image.mode[0] in "IF":
+        raise Unreadable(
+            f"has pixels of the kind {image.mode}, expected 8 or 16 bits, for which it is known what white is"
+        )
+    return image.convert(mode)
 
 
 def _by_opencv(pixels: np.ndarray, scale: float, size: Size, box: Box) -> np.ndarray:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -140,6 +139,9 @@ class Known(Records):
 
     def where(self, index: int) -> str:
         return self.records.where(index)
+
+    def check(self, fields: Sequence[str]) -> None:
+        self.records.check(fields)
 
     def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
         found = self.records.read(indices, fields)
@@ -284,7 +286,8 @@ class Reader:
 def unfit(name: str, value: Any, field: Field) -> str:
     """Why a value is not what its field says; nothing where it is.
 
-    A label of -1 is one that is not known, as both TFDS and the library `datasets` write it, where classes have names.
+    A label of -1 is one that is not known, as both TFDS and the library `datasets` write it, where classes have names;
+    without names numbers below 0 are told by `fields.numbered`, which sees all of them.
     """
     if field.kind == "text":
         if not value or value.isspace():
@@ -298,77 +301,12 @@ def unfit(name: str, value: Any, field: Field) -> str:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             return f"{name} holds {value[~np.isfinite(value)].flat[0]}, expected finite numbers"
     elif field.kind in ("label", "labels"):
-        least, number = (-1 if field.names and field.kind == "label" else 0), len(field.names) or _MOST_CLASSES
+        number = len(field.names) or _MOST_CLASSES
+        least = -number if not field.names else -1 if field.kind == "label" else 0
         for label in (value,) if field.kind == "label" else value:
             if not least <= label < number:
                 return f"{name} is {shown(label)}, expected a class from 0 to {number - 1}"
     return ""
-
-
-def input_field(records: Records, cfg: DataConfig, kinds: Sequence[Kind]) -> str:
-    """The field that `data.input_field` names or, without it, the only one of the first of `kinds` that there is.
-
-    Raises: UserError with the fields that could be meant.
-    """
-    if cfg.input_field:
-        # of several sets the first one's name is the name for all
-        name = cfg.input_field.split("+")[0] if isinstance(records, Joined) else cfg.input_field
-        return named_field(records, "input_field", name, kinds)
-    taken = {cfg.target_field, cfg.group_field, cfg.label_field}
-    found = {kind: _of_kinds(records, [kind], taken) for kind in kinds}
-    candidates = next((names for names in found.values() if names), [])
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        tasks = "--task.name classification or " if tuple(kinds) == ("text",) else ""
-        raise UserError(
-            f"got {records.label} with the fields {', '.join(sorted(records.fields))}, "
-            f"expected {_article(kinds)} field, try {tasks}another --data.name or --data.path"
-        )
-    raise UserError(
-        f"got no data.input_field, expected one of {', '.join(candidates)}, try --data.input-field {candidates[0]}"
-    )
-
-
-def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind], taken: Sequence[str] = ()) -> str:
-    """The name again, where the records have that field and it is of one of these kinds.
-
-    Raises: UserError with the fields that could be meant, which those `taken` for something else are not; `option` is
-    the one that named it, such as label_field.
-    """
-    flag = f"--data.{option.replace('_', '-')}"
-    candidates = _of_kinds(records, kinds, {name, *taken})
-    if name not in records.fields:
-        if candidates:
-            raise UserError(unknown(f"data.{option}", name, candidates, flag))
-        known = ", ".join(sorted(records.fields)) or "no field that can be used"
-        raise UserError(
-            f"got data.{option} {name!r} for {records.label}, which has {known}, expected {_article(kinds)} field, "
-            "try another --task.name or another set"
-        )
-    if (kind := records.fields[name].kind) not in kinds:
-        hint = f"{flag} {candidates[0]}" if candidates else "another --task.name or another set"
-        numbers = " (numbers that are not whole)" if kind == "array" and option == "label_field" else ""
-        raise UserError(
-            f"got data.{option} {name!r}, which is {_article([kind])}{numbers}, not {_article(kinds)}, "
-            f"expected one of {', '.join(candidates) or 'none: the set has no such field'}, try {hint}"
-        )
-    return name
-
-
-def _of_kinds(records: Records, kinds: Sequence[Kind], taken: set[str]) -> list[str]:
-    return sorted(name for name, field in records.fields.items() if field.kind in kinds and name not in taken)
-
-
-def _article(kinds: Sequence[Kind]) -> str:
-    return " or ".join(f"{'an' if kind[0] in 'aio' else 'a'} {kind}" for kind in kinds)
-
-
-def unknown(what: str, got: str, known: Sequence[str], flag: str, where: str = "") -> str:
-    """What to say of a name that is none of the known ones, nearest first."""
-    near = difflib.get_close_matches(got, known, 1, cutoff=0.3) or list(known[:1])
-    hint = f"{flag} {near[0]}" if near else flag
-    return f"got {what} {got!r}, expected one of {', '.join(known)}{where}, try {hint}"
 
 
 def place(key: bytes) -> float:
@@ -389,6 +327,15 @@ def check_fraction(eval_fraction: float) -> None:
         )
 
 
+def check_unused_fraction(cfg: DataConfig, why: str) -> None:
+    """Raises UserError where `data.eval_fraction` was set and says nothing, because of something else."""
+    if cfg.eval_fraction != (usual := DataConfig().eval_fraction):
+        raise UserError(
+            f"got data.eval_fraction {cfg.eval_fraction} although {why}, expected one of them, "
+            f"try --data.eval-fraction {usual}"
+        )
+
+
 def check_some(records: Records, split: str) -> None:
     """Raises UserError where a split by hash has left nothing to `split` on."""
     if not len(records):
@@ -396,11 +343,3 @@ def check_some(records: Records, split: str) -> None:
             f"got 0 records to {split} on in {records.label}, expected at least 1, try more data, "
             "another --data.eval-fraction or --data.eval-path"
         )
-
-
-def named_groups(field: Field, values: Callable[[], Iterable[Any]]) -> tuple[tuple[str, ...], Callable[[Any], int]]:
-    """The names of the groups that a field tells apart, and the number of each value; without names, of `values`."""
-    if field.kind == "label" and field.names:
-        return field.names, int
-    known = sorted(set(values()))
-    return tuple(map(str, known)), {value: at for at, value in enumerate(known)}.__getitem__

@@ -182,8 +182,8 @@ def check_tokens(arrays: Sequence[np.ndarray], vocab_size: int, label: str) -> N
 
 def _too_large(token: int, vocab_size: int, label: str) -> str:
     return (
-        f"got token {token} in {label}, expected all below model.vocab_size {vocab_size}, "
-        f"try --model.vocab-size {token + 1} or the dtype the file was written with"
+        f"got token {token} in {label}, expected all below vocab_size {vocab_size}, "
+        f"try --model.vocab-size {token + 1} or the dtype and vocab_size that the file was written with"
     )
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data.records import Bad, Field, Joined, Records, digest, input_field, unknown
+from jaxmodels.data.fields import input_field, unknown
+from jaxmodels.data.records import Bad, Field, Joined, Records, digest
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 

@@ -1,10 +1,10 @@
-"""Token files: flat arrays of uint8, uint16 or uint32 on disk, read through a memory map."""
+"""Token files: flat arrays of uint8, uint16 or uint32 on disk, or .npy files, read through a memory map."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,37 @@ import numpy as np
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data import corpus as corpora
+from jaxmodels.data.files import shown
+from jaxmodels.data.records import check_unused_fraction
 from jaxmodels.data.source import Split, Windows, check_tokens
 from jaxmodels.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from jaxmodels.errors import UserError
 
 _DTYPES = ("uint8", "uint16", "uint32")
+_FACTS = 'facts of tokens such as {"dtype": "uint16", "vocab_size": 50257}'
+_SEEN = 1 << 20
+_LLM_C = (20240520, 20240801)
+"""The numbers that its token files begin with."""
 
 
 def open_tokens(cfg: DataConfig, split: Split, vocab_size: int | None) -> Windows:
     """The windows of token files.
 
-    Files named val* or eval* are the evaluation split; without one, each file's last `eval_fraction` is. `FILE.json`
-    beside a file holds its dtype, vocab_size and tokenizer; without it the file is of uint16, as nanoGPT's.
+    The evaluation split is `data.eval_path`; else the files named val* or eval*; else each file's last `eval_fraction`.
+    `FILE.json` beside a file holds its dtype, vocab_size and tokenizer, and a `.npy` its dtype; without them a file
+    is of uint16, as nanoGPT's, and one that cannot be is refused.
     """
-    files = corpora.expand(cfg.path, "tokens")
-    if sidecars := [f for f in files if f.suffix == ".json"]:
-        files = [f for f in files if f not in sidecars]
+    files = _listed(cfg.path)
     held_out = [f for f in files if f.name.startswith(("val", "eval"))]
     by_file = 0 < len(held_out) < len(files)
-    if by_file:
+    if cfg.eval_path:
+        files = files if split == "train" else _listed(cfg.eval_path, "data.eval_path")
+    elif by_file:
+        check_unused_fraction(cfg, f"evaluation has {held_out[0].name}")
         files = held_out if split == "eval" else [f for f in files if f not in held_out]
     facts = [_facts(f) for f in files]
-    arrays = [_map(f, fact["dtype"]) for f, fact in zip(files, facts, strict=True)]
-    if not by_file:
+    arrays = [_map(f, fact) for f, fact in zip(files, facts, strict=True)]
+    if not by_file and not cfg.eval_path:
         arrays = [_part(a, split, cfg.eval_fraction) for a in arrays]
     label = f"tokens, {', '.join(f.name for f in files[:3])}{', ...' if len(files) > 3 else ''}"
 
@@ -43,41 +51,103 @@ def open_tokens(cfg: DataConfig, split: Split, vocab_size: int | None) -> Window
     tokenizer = _tokenizer(files[0], facts[0], cfg)
     if known is not None:
         corpora.check_vocab(known, vocab_size)
-    elif vocab_size is not None:
-        check_tokens(arrays, vocab_size, label)
+    limit = vocab_size if known is None else known
+    if limit is not None:
+        check_tokens(arrays, limit, label)
     return Windows(
-        arrays,
-        cfg.seq_len,
-        split=split,
-        label=label,
-        tokenizer=tokenizer,
-        vocab_size=known,
-        check=vocab_size if known is None else None,
-    )
+        arrays, cfg.seq_len, split=split, label=label, tokenizer=tokenizer, vocab_size=known, check=limit
+    )  # fmt: skip
+
+
+def _listed(patterns: Sequence[str], option: str = "data.path") -> list[Path]:
+    """Token files, without the descriptions that a glob finds beside them."""
+    return [f for f in corpora.expand(patterns, "tokens", option) if f.suffix != ".json"]
 
 
 def _facts(file: Path) -> dict[str, Any]:
+    """What the description beside a file says.
+
+    Raises: UserError where it is the description of something else.
+    """
     beside = _sidecar(file)
-    facts = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    dtype = facts.get("dtype", "uint16")
-    if dtype not in _DTYPES:
-        raise UserError(f"got dtype {dtype!r} in {beside}, expected one of {', '.join(_DTYPES)}, try uint16")
-    return {"dtype": dtype, "vocab_size": facts.get("vocab_size"), "tokenizer": facts.get("tokenizer")}
+    usual: dict[str, Any] = {"dtype": None, "vocab_size": None, "tokenizer": None, "tokens": None}
+    if not beside.is_file():
+        return usual
+    try:
+        facts = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"got {beside}, which is no JSON ({error}), expected {_FACTS}") from None
+    found = {**usual, **facts} if isinstance(facts, dict) else {}
+    for name in ("vocab_size", "tokens"):
+        if not found or not (found[name] is None or (type(found[name]) is int and found[name] > 0)):
+            raise UserError(f"got {beside} with {shown(found.get(name, facts))}, expected {_FACTS}")
+    if found["dtype"] not in (None, *_DTYPES):
+        raise UserError(
+            f"got dtype {shown(found['dtype'])} in {beside}, expected one of {', '.join(_DTYPES)}, try uint16"
+        )
+    if not isinstance(found["tokenizer"], str | None):
+        raise UserError(f"got tokenizer {shown(found['tokenizer'])} in {beside}, expected the name of a file")
+    return found
 
 
 def _sidecar(file: Path) -> Path:
     return file.with_name(file.name + ".json")
 
 
-def _map(file: Path, dtype: str) -> np.ndarray:
+def _map(file: Path, facts: dict[str, Any]) -> np.ndarray:
+    dtype = facts["dtype"] or "uint16"
     size, item = file.stat().st_size, np.dtype(dtype).itemsize
-    if size == 0 or size % item:
+    with file.open("rb") as opened:
+        beginning = opened.read(_SEEN)
+    if beginning.startswith(b"\x93NUMPY"):
+        array = _numpy(file)
+    elif size == 0 or size % item:
         raise UserError(
             f"got {file} of {size} bytes, expected a multiple of {item} ({dtype}), "
             f'try naming its dtype in {_sidecar(file).name}: {{"dtype": "uint32"}}'
         )
-    # A plain view: indexing np.memmap itself is several times slower.
-    return np.asarray(np.memmap(file, dtype, mode="r"))
+    elif facts["dtype"] is None and (other := _no_uint16(beginning)):
+        raise UserError(
+            f"got {file}, which {other}, expected tokens of uint16 where nothing says what they are, "
+            f'try naming the dtype in {_sidecar(file).name}: {{"dtype": "uint32"}}'
+        )
+    else:
+        # A plain view: indexing np.memmap itself is several times slower.
+        array = np.asarray(np.memmap(file, dtype, mode="r"))
+    if facts["tokens"] not in (None, len(array)):
+        raise UserError(
+            f"got {file} of {len(array):,} tokens, expected the {facts['tokens']:,} that {_sidecar(file).name} says, "
+            "try preparing it again"
+        )
+    return array
+
+
+def _numpy(file: Path) -> np.ndarray:
+    """The whole numbers of a .npy file, flat."""
+    try:
+        array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise UserError(f"got {file}, which NumPy cannot read ({error}), expected an array of tokens") from None
+    if array.dtype.kind not in "ui" or not array.flags.c_contiguous:
+        raise UserError(
+            f"got {file} of {array.dtype} {array.shape}, expected whole numbers in C's order, "
+            "try saving it by np.save(file, tokens.astype(np.uint32))"
+        )
+    # what is below 0 is then too large for any vocabulary, and refused
+    return array.reshape(-1).view(array.dtype.str.replace("i", "u"))
+
+
+def _no_uint16(beginning: bytes) -> str:
+    """What the beginning of a file says that it is, if not tokens of uint16."""
+    if int.from_bytes(beginning[:4], "little") in _LLM_C:
+        return "begins with the header of llm.c (try tail -c +1025)"
+    if len(beginning) >= 64 and beginning.isascii() and all(b >= 32 or b in b"\t\n\r" for b in beginning):
+        return "is text"
+    even, odd = np.frombuffer(beginning[: len(beginning) // 4 * 4], "<u2").reshape(-1, 2).T
+    # no text has tokens of two kinds in turn: these are the upper halves of larger numbers
+    if len(odd) and int(odd.max()) < min(16, int(even.max())):
+        return "looks like uint32 (every second number would be 0, or nearly)"
+    return ""
 
 
 def _part(array: np.ndarray, split: Split, eval_fraction: float) -> np.ndarray:
@@ -88,7 +158,18 @@ def _part(array: np.ndarray, split: Split, eval_fraction: float) -> np.ndarray:
 
 def _tokenizer(file: Path, facts: dict[str, Any], cfg: DataConfig) -> Tokenizer | None:
     if facts["tokenizer"]:
-        return load_tokenizer(file.parent / facts["tokenizer"])
+        tokenizer = load_tokenizer(file.parent / facts["tokenizer"])
+        if facts["vocab_size"] is not None and tokenizer.vocab_size > facts["vocab_size"]:
+            raise UserError(
+                f"got vocab_size {facts['vocab_size']:,} in {_sidecar(file)} and a tokenizer of "
+                f"{tokenizer.vocab_size:,}, expected room for all of its tokens, try preparing the file again"
+            )
+        if cfg.tokenizer != DataConfig().tokenizer:
+            raise UserError(
+                f"got data.tokenizer {cfg.tokenizer!r} for {file}, which was made with {facts['tokenizer']} beside it, "
+                "expected that one, try without --data.tokenizer"
+            )
+        return tokenizer
     # The field's default says nothing about a file that was tokenised elsewhere.
     return load_tokenizer(Path(cfg.tokenizer).expanduser()) if cfg.tokenizer not in ("bytes", "chars") else None
 

@@ -36,11 +36,6 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             f"got task contrastive with {type(model.config).__name__}, expected a model of images and texts, "
             "try CLIPConfig or another --task.name"
         )
-    if cfg.label_smoothing or cfg.z_loss:
-        raise UserError(
-            f"got task.label_smoothing {cfg.label_smoothing} and task.z_loss {cfg.z_loss} for contrastive, "
-            "expected neither, try --task.label-smoothing 0 --task.z-loss 0"
-        )
     if data.seq_len > model.config.context:
         raise UserError(
             f"got data.seq_len {data.seq_len}, expected at most model.context {model.config.context}, "

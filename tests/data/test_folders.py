@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import gzip
+import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data import folders, tfds
+from jaxmodels.data import folders, open_source, tfds
 from jaxmodels.data.records import Reader, Records
 from jaxmodels.errors import UserError
 
@@ -83,6 +88,7 @@ def test_files_that_cannot_be_read_are_left_out_by_name(digits, tmp_path, caplog
     assert len(records) == 52
     assert sum(len(rows) for rows in Reader(records, ["image"], 2).all()) == 50
     assert caplog.messages == [
+        f"left out files of {tmp_path} that are no images: 1 .txt",
         "left out digit 7/x.png: is empty",
         "left out digit 7/y.jpg: No such file or directory",
     ]
@@ -105,5 +111,80 @@ def test_a_folder_without_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match="got 0 folders in data.path, expected one"):
         folders.records(DataConfig(source="images"), "train")
     (tmp_path / "cats").mkdir()
-    with pytest.raises(UserError, match="got 0 records to train on in images of"):
+    with pytest.raises(UserError, match="got no image in .*cats, expected some of every class"):
         folders.records(images(tmp_path), "train")
+
+
+def paint(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 4), value, np.uint8)).save(path)
+
+
+def test_images_lie_at_any_depth_below_their_class(tmp_path, caplog):
+    for name in ("cat/1.png", "cat/2020/march/2.TIFF", "dog/x.v1/3.jpeg", "dog/4.pgm"):
+        paint(tmp_path / name)
+    (tmp_path / "dog" / "again").symlink_to(tmp_path / "dog")
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    for name in ("cat/a.heic", "cat/b.heic", "cat/._1.png", "dog/Thumbs.db", "dog/LICENSE", "readme.md", "5.png"):
+        (tmp_path / name).write_bytes(b"x")
+    records, again = (folders.records(images(tmp_path, eval_fraction=0.0), "train") for _ in range(2))
+    assert names(records) == ["cat/1.png", "cat/2020/march/2.TIFF", "dog/4.pgm", "dog/x.v1/3.jpeg"]
+    assert [row["label"] for row in records.read(range(4), ["label"])] == [0, 0, 1, 1]
+    assert again.fingerprint == records.fingerprint and caplog.messages == [
+        f"left out files of {tmp_path} that are no images: 2 .heic, 1 .md, 1 .png, 2 hidden, 1 no regular file, "
+        "1 without an ending"
+    ]
+
+
+def test_a_class_is_the_same_however_its_accents_are_written(tmp_path):
+    paint(tmp_path / "train" / unicodedata.normalize("NFC", "caf\u00e9") / "1.png")
+    paint(tmp_path / "val" / unicodedata.normalize("NFD", "caf\u00e9") / "2.png")
+    train, held_out = both(images(tmp_path))
+    assert train.fields["label"].names == held_out.fields["label"].names == ("caf\u00e9",)
+    assert held_out.read([0], ["image", "label"])[0]["label"] == 0
+    with pytest.raises(UserError, match="got data.eval_fraction 0.3 although evaluation has the folder .*val"):
+        folders.records(images(tmp_path, eval_fraction=0.3), "train")
+
+
+def idx(path: Path, values: np.ndarray) -> None:
+    raw = bytes((0, 0, 8, values.ndim)) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def mnist(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for part, n, end in (("train", 40, ""), ("t10k", 10, ".gz")):
+        idx(tmp_path / f"{part}-images-idx3-ubyte{end}", rng.integers(0, 256, (n, 6, 5), np.uint8))
+        idx(tmp_path / f"{part}-labels-idx1-ubyte{end}", (np.arange(n) % 4).astype(np.uint8))
+    return tmp_path
+
+
+def test_a_folder_of_idx_files_is_a_set(mnist):
+    for split, n in (("train", 40), ("eval", 10)):
+        source = open_source(images(mnist), split, "classification", inputs_shape=(6, 5, 1), num_classes=4)
+        batch = source.batch(np.arange(n), np.zeros(n, np.int64))
+        assert len(source) == n and source.class_names == ("0", "1", "2", "3")
+        assert batch["labels"].tolist() == [i % 4 for i in range(n)]
+    rng = np.random.default_rng(0)
+    rng.integers(0, 256, (40, 6, 5), np.uint8)
+    assert (batch["inputs"][..., 0] == rng.integers(0, 256, (10, 6, 5), np.uint8)).all()
+    for path in mnist.glob("t10k*"):
+        path.unlink()
+    train, held_out = both(images(mnist, eval_fraction=0.3))
+    assert len(train) + len(held_out) == 40 and len(held_out) > 3
+
+
+def test_idx_files_that_do_not_fit_are_refused(mnist):
+    with pytest.raises(UserError, match="got data.eval_fraction 0.2 although evaluation has t10k"):
+        folders.records(images(mnist, eval_fraction=0.2), "train")
+    idx(mnist / "t10k-labels-idx1-ubyte.gz", np.zeros(9, np.uint8))
+    with pytest.raises(UserError, match="got 10 images in .* and 9 labels"):
+        folders.records(images(mnist), "eval")
+    file = mnist / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="got .*train-images-idx3-ubyte of 1,215 bytes that begins with 00000803"):
+        folders.records(images(mnist), "train")
+    (mnist / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match="without train-labels-idx1-ubyte beside it"):
+        folders.records(images(mnist), "train")

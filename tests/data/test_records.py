@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data.records import Bad, Field, Joined, Reader, Records, input_field, named_field, place
+from jaxmodels.data.fields import input_field, named_field
+from jaxmodels.data.records import Bad, Field, Joined, Reader, Records, place
 from jaxmodels.errors import UserError
 
 

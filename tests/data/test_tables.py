@@ -10,7 +10,8 @@ import pytest
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data import tables, tfds
-from jaxmodels.data.records import Reader, Records, named_field
+from jaxmodels.data.fields import named_field
+from jaxmodels.data.records import Reader, Records
 from jaxmodels.errors import UserError
 
 KINDS = ("csv", "tsv", "jsonl", "json", "parquet")

@@ -166,7 +166,7 @@ def test_a_token_file_named_val_is_the_evaluation_split(tmp_path):
 def test_token_files_that_cannot_be_right_are_refused(tmp_path):
     file = tmp_path / "train.bin"
     write_tokens(file, 5000)
-    with pytest.raises(UserError, match=r"got token 999 in .*, expected all below model.vocab_size 512, .* 1000"):
+    with pytest.raises(UserError, match=r"got token 999 in .*, expected all below vocab_size 512, .* 1000"):
         open_lm(source="tokens", path=(str(file),), vocab_size=512)
     file.write_bytes(b"abc")
     with pytest.raises(UserError, match="of 3 bytes, expected a multiple of 2"):
@@ -181,7 +181,7 @@ def test_a_token_too_large_that_the_opening_missed_is_caught_in_its_batch(tmp_pa
     write_tokens(tmp_path / "train.bin", 5000)
     monkeypatch.setattr("jaxmodels.data.tokens.check_tokens", lambda *_: None)
     source = open_lm(source="tokens", path=(f"{tmp_path}/train.bin",), vocab_size=512)
-    with pytest.raises(UserError, match="expected all below model.vocab_size 512"):
+    with pytest.raises(UserError, match="expected all below vocab_size 512"):
         source.batch(np.arange(10), np.zeros(10, np.int64))
 
 
