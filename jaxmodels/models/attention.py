@@ -24,6 +24,7 @@ from jaxmodels.models import layers
 from jaxmodels.models.decoding import Context, KeyValues, update
 from jaxmodels.models.kernels import partition, xla
 from jaxmodels.models.kernels.contract import ACROSS, KERNELS, Call, absence, refusal
+from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.parallel import rules
 
 Array = jax.Array
@@ -212,7 +213,8 @@ def attention(
         local, reason = choose(place, call._replace(pieces=1), devices)
         say(local, f"for whole sequences, {reason}")
         attend = functools.partial(attend, local=bind(local, {}, place))
-    return partition.shard(attend, arrays, kernel in ACROSS) if kernel in (*FUSED, *ACROSS) else attend(**arrays)
+    with jax.named_scope(Mask(call.T, call.S, causal, window).scope), jax.named_scope(kernel):
+        return partition.shard(attend, arrays, kernel in ACROSS) if kernel in (*FUSED, *ACROSS) else attend(**arrays)
 
 
 def bind(kernel: str, options: dict[str, Any], platform: str) -> Callable[..., Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxmodels.models.kernels.grouped import grouped
+from jaxmodels.models.kernels.grouped import grouped, loop
 from jaxmodels.models.kernels.product import PRODUCT
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel import rules
@@ -34,6 +34,9 @@ AXES = WIDE, WIDE, NARROW
 """Logical axes of the weights."""
 SLACK = 1.25
 """Places of a pair of devices, over those that it needs if experts are chosen alike."""
+
+FURTHER = loop(0)
+"""The name of the loop over further rounds, of which there are none if experts are chosen about evenly."""
 
 _named = partial(checkpoint_name, name=PRODUCT)
 
@@ -188,7 +191,8 @@ def _through_forward(exchange: Exchange, activation: Activation, x: Array, route
 
     y, first = go(0, jnp.zeros((len(route.order), x.shape[1]), x.dtype))
     if exchange.most > 1:
-        y = jax.lax.fori_loop(1, route.rounds, lambda number, y: go(number, y)[0], y)
+        with jax.named_scope(FURTHER):
+            y = jax.lax.fori_loop(1, route.rounds, lambda number, y: go(number, y)[0], y)
     return _named(y), (x if exchange.most > 1 else None, route, weights, first)
 
 
@@ -208,7 +212,8 @@ def _through_backward(exchange: Exchange, activation: Activation, saved: Any, dy
 
     dx, dweights = go(0, jnp.zeros_like(dy), first)
     if exchange.most > 1:
-        dx, dweights = jax.lax.fori_loop(1, route.rounds, further, (dx, dweights))
+        with jax.named_scope(FURTHER):
+            dx, dweights = jax.lax.fori_loop(1, route.rounds, further, (dx, dweights))
     return dx.reshape(-1, exchange.k, dx.shape[1]).sum(1), None, *scatter(dweights)
 
 

@@ -96,8 +96,9 @@ class Arithmetic:
         self.width = 2 if getattr(cfg.model, "dtype", "float32") == "bfloat16" else 4
         self.layers = max([s[n.index("layers")] for s, n in self.parameters if "layers" in n], default=1)
         self.wide = self._sizes(lambda axes: rules.RULES["mlp"][0] in axes)
-        self.model_flops = flops.per_step(self.task, cfg.data.batch_size)
-        self.attention_flops = self._attention_flops()
+        counted = flops.per_step(cfg)
+        self.model_flops, self.attention_flops = counted.model, counted.attention
+        self.visible = counted.attention - counted.model + counted.visible
         self.rules = rules
         self.traced: dict[tuple[str, str], Saved] = {}
 
@@ -116,17 +117,6 @@ class Arithmetic:
             for size, name in zip(shape, names, strict=True):
                 found[bool(name) and chosen(RULES[name])].add(size)
         return found[True] - found[False]
-
-    def _attention_flops(self) -> float:
-        """Of a step: what grows with the square of the length (see `compile`)."""
-        from jaxmodels import tasks
-        from jaxmodels.plan import flops
-
-        if self.cfg.task.name != "causal_lm":
-            return 0.0
-        half = dataclasses.replace(self.cfg.data, seq_len=self.cfg.data.seq_len // 2)
-        short = flops.per_step(tasks.build(self.cfg.task, self.cfg.model, half), self.cfg.data.batch_size)
-        return 2.0 * (self.model_flops - 2 * short)
 
     @functools.cache
     def place(self, mesh: Any) -> dict[str, int]:
@@ -249,9 +239,9 @@ class Arithmetic:
         plain = (self.model_flops - self.attention_flops) / (peak * share["products"])
         if kernel == "xla":  # scores are products as others are, all of them, and are kept
             scores = self.attention_flops / (peak * share["products"]) * (1 if remat == "none" else 4 / 3)
-        else:  # causal: half is not computed, but the backward pass computes the scores again
-            half = self.attention_flops / 2 / (peak * share["attention"])
-            scores = half * (7 / 6 if remat == "none" else 9 / 6)
+        else:  # what masks show; but the backward pass computes the scores again
+            shown = self.visible / (peak * share["attention"])
+            scores = shown * (7 / 6 if remat == "none" else 9 / 6)
         # a block's last product is not needed again
         return plain * (1.25 if remat == "full" else 1) + scores, plain
 

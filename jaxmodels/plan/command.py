@@ -17,6 +17,9 @@ from jaxmodels.plan.compile import Compiled
 from jaxmodels.plan.roofline import Estimate
 from jaxmodels.plan.topology import Topology
 
+ENOUGH = 0.98
+"""Share of the model's FLOPs that a program has at least: compilers leave out what comes to nothing."""
+
 
 def command(cfg: Config, options: PlanOptions, file: str = "") -> None:
     """Plan a config on each topology that is asked for, and print what comes out; `file` is the config's.
@@ -118,25 +121,60 @@ def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
     }
     if not made.text:
         return found
-    dtype = getattr(cfg.model, "dtype", "float32")
-    estimate = roofline.estimate(program.parse(made.text), made.places, dtype)
-    return found | speed(cfg, made, estimate, row.flops.get(dtype, row.flops["bfloat16"]))
+    dtype, compiled = getattr(cfg.model, "dtype", "float32"), program.parse(made.text)
+    found |= {"attention": compiled.kernels(), "uncounted": compiled.uncounted()}
+    if found["uncounted"]:
+        return found  # a time without them would be a guess
+    dtype = dtype if dtype in row.flops else "bfloat16"
+    return found | speed(cfg, made, roofline.estimate(compiled, made.places, dtype), dtype)
 
 
-def speed(cfg: Config, made: Compiled, estimate: Estimate, peak: float) -> dict[str, Any]:
-    """What is predicted of the step's time."""
+def check(on: str, computed: float, needed: float, mfu: float) -> None:
+    """Refuse counts that cannot be: FLOPs of a program below those that its model needs, or a step above the peak.
+
+    Raises:
+        UserError: so they are.
+    """
+    report = "try another topology, and report this config"
+    if computed < ENOUGH * needed:
+        raise UserError(
+            f"got a program for {on} of {computed:.4g} FLOPs a step where the model needs {needed:.4g}, expected as "
+            f"many at least: some of its products are not counted, {report}"
+        )
+    if not 0 < mfu <= 1:
+        raise UserError(f"got a plan for {on} at {mfu:.1%} of the peak, expected at most 100 %, {report}")
+
+
+def speed(cfg: Config, made: Compiled, estimate: Estimate, dtype: str) -> dict[str, Any]:
+    """What is predicted of the step's time; MFU is a share of the peak for this dtype.
+
+    Raises:
+        UserError: it cannot be so.
+    """
     step, devices = estimate.seconds, made.topology.devices
+    peak = made.topology.hardware.flops[dtype]
+    full, shown = (made.flops[name] / step / devices / peak for name in ("model", "visible"))
+    check(made.topology.name, estimate.flops * devices, made.flops["visible"], shown)
     return {
         "step_seconds": step,
         "binds": estimate.binds,
-        "seconds": {"compute": estimate.products, "memory": estimate.memory, "waiting for links": estimate.waiting},
+        "seconds": {
+            "compute": estimate.products,
+            "memory": estimate.memory,
+            "waiting for links": estimate.waiting,
+            "launches": estimate.launching,
+        },
         "hardware_flops": estimate.flops * devices,
+        "model_flops_causal": made.flops["visible"],
         "moved": estimate.moved,
         "unit": made.unit,
         "per_second": made.units / step,
         "per_second_device": made.units / step / devices,
-        "mfu": made.flops["model"] / step / devices / peak,
-        "mfu_causal": (made.flops["model"] - made.flops.get("above_diagonal", 0)) / step / devices / peak,
+        # of long causal rows half is never computed: counted in full that may be more than the peak
+        "mfu": full if full <= 1 else shown,
+        "mfu_causal": shown,
+        "peak_flops": peak,
+        "peak_of": dtype,
         "device_hours": cfg.train.steps * step * devices / 3600,
         "transfers": [dataclasses.asdict(each) for each in estimate.transfers],
         "assumed": roofline.shares(made.topology.hardware),
@@ -164,7 +202,11 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
         lines += ["  IT DOES NOT FIT" + (f": {plan['shortage']}" if plan["shortage"] else ""), *remedies(cfg, plan)]
         lines += [f"    {size / 2**30:8.2f}  {name}" for size, name in plan["largest"]]
     lines.append("")
+    if plan.get("attention"):
+        lines += [f"attention: kernel {', '.join(plan['attention'])}"]
     if "step_seconds" not in plan:
+        if plan.get("uncounted"):
+            lines.append(f"no time is given, for what these compute is not known: {', '.join(plan['uncounted'])}")
         lines.append(f"compiling took {plan['compile_seconds']:.0f} s")
         return "\n".join(lines)
     lines += [
@@ -172,8 +214,10 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
         + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan["seconds"].items())
         + ")",
         f"  {plan['per_second']:,.0f} {plan['unit']}/s, {plan['per_second_device']:,.0f} a device",
-        f"  MFU {plan['mfu']:.1%} (attention in full), {plan['mfu_causal']:.1%} (causal half); model "
-        f"{plan['model_flops']:.4g} FLOPs a step, hardware {plan['hardware_flops']:.4g}",
+        f"  MFU {plan['mfu']:.1%} (attention in full), {plan['mfu_causal']:.1%} (what masks show), of "
+        f"{plan['peak_flops'] / 1e12:.4g} TFLOP/s {plan['peak_of']}",
+        f"  FLOPs a step: model {plan['model_flops']:.4g} (attention in full), {plan['model_flops_causal']:.4g} (what "
+        f"masks show); hardware {plan['hardware_flops']:.4g}",
         f"  {cfg.train.steps:,} steps: {plan['device_hours']:,.4g} device-hours",
         "",
     ]

@@ -7,7 +7,6 @@ compiles, and leaves what it found in a cache: facts.json and the compiled progr
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gzip
 import hashlib
 import json
@@ -58,7 +57,7 @@ class Compiled:
     largest: list[list[Any]]
     """Bytes and names of the largest temporaries that the compiler names, where it does not fit."""
     flops: dict[str, int]
-    """Model FLOPs of a step on all devices, what causal attention leaves out of them, and parameters."""
+    """Model FLOPs of a step on all devices, those of them that masks show (see `flops.Step`), and parameters."""
     unit: str
     """What throughput counts, as in training: tokens or examples."""
     units: int
@@ -269,23 +268,10 @@ def _coordinates(device: Any, topology: Topology) -> list[int]:
 
 
 def _flops(cfg: Config, task: Any, flops: Any) -> dict[str, int]:
-    """Model FLOPs of a step, and what of them causal attention need not compute.
-
-    Attention's products alone grow with the square of the length, so two lengths tell them from the others.
-    """
-    rows, model = cfg.data.batch_size, flops.per_step(task, cfg.data.batch_size)
-    counted = {
-        "model": model,
-        "parameters": sum(network.count() for network in task.networks.values()),
-    }
-    if cfg.task.name == "causal_lm":
-        half = dataclasses.replace(cfg.data, seq_len=cfg.data.seq_len // 2)
-        from jaxmodels import tasks
-
-        short = flops.per_step(tasks.build(cfg.task, cfg.model, half), rows)
-        # F(T) = aT + bT², so F(T) - 2F(T/2) = bT²/2: half of attention, which is what lies above the diagonal
-        counted["above_diagonal"] = model - 2 * short
-    return counted
+    """Model FLOPs of a step, in full and without what masks hide, and parameters."""
+    counted = flops.per_step(cfg)
+    parameters = sum(network.count() for network in task.networks.values())
+    return {"model": counted.model, "visible": counted.visible, "parameters": parameters}
 
 
 if __name__ == "__main__":

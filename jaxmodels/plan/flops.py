@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+from jax.interpreters import partial_eval
 
+from jaxmodels.config import Config
 from jaxmodels.models.functional import Model, create
-from jaxmodels.tasks.task import Task
+from jaxmodels.models.kernels.visibility import Mask
+
+PLAIN = {"attention": "xla", "routing": "dropless", "remat": "none"}
+"""Fields of a model by which it has the reference attention, whose products the walk can see, no free places, and
+nothing recomputed."""
+Products = Iterator[tuple[float, Mask | None]]
+"""FLOPs of each product, and the mask of the attention that it is of."""
+
+
+class Step(NamedTuple):
+    """Model FLOPs of a training step."""
+
+    model: int
+    """Attention in full, causal or not; with a window, what that reaches. Source: Chowdhery et al. 2022, appendix B."""
+    visible: int
+    """What must be computed: of attention, the pairs that its masks show."""
+    attention: int
+    """The part of `model` that is attention's."""
 
 
 def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -18,7 +38,7 @@ def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     A multiply-add is 2. Loops count by their trip counts, a branch by its dearest arm; a `while` of unknown length
     counts once. A `ragged_dot` counts each row with the one group that it belongs to.
     """
-    return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+    return _total(_products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr))
 
 
 def forward(model: Model, batch: int, length: int = 8) -> int:
@@ -33,51 +53,88 @@ def forward(model: Model, batch: int, length: int = 8) -> int:
     return count(plain.apply, plain.shapes(), *plain.inputs(batch, length), stats=stats)
 
 
-def per_step(task: Task, batch_size: int) -> int:
-    """Model FLOPs of a training step: 3 × `forward` of each network (backward is twice the forward)."""
-    lengths = [x.shape[1] for x in task.batch_spec(batch_size).values() if len(x.shape) == 2]
-    return sum(3 * forward(model, batch_size, *lengths[:1]) for model in task.networks.values())
+def per_step(cfg: Config) -> Step:
+    """Model FLOPs of a training step: of each loss and its gradient, without what nobody needs of them.
+
+    What is computed of a language model is three times `forward`; of images, the gradient at the pixels is not.
+    """
+    from jaxmodels import tasks
+    from jaxmodels.tasks import losses
+
+    task = tasks.build(cfg.task, plain(cfg.model), cfg.data)
+    params = {name: network.shapes() for name, network in task.networks.items()}
+    stats, batch = jax.eval_shape(task.stats), task.batch_spec(cfg.data.batch_size)
+    found: list[tuple[float, Mask | None]] = []
+    for loss in task.losses:
+
+        def gradient(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
+            def total(trained: Any) -> Any:
+                return loss.fn({**params, loss.trains: trained}, stats, batch, jax.random.key(0), jax.numpy.int32(0))
+
+            return jax.grad(total, has_aux=True)(params[loss.trains])
+
+        with losses.whole():
+            jaxpr = jax.make_jaxpr(gradient)(params, stats, batch).jaxpr
+        needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        found += _products(needed)
+    attention = [(flops, mask) for flops, mask in found if mask is not None]
+    rest = sum(flops for flops, mask in found if mask is None)
+    full, visible = (
+        sum(flops * share(mask) for flops, mask in attention) for share in (lambda m: m.band, lambda m: m.share)
+    )
+    return Step(round(rest + full), round(rest + visible), round(full))
 
 
 def countable(model: Model) -> Model:
-    """The model with the reference attention, whose products the walk can see, no free places, nothing recomputed."""
-    plain = {"attention": "xla", "routing": "dropless", "remat": "none"}
-    differ = {name: value for name, value in plain.items() if getattr(model.config, name, value) != value}
+    """The model whose products the walk can see."""
+    differ = {name: value for name, value in PLAIN.items() if getattr(model.config, name, value) != value}
     return create(model.config, **differ) if differ else model
 
 
-def _count(jaxpr: Any) -> int:
-    total = 0
+def plain(config: Any) -> Any:
+    """The config of `countable`."""
+    return dataclasses.replace(config, **{name: value for name, value in PLAIN.items() if hasattr(config, name)})
+
+
+def _total(found: Products) -> int:
+    return round(sum(flops for flops, _ in found))
+
+
+def _products(jaxpr: Any, times: int = 1, mask: Mask | None = None) -> Products:
+    """The products of a jaxpr that is run so often, within the attention of this mask."""
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
+        within = Mask.of(str(eqn.source_info.name_stack)) or mask
         if name == "dot_general":
             (contract, _), _ = params["dimension_numbers"]
             left = eqn.invars[0].aval.shape
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
+            inner = math.prod(left[i] for i in contract)
+            yield times * 2 * math.prod(eqn.outvars[0].aval.shape) * inner, within
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
             taps = math.prod(kernel[i] for i in numbers.rhs_spec[1:])  # inputs a group and window
             # a dilated input (of a transposed convolution, or a strided one's gradient) is mostly zeros
             zeros = params["batch_group_count"] * math.prod(params["lhs_dilation"])
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * taps // zeros
+            yield times * (2 * math.prod(eqn.outvars[0].aval.shape) * taps // zeros), within
         elif name == "ragged_dot_general":
             # each row of the left with one group of the right (or all of both, summed up group by group)
             numbers = params["ragged_dot_dimension_numbers"]
             (_, contract), (_, batch) = numbers.dot_dimension_numbers
             seen = {*contract, *batch, *numbers.rhs_group_dimensions}
             left, right = (eqn.invars[i].aval.shape for i in (0, 1))
-            total += 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in seen)
+            yield times * 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in seen), within
         elif name == "scan":
-            total += params["length"] * _count(params["jaxpr"].jaxpr)
+            yield from _products(params["jaxpr"].jaxpr, times * params["length"], within)
         elif name == "cond":
-            total += max(_count(branch.jaxpr) for branch in params["branches"])
+            yield from max(([*_products(branch.jaxpr, times, within)] for branch in params["branches"]), key=_total)
         elif name == "shard_map":
             sizes = params["mesh"].shape
-            total += math.prod(sizes[axis] for axis in params.get("manual_axes", sizes)) * _count(params["jaxpr"])
+            devices = math.prod(sizes[axis] for axis in params.get("manual_axes", sizes))
+            yield from _products(params["jaxpr"], times * devices, within)
         else:
             for inner in params.values():
-                total += sum(_count(getattr(j, "jaxpr", j)) for j in _jaxprs(inner))
-    return total
+                for each in _jaxprs(inner):
+                    yield from _products(getattr(each, "jaxpr", each), times, within)
 
 
 def _jaxprs(value: Any) -> list[Any]:

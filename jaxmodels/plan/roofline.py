@@ -8,6 +8,7 @@ was measured on the hardware that is planned for: `SHARE` and `OWN` are the assu
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.plan import hlo, products
 from jaxmodels.plan import program as programs
 from jaxmodels.plan.groups import groups_of, slices_of
 from jaxmodels.plan.hardware import Hardware
-from jaxmodels.plan.program import Computation, Instruction, Program
+from jaxmodels.plan.hlo import Computation, Instruction
+from jaxmodels.plan.program import Program
 from jaxmodels.plan.topology import Topology
 
 SHARE = {
@@ -37,6 +40,12 @@ OWN = {
 Chosen by what was published of Llama-2-7B on 8 H100s and of Llama-3.1-8B on 8 v6e chips
 (benchmarks/results/plan_vs_published.md).
 """
+
+
+BESIDE = ("call-start", "custom-call-start")
+"""Instructions that begin a computation of another core."""
+OTHER = "another core"
+"""The lane of a TPU's SparseCore."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,9 @@ class Estimate:
     memory: float = 0.0
     """Seconds of instructions that memory binds."""
     waiting: float = 0.0
-    """Seconds in which a collective is waited for."""
+    """Seconds in which a collective, or what another core does, is waited for."""
+    launching: float = 0.0
+    """Seconds that it takes to begin instructions."""
     flops: float = 0.0
     """FLOPs of a device, recomputation included."""
     moved: float = 0.0
@@ -75,7 +86,12 @@ class Estimate:
     @property
     def binds(self) -> str:
         """What takes most of the time."""
-        parts = {"compute": self.products, "memory": self.memory, "links": self.waiting}
+        parts = {
+            "compute": self.products,
+            "memory": self.memory,
+            "links": self.waiting,
+            "launches": self.launching,
+        }
         return max(parts, key=lambda name: parts[name])
 
 
@@ -138,7 +154,7 @@ def shares(hardware: Hardware) -> dict[str, float]:
 
 def payload(each: Instruction, devices: int) -> float:
     """Bytes of the whole that a collective makes or takes on a device."""
-    total = programs.size(each.shape)
+    total = hlo.size(each.shape)
     begins = each.opcode.endswith("-start")
     if each.kind in ("all-gather", "reduce-scatter") and begins:  # inputs and outputs, one of them the n-th part
         return total * devices / (devices + 1)
@@ -149,7 +165,7 @@ def payload(each: Instruction, devices: int) -> float:
 
 def passes(kind: str, devices: int) -> float:
     """How often the whole goes through a device's link, in a ring."""
-    if kind in ("collective-permute", programs.HOST):
+    if kind in ("collective-permute", hlo.HOST):
         return 1.0
     return (2.0 if kind == "all-reduce" else 1.0) * (devices - 1) / devices
 
@@ -181,14 +197,24 @@ class _Player:
         self.result.transfers = sorted(found, key=lambda each: -each.seconds)
         return self.result
 
-    def run(self, name: str, times: int) -> float:
+    def run(self, name: str, times: float) -> float:
         """Seconds of one pass of a computation that is run so often; adds to the result's sums."""
         computation = self.program.computations[name]
         clock, lanes, done = 0.0, defaultdict(float), {}
         started: dict[str, str] = {}
         held = {each.name: self.held(each) for each in computation.instructions.values()}
         last = {key: each for each, found in held.items() for key in found}
+        # a computation of another core is handed its arrays as it is begun, or later
+        waits_for = {name: each.runs for name, each in computation.instructions.items() if each.opcode in BESIDE}
         for each in computation.instructions.values():
+            if each.operands and each.opcode.endswith("-update") and each.operands[0] in started:
+                started[each.name] = started[each.operands[0]]
+            begun = each.name if each.operands else ""
+            if each.opcode.endswith("-update") and each.operands[0] not in started:
+                begun = each.operands[0]
+            if inside := waits_for.pop(begun, None):
+                lanes[OTHER] = max(clock, lanes[OTHER]) + self.beside(inside, times)
+                done[begun], started[each.name] = lanes[OTHER], begun
             for key, collective in held[each.name].items():
                 if key not in done:
                     link, seconds = self.send(key, collective, times)
@@ -204,6 +230,14 @@ class _Player:
                 clock = max(clock, done[key])
         return max([clock, *done.values()])
 
+    def beside(self, name: str, times: float) -> float:
+        """Seconds of a computation that another core runs: of this one's time it takes what is waited for."""
+        before = dataclasses.replace(self.result)
+        seconds = self.run(name, times)
+        for part in ("products", "memory", "waiting", "launching"):
+            setattr(self.result, part, getattr(before, part))
+        return seconds
+
     def held(self, each: Instruction) -> dict[str, Instruction]:
         """Collectives of an instruction, by a key: on TPUs the same one may be in several fusions, a piece in each."""
         found = [each] if each.kind is not None else []
@@ -212,13 +246,15 @@ class _Player:
         # of a GPU's program all collectives that a shard_map makes may have one channel
         return {f"{one.kind} {one.channel}" if tpu and one.channel else one.name: one for one in found}
 
-    def send(self, key: str, each: Instruction, times: int) -> tuple[str, float]:
+    def send(self, key: str, each: Instruction, times: float) -> tuple[str, float]:
         """The lane of a collective, and its seconds; notes it."""
-        if key not in self.groups and each.kind == programs.HOST:
+        if key not in self.groups and each.kind == hlo.HOST:
             self.groups[key] = ((), "host", self.places.topology.hardware.host, 1)
         elif key not in self.groups:
             groups = self.places.groups(each.attributes)
             link, rate = self.places.link(groups)
+            if each.kind == "collective-permute" and link.startswith("torus"):
+                rate = self.places.topology.hardware.link  # one way along one dimension
             self.groups[key] = (self.places.axes(groups), link, rate, max(len(group) for group in groups))
         axes, link, rate, devices = self.groups[key]
         size, kind = payload(each, devices), each.kind or ""
@@ -228,33 +264,45 @@ class _Player:
         note[0] += times * size
         note[1] += times
         note[2] += times * seconds
-        return link, seconds
+        return self.lane(each, link), seconds
 
-    def work(self, computation: Computation, each: Instruction, times: int) -> float:
+    def lane(self, each: Instruction, link: str) -> str:
+        """What a collective has to itself: a link; of a torus, one way along it, beside what goes the other way."""
+        if each.kind != "collective-permute" or not link.startswith("torus"):
+            return link
+        steps = [target - source for source, target in groups_of(each.attributes, 0)]
+        return f"{link}, {'up' if sum(step > 0 for step in steps) * 2 >= len(steps) else 'down'}"
+
+    def work(self, computation: Computation, each: Instruction, times: float) -> float:
         """Seconds of an instruction by itself."""
         called = each.called()
         if each.opcode == "while":
             trips = self.program.trips(each)
-            return trips * self.run(called["body"], times * trips)
+            return trips * self.run(called["body"], times * trips) if trips else 0.0
         if each.opcode == "call":
             return self.run(called["to_apply"], times)
         if each.opcode == "conditional":
             return self.run(self.program.dearest(each), times)
-        computed = list(programs.products(self.program, computation, each))
-        flops = sum(count for _, count in computed)
+        computed = list(products.products(self.program.computations, computation, each))
+        flops = sum(one.flops for one in computed)
         moved = programs.moved(self.program, computation, each)
         if not flops and not moved:
             return 0.0
-        kind = "attention" if each.opcode == "custom-call" and "gemm" not in each.name else "products"
         # at the peak of their own type, as far as this hardware has one
-        products = sum(count / self.peaks.get(name, self.peaks[""]) for name, count in computed) / self.share[kind]
+        busy = sum(
+            one.flops
+            / self.peaks.get(one.peak, self.peaks[""])
+            / self.share["attention" if one.attention else "products"]
+            for one in computed
+        )
         memory = moved / self.bandwidth
         if outside := programs.hosted(computation, each):
             memory += outside / (self.places.topology.hardware.host * self.share["link"])
         self.result.flops += times * flops
         self.result.moved += times * moved
-        if products > memory:
-            self.result.products += times * products
+        if busy > memory:
+            self.result.products += times * busy
         else:
             self.result.memory += times * memory
-        return max(products, memory) + self.share["launch"]
+        self.result.launching += times * self.share["launch"]
+        return max(busy, memory) + self.share["launch"]

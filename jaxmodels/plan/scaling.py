@@ -205,8 +205,6 @@ def why(first: Point, point: Point) -> str:
     ideal = 1.0 if point.mode == "weak" else 1 / times
     before, after = first.plan["seconds"], point.plan["seconds"]
     excess = {name: after[name] - ideal * before[name] for name in after}
-    rest = point.plan["step_seconds"] - sum(after.values())
-    excess["launches"] = rest - ideal * (first.plan["step_seconds"] - sum(before.values()))
     most = max(excess, key=lambda name: excess[name])
     told = f"{excess[most]:.3g} s more of a step of {point.plan['step_seconds']:.3g} s"
     if most == "compute":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,19 @@ FEW = 2048
 """Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
 SCORED = 2048
 """Tokens of a device whose logits are held at once."""
+
+
+_whole = contextvars.ContextVar("whether all logits are made at once", default=False)
+
+
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """While a loss is traced to be counted: all logits at once, without the places that fill up pieces."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 class Scores(NamedTuple):
@@ -61,7 +76,7 @@ def language_cross_entropy(
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
     output: Any = gather(unembedding.astype(features.dtype), ("vocab", "embed"))
-    if output.shape[0] < FEW:
+    if output.shape[0] < FEW or _whole.get():
         return cross_entropy(_logits(features, output), targets, smoothing, z_loss)
     return linear_cross_entropy(features, output, targets, smoothing, z_loss, at_once(*targets.shape))
 

@@ -277,7 +277,7 @@ def speed(experiment: Experiment) -> tuple[float | None, float | None]:
     peak = hardware.peak(jax.devices()[0], getattr(experiment.cfg.model, "dtype", "float32"))
     if peak is None:
         return None, None
-    return flops.per_step(experiment.task, experiment.cfg.data.batch_size), peak * jax.device_count()
+    return flops.per_step(experiment.cfg).model, peak * jax.device_count()
 
 
 def prepare(cfg: Config, run: Path, resume: Resume, has_checkpoints: bool, origin: Mapping[str, Any]) -> None:

@@ -207,7 +207,7 @@ def test_the_command_prints_a_plan_and_writes_it(planned, root, tmp_path, capsys
     assert "it fits" in printed
     (plan,) = json.loads(out.read_text())
     assert plan["devices"] == 8
-    assert plan["seconds"].keys() == {"compute", "memory", "waiting for links"}
+    assert plan["seconds"].keys() == {"compute", "memory", "waiting for links", "launches"}
 
 
 def test_a_mistake_is_one_line_before_anything_is_compiled(root, capsys):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmodels
-from jaxmodels import tasks
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.config import Config, DataConfig, TaskConfig
 from jaxmodels.models import functional, layers
+from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.kernels.grouped import grouped
 from jaxmodels.models.llama import LlamaConfig
@@ -194,13 +194,49 @@ def test_each_layer_of_the_scan_counts():
 def test_a_step_is_three_forwards_whatever_is_recomputed_or_skipped(change):
     for config, by_hand in ((GPT2, gpt2_by_hand), (LLAMA, llama_by_hand)):
         long = dataclasses.replace(config, context=1000)  # so long that a kernel in blocks skips some
-        task = tasks.build(TaskConfig(), dataclasses.replace(long, **change), DataConfig(seq_len=1000))
-        assert flops.per_step(task, B) == 3 * by_hand(long, 1000)
+        cfg = Config(model=dataclasses.replace(long, **change), data=DataConfig(seq_len=1000, batch_size=B))
+        assert flops.per_step(cfg).model == 3 * by_hand(long, 1000)
 
 
-def test_a_step_of_a_classifier():
-    task = tasks.build(TaskConfig(name="classification"), MLPConfig((3, 3, 1), 4, (5,)), DataConfig())
-    assert flops.per_step(task, 6) == 3 * 2 * 6 * (9 * 5 + 5 * 4)
+@pytest.mark.parametrize(("window", "band"), [(None, 1000), (100, 100)])
+def test_of_attention_only_what_masks_show_must_be_computed(window, band):
+    T, seen = 1000, sum(min(t + 1, window or 1000) for t in range(1000))
+    long = dataclasses.replace(LLAMA, context=T, window=window)
+    step = flops.per_step(Config(model=long, data=DataConfig(seq_len=T, batch_size=B)))
+    each = 3 * B * long.layers * 4 * long.heads * long.head_size  # FLOPs of a pair: two products, there and twice back
+    assert step.attention == each * T * band
+    assert step.model == 3 * llama_by_hand(long, T) - each * T * (T - band)
+    assert step.model - step.visible == each * (T * band - seen)
+
+
+def test_a_step_of_a_classifier_has_no_gradient_at_its_inputs():
+    cfg = Config(
+        model=MLPConfig((3, 3, 1), 4, (5,)),
+        task=TaskConfig(name="classification"),
+        data=DataConfig(source="synthetic", batch_size=6),
+    )
+    assert flops.per_step(cfg).model == 2 * 6 * (2 * 9 * 5 + 3 * 5 * 4)
+
+
+def test_a_step_of_a_mixture_counts_the_experts_of_a_token_three_times():
+    cfg = Config(model=MIXTRAL, data=DataConfig(seq_len=T, batch_size=B))
+    dense = dataclasses.replace(LLAMA, mlp_width=MIXTRAL.experts_per_token * MIXTRAL.mlp_width)
+    router = 2 * B * T * MIXTRAL.layers * MIXTRAL.width * MIXTRAL.experts
+    balance = 2 * 2 * MIXTRAL.experts  # the product of two vectors, and its gradient
+    assert flops.per_step(cfg).model == 3 * (llama_by_hand(dense) + router) + balance
+
+
+def test_a_step_of_a_gan_counts_all_that_its_losses_need():
+    config = GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))
+    cfg = Config(model=config, task=TaskConfig(name="gan"), data=DataConfig(source="synthetic", batch_size=6))
+    generator, discriminator = (
+        flops.forward(jaxmodels.create(config, network=name), 6) for name in ("generator", "discriminator")
+    )
+    first = 2 * 6 * 6 * 2 * 2 * 16  # of latents, and of pixels, no gradient is needed in either network's own loss
+    pixels = 2 * 6 * 4 * 4 * 8 * 4 * 4
+    # the discriminator's: one generator, two discriminators and their gradients; the generator's: both, and back
+    expected = generator + 2 * (3 * discriminator - pixels) + 3 * generator - first + 2 * discriminator
+    assert flops.per_step(cfg).model == expected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,5 +257,7 @@ def test_a_step_of_a_model_with_batch_statistics(monkeypatch):
     monkeypatch.setattr(functional, "_registered", dict(functional._registered))
     spec = lambda c, batch, length: (jax.ShapeDtypeStruct((batch, 3), jnp.float32),)  # noqa: E731
     functional.register(functional.Family("net", NetConfig, Net, spec, {}))
-    task = tasks.build(TaskConfig(name="classification"), NetConfig(), DataConfig())
-    assert flops.per_step(task, 6) == 3 * 2 * 6 * (3 * 5 + 5 * 4)
+    cfg = Config(
+        model=NetConfig(), task=TaskConfig(name="classification"), data=DataConfig(source="synthetic", batch_size=6)
+    )
+    assert flops.per_step(cfg).model == 2 * 6 * (2 * 3 * 5 + 3 * 5 * 4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxmodels.models.kernels import grouped
 from jaxmodels.plan import program, roofline, topology
 from jaxmodels.plan.groups import groups_of
 
@@ -94,6 +95,41 @@ ENTRY %main (a: f32[32,1024], i: s32[]) -> f32[1024] {
     assert summed(text, program.moved) == 1024 * 4 * 2 + 4
 
 
+STACKED = """HloModule m, is_scheduled=true
+
+%nested (n0: f32[32,1024], n1: s32[]) -> f32[1,1024] {
+  %n0 = f32[32,1024]{1,0} parameter(0)
+  %n1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %piece = f32[1,1024]{1,0} dynamic-slice(%n0, %n1, %zero), dynamic_slice_sizes={1,1024}
+}
+
+%update (p0: f32[1,32,1024], p1: s32[], p2: f32[1024]) -> f32[1,32,1024] {
+  %p0 = f32[1,32,1024]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %flat = f32[32,1024]{1,0} bitcast(%p0)
+  %old = f32[1,1024]{1,0} fusion(%flat, %p1), kind=kLoop, calls=%nested
+  %p2 = f32[1024]{0} parameter(2)
+  %more = f32[1,1024]{1,0} bitcast(%p2)
+  %sum = f32[1,1024]{1,0} add(%old, %more)
+  %begin = s32[] constant(0)
+  %written = f32[32,1024]{1,0} dynamic-update-slice(%flat, %sum, %p1, %begin)
+  ROOT %out = f32[1,32,1024]{2,1,0} bitcast(%written)
+}
+
+ENTRY %main (b: f32[1024], i: s32[]) -> f32[1,32,1024] {
+  %b = f32[1024]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %a = f32[1,32,1024]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %f = f32[1,32,1024]{2,1,0} fusion(%a, %i, %b), kind=kLoop, calls=%update
+}
+"""
+
+
+def test_behind_a_bitcast_and_in_a_nested_fusion_a_piece_is_a_piece_and_a_buffer_that_is_only_named_moves_nothing():
+    assert summed(STACKED, program.moved) == 3 * 1024 * 4 + 4, "read, added to, written in its place, and the index"
+
+
 SENDING = """HloModule m, is_scheduled=true
 
 ENTRY %main (a: bf16[8192,8192], b: bf16[8192,8192], w: bf16[1024,8192]) -> bf16[8192,8192] {{
@@ -122,6 +158,7 @@ def test_a_collective_is_waited_for_only_where_nothing_covers_it():
     assert covered.waiting == 0
     assert bare.waiting == pytest.approx(sent.seconds)
     assert bare.seconds == pytest.approx(covered.seconds + sent.seconds)
+    assert covered.launching == pytest.approx(roofline.shares(topology.parse("h100:1x8").hardware)["launch"])
     assert covered.products == pytest.approx(2 * 8192**3 / (989e12 * roofline.OWN["h100"]["products"]))
 
 
@@ -149,24 +186,6 @@ ENTRY %main (a: {left}[8192,8192], b: {right}[8192,8192]) -> bf16[8192,8192] {{
     assert played(text, on).products == pytest.approx(expected)
 
 
-def test_a_kernel_of_attention_that_takes_its_masks_as_bytes_is_none_of_int8():
-    text = """HloModule m, is_scheduled=true
-
-ENTRY %main (m: s8[8,8], n: s8[8,8], q: bf16[8,1024,128], k: bf16[8,1024,128]) -> bf16[8,1024,128] {
-  %m = s8[8,8]{1,0} parameter(0)
-  %n = s8[8,8]{1,0} parameter(1)
-  %q = bf16[8,1024,128]{2,1,0} parameter(2)
-  %k = bf16[8,1024,128]{2,1,0} parameter(3)
-  ROOT %splash_mha = bf16[8,1024,128]{2,1,0} custom-call(%m, %n, %q, %k), custom_call_target="tpu_custom_call"
-}
-"""
-    found = program.parse(text)
-    (computation,) = found.computations.values()
-    assert [
-        kind for each in computation.instructions.values() for kind, _ in program.products(found, computation, each)
-    ] == [""]
-
-
 def test_a_group_takes_the_slowest_link_that_it_crosses():
     where = topology.parse("h100:2x8")
     places = roofline.Places(where, {"data": 2, "tensor": 8}, np.array([[i // 8, i % 8] for i in range(16)]))
@@ -177,6 +196,99 @@ def test_a_group_takes_the_slowest_link_that_it_crosses():
     assert places.axes(node) == ("tensor",)
     assert places.axes(across) == ("data",)
     assert places.axes(all_of_them) == ("data", "tensor")
+
+
+ROUND = """HloModule m, is_scheduled=true
+
+ENTRY %main (a: bf16[4096,4096]) -> bf16[4096,4096] {
+  %a = bf16[4096,4096]{1,0} parameter(0)
+  %one = (bf16[4096,4096], bf16[4096,4096], u32[], u32[]) collective-permute-start(%a), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %two = (bf16[4096,4096], bf16[4096,4096], u32[], u32[]) collective-permute-start(%a), channel_id=2, source_target_pairs=PAIRS
+  %got = bf16[4096,4096]{1,0} collective-permute-done(%one)
+  ROOT %other = bf16[4096,4096]{1,0} collective-permute-done(%two)
+}
+"""  # noqa: E501
+
+
+def test_what_goes_round_a_ring_one_way_is_not_in_the_way_of_the_other():
+    once = 4096 * 4096 * 2 / (50e9 * 0.9)
+    where = topology.parse("v5e:4x1")
+    places = roofline.Places(where, {"tensor": 4}, where.coordinates())
+    for pairs, times in (("{{0,3},{3,2},{2,1},{1,0}}", 1), ("{{0,1},{1,2},{2,3},{3,0}}", 2)):
+        got = roofline.estimate(program.parse(ROUND.replace("PAIRS", pairs)), places, "bfloat16")
+        assert got.seconds == pytest.approx(times * once, rel=0.01)
+
+
+SPARSECORE = """HloModule m, is_scheduled=true
+
+%called_computation.7 (p0: bf16[32000,1024], p1: s32[4096]) -> bf16[4096,1024] {
+  %p0 = bf16[32000,1024]{1,0} parameter(0)
+  %p1 = s32[4096]{0} parameter(1)
+  ROOT %rows = bf16[4096,1024]{1,0} gather(%p0, %p1), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,1024}
+}, execution_thread="sparsecore"
+
+%called_computation.6 (p0: bf16[32000,128]) -> bf16[32000,1024] {
+  %p0 = bf16[32000,128]{1,0} parameter(0)
+  ROOT %all-gather.22 = bf16[32000,1024]{1,0} all-gather(%p0), channel_id=129, replica_groups=[1,8]<=[8], dimensions={1}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[32000,128], i: s32[4096]) -> bf16[4096,1024] {
+  %a = bf16[32000,128]{1,0} parameter(0)
+  %i = s32[4096]{0} parameter(1)
+  %all-gather.call-start = ((), (), (s32[8192]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="TODO(b/522284627)", called_computations={%called_computation.6}
+  %all-gather.call-update = ((bf16[32000,128]{1,0}), bf16[32000,1024]{1,0}, (s32[8192]{0})) custom-call-update(%all-gather.call-start, %a)
+  %table = bf16[32000,1024]{1,0} custom-call-done(%all-gather.call-update)
+  %gather.call-start = ((bf16[32000,1024], s32[4096]), bf16[4096,1024], u32[]) call-start(%table, %i), async_execution_thread="sparsecore", to_apply=%called_computation.7, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(run)/embed/gather"}
+  ROOT %rows = bf16[4096,1024]{1,0} call-done(%gather.call-start)
+}
+"""  # noqa: E501
+
+
+def test_what_a_sparsecore_gathers_and_sends_is_counted_and_waited_for():
+    where = topology.parse("v5p:2x2x2")
+    places = roofline.Places(where, {"fsdp": 8}, where.coordinates())
+    got = roofline.estimate(program.parse(SPARSECORE), places, "bfloat16")
+    (sent,) = got.transfers
+    assert (sent.kind, sent.bytes, sent.axes) == ("all-gather", 32000 * 1024 * 2, ("fsdp",))
+    gathered = 2 * 4096 * 1024 * 2 + 4 * 4096  # rows there and here, and which they are
+    assert got.moved == gathered
+    assert got.seconds == pytest.approx(sent.seconds + gathered / (2765e9 * 0.88), rel=0.01)
+    assert got.waiting == pytest.approx(got.seconds, rel=0.01), "nothing else is there to do"
+    assert got.memory == 0
+
+
+LOOP = """HloModule m, is_scheduled=true
+
+%body (b: (s32[], s32[], f32[64,64])) -> (s32[], s32[], f32[64,64]) {
+  %b = (s32[], s32[], f32[64,64]{1,0}) parameter(0)
+  %x = f32[64,64]{1,0} get-tuple-element(%b), index=2
+  %y = f32[64,64]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %i = s32[] get-tuple-element(%b), index=0
+  %n = s32[] get-tuple-element(%b), index=1
+  ROOT %t = (s32[], s32[], f32[64,64]{1,0}) tuple(%i, %n, %y)
+}
+
+%condition (c: (s32[], s32[], f32[64,64])) -> pred[] {
+  %c = (s32[], s32[], f32[64,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] get-tuple-element(%c), index=1
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], s32[], f32[64,64])) -> (s32[], s32[], f32[64,64]) {
+  %a = (s32[], s32[], f32[64,64]{1,0}) parameter(0)
+  ROOT %while.1 = (s32[], s32[], f32[64,64]{1,0}) while(%a), condition=%condition, body=%body, metadata={op_name="jit(run)/moe/NAMEwhile"}
+}
+"""  # noqa: E501
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_its_name_expects_or_is_named():
+    named = LOOP.replace("NAME", grouped.loop(36.5) + "/")
+    assert summed(named) == 36.5 * 2 * 64**3
+    assert program.parse(named).uncounted() == []
+    assert program.parse(LOOP.replace("NAME", "")).uncounted() == ["the loop jit(run)/moe/while"]
 
 
 def test_a_torus_sends_both_ways_along_each_dimension_that_is_closed():

@@ -13,11 +13,22 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+BLOCKS = ("cpu", "cuda", "rocm")
+"""Platforms whose compilers have no kernel for ragged products."""
+RAGGED_OUTER = jax.__version_info__ >= (0, 12)
+"""Whether the TPU's compiler has a kernel for `_ragged_outer`: before, it computes all rows with all experts."""
+
+
+def loop(trips: float) -> str:
+    """The name of a loop whose length is known at run time only: how often its body is expected to run."""
+    return f"trips[{trips:g}]"
+
+
 @jax.custom_vjp
 def grouped(x: Array, w: Array, sizes: Array) -> Array:
     """Rows sorted by expert, each times its expert's weights.
 
-    A loop over blocks of rows, each of one expert; on TPU `ragged_dot`, which is a kernel there, but elsewhere computes
+    A loop over blocks of rows, each of one expert; on TPU `ragged_dot`, where that is a kernel: elsewhere it computes
     all rows with all experts.
     Shapes: x (N, D), w (E, D, F), sizes (E,) rows of each expert, all or fewer; returns (N, F), undefined beyond them.
     """
@@ -38,17 +49,20 @@ grouped.defvjp(_forward, _backward)
 
 @jax.custom_batching.sequential_vmap  # ragged_dot has no rule for most batches
 def _product(x: Array, w: Array, sizes: Array) -> Array:
-    return jax.lax.platform_dependent(x, w, sizes, tpu=jax.lax.ragged_dot, default=_blocks)
+    return jax.lax.platform_dependent(x, w, sizes, **dict.fromkeys(BLOCKS, _blocks), default=jax.lax.ragged_dot)
 
 
 @jax.custom_batching.sequential_vmap
 def _outer_product(x: Array, dy: Array, sizes: Array) -> Array:
     """The sum over each expert's rows of x ⊗ dy: (E, D, F) float32."""
-    return jax.lax.platform_dependent(x, dy, sizes, tpu=_ragged_outer, default=_block_outer)
+    blocks = BLOCKS if RAGGED_OUTER else (*BLOCKS, "tpu")
+    return jax.lax.platform_dependent(x, dy, sizes, **dict.fromkeys(blocks, _block_outer), default=_ragged_outer)
 
 
-def _cut(rows: int, sizes: Array) -> tuple[int, Array, Array, Array, Array]:
-    """Rows of a block, how many blocks there are, and each one's expert, first row, and end of the expert's rows."""
+def _cut(rows: int, sizes: Array) -> tuple[int, Array, str, Array, Array, Array]:
+    """Rows of a block, how many blocks there are, their loop's name, and each one's expert, first row, and end of the
+    expert's rows.
+    """
     E = len(sizes)
     size = 2 ** max(3, min(9, round(math.log2(max(1, rows / E / 4)))))
     most = (rows + min(E, rows) * (size - 1)) // size
@@ -56,7 +70,9 @@ def _cut(rows: int, sizes: Array) -> tuple[int, Array, Array, Array, Array]:
     until, index = jnp.cumsum(blocks), jnp.arange(most)
     expert = jnp.minimum((until <= index[:, None]).sum(-1), E - 1)
     first = (ends - sizes)[expert] + (index - (until - blocks)[expert]) * size
-    return size, until[-1], expert, first, ends[expert]
+    # the last block of each expert is half full, if experts are chosen alike
+    expected = loop(min(rows / size + E / 2, most))
+    return size, until[-1], expected, expert, first, ends[expert]
 
 
 def _pad(x: Array, size: int) -> Array:
@@ -65,7 +81,7 @@ def _pad(x: Array, size: int) -> Array:
 
 def _blocks(x: Array, w: Array, sizes: Array) -> Array:
     N = len(x)
-    size, count, expert, first, _ = _cut(N, sizes)
+    size, count, name, expert, first, _ = _cut(N, sizes)
     x = _pad(x, size)
 
     def body(i: Array, y: Array) -> Array:
@@ -73,7 +89,8 @@ def _blocks(x: Array, w: Array, sizes: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(x, first[i], size) @ w[expert[i]]
         return jax.lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros((N + size, w.shape[2]), x.dtype))[:N]
+    with jax.named_scope(name):
+        return jax.lax.fori_loop(0, count, body, jnp.zeros((N + size, w.shape[2]), x.dtype))[:N]
 
 
 def _ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
@@ -82,13 +99,16 @@ def _ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
 
 
 def _block_outer(x: Array, dy: Array, sizes: Array) -> Array:
-    size, count, expert, first, end = _cut(len(x), sizes)
+    size, count, name, expert, first, end = _cut(len(x), sizes)
     x, dy = _pad(x, size), _pad(dy, size)
 
     def body(i: Array, dw: Array) -> Array:
         own = (first[i] + jnp.arange(size) < end[i])[:, None]
         part, gradient = (jax.lax.dynamic_slice_in_dim(z, first[i], size) for z in (x, dy))
         part = jnp.where(own, part, 0)
-        return dw.at[expert[i]].add(jnp.matmul(part.T, gradient, preferred_element_type=jnp.float32))
+        own = jax.lax.dynamic_index_in_dim(dw, expert[i], keepdims=False)
+        own = own + jnp.matmul(part.T, gradient, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_index_in_dim(dw, own, expert[i], 0)
 
-    return jax.lax.fori_loop(0, count, body, jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.float32))
+    with jax.named_scope(name):
+        return jax.lax.fori_loop(0, count, body, jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.float32))

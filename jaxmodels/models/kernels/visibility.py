@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+import re
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
+
+
+class Mask(NamedTuple):
+    """What all queries of a call may see, as its shapes and options say."""
+
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None
+
+    @property
+    def scope(self) -> str:
+        """The name under which a call is traced: in a compiled program a kernel says by it what it computes."""
+        options = ["causal"] * self.causal + ([] if self.window is None else [f"window={self.window}"])
+        return f"attend[{','.join([f'{self.queries}x{self.keys}', *options])}]"
+
+    @classmethod
+    def of(cls, name: str) -> Mask | None:
+        """The mask in the name of an instruction; None where it is of no call."""
+        found = re.search(r"attend\[(\d+)x(\d+)(,causal)?(?:,window=(\d+))?\]", name)
+        if found is None:
+            return None
+        queries, keys, causal, window = found.groups()
+        return cls(int(queries), int(keys), causal is not None, None if window is None else int(window))
+
+    def pairs(self, block: tuple[int, int] = (1, 1)) -> int:
+        """Pairs of a query and a key that it sees; in whole blocks where a kernel computes those that have any."""
+        first = np.arange(0, self.queries, block[0])
+        last = np.minimum(first + block[0], self.queries) - 1
+        ahead = 0 if self.causal else self.keys if self.window is None else self.window - 1
+        end = np.minimum(last + ahead + 1, self.keys)
+        begin = np.zeros_like(first) if self.window is None else np.maximum(first - self.window + 1, 0)
+        blocks = np.maximum(-(-end // block[1]) - begin // block[1], 0)
+        return int(np.minimum(blocks * block[1], self.keys).sum()) * block[0]
+
+    @property
+    def share(self) -> float:
+        """Of all pairs, those that are seen."""
+        return self.pairs() / (self.queries * self.keys)
+
+    @property
+    def band(self) -> float:
+        """Of all pairs, those that a window reaches if it is counted in full, whether the call is causal or not."""
+        if self.window is None or not self.causal:
+            return 1.0 if self.window is None else self.share
+        return min(self.window, self.keys) / self.keys
 
 
 def visible(
