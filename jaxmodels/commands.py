@@ -95,14 +95,10 @@ def tune(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> N
     ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
     if ended:
         best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
-        given = " ".join(f"--{c.field.replace('_', '-')} {_given(best[c.field])}" for c in choices)
-        print(f"\nthe best one again:\n  jaxmodels train {file} {given}")
+        chosen = {choice.field: best[choice.field] for choice in choices}
+        print(f"\nthe best one again:\n  {searching.again(file, argv, chosen)}")
     pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
     print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")
-
-
-def _given(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def evaluate(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import functools
 import math
 import os
+import shlex
+import sqlite3
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+import jax
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
@@ -25,6 +30,7 @@ from jaxmodels.train.loop import NotFinite
 STARTUP = 5
 """Trials before others are measured against the median of what was seen at the same step."""
 _HEARTBEAT = 30
+_REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,10 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
 
     Each trial is a run directory below `trials/`; `study.db` (SQLite) holds what was tried. Values are drawn by TPE
     (Bergstra et al. 2011), and a trial ends early whose metric is worse than the median of the others' at that step.
+    A combination that cannot be is a trial like another: it counts, with its reason in the study.
 
     Raises:
-        UserError: nothing to choose, no evaluations to judge by, or the study that is there is another one.
+        UserError: nothing to choose, the study that is there is another one, or no combination could be.
     """
     try:
         import optuna
@@ -139,14 +146,8 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     (out / "trials").mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the heartbeat, multivariate TPE
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{out / 'study.db'}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        heartbeat_interval=_HEARTBEAT,
-        grace_period=4 * _HEARTBEAT,
-    )
     study = optuna.create_study(
-        storage=storage,
+        storage=storage(out),
         study_name="tune",
         direction="minimize" if cfg.eval.mode == "min" else "maximize",
         # no two workers draw the same; each resumed one goes on elsewhere
@@ -161,10 +162,10 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     for name, value in facts.items():
         study.set_user_attr(name, value)
 
+    given = overrides(argv[1:], [choice.field for choice in choices])
+
     def objective(trial: Any) -> float:
-        chosen = cfg
-        for choice in choices:
-            chosen = replaced(chosen, choice.field, choice.draw(trial))
+        drawn = [(choice.field, choice.draw(trial)) for choice in choices]
 
         def watch(step: int, metrics: dict[str, float]) -> bool:
             value = metrics.get(cfg.eval.metric)
@@ -179,13 +180,27 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         poor: list[bool] = []
 
         where = out / "trials" / f"{trial.number:04d}"
-        origin = {"file": file, "overrides": [f"--{c.field}={c.shown(trial.params)}" for c in choices]}
+        origin = {"file": file, "overrides": given + [f"--{c.field}={c.shown(trial.params)}" for c in choices]}
         told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
+
+        def refused(reason: str) -> Any:
+            """What cannot be is a trial that counts, as the worst; the search goes on."""
+            trial.set_user_attr(_REFUSED, reason)
+            print(f"trial {trial.number}: refused: {reason}  {told}", flush=True)
+            return optuna.TrialPruned(reason)
+
         try:
+            chosen = functools.reduce(lambda cfg, field: replaced(cfg, *field), drawn, cfg)
             _, result = runs.train(chosen, where, "never", origin, watch=watch)
         except NotFinite as error:
             print(f"trial {trial.number}: {error}  {told}", flush=True)
             raise optuna.TrialPruned from error
+        except UserError as error:
+            raise refused(str(error)) from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise refused("it does not fit into the device's memory") from error
         if result.progress.best is not None:
             trial.set_user_attr("best_step", result.progress.best_step)
         ended = "stopped early" if any(poor) else result.ended
@@ -198,7 +213,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
                 raise optuna.TrialPruned
             raise KeyboardInterrupt  # told to stop: the search ends, and another trial comes instead of this one
         if result.progress.best is None:
-            raise UserError(f"got no {cfg.eval.metric} in the evaluation, expected one, try another --eval.metric")
+            raise refused(f"its evaluations gave no {cfg.eval.metric}")
         return result.progress.best
 
     # those that other workers are at count too, or each worker would begin one too many
@@ -219,7 +234,44 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         finally:
             for process in others:
                 process.wait()
+    reasons = [trial.user_attrs.get(_REFUSED) for trial in study.get_trials(deepcopy=False, states=_ended())]
+    if reasons and all(reasons):
+        raise UserError(f"got {len(reasons)} trials, all refused, the last because: {reasons[-1]}")
     return out
+
+
+def storage(out: Path) -> Any:
+    """The database of a study, opened by its path: in a URL ?, % and braces of a path would mean something else."""
+    import optuna
+    from sqlalchemy.pool import QueuePool
+
+    connect = functools.partial(sqlite3.connect, out / "study.db", timeout=60, check_same_thread=False)
+    return optuna.storages.RDBStorage(
+        "sqlite://",
+        engine_kwargs={"creator": connect, "poolclass": QueuePool},
+        heartbeat_interval=_HEARTBEAT,
+        grace_period=4 * _HEARTBEAT,
+    )
+
+
+def overrides(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """A search's arguments that each of its runs has: without those of the search itself and of the fields it chose."""
+    own = {field.name for field in dataclasses.fields(TuneOptions)} | set(fields)
+    kept, keep = [], True
+    for argument in arguments:
+        if argument.startswith("--"):
+            keep = argument[2:].partition("=")[0].replace("-", "_") not in own
+        if keep:
+            kept.append(argument)
+    return kept
+
+
+def again(file: str, argv: Sequence[str], chosen: Mapping[str, Any]) -> str:
+    """The command that trains with what a search was given and chose."""
+    words = ["jaxmodels", "train", file, *overrides(argv[1:], list(chosen))]
+    for field, value in chosen.items():
+        words += [f"--{field.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 def _ended() -> tuple[Any, ...]:
@@ -251,7 +303,7 @@ def tried(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, Any]]:
     import optuna
 
     choices = [parse(text, cfg) for text in options.space]
-    study = optuna.load_study(study_name="tune", storage=f"sqlite:///{out / 'study.db'}")
+    study = optuna.load_study(study_name="tune", storage=storage(out))
     found = []
     for trial in study.get_trials(deepcopy=False, states=_ended()):
         pruned = trial.state == optuna.trial.TrialState.PRUNED

@@ -1,12 +1,14 @@
 """Search: the better values win, a study goes on where it stopped, workers share it, mistakes are said in one line."""
 
 import fcntl
+import shlex
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
 import optuna
 import pytest
 
@@ -15,7 +17,7 @@ from jaxmodels import config as configs
 from jaxmodels.config import Config, OptimConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.options import TuneOptions
+from jaxmodels.options import RunOptions, TuneOptions, configured
 from jaxmodels.train import tune
 from jaxmodels.train.loop import NotFinite
 
@@ -169,6 +171,60 @@ def test_a_trial_whose_loss_is_no_number_counts(played, tmp_path, monkeypatch):
     monkeypatch.setattr(tune.runs, "train", diverge)
     trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert [(trial["pruned"], trial["value"]) for trial in trials] == [(True, None)] * 2
+
+
+def test_a_combination_that_cannot_be_is_a_trial_with_its_reason_and_the_search_goes_on(
+    played, tmp_path, monkeypatch, capsys
+):
+    train = tune.runs.train
+
+    def some(cfg, *given, **named):
+        if cfg.data.batch_size == 16:
+            raise UserError("got data.batch_size 16, expected 8")
+        if cfg.data.batch_size == 32:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")
+        return train(cfg, *given, **named)
+
+    monkeypatch.setattr(tune.runs, "train", some)
+    options = TuneOptions(space=("data.batch_size=8,16,32",), trials=9, out=str(tmp_path / "out"))
+    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    assert len(trials) == 9 and {trial["data.batch_size"] for trial in trials if not trial["pruned"]} == {8}
+    reasons = {
+        trial["data.batch_size"]: kept.user_attrs["refused"]
+        for trial, kept in zip(trials, study(tmp_path / "out"), strict=True)
+        if "refused" in kept.user_attrs
+    }
+    assert reasons == {16: "got data.batch_size 16, expected 8", 32: "it does not fit into the device's memory"}
+    assert "refused: got data.batch_size 16, expected 8  data.batch_size=16" in capsys.readouterr().out
+
+
+def test_a_search_of_which_every_trial_is_refused_ends_with_one_line_and_can_go_on(played, tmp_path):
+    options = TuneOptions(space=("train.accumulate=0,0",), trials=2, out=str(tmp_path / "out"))
+    for trials in (2, 2, 3):  # anew, again with nothing left, and with one more
+        with pytest.raises(UserError, match=f"got {trials} trials, all refused, the last because: got train.accum"):
+            tune.search(CFG, replace(options, trials=trials), "tiny.py", [])
+    assert [trial.state.name for trial in study(tmp_path / "out")] == ["PRUNED"] * 3
+
+
+def test_a_directory_s_name_may_have_any_character(played, tmp_path):
+    out = tmp_path / "x" / "tune?x=1%20{a}#b&c"
+    options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(out))
+    assert tune.search(CFG, options, "tiny.py", []) == out
+    assert [path.name for path in (tmp_path / "x").iterdir()] == [out.name] and (out / "study.db").stat().st_size
+    assert len(tune.tried(CFG, options, out)) == 2
+
+
+def test_the_command_for_the_best_one_has_all_that_the_search_was_given(file):
+    argv = [str(file), "--space", "optim.peak_lr=1e-7,1e-1", "data.pack=True,False", "--data.path", "a b.txt",
+            "c'd.txt", "--trials", "3", "--optim.peak-lr", "0.5", "--out=x", "--eval.metric", "eval/accuracy",
+            "--eval.mode=max", "--workers", "2", "--data.pack", "True"]  # fmt: skip
+    chosen = {"optim.peak_lr": 1e-7, "data.pack": False, "optim.clip_norm": None, "optim.name": "muon"}
+    words = shlex.split(tune.again(str(file), argv, chosen))
+    assert words[:3] == ["jaxmodels", "train", str(file)] and "--space" not in words
+    cfg, _ = configured(words[2:], "jaxmodels train", RunOptions)
+    assert cfg.data.path == ("a b.txt", "c'd.txt") and (cfg.eval.metric, cfg.eval.mode) == ("eval/accuracy", "max")
+    for field, value in chosen.items():
+        assert configs.flatten(cfg)[field] == value
 
 
 def interrupt(monkeypatch, options):
