@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,15 +139,15 @@ PAIRS = {**TEXTS, "tokenizer": "bpe:280", "target_field": "other"}
 FILES = {"source": "text", "path": "a.txt", "seq_len": 8}
 
 
-def built(root, task, fields, **augment):
+def built(root, task, fields: Any, **augment: Any):
     """What a run would see of its two splits."""
     fields = {k: (str(root / v),) if k in ("path", "eval_path") else v for k, v in fields.items()}
     shape = (8, 8, 3) if fields["source"] == "images" else (2,) if fields.get("input_field") == "x" else None
     vocabulary = 300 if shape is None or task == "contrastive" else None
-    model = {"vocab_size": vocabulary, "inputs_shape": shape, "num_classes": 3}
+    model: Any = {"vocab_size": vocabulary, "inputs_shape": shape, "num_classes": 3}
     found = []
     for split in ("train", "eval"):
-        source = open_source(DataConfig(**fields), split, task, augment=AugmentConfig(**augment), **model)
+        source: Any = open_source(DataConfig(**fields), split, task, augment=AugmentConfig(**augment), **model)
         where = np.arange(min(len(source), 12))
         batch = source.batch(where, np.full_like(where, 1))
         found += [len(source), source.describe(), source.class_names, getattr(source, "captions", ())]

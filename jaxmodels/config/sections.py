@@ -87,7 +87,8 @@ class DataConfig:
     folder of images a class; table: CSV, JSON lines or Parquet; huggingface: a set of the `datasets` library;
     tokens: a memory-mapped token file; synthetic: random batches of the right shape."""
     path: tuple[str, ...] = ()
-    """Files or globs (text, table), token files (tokens), or the folder (images)."""
+    """Files or globs (text, table), token files (tokens), or the folder (images): of a folder of images a class, or of
+    MNIST's own idx files."""
     eval_path: tuple[str, ...] = ()
     """The same, to evaluate on; where not given, a share of `path` is (`eval_fraction`)."""
     dir: str | None = None

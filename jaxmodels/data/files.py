@@ -262,7 +262,7 @@ class _Parquet(File):
                 yield row, b""
 
     def read(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | str]:
-        return _python(self._table.select([name for name in fields if name in self.columns]).take(rows))
+        return _python(self._table.select([name for name in fields if name in (self.columns or ())]).take(rows))
 
     def line(self, row: int) -> int:
         return row + 1

@@ -97,7 +97,7 @@ class _Set(Records):
     def _one(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
         try:
             return {name: _value(name, value, self.fields[name]) for name, value in values.items()}
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OverflowError, OSError) as error:
             return Bad(self.where(index), str(error))
 
 
@@ -129,7 +129,7 @@ def _field(datasets: Any, feature: Any) -> Field | None:
 
 
 def _value(name: str, value: Any, field: Field) -> Any:
-    if value is None or value == "":
+    if value is None:
         raise ValueError(f"{name} is missing")
     if field.kind == "image":
         return value["bytes"] or Path(value["path"]).read_bytes()

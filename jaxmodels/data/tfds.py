@@ -49,7 +49,11 @@ class _Set(Records):
     def __init__(self, cfg: DataConfig, split: Split) -> None:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(prepared(cfg))
+        place = prepared(cfg)
+        try:
+            builder = tfds.builder_from_directory(place)
+        except Exception as error:  # what TFDS raises depends on which of its files is damaged
+            raise _damaged(place, error) from error
         self.label = f"tfds {builder.info.full_name}"
         self._data = _open(builder, cfg, split)
         self._features: Any = builder.info.features
@@ -60,7 +64,10 @@ class _Set(Records):
         # Sets of one text a split (tiny_shakespeare) are one text cut up.
         self.whole = all(info.num_examples == 1 for info in builder.info.splits.values())
         seen = np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(np.int64).tolist()
-        raw = b"".join(bytes(record) for record in self._data.data_source.__getitems__(seen))
+        try:
+            raw = b"".join(bytes(record) for record in self._data.data_source.__getitems__(seen))
+        except Exception as error:
+            raise _damaged(place, error) from error
         facts = repr((str(builder.info.full_name), len(self), self.fields))
         self.fingerprint = digest(facts.encode() + raw)
 
@@ -155,11 +162,21 @@ def _open(builder: Any, cfg: DataConfig, split: Split) -> Any:
             f"got {builder.data_dir} in the format {builder.info.file_format}, expected array_record, "
             "try preparing it again with file_format='array_record'"
         ) from error
+    except OSError as error:
+        raise _damaged(builder.data_dir, error) from error
     except (ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"got data.{field} {wanted!r} ({reason}), expected TFDS's notation, try --data.{split}-split 'train[:90%]'"
         ) from error
+
+
+def _damaged(place: object, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(
+        f"got the set in {place}, which cannot be read whole ({reason}), expected all of its files, "
+        "try preparing it again"
+    )
 
 
 def prepared(cfg: DataConfig) -> Path:

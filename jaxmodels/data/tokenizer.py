@@ -18,6 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _PIECE = 1 << 18
+_MOST = 4_000_000
 
 
 class Tokenizer(Protocol):
@@ -256,6 +257,7 @@ def bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
     Source: Sennrich et al. 2016; over bytes as in GPT-2 (Radford et al. 2019).
     """
+    _check_size(vocab_size)
     from tokenizers import Tokenizer as Rust
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -276,6 +278,7 @@ def bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 def words(texts: Iterable[str], vocab_size: int) -> Any:
     """Words in lower case and signs, the most frequent ones; all others are `[UNK]`. Begins a text as `bpe` does."""
+    _check_size(vocab_size)
     from tokenizers import Tokenizer as Rust
     from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -287,6 +290,12 @@ def words(texts: Iterable[str], vocab_size: int) -> Any:
     )
     rust.train_from_iterator(texts, trainer)
     return _begun(rust)
+
+
+def _check_size(vocab_size: int) -> None:
+    """Raises UserError where the library, which reserves room for all tokens at once, would end the process."""
+    if vocab_size > _MOST:
+        raise UserError(f"got a vocabulary of {vocab_size:,} tokens, expected at most {_MOST:,}, try 32000")
 
 
 def _begun(rust: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxmodels.config import DataConfig
-from jaxmodels.data import huggingface
+from jaxmodels.data import huggingface, open_source
 from jaxmodels.errors import UserError
 
 
@@ -84,3 +84,20 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(huggingface, "import_module", without)
     with pytest.raises(UserError, match=r"try pip install 'jaxmodels\[huggingface\]'"):
         huggingface.records(DataConfig(name="mnist"), "train")
+
+
+def test_labels_that_are_not_known_are_ignored_and_those_below_0_without_names_refused(tmp_path, caplog):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": [f"text {i}" for i in range(8)], "label": [-1, 1, 0, 1, -1, 1, 1, 0]}
+    for kind in (datasets.ClassLabel(names=["no", "yes"]), datasets.Value("int64")):
+        features = datasets.Features({"text": datasets.Value("string"), "label": kind})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / type(kind).__name__))
+
+    def opened(name: str) -> np.ndarray:
+        cfg = DataConfig(source="huggingface", name=str(tmp_path / name), seq_len=8)
+        return open_source(cfg, "train", "classification", vocab_size=256).batch(np.arange(8), np.zeros(8))["labels"]
+
+    assert opened("ClassLabel").tolist() == rows["label"]
+    assert "2 of 8 examples of huggingface" in caplog.messages[0] and "have no label (-1)" in caplog.messages[0]
+    with pytest.raises(UserError, match="got -1 as label in huggingface .*, expected numbers of classes from 0 on"):
+        opened("Value")

@@ -179,3 +179,49 @@ def test_opencv_is_asked_for_by_name_where_it_is_not_installed(monkeypatch):
     pixels.check("pillow")
     with pytest.raises(UserError, match=r"got no package opencv-python-headless, .* try pip install"):
         pixels.check("opencv")
+
+
+def stored(mode, kind, values, **more):
+    file = io.BytesIO()
+    order = ">u2" if mode.endswith("B") else None
+    image = Image.frombytes(mode, values.shape[::-1], values.astype(order or values.dtype).tobytes())
+    image.save(file, kind, **more)
+    return file.getvalue()
+
+
+RAMP = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
+
+
+@either
+@pytest.mark.parametrize("mode, kind", [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF")])
+def test_grey_of_16_bits_keeps_its_upper_ones(mode, kind, library):
+    for channels in (1, 3):
+        found = resized(stored(mode, kind, RAMP), (16, 16), channels, library=library)
+        np.testing.assert_array_equal(found, np.repeat((RAMP >> 8).astype(np.uint8)[..., None], channels, -1))
+
+
+@pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
+def test_an_image_that_does_not_say_what_white_is_cannot_be_read(dtype, mode):
+    with pytest.raises(pixels.Unreadable, match=f"has pixels of the kind {mode}, expected 8 or 16 bits"):
+        resized(stored(mode, "TIFF", RAMP.astype(dtype)), (16, 16))
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
+def test_other_kinds_of_pixels_keep_their_brightness(mode):
+    grey = Image.fromarray(np.where(np.arange(64).reshape(8, 8) % 3, 255, 0).astype(np.uint8))
+    image, file = grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert("LA"), io.BytesIO()
+    if mode in ("LA", "RGBA"):
+        image.putalpha(7)  # what lies behind is not blended in
+    image.save(file, "TIFF" if mode == "CMYK" else "PNG")
+    np.testing.assert_array_equal(resized(file.getvalue(), (8, 8), 1)[..., 0], np.asarray(grey))
+
+
+def test_of_a_moving_picture_the_first_frame_is_read():
+    frames, file = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 255)], io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert resized(file.getvalue(), (4, 4)).max() == 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1)])
+def test_pictures_of_any_shape_are_resized(size):
+    assert (resized(np.full((*size, 3), 9, np.uint8), (8, 8)) == 9).all()

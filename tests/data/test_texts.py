@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data import Windows, corpus, open_source
+from jaxmodels.data.tokenizer import Bytes
 from jaxmodels.errors import UserError
 
 
@@ -205,3 +207,97 @@ def test_synthetic_examples_have_classes(shape, dtype):
     assert batch["labels"].dtype == np.int32 and sorted(set(batch["labels"].tolist())) == list(range(10))
     with pytest.raises(UserError, match="got data.source synthetic"):
         open_source(DataConfig(source="synthetic"), "train", "classification")
+
+
+def test_files_of_their_own_are_evaluated_on(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text\n" * 50)
+    train, held_out = (
+        open_lm(split, source="text", path=(f"{tmp_path}/a.txt",), eval_path=(f"{tmp_path}/b.txt",), seq_len=16)
+        for split in ("train", "eval")
+    )
+    assert text_of(train) == "a text\n" * 50 and text_of(held_out) == "b text\n" * 50
+    several = open_lm(
+        "eval", source="text", path=(f"{tmp_path}/a.txt",), eval_path=(f"{tmp_path}/[bc].txt",), seq_len=8
+    )
+    assert text_of(several) == "b text\n" * 50 + "\n" + "c text\n" * 50 + "\n"
+    with pytest.raises(UserError, match="got data.eval_path .*nowhere.txt', which does not exist"):
+        open_lm("eval", source="text", path=(f"{tmp_path}/a.txt",), eval_path=(f"{tmp_path}/nowhere.txt",))
+    first, second = write_tokens(tmp_path / "a.bin", 900), write_tokens(tmp_path / "b.bin", 700)
+    fields: Any = {
+        "source": "tokens",
+        "path": (f"{tmp_path}/a.bin",),
+        "eval_path": (f"{tmp_path}/b.bin",),
+        "seq_len": 8,
+    }
+    assert np.array_equal(open_lm("train", **fields).arrays[0], first)
+    assert np.array_equal(open_lm("eval", **fields).arrays[0], second)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"a text\n" * 50)
+    assert text_of(open_lm(source="text", path=(f"{tmp_path}/a.txt",), seq_len=8)).startswith("a text")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64", ">u4"])
+def test_a_numpy_file_says_what_it_holds(tmp_path, dtype):
+    tokens = (np.arange(900) * 7 % 200).astype(dtype)
+    np.save(tmp_path / "a.npy", tokens.reshape(30, 30))
+    source = open_lm(source="tokens", path=(f"{tmp_path}/a.npy",), seq_len=8, eval_fraction=0.0, vocab_size=200)
+    assert np.array_equal(source.arrays[0], tokens)
+    assert source.batch(np.array([2]), np.array([0]))["tokens"].tolist() == [tokens[16:24].tolist()]
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        (np.arange(900, dtype=np.uint32) % 200, "looks like uint32"),
+        (np.arange(900, dtype=np.uint32) * 200, "looks like uint32"),
+        (np.arange(900, dtype=np.int64) % 200, "looks like uint32"),
+        (np.frombuffer(b"Some text.\n" * 90, np.uint8), "is text"),
+        (np.array([20240520, 1, 800, *range(253)], np.int32), "begins with the header of llm.c"),
+    ],
+)
+def test_a_token_file_that_is_of_another_kind_is_refused(tmp_path, tokens, words):
+    tokens.tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match=f"a.bin, which {words}"):
+        open_lm(source="tokens", path=(f"{tmp_path}/a.bin",), seq_len=8, vocab_size=70_000)
+    np.save(tmp_path / "b.npy", np.array([3.5] * 90))
+    with pytest.raises(UserError, match="b.npy of float64"):
+        open_lm(source="tokens", path=(f"{tmp_path}/b.npy",))
+    np.save(tmp_path / "c.npy", np.array([-1, 3] * 90))
+    with pytest.raises(UserError, match="got token 18446744073709551615 .* expected all below vocab_size 9"):
+        open_lm(source="tokens", path=(f"{tmp_path}/c.npy",), vocab_size=9)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("[1, 2]", "got .*a.bin.json with .*, expected facts of tokens"),
+        ('{"model_type": "gpt2", "vocab_size": "large"}', "got .*a.bin.json with 'large', expected facts of tokens"),
+        ('{"dtype": "uint16"', "a.bin.json, which is no JSON"),
+        ('{"vocab_size": 100}', "got token 99. .* expected all below vocab_size 100"),
+        ('{"tokens": 899}', "got .*a.bin of 900 tokens, expected the 899 that a.bin.json says"),
+        ('{"tokenizer": 5}', "got tokenizer 5 in "),
+        ('{"tokenizer": "tokenizer.json", "vocab_size": 100}', "got vocab_size 100 .* and a tokenizer of 256"),
+    ],
+)
+def test_a_description_of_something_else_is_refused(tmp_path, content, words):
+    write_tokens(tmp_path / "a.bin", 900)
+    Bytes().save(tmp_path)
+    (tmp_path / "a.bin.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        open_lm(source="tokens", path=(f"{tmp_path}/a.bin",), seq_len=8, vocab_size=1000)
+
+
+def test_a_tokenizer_that_a_token_file_has_already_is_not_given_twice(tmp_path):
+    write_tokens(tmp_path / "a.bin", 900, tokenizer="tokenizer.json")
+    Bytes().save(tmp_path)
+    with pytest.raises(UserError, match="got data.tokenizer 'chars' for .*a.bin, which was made with tokenizer.json"):
+        open_lm(source="tokens", path=(f"{tmp_path}/a.bin",), tokenizer="chars")
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="which is a pipe or a device, expected a file"):
+        open_lm(source="text", path=(f"{tmp_path}/pipe",))

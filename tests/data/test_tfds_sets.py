@@ -217,3 +217,16 @@ def test_the_newest_version_is_taken(tmp_path):
 def test_more_classes_than_the_model_has_are_refused(sets):
     with pytest.raises(UserError, match="got a model of 2 classes, expected .* 10 .*, try --model.classes 10"):
         open_source(sets("mnist", train_split="train[:50]"), "train", "classification", num_classes=2)
+
+
+@pytest.mark.parametrize("name", ["train.array_record-00000-of-00001", "dataset_info.json", "features.json"])
+@pytest.mark.parametrize("left", [0.0, 0.5])
+def test_a_set_that_is_half_there_is_refused(shared_data, tmp_path, name, left):
+    [place] = (shared_data / "tfds" / "sst2").iterdir()
+    here = tmp_path / "sst2" / place.name
+    here.mkdir(parents=True)
+    for file in place.iterdir():
+        raw = file.read_bytes()
+        (here / file.name).write_bytes(raw[: int(len(raw) * left)] if file.name.endswith(name) else raw)
+    with pytest.raises(UserError, match="got the set in .*, which cannot be read whole"):
+        open_source(DataConfig(source="tfds", dir=str(tmp_path), name="sst2"), "train", "causal_lm", vocab_size=256)

@@ -137,3 +137,9 @@ def test_a_vocabulary_of_no_size_is_refused_in_one_line(name):
     with pytest.raises(UserError, match="^got .*, expected .*, try") as caught:
         build(name, lambda: WORDS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "words"])
+def test_a_vocabulary_that_would_end_the_process_is_refused(kind):
+    with pytest.raises(UserError, match="got a vocabulary of 99,999,999,999 tokens, expected at most"):
+        build(f"{kind}:99999999999", lambda: ["text"])
