@@ -13,6 +13,31 @@ def test_the_library_example_trains(root):
     assert scope["model"].axes()["layers"]["attn"]["q"]["w"] == ("layers", "embed", "heads", "head_dim")
 
 
+def test_the_run_example_loads_a_run_without_its_data(root, tmp_path, monkeypatch, capsys):
+    import jaxmodels
+    from jaxmodels.config import Config, DataConfig, MetricsConfig, TrainConfig
+    from jaxmodels.models.gpt2 import GPT2Config
+    from jaxmodels.train import run as runs
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("def main(): pass\n" * 40)
+    cfg = Config(
+        model=GPT2Config(vocab_size=256, context=64, layers=1, heads=2, width=8),
+        data=DataConfig(source="text", path=("a.txt",), seq_len=16, batch_size=8),
+        train=TrainConfig(steps=1),
+        metrics=MetricsConfig(progress="none", tensorboard=False),
+    )
+    runs.train(cfg, tmp_path / "runs" / "gpt_stdlib")
+    (tmp_path / "a.txt").unlink()
+    (block,) = [
+        b for b in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S) if "load_run" in b
+    ]
+    scope: dict = {"jaxmodels": jaxmodels}
+    exec(block, scope)
+    assert scope["logits"].shape == (1, 8, 256) and [len(row) for row in scope["rows"]] == [28, 26]
+    assert capsys.readouterr().out.startswith("class ")
+
+
 def test_the_commands_it_names_exist(root):
     from benchmarks.__main__ import BENCHMARKS
     from jaxmodels.cli import COMMANDS

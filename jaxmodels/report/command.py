@@ -14,7 +14,7 @@ from jaxmodels.report import attention, confusion, curves, latents, saliency, sa
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
 from jaxmodels.train import metrics
-from jaxmodels.train.saved import Saved, open_run
+from jaxmodels.train.saved import CHOOSES, Saved, open_run
 
 log = logging.getLogger("jaxmodels")
 
@@ -44,7 +44,12 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
     if not runs:
         raise UserError("got no run, expected one or more run directories, try jaxmodels report runs/NAME")
     for run in runs:
-        configs.read(run)  # whether it is one
+        cfg, _ = configs.read(run)  # whether it is one
+        if split is not None and "eval_split" not in CHOOSES[cfg.data.source]:
+            raise UserError(
+                f"got --split {split!r} for {run}, whose data of source {cfg.data.source} has no splits, "
+                "expected runs of tfds or huggingface, try it without"
+            )
     found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)
     print(f"{found}, and {len(list(found.parent.glob('*.png')))} pictures beside it")
 
@@ -115,14 +120,21 @@ def part(what: str, make: Callable[[], list[Piece]], run: str = "") -> Part:
 def save(folder: Path, title: str, sections: Sequence[Section]) -> Path:
     """Write the page and its pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = {}
+    images, names = {}, set()
     for section in sections:
         for each in section.parts:
             for piece in each.pieces:
                 if isinstance(piece, Picture):
                     images[piece] = piece.png()
                     own = "".join(c if c.isalnum() or c in "-_." else "-" for c in each.run)
-                    (folder / f"{own}{'-' if own else ''}{piece.name}.png").write_bytes(images[piece])
+                    name = stem = f"{own}{'-' if own else ''}{piece.name}"
+                    count = 1
+                    while name in names:  # runs whose names differ in other signs
+                        count += 1
+                        name = f"{stem}-{count}"
+                    names.add(name)
+                    (folder / f"{name}.png").write_bytes(images[piece])
     page = folder / "report.html"
-    page.write_text(render(title, sections, images), encoding="utf-8")
+    # half of a surrogate pair, as a folder's name may have, is no character of a page
+    page.write_text(render(title, sections, images), encoding="utf-8", errors="backslashreplace")
     return page

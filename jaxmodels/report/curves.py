@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from jaxmodels.report import pieces
 from jaxmodels.report.pieces import COLOURS
@@ -25,7 +26,7 @@ IN_TABLES = ("/precision", "/recall", "_micro")
 def draw(run: Path, out: Path, lines: Mapping[str, float] | None = None) -> None:
     """The curves of a run as a PNG; `lines` are horizontal references beside the loss, such as a baseline's."""
     figure = overlay({run.name: run}, lines or {})
-    figure.suptitle(run.name, fontsize=12)
+    figure.suptitle(run.name, fontsize=12, parse_math=False)
     figure.savefig(out, dpi=110)
 
 
@@ -49,6 +50,8 @@ def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) 
                 steps, values = series(each, name)
                 held_out = name.startswith("eval/")
                 look = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} if held_out else {"linewidth": 0.9}
+                if len(values) == 1 and not held_out:  # no line to be seen
+                    look |= {"marker": ".", "markersize": 5}
                 axis.plot(steps, values, color=COLOURS[index % len(COLOURS)], alpha=1 if held_out else 0.75, **look)
         finish(axis, title)
         if title.startswith("loss") and lines:
@@ -57,13 +60,21 @@ def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) 
             axis.legend(frameon=False, fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=4, label=name) for i, name in enumerate(runs)]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+    handles = [Line2D([], [], color=colour, linewidth=4) for colour in colours] if len(runs) > 1 else []
+    labels = [*(runs if len(runs) > 1 else ()), "training", "held out"]
     grey = "0.35" if len(runs) > 1 else COLOURS[0]
-    handles = (handles if len(runs) > 1 else []) + [
-        Line2D([], [], color=grey, linewidth=0.9, label="training"),
-        Line2D([], [], color=grey, linewidth=1.8, marker="o", markersize=4, label="held out"),
+    handles += [
+        Line2D([], [], color=grey, linewidth=0.9),
+        Line2D([], [], color=grey, linewidth=1.8, marker="o", markersize=4),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9)
+    legend = figure.legend(
+        handles, [""] * len(labels), loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        # as it is: a legend leaves out what begins with _, and $ begins a formula
+        text.set_parse_math(False)
+        text.set_text(label)
     return figure
 
 
@@ -96,7 +107,7 @@ def chosen(names: set[str]) -> list[Panel]:
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> Series:
     """Steps and values of a metric."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
+    found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     return [step for step, _ in found], [value for _, value in found]
 
 
@@ -104,6 +115,7 @@ def finish(axis: Any, title: str) -> None:
     """Title, grid and limits of a panel."""
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("step", fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

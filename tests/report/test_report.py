@@ -19,7 +19,7 @@ from jaxmodels.config import Config, DataConfig, EvalConfig, MetricsConfig, Opti
 from jaxmodels.models.functional import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, command, confusion, curves, latents, page, saliency, samples, summary
-from jaxmodels.report.pieces import Table, tile
+from jaxmodels.report.pieces import Picture, Table, tile
 from jaxmodels.train import run as runs
 from jaxmodels.train.saved import Saved, open_run
 from tests.zoo import ZOO, arrays, example
@@ -308,6 +308,31 @@ def test_what_the_data_says_is_text_on_the_page():
     table = Table(("<b>", "n"), [("</table><script>", "1,000"), ("x", "–")])
     found = page.html(table, {})
     assert "<script" not in found and "&lt;/table&gt;" in found and found.count('class="number"') == 3
+
+
+def test_runs_with_odd_names_stay_apart_and_are_named_as_they_are(tmp_path):
+    """One step, no evaluation, a loss that is no number, names that a legend would leave out or typeset."""
+    names = ("_run", "a$b$c", "a b", "a-b")
+    for name in names:
+        (tmp_path / name).mkdir()
+        row = '{"step": 1, "train/loss": NaN, "train/learning_rate": 0.1}'
+        (tmp_path / name / "metrics.jsonl").write_text(row + "\n")
+    figure = curves.overlay({name: tmp_path / name for name in names})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*names, "training", "held out"]
+    assert not any(text.get_parse_math() for text in figure.legends[0].get_texts())
+    rate = next(axis for axis in figure.axes if axis.get_title() == "learning rate")
+    assert all(line.get_marker() == "." for line in rate.lines)
+    parts = [page.Part([Picture("curves", figure)], name) for name in names]
+    command.save(tmp_path / "out", "<odd> \udcff", [page.Section("Curves", parts)])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    assert "&lt;odd&gt;" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path, capsys):
+    cfg = Config(model=MLPConfig(), data=DataConfig(source="table", path=("a.csv",)))
+    configs.save(cfg, tmp_path / "config.json", {})
+    assert main(["report", str(tmp_path), "--split", "nonsense"]) == 2
+    assert "got --split 'nonsense'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(trained, capsys):
