@@ -156,7 +156,7 @@ class _Csv(_Lines):
         self._names: list[str] = []
         start, end, _ = next(self._cut(), (self._start, self._start, 1))
         header = self._cells(self._bytes[start:end])
-        if isinstance(header, str) or len(set(header)) < len(header) or not all(header):
+        if isinstance(header, str) or len(set(header)) < len(header) or not header or not all(header):
             raise UserError(
                 f"got {path} with the first row {shown(header)}, expected the names of the columns, each once, "
                 "try adding such a row"

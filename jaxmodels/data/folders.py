@@ -135,7 +135,7 @@ def _images(root: Path, names: Sequence[str], all_of_them: bool = True) -> list[
     others: Counter[str] = Counter()
     for entry in os.scandir(root):
         if _named(entry.name) in names and entry.is_dir():
-            found += _below(root, entry.name, others, ())
+            found += _below(root, entry.name, others, (_identity(root),))
         elif not entry.is_dir():
             others[_kind(entry)] += 1
     empty = sorted(set(names) - {_named(name.split("/")[0]) for name, _ in found})
@@ -151,9 +151,7 @@ def _images(root: Path, names: Sequence[str], all_of_them: bool = True) -> list[
 def _below(root: Path, folder: str, others: Counter[str], above: tuple[tuple[int, int], ...]) -> list[tuple[str, int]]:
     """Images in a folder and in those in it; `above`: the folders that it lies in, which a link may lead back to."""
     found: list[tuple[str, int]] = []
-    status = os.stat(root / folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
+    if (here := _identity(root / folder)) in above:
         return []
     with os.scandir(root / folder) as entries:
         for e in entries:
@@ -165,6 +163,11 @@ def _below(root: Path, folder: str, others: Counter[str], above: tuple[tuple[int
             else:
                 others[kind] += 1
     return found
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _kind(entry: os.DirEntry[str]) -> str:

@@ -113,8 +113,8 @@ class Table(Records):
             raise _Unfit(f"{name} is missing")
         if field.kind == "label":
             return self._class(name, value)
-        if field.kind == "labels" and isinstance(value, list):
-            return tuple(self._class(name, v) for v in value)
+        if field.kind == "labels":
+            return tuple(self._class(name, v) for v in (value if isinstance(value, list) else [value]))
         if field.kind == "array":
             try:
                 with np.errstate(over="ignore"):  # too large for float32: infinite, and then bad

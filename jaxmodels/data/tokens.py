@@ -21,6 +21,7 @@ from jaxmodels.errors import UserError
 _DTYPES = ("uint8", "uint16", "uint32")
 _FACTS = 'facts of tokens such as {"dtype": "uint16", "vocab_size": 50257}'
 _SEEN = 1 << 20
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".npz")
 _LLM_C = (20240520, 20240801)
 """The numbers that its token files begin with."""
 
@@ -99,6 +100,8 @@ def _map(file: Path, facts: dict[str, Any]) -> np.ndarray:
     size, item = file.stat().st_size, np.dtype(dtype).itemsize
     with file.open("rb") as opened:
         beginning = opened.read(_SEEN)
+    if file.suffix in _PACKED:
+        raise UserError(f"got {file}, which is packed, expected tokens as they are, try unpacking it")
     if beginning.startswith(b"\x93NUMPY"):
         array = _numpy(file)
     elif size == 0 or size % item:

@@ -124,6 +124,7 @@ def test_images_lie_at_any_depth_below_their_class(tmp_path, caplog):
     for name in ("cat/1.png", "cat/2020/march/2.TIFF", "dog/x.v1/3.jpeg", "dog/4.pgm"):
         paint(tmp_path / name)
     (tmp_path / "dog" / "again").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog" / "all").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "dog" / "pipe.png")
     for name in ("cat/a.heic", "cat/b.heic", "cat/._1.png", "dog/Thumbs.db", "dog/LICENSE", "readme.md", "5.png"):
         (tmp_path / name).write_bytes(b"x")

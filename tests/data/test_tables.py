@@ -255,6 +255,7 @@ def test_line_ends_of_old_macs_end_rows(tmp_path):
         ("a.csv.gz", b"\x1f\x8b\x08", "compressed, expected text, try gzip -d"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "compressed, expected text, try zstd -d"),
         ("a.csv", b"\0\1\2" * 400, "binary"),
+        ("a.csv", "\n\ntext,label\na,0\n", r"with the first row \[\], expected the names of the columns"),
         ("a.json", '{"text": "a",\n"label": 0}\n', "of whose 2 rows none can be read .*a.json:1: invalid JSON"),
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "which is no Parquet file"),
     ],
@@ -359,3 +360,9 @@ def test_parquet_with_odd_values_is_read_but_for_those(tmp_path, caplog):
     records = tables.records(table(tmp_path / "a.parquet", eval_fraction=0), "train")
     assert values(records, "text", "label", limit=1) == [("a", 0), ("c", 1)]
     assert "a.parquet:2: cannot be read" in caplog.messages[0]
+
+
+def test_one_label_among_records_of_several_is_a_label(tmp_path):
+    rows = [{"text": f"t{i}", "label": ["a", "b"] if i % 2 else "a"} for i in range(6)]
+    records = tables.records(table(write(tmp_path / "a.jsonl", rows), eval_fraction=0), "train")
+    assert [label for (label,) in values(records, "label")] == [(0,), (0, 1)] * 3

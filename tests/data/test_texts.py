@@ -262,6 +262,9 @@ def test_a_token_file_that_is_of_another_kind_is_refused(tmp_path, tokens, words
     tokens.tofile(tmp_path / "a.bin")
     with pytest.raises(UserError, match=f"a.bin, which {words}"):
         open_lm(source="tokens", path=(f"{tmp_path}/a.bin",), seq_len=8, vocab_size=70_000)
+    np.savez(tmp_path / "d.npz", tokens=tokens)
+    with pytest.raises(UserError, match="d.npz, which is packed"):
+        open_lm(source="tokens", path=(f"{tmp_path}/d.npz",))
     np.save(tmp_path / "b.npy", np.array([3.5] * 90))
     with pytest.raises(UserError, match="b.npy of float64"):
         open_lm(source="tokens", path=(f"{tmp_path}/b.npy",))
