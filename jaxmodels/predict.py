@@ -82,10 +82,10 @@ def predict(
                 bad.append(f"{answer['where']}: {answer['error']}")
             print(_line(answer), flush=count % size == 0)
     if bad:
-        shortened = "; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else "")
+        shortened = _plain("; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
         if len(bad) == count:
             raise UserError(f"got {count:,} records, none of which can be read ({shortened}), expected some that can")
-        print(f"{len(bad):,} of {count:,} records could not be read ({_plain(shortened)})", file=sys.stderr)
+        print(f"{len(bad):,} of {count:,} records could not be read ({shortened})", file=sys.stderr)
 
 
 def said(

@@ -62,7 +62,8 @@ def text(cfg: DataConfig) -> Corpus:
     if cfg.eval_path:
         parts: dict[Split, list[Path]] = {"train": files, "eval": expand(cfg.eval_path, "text", "data.eval_path")}
         each = [str(some[0]) if len(some) == 1 else f"{len(some)} files" for some in parts.values()]
-        label = f"text, {each[0]} to train and {each[1]} to evaluate on"
+        apart = cfg.eval_path != cfg.path  # a saved run may be evaluated on all of a text
+        label = f"text, {each[0]} to train and {each[1]} to evaluate on" if apart else f"text, {each[1]}"
         return Corpus(label, lambda split: read(parts[split], strict=True), all(len(p) == 1 for p in parts.values()))
     if len(files) == 1:
         return Corpus(str(files[0]), lambda split: [_part(files[0], split, cfg.eval_fraction)], whole=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels import config as configs
+from jaxmodels.config import used
 from jaxmodels.errors import UserError
 from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, translations
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
 from jaxmodels.train import metrics
-from jaxmodels.train.saved import CHOOSES, Saved, open_run
+from jaxmodels.train.saved import Saved, open_run
 
 log = logging.getLogger("jaxmodels")
 
@@ -45,7 +46,7 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
         raise UserError("got no run, expected one or more run directories, try jaxmodels report runs/NAME")
     for run in runs:
         cfg, _ = configs.read(run)  # whether it is one
-        if split is not None and "eval_split" not in CHOOSES[cfg.data.source]:
+        if split is not None and cfg.data.source not in (used.DATA["eval_split"].sources or ()):
             raise UserError(
                 f"got --split {split!r} for {run}, whose data of source {cfg.data.source} has no splits, "
                 "expected runs of tfds or huggingface, try it without"

@@ -101,7 +101,11 @@ def mistakes(
             show(axis, image)
             axis.set_title(f"{true} → {wrong}\n{sure}", fontsize=8.5, parse_math=False)
         return Picture("mistakes", whole, caption + " Above each: true → predicted, and with what confidence.")
-    texts = [shortened(saved.source.texts[at]) for at in worst.tolist()] if len(saved.source.texts) else numbers(inputs)
+    texts = (
+        [shortened(saved.source.texts[int(at)]) for at in worst.tolist()]
+        if len(saved.source.texts)
+        else numbers(inputs)
+    )
     head = ("text" if len(saved.source.texts) else "input", "true", "predicted", "confidence")
     return Table(head, [(words, *each) for words, each in zip(texts, said, strict=True)], caption)
 

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
-from jaxmodels.config import Config, DataConfig, MeshConfig
+from jaxmodels.config import Config, DataConfig, MeshConfig, used
+from jaxmodels.data import idx
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model, create
@@ -213,26 +214,6 @@ def open_run(directory: str | Path, *, best: bool = False, given: Mapping[str, A
     return Saved(**{**known, "config": cfg}, source=source)
 
 
-_SETS = ("input_field", "label_field", "target_field", "group_field", "bad_records")
-CHOOSES: dict[str, tuple[str, ...]] = {
-    "table": ("path", *_SETS),
-    "images": ("path", "bad_records"),
-    "tfds": ("dir", "name", "eval_split", *_SETS),
-    "huggingface": ("name", "eval_split", *_SETS),
-    "text": ("path",),
-    "tokens": ("path",),
-    "stdlib": (),
-    "synthetic": (),
-}
-"""Source -> the fields of `data` that say what is evaluated on."""
-READS: dict[str, tuple[str, ...]] = {
-    "label_field": ("classification", "contrastive"),
-    "target_field": ("seq2seq",),
-    "group_field": ("classification", "contrastive", "vae", "gan"),
-}
-"""Such a field -> the tasks that have a use for it, where not all have."""
-
-
 def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
     """The section `data` of a run with what it is evaluated on changed.
 
@@ -243,16 +224,16 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
     source = given.get("source", own.source)
     fields = {name: value for name, value in given.items() if name != "source"}
     for name, value in fields.items():
-        if name not in CHOOSES[source]:
-            known = ", ".join(f"--data.{each.replace('_', '-')}" for each in CHOOSES[source])
+        use, task = used.DATA[name], run.config.task.name
+        if source not in (use.sources or (source,)):
             raise UserError(
                 f"got {_flag(name)} {_shown(value)} for data of source {source}, which has no use for it, "
-                f"expected {f'one of {known}' if known else 'no choice of data'}, try {_instead(source)}"
+                f"expected it for {', '.join(use.sources or ())} alone, try {_instead(source)}"
             )
-        if run.config.task.name not in READS.get(name, (run.config.task.name,)):
+        if task not in (use.tasks or (task,)):
             raise UserError(
-                f"got {_flag(name)} {value} for a run of task {run.config.task.name}, which has no use for it, "
-                f"expected it for {' or '.join(READS[name])}, try without it"
+                f"got {_flag(name)} {_shown(value)} for a run of task {task}, which has no use for it, "
+                f"expected it for {', '.join(use.tasks or ())} alone, try without it"
             )
     if source != own.source:  # what told where the other data lie says nothing of these
         own = dataclasses.replace(DataConfig(source=source), **{name: getattr(own, name) for name in _OF_MODEL})
@@ -262,7 +243,9 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
             f"try --data.source {'text --data.path FILE' if run.tokenizer else 'images --data.path FOLDER'}"
         )
     if "path" in fields:
-        fields["eval_path"] = fields["path"]
+        # all of it is evaluated on, but for the files of a set that hold what is held out themselves
+        whole = source != "images" or not any(Path(each).is_dir() and idx.found(Path(each)) for each in fields["path"])
+        fields |= {"eval_path": fields["path"] if whole else (), "eval_fraction": DataConfig().eval_fraction}
     if {"name", "eval_split", "dir"} & set(fields):
         # a set that is evaluated on need not have the split that was trained on
         fields["train_split"] = fields.get("eval_split", own.eval_split)
@@ -284,6 +267,6 @@ def _shown(value: Any) -> str:
 
 
 def _instead(source: str) -> str:
-    if "path" in CHOOSES[source]:
+    if source in (used.DATA["path"].sources or ()):
         return "--data.path FILE" if source != "images" else "--data.path FOLDER"
-    return "--split test" if CHOOSES[source] else "--data.source table --data.path FILE"
+    return "--split test" if source in used.RECORDS else "--data.source table --data.path FILE"

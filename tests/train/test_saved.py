@@ -89,9 +89,9 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
         (["--split", "nonsense"], "got --split 'nonsense' for data of source table, which has no use for it"),
         (["--data-dir", "/nowhere"], "try --data.path FILE"),
         (["--data.name", "mnist"], "got --data.name 'mnist' for data of source table"),
-        (["--data.target-field", "label"], "got --data.target-field label for a run of task classification"),
+        (["--data.target-field", "label"], "got --data.target-field 'label' for a run of task classification"),
         (["--data.path", "nothing.csv"], "got data.path 'nothing.csv', which does not exist"),
-        (["--data.source", "images", "--data.input-field", "x"], "for data of source images, which has no use for it"),
+        (["--data.source", "text", "--data.input-field", "x"], "for data of source text, which has no use for it"),
         (["--beams", "4"], "got --beams 4 for a run of task classification"),
         (["--json", "no/where.json"], "whose folder does not exist"),
     ],
@@ -120,7 +120,7 @@ def test_sample_says_what_fits(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("to be or not to be, that is the question.\n" * 20)
     cfg = Config(
         model=GPT2Config(vocab_size=256, context=16, layers=1, heads=2, width=8),
-        data=DataConfig(source="text", path=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=8),
+        data=DataConfig(source="text", path=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=8, eval_fraction=0.25),
         train=TrainConfig(steps=1),
         metrics=MetricsConfig(progress="none", tensorboard=False),
     )
@@ -133,6 +133,10 @@ def test_sample_says_what_fits(tmp_path, capsys):
     ):
         assert main(["sample", run, *argv]) == 2
         assert said in capsys.readouterr().err
+    (tmp_path / "b.txt").write_text("another text. " * 10)
+    assert main(["eval", run, "--data.path", str(tmp_path / "b.txt")]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'b.txt'}: 140 tokens" in said and "a.txt" not in said, "all of it, and its own name"
     assert main(["sample", run, "--prompt", "to be", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("to be")
 
