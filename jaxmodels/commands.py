@@ -60,7 +60,8 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
     if experiment.cfg.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
         params, prompt = averaged(result.state)["model"], "def " if experiment.cfg.data.source == "stdlib" else "\n"
         model = experiment.task.networks["model"]
-        room = 400 if model.longest is None else min(400, model.longest - len(tokenizer.encode(prompt)))
+        taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
+        room = 400 if model.longest is None else min(400, model.longest - taken)
         text = continued(model, params, tokenizer, prompt, room, temperature=0.6, seed=1)
         print("\na sample:\n" + "\n".join("  | " + line for line in text.splitlines()))
         more = f"jaxmodels sample {run} --temperature 0.5 --tokens 200"
@@ -74,10 +75,18 @@ try next:
 
 
 def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, tokens: int, **how: Any) -> str:
-    """A prompt and its continuation as text."""
+    """A prompt and its continuation as text, up to where it ends."""
     from jaxmodels.generate import sample as draw
 
-    return tokenizer.decode(draw(model, params, tokenizer.encode(prompt), tokens, **how)[0])
+    ids, ends = np.append(np.int32(tokenizer.before), tokenizer.encode(prompt)), tokenizer.special.ends
+    if len(ids) and ids.max() >= model.config.vocab_size:
+        raise UserError(
+            f"got a prompt with token {ids.max()}, expected those of the model, which has {model.config.vocab_size}, "
+            "try the tokenizer that it was trained with"
+        )
+    row = draw(model, params, ids, tokens, ends=ends, **how)[0]
+    stops = np.flatnonzero(np.isin(row[len(ids) :], ends))
+    return tokenizer.decode(row[len(tokenizer.before) : len(ids) + stops[0] if len(stops) else None])
 
 
 def tune(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> None:
@@ -233,7 +242,8 @@ def sample(
         return
     prompt = "\n" if prompt is None else prompt
     if tokens is None:
-        room = 200 if model.longest is None else model.longest - len(tokenizer.encode(prompt))
+        taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
+        room = 200 if model.longest is None else model.longest - taken
         given["tokens"] = max(min(200, room), 1)
     print(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
 

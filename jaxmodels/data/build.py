@@ -166,9 +166,9 @@ def _language(cfg: DataConfig, split: Split, task: str, vocab_size: int | None) 
     if cfg.pack:
         masked = task == "masked_lm"
         documents = list(corpus.documents(split))
-        ids = [x for x in tokenizer.encode_many(documents, special=masked) if len(x)]
-        follow = None if masked else _end(tokenizer)
-        rows = texts.packed(ids, cfg.seq_len, follow)
+        ids = [x for x in tokenizer.encode_many(documents) if len(x)]
+        parts = texts.wrapped(ids, cfg.seq_len, tokenizer) if masked else ids
+        rows = texts.packed(parts, cfg.seq_len, None if masked else _end(tokenizer), tokenizer.before)
         if split == "eval" and not masked and (sizes := tokenizer.sizes()) is not None:
             rows["bytes"] = sizes[np.maximum(rows["targets"], 0)]
         what = f"rows of {cfg.seq_len} tokens with {len(ids):,} texts"
@@ -216,7 +216,7 @@ def _pairs(cfg: DataConfig, split: Split, vocab_size: int | None) -> Source:
     tokenizer = readers.tokenizer(vocab_size, *fields)
     rows = readers.rows(split)
     sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
-    arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack)
+    arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack, tokenizer.special.start)
     what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
     return texts.Rows(arrays, split=split, label=readers.label(split), tokenizer=tokenizer, what=what)
 
@@ -315,7 +315,7 @@ def _rows(
     values = [row[field] for row in rows]
     arrays: dict[str, np.ndarray]
     if tokenizer is not None:
-        ids = tokenizer.encode_many(values, special=True)
+        ids = tokenizer.encode_many(values, special=True, length=cfg.seq_len)
         if blank := sum(not len(x) for x in ids):  # a mean over no token would be no number
             _log.warning("left out %s texts of %s without a token", f"{blank:,}", train.label)
             rows = [row for row, x in zip(rows, ids, strict=True) if len(x)]

@@ -156,14 +156,16 @@ def check_vocab(size: int, vocab_size: int | None) -> None:
 def encode(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """The tokens of a split, some documents at a time, in the smallest dtype that holds the vocabulary.
 
-    A document ends with the tokenizer's end token or, where it has none, with one more line end.
+    A document ends with the tokenizer's end token or, where it has none, with one more line end. It begins with the
+    tokens that the tokenizer puts before a text, unless those are the end token, behind which it stands anyway.
     """
     dtype = smallest_dtype(tokenizer.vocab_size)
     end = np.array([], np.int32)
+    first = np.array([] if corpus.whole or tokenizer.before == (tokenizer.end,) else tokenizer.before, np.int32)
     if not corpus.whole:
         end = tokenizer.encode("\n") if tokenizer.end is None else np.array([tokenizer.end], np.int32)
     for chunk in _chunks(corpus.documents(split)):
-        parts = chain.from_iterable((ids, end) for ids in tokenizer.encode_many(chunk))
+        parts = chain.from_iterable((first, ids, end) for ids in tokenizer.encode_many(chunk))
         yield np.concatenate([part.astype(dtype) for part in parts])
 
 

@@ -90,21 +90,35 @@ def plan(lengths: np.ndarray, room: int) -> list[list[int]]:
     return rows
 
 
-def packed(ids: Sequence[np.ndarray], length: int, follow: int | None) -> dict[str, np.ndarray]:
+def packed(
+    ids: Sequence[np.ndarray], length: int, follow: int | None, before: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
     """Rows (N, length) of whole texts, kept apart by `segment_ids`, longer ones cut into pieces.
 
-    With `follow`, the token that ends a text, targets are the tokens that follow and a text begins behind that token;
-    without it targets are the tokens themselves (a masked language model's places).
+    With `follow`, the token that ends a text, targets are the tokens that follow and a text begins behind `before`, or
+    behind the end token where that is empty; without it targets are the tokens themselves (a masked language model's
+    places).
     """
     if follow is None:
         pairs = [(piece, piece) for text in ids for piece in _pieces(text, length)]
     else:
-        end = np.array([follow], np.int32)
+        first, end = np.array(before or [follow], np.int32), np.array([follow], np.int32)
         pairs = []
         for text in ids:
-            whole = np.concatenate([end, text, end])
+            whole = np.concatenate([first, text, end])
             pairs += zip(_pieces(whole[:-1], length), _pieces(whole[1:], length), strict=True)
     return lay(plan(np.array([len(a) for a, _ in pairs]), length), length, pairs, ("tokens", "targets"), "segment_ids")
+
+
+def wrapped(ids: Sequence[np.ndarray], length: int, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Texts in pieces of at most `length` tokens, each between the tokens that the tokenizer puts around a text."""
+    before, after = (np.array(x, np.int32) for x in (tokenizer.before, tokenizer.after))
+    if (room := length - len(before) - len(after)) < 1:
+        raise UserError(
+            f"got data.seq_len {length}, expected more than the {length - room} tokens that stand around a text, "
+            f"try --data.seq-len {max(8, 2 * (length - room))}"
+        )
+    return [np.concatenate([before, piece, after]) for text in ids for piece in _pieces(text, room)]
 
 
 def _pieces(text: np.ndarray, length: int) -> list[np.ndarray]:
@@ -112,15 +126,21 @@ def _pieces(text: np.ndarray, length: int) -> list[np.ndarray]:
 
 
 def translations(
-    sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], length: int, end: int, pack: bool
+    sources: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    length: int,
+    end: int,
+    pack: bool,
+    start: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pairs for teacher forcing: a source and the end token; the end token and a target; a target and the end token.
+    """Pairs for teacher forcing: a source and the end token; the start token and a target; a target and the end token.
 
-    Longer texts are cut. Packed pairs share a row on both sides.
+    The end token starts a target too where no `start` is given. Longer texts are cut. Packed pairs share a row on both
+    sides.
     """
-    stop = np.array([end], np.int32)
+    stop, first = np.array([end], np.int32), np.array([end if start is None else start], np.int32)
     inputs = [np.concatenate([x[: length - 1], stop]) for x in sources]
-    tokens = [np.concatenate([stop, y[: length - 1]]) for y in targets]
+    tokens = [np.concatenate([first, y[: length - 1]]) for y in targets]
     follow = [np.concatenate([y[: length - 1], stop]) for y in targets]
     sizes = np.array([max(len(x), len(y)) for x, y in zip(inputs, tokens, strict=True)])
     rows = plan(sizes, length) if pack else [[i] for i in range(len(inputs))]

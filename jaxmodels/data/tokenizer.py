@@ -11,20 +11,31 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxmodels.data import special
+from jaxmodels.data.special import Special
 from jaxmodels.errors import UserError
 
 FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 
-_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _PIECE = 1 << 18
 _MOST = 4_000_000
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `end` is the token that closes a document, where the vocabulary has one."""
+    """Text to token ids and back."""
 
-    end: int | None
+    special: Special
+    """Ids that begin and end texts."""
+    before: tuple[int, ...]
+    """What stands before a whole text, such as [CLS] or <s>; a text that is generated begins with it too."""
+    after: tuple[int, ...]
+    """What stands behind a whole text, such as [SEP]."""
+
+    @property
+    def end(self) -> int | None:
+        """The token that closes a document, where the vocabulary has one."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -33,8 +44,15 @@ class Tokenizer(Protocol):
         """int32 (T,)."""
         ...
 
-    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-        """`special`: with the tokens that a model of whole texts wants around them, such as [CLS] and [SEP]."""
+    def encode_many(self, texts: Sequence[str], special: bool = False, length: int | None = None) -> list[np.ndarray]:
+        """`special`: with `before` and `after`, which stay where a text is cut to `length` tokens.
+
+        Raises: UserError where `length` leaves no room for a text.
+        """
+        ...
+
+    def ids(self, tokens: Sequence[str]) -> list[int | None]:
+        """The id of each token that is given as the vocabulary writes it."""
         ...
 
     def decode(self, ids: Any) -> str:
@@ -53,7 +71,13 @@ class Tokenizer(Protocol):
 class _Saved(ABC):
     """What all tokenizers do alike."""
 
-    end: int | None = None
+    special = Special()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int | None:
+        return self.special.end
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray: ...
@@ -61,12 +85,19 @@ class _Saved(ABC):
     @abstractmethod
     def to_json(self) -> str: ...
 
-    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+    def ids(self, tokens: Sequence[str]) -> list[int | None]:
+        return [None for _ in tokens]
+
+    def encode_many(self, texts: Sequence[str], special: bool = False, length: int | None = None) -> list[np.ndarray]:
+        return [self.encode(text)[:length] for text in texts]
 
     def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json` into the directory; `load_tokenizer` reads it."""
+        """Writes `tokenizer.json`, and the ids that it does not tell, into the directory; `load_tokenizer` reads it."""
         (directory / FILE).write_text(self.to_json(), encoding="utf-8")
+        if self.special == Special():
+            (directory / special.FILE).unlink(missing_ok=True)
+        else:
+            self.special.save(directory)
 
 
 class Bytes(_Saved):
@@ -136,7 +167,8 @@ def _codes(text: str) -> np.ndarray:
 class HuggingFace(_Saved):
     """A Hugging Face `tokenizer.json`, run by the `tokenizers` library."""
 
-    def __init__(self, serialized: str) -> None:
+    def __init__(self, serialized: str, directory: Path | None = None) -> None:
+        """`directory`: that of the files which say what tokenizer.json does not: what ends a text."""
         from tokenizers import Tokenizer as Rust
 
         self._rust = Rust.from_str(serialized)
@@ -144,21 +176,55 @@ class HuggingFace(_Saved):
         self._rust.no_padding()
         self._bytewise = (json.loads(serialized).get("decoder") or {}).get("type") == "ByteLevel"
         # Ids may have gaps; what a model needs is room for the largest.
-        self.vocab_size = 1 + max(self._rust.get_vocab(with_added_tokens=True).values())
-        found = (self._rust.token_to_id(token) for token in _END_TOKENS)
-        self.end = next((i for i in found if i is not None), None)
+        vocabulary = self._rust.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())
+        self.special = special.of(directory, vocabulary)
+        self.before, self.after = self._around()
+
+    def ids(self, tokens: Sequence[str]) -> list[int | None]:
+        """The id of each token that is given as the vocabulary writes it."""
+        return [self._rust.token_to_id(token) for token in tokens]
+
+    def wrap(self, before: str, after: str) -> None:
+        """Put these tokens before and behind a whole text, instead of those of tokenizer.json; none where empty."""
+        from tokenizers import processors
+
+        tokens = [(token, self._rust.token_to_id(token)) for token in dict.fromkeys((before, after)) if token]
+        if unknown := [token for token, i in tokens if i is None]:
+            raise UserError(f"got {unknown[0]!r} around texts, expected a token in the vocabulary, try another copy")
+        parts = [part for part in (before, "$A", after) if part]
+        self._rust.post_processor = processors.TemplateProcessing(parts, special_tokens=tokens)  # type: ignore
+        self.before, self.after = self._around()
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        found = self._rust.encode("a")
+        own = [i for i, token in enumerate(found.special_tokens_mask) if not token]
+        first, last = (own[0], own[-1] + 1) if own else (0, 0)
+        return tuple(found.ids[:first]), tuple(found.ids[last:])
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_many([text])[0]
 
-    def encode_many(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+    def encode_many(self, texts: Sequence[str], special: bool = False, length: int | None = None) -> list[np.ndarray]:
         if special:
             done = self._rust.encode_batch_fast(list(texts), add_special_tokens=True)
-            return [np.array(encoding.ids, np.int32) for encoding in done]
+            return [self._cut(np.array(encoding.ids, np.int32), length) for encoding in done]
         cut = [pieces(text) for text in texts]
         done = self._rust.encode_batch_fast([piece for group in cut for piece in group], add_special_tokens=False)
         ids = iter([np.array(encoding.ids, np.int32) for encoding in done])
-        return [np.concatenate([next(ids) for _ in group]) for group in cut]
+        return [np.concatenate([next(ids) for _ in group])[:length] for group in cut]
+
+    def _cut(self, ids: np.ndarray, length: int | None) -> np.ndarray:
+        """A whole text cut to so many tokens, what stands behind it kept."""
+        if length is None or len(ids) <= length:
+            return ids
+        if (room := length - len(self.after)) <= len(self.before):
+            around = len(self.before) + len(self.after)
+            raise UserError(
+                f"got room for {length} tokens, expected more than the {around} that the tokenizer puts around a text, "
+                f"try --data.seq-len {max(8, 2 * around)}"
+            )
+        return np.append(ids[:room], np.int32(self.after)) if self.after else ids[:room]
 
     def decode(self, ids: Any) -> str:
         known = [i for i in np.ravel(ids).tolist() if 0 <= i < self.vocab_size]
@@ -231,16 +297,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
         near = difflib.get_close_matches(str(path), ["bytes", "chars"], 1)
         known = "bytes, chars or the path of a tokenizer.json that exists"
         raise UserError(f"got tokenizer {str(path)!r}, expected {known}, try {near[0] if near else 'bytes'}")
-    text = file.read_text(encoding="utf-8")
+    value = special.objects(file, "a Hugging Face tokenizer.json")
     try:
-        kind = json.loads(text).get("kind")
-        if kind == "bytes":
+        if value.get("kind") == "bytes":
             return Bytes()
-        if kind == "chars":
-            return Chars(json.loads(text)["characters"])
-        return HuggingFace(text)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = str(error).splitlines()[0]
+        if value.get("kind") == "chars":
+            return Chars(value["characters"])
+        return HuggingFace(file.read_text(encoding="utf-8"), file.parent if file.name == FILE else None)
+    except UserError:
+        raise
+    except BaseException as error:  # the tokenizers library raises plain Exception, and worse where it panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"got {file}, expected a Hugging Face tokenizer.json ({reason}), try another file") from error
 
 

@@ -32,13 +32,15 @@ def decode(
     *,
     end: int,
     limit: Any,
+    start: int | None = None,
     segment_ids: Any = None,
     beams: int = 1,
     alpha: float = 1.0,
 ) -> Decoded:
     """The target with the highest log-probability / ((5 + length) / 6)^alpha that beam search finds.
 
-    A target begins behind the token `end`, ends with it, and has at most `limit` tokens: the last one is made the end.
+    A target begins behind the token `start` (`end` where not given), ends with `end`, and has at most `limit` tokens:
+    the last one is made the end.
     A row is done when as many targets have ended as there are beams, or when no beam can overtake the best that has;
     so one beam is greedy. With the paper's alpha of 0.6 a model of smoothed labels, which gives each token some share,
     ends the targets of long sources before they begin; 1 divides by nearly the length.
@@ -58,7 +60,8 @@ def decode(
             "limit >= 1, try beams 4, alpha 1"
         )
     room = -(-int(limits.max(initial=1)) // 16) * 16  # rounded up, so that similar limits share a compiled program
-    found = _decode(model, params, sources, ids, limits, jnp.int32(end), jnp.float32(alpha), room, beams)
+    marks = (jnp.int32(end if start is None else start), jnp.int32(end))
+    found = _decode(model, params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
     return Decoded(*jax.tree.map(np.asarray, found))
 
 
@@ -119,13 +122,14 @@ def grow(s: Search, logits: jax.Array, end: jax.Array, limits: jax.Array, alpha:
     return grown, jnp.take_along_axis(parent, order, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7, 8))
+@functools.partial(jax.jit, static_argnums=(0, 8, 9))
 def _decode(
     model: Model,
     params: Any,
     sources: jax.Array,
     ids: jax.Array,
     limits: jax.Array,
+    begin: jax.Array,
     end: jax.Array,
     alpha: jax.Array,
     T: int,
@@ -144,8 +148,8 @@ def _decode(
             cache = {**cache, "layers": moved}
         return s, cache
 
-    start = jnp.full((B, 1), end)
-    logits, cache = model.apply(params, sources, start, segment_ids=ids, cache=model.cache(B, T))
+    first = jnp.full((B, 1), begin)
+    logits, cache = model.apply(params, sources, first, segment_ids=ids, cache=model.cache(B, T))
     repeat = functools.partial(jnp.repeat, repeats=K)
     stacked = {name: jax.tree.map(lambda leaf: repeat(leaf, axis=1), cache[name]) for name in ("layers", "cross")}
     cache = {**cache, **stacked, "segment_ids": repeat(cache["segment_ids"], axis=0)}

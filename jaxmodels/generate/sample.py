@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,8 +28,9 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     cached: bool = True,
+    ends: Sequence[int] = (),
 ) -> np.ndarray | list[np.ndarray]:
-    """Continue prompts by `tokens` tokens.
+    """Continue prompts by `tokens` tokens, or up to one of the tokens `ends`, which then fills the rest of its row.
 
     Prompts may differ in length: each then goes on as it would alone, and a list of arrays comes back. `temperature` 0
     takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much
@@ -52,9 +54,12 @@ def sample(
     padded = np.zeros((len(rows), room), np.int32)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
-    numbers = (jnp.asarray(lengths), jnp.int32(longest))
+    numbers = (jnp.asarray(lengths), jnp.int32(longest), jnp.asarray(ends, jnp.int32))
     out = run(model, params, jnp.asarray(padded), *numbers, jax.random.key(seed), (temperature, top_k, top_p))
-    found = [row[: length + tokens] for row, length in zip(np.asarray(out), lengths, strict=True)]
+    found = [row[: length + tokens] for row, length in zip(np.array(out), lengths, strict=True)]
+    for row, length in zip(found, lengths, strict=True):
+        if (stops := np.flatnonzero(np.isin(row[length:], ends))).size:
+            row[length + stops[0] :] = row[length + stops[0]]
     return np.stack(found) if (lengths == lengths[0]).all() else found
 
 
@@ -102,17 +107,35 @@ def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | N
     return jax.random.categorical(key, logits)
 
 
-def _put(tokens: jax.Array, at: Any, logits: jax.Array, prompts: jax.Array, key: jax.Array, how: How) -> jax.Array:
-    """Tokens with the one behind position `at` drawn from its logits (B, V), but for rows whose prompt (B,) has it."""
+def _ended(tokens: jax.Array, at: Any, prompts: jax.Array, ends: jax.Array) -> jax.Array:
+    """Rows (B,) that have an end at position `at`, behind their prompt."""
+    last = jax.lax.dynamic_index_in_dim(tokens, at, axis=1, keepdims=False)
+    return (at >= prompts) & (last[:, None] == ends).any(1)
+
+
+def _put(
+    tokens: jax.Array, at: Any, logits: jax.Array, prompts: jax.Array, ends: jax.Array, key: jax.Array, how: How
+) -> jax.Array:
+    """Tokens with the one behind position `at` drawn from its logits (B, V).
+
+    A row whose prompt has it keeps it, and one that has ended has its end again.
+    """
     new = choose(logits, jax.random.fold_in(key, at), *how).astype(tokens.dtype)
-    own = jax.lax.dynamic_index_in_dim(tokens, at + 1, axis=1, keepdims=False)
-    new = jnp.where(at + 1 < prompts, own, new)
+    last, own = (jax.lax.dynamic_index_in_dim(tokens, i, axis=1, keepdims=False) for i in (at, at + 1))
+    new = jnp.where(at + 1 < prompts, own, jnp.where(_ended(tokens, at, prompts, ends), last, new))
     return jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at + 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
+@functools.partial(jax.jit, static_argnums=(0, 7))
 def _cached(
-    model: Model, params: Any, tokens: jax.Array, prompts: jax.Array, length: Any, key: jax.Array, how: How
+    model: Model,
+    params: Any,
+    tokens: jax.Array,
+    prompts: jax.Array,
+    length: Any,
+    ends: jax.Array,
+    key: jax.Array,
+    how: How,
 ) -> jax.Array:
     B, room = tokens.shape
     first = prompts.min()
@@ -120,23 +143,35 @@ def _cached(
     def body(carry: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, Any, jax.Array]:
         tokens, cache, at = carry
         logits, cache = model.apply(params, jax.lax.dynamic_slice(tokens, (0, at), (B, 1)), cache=cache)
-        return _put(tokens, at, logits[:, -1], prompts, key, how), cache, at + 1
+        return _put(tokens, at, logits[:, -1], prompts, ends, key, how), cache, at + 1
 
     # What all prompts have goes through at once, the rest of the longer ones token by token. What lies behind is
     # padding here: it leaves a recurrent state as it is, and keys are overwritten before they are ever attended to.
     real = jnp.broadcast_to(jnp.arange(room) < first, (B, room)).astype(jnp.int32)
     logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
     last = jax.lax.dynamic_index_in_dim(logits, first - 1, axis=1, keepdims=False)
-    start = (_put(tokens, first - 1, last, prompts, key, how), {**cache, "length": first}, first)
-    return jax.lax.while_loop(lambda carry: carry[2] + 1 < length, body, start)[0]
+    start = (_put(tokens, first - 1, last, prompts, ends, key, how), {**cache, "length": first}, first)
+
+    def goes_on(carry: tuple[jax.Array, Any, jax.Array]) -> jax.Array:
+        tokens, _, at = carry
+        return (at + 1 < length) & ~_ended(tokens, at, prompts, ends).all()
+
+    return jax.lax.while_loop(goes_on, body, start)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
+@functools.partial(jax.jit, static_argnums=(0, 7))
 def _uncached(
-    model: Model, params: Any, tokens: jax.Array, prompts: jax.Array, length: Any, key: jax.Array, how: How
+    model: Model,
+    params: Any,
+    tokens: jax.Array,
+    prompts: jax.Array,
+    length: Any,
+    ends: jax.Array,
+    key: jax.Array,
+    how: How,
 ) -> jax.Array:
     def body(at: jax.Array, tokens: jax.Array) -> jax.Array:
         logits = jax.lax.dynamic_index_in_dim(model.apply(params, tokens), at, axis=1, keepdims=False)
-        return _put(tokens, at, logits, prompts, key, how)
+        return _put(tokens, at, logits, prompts, ends, key, how)
 
     return jax.lax.fori_loop(prompts.min() - 1, length - 1, body, tokens)

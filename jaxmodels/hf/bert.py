@@ -18,23 +18,26 @@ HEADS = {
 
 
 def config(s: Settings) -> BERTConfig:
-    architecture = Settings({"architectures": s.get("architectures", ["BertModel"])[0]}, s.where, s.refused)
-    head = HEADS[architecture.only("architectures", *HEADS)]
+    named = s.several("architectures", str, ["BertModel"])
+    head = HEADS[Settings({"architectures": named[0]}, s.where, s).only("architectures", *HEADS)]
     s.only("hidden_act", "gelu")
     s.only("position_embedding_type", "absolute")
     s.only("is_decoder", False)
     s.only("add_cross_attention", False)
     s.only("tie_word_embeddings", True)
+    dropout = s.number("hidden_dropout_prob", 0.1)
+    s.training("attention_probs_dropout_prob", 0.1, dropout)
+    s.training("classifier_dropout", dropout, dropout)
     fields = {
-        "vocab_size": s.get("vocab_size"),
-        "context": s.get("max_position_embeddings", 512),
-        "types": s.get("type_vocab_size", 2),
-        "layers": s.get("num_hidden_layers"),
-        "heads": s.get("num_attention_heads"),
-        "width": s.get("hidden_size"),
-        "mlp_width": s.get("intermediate_size"),
-        "norm_eps": s.get("layer_norm_eps", 1e-12),
-        "dropout": s.get("hidden_dropout_prob", 0.1),
+        "vocab_size": s.whole("vocab_size", 30522),
+        "context": s.whole("max_position_embeddings", 512),
+        "types": s.whole("type_vocab_size", 2),
+        "layers": s.whole("num_hidden_layers", 12),
+        "heads": s.whole("num_attention_heads", 12),
+        "width": s.whole("hidden_size", 768),
+        "mlp_width": s.whole("intermediate_size", 3072),
+        "norm_eps": s.number("layer_norm_eps", 1e-12),
+        "dropout": dropout,
         "classes": classes(s) if head == "classification" else None,
     }
     s.check()
@@ -98,7 +101,7 @@ def weights(c: BERTConfig) -> list[Weight]:
 
 
 def task(c: BERTConfig) -> str:
-    return "classification" if c.head == "classification" else "masked_lm"
+    return {"pretraining": "", "none": ""}.get(c.head, c.head)  # "": no task trains it
 
 
 FORMAT = Format(

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxmodels.hf.table import Format, Settings, Weight, block, square
+from jaxmodels.hf.table import Format, Settings, Weight, block, patch, side
 from jaxmodels.models.clip import CLIPConfig
 
 
 def config(s: Settings) -> CLIPConfig:
     """Settings that a file leaves out are those of ViT-B/32."""
-    image, text = s.section("vision_config"), s.section("text_config")
-    eps = text.get("layer_norm_eps", 1e-5)
+    # the longer names are those of the first files, and stand above the others
+    image, text = (
+        s.section(f"{kind}_config_dict" if s.get(f"{kind}_config_dict", None) is not None else f"{kind}_config")
+        for kind in ("vision", "text")
+    )
+    eps = text.number("layer_norm_eps", 1e-5)
     for tower in (image, text):
         tower.only("hidden_act", "quick_gelu")
-        tower.only("layer_norm_eps", eps)
-    size, end = image.get("image_size", 224), text.get("eos_token_id", 49407)
+        tower.training("attention_dropout", 0.0, 0.0)
+    if (other := image.number("layer_norm_eps", 1e-5)) != eps:
+        s.refused.append(f"layer_norm_eps {other:g} of images and {eps:g} of texts (computed here: the same)")
+    end = text.whole("eos_token_id", 49407, least=0)
     fields = {
-        "input_shape": (size, size, image.get("num_channels", 3)),
-        "patch": image.get("patch_size", 32),
-        "image_layers": image.get("num_hidden_layers", 12),
-        "image_heads": image.get("num_attention_heads", 12),
-        "image_width": image.get("hidden_size", 768),
-        "image_mlp_width": image.get("intermediate_size", 3072),
-        "vocab_size": text.get("vocab_size", 49408),
-        "context": text.get("max_position_embeddings", 77),
-        "text_layers": text.get("num_hidden_layers", 12),
-        "text_heads": text.get("num_attention_heads", 8),
-        "text_width": text.get("hidden_size", 512),
-        "text_mlp_width": text.get("intermediate_size", 2048),
+        "input_shape": (*image.pair("image_size", 224), image.whole("num_channels", 3)),
+        "patch": patch(image, 32),
+        "image_layers": image.whole("num_hidden_layers", 12),
+        "image_heads": image.whole("num_attention_heads", 12),
+        "image_width": image.whole("hidden_size", 768),
+        "image_mlp_width": image.whole("intermediate_size", 3072),
+        "vocab_size": text.whole("vocab_size", 49408),
+        "context": text.whole("max_position_embeddings", 77),
+        "text_layers": text.whole("num_hidden_layers", 12),
+        "text_heads": text.whole("num_attention_heads", 8),
+        "text_width": text.whole("hidden_size", 512),
+        "text_mlp_width": text.whole("intermediate_size", 2048),
         # 2 was written by mistake for years, and stands for the highest id
         "end_token": None if end == 2 else end,
-        "embedding": s.get("projection_dim", 512),
+        "embedding": s.whole("projection_dim", 512),
         "norm_eps": eps,
     }
     s.check()
@@ -46,7 +52,7 @@ def describe(c: CLIPConfig) -> dict[str, Any]:
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_act": "quick_gelu",
-            "image_size": square(c.input_shape),
+            "image_size": side(c.input_shape),
             "num_channels": c.input_shape[2],
             "patch_size": c.patch,
             "num_hidden_layers": c.image_layers,

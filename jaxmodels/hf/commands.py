@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,12 @@ import jax
 from jaxmodels import config as configs
 from jaxmodels import data, hf, tasks
 from jaxmodels.config import Config, DataConfig, TaskConfig
+from jaxmodels.data.special import text_of
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
-from jaxmodels.hf import load, save
-from jaxmodels.hf import tokenizer as tokenizers
+from jaxmodels.hf import beside, load, save
 from jaxmodels.models.functional import create, family_of
 
-KEPT = "pretrained"
-"""Folder of a run with the files that came beside the weights, and that go out with them again."""
-BESIDE = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "config.json",
-)
 _SAID = 1_000_000_000  # bytes from which on progress is said
 
 
@@ -53,18 +37,17 @@ def import_run(directory: Path, /, out: Path) -> None:
     with save.complete(out) as part:
         source = load.open_source(directory)
         config = source.model.config
-        tokenizer = (directory / FILE).is_file()
-        if tokenizer:
-            data.load_tokenizer(directory)  # before the weights: it may be none that works
-            shutil.copyfile(directory / FILE, part / FILE)
-        (part / KEPT).mkdir()
-        for pattern in BESIDE:
-            for path in directory.glob(pattern):
-                shutil.copyfile(path, part / KEPT / path.name)
+        # before the weights: something may be damaged, or a link that leads elsewhere
+        beside.keep(directory, part)
+        tokenizer = data.load_tokenizer(directory) if (directory / FILE).is_file() else None
+        if tokenizer is not None:
+            tokenizer.save(part)
         with progress("reading", source.size) as done:
             params, stats = load.nested(load.read(source, done=done))
         state = {"params": {"model": params}, "stats": {"model": stats}}
-        cfg = experiment(config, source.format.task(config), out / FILE if tokenizer else None)
+        cfg = experiment(config, source.format.task(config), out if tokenizer else None)
+        if tokenizer is not None and cfg.task.name == "masked_lm":
+            cfg = replace(cfg, task=masking(cfg.task, directory, tokenizer))
         meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}
         checkpointer = Checkpointer(part / "checkpoints")
         checkpointer.save(0, state, meta)
@@ -79,12 +62,21 @@ def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
     """The config of an imported run: its model, and data that the model can take."""
     if task not in tasks.TASKS:
         return Config(model=model)  # to be exported again; there is no task that trains it
-    if task == "causal_lm":
+    named: dict[str, Any] = {"tokenizer": str(tokenizer / FILE)} if tokenizer else {}
+    if task == "causal_lm" or (task == "masked_lm" and tokenizer):
         length = min(DataConfig().seq_len, getattr(model, "context", DataConfig().seq_len))
-        section = DataConfig(seq_len=length, tokenizer=str(tokenizer) if tokenizer else DataConfig().tokenizer)
+        section = DataConfig(seq_len=length, **named)
     else:
-        section = DataConfig(source="synthetic")
+        section = DataConfig(source="synthetic", **named)
     return Config(model=model, task=TaskConfig(name=task), data=section)  # type: ignore[arg-type]
+
+
+def masking(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer) -> TaskConfig:
+    """The task with the token that stands for those taken out, and with those that never are."""
+    token = text_of(directory, "mask_token")
+    ids = tokenizer.ids((token or "[MASK]", text_of(directory, "pad_token") or "[PAD]"))
+    kept = {i for i in (ids[1], *tokenizer.before, *tokenizer.after) if i is not None}
+    return replace(task, mask_token=ids[0], keep=tuple(sorted(kept)))
 
 
 def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: str = "5GB") -> None:
@@ -104,7 +96,7 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
     form = hf.format_of(family_of(cfg.model).name)
     form.describe(cfg.model)  # before anything is read
     with save.complete(directory) as part:
-        more = beside(run, part, cfg)
+        more = beside.back(run, part, cfg)
         checkpointer = Checkpointer(run / "checkpoints")
         kind = "params" if cfg.train.ema is None else "ema"
         params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind)
@@ -116,24 +108,6 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
                 part, model, params["model"], stats.get("model", {}), shard_size=limit, more=more, done=done
             )
     print(f"{directory}: step {at} of {run}, {model.count():,} parameters")
-
-
-def beside(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
-    """Put the tokenizer and what came beside the weights into the folder; returns further settings of config.json."""
-    if (run / KEPT).is_dir():
-        for path in (run / KEPT).iterdir():
-            if path.name != "config.json":  # that comes last, with the weights
-                shutil.copyfile(path, part / path.name)
-        settings = json.loads((run / KEPT / "config.json").read_text())
-        # those say how the weights came, not how they go
-        return {
-            key: value for key, value in settings.items() if key not in ("dtype", "auto_map", "transformers_version")
-        }
-    if not (run / FILE).is_file():
-        return {}
-    tokenizer = data.load_tokenizer(run)
-    tokenizers.save(tokenizer, part)
-    return {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end} if cfg.task.name == "causal_lm" else {}
 
 
 def size(text: str) -> int:

@@ -24,7 +24,13 @@ DTYPES = {name: jnp.dtype(kind) for name, kind in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
 }.items()}  # fmt: skip
 """Types that become float32."""
+BITS = {name: bits for bits, names in {
+    4: ("F4",), 8: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 16: ("I16", "U16", "F16", "BF16"),
+    32: ("I32", "U32", "F32"), 64: ("I64", "U64", "F64", "C64"),
+}.items() for name in names}  # fmt: skip
+"""Bits of a number of each type."""
 _CHUNK = 1 << 24
+_HEADER = 100_000_000  # the most bytes of a header, by the format
 
 
 @dataclass(frozen=True)
@@ -74,34 +80,97 @@ class Tensor:
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file.
+    """The tensors of a file, which lie one behind another and fill it.
 
     Raises:
-        ValueError: it is no safetensors file, or part of it is missing.
+        ValueError: it is no safetensors file, or its header says what cannot be.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"{path.name} is no safetensors file, or part of it is missing")
-        try:
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            tensors = {
-                name: Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-                for name, entry in entries.items()
-            }
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.name} has a header that cannot be read") from error
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, _HEADER):
+                raise ValueError(f"{path.name} is no safetensors file, or part of it is missing")
+            text = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror})") from error
+    entries = json_object(text)
+    if entries is None:
+        raise ValueError(f"{path.name} has a header that cannot be read")
+    entries.pop("__metadata__", None)
+    tensors, spans = {}, {}
+    for name, entry in entries.items():
+        if (wrong := _wrong(entry)) is not None:
+            raise ValueError(f"{path.name} has {_short(name)} with {wrong}")
+        start, stop = spans[name] = entry["data_offsets"]
+        tensors[name] = Tensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start)
+        bits = BITS.get(entry["dtype"])
+        if bits is not None and 8 * (stop - start) != tensors[name].size * bits:
+            raise ValueError(f"{path.name} has {name} of {stop - start} bytes, which are not those of its shape")
+    end = max((stop for _, stop in spans.values()), default=0)
     if 8 + length + end > size:
         raise ValueError(f"{path.name} is cut short: {size:,} bytes of {8 + length + end:,}")
-    for name, tensor in tensors.items():
-        if tensor.dtype in DTYPES:
-            begin, stop = entries[name]["data_offsets"]
-            if stop - begin != tensor.size * DTYPES[tensor.dtype].itemsize:
-                raise ValueError(f"{path.name} has {name} of {stop - begin} bytes, which are not those of its shape")
+    at = 0
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != at:
+            raise ValueError(f"{path.name} has {name} from byte {start}, expected {at}, where the one before it ends")
+        at = stop
+    if 8 + length + at != size:
+        raise ValueError(f"{path.name} has {size - 8 - length - at:,} bytes behind its last tensor")
     return tensors
+
+
+def _wrong(entry: Any) -> str | None:
+    """What cannot be in what a header says of a tensor."""
+    if not isinstance(entry, dict):
+        return f"{_short(entry)}, expected dtype, shape and data_offsets"
+    kind, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(kind, str):
+        return f"dtype {_short(kind)}, expected one such as F32"
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape) or len(shape) > 32:
+        return f"shape {_short(shape)}, expected whole numbers"
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int for n in offsets)
+        or not 0 <= offsets[0] <= offsets[1]
+    ):
+        return f"data_offsets {_short(offsets)}, expected where it begins and ends"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def json_object(text: bytes) -> dict[str, Any] | None:
+    """A JSON object no name of which stands twice; None where it is none."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name stands twice")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _index(path: Path) -> dict[str, str] | None:
+    """The file of each tensor, as an index says; None where it cannot be read."""
+    try:
+        where = (json_object(path.read_bytes()) or {}).get("weight_map")
+    except OSError:
+        return None
+    if not isinstance(where, dict) or not where:
+        return None
+    # a name of a file and no path, which might lead out of the directory
+    names = [name for name in where.values() if not (isinstance(name, str) and name.endswith(".safetensors"))]
+    return None if names or any(Path(name).name != name for name in where.values()) else where
 
 
 def scan(directory: Path) -> tuple[list[tuple[str, Tensor]], list[str]]:
@@ -109,10 +178,9 @@ def scan(directory: Path) -> tuple[list[tuple[str, Tensor]], list[str]]:
     index, problems, found = directory / INDEX, [], []
     where: dict[str, str] | None = None
     if index.is_file() and not (directory / WEIGHTS).is_file():
-        try:
-            where = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            return [], [f"{INDEX} cannot be read"]
+        where = _index(index)
+        if where is None:
+            return [], [f"{INDEX} has no weight_map that names a file such as {WEIGHTS} for each tensor"]
         names = list(dict.fromkeys(where.values()))
     else:
         names = [WEIGHTS]
@@ -138,10 +206,21 @@ def scan(directory: Path) -> tuple[list[tuple[str, Tensor]], list[str]]:
     return found, problems
 
 
-def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> Iterator[int]:
-    """Write float32 tensors in the order of `shapes`, taking one at a time; gives the bytes of each once written."""
+def write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[np.ndarray],
+    counters: Mapping[str, int] | None = None,
+) -> Iterator[int]:
+    """Write float32 tensors in the order of `shapes`, taking one at a time; gives the bytes of each once written.
+
+    `counters` are single whole numbers, which come first, as the wider type.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    counted, end = counters or {}, 0
+    for name in counted:
+        start, end = end, end + 8
+        entries[name] = {"dtype": "I64", "shape": [], "data_offsets": [start, end]}
     for name, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)
         entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
@@ -149,6 +228,7 @@ def write(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[n
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        file.write(np.array([*counted.values()], "<i8").tobytes())
         for tensor, shape in zip(tensors, shapes.values(), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"got a tensor of shape {tensor.shape}, expected {shape}")

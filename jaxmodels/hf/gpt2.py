@@ -16,14 +16,17 @@ def config(s: Settings) -> GPT2Config:
     s.only("scale_attn_by_inverse_layer_idx", False)
     s.only("add_cross_attention", False)
     s.only("tie_word_embeddings", True)
+    dropout, embed, attention = (s.number(f"{place}_pdrop", 0.1) for place in ("resid", "embd", "attn"))
     fields = {
-        "vocab_size": s.get("vocab_size"),
-        "context": s.get("n_positions"),
-        "layers": s.get("n_layer"),
-        "heads": s.get("n_head"),
-        "width": s.get("n_embd"),
-        "mlp_width": s.get("n_inner", None),
-        "dropout": s.get("resid_pdrop", 0.1),
+        "vocab_size": s.whole("vocab_size", 50257),
+        "context": s.whole("n_positions", 1024),
+        "layers": s.whole("n_layer", 12),
+        "heads": s.whole("n_head", 12),
+        "width": s.whole("n_embd", 768),
+        "mlp_width": s.whole("n_inner", None),
+        "dropout": dropout,
+        "embed_dropout": None if embed == dropout else embed,
+        "attention_dropout": None if attention == dropout else attention,
     }
     s.check()
     return GPT2Config(**fields)
@@ -43,8 +46,8 @@ def describe(c: GPT2Config) -> dict[str, Any]:
         "n_embd": c.width,
         "n_inner": c.mlp_width,
         "resid_pdrop": c.dropout,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
+        "embd_pdrop": c.dropout if c.embed_dropout is None else c.embed_dropout,
+        "attn_pdrop": c.dropout if c.attention_dropout is None else c.attention_dropout,
         "tie_word_embeddings": True,
     }
 

@@ -9,68 +9,79 @@ from jaxmodels.hf.table import Format, Settings, Weight
 from jaxmodels.models.attention import RopeScaling
 from jaxmodels.models.llama import LlamaConfig
 
+_MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
 UNSAID: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "mistral": {**_MISTRAL, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "mixtral": {**_MISTRAL, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
 }
 """What transformers takes for settings that a config.json of this `model_type` leaves out, where it is not LLaMA's."""
 
 
 def rope(s: Settings) -> dict[str, Any]:
     """Base and scaling of the wavelengths, as transformers writes them since version 5 or before it."""
-    inner = Settings({**s.get("rope_scaling", {}), **s.get("rope_parameters", {})}, s.where, s.refused)
-    base = s.get("rope_theta", 1e4)
-    found: dict[str, Any] = {"rope_theta": float(inner.get("rope_theta", base))}
+    inner = Settings({**s.section("rope_scaling").values, **s.section("rope_parameters").values}, s.where, s)
+    base = s.number("rope_theta", 1e4)
+    found: dict[str, Any] = {"rope_theta": float(inner.number("rope_theta", base))}
     # before it was renamed, the type was called type
     old = inner.values.get("type", "default")
-    kind = Settings({"rope_type": old, **inner.values}, s.where, s.refused).only("rope_type", "default", "llama3")
+    kind = Settings({"rope_type": old, **inner.values}, s.where, s).only("rope_type", "default", "llama3")
     if kind == "llama3":
         found["rope_scaling"] = RopeScaling(
-            float(inner.get("factor")),
-            float(inner.get("low_freq_factor")),
-            float(inner.get("high_freq_factor")),
-            int(inner.get("original_max_position_embeddings")),
+            float(inner.number("factor")),
+            float(inner.number("low_freq_factor")),
+            float(inner.number("high_freq_factor")),
+            inner.whole("original_max_position_embeddings"),
         )
     return found
 
 
 def window(s: Settings) -> int | None:
     """Tokens that each one sees; refused where layers differ."""
-    layers, kind = s.get("num_hidden_layers"), s.values["model_type"]
-    width = s.get("sliding_window", None)
+    layers, kind = s.whole("num_hidden_layers", 32), s.values["model_type"]
+    width = s.whole("sliding_window", None)
     if kind == "llama" or width is None:
         return None
     if kind in ("mistral", "mixtral"):
         return width
-    if not s.get("use_sliding_window", False):
+    if not s.flag("use_sliding_window", False):
         return None
-    first = s.get("max_window_layers", 28)
-    kinds = s.get("layer_types", ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first))
-    if len(set(kinds)) > 1:
+    first = min(s.whole("max_window_layers", 28, least=0), layers)
+    kinds = set(["full_attention"] * (first > 0) + ["sliding_attention"] * (first < layers))
+    if s.get("layer_types", None) is not None:
+        kinds = set(s.several("layer_types", str, sorted(kinds)))
+    if len(kinds) > 1:
         s.refused.append("layer_types that differ (computed here: all sliding_attention or all full_attention)")
     return width if "sliding_attention" in kinds else None
 
 
 def common(s: Settings) -> dict[str, Any]:
     """What decoders of this kind have in common."""
-    s = Settings({**UNSAID[s.values["model_type"]], **s.values}, s.where, s.refused)  # null is not left out
+    s = Settings({**UNSAID[s.values["model_type"]], **s.values}, s.where, s)  # null is not left out
     s.only("hidden_act", "silu")
-    heads, width = s.get("num_attention_heads"), s.get("hidden_size")
-    groups, size = s.get("num_key_value_heads", None), s.get("head_dim", None)
+    s.training("attention_dropout", 0.0, 0.0)
+    heads, width = s.whole("num_attention_heads", 32), s.whole("hidden_size", 4096)
+    groups, size = s.whole("num_key_value_heads", None), s.whole("head_dim", None)
     return {
-        "vocab_size": s.get("vocab_size"),
-        "context": s.get("max_position_embeddings", 2048),
-        "layers": s.get("num_hidden_layers"),
+        "vocab_size": s.whole("vocab_size", 32000),
+        "context": s.whole("max_position_embeddings", 2048),
+        "layers": s.whole("num_hidden_layers", 32),
         "heads": heads,
         "kv_heads": None if groups == heads else groups,
         "width": width,
         "head_dim": None if size and size * heads == width else size,
-        "mlp_width": s.get("intermediate_size"),
-        "norm_eps": s.get("rms_norm_eps", 1e-6),
-        "tied": bool(s.get("tie_word_embeddings", False)),
+        "mlp_width": s.whole("intermediate_size", 11008),
+        "norm_eps": s.number("rms_norm_eps", 1e-6),
+        "tied": s.flag("tie_word_embeddings", False),
         "window": window(s),
         **rope(s),
     }

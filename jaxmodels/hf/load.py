@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import logging
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,13 @@ from jaxmodels.hf.table import Format, Settings, Slot
 from jaxmodels.models.functional import Model, create
 from jaxmodels.parallel import rules
 
+log = logging.getLogger("jaxmodels")
+
 Leaves = dict[str, Any]
 """By path; batch statistics under stats/."""
+_AT_ONCE = 1 << 22
+_NAMED = 12  # names of tensors of one kind in a message
+Found = list[tuple[str, files.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,32 +59,85 @@ def load_pretrained(directory: Path, mesh: Mesh | None, overrides: Mapping[str, 
     return (dataclasses.replace(model, stats=lambda: stats) if stats else model), params
 
 
-def open_source(directory: Path, overrides: Mapping[str, Any] | None = None) -> Source:
+def described(directory: Path) -> tuple[Format, Any]:
+    """How the model of a directory is read, and its config; what changes its training alone is said.
+
+    Raises:
+        UserError: a setting that is not computed here; all are named.
+    """
+    settings = Settings.read(directory)
+    form = hf.format_of(hf.family_of(settings.values["model_type"]))
+    if settings.values.get("quantization_config") is not None:
+        settings.refused.append("a quantization_config (computed here: weights that are not quantized)")
+    config = form.config(settings)
+    settings.check()
+    for remark in settings.remarks:
+        log.warning("%s: %s", settings.where, remark)
+    return form, config
+
+
+def open_source(
+    directory: Path, overrides: Mapping[str, Any] | None = None, wanted: Collection[str] | None = None
+) -> Source:
     """The model of a directory, with every tensor found and checked by the files' headers.
+
+    `wanted`: paths of the leaves that are to be read; the others may be missing, or of another shape than the model's.
 
     Raises:
         UserError: names all that does not fit.
     """
-    settings = Settings.read(directory)
-    form = hf.format_of(hf.family_of(settings.values["model_type"]))
-    config = form.config(settings)
-    settings.check()
+    form, config = described(directory)
+    found, damaged = files.scan(directory)
+    counted(config, len(found), damaged, directory)
     model = create(config, **(overrides or {}))
-    rows = form.slots(model.config, {path: leaf.shape for path, leaf in leaves_of(model).items()})
-    return Source(model, form, rows, match(directory, form, model, rows))
+    shapes = {path: leaf.shape for path, leaf in leaves_of(model).items()}
+    table = form.rows(model.config, shapes)
+    if wanted is not None:
+        table = [row for row in table if set(row.paths) & {*wanted}]
+    # before a row is spread out: each of its tensors has to be in the files, or be tied to one that is
+    count = sum(math.prod(shapes[row.paths[0]][: len(re.findall(r"\{\w+\}", row.theirs))]) for row in table)
+    if not damaged and count > 2 * len(found) + 100:
+        raise UserError(
+            f"got {directory}/config.json of a model of {count:,} tensors, expected the {len(found):,} that are in the "
+            "files, try a complete copy"
+        )
+    rows = form.slots(model.config, shapes)
+    needed = [row for row in rows if wanted is None or set(row[0].weight.paths) & {*wanted}]
+    known = {slot.name: slot for row in rows for slot in row}
+    return Source(model, form, needed, match(directory, form, model, needed, known, found, damaged))
 
 
-def match(directory: Path, form: Format, model: Model, rows: list[list[Slot]]) -> dict[str, files.Tensor]:
-    """The tensor of a directory for each slot, by its name."""
+def counted(config: Any, tensors: int, damaged: list[str], directory: Path) -> None:
+    """Raises UserError where a config has more layers than there are tensors, before a model is made of it."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        layers = sum(value) if field.name == "depths" else value if "layers" in field.name else 0
+        if not damaged and (layers or 0) > tensors:
+            raise UserError(
+                f"got {directory}/config.json with {field.name} {layers:,}, expected no more than the {tensors:,} "
+                "tensors that are in the files, try a complete copy"
+            )
+
+
+def match(
+    directory: Path,
+    form: Format,
+    model: Model,
+    rows: list[list[Slot]],
+    every: Mapping[str, Slot],
+    tensors: Found,
+    damaged: list[str],
+) -> dict[str, files.Tensor]:
+    """The tensor for each slot of the rows, by its name, among those of a directory; `every` slot is a known name."""
     slots = {slot.name: slot for row in rows for slot in row}
-    tensors, damaged = files.scan(directory)
     # a name -> the tensors that answer to it, with the names they have in the files
     known: dict[str, list[tuple[str, files.Tensor]]] = {}
     copies: dict[str, list[tuple[str, files.Tensor]]] = {}
     unknown, kinds = [], []
+    names = {*every, *form.copies}
     for name, tensor in tensors:
-        plain = form.canonical(name, [*slots, *form.copies])
-        if plain not in slots and form.skips(plain):
+        plain = form.canonical(name, names)
+        if plain not in slots and (plain in every or form.skips(plain)):
             continue
         if plain not in slots and form.copies.get(plain) not in slots:
             unknown.append(name)
@@ -119,12 +180,17 @@ def match(directory: Path, form: Format, model: Model, rows: list[list[Slot]]) -
         "tied to another, but different": different,
     }
     if any(problems.values()):
-        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+        said = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
         raise UserError(
             f"got weights in {directory} that do not fit {type(model.config).__name__}: {said}; expected the "
             f"{len(slots)} tensors that config.json describes, try a complete copy, with no override of a shape"
         )
     return {name: ones[0][1] for name, ones in known.items()}
+
+
+def listed(names: list[str]) -> str:
+    """The first names, and how many there are beside."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def read(
@@ -150,9 +216,26 @@ def put(slot: Slot, tensor: files.Tensor, parts: Mapping[str, Parts]) -> None:
         target = parts[slot.weight.paths[0]].whole(slot.index)
         if target is not None:
             tensor.read_into(target)
+            finite(slot.name, target)
             return
-    for path, view in zip(slot.weight.paths, slot.ours(tensor.read()), strict=True):
+    found = tensor.read()
+    finite(slot.name, found)
+    for path, view in zip(slot.weight.paths, slot.ours(found), strict=True):
         parts[path].put(slot.index, view)
+
+
+def finite(name: str, tensor: np.ndarray) -> None:
+    """Raises UserError where a tensor has a number that is none, or infinite as float32; little more is in memory."""
+    flat = tensor.reshape(-1)
+    for at in range(0, len(flat), _AT_ONCE):
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
+            piece = flat[at : at + _AT_ONCE].astype(np.float32, copy=False)
+        if not (right := np.isfinite(piece)).all():
+            first = int(np.argmin(right))
+            raise UserError(
+                f"got {piece[first]} in {name} (number {at + first:,} of {len(flat):,}), expected weights that are "
+                "finite, try another copy"
+            )
 
 
 class Parts:

@@ -14,10 +14,11 @@ def config(s: Settings) -> MixtralConfig:
     if fields.pop("rope_scaling", None) is not None:
         s.refused.append('rope_type "llama3" (computed here: "default")')
     fields |= {
-        "experts": s.get("num_local_experts", 8),
-        "experts_per_token": s.get("num_experts_per_tok", 2),
-        "balance_loss": s.get("router_aux_loss_coef", 0.001),
+        "experts": s.whole("num_local_experts", 8),
+        "experts_per_token": s.whole("num_experts_per_tok", 2),
+        "balance_loss": s.number("router_aux_loss_coef", 0.001),
     }
+    s.training("router_jitter_noise", 0.0, 0.0)
     s.check()
     return MixtralConfig(**fields)
 

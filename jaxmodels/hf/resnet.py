@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmodels.errors import UserError
-from jaxmodels.hf.table import Format, Settings, Weight, classes, labels, square
+from jaxmodels.hf.table import Format, Settings, Weight, classes, labels, side
 from jaxmodels.models.resnet import ResNetConfig
 
 
@@ -14,14 +14,15 @@ def config(s: Settings) -> ResNetConfig:
     s.only("hidden_act", "relu")
     s.only("downsample_in_first_stage", False)
     s.only("downsample_in_bottleneck", False)
-    size = s.get("image_size", 224)
     fields = {
-        "input_shape": (size, size, s.get("num_channels", 3)),
+        "input_shape": (*s.pair("image_size", 224), s.whole("num_channels", 3)),
         "classes": classes(s),
-        "depths": tuple(s.get("depths", (3, 4, 6, 3))),
-        "widths": tuple(s.get("hidden_sizes", (256, 512, 1024, 2048))),
-        "stem_width": s.get("embedding_size", 64),
+        "depths": s.several("depths", int, (3, 4, 6, 3)),
+        "widths": s.several("hidden_sizes", int, (256, 512, 1024, 2048)),
+        "stem_width": s.whole("embedding_size", 64),
     }
+    if len(fields["depths"]) != len(fields["widths"]):
+        s.refused.append(f"{len(fields['depths'])} depths and {len(fields['widths'])} hidden_sizes (expected: as many)")
     s.check()
     return ResNetConfig(bottleneck=kind == "bottleneck", **fields)
 
@@ -37,7 +38,7 @@ def describe(c: ResNetConfig) -> dict[str, Any]:
         "downsample_in_first_stage": False,
         "downsample_in_bottleneck": False,
         "num_channels": c.input_shape[2],
-        "image_size": square(c.input_shape),
+        "image_size": side(c.input_shape),
         "depths": list(c.depths),
         "hidden_sizes": list(c.widths),
         "embedding_size": c.stem_width,
@@ -74,5 +75,6 @@ FORMAT = Format(
     weights=weights,
     prefix="resnet.",
     skipped=(r"num_batches_tracked$",),
+    counters={"running_var": "num_batches_tracked"},
     task=lambda config: "classification",
 )

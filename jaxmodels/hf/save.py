@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels import hf
+from jaxmodels.data import special
 from jaxmodels.errors import UserError
 from jaxmodels.hf import files
 from jaxmodels.hf.load import flatten, leaves_of
@@ -19,6 +20,10 @@ from jaxmodels.models.functional import Model, family_of
 
 SHARD = 5_000_000_000
 """Bytes of a file of weights, as transformers has it."""
+MARK = ".jaxmodels-part"
+"""A file that only a folder which is being written has."""
+OVERRIDE = ("id2label", "label2id", *special.NAMES)
+"""Settings of config.json that a model's config does not tell better than who has them from elsewhere."""
 
 
 @contextlib.contextmanager
@@ -31,13 +36,27 @@ def complete(directory: Path) -> Iterator[Path]:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"got {directory}, which is there already, expected no or an empty directory, try another")
     part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
-    part.mkdir(parents=True)
+    if part.exists() and any(part.iterdir() if part.is_dir() else [part]) and not (part / MARK).is_file():
+        raise UserError(f"got {part}, which is there already and no unfinished {directory.name}, try another directory")
+    made = [folder for folder in (part.parent, *part.parent.parents) if not folder.exists()]
+    try:
+        if part.is_dir():
+            shutil.rmtree(part)  # of one that was killed
+        part.mkdir(parents=True)
+        (part / MARK).touch()
+    except OSError as error:
+        raise UserError(
+            f"got {directory}, which cannot be written ({error.strerror}), expected a place for a folder, try another"
+        ) from error
     try:
         yield part
+        (part / MARK).unlink()
         part.rename(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def save_pretrained(
@@ -60,20 +79,20 @@ def save_pretrained(
     """
     form = hf.format_of(family_of(model.config).name)
     settings = {**form.describe(model.config), "torch_dtype": "float32"}
-    names = {
-        key: value for key, value in (more or {}).items() if key not in settings or key in ("id2label", "label2id")
-    }
-    settings |= names
+    settings |= {key: value for key, value in (more or {}).items() if key not in settings or key in OVERRIDE}
     rows = form.slots(model.config, {path: leaf.shape for path, leaf in leaves_of(model).items()})
     leaves = flatten(params, model.stats() if stats is None else stats)
     slots = {slot.name: slot for slot in sorted((slot for row in rows for slot in row), key=lambda slot: slot.name)}
     shards = files.sharded({name: slot.shape for name, slot in slots.items()}, shard_size)
+    counters = {file: form.counts(shapes) for file, shapes in shards.items()}
     for file, shapes in shards.items():
-        for size in files.write(directory / file, shapes, (slots[name].theirs(leaves) for name in shapes)):
+        for size in files.write(
+            directory / file, shapes, (slots[name].theirs(leaves) for name in shapes), counters[file]
+        ):
             done(size)
     if len(shards) > 1:
-        total = sum(4 * int(np.prod(slot.shape)) for slot in slots.values())
-        where = {name: file for file, shapes in shards.items() for name in shapes}
+        total = sum(4 * int(np.prod(slot.shape)) for slot in slots.values()) + 8 * sum(map(len, counters.values()))
+        where = {name: file for file, shapes in shards.items() for name in (*shapes, *counters[file])}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (directory / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -9,17 +9,19 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxmodels.data.special import objects
 from jaxmodels.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Path of a leaf -> its shape; batch statistics lie under stats/."""
+_HIGHEST = 1 << 31  # numbers from there on are no size
 
 
 @dataclass(frozen=True)
@@ -92,19 +94,30 @@ class Format:
     """Name of a tensor that may be missing -> the one that is then taken for it too."""
     skipped: tuple[str, ...] = ()
     """Patterns of names that hold no weights: masks, counters, tables that are computed."""
+    counters: Mapping[str, str] = field(default_factory=dict)
+    """End of a tensor's name -> that of a count beside it, which is written as 0."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Old names: pattern, and what to put there."""
     task: Callable[[Any], str] = lambda config: "causal_lm"
     """What a model with this config is trained to do."""
 
-    def slots(self, config: Any, shapes: Shapes) -> list[list[Slot]]:
-        """All tensors of a model in the order of the table, those of one row together."""
+    def rows(self, config: Any, shapes: Shapes) -> list[Weight]:
+        """The rows of a model in the order of the table."""
         rows = [row for row in self.weights(config) if row.paths[0] in shapes]
         covered = [path for row in rows for path in row.paths]
         if sorted(covered) != sorted(shapes):
             wrong = sorted(set(covered) ^ set(shapes)) or "some twice"
             raise ValueError(f"got a table of {self.family} that does not cover its parameters once each: {wrong}")
-        return [list(expand(row, shapes)) for row in rows]
+        return rows
+
+    def slots(self, config: Any, shapes: Shapes) -> list[list[Slot]]:
+        """All tensors of a model in the order of the table, those of one row together."""
+        return [list(expand(row, shapes)) for row in self.rows(config, shapes)]
+
+    def counts(self, names: Iterable[str]) -> dict[str, int]:
+        """The counters beside tensors of these names, all 0 as in a model that was never trained."""
+        pairs = ((name, end) for name in names for end in self.counters if name.endswith(end))
+        return {name.removesuffix(end) + self.counters[end]: 0 for name, end in pairs}
 
     def canonical(self, name: str, known: Iterable[str]) -> str:
         """A tensor's name as the table writes it."""
@@ -113,8 +126,8 @@ class Format:
         return self.prefix + name if name not in known and self.prefix + name in known else name
 
     def skips(self, name: str) -> bool:
-        """Whether a tensor of that name holds no weights."""
-        return any(re.search(pattern, name) for pattern in self.skipped)
+        """Whether a tensor of that name holds no weights, whether or not the name has the prefix."""
+        return any(re.search(pattern, text) for pattern in self.skipped for text in (name, self.prefix + name))
 
 
 def expand(row: Weight, shapes: Shapes) -> Iterable[Slot]:
@@ -137,9 +150,11 @@ def expand(row: Weight, shapes: Shapes) -> Iterable[Slot]:
 class Settings:
     """A config.json, whose settings that are not computed here are collected and refused at once."""
 
-    def __init__(self, values: Mapping[str, Any], where: str, refused: list[str] | None = None):
+    def __init__(self, values: Mapping[str, Any], where: str, parent: Settings | None = None):
         self.values, self.where = values, where
-        self.refused: list[str] = [] if refused is None else refused
+        self.refused: list[str] = [] if parent is None else parent.refused
+        self.remarks: list[str] = [] if parent is None else parent.remarks
+        """What is not computed here either, but changes training alone."""
 
     @staticmethod
     def read(directory: Path) -> Settings:
@@ -154,12 +169,9 @@ class Settings:
             raise UserError(
                 f"got {str(directory)!r}, expected a directory with config.json and model.safetensors{hint}"
             )
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"got {path}, expected JSON ({error})") from error
-        if not isinstance(values, dict) or "model_type" not in values:
-            raise UserError(f"got {path} without model_type, expected a config of transformers")
+        values = objects(path)
+        if not isinstance(values.get("model_type"), str):
+            raise UserError(f"got {path} without model_type, expected a config of transformers, try another directory")
         return Settings(values, str(path))
 
     def get(self, name: str, default: Any = ...) -> Any:
@@ -170,18 +182,67 @@ class Settings:
             return 0
         return default if value is None else value
 
+    def whole(self, name: str, default: Any = ..., least: int = 1) -> Any:
+        """A setting that is a whole number; None only where that is the default."""
+        value = self.get(name, default)
+        if value is None or (type(value) is int and least <= value < _HIGHEST):
+            return value
+        return self.wrong(name, value, f"a whole number from {least}", default)
+
+    def number(self, name: str, default: Any = ..., least: float = 0.0) -> Any:
+        """A setting that is a number."""
+        value = self.get(name, default)
+        if type(value) in (int, float) and least <= value < 1e38:  # what float32 holds
+            return float(value)
+        return self.wrong(name, value, f"a number from {least:g}", default)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A setting that is true or false."""
+        value = self.get(name, default)
+        return value if isinstance(value, bool) else self.wrong(name, value, "true or false", default)
+
+    def several(self, name: str, kind: type, default: Sequence[Any]) -> tuple[Any, ...]:
+        """A setting that is a list of one kind of values, at least one."""
+        value = self.get(name, list(default))
+        right = isinstance(value, list) and value and all(type(item) is kind for item in value)
+        if right and (kind is not int or all(0 < item < _HIGHEST for item in value)):
+            return tuple(value)
+        return tuple(self.wrong(name, value, f"a list of {'whole numbers' if kind is int else 'names'}", default))
+
+    def pair(self, name: str, default: int) -> tuple[int, int]:
+        """A setting that is a height and a width, or one number for both."""
+        if isinstance(self.get(name, default), list):
+            sizes = [*self.several(name, int, (default, default))]
+            return (sizes[0], sizes[-1]) if len(sizes) < 3 else self.wrong(name, sizes, "two numbers", (1, 1))
+        size = self.whole(name, default)
+        return size, size
+
+    def wrong(self, name: str, value: Any, expected: str, default: Any) -> Any:
+        """Refuse a setting, and go on with its default."""
+        text = json.dumps(value)
+        self.refused.append(f"{name} {text if len(text) <= 60 else text[:57] + '...'} (expected: {expected})")
+        return 1 if default is ... or default is None else default
+
     def only(self, name: str, *known: Any) -> Any:
         """A setting that has to be one of `known`, the first of which holds where it is missing."""
         value = self.get(name, known[0])
-        if value not in known:
-            expected = " or ".join(json.dumps(item) for item in known)
-            self.refused.append(f"{name} {json.dumps(value)} (computed here: {expected})")
+        if value not in known or isinstance(value, bool) != isinstance(known[0], bool):
+            text, expected = json.dumps(value), " or ".join(json.dumps(item) for item in known)
+            self.refused.append(f"{name} {text if len(text) <= 60 else text[:57] + '...'} (computed here: {expected})")
             return known[0]
         return value
 
+    def training(self, name: str, default: float, computed: float) -> None:
+        """Remark a setting that only training depends on, where it is not what is computed here."""
+        if (value := self.number(name, default)) != computed:
+            self.remarks.append(f"{name} {value:g} (computed here, in training alone: {computed:g})")
+
     def section(self, name: str) -> Settings:
         """The settings inside one of them."""
-        return Settings(self.get(name, {}), self.where, self.refused)
+        value = self.get(name, {})
+        return Settings(
+            value if isinstance(value, dict) else self.wrong(name, value, "an object", {}), self.where, self
+        )
 
     def check(self) -> None:
         """Raises: UserError that names all that was refused."""
@@ -194,7 +255,7 @@ class Settings:
 
 def classes(s: Settings) -> int:
     """Classes of a classifier: as many as have names, and two where config.json does not say."""
-    return len(s.get("id2label", {})) or s.get("num_labels", 2)
+    return len(s.section("id2label").values) or s.whole("num_labels", 2)
 
 
 def labels(count: int) -> dict[str, Any]:
@@ -220,12 +281,14 @@ def block(ours: str, **theirs: str) -> list[Weight]:
     return rows
 
 
-def square(shape: tuple[int, int, int]) -> int:
-    """The side of images, which config.json says once.
+def patch(s: Settings, default: int) -> int:
+    """The side of square patches."""
+    height, width = s.pair("patch_size", default)
+    if height != width:
+        s.refused.append(f"patch_size {height} by {width} (computed here: square patches)")
+    return height
 
-    Raises:
-        UserError: they are not square.
-    """
-    if shape[0] != shape[1]:
-        raise UserError(f"got images of {shape[0]}x{shape[1]}, expected square ones, which config.json can describe")
-    return shape[0]
+
+def side(shape: tuple[int, int, int]) -> int | list[int]:
+    """The size of images as config.json says it."""
+    return shape[0] if shape[0] == shape[1] else list(shape[:2])

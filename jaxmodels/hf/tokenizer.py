@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.data.tokenizer import FILE, Bytes, Chars, Tokenizer
+from jaxmodels.data.tokenizer import FILE, Bytes, Chars, HuggingFace, Tokenizer
 
 
-def save(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write tokenizer.json, and the tokenizer_config.json that makes AutoTokenizer take it as it is."""
+def save(tokenizer: Tokenizer, directory: Path, task: str = "causal_lm") -> None:
+    """Write tokenizer.json, and the tokenizer_config.json that makes AutoTokenizer take it as it is.
+
+    What the tokenizer puts around a text is what a run of this task has seen around it.
+    """
     from tokenizers import Tokenizer as Rust
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -25,10 +28,27 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
         rust.decoder = decoders.Fuse()  # type: ignore
         (directory / FILE).write_text(rust.to_str(), encoding="utf-8")
     else:
-        tokenizer.save(directory)
-        if tokenizer.end is not None:
-            settings["eos_token"] = Rust.from_str(tokenizer.to_json()).id_to_token(tokenizer.end)
+        assert isinstance(tokenizer, HuggingFace)
+        whole = HuggingFace(tokenizer.to_json())
+        end = None if tokenizer.end is None else Rust.from_str(tokenizer.to_json()).id_to_token(tokenizer.end)
+        if task == "seq2seq" and end is not None:
+            whole.wrap("", end)  # as a source ends
+        (directory / FILE).write_text(whole.to_json(), encoding="utf-8")
+        if end is not None:
+            settings |= {"eos_token": end, "pad_token": end}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def ids(tokenizer: Tokenizer, task: str) -> dict[str, Any]:
+    """The ids in config.json by which transformers begins, ends and fills up a text; None where there is no such."""
+    end, ends = tokenizer.special.end, list(tokenizer.special.ends)
+    start = tokenizer.special.start if tokenizer.special.start is not None else end
+    return {
+        "bos_token_id": tokenizer.before[-1] if tokenizer.before else end,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": end,
+        **({"decoder_start_token_id": start} if task == "seq2seq" else {}),
+    }
 
 
 def byte_letters() -> list[str]:

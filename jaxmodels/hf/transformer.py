@@ -10,27 +10,31 @@ from jaxmodels.models.transformer import TransformerConfig
 
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gated-gelu": "gated_gelu"}
 """`feed_forward_proj` -> ours; in both GELU is the tanh form."""
+_FARTHEST = 1_000_000  # each distance up to it has a place in a table
 
 
 def config(s: Settings) -> TransformerConfig:
     activation = s.only("feed_forward_proj", *ACTIVATIONS)
     # since version 5 transformers says whether features are scaled, and calls all weights tied; before, those were one
-    tied = s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True))
+    tied = s.flag("scale_decoder_outputs", s.flag("tie_word_embeddings", True))
     if tied:
         s.only("tie_word_embeddings", True)
     s.only("is_encoder_decoder", True)
+    if (distance := s.whole("relative_attention_max_distance", 128)) > _FARTHEST:
+        s.refused.append(f"relative_attention_max_distance {distance:,} (computed here: at most {_FARTHEST:,})")
+        distance = 128
     fields = {
-        "vocab_size": s.get("vocab_size"),
-        "layers": s.get("num_layers"),
-        "decoder_layers": s.get("num_decoder_layers", None),
-        "heads": s.get("num_heads"),
-        "width": s.get("d_model"),
-        "head_dim": s.get("d_kv"),
-        "mlp_width": s.get("d_ff"),
-        "norm_eps": s.get("layer_norm_epsilon", 1e-6),
-        "relative_buckets": s.get("relative_attention_num_buckets", 32),
-        "relative_distance": s.get("relative_attention_max_distance", 128),
-        "dropout": s.get("dropout_rate", 0.1),
+        "vocab_size": s.whole("vocab_size", 32128),
+        "layers": (layers := s.whole("num_layers", 6)),
+        "decoder_layers": None if (more := s.whole("num_decoder_layers", None)) == layers else more,
+        "heads": s.whole("num_heads", 8),
+        "width": s.whole("d_model", 512),
+        "head_dim": s.whole("d_kv", 64),
+        "mlp_width": s.whole("d_ff", 2048),
+        "norm_eps": s.number("layer_norm_epsilon", 1e-6),
+        "relative_buckets": s.whole("relative_attention_num_buckets", 32),
+        "relative_distance": distance,
+        "dropout": s.number("dropout_rate", 0.1),
     }
     s.check()
     return TransformerConfig(variant="t5", norm="pre", activation=ACTIVATIONS[activation], tied=tied, **fields)  # type: ignore

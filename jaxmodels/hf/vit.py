@@ -5,24 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmodels.errors import UserError
-from jaxmodels.hf.table import Format, Settings, Weight, block, classes, labels, square
+from jaxmodels.hf.table import Format, Settings, Weight, block, classes, labels, patch, side
 from jaxmodels.models.vit import ViTConfig
 
 
 def config(s: Settings) -> ViTConfig:
     s.only("hidden_act", "gelu")
     s.only("qkv_bias", True)
-    size = s.get("image_size", 224)
+    s.training("attention_probs_dropout_prob", 0.0, 0.0)
     fields = {
-        "input_shape": (size, size, s.get("num_channels", 3)),
-        "patch": s.get("patch_size", 16),
+        "input_shape": (*s.pair("image_size", 224), s.whole("num_channels", 3)),
+        "patch": patch(s, 16),
         "classes": classes(s),
-        "layers": s.get("num_hidden_layers"),
-        "heads": s.get("num_attention_heads"),
-        "width": s.get("hidden_size"),
-        "mlp_width": s.get("intermediate_size"),
-        "norm_eps": s.get("layer_norm_eps", 1e-12),
-        "dropout": s.get("hidden_dropout_prob", 0.0),
+        "layers": s.whole("num_hidden_layers", 12),
+        "heads": s.whole("num_attention_heads", 12),
+        "width": s.whole("hidden_size", 768),
+        "mlp_width": s.whole("intermediate_size", 3072),
+        "norm_eps": s.number("layer_norm_eps", 1e-12),
+        "dropout": s.number("hidden_dropout_prob", 0.0),
     }
     s.check()
     return ViTConfig(**fields)
@@ -36,7 +36,7 @@ def describe(c: ViTConfig) -> dict[str, Any]:
         "model_type": "vit",
         "hidden_act": "gelu",
         "qkv_bias": True,
-        "image_size": square(c.input_shape),
+        "image_size": side(c.input_shape),
         "num_channels": c.input_shape[2],
         "patch_size": c.patch,
         "num_hidden_layers": c.layers,

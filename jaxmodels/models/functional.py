@@ -247,7 +247,8 @@ def divide(config: Any, whole: str, parts: str) -> None:
     """Check that one field of a config divides by another; for a config's `__post_init__`."""
     a, b = getattr(config, whole), getattr(config, parts)
     if b < 1 or a % b:
-        near = [n for n in range(1, a + 1) if a % n == 0]
+        small = [n for n in range(1, math.isqrt(max(a, 1)) + 1) if a % n == 0]
+        near = [*small, *(max(a, 1) // n for n in small)]
         best = min(near, key=lambda n: (abs(n - b), n))
         raise UserError(
             f"got {whole} {a} with {parts} {b}, expected {whole} to be a multiple of {parts}, try {parts} {best}"

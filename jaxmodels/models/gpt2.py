@@ -36,7 +36,11 @@ class GPT2Config:
     mlp_width: int | None = None
     """Hidden units of a block's MLP (F); 4 * width when not given."""
     dropout: float = 0.0
-    """Share dropped after embeddings, attention and MLP while training."""
+    """Share dropped after embeddings, attention and MLP while training, and of attention weights."""
+    embed_dropout: float | None = None
+    """Share dropped after embeddings; that of `dropout` when not given."""
+    attention_dropout: float | None = None
+    """Share of attention weights dropped; that of `dropout` when not given."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
     attention: str = "auto"
@@ -63,7 +67,7 @@ class Block(nn.Module):
             c.heads,
             c.width // c.heads,
             causal=True,
-            dropout=c.dropout,
+            dropout=c.dropout if c.attention_dropout is None else c.attention_dropout,
             train=self.train,
             initializers=(init, init, init, residual),
             dtype=c.dtype,
@@ -100,7 +104,7 @@ class GPT2(nn.Module):
         embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
         places = layers.Embed(c.context, c.width, ("positions", "embed"), dtype=c.dtype, name="positions")
         x = layers.shard(embed(tokens) + places(ctx.positions), "batch", "residual", None)
-        x = layers.Dropout(c.dropout)(x, train)
+        x = layers.Dropout(c.dropout if c.embed_dropout is None else c.embed_dropout)(x, train)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
         x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
         x = layers.shard(layers.LayerNorm(name="norm")(x), "batch", "seq", None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,7 +15,12 @@ import jax
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
+from jaxmodels.data import special
 from jaxmodels.errors import UserError
+from jaxmodels.hf import load
+from jaxmodels.hf.load import described
+from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.tasks.task import Task
 from jaxmodels.train import state as states
 from jaxmodels.train.arrays import named_leaves, nest
@@ -31,6 +36,11 @@ def initial(cfg: Config, task: Task, optimizers: states.Optimizers, layout: Stat
     Raises:
         UserError: the source lacks a parameter that does not start at random, or has it in another shape.
     """
+    kept = named_leaves(layout.params)
+    if cfg.init.source is not None:
+        check(cfg.init.fresh, kept)
+        kept = {name: leaf for name, leaf in kept.items() if not matches(cfg.init.fresh, name)}
+        agree(cfg.model, Path(cfg.init.source), kept)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     make = functools.partial(states.init, task, optimizers, ema=cfg.train.ema is not None)
     # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
@@ -40,9 +50,6 @@ def initial(cfg: Config, task: Task, optimizers: states.Optimizers, layout: Stat
     if cfg.init.source is None:
         return state
     source = Path(cfg.init.source)
-    kept = named_leaves(layout.params)
-    check(cfg.init.fresh, kept)
-    kept = {name: leaf for name, leaf in kept.items() if not matches(cfg.init.fresh, name)}
     params, stats, where = (published if is_published(source) else trained)(source, kept, layout)
     log.info(
         "parameters from %s, %s%s", source, where, f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
@@ -70,6 +77,72 @@ def check(patterns: Sequence[str], names: Mapping[str, Any]) -> None:
             )
 
 
+FREE = (
+    "dropout", "embed_dropout", "attention_dropout", "stochastic_depth", "balance_loss", "z_loss",  # training alone
+    "routing", "capacity_factor",  # which tokens find room while training
+    "dtype", "attention", "remat", "unroll",  # how, and not what, is computed
+)  # fmt: skip
+"""Fields in which a model may differ from the one that its parameters were trained in."""
+SHAPED = (
+    "vocab_size", "context", "types", "classes", "head", "patch", "experts", "embedding", "latents", "stem_width",
+    "layers", "decoder_layers", "image_layers", "text_layers", "heads", "kv_heads", "image_heads", "text_heads",
+    "width", "head_dim", "mlp_width", "image_width", "text_width", "image_mlp_width", "text_mlp_width",
+    "relative_buckets",
+)  # fmt: skip
+"""Fields that the parameters tell by their names and shapes, which are compared one by one."""
+
+
+def agree(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
+    """Check that parameters mean in a model what they meant in the source's.
+
+    Raises:
+        UserError: the models are of two families, or differ in a field that changes what is computed.
+    """
+    if not kept:
+        return
+    other = described(source)[1] if is_published(source) else configs.read(source)[0].model
+    if type(model) is not type(other):
+        raise UserError(
+            f"got init.source {source} with a {type(other).__name__}, expected a {type(model).__name__}, "
+            "try another --init.source"
+        )
+    pooled = any("/pooler/" in name for name in kept)
+    wrong = {}
+    for name, ours in fields(model).items():
+        theirs = fields(other)[name]
+        told = name in SHAPED and not (name == "layers" and isinstance(model, LSTMConfig))  # whose layers are apart
+        if ours == theirs or name in FREE or told:
+            continue
+        if name == "input_shape" and (math.prod(ours) != math.prod(theirs) or ours[-1] != theirs[-1]):
+            continue  # the parameters tell, or do not depend on it
+        if name == "pool" and isinstance(model, BERTConfig) and not pooled:
+            continue
+        wrong[name] = (ours, theirs)
+    if wrong:
+        differ = ", ".join(f"model.{name} {ours!r} for {theirs!r}" for name, (ours, theirs) in wrong.items())
+        same = " ".join(f"--model.{name.replace('_', '-')} {given(theirs)}" for name, (_, theirs) in wrong.items())
+        raise UserError(
+            f"got {differ} of init.source {source}, expected what its parameters were trained in, try {same}"
+        )
+
+
+def fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields of a model's config by their dotted names."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= fields(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = value
+    return found
+
+
+def given(value: Any) -> str:
+    """A value as the command line takes it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
     """These parameters of a run (the moving average where it has one), and its batch statistics if they fit."""
     kind = "params" if configs.read(source)[0].train.ema is None else "ema"
@@ -86,14 +159,16 @@ def trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[
 def is_published(source: Path) -> bool:
     """Whether a directory is one of Hugging Face's format and no run."""
     file = source / "config.json"
-    return file.is_file() and not (source / "checkpoints").is_dir() and "model_type" in json.loads(file.read_text())
+    return file.is_file() and not (source / "checkpoints").is_dir() and "model_type" in special.objects(file)
 
 
 def published(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
     """These parameters of a model in Hugging Face's format, and its batch statistics."""
-    from jaxmodels.hf import load_pretrained
-
-    model, params = load_pretrained(source)
+    with_stats = bool(jax.tree.leaves(layout.stats))
+    wanted = [name.removeprefix("model/") for name in kept]
+    wanted += [f"stats/{name}".replace("stats/model/", "stats/") for name in named_leaves(layout.stats)]
+    opened = load.open_source(source, wanted=wanted)
+    params, stats = load.nested(load.read(opened))
     found = named_leaves({"model": params})
     wrong = [
         f"{name} is {'missing' if name not in found else found[name].shape}, expected {leaf.shape}"
@@ -105,7 +180,6 @@ def published(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dic
             f"got {source}, which does not fit: {'; '.join(wrong[:4])}, try --init.fresh with what starts at random"
         )
     placed = {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in kept.items()}
-    stats = {"model": model.stats()} if jax.tree.leaves(layout.stats) else None
-    if stats is not None:
-        stats = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), stats, layout.stats)
-    return placed, stats, type(model.config).__name__.removesuffix("Config")
+    if with_stats:
+        stats = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), {"model": stats}, layout.stats)
+    return placed, stats if with_stats else None, type(opened.model.config).__name__.removesuffix("Config")

@@ -24,6 +24,7 @@ from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.hf import beside
 from jaxmodels.parallel import distributed, mesh, rules
 from jaxmodels.tasks.task import Task, check_batch
 from jaxmodels.train import beginning, evaluate, loop, optim, saved, step
@@ -172,6 +173,8 @@ def train(
                 )
         if main:
             saved.keep(run, experiment.train_data, experiment.eval_data)
+            if cfg.init.source is not None and restored is None:
+                beside.carry(Path(cfg.init.source), run, cfg.init.fresh)
         writer = Writer(run, cfg.metrics, start) if main else None
         if writer is not None:
             stack.callback(writer.close)  # also after an error: its last line explains it

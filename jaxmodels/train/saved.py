@@ -237,7 +237,8 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
             )
     if source != own.source:  # what told where the other data lie says nothing of these
         own = dataclasses.replace(DataConfig(source=source), **{name: getattr(own, name) for name in _OF_MODEL})
-    if own.source == "synthetic" and not given and (run.directory / "pretrained").is_dir():
+    imported = (run.directory / "pretrained").is_dir() and not (run.directory / KEPT).is_file()
+    if own.source == "synthetic" and not given and imported:
         raise UserError(
             f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
             f"try --data.source {'text --data.path FILE' if run.tokenizer else 'images --data.path FOLDER'}"

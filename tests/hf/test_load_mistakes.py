@@ -140,10 +140,10 @@ def test_what_is_no_such_directory_is_named(tmp_path, folder):
 def test_settings_that_are_not_computed_are_named_at_once(tmp_path):
     saved(LLAMA, tmp_path)
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
-    change(tmp_path, rope_parameters=yarn, hidden_act="gelu", attention_bias=True, hidden_size=None)
+    change(tmp_path, rope_parameters=yarn, hidden_act="gelu", attention_bias=True, hidden_size="16")
     with pytest.raises(UserError) as error:
         jaxmodels.load_pretrained(tmp_path)
-    for words in ('rope_type "yarn"', 'hidden_act "gelu"', "attention_bias true", "no hidden_size"):
+    for words in ('rope_type "yarn"', 'hidden_act "gelu"', "attention_bias true", 'hidden_size "16"'):
         assert words in str(error.value)
 
 

@@ -1,12 +1,16 @@
 """Parameters from another run, or from published ones: what is kept, what is new, what does not fit."""
 
+import dataclasses
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from jaxmodels import create, list_models
 from jaxmodels.config import (
     CheckpointConfig,
     Config,
@@ -18,7 +22,13 @@ from jaxmodels.config import (
 )
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
+from jaxmodels.hf.save import save_pretrained
+from jaxmodels.models.attention import RopeScaling
 from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.functional import family
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.vit import ViTConfig
 from jaxmodels.train import beginning
 from jaxmodels.train import run as runs
 from jaxmodels.train.arrays import named_leaves
@@ -130,3 +140,80 @@ def test_a_directory_in_hugging_face_s_format_is_a_source():
         np.testing.assert_array_equal(found[name], np.asarray(published[name]), err_msg=name)
     message = refused(classifier(GOLDEN, "head/*", config=model.config))
     assert "pooler/w is missing" in message and "try --init.fresh" in message
+
+
+VIT = ViTConfig(input_shape=(8, 8, 3), patch=4, classes=3, layers=1, heads=2, width=8, mlp_width=12)
+
+
+def test_a_published_body_begins_a_classifier_whose_head_is_new(tmp_path):
+    """A file of ViTModel: no prefix, no head, a pooler that nothing uses."""
+    model = create(VIT)
+    params = model.init(jax.random.key(1))
+    save_pretrained(tmp_path, model, params)
+    tensors = {
+        name.removeprefix("vit."): x
+        for name, x in load_file(tmp_path / "model.safetensors").items()
+        if not name.startswith("classifier")
+    }
+    save_file({**tensors, "pooler.dense.weight": np.eye(8, dtype=np.float32)}, tmp_path / "model.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["id2label"], settings["label2id"]
+    settings |= {"architectures": ["ViTModel"], "image_size": [8, 8], "patch_size": [4, 4]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    cfg = replace(
+        MASKED,
+        model=replace(VIT, classes=5, dropout=0.1),
+        task=TaskConfig(name="classification"),
+        init=InitConfig(source=str(tmp_path), fresh=("head/*",)),
+    )
+    _, found = begin(cfg)
+    assert found["head/w"].shape == (8, 5)
+    for name, x in named_leaves(params).items():
+        if not name.startswith("head/"):
+            np.testing.assert_array_equal(found[name], np.asarray(x), err_msg=name)
+    assert "missing: classifier.weight" in refused(replace(cfg, init=InitConfig(source=str(tmp_path))))
+
+
+LLAMA = LlamaConfig(vocab_size=23, layers=1, heads=2, width=8, mlp_width=12, rope_theta=500.0, window=3, norm_eps=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 1e4}, "model.rope_theta 10000.0 for 500.0"),
+        ({"norm_eps": 1e-5}, "model.norm_eps 1e-05 for 0.0001"),
+        ({"window": None}, "model.window None for 3"),
+        ({"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)}, "model.rope_scaling.factor 8.0 for 1.0"),
+        ({"tied": True}, "model.tied True for False"),
+        ({"rope_theta": 1e4, "window": 4}, "--model.window 3 --model.rope-theta 500.0"),
+        ({"dtype": "bfloat16", "remat": "full", "context": 64, "unroll": 1}, None),
+    ],
+)
+def test_a_field_that_changes_what_is_computed_has_to_be_the_source_s(change, words, tmp_path):
+    model = create(LLAMA)
+    save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+    ours, kept = replace(LLAMA, **change), {"model/embed/w": None}
+    if words is None:
+        beginning.agree(ours, tmp_path, kept)
+        return
+    with pytest.raises(UserError) as caught:
+        beginning.agree(ours, tmp_path, kept)
+    parts = words.split(" ") if words.startswith("--") else [words]
+    assert all(part in str(caught.value) for part in parts), caught.value
+    beginning.agree(ours, tmp_path, {})  # all at random
+
+
+def test_every_field_of_a_model_is_told_by_the_shapes_or_free_or_compared(source):
+    """A field that is new is compared, unless it is put into one of the lists."""
+    known = {field.name for name in list_models() for field in dataclasses.fields(family(name).config)}
+    assert {*beginning.FREE, *beginning.SHAPED} <= known
+    assert not {*beginning.FREE} & {*beginning.SHAPED}
+    cfg = classifier(source, "pooler/*", "head/*", config=replace(BERT, norm_eps=1e-6))
+    assert "model.norm_eps 1e-06 for 1e-12 of init.source" in refused(cfg)
+    other = replace(MASKED, model=GPT2Config(vocab_size=23, context=9, layers=1, heads=2, width=8))
+    with pytest.raises(UserError, match="with a BERTConfig, expected a GPT2Config"):
+        beginning.agree(other.model, source, {"model/embed/w": None})
+    # masked language modelling taught no pooler: what it reads is free as long as it is new
+    beginning.agree(replace(classifier(source).model, pool="mean"), source, {"model/embed/w": None})
+    with pytest.raises(UserError, match="model.pool 'mean' for 'first'"):
+        beginning.agree(replace(classifier(source).model, pool="mean"), source, {"model/pooler/w": None})

@@ -1,0 +1,139 @@
+"""Ids that stand for no text: which ones begin and end what a model reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.errors import UserError
+
+FILE = "special_tokens.json"
+"""Lies beside the tokenizer.json of a run."""
+NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What config.json and generation_config.json of transformers call them."""
+
+# what transformers takes where config.json of this model_type names none
+_LLAMA = {"bos_token_id": 1, "eos_token_id": 2}
+_UNSAID: Mapping[Any, Mapping[str, int]] = {
+    "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
+    **dict.fromkeys(("llama", "mistral", "mixtral"), _LLAMA),
+    "t5": {"eos_token_id": 1, "pad_token_id": 0},
+}
+_GUESSES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+
+
+@dataclass(frozen=True)
+class Special:
+    """The ids at which texts begin and end."""
+
+    end: int | None = None
+    """What closes a document, and a source and a target of a translation."""
+    ends: tuple[int, ...] = ()
+    """A text that is generated stops at any of them."""
+    start: int | None = None
+    """What the target of a translation begins behind; `end` where None."""
+
+    def save(self, directory: Path) -> None:
+        """Writes `special_tokens.json`, which `of` reads."""
+        (directory / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+
+
+def of(directory: Path | None, vocabulary: Mapping[str, int]) -> Special:
+    """The ids for the tokenizer.json in a directory, which has this vocabulary.
+
+    They are those of `special_tokens.json` where that is there. Beside a model of transformers,
+    generation_config.json or else config.json says what ends and starts a text, with the defaults of transformers, and
+    `eos_token` of tokenizer_config.json what closes a document. A tokenizer alone is known by the names of its tokens.
+
+    Raises:
+        UserError: a file that is damaged, or an `eos_token` that is not in the vocabulary.
+    """
+    guess = next((i for token in _GUESSES if (i := vocabulary.get(token)) is not None), None)
+    alone = Special(guess, () if guess is None else (guess,))
+    if directory is None:
+        return alone
+    if (own := directory / FILE).is_file():
+        value = objects(own)
+        return Special(
+            _id(own, "end", value.get("end")),
+            _ids(own, "ends", value.get("ends")),
+            _id(own, "start", value.get("start")),
+        )
+    named = text_of(directory, "eos_token")
+    end = guess if named is None else vocabulary.get(named)
+    if named is not None and end is None:
+        raise UserError(
+            f"got eos_token {named!r} for {directory}, expected a token in the vocabulary of tokenizer.json, "
+            "try another copy"
+        )
+    said = stated(directory)
+    if said is None:
+        return Special(end, () if end is None else (end,))
+    if named is None:
+        end = next((i for i in said["eos_token_id"] if i in vocabulary.values()), guess)
+    return Special(end, said["eos_token_id"], said["decoder_start_token_id"])
+
+
+def stated(directory: Path) -> dict[str, Any] | None:
+    """The ids that a model of transformers states, by their names there, those that end a text as a tuple.
+
+    None for a directory without such a model.
+    """
+    path = directory / "config.json"
+    config = objects(path) if path.is_file() else {}
+    if "model_type" not in config:
+        return None
+    unsaid = _UNSAID.get(config["model_type"] if isinstance(config["model_type"], str) else None, {})
+    values = {name: config[name] if name in config else unsaid.get(name) for name in NAMES}
+    if (generation := directory / "generation_config.json").is_file():
+        path, told = generation, objects(generation)
+        values |= {name: told.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        values |= {name: told[name] for name in NAMES if name in told}
+    single = {name: _id(path, name, values[name]) for name in NAMES if name != "eos_token_id"}
+    if single["decoder_start_token_id"] is None and config["model_type"] == "t5":
+        single["decoder_start_token_id"] = single["pad_token_id"]  # what T5 was trained with
+    return {**single, "eos_token_id": _ids(path, "eos_token_id", values["eos_token_id"])}
+
+
+def text_of(directory: Path, name: str) -> str | None:
+    """A token such as `eos_token` or `mask_token`, as text, by tokenizer_config.json or special_tokens_map.json."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / file
+        token = objects(path).get(name) if path.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise UserError(f"got {name} {token!r} in {path}, expected the text of a token, try another copy")
+        if token is not None:
+            return token
+    return None
+
+
+def objects(path: Path, expected: str = "JSON") -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise UserError(f"got {path}, expected {expected} ({reason}), try another copy") from error
+    if not isinstance(value, dict):
+        raise UserError(f"got {path} with {type(value).__name__}, expected {expected}, an object, try another copy")
+    return value
+
+
+def _id(path: Path, name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31):
+        raise UserError(f"got {name} {str(value)[:40]} in {path}, expected the id of a token, try another copy")
+    return value
+
+
+def _ids(path: Path, name: str, value: Any) -> tuple[int, ...]:
+    several = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(i for item in several if (i := _id(path, name, item)) is not None)

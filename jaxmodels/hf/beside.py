@@ -1,0 +1,98 @@
+"""What lies beside weights, such as a tokenizer or a chat template: kept in a run, and put back when it is exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmodels import data
+from jaxmodels.config import Config
+from jaxmodels.data import special
+from jaxmodels.data.tokenizer import FILE
+from jaxmodels.errors import UserError
+from jaxmodels.hf import tokenizer as tokenizers
+
+KEPT = "pretrained"
+"""Folder of a run with these files, as they came."""
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+"""What a tokenizer lies in."""
+TEXT = (*TOKENIZER, "chat_template*", "generation_config.json")
+"""What speaks of the ids of a tokenizer."""
+FILES = (*TEXT, "preprocessor_config.json", "processor_config.json", "config.json")
+_NAMES = ("id2label", "label2id")
+
+
+def keep(directory: Path, run: Path) -> None:
+    """Keep what lies beside the weights of a directory in a run.
+
+    Raises:
+        UserError: a file cannot be read, or is a link out of the directory. A link into the blobs of the same
+            `models--*` folder, as huggingface_hub lays its cache out, is none.
+    """
+    home = directory.resolve()
+    cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
+    homes = (home, home.parents[1] / "blobs") if cached else (home,)
+    found = sorted({path for pattern in FILES for path in directory.glob(pattern)})
+    for path in found:
+        target = path.resolve()
+        if not any(target.is_relative_to(folder) for folder in homes):
+            raise UserError(
+                f"got {path}, a link to {target}, expected a file that lies in {directory}, try a copy of it there"
+            )
+    (run / KEPT).mkdir()
+    for path in found:
+        if path.is_file():  # a folder or a pipe is nothing that comes with a model
+            try:
+                shutil.copyfile(path, run / KEPT / path.name)
+            except OSError as error:
+                raise UserError(f"got {path}, which cannot be read ({error.strerror}), expected a file") from error
+
+
+def carry(source: Path, run: Path, fresh: Sequence[str]) -> None:
+    """Keep in a run what its `init.source` has: a run that was imported, or that began with one, or what was published.
+
+    Names of classes stay behind where a part of the model is `fresh`.
+    """
+    if (run / KEPT).exists():
+        return  # it is resumed
+    if (source / KEPT).is_dir():
+        shutil.copytree(source / KEPT, run / KEPT)
+    elif "model_type" in special.objects(source / "config.json"):
+        keep(source, run)
+    else:
+        return
+    if fresh:
+        path = run / KEPT / "config.json"
+        values = special.objects(path)
+        path.write_text(json.dumps({name: value for name, value in values.items() if name not in _NAMES}, indent=2))
+
+
+def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
+    """Put what a run has beside its weights into a folder; returns further settings of config.json."""
+    tokenizer = data.load_tokenizer(run) if (run / FILE).is_file() else None
+    kept, settings = run / KEPT, {}
+    # with another tokenizer than the one that came, its files and the ids in them mean nothing
+    own = tokenizer is not None and not ((kept / FILE).is_file() and same(tokenizer, data.load_tokenizer(kept)))
+    if kept.is_dir():
+        left = {path for pattern in TEXT for path in kept.glob(pattern)} if own else set()
+        for path in {*kept.iterdir()} - left - {kept / "config.json"}:  # that comes last, with the weights
+            shutil.copyfile(path, part / path.name)
+        # those say how the weights came, not how they go
+        how = {"dtype", "torch_dtype", "auto_map", "transformers_version", *(special.NAMES if own else ())}
+        if len(special.objects(kept / "config.json").get("id2label") or ()) != getattr(cfg.model, "classes", None):
+            how |= {*_NAMES}
+        settings = {name: value for name, value in special.objects(kept / "config.json").items() if name not in how}
+    if own and tokenizer is not None:
+        tokenizers.save(tokenizer, part, cfg.task.name)
+        return settings | tokenizers.ids(tokenizer, cfg.task.name)
+    if not kept.is_dir() and cfg.task.name in ("causal_lm", "seq2seq"):
+        return dict.fromkeys(special.NAMES)  # not those that transformers takes where none are named
+    return settings
+
+
+def same(a: data.Tokenizer, b: data.Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids, and end texts alike."""
+    return a.to_json() == b.to_json() and a.special == b.special
