@@ -76,7 +76,8 @@ def test_a_product_that_the_compiler_writes_as_a_masked_one_counts_all_that_it_c
 
 FMHA = (
     "  ROOT %fwd = (bf16[2,8,4096,128]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%a0, %a1, %a1), "
-    'custom_call_target="{target}", backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}", "sliding_window_length": {window}}}}}'
+    'custom_call_target="{target}", backend_config={{"cudnn_fmha_backend_config": {{"mask_type": "{mask}", '
+    '"sliding_window_length": {window}}}}}'
 )
 PAIRS = {("NO_MASK", 0): 4096**2, ("CAUSAL", 0): 4096 * 4097 // 2, ("CAUSAL", 512): 512 * 513 // 2 + 512 * (4096 - 512)}
 
