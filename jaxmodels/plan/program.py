@@ -55,7 +55,7 @@ class Program:
             names = [products.unknown(self.computations, *one) for one in inside]
             if each.opcode == "while" and self._told(each) is None:
                 body = self.walk(each.called()["body"])
-                names += [f"the loop {each.label}"] * any(flops(self, *one) for *one, _ in body)
+                names += [f"the loop {each.label}"] * any(flops(self, inside, one) for inside, one, _ in body)
             found |= dict.fromkeys(name for name in names if name)
         return list(found)
 

@@ -52,7 +52,9 @@ def test_what_a_tpu_computes_is_the_same():
     close(grouped._block_outer(x, dy, sizes), grouped._ragged_outer(x, dy, sizes), 1e-5)
     program = jax.jit(jax.grad(lambda x, w: grouped.grouped(x, w, sizes).sum(), (0, 1)))
     text = program.trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
-    assert "ragged_dot" in text and "while" not in text
+    assert "ragged_dot" in text
+    # weights' gradients are a loop over blocks where the compiler would multiply all rows with all experts
+    assert ("while" in text) != grouped.RAGGED_OUTER
 
 
 @pytest.mark.parametrize("sent", ["anywhere", "all to the same two"])
