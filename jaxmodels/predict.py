@@ -21,7 +21,6 @@ from jaxmodels.data.records import Bad
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 from jaxmodels.generate import sample, translate_texts
-from jaxmodels.generate.translation import upto
 from jaxmodels.train.saved import Run, load_run
 
 Answer = dict[str, Any]
@@ -157,7 +156,8 @@ def _inputs(run: Run) -> Callable[[Any], Any]:
     assert tokenizer is not None
 
     def ready(value: Any) -> Any:
-        rows = texts.single(tokenizer.encode_many([_text(value)], special=True), run.config.data.seq_len)
+        length = run.config.data.seq_len
+        rows = texts.single(tokenizer.encode_many([_text(value)], special=True, length=length), length)
         return {name: row[0] for name, row in rows.items()}
 
     return ready
@@ -301,7 +301,7 @@ def _prompt(run: Run, tokenizer: Tokenizer, tokens: int) -> Callable[[Any], Any]
     most = None if longest is None else longest - min(tokens, longest - 1)
 
     def ready(value: Any) -> Any:
-        ids = tokenizer.encode(_text(value))
+        ids = np.append(np.int32(tokenizer.before), tokenizer.encode(_text(value)))  # as a text is begun in sample
         if most is not None and len(ids) > most:
             raise UserError(f"has {len(ids)} tokens, expected at most {most} with --tokens {tokens}")
         return ids
@@ -313,10 +313,10 @@ def _writer(run: Run, tokenizer: Tokenizer, tokens: int) -> Answers:
     tokens = tokens if run.model.longest is None else min(tokens, run.model.longest - 1)
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
-        rows = sample(run.model, run.params["model"], ready, tokens, temperature=0)
+        ends = tokenizer.special.ends
+        rows = sample(run.model, run.params["model"], ready, tokens, temperature=0, ends=ends)
         new = [row[len(ids) :] for row, ids in zip(rows, ready, strict=True)]
-        cut = new if tokenizer.end is None else [upto(row, tokenizer.end) for row in new]
-        return [{"continuation": tokenizer.decode(row)} for row in cut]
+        return [{"continuation": tokenizer.decode(row[: np.append(np.isin(row, ends), True).argmax()])} for row in new]
 
     return answers
 
