@@ -1,7 +1,6 @@
 """`python -m jaxmodels` is `jaxmodels`."""
 
-import sys
+from jaxmodels.cli import process
 
-from jaxmodels.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":  # not where a worker process imports it
+    process()

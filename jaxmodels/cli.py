@@ -5,12 +5,21 @@ Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import errno
+import logging
+import os
 import re
+import select
+import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.options import InspectOptions, PlanOptions, PrepareOptions, RunOptions, TuneOptions, configured, parse
 
 COMMANDS = {
@@ -29,6 +38,32 @@ COMMANDS = {
 }
 
 
+def process() -> NoReturn:
+    """`main` as a process of its own, which ends without a word more, whatever ends it."""
+    with contextlib.suppress(AttributeError):  # a stream that is closed, or another's object
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = main()
+    except BaseException:  # in several processes, or asked for
+        traceback.print_exc()
+        code = 1
+    # more Ctrl-Cs would only interrupt what ends here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:  # a full disk that stdout goes to
+        print(f"error: {explain(error)[0]}", file=sys.stderr)
+        code = code or 1
+    if code in (0, 75):
+        sys.exit(code)
+    # threads that still compute would abort an interpreter that waits for none of them
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    os._exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -42,41 +77,108 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         code = 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 141  # as what ends by SIGPIPE
         message, code = explain(error)
-        if traced or message is None:
+        if traced or (message is None and _several()):
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message or unexpected(error))}", file=sys.stderr)
     if (distributed := sys.modules.get("jaxmodels.parallel.distributed")) is not None:
         code = distributed.finalize(code)
     return code
 
 
-def explain(error: Exception) -> tuple[str | None, int]:
-    """What to print of an error that has a message of its own, and the exit code; None: it deserves a traceback."""
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """What to print of an error that has a message of its own, and the exit code; None: nobody foresaw it."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text, 2
     if type(error).__name__ in ("NotFinite", "CheckpointError"):
         return text, 1
+    if isinstance(error, OSError) and (said := _of_files(error)) is not None:
+        return said
+    if re.search(r"No space left on device|Disk quota exceeded", text):  # of a library that writes in C++
+        return f"the disk is full: {text[:200]}; try again when there is room, nothing that was saved is lost", 1
     if unknown := re.search(r"No such compile option: '(\w+)'", text):
         return f"got train.xla {unknown.group(1)}, which this compiler does not know, try without it", 2
+    if absent := re.search(r"[Uu]nable to initialize backend '(\w+)'|Unknown backend:? '?(\w+)", text):
+        name = absent[1] or absent[2]
+        return f"got JAX_PLATFORMS {name}, of which there is none here ({text[:160]}), try JAX_PLATFORMS=cpu", 2
     if "RESOURCE_EXHAUSTED" in text:
         return (
             f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "
             "--train.accumulate 2, --model.remat full, or a larger --mesh.fsdp"
         ), 1
+    if isinstance(error, MemoryError):
+        return f"the machine is out of memory ({text[:160] or 'MemoryError'}); try smaller sizes", 1
+    if isinstance(error, RecursionError):
+        return "something that was read is nested too deep; try again with --traceback to see what", 1
     return None, 1
+
+
+def _of_files(error: OSError) -> tuple[str, int] | None:
+    """The same of a file or a disk; None: it is of something else."""
+    name = " and ".join(repr(os.fsdecode(n)) for n in (error.filename, error.filename2) if isinstance(n, str | bytes))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {name}" if name else ""
+        return f"the disk is full{where}; try again when there is room, nothing that was saved is lost", 1
+    if not name:
+        return None
+    got = f"got {name}: {(error.strerror or type(error).__name__).lower()}"
+    if error.errno == errno.EROFS:
+        return f"{got}, expected a place that can be written to, try another directory", 2
+    if isinstance(error, PermissionError):
+        return f"{got}, expected a path that this user may read and write, try ls -ld on it", 2
+    if isinstance(error, FileNotFoundError):
+        return f"{got}, expected a path that is there", 2
+    if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+        return f"{got}, expected {'a file' if isinstance(error, IsADirectoryError) else 'a directory'} there", 2
+    return got, 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTEMPTY) else 1
+
+
+def unexpected(error: Exception) -> str:
+    """What to print of an error that nobody foresaw; the traceback is kept in a file."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="jaxmodels-", suffix=".traceback", delete=False) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"{text} (a fault of jaxmodels: run it again with --traceback to see where)"
+    return f"{text} (a fault of jaxmodels: the traceback is in {file.name}, and printed with --traceback)"
+
+
+def _several() -> bool:
+    """Whether this is one of several processes, whose logs are read afterwards."""
+    distributed = sys.modules.get("jax._src.distributed")
+    return distributed is not None and distributed.global_state.client is not None
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more (`jaxmodels models | head`)."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def dispatch(argv: list[str]) -> int:
     """Find the command and run it."""
     if not argv or argv[0] in ("-h", "--help"):
         print(
-            "usage: jaxmodels COMMAND [--help] [--traceback]\n\n  " + "\n  ".join(COMMANDS.values()) + "\n\n"
+            "usage: jaxmodels COMMAND [--help] [--traceback]; jaxmodels --version\n\n  "
+            + "\n  ".join(COMMANDS.values())
+            + "\n\n"
             "exit codes: 0 done, 2 a mistake in what was asked, 75 stopped but saved (run it again), 1 anything else"
         )
         return 0
     name, rest = argv[0], argv[1:]
+    if name in ("--version", "-V"):
+        from jaxmodels import __version__
+
+        print(f"jaxmodels {__version__}")
+        return 0
     if name not in COMMANDS:
         raise UserError(f"got command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
     if name in ("train", "tune", "plan"):

@@ -89,7 +89,7 @@ def test_the_help_documents_every_field(capsys):
         (["--optim.peak-lr", "high"], "got --optim.peak-lr 'high', expected FLOAT"),
         (["--train.steps", "1.5"], "got --train.steps '1.5', expected INT"),
         (["--optim.name", "adamw2"], "got --optim.name 'adamw2', expected one of adamw, "),
-        (["--optim.name", "adamw2"], "did you mean 'adamw'?"),
+        (["--optim.name", "adamww"], "did you mean 'adamw'?"),
         (["--optim.peak-lr"], "--optim.peak-lr"),
         (["extra"], "got 'extra', expected options only"),
         (["--metrics.every", "0"], "got metrics.every 0, expected at least 1, try --metrics.every 1"),

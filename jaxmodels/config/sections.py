@@ -3,83 +3,70 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, Literal
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import (
+    Count,
+    Dim,
+    Dropped,
+    Natural,
+    Positive,
+    Range,
+    Section,
+    Seed,
+    Share,
+    Weight,
+    Workers,
+    shown,
+)
 
-
-def _at_least(name: str, least: int, **fields: float | None) -> None:
-    """Check numbers of a section; for its `__post_init__`."""
-    for field, value in fields.items():
-        if value is not None and value < least:
-            raise UserError(
-                f"got {name}.{field} {value}, expected at least {least}, try --{name}.{field.replace('_', '-')} {least}"
-            )
-
-
-def _shares(section: str, **fields: float) -> None:
-    """Check that fields of a section lie in [0, 1); for its `__post_init__`."""
-    for field, value in fields.items():
-        if not 0 <= value < 1:
-            raise UserError(
-                f"got {section}.{field} {value}, expected a share from 0 up to 1, "
-                f"try --{section}.{field.replace('_', '-')} 0.1"
-            )
+Devices = Annotated[int, Range(1, 2**24, also=-1)]
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Section, section="task"):
     """What the model is trained to do."""
 
     name: Literal["causal_lm", "masked_lm", "classification", "seq2seq", "contrastive", "vae", "gan"] = "causal_lm"
     """causal_lm: predict each next token; masked_lm: tokens taken out of a text; classification: one label an example;
     seq2seq: each next token of a target, from a source; contrastive: which text goes with which image;
     vae: a code for each image; gan: a generator of images."""
-    label_smoothing: float = 0.0
+    label_smoothing: Dropped = 0.0
     """Share of the target's probability spread over all classes (Szegedy et al. 2016)."""
-    z_loss: float = 0.0
+    z_loss: Weight = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
     multi_label: bool = False
     """Whether an example may have any number of classes, each judged by itself (classification)."""
-    mixup: float = 0.0
+    mixup: Weight = 0.0
     """Examples are blended in pairs, by shares of Beta(mixup, mixup) (classification; Zhang et al. 2018); 0: never."""
-    cutmix: float = 0.0
+    cutmix: Weight = 0.0
     """A rectangle of each image is another's, of a share of Beta(cutmix, cutmix) (Yun et al. 2019); 0: never. With
     mixup too, each batch has one of them."""
-    mask_fraction: float = 0.15
+    mask_fraction: Annotated[float, Range(above=0, below=1)] = 0.15
     """Share of a text's tokens that are taken out (masked_lm; Devlin et al. 2018)."""
-    mask_token: int | None = None
+    mask_token: Natural | None = None
     """Id that stands in their places (masked_lm); None: the last of the vocabulary."""
-    keep: tuple[int, ...] = ()
+    keep: tuple[Natural, ...] = ()
     """Ids that are never taken out (masked_lm), such as those of [PAD], [CLS] and [SEP]."""
     pixels: Literal["bernoulli", "gaussian"] = "bernoulli"
     """How pixels spread around what a vae decodes: bernoulli: cross-entropy; gaussian, of variance 1: half the squared
     error and a constant."""
     binarise: bool = False
     """Whether a vae sees each pixel as 0 or 1, drawn anew with its brightness as the probability."""
-    beta: float = 1.0
+    beta: Weight = 1.0
     """Weight of the divergence of the codes from the prior (vae; Higgins et al. 2017)."""
-    beta_warmup_steps: int = 0
+    beta_warmup_steps: Natural = 0
     """Steps over which that weight grows from 0 (vae; Bowman et al. 2016)."""
-    critic_steps: int = 1
+    critic_steps: Annotated[int, Range(1, 1000)] = 1
     """Updates of the discriminator for each one of the generator, each on its own share of the batch (gan)."""
-    gradient_penalty: float = 10.0
+    gradient_penalty: Weight = 10.0
     """Weight of the penalty on the critic's gradient (gan of kind wgan-gp; Gulrajani et al. 2017)."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.mask_fraction < 1:
-            raise UserError(
-                f"got task.mask_fraction {self.mask_fraction}, expected a share above 0 and below 1, "
-                "try --task.mask-fraction 0.15"
-            )
-        _shares("task", label_smoothing=self.label_smoothing)
-        _at_least("task", 1, critic_steps=self.critic_steps)
-        _at_least("task", 0, mixup=self.mixup, cutmix=self.cutmix, beta_warmup_steps=self.beta_warmup_steps)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, section="data"):
     """Where batches come from."""
 
     source: Literal["stdlib", "text", "tfds", "images", "table", "huggingface", "tokens", "synthetic"] = "stdlib"
@@ -113,38 +100,37 @@ class DataConfig:
     """Names of the classes in captions, where the set's own will not do."""
     captions: tuple[str, ...] = ()
     """Captions of an image by its class (contrastive): "the digit {label}"; each example has one of them."""
-    eval_fraction: float = 0.1
+    eval_fraction: Dropped = 0.1
     """Share held out for evaluation where the source has no splits: by a hash of the record (images, table) or file
     (stdlib, text of several files), so that none ever changes side; else the last part (text of one file, tokens)."""
-    bad_records: int = 100
+    bad_records: Natural = 100
     """Records that cannot be read are named, counted and left out, up to so many."""
     balance: bool = False
     """Whether each class comes equally often in training, examples of the smaller ones more than once an epoch."""
     tokenizer: str = "bytes"
     """bytes, chars, the path of a Hugging Face tokenizer.json or of a folder with one; bpe:8000 or words:8000: a
     vocabulary of at most that size, made from the texts to train on."""
-    seq_len: int = 256
+    seq_len: Dim = 256
     """Tokens an example (T)."""
     pack: bool = False
     """Whether rows hold as many whole texts as fit, kept apart by segment ids, instead of one text, or a window of all
     texts joined (causal_lm, masked_lm, seq2seq)."""
     mean: tuple[float, ...] = ()
     """Taken from each channel of images in [0, 1], before `std` divides."""
-    std: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
     """What each channel is divided by."""
-    batch_size: int = 16
+    batch_size: Dim = 16
     """Examples a step, over all devices and hosts (B)."""
-    prefetch: int = 2
+    prefetch: Annotated[int, Range(0, 1024)] = 2
     """Batches made ahead of the step."""
-    threads: int = 4
+    threads: Workers = 4
     """Threads that decode and change images."""
     pixels: Literal["pillow", "opencv"] = "pillow"
     """What decodes JPEG and resizes images: pillow, which averages all pixels that shrink into one; opencv (extra
     `opencv`), in half the time, from the four nearest pixels where an image shrinks to more than half."""
 
     def __post_init__(self) -> None:
-        _at_least("data", 1, seq_len=self.seq_len, batch_size=self.batch_size, threads=self.threads)
-        _at_least("data", 0, bad_records=self.bad_records)
+        super().__post_init__()
         if len(self.mean) != len(self.std):
             raise UserError(
                 f"got data.mean {self.mean} and data.std {self.std}, expected one number of each for a channel, "
@@ -153,85 +139,77 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
+class AugmentConfig(Section, section="augment"):
     """How images of the training set are changed, in this order, at random in each epoch. Evaluation has none of it."""
 
-    crop: float | None = None
+    crop: Annotated[float, Range(above=0, most=1)] | None = None
     """Smallest share of an image's area that a random crop has, between 3:4 and 4:3, resized to the model's input
     (Szegedy et al. 2014); None: whole images. Evaluation then sees the central 7/8."""
     flip: bool = False
     """Whether half of the images are mirrored."""
-    shift: int = 0
+    shift: Natural = 0
     """Pixels that an image moves by, at most, in each direction."""
-    rotate: float = 0.0
+    rotate: Annotated[float, Range(0, 180)] = 0.0
     """Degrees that an image turns by, at most, either way."""
-    colour: float = 0.0
+    colour: Share = 0.0
     """Change of brightness, contrast and saturation, at most (0.4: factors from 0.6 to 1.4)."""
-    randaugment: int = 0
+    randaugment: Annotated[int, Range(0, 100)] = 0
     """Operations drawn for each image (Cubuk et al. 2020)."""
-    magnitude: float = 9.0
+    magnitude: Annotated[float, Range(0, 10)] = 9.0
     """Strength of those operations, from 0 to 10."""
-    cutout: int = 0
+    cutout: Natural = 0
     """Side of a square that is blanked (DeVries & Taylor 2017)."""
-
-    def __post_init__(self) -> None:
-        _at_least("augment", 0, shift=self.shift, randaugment=self.randaugment, cutout=self.cutout, rotate=self.rotate)
-        _at_least("augment", 0, colour=self.colour, magnitude=self.magnitude)
-        if self.crop is not None and not 0 < self.crop <= 1:
-            raise UserError(
-                f"got augment.crop {self.crop}, expected a share above 0 and up to 1, try --augment.crop 0.08"
-            )
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Section, section="optim"):
     """How the loss is minimised (Optax)."""
 
     name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "adafactor", "lion", "muon"] = "adamw"
     """The update rule."""
-    peak_lr: float = 1e-3
+    peak_lr: Weight = 1e-3
     """Learning rate after the warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up; wsd: constant, then linear decay over the last `decay_fraction` of the steps."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps of linear warm-up from 0: the first has 1 / warmup_steps of the peak, the last of them the peak."""
-    final_lr_fraction: float = 0.1
+    final_lr_fraction: Share = 0.1
     """Learning rate of the last step as a share of the peak (cosine, linear, wsd)."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Range(above=0, most=1)] = 0.2
     """Share of the steps, the last ones, that wsd decays over."""
-    b1: float = 0.9
+    b1: Dropped = 0.9
     """First-moment decay (momentum's and Muon's too)."""
-    b2: float = 0.95
+    b2: Dropped = 0.95
     """Second-moment decay (RMSprop's too)."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the denominator."""
-    weight_decay: float = 0.1
+    weight_decay: Weight = 0.1
     """Decoupled weight decay."""
     decay_on: tuple[Literal["matrix", "embedding", "bias", "norm"], ...] = ("matrix", "embedding")
     """Kinds of parameter that are decayed."""
-    clip_norm: float | None = 1.0
+    clip_norm: Positive | None = 1.0
     """Largest global norm of the gradient; None: no clipping."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that stay as they are: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
     """Factor of the learning rate from each layer to the one below it (ELECTRA; Clark et al. 2020)."""
     offload: bool = False
     """Keep the optimizer's state in the hosts' memory; it comes to the devices for the update alone."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section, section="train"):
     """The run."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides initial parameters, data order and dropout."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1, 2**16)] = 1
     """Microbatches a step; gradients are summed over them, so the result is that of the whole batch."""
     strategy: Literal["jit", "pmap"] = "jit"
     """jit: sharded by the mesh; pmap: replicated data parallelism, equal in result."""
-    ema: float | None = None
+    ema: Dropped | None = None
     """Decay of the moving average of the parameters, which evaluation then uses; None: none."""
     quantize: Literal["none", "int8", "float8"] = "none"
     """Type of the products with the weights of blocks, forward and backward; parameters and optimizer stay float32."""
@@ -243,7 +221,7 @@ class TrainConfig:
     """Options of XLA for the step, as NAME=VALUE: xla_tpu_scoped_vmem_limit_kib=65536; plans are made with them too."""
 
     def __post_init__(self) -> None:
-        _at_least("train", 1, steps=self.steps, accumulate=self.accumulate)
+        super().__post_init__()
         for option in self.xla:
             if not re.fullmatch(r"xla_\w+=.+", option):
                 raise UserError(
@@ -252,92 +230,79 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Section, section="eval"):
     """Evaluation while training."""
 
-    every: int = 0
+    every: Natural = 0
     """Steps between evaluations; 0: only after the last step."""
-    batches: int | None = None
+    batches: Count | None = None
     """Batches of an evaluation; None: the whole set once."""
-    batch_size: int | None = None
+    batch_size: Dim | None = None
     """Examples a batch; None: as in training."""
-    early_stop: int | None = None
+    early_stop: Count | None = None
     """Stop after so many evaluations without a better `metric`; None: never."""
     metric: str = "eval/loss"
     """What 'better' is judged by, for early stopping and for the best checkpoint."""
     mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `metric` is better."""
 
-    def __post_init__(self) -> None:
-        _at_least("eval", 1, batches=self.batches, batch_size=self.batch_size, early_stop=self.early_stop)
-
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Section, section="checkpoint"):
     """What is saved, and when."""
 
-    every: int = 500
+    every: Natural = 500
     """Steps between checkpoints; the last step is always saved; 0: only that one."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints kept, beside the best one."""
     best: bool = False
     """Keep the checkpoint that is best by `eval.metric` (saved after each evaluation that improves on it)."""
 
-    def __post_init__(self) -> None:
-        _at_least("checkpoint", 1, keep=self.keep)
-
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section, section="mesh"):
     """How devices are divided. One axis may be -1: the devices that are left.
 
     The first axes go across the slow network, between slices of TPUs or nodes of GPUs. So with data = slices or nodes,
     fsdp = -1 the state is cut inside each and replicated over all (HSDP); with data = 1, fsdp = -1 it is cut over all.
     """
 
-    data: int = -1
+    data: Devices = -1
     """Replicas, each with its own share of the batch."""
-    stage: int = 1
+    stage: Devices = 1
     """Stages of a pipeline, each with its share of the layers; outside the layers, shards of the batch."""
-    fsdp: int = 1
+    fsdp: Devices = 1
     """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
-    expert: int = 1
+    expert: Devices = 1
     """Shards of the experts of a mixture, and of the batch."""
-    context: int = 1
+    context: Devices = 1
     """Shards of the tokens of each sequence, joined by ring attention (or by --model.attention ulysses)."""
-    tensor: int = 1
+    tensor: Devices = 1
     """Shards of heads, hidden units and vocabulary (Megatron)."""
     sequence: bool = False
     """Whether between a block's products tokens are split over `tensor` too (Megatron's sequence parallelism)."""
-    microbatches: int = 0
+    microbatches: Natural = 0
     """Parts of a batch that follow each other through the stages, a multiple of them; 0: up to four times as many, as
     the batch divides. The first and last wait for (stage - 1) / (microbatches * rounds + stage - 1) of the time."""
-    rounds: int = 1
+    rounds: Annotated[int, Range(1, 1024)] = 1
     """How often a microbatch goes round all stages, each time through another slice of a stage's layers: the wait is
     shorter, and more is sent."""
 
-    def __post_init__(self) -> None:
-        _at_least("mesh", 0, microbatches=self.microbatches)
-        _at_least("mesh", 1, rounds=self.rounds)
-
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(Section, section="metrics"):
     """What is reported."""
 
-    every: int = 10
+    every: Count = 10
     """Steps between lines in metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard events too."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """live: a display that redraws; plain: a line each `every` steps; auto: live on a terminal."""
 
-    def __post_init__(self) -> None:
-        _at_least("metrics", 1, every=self.every)
-
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Section, section="profile"):
     """A trace of chosen steps, for TensorBoard or Perfetto."""
 
     steps: str = ""
@@ -345,7 +310,7 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Section, section="init"):
     """Where the parameters start."""
 
     source: str | None = None
@@ -355,7 +320,7 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """An experiment."""
 
     model: Any
@@ -371,3 +336,8 @@ class Config:
     metrics: MetricsConfig = MetricsConfig()
     profile: ProfileConfig = ProfileConfig()
     init: InitConfig = InitConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_dataclass(self.model) or isinstance(self.model, type):
+            raise UserError(f"got model {shown(self.model)}, expected a family's config, such as GPT2Config(layers=6)")

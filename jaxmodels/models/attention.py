@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import Dim, Positive, Section
 from jaxmodels.models import layers
 from jaxmodels.models.decoding import Context, KeyValues, update
 from jaxmodels.models.kernels import partition, xla
@@ -117,16 +118,16 @@ class MultiHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Section, section="model.rope_scaling"):
     """Llama 3.1's stretch of slow rotations, as published in its reference code (`apply_scaling`)."""
 
-    factor: float = 1.0
+    factor: Positive = 1.0
     """Low frequencies are divided by this; 1 leaves them as they are."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: Positive = 1.0
     """Wavelengths above `original_context` / this are scaled in full."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: Positive = 4.0
     """Wavelengths below `original_context` / this are left alone."""
-    original_context: int = 8192
+    original_context: Dim = 8192
     """The context of pre-training before the stretch."""
 
 

@@ -11,52 +11,54 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Dropped, Positive, Section
 from jaxmodels.models import layers
 from jaxmodels.models.attention import MultiHead
 from jaxmodels.models.decoding import Context, KeyValues
-from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
 
 
 @dataclass(frozen=True)
-class BERTConfig:
+class BERTConfig(Section, section="model"):
     """BERT; the defaults are BERT-base uncased (110M)."""
 
-    vocab_size: int = 30522
+    vocab_size: Dim = 30522
     """Rows of the embedding, which is also the output layer of masked language modelling (V)."""
-    context: int = 512
+    context: Dim = 512
     """Learned positions: the most tokens the model sees at once."""
-    types: int = 2
+    types: Dim = 2
     """Token types: parts of the input that have an embedding of their own, such as a first and a second sentence."""
-    layers: int = 12
+    layers: Depth = 12
     """Blocks."""
-    heads: int = 12
+    heads: Depth = 12
     """Attention heads (H); must divide `width`."""
-    width: int = 768
+    width: Dim = 768
     """Size of the residual stream (D)."""
-    mlp_width: int = 3072
+    mlp_width: Dim = 3072
     """Hidden units of a block's MLP (F)."""
     head: Literal["masked_lm", "classification", "pretraining", "none"] = "masked_lm"
     """masked_lm: logits of each token; classification: of `classes`, from the first token; pretraining: logits of each
     token, and of whether the second sentence follows the first (2); none: features, and the first token's pooled."""
-    classes: int | None = None
+    classes: Dim | None = None
     """Outputs of the classification head; None for other heads."""
     pool: Literal["first", "mean"] = "first"
     """What of a text its pooled features come from: the first token, as published, or the mean of all tokens, which are
     the ones that masked language modelling alone has taught."""
-    norm_eps: float = 1e-12
+    norm_eps: Positive = 1e-12
     """Added to the variance in LayerNorm."""
-    dropout: float = 0.1
+    dropout: Dropped = 0.1
     """Share dropped while training of embeddings, attention weights, what each sublayer adds, and pooled features."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of the scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         divide(self, "width", "heads")
         if (self.head == "classification") != (self.classes is not None):
             hint = "--model.classes 2" if self.classes is None else "--model.head classification"

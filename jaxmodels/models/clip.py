@@ -10,56 +10,58 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.fields import Depth, Dim, Natural, Positive, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.attention import MultiHead
 from jaxmodels.models.decoding import Context
-from jaxmodels.models.functional import Dtype, Family, Remat, check_patches, check_shape, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, check_patches, check_shape, divide, register
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(Section, section="model"):
     """CLIP; the defaults are ViT-B/32."""
 
-    input_shape: tuple[int, int, int] = (224, 224, 3)
+    input_shape: Shape = (224, 224, 3)
     """Height, width and channels of an image."""
-    patch: int = 32
+    patch: Dim = 32
     """Side of a square patch; must divide height and width."""
-    image_layers: int = 12
+    image_layers: Depth = 12
     """Blocks of the image tower."""
-    image_heads: int = 12
+    image_heads: Depth = 12
     """Attention heads of the image tower (H); must divide `image_width`."""
-    image_width: int = 768
+    image_width: Dim = 768
     """Size of the image tower's residual stream (D)."""
-    image_mlp_width: int = 3072
+    image_mlp_width: Dim = 3072
     """Hidden units of its MLPs (F)."""
-    vocab_size: int = 49408
+    vocab_size: Dim = 49408
     """Rows of the text tower's embedding (V)."""
-    context: int = 77
+    context: Dim = 77
     """Learned positions: the most tokens of a text."""
-    text_layers: int = 12
+    text_layers: Depth = 12
     """Blocks of the text tower."""
-    text_heads: int = 8
+    text_heads: Depth = 8
     """Attention heads of the text tower; must divide `text_width`."""
-    text_width: int = 512
+    text_width: Dim = 512
     """Size of the text tower's residual stream."""
-    text_mlp_width: int = 2048
+    text_mlp_width: Dim = 2048
     """Hidden units of its MLPs."""
-    end_token: int | None = None
+    end_token: Natural | None = None
     """The id at whose first place a text is read out; None: the highest id of each text, as OpenAI's code does it."""
-    embedding: int = 512
+    embedding: Dim = 512
     """Size of the space where images and texts meet (E)."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the variance in LayerNorm."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of a scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         divide(self, "image_width", "image_heads")
         divide(self, "text_width", "text_heads")
         check_patches(self.input_shape, self.patch)

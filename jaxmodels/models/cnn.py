@@ -9,28 +9,30 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Dim, Dropped, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
-class CNNConfig:
+class CNNConfig(Section, section="model"):
     """A small convolutional network; the defaults fit MNIST."""
 
-    input_shape: tuple[int, int, int] = (28, 28, 1)
+    input_shape: Shape = (28, 28, 1)
     """Height, width and channels of an image."""
-    classes: int = 10
+    classes: Dim = 10
     """Outputs."""
-    widths: tuple[int, ...] = (32, 64)
+    widths: tuple[Dim, ...] = (32, 64)
     """Channels of each 3×3 convolution; a pooling after each halves height and width."""
-    hidden: tuple[int, ...] = (128,)
+    hidden: tuple[Dim, ...] = (128,)
     """Units of each hidden layer after the convolutions."""
-    dropout: float = 0.0
+    dropout: Dropped = 0.0
     """Share of hidden units dropped while training."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         side = min(self.input_shape[:2])
         if side < 2 ** len(self.widths):
             raise UserError(

@@ -23,6 +23,7 @@ from jaxmodels.models.kernels import quantized as quantization
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash", "tokamax", "ring", "ulysses"]
 
 
 @dataclass(frozen=True)

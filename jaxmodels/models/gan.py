@@ -8,41 +8,41 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Dim, Range, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, halvings, register
 
 
 @dataclass(frozen=True)
-class GANConfig:
+class GANConfig(Section, section="model"):
     """One network of a GAN; the defaults are DCGAN's generator at the size of MNIST."""
 
     network: Literal["generator", "discriminator"] = "generator"
     """Which of the two networks this is: latents to images, or images to logits."""
     kind: Literal["dcgan", "wgan-gp"] = "dcgan"
     """dcgan: batch normalisation in both networks, logistic loss; wgan-gp: a critic without, Wasserstein distance."""
-    input_shape: tuple[int, int, int] = (28, 28, 1)
+    input_shape: Shape = (28, 28, 1)
     """Height, width and channels of an image, with values in [-1, 1]."""
-    latents: int = 100
+    latents: Dim = 100
     """Numbers that the generator makes an image from, normally distributed (Z)."""
-    channels: tuple[int, ...] = (64, 128)
+    channels: tuple[Dim, ...] = (64, 128)
     """Channels after each halving of the image, from the outside in; the generator goes the other way."""
-    hidden: int = 0
+    hidden: Annotated[int, Range(0, 2**24)] = 0
     """Units of a layer that sees the whole image at once, behind the latents and before the logits (InfoGAN; Chen et
     al. 2016); 0: none, as DCGAN has it."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         halvings(self.input_shape, self.channels, "channels")
-        if self.hidden < 0:
-            raise UserError(f"got hidden {self.hidden}, expected at least 0, try --model.hidden 256")
 
 
 class GAN(nn.Module):

@@ -13,44 +13,46 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.fields import Depth, Dim, Dropped, Section
 from jaxmodels.models import layers
 from jaxmodels.models.attention import MultiHead
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
-from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(Section, section="model"):
     """GPT-2; the defaults are GPT-2 small (124M)."""
 
-    vocab_size: int = 50257
+    vocab_size: Dim = 50257
     """Rows of the embedding, which is also the output layer (V)."""
-    context: int = 1024
+    context: Dim = 1024
     """Learned positions: the most tokens the model sees at once."""
-    layers: int = 12
+    layers: Depth = 12
     """Blocks."""
-    heads: int = 12
+    heads: Depth = 12
     """Attention heads (H); must divide `width`."""
-    width: int = 768
+    width: Dim = 768
     """Size of the residual stream (D)."""
-    mlp_width: int | None = None
+    mlp_width: Dim | None = None
     """Hidden units of a block's MLP (F); 4 * width when not given."""
-    dropout: float = 0.0
+    dropout: Dropped = 0.0
     """Share dropped after embeddings, attention and MLP while training, and of attention weights."""
-    embed_dropout: float | None = None
+    embed_dropout: Dropped | None = None
     """Share dropped after embeddings; that of `dropout` when not given."""
-    attention_dropout: float | None = None
+    attention_dropout: Dropped | None = None
     """Share of attention weights dropped; that of `dropout` when not given."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of the scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         divide(self, "width", "heads")
 
 

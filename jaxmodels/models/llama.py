@@ -15,56 +15,58 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Positive, Section
 from jaxmodels.models import layers
 from jaxmodels.models.attention import MultiHead, RopeScaling, rotary_frequencies
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
-from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Section, section="model"):
     """LLaMA; the defaults are LLaMA 7B."""
 
-    vocab_size: int = 32000
+    vocab_size: Dim = 32000
     """Rows of the embedding (V)."""
-    context: int = 2048
+    context: Dim = 2048
     """Tokens that the published model was trained on at once; rotary positions do not limit it."""
-    layers: int = 32
+    layers: Depth = 32
     """Blocks."""
-    heads: int = 32
+    heads: Depth = 32
     """Query heads (H)."""
-    kv_heads: int | None = None
+    kv_heads: Depth | None = None
     """Key and value heads (G), shared by groups of query heads; as many as `heads` when not given."""
-    width: int = 4096
+    width: Dim = 4096
     """Size of the residual stream (D)."""
-    head_dim: int | None = None
+    head_dim: Dim | None = None
     """Size of a head (K); width / heads when not given."""
-    mlp_width: int = 11008
+    mlp_width: Dim = 11008
     """Hidden units of the gated MLP (F)."""
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling = RopeScaling()
     """Llama 3.1's scaling; none with a factor of 1."""
-    window: int | None = None
+    window: Dim | None = None
     """Tokens that each one sees, itself included (Mistral); None: all before it."""
     qkv_bias: bool = False
     """Whether the projections of queries, keys and values have biases (Qwen2)."""
     qk_norm: bool = False
     """Whether each head's queries and keys go through RMSNorm (Qwen3)."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the mean square in RMSNorm."""
     tied: bool = False
     """Whether the output layer is the embedding."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of the scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.head_dim is None:
             divide(self, "width", "heads")
         if self.kv_heads is not None:

@@ -16,36 +16,36 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Dropped, Section
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, Params, register
 
 
 @dataclass(frozen=True)
-class LSTMConfig:
+class LSTMConfig(Section, section="model"):
     """An LSTM; the defaults are the medium language model of Zaremba et al. 2014."""
 
-    vocab_size: int = 10000
+    vocab_size: Dim = 10000
     """Rows of the embedding, and of a language model's output layer, which is a matrix of its own (V)."""
-    width: int = 650
+    width: Dim = 650
     """Size of an embedding (D)."""
-    hidden: int = 650
+    hidden: Dim = 650
     """Units of a layer, in each direction (H)."""
-    layers: int = 2
+    layers: Depth = 2
     """Layers, each on the outputs of the one before."""
     bidirectional: bool = False
     """A second LSTM in each layer that reads from the end; only for a classifier."""
-    classes: int | None = None
+    classes: Dim | None = None
     """Outputs of a classifier of whole sequences; None: a language model."""
-    dropout: float = 0.0
+    dropout: Dropped = 0.0
     """Share dropped of each layer's inputs and of the last one's outputs while training, never between time steps."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters, the cells' states and the sums of gates stay float32."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Time steps unrolled in each iteration of the scan: above 1 compiles far longer and was no faster on a CPU."""
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise UserError(f"got layers {self.layers}, expected at least 1, try layers 1")
+        super().__post_init__()
         if self.bidirectional and self.classes is None:
             raise UserError(
                 "got bidirectional with classes None, a language model that sees the future, expected a classifier, "

@@ -15,65 +15,67 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Positive, Section, Weight
 from jaxmodels.models import experts, layers
 from jaxmodels.models.attention import MultiHead, rotary_frequencies
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
-from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
 from jaxmodels.parallel import rules
 
 Sums = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class MixtralConfig:
+class MixtralConfig(Section, section="model"):
     """Mixtral; the defaults are Mixtral 8x7B."""
 
-    vocab_size: int = 32000
+    vocab_size: Dim = 32000
     """Rows of the embedding (V)."""
-    context: int = 32768
+    context: Dim = 32768
     """Tokens that the published model was trained on at once; rotary positions do not limit it."""
-    layers: int = 32
+    layers: Depth = 32
     """Blocks."""
-    heads: int = 32
+    heads: Depth = 32
     """Query heads (H)."""
-    kv_heads: int | None = 8
+    kv_heads: Depth | None = 8
     """Key and value heads (G), shared by groups of query heads; as many as `heads` when not given."""
-    width: int = 4096
+    width: Dim = 4096
     """Size of the residual stream (D)."""
-    head_dim: int | None = None
+    head_dim: Dim | None = None
     """Size of a head (K); width / heads when not given."""
-    mlp_width: int = 14336
+    mlp_width: Dim = 14336
     """Hidden units of each expert (F)."""
-    experts: int = 8
+    experts: Depth = 8
     """Experts of a block (E)."""
-    experts_per_token: int = 2
+    experts_per_token: Depth = 2
     """Experts that a token goes through (k), weighted by a softmax over their scores."""
     routing: Literal["dropless", "capacity"] = "dropless"
     """Whether a token goes through all its experts, or through those that have a place left for it."""
-    capacity_factor: float = 1.25
+    capacity_factor: Positive = 1.25
     """With `capacity`: an expert's places in a row, over those that it needs if all experts are chosen alike."""
-    balance_loss: float = 0.02
+    balance_loss: Weight = 0.02
     """Weight of the loss that is least when experts are chosen alike."""
-    z_loss: float = 0.0
+    z_loss: Weight = 0.0
     """Weight of the router's mean squared log partition function."""
-    window: int | None = None
+    window: Dim | None = None
     """Tokens that each one sees, itself included; None: all before it."""
-    rope_theta: float = 1e6
+    rope_theta: Positive = 1e6
     """Base of the rotary wavelengths."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the mean square in RMSNorm."""
     tied: bool = False
     """Whether the output layer is the embedding."""
     dtype: Dtype = "float32"
     """Type of activations and products, but for the router's; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of the scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.head_dim is None:
             divide(self, "width", "heads")
         if self.kv_heads is not None:
@@ -88,8 +90,6 @@ class MixtralConfig:
                 f"got experts_per_token {self.experts_per_token}, expected from 1 to all {self.experts} experts, "
                 f"try experts_per_token {min(max(self.experts_per_token, 1), self.experts)}"
             )
-        if self.capacity_factor <= 0:
-            raise UserError(f"got capacity_factor {self.capacity_factor}, expected more than 0, try 1.25")
 
     @property
     def head_size(self) -> int:

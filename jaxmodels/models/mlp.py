@@ -9,21 +9,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.fields import Dim, Dropped, Section
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(Section, section="model"):
     """A multilayer perceptron; the defaults fit MNIST."""
 
-    input_shape: tuple[int, ...] = (28, 28, 1)
+    input_shape: tuple[Dim, ...] = (28, 28, 1)
     """Shape of one example; it is flattened."""
-    classes: int = 10
+    classes: Dim = 10
     """Outputs."""
-    hidden: tuple[int, ...] = (512, 512)
+    hidden: tuple[Dim, ...] = (512, 512)
     """Units of each hidden layer."""
-    dropout: float = 0.0
+    dropout: Dropped = 0.0
     """Share of hidden units dropped while training."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""

@@ -14,29 +14,30 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Dropped, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(Section, section="model"):
     """ResNet; the defaults are ResNet-50."""
 
-    input_shape: tuple[int, int, int] = (224, 224, 3)
+    input_shape: Shape = (224, 224, 3)
     """Height, width and channels of an image."""
-    classes: int = 1000
+    classes: Dim = 1000
     """Outputs."""
-    depths: tuple[int, ...] = (3, 4, 6, 3)
+    depths: tuple[Depth, ...] = (3, 4, 6, 3)
     """Blocks of each stage; each stage but the first begins by halving height and width."""
-    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    widths: tuple[Dim, ...] = (256, 512, 1024, 2048)
     """Channels that each stage gives; inside a bottleneck there are a quarter of them."""
     bottleneck: bool = True
     """Blocks of 1×1, 3×3 and 1×1 convolutions, or else of two 3×3."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """7×7 with stride 2 and a pooling, or for images such as 32×32 a 3×3 convolution alone."""
-    stem_width: int = 64
+    stem_width: Dim = 64
     """Channels that the stem gives."""
-    stochastic_depth: float = 0.0
+    stochastic_depth: Dropped = 0.0
     """Share of examples that skip the last block while training; earlier blocks in proportion (Huang et al. 2016)."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
@@ -44,6 +45,7 @@ class ResNetConfig:
     """What the backward pass recomputes: nothing, or whole blocks."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.depths) != len(self.widths) or not self.depths:
             raise UserError(
                 f"got depths {self.depths} with widths {self.widths}, expected one of each for a stage, "

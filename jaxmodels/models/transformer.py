@@ -13,59 +13,61 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Dropped, Positive, Section
 from jaxmodels.models import layers
 from jaxmodels.models.attention import MultiHead
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
-from jaxmodels.models.functional import Dtype, Family, Remat, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu, "gated_gelu": layers.gelu}
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Section, section="model"):
     """An encoder and a decoder; the defaults are the base model of Vaswani et al."""
 
     variant: Literal["original", "t5"] = "original"
     """original: sinusoids added to scaled embeddings, LayerNorm, biases; t5: a learned bias of the scores by distance,
     RMSNorm, no biases, and scores that are not scaled."""
-    vocab_size: int = 37000
+    vocab_size: Dim = 37000
     """Rows of the embedding, shared by encoder and decoder (V)."""
-    layers: int = 6
+    layers: Depth = 6
     """Blocks of the encoder."""
-    decoder_layers: int | None = None
+    decoder_layers: Depth | None = None
     """Blocks of the decoder; as many as `layers` when not given."""
-    heads: int = 8
+    heads: Depth = 8
     """Attention heads (H)."""
-    width: int = 512
+    width: Dim = 512
     """Size of the residual stream (D)."""
-    head_dim: int | None = None
+    head_dim: Dim | None = None
     """Size of a head (K); width / heads when not given."""
-    mlp_width: int = 2048
+    mlp_width: Dim = 2048
     """Hidden units of a block's MLP (F)."""
     norm: Literal["post", "pre"] = "post"
     """post: after each residual sum; pre: before each sublayer, and once after the last block."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Added to the variance, or to the mean square, in a norm."""
     activation: Literal["relu", "gelu", "gated_gelu"] = "relu"
     """Of the MLP; GELU in its tanh form."""
-    relative_buckets: int = 32
+    relative_buckets: Dim = 32
     """Distances that t5 tells apart; in the encoder half of them to each side."""
-    relative_distance: int = 128
+    relative_distance: Dim = 128
     """From so many tokens on, t5 tells distances apart no more."""
     tied: bool = True
     """Whether the output layer is the embedding."""
-    dropout: float = 0.1
+    dropout: Dropped = 0.1
     """Share dropped while training of embeddings, attention weights, hidden units and what each sublayer adds."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of a scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.head_dim is None:
             divide(self, "width", "heads")
         if self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2:

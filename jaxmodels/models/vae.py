@@ -14,26 +14,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Dim, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, check_shape, halvings, register
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Section, section="model"):
     """A variational autoencoder; the defaults fit MNIST."""
 
     kind: Literal["mlp", "conv"] = "mlp"
     """Linear layers, or convolutions that halve the image each time and transposed ones that double it."""
-    input_shape: tuple[int, int, int] = (28, 28, 1)
+    input_shape: Shape = (28, 28, 1)
     """Height, width and channels of an image, with values in [0, 1]."""
-    hidden: tuple[int, ...] = (500,)
+    hidden: tuple[Dim, ...] = (500,)
     """Units of each hidden layer (mlp) or channels of each convolution (conv); the decoder has them in reverse."""
-    latents: int = 20
+    latents: Dim = 20
     """Size of the code (Z)."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.hidden:
             raise UserError("got hidden (), expected at least one hidden layer, try hidden (500,)")
         if self.kind == "conv":

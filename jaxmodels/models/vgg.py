@@ -14,32 +14,34 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Depth, Dim, Dropped, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.functional import Dtype, Family, check_shape, register
 
 
 @dataclass(frozen=True)
-class VGGConfig:
+class VGGConfig(Section, section="model"):
     """VGG; the defaults are VGG-16 without batch normalisation."""
 
-    input_shape: tuple[int, int, int] = (224, 224, 3)
+    input_shape: Shape = (224, 224, 3)
     """Height, width and channels of an image."""
-    classes: int = 1000
+    classes: Dim = 1000
     """Outputs."""
-    depths: tuple[int, ...] = (2, 2, 3, 3, 3)
+    depths: tuple[Depth, ...] = (2, 2, 3, 3, 3)
     """Convolutions of each stage; a pooling after each halves height and width."""
-    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    widths: tuple[Dim, ...] = (64, 128, 256, 512, 512)
     """Channels of each stage."""
-    hidden: tuple[int, ...] = (4096, 4096)
+    hidden: tuple[Dim, ...] = (4096, 4096)
     """Units of each hidden layer of the classifier."""
     batch_norm: bool = False
     """Batch normalisation after each convolution."""
-    dropout: float = 0.5
+    dropout: Dropped = 0.5
     """Share of the classifier's hidden units dropped while training."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.depths) != len(self.widths):
             raise UserError(
                 f"got depths {self.depths} with widths {self.widths}, expected one of each for a stage, "

@@ -10,48 +10,50 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.fields import Depth, Dim, Dropped, Positive, Section, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.attention import MultiHead
 from jaxmodels.models.decoding import Context
-from jaxmodels.models.functional import Dtype, Family, Remat, check_patches, check_shape, divide, register
+from jaxmodels.models.functional import Attention, Dtype, Family, Remat, check_patches, check_shape, divide, register
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Section, section="model"):
     """ViT; the defaults are ViT-B/16."""
 
-    input_shape: tuple[int, int, int] = (224, 224, 3)
+    input_shape: Shape = (224, 224, 3)
     """Height, width and channels of an image."""
-    patch: int = 16
+    patch: Dim = 16
     """Side of a square patch; must divide height and width."""
-    classes: int = 1000
+    classes: Dim = 1000
     """Outputs."""
-    layers: int = 12
+    layers: Depth = 12
     """Blocks."""
-    heads: int = 12
+    heads: Depth = 12
     """Attention heads (H); must divide `width`."""
-    width: int = 768
+    width: Dim = 768
     """Size of the residual stream (D)."""
-    mlp_width: int = 3072
+    mlp_width: Dim = 3072
     """Hidden units of a block's MLP (F)."""
     pool: Literal["class", "mean"] = "class"
     """class: the head sees a learned token before the patches; mean: the mean over patches, without such a token."""
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     """Added to the variance in LayerNorm."""
-    dropout: float = 0.0
+    dropout: Dropped = 0.0
     """Share dropped while training of embeddings, hidden units and what each sublayer adds."""
-    stochastic_depth: float = 0.0
+    stochastic_depth: Dropped = 0.0
     """Share of examples that skip the last block while training; earlier blocks in proportion (Huang et al. 2016)."""
     dtype: Dtype = "float32"
     """Type of activations and products; parameters stay float32."""
-    attention: str = "auto"
+    attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
     remat: Remat = "none"
     """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
-    unroll: int = 1
+    unroll: Depth = 1
     """Blocks unrolled in each iteration of the scan over layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         divide(self, "width", "heads")
         check_patches(self.input_shape, self.patch)
 

@@ -1,0 +1,229 @@
+"""What a field may hold: its type, and the range that is said where the field is. One check of both, everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+import os
+import reprlib
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from jaxmodels.errors import UserError, nearest
+
+MOST = 2**31 - 1
+"""What an index on a device holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes: from `least` to `most`, both included, or above and below what is not."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    also: float | None = None
+    """One number more, which means something of its own."""
+
+    def refusal(self, value: float) -> tuple[str, float | None]:
+        """What was expected instead of the value, and the bound to try; nothing, where the value is in the range."""
+        expected, bound = "", None
+        if value == self.also:
+            return "", None
+        if self.least is not None and value < self.least:
+            expected, bound = f"at least {self.least}", self.least
+        elif self.most is not None and value > self.most:
+            expected, bound = f"at most {self.most}", self.most
+        elif self.above is not None and value <= self.above:
+            expected = f"above {self.above}"
+        elif self.below is not None and value >= self.below:
+            expected = f"below {self.below}"
+        return expected + (f", or {self.also}" if expected and self.also is not None else ""), bound
+
+    def __str__(self) -> str:
+        named = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        said = " and ".join(f"{word} {bound}" for word, bound in named.items() if bound not in (None, MOST))
+        return said if self.also is None else f"{said}, or {self.also}"
+
+
+Count = Annotated[int, Range(1, MOST)]
+Natural = Annotated[int, Range(0, MOST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Dim = Annotated[int, Range(1, 2**24)]
+"""A dimension of an array: two of them and a depth still make a number of elements that 64 bits hold."""
+Depth = Annotated[int, Range(1, 2**14)]
+"""Layers, heads or experts."""
+Workers = Annotated[int, Range(1, 1024)]
+"""Threads or processes of one machine."""
+Positive = Annotated[float, Range(above=0)]
+Weight = Annotated[float, Range(0)]
+"""What a loss or a decay is multiplied by."""
+Share = Annotated[float, Range(0, 1)]
+Dropped = Annotated[float, Range(0, below=1)]
+"""A share that leaves something."""
+Shape = tuple[Dim, Dim, Dim]
+"""Height, width and channels."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+_TINIEST, _GREATEST = 2.0**-126, 3.4e38  # of float32, in which it is computed
+
+
+class Section:
+    """A dataclass whose fields are checked whenever one is made: from a file, the command line, JSON or in Python.
+
+    Its fields are options `--SECTION.FIELD`. Numbers become their field's type (1 a float), lists tuples. A class
+    whose values must fit each other too has a `__post_init__` of its own, which calls this one first.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str | None = None) -> None:
+        if section is not None:
+            cls.section = section
+
+    def __post_init__(self) -> None:
+        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        for name, kind in _hints(type(self)).items():
+            if name in fields:
+                value = getattr(self, name)
+                default = fields[name].default
+                object.__setattr__(self, name, checked(kind, value, name, self.section, default))
+
+
+def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Check the arguments of a command, as fields are.
+
+    Raises:
+        UserError: one of them is not what its annotation says.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    for name, value in given.items():
+        checked(hints[name], value, name, "", inspect.signature(function).parameters[name].default)
+
+
+def checked(kind: Any, value: Any, name: str, section: str, default: Any = None) -> Any:
+    """The value as its field's type.
+
+    Raises:
+        UserError: it is of another type or out of its range.
+    """
+    try:
+        return _fit(kind, value)
+    except _Misfit as wrong:
+        full = f"{section}.{name}" if section else name
+        hint = wrong.better
+        if not hint and default not in (dataclasses.MISSING, inspect.Parameter.empty, None, "", ()):
+            hint = _argument(default)
+        tried = f", try --{full.replace('_', '-')} {hint}" if hint else ""
+        raise UserError(f"got {full} {shown(value)}, expected {wrong.expected}{wrong.near or tried}") from None
+
+
+def shown(value: Any) -> str:
+    """A value in a message, however long or deep it is."""
+    try:
+        return _REPR.repr(value)
+    except Exception:  # whatever an object of the user's does when it is asked for its text
+        return f"a {type(value).__name__}"
+
+
+def ranges(kind: Any) -> list[Range]:
+    """The ranges in a field's type."""
+    found = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, Range)]
+    return found + [one for arg in get_args(kind) for one in ranges(arg)]
+
+
+class _Misfit(Exception):
+    def __init__(self, expected: str, better: str = "", near: str = "") -> None:
+        self.expected, self.better, self.near = expected, better, near
+
+
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
+
+
+def _argument(value: Any) -> str:
+    """A value as it is written on the command line; nothing, where it is a section of its own."""
+    if dataclasses.is_dataclass(value):
+        return ""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _fit(kind: Any, value: Any) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = _fit(args[0], value)
+        for note in args[1:]:
+            if isinstance(note, Range):
+                expected, bound = note.refusal(value)
+                if expected:
+                    raise _Misfit(expected, "" if bound is None else str(type(value)(bound)))
+        return value
+    if origin in (Union, types.UnionType):
+        return _fit_one(args, value)
+    if origin is Literal:
+        if not any(type(value) is type(name) and value == name for name in args):
+            near = nearest(value, map(str, args)) if isinstance(value, str) else ""
+            raise _Misfit(f"one of {', '.join(map(str, args))}", near=near)
+        return value
+    if origin is tuple:
+        return _fit_tuple(args, value)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise _Misfit("True or False")
+    elif kind is int:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            whole = isinstance(value, float) and value.is_integer()
+            raise _Misfit("a whole number", str(int(value)) if whole else "")  # type: ignore[arg-type]
+        return int(value)
+    elif kind is float:
+        return _fit_float(value)
+    elif kind is str:
+        if not isinstance(value, str):
+            raise _Misfit("text", os.fspath(value) if isinstance(value, Path) else "")
+        if "\0" in value:
+            raise _Misfit("text without zero bytes")
+    elif isinstance(kind, type) and kind is not Any and not isinstance(value, kind):
+        raise _Misfit(f"a {kind.__name__}")
+    return value
+
+
+def _fit_one(kinds: tuple[Any, ...], value: Any) -> Any:
+    """The value as the first type of a union that it is of."""
+    if value is None and type(None) in kinds:
+        return None
+    wrong = []
+    for kind in kinds:
+        if kind is not type(None):
+            try:
+                return _fit(kind, value)
+            except _Misfit as misfit:
+                wrong.append(misfit)
+    expected = [misfit.expected for misfit in wrong] + (["None"] if type(None) in kinds else [])
+    raise _Misfit(" or ".join(expected), wrong[0].better, wrong[0].near)
+
+
+def _fit_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    several = len(kinds) == 2 and kinds[1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (several or len(value) == len(kinds)):
+        raise _Misfit("several values" if several else f"{len(kinds)} values")
+    return tuple(_fit(kinds[0] if several else kinds[i], one) for i, one in enumerate(value))
+
+
+def _fit_float(value: Any) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise _Misfit("a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _GREATEST:
+        raise _Misfit("a finite number that float32 holds" if number == number else "a number")
+    if 0 < abs(number) < _TINIEST:
+        raise _Misfit(f"0 or a number that float32 holds, at least {_TINIEST:.2g}")
+    return number
