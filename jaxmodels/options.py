@@ -133,6 +133,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
     given: dict[str, Any] = {}
     if default is not None:
         given = {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
+    argv = once(kind, argv, prog, given)
     said = io.StringIO()
     try:
         # help is broken into lines for the reader's terminal, a mistake is one line
@@ -150,6 +151,34 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
         known = sorted(set(re.findall(r"--[a-z][\w.-]*", usage.getvalue())))
         raise UserError(_unknown(unknown[0].split("=")[0], known, prog))
     return value if isinstance(kind, type) else value()
+
+
+def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> list[str]:
+    """The arguments with each option once: what is given in several parts for several values is put together.
+
+    Raises:
+        UserError: an option of one value is given twice.
+    """
+    import tyro
+
+    parts: list[list[str]] = [[]]
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        if re.match("--[a-zA-Z]", arg):
+            parts.append([name.replace("_", "-"), *([value] if equals else [])] if equals else [arg])
+        else:
+            parts[-1].append(arg)
+    names = [part[0].replace("_", "-") for part in parts[1:]]
+    if len(set(names)) == len(names):
+        return list(argv)
+    actions = tyro.extras.get_parser(kind, **given)._option_string_actions
+    several = {name.replace("_", "-") for name, action in actions.items() if action.nargs in ("*", "+")}
+    merged: dict[str, list[str]] = {}
+    for name, part in zip(names, parts[1:], strict=True):
+        if name in merged and name not in several:
+            raise UserError(f"got {name} twice, expected it once, try {prog} with one of the two")
+        merged.setdefault(name, [part[0]]).extend(part[1:])
+    return [*parts[0], *(arg for part in merged.values() for arg in part)]
 
 
 def _later(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,12 +6,14 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from jaxmodels.config.sections import Config
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import checked, shown
 
 
 def load(path: str | Path) -> Config:
@@ -31,13 +33,20 @@ def load(path: str | Path) -> Config:
     sys.path.insert(0, str(path.resolve().parent))  # so that a config can build on its neighbour
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"got config {str(path)!r} that fails with {type(error).__name__}: {error}") from error
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"got config {str(path)!r} without get_config(), expected get_config() -> Config")
+        config = module.get_config()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a file of the user's does
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f" in line {lines[-1]}" if lines else ""
+        raise UserError(
+            f"got config {str(path)!r} that fails with {type(error).__name__}{where}: {error}, "
+            "expected a Python file whose get_config() gives a Config"
+        ) from error
     finally:
         sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"got config {str(path)!r} without get_config(), expected get_config() -> Config")
-    config = module.get_config()
     if not isinstance(config, Config):
         raise UserError(f"got {type(config).__name__} from get_config() in {path}, expected jaxmodels.config.Config")
     return config
@@ -53,18 +62,27 @@ def to_json(config: Config) -> dict[str, Any]:
     }
 
 
-def from_json(value: Mapping[str, Any]) -> Config:
-    """The config that `to_json` wrote."""
+def from_json(value: Any) -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+        UserError: it is not that: a section or a value is missing, unknown, or of another type.
+    """
     from jaxmodels.models.functional import family
 
+    sections = [f.name for f in dataclasses.fields(Config)]
+    if not isinstance(value, Mapping):
+        raise UserError(f"got a config that is {shown(value)}, expected an object with sections {', '.join(sections)}")
+    for name in sections:
+        if not isinstance(value.get(name), Mapping):
+            what = f"is {shown(value[name])}" if name in value else "is missing"
+            raise UserError(f"got a config whose section {name!r} {what}, expected an object")
     model = dict(value["model"])
-    kind = family(model.pop("family")).config
-    sections = {
-        f.name: _decode(get_type_hints(Config)[f.name], value[f.name])
-        for f in dataclasses.fields(Config)
-        if f.name != "model" and f.name in value
-    }
-    return Config(model=_decode(kind, model), **sections)
+    kind = family(checked(str, model.pop("family", None), "family", "model")).config
+    hints = get_type_hints(Config)
+    return Config(
+        model=_decode(kind, model), **{name: _decode(hints[name], value[name]) for name in sections if name != "model"}
+    )
 
 
 def _decode(kind: Any, value: Any) -> Any:
@@ -97,5 +115,15 @@ def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
     if not path.is_file():
         near = [str(p.parent) for p in Path(run).parent.glob("*/config.json")]
         raise UserError(f"got run {str(run)!r}, expected a directory with config.json{nearest(str(run), near)}")
-    value = json.loads(path.read_text())
-    return from_json(value), value.get("origin", {})
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # cut off, binary, or nested without end
+        raise UserError(
+            f"got {str(path)!r} that is not JSON ({error}), expected a run's config, try a copy of it"
+        ) from error
+    try:
+        config = from_json(value)
+    except UserError as error:
+        raise UserError(f"{error} (in {path})") from error
+    origin = value.get("origin", {})
+    return config, origin if isinstance(origin, dict) else {}

@@ -1,0 +1,188 @@
+"""What the command line does with values, repeated options and files that are not what they should be."""
+
+import dataclasses
+import errno
+import json
+import subprocess
+import sys
+from typing import get_type_hints
+
+import pytest
+
+from jaxmodels import config as configs
+from jaxmodels.cli import explain, main
+from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig
+from jaxmodels.errors import UserError, nearest, printable
+from jaxmodels.fields import ranges
+from jaxmodels.models.functional import FAMILIES, create, family
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.options import RunOptions, TuneOptions, configured
+
+FILE = "configs/gpt_stdlib.py"
+
+
+@pytest.fixture(autouse=True)
+def at_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "said"),
+    [
+        (OptimConfig, "name", "adamW", "expected one of adamw, adam, sgd, momentum, rmsprop, adafactor, lion, muon"),
+        (OptimConfig, "schedule", "cosin", "did you mean 'cosine'?"),
+        (EvalConfig, "mode", "minimum", "expected one of min, max"),
+        (OptimConfig, "peak_lr", "3e-4", "expected a number, try --optim.peak-lr 0.001"),
+        (OptimConfig, "peak_lr", -1.0, "expected at least 0"),
+        (OptimConfig, "peak_lr", float("inf"), "expected a finite number"),
+        (OptimConfig, "peak_lr", float("nan"), "expected a number"),
+        (OptimConfig, "peak_lr", 1e39, "expected a finite number that float32 holds"),
+        (OptimConfig, "peak_lr", True, "expected a number"),
+        (OptimConfig, "eps", 1e-60, "number that float32 holds"),
+        (OptimConfig, "clip_norm", -1, "got optim.clip_norm -1, expected above 0 or None, try --optim.clip-norm 1.0"),
+        (OptimConfig, "warmup_steps", -5, "expected at least 0, try --optim.warmup-steps 0"),
+        (OptimConfig, "final_lr_fraction", -1, "expected at least 0"),
+        (OptimConfig, "b1", 1, "expected below 1, try --optim.b1 0.9"),
+        (OptimConfig, "decay_on", "matrix", "expected several values"),
+        (TrainConfig, "ema", 1.5, "expected below 1 or None"),
+        (TrainConfig, "steps", 1e3, "expected a whole number, try --train.steps 1000"),
+        (TrainConfig, "steps", True, "expected a whole number"),
+        (CheckpointConfig, "best", 1, "expected True or False"),
+        (DataConfig, "path", "a.txt", "expected several values"),
+        (DataConfig, "threads", 10**9, "expected at most 1024"),
+        (MeshConfig, "fsdp", 0, "expected at least 1, or -1"),
+        (GPT2Config, "layers", 0, "got model.layers 0, expected at least 1, try --model.layers 1"),
+        (GPT2Config, "layers", 2**31, "expected at most 16384"),
+        (GPT2Config, "dropout", 1.0, "expected below 1"),
+        (GPT2Config, "width", "64", "expected a whole number"),
+        (MLPConfig, "hidden", (8, 0), "expected at least 1"),
+    ],
+)
+def test_a_value_is_what_its_field_says_or_refused(kind, field, value, said):
+    with pytest.raises(UserError) as error:
+        kind(**{field: value})
+    assert f"got {kind.section}.{field}" in str(error.value) and said in str(error.value)
+    with pytest.raises(UserError):
+        dataclasses.replace(kind(), **{field: value})
+    if kind is GPT2Config:
+        with pytest.raises(UserError):
+            create("gpt2", **{field: value})
+
+
+def test_numbers_and_lists_become_what_the_field_says():
+    assert type(OptimConfig(peak_lr=1).peak_lr) is float
+    assert DataConfig(path=["a"]).path == ("a",)
+    assert OptimConfig(clip_norm=None).clip_norm is None
+
+
+def test_every_number_has_a_range():
+    kinds = [hint for name, hint in get_type_hints(Config).items() if name in Config.__dataclass_fields__]
+    kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)] + [family(name).config for name in FAMILIES]
+    for kind in kinds:
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            if ("int" in str(hint) or "float'" in str(hint)) and "Literal" not in str(hint):
+                assert ranges(hint), f"{kind.__name__}.{name}"
+
+
+def test_an_option_given_twice_counts_twice_or_is_refused():
+    argv = [FILE, "--data.path", "a", "b", "--train.steps", "3", "--data.path=c"]
+    cfg, _ = configured(argv, "jaxmodels train", RunOptions)
+    assert cfg.data.path == ("a", "b", "c") and cfg.train.steps == 3
+    _, options = configured([FILE, "--space", "x=1:2", "--space", "y=1:2"], "jaxmodels tune", TuneOptions)
+    assert options.space == ("x=1:2", "y=1:2")
+    for twice in (["--optim.peak-lr", "1", "--optim.peak_lr", "2"], ["--run-dir=a", "--run-dir", "b"]):
+        with pytest.raises(UserError, match=r"got --[a-z.-]+ twice, expected it once"):
+            configured([FILE, *twice], "jaxmodels train", RunOptions)
+
+
+def test_a_flag_given_twice_is_refused(capsys):
+    assert main(["eval", "no/such/run", "--best", "--best"]) == 2
+    assert "got --best twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "5", "[]", "{", "{}", "\x00\xff", "[" * 100_000, '{"model": null}',
+        '{"model": {"family": 3}}', '{"model": {"family": "nonsense"}}', '{"model": []}',
+    ],
+)  # fmt: skip
+def test_a_damaged_config_of_a_run_gets_one_line(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(text.encode("latin1"))
+    assert main(["eval", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: got ") and error.count("\n") == 1 and "config.json" in error
+
+
+@pytest.mark.parametrize("section", [f.name for f in dataclasses.fields(Config)])
+@pytest.mark.parametrize("value", [None, [], "x", {"nonsense": 1}])
+def test_a_section_of_another_type_is_refused_by_name(section, value):
+    whole = json.loads(json.dumps(configs.to_json(Config(model=MLPConfig()))))
+    with pytest.raises(UserError, match="got"):
+        configs.from_json({**whole, section: value})
+    del whole[section]
+    with pytest.raises(UserError, match=f"section '{section}' is missing"):
+        configs.from_json(whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError in line 2"),
+        ("import sys\nsys.exit(0)\n", "SystemExit in line 2"),
+        ("get_config = 3\n", "without get_config()"),
+        ("def get_config():\n    return None\n", "got NoneType from get_config()"),
+        ("def get_config(x):\n    return x\n", "TypeError"),
+        ("x = (\n", "SyntaxError"),
+        ("\x00", "fails with"),
+        ("from jaxmodels.config import OptimConfig\nOptimConfig(name='adamW')\n", "got optim.name 'adamW'"),
+        ("from jaxmodels.config import Config\ndef get_config():\n    return Config(model=3)\n", "got model 3"),
+    ],
+)
+def test_a_config_file_that_is_none_gets_one_line(text, said, tmp_path):
+    file = tmp_path / "wrong.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        configs.load(file)
+    assert said in str(error.value)
+
+
+def test_did_you_mean_offers_no_other_thing_that_exists():
+    known = ["gpt2", "bert", "llama", "mixtral", "mistral-7b", "resnet-50", "vgg-16", "adam", "adamw"]
+    for other in ("bart", "gpt3", "albert", "roberta", "nadam", "adamax", "vgg-17", "llama4"):
+        assert nearest(other, known) == "", other
+    for typo, meant in {"bret": "bert", "lama": "llama", "mixtrl": "mixtral", "mistral": "mistral-7b"}.items():
+        assert nearest(typo, known) == f", did you mean {meant!r}?"
+
+
+def test_errors_of_files_and_disks_get_one_line():
+    assert explain(PermissionError(errno.EACCES, "Permission denied", "x"))[1] == 2
+    assert explain(OSError(errno.EROFS, "Read-only file system", "x"))[1] == 2
+    assert explain(NotADirectoryError(errno.ENOTDIR, "Not a directory", "x"))[1] == 2
+    message, code = explain(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1 and "the disk is full" in message
+    assert explain(KeyError("x")) == (None, 1)
+
+
+def test_control_characters_are_shown_not_obeyed(capsys):
+    assert printable("a\x1b[31m\x9b\udc80\u202e é\tb") == "a\\x1b[31m\\x9b\\udc80\\u202e é\tb"
+    assert main(["eval", "no/\x1b[2Jrun"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_and_keeps_its_traceback(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("jaxmodels.cli.dispatch", lambda argv: {}["x"])
+    assert main(["models"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: KeyError") and error.count("\n") == 1
+    assert "KeyError" in next(tmp_path.glob("*.traceback")).read_text()
+    with pytest.raises(KeyError):
+        main(["models", "--traceback"])
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    piped = f"{sys.executable} -m jaxmodels models | head -n 0"
+    ended = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in ended.stderr and "Broken" not in ended.stderr
