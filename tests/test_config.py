@@ -189,10 +189,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(argv, said, ca
 def test_the_command_line_in_a_process_of_its_own():
     typo = run("trian")
     assert typo.returncode == 2
-    assert typo.stderr == (
-        "error: got command 'trian', expected one of train, eval, tune, plan, sample, models, report, import, export, "
-        "data, config, did you mean 'train'?\n"
-    )
+    assert typo.stderr.startswith("error: got command 'trian', expected one of train, eval, ")
+    assert typo.stderr.endswith(", did you mean 'train'?\n") and typo.stderr.count("\n") == 1
+    assert run("--version").stdout.startswith("jaxmodels 0.")
     assert run("--help").stdout.startswith("usage: jaxmodels COMMAND")
     traced = run("sample", "no/such/run", "--traceback")
     assert traced.returncode == 1 and "Traceback" in traced.stderr and "UserError" in traced.stderr
