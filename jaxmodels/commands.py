@@ -230,7 +230,7 @@ def sample(
         if not prompt:
             raise UserError(f"got no prompt, expected a text to translate, try jaxmodels sample {run} --prompt TEXT")
     opened = load_run(run, best=best)
-    tokenizer = opened.tokenizer
+    tokenizer, _ = opened.tokenizer, opened.task  # an imported model may have none
     if tokenizer is None:
         raise UserError(f"got {run} without a tokenizer, expected a run that was trained on texts, try another run")
     model, params = opened.model, opened.params["model"]

@@ -81,7 +81,16 @@ class Run:
         Raises:
             UserError: the run was imported, and no task trains such a model.
         """
-        return _task(self.config)
+        try:
+            return _task(self.config)
+        except UserError as error:
+            if not (self.directory / "pretrained").is_dir():
+                raise
+            kind = type(self.config.model).__name__
+            raise UserError(
+                f"got {self.directory}, which was imported with a {kind} that no task trains, expected a model with a "
+                f"head, try jaxmodels export {self.directory} DIR"
+            ) from error
 
     @cached_property
     def tokenizer(self) -> data.Tokenizer | None:
