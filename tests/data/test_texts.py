@@ -104,7 +104,7 @@ def test_a_path_that_leads_nowhere_is_named(folder, path, message):
 def test_no_path_bad_text_and_bad_fractions_are_refused(folder):
     with pytest.raises(UserError, match="got data.source text without data.path"):
         open_lm(source="text")
-    with pytest.raises(UserError, match="got data.eval_fraction 1.0, expected 0 <= fraction < 1"):
+    with pytest.raises(UserError, match="got data.eval_fraction 1.0, expected below 1"):
         open_lm(source="text", path=(f"{folder}/*.txt",), eval_fraction=1.0)
     (folder / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(UserError, match="bad.txt, whose byte 3 is not UTF-8"):

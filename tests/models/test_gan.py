@@ -146,7 +146,7 @@ def test_sizes_on_mnist():
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="for images of 28×28, expected sides that 8 divides, try at most 2 channels"):
         GANConfig(channels=(8, 8, 8))
-    with pytest.raises(UserError, match="got hidden -1, expected at least 0, try --model.hidden 256"):
+    with pytest.raises(UserError, match="got model.hidden -1, expected at least 0, try --model.hidden 0"):
         GANConfig(hidden=-1)
     model, params, _ = prepare()
     with pytest.raises(UserError, match=r"got inputs of shape \(7,\) for a generator, expected \(6,\)"):

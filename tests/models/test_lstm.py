@@ -208,7 +208,7 @@ def test_sizes():
 def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="sees the future, expected a classifier, try classes 2"):
         dataclasses.replace(LM, bidirectional=True)
-    with pytest.raises(UserError, match="got layers 0"):
+    with pytest.raises(UserError, match="got model.layers 0"):
         dataclasses.replace(LM, layers=0)
     model, params, _, _ = prepare(CLASSIFIER)
     with pytest.raises(UserError, match="classes 4, expected a language model"):
