@@ -1,0 +1,66 @@
+"""Whatever a field is given, it is taken or refused in one line: no traceback, no other exit code.
+
+By hand for longer: JAXMODELS_FUZZ=5000 pytest tests/test_fuzz.py.
+"""
+
+import dataclasses
+import json
+import os
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxmodels import config as configs
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.options import RunOptions, configured
+
+LONG = settings(
+    max_examples=int(os.environ.get("JAXMODELS_FUZZ", "60")),
+    derandomize="JAXMODELS_FUZZ" not in os.environ,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+CONFIG = Config(model=GPT2Config(layers=1, width=8, heads=2))
+FIELDS = sorted(configs.flatten(CONFIG))
+WORDS = st.sampled_from(
+    ["-1", "0", "1", "nan", "inf", "1e999", "2147483648", "None", "True", "", "x", "adamW", "\x1b[2J"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def one_line(error):
+    assert "\n" not in str(error) and str(error).startswith("got "), error
+
+
+@LONG
+@given(argv=st.lists(st.tuples(st.sampled_from(FIELDS), st.lists(WORDS, max_size=2)), min_size=1, max_size=3))
+def test_options_are_taken_or_refused_in_one_line(root, argv):
+    flat = [word for name, words in argv for word in ("--" + name.replace("_", "-"), *words)]
+    try:
+        cfg, _ = configured([str(root / "configs/gpt_stdlib.py"), *flat], "jaxmodels train", RunOptions)
+    except UserError as error:
+        one_line(error)
+    else:
+        assert configs.from_json(json.loads(json.dumps(configs.to_json(cfg)))) == cfg
+
+
+@settings(LONG, max_examples=5 * LONG.max_examples)
+@given(name=st.sampled_from(FIELDS), value=VALUES)
+def test_values_in_a_saved_config_are_taken_or_refused_in_one_line(name, value):
+    section, field = name.split(".", 1)
+    whole = configs.to_json(CONFIG)
+    try:
+        cfg = configs.from_json({**whole, section: {**whole[section], field: value}})
+    except UserError as error:
+        one_line(error)
+    else:
+        assert (
+            dataclasses.replace(cfg) == cfg and configs.from_json(json.loads(json.dumps(configs.to_json(cfg)))) == cfg
+        )
