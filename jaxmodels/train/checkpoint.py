@@ -11,6 +11,7 @@ A folder with a plain number is complete by construction: it is written as `1000
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import json
 import logging
@@ -79,13 +80,16 @@ class Checkpointer:
 
     def warm(self) -> None:
         """Import Orbax in the background, so that the first save does not wait for it."""
-        threading.Thread(target=orbax, daemon=True).start()
+        # no daemon: one that still runs when the interpreter ends may abort the process, and its exit code is lost
+        threading.Thread(target=orbax).start()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit() and path.is_dir())
+        names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+        # as `save` names them: int() takes other digits than these for numbers too
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name, re.ASCII))
 
     def best(self) -> dict[str, Any] | None:
         """Step and metric of the best checkpoint: the newest one that was saved with `best=True`."""
@@ -115,6 +119,7 @@ class Checkpointer:
         failure: Exception | None = None
         try:
             if _is_main():
+                self.directory.mkdir(exist_ok=True)  # not its parents: a run that somebody removed does not come back
                 self._clean()
                 (folder / "state").mkdir(parents=True)
                 write_text(folder / "meta.json", meta_text)
@@ -200,17 +205,27 @@ class Checkpointer:
                     part if partial is None else {name: part[name] for name in wanted if name in part}, wanted, partial
                 )
 
-        found = self._newest_good(step, check)
-        if found is None:
-            raise UserError(f"got no checkpoint in {self.directory}, expected at least one, try training first")
-        found_step, tree = found
-        leaves = {name: parse_spec(spec) for name, spec in select(tree, subtree).items()} if wanted is None else wanted
-        loaded = load(self._folder(found_step) / "state", leaves)
+        while True:
+            before = self.steps()
+            try:
+                found = self._newest_good(step, check)
+                if found is None:
+                    raise UserError(f"got no checkpoint in {self.directory}, expected at least one, try training first")
+                found_step, tree = found
+                specs = select(tree, subtree)
+                leaves = {name: parse_spec(spec) for name, spec in specs.items()} if wanted is None else wanted
+                loaded = load(self._folder(found_step) / "state", leaves)
+                meta = read_meta(self._folder(found_step))
+                break
+            except Exception:
+                if step is not None or set(before) <= set(self.steps()):
+                    raise
+                # the run is under way, and has removed what was being read for a newer one
         if wanted is None:
             params = nest(loaded)[subtree]
         else:
             params = jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
-        return params, read_meta(self._folder(found_step)), found_step
+        return params, meta, found_step
 
     # ---- writing
 
@@ -263,13 +278,13 @@ class Checkpointer:
             final.rename(replaced)
         folder.rename(final)
         flush(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
 
     def _report(self, step: int, failure: Exception, size: int) -> None:
         cause = re.search(r"([^:]+) \[os_error_code", str(failure))  # TensorStore's own message is a page of paths
         reason = cause[1].strip() if cause else " ".join(str(failure).split())[:300] or type(failure).__name__
         if _is_main():
-            shutil.rmtree(self._folder(step, ".saving"), ignore_errors=True)
+            _remove(self._folder(step, ".saving"))
         last_good = max(self.steps(), default=None)
         try:
             free = megabytes(shutil.disk_usage(self.directory).free)
@@ -298,18 +313,17 @@ class Checkpointer:
                 record.with_suffix(".tmp").rename(record)
             for step in set(self.steps()) - kept:
                 # Renamed first: a kill in the middle of the removal must not leave half a numbered folder.
-                retired = self._folder(step).rename(self._folder(step, ".retired"))
-                shutil.rmtree(retired, ignore_errors=True)
+                _remove(self._folder(step).rename(self._folder(step, ".retired")))
         except OSError as error:
             logger.error("checkpoint %d is saved, but tidying up after it failed: %s", saved, error)
 
     def _clean(self) -> None:
         """Remove what killed runs left."""
         for path in self.directory.glob("[0-9]*.*"):
-            if path.suffix == ".replaced" and not path.with_suffix("").exists():
+            if path.suffix == ".replaced" and path.is_dir() and not path.with_suffix("").exists():
                 path.rename(path.with_suffix(""))
             elif path.suffix in (".saving", ".replaced", ".retired"):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -346,6 +360,8 @@ class Checkpointer:
                 if problems:
                     logger.error("CHECKPOINT DAMAGED: %s. Using step %d instead", "; ".join(problems), candidate)
                 return candidate, tree
+            if jax.process_count() == 1 and not self._folder(candidate).is_dir():
+                continue  # removed by the run under way
             problems.append(f"step {candidate}: {problem or 'found damaged by another process'}")
         raise CheckpointError(
             f"got no readable checkpoint in {self.directory} ({'; '.join(problems)}), expected at least one, "
@@ -353,7 +369,19 @@ class Checkpointer:
         )
 
 
-# ---- processes
+# ---- files and processes
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file; what cannot be removed makes way for the next one of its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if os.path.lexists(path) and path.name.count(".") == 1:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f"{path.stem}.{time.time_ns()}.retired"))
 
 
 def _is_main() -> bool:

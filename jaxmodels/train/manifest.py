@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ def verify(folder: Path, check: Callable[[Mapping[str, str]], None]) -> dict[str
     manifest = read_manifest(folder)
     check(manifest["tree"])
     files = manifest["files"]
+    for path in (folder / "state").rglob("*"):
+        # dot files are what file systems and file managers leave
+        if path.is_file() and not path.name.startswith(".") and str(path.relative_to(folder)) not in files:
+            raise Damaged(f"file {path} is not one of those that were written")
     share = sorted(files)[jax.process_index() :: jax.process_count()]
     for name in share:
         if not (folder / name).is_file():
@@ -63,19 +68,48 @@ def render(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, with all that reading needs.
+
+    Raises:
+        Damaged: it has changed since it was written, or is none that this program wrote.
+    """
     path = folder / "manifest.json"
-    try:
-        text = path.read_text()
-        manifest = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise Damaged(f"file {path} cannot be read ({error})") from error
-    if not isinstance(manifest, dict) or render({k: v for k, v in manifest.items() if k != "sha256"}) != text:
+    manifest, text = _read_object(path)
+    if render({k: v for k, v in manifest.items() if k != "sha256"}) != text:
         raise Damaged(f"file {path} has changed since it was written")
+    tree, files = manifest.get("tree"), manifest.get("files")
+    good = (
+        isinstance(manifest.get("best"), bool)
+        and isinstance(tree, dict)
+        and all(isinstance(spec, str) for spec in tree.values())
+        and isinstance(files, dict)
+        and {"meta.json", "state/manifest.ocdbt"} <= files.keys()
+        and all(isinstance(entry, dict) and {"sha256", "size"} <= entry.keys() for entry in files.values())
+        and all(Path(name).parts[:1] in (("meta.json",), ("state",)) and ".." not in Path(name).parts for name in files)
+    )
+    if not good:
+        raise Damaged(f"file {path} is not the manifest of a checkpoint")
     return manifest
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta.json").read_text())
+    """What the caller of `save` gave.
+
+    Raises:
+        Damaged: it cannot be read.
+    """
+    return _read_object(folder / "meta.json")[0]
+
+
+def _read_object(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        text = path.read_text()
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"file {path} cannot be read ({str(error)[:200]})") from error
+    if not isinstance(value, dict):
+        raise Damaged(f"file {path} has changed since it was written")
+    return value, text
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,7 +119,22 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` at one blow; where that fails, `path` stays as it was."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        flush(part)
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
 def flush(path: Path) -> None:
+    """Have a file or the entries of a folder on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxmodels.config import MetricsConfig
+from jaxmodels.train.manifest import whole
 
 log = logging.getLogger("jaxmodels")
 
@@ -24,10 +25,13 @@ _EVENTS_SECONDS = 30  # how old a running TensorBoard may be
 class Writer:
     """metrics.jsonl and TensorBoard events of a run; each step is one line, written when the next one begins."""
 
-    def __init__(self, run: Path, cfg: MetricsConfig, start: int):
+    def __init__(self, run: Path, cfg: MetricsConfig, start: int, expected: int | None = None):
+        """`expected`: how many lines there were when the state of step `start` was saved, where that is known."""
         self.path = run / "metrics.jsonl"
         self.row: dict[str, Any] = {}
-        self.written: dict[str, Any] = rewind(self.path, start)
+        before = rewind(self.path, start, expected)
+        self.written: dict[str, Any] = before[-1] if before else {}
+        self.count = len(before)
         self.unwritten = b""
         self.file = self.path.open("ab", buffering=0)
         self.events = Events(run / "tensorboard", start) if cfg.tensorboard else None
@@ -45,11 +49,15 @@ class Writer:
         if self.row["step"] == self.written.get("step"):
             # a run told to stop saved this step's line before its evaluation, which has only been made now
             self.row = {**self.written, **self.row}
-            self.file.close()
-            store(self.path, [*read(self.path.parent)[:-1], self.row])
-            self.file = self.path.open("ab", buffering=0)
+            try:
+                store(self.path, [*read(self.path.parent)[:-1], self.row])
+                self.file.close()
+                self.file = self.path.open("ab", buffering=0)
+            except OSError:
+                self.append(json.dumps(self.row) + "\n")  # `read` joins lines of one step
         else:
             self.append(json.dumps(self.row) + "\n")
+            self.count += 1
         self.written = self.row
         if self.events is not None:
             self.events.add(self.row)
@@ -144,32 +152,65 @@ class Events:
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a line cut short by a kill is left out."""
-    rows = []
-    if (path := run / "metrics.jsonl").exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    """The lines of a run's metrics.jsonl by step; what is none, such as a line that was damaged, is left out and said.
+
+    A last line that a kill, or the run under way, has left without its end is not worth a word.
+    """
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows: dict[int, dict[str, float]] = {}
+    bad = []
+    *lines, rest = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, rest], 1):
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not _whole_number(row.get("step")) or not all(map(_number, row.values())):
+            if number <= len(lines):
+                bad.append(number)
+            continue
+        rows[row["step"]] = rows.get(row["step"], {}) | row
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+        log.warning("%s has no metrics of a step in line %s; left out", path, shown)
+    return [rows[step] for step in sorted(rows)]
 
 
-def rewind(path: Path, step: int) -> dict[str, Any]:
-    """Drop lines beyond `step`, which a resumed run will write again, and any line cut short; returns the last one."""
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def rewind(path: Path, step: int, expected: int | None) -> list[dict[str, float]]:
+    """Drop lines beyond `step`, which a resumed run will write again, and what is no line; returns those that stay.
+
+    `expected`: how many there were when the state of that step was saved; where some are missing it is said.
+    """
     rows = [row for row in read(path.parent) if row["step"] <= step] if step else []
+    if expected is not None and len(rows) < expected:
+        log.warning(
+            "%s lacks %d of the %d lines up to step %d; the run goes on, its curves have a hole",
+            path,
+            expected - len(rows),
+            expected,
+            step,
+        )
     if path.exists():
         store(path, rows)
-    return rows[-1] if rows else {}
+    return rows
 
 
 def store(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the file by these lines, at one blow, unless it is the same."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if text != path.read_text():
-        part = path.with_suffix(".part")
-        part.write_text(text)
-        part.replace(path)
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if text != path.read_bytes():
+        with whole(path) as part:
+            part.write_bytes(text)
 
 
 class Clock:

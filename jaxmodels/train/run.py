@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,27 +27,14 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
 from jaxmodels.parallel import distributed, mesh, rules
 from jaxmodels.tasks.task import Task, check_batch
-from jaxmodels.train import beginning, evaluate, loop, optim, saved, step
+from jaxmodels.train import beginning, directory, evaluate, loop, optim, saved, step
 from jaxmodels.train import state as states
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
+from jaxmodels.train.manifest import whole
 from jaxmodels.train.metrics import Clock, Display, Writer
 from jaxmodels.train.state import State
 
 log = logging.getLogger("jaxmodels")
-
-Resume = Literal["auto", "must", "never"]
-NEUTRAL = (
-    "metrics.",
-    "profile.",
-    "checkpoint.",
-    "mesh.",
-    "data.prefetch",
-    "data.dir",
-    "train.strategy",
-    "train.xla",
-    "init.",
-)
-"""Fields that may differ when a run is resumed: they do not change what is computed."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,7 @@ def updates(cfg: Config) -> int:
 def train(
     cfg: Config,
     run: Path,
-    resume: Resume = "auto",
+    resume: directory.Resume = "auto",
     origin: Mapping[str, Any] | None = None,
     watch: Callable[[int, dict[str, float]], bool] | None = None,
 ) -> tuple[Experiment, loop.Result]:
@@ -123,28 +110,33 @@ def train(
     had been told to stop.
 
     Raises:
-        UserError: the config does not fit the hardware, the data, or the run that is in the directory.
+        UserError: the config does not fit the hardware, the data, or the run that is in the directory; another process
+            writes there.
         NotFinite: a loss stopped being a number.
         CheckpointError: the last checkpoint could not be written.
     """
+    main = distributed.is_main()
+    if main:
+        directory.check(run)
     experiment = setup(cfg)
     experiment.check_metric()
-    main = distributed.is_main()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
-    if main:
-        prepare(cfg, run, resume, bool(checkpointer.steps()), origin or {})
-    distributed.barrier("run directory")
     with contextlib.ExitStack() as stack:
+        if main:
+            came_from = {**(origin or {}), "versions": versions(), "commit": commit()}
+            stack.enter_context(directory.prepared(cfg, run, resume, came_from))
+        distributed.barrier("run directory")
         display = stack.enter_context(
             Display(cfg.metrics.progress if main else "none", cfg.train.steps, experiment.task.unit)
         )
-        stack.enter_context(logging_to(run / "log.txt" if main else None, display))
+        stack.enter_context(directory.logging_to(run / "log.txt" if main else None, display))
         # a second SIGTERM must not end what the first one made us save
         preemption = stack.enter_context(distributed.Preemption())
         stack.callback(checkpointer.wait)  # also after an error: what is being saved is saved
         describe(experiment, run)
         take = compiled(experiment)  # in the background, while the state is made or read
         restored = None if resume == "never" else checkpointer.restore(experiment.layout)
+        lines = None
         if restored is None:
             state, start, progress = (
                 beginning.initial(cfg, experiment.task, experiment.optimizers, experiment.layout),
@@ -154,11 +146,17 @@ def train(
             checkpointer.warm()
         else:
             state, meta, start = restored
-            progress = loop.Progress(**meta["progress"])
-            if meta["data"] != experiment.train_data.fingerprint and resume != "must":
+            try:
+                progress, lines = loop.Progress(**meta["progress"]), meta.get("lines")
+            except (KeyError, TypeError):
+                raise UserError(
+                    f"got a checkpoint in {run} without the progress of a training, expected one that train has saved, "
+                    f"try another --run-dir with --init.source {run}"
+                ) from None
+            if meta.get("data") != experiment.train_data.fingerprint and resume != "must":
                 raise UserError(
                     f"got data with fingerprint {experiment.train_data.fingerprint}, expected that of the "
-                    f"run in {run}, {meta['data']}, try --resume must to go on with other data"
+                    f"run in {run}, {meta.get('data')}, try --resume must to go on with other data"
                 )
             if start > cfg.train.steps:
                 raise UserError(
@@ -175,7 +173,7 @@ def train(
             saved.keep(run, experiment.train_data, experiment.eval_data)
             if cfg.init.source is not None and restored is None:
                 beside.carry(Path(cfg.init.source), run, cfg.init.fresh)
-        writer = Writer(run, cfg.metrics, start) if main else None
+        writer = Writer(run, cfg.metrics, start, lines) if main else None
         if writer is not None:
             stack.callback(writer.close)  # also after an error: its last line explains it
         result = run_loop(
@@ -223,6 +221,7 @@ def run_loop(
         meta = {
             "progress": dataclasses.asdict(progress),
             "data": experiment.train_data.fingerprint,
+            "lines": writer.count if writer is not None else None,
             "config": configs.to_json(cfg),
             "versions": versions(),
             "metric": {cfg.eval.metric: progress.best} if best else None,
@@ -263,9 +262,13 @@ def run_loop(
 
 def keep_samples(run: Path, now: int, images: jax.Array) -> None:
     """What a generative model makes after so many steps, as `samples/<step>.npy` of bytes (N, H, W, C)."""
-    folder = run / "samples"
-    folder.mkdir(exist_ok=True)
-    np.save(folder / f"{now:08d}.npy", np.asarray(jax.numpy.round(255 * images)).astype(np.uint8))
+    path = run / "samples" / f"{now:08d}.npy"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with whole(path) as part, part.open("wb") as file:
+            np.save(file, np.asarray(jax.numpy.round(255 * images)).astype(np.uint8))
+    except OSError as error:  # the run is worth more than its pictures
+        log.error("samples NOT written to %s: %s", path, error.strerror)
 
 
 def averaged(state: State) -> Any:
@@ -281,35 +284,6 @@ def speed(experiment: Experiment) -> tuple[float | None, float | None]:
     if peak is None:
         return None, None
     return flops.per_step(experiment.cfg).model, peak * jax.device_count()
-
-
-def prepare(cfg: Config, run: Path, resume: Resume, has_checkpoints: bool, origin: Mapping[str, Any]) -> None:
-    """Make the run directory; refuse one that holds another experiment.
-
-    Raises:
-        UserError: it does, and `resume` is not "must"; shows the difference. It is "must" and there is no checkpoint.
-    """
-    if resume == "must" and not has_checkpoints:
-        raise UserError(f"got --resume must for {run}, expected a checkpoint there, try --resume auto")
-    if resume == "never" and (run / "config.json").exists():
-        aside = next(p for n in range(1, 10_000) if not (p := run.with_name(f"{run.name}.old{n}")).exists())
-        run.rename(aside)
-        print(f"moved the run that was in {run} to {aside}")
-    elif has_checkpoints and resume == "auto":
-        before, _ = configs.read(run)
-        differ = {
-            name: values for name, values in configs.differences(before, cfg).items() if not name.startswith(NEUTRAL)
-        }
-        if differ:
-            shown = "; ".join(f"{name} was {a!r}, now {b!r}" for name, (a, b) in differ.items())
-            raise UserError(
-                f"got run directory {run} of another config ({shown}), expected the same, try another "
-                "--run-dir, --resume must to go on with the change, or --resume never to start anew"
-            )
-    run.mkdir(parents=True, exist_ok=True)
-    part = run / "config.json.part"
-    configs.save(cfg, part, {**origin, "versions": versions(), "commit": commit()})
-    part.replace(run / "config.json")  # at one blow: a run killed here must find its config again
 
 
 def describe(experiment: Experiment, run: Path) -> None:
@@ -328,35 +302,6 @@ def describe(experiment: Experiment, run: Path) -> None:
     log.info("train: %s", experiment.train_data.describe())
     log.info("eval:  %s", experiment.eval_data.describe())
     log.info("run:   %s", run)
-
-
-@contextlib.contextmanager
-def logging_to(path: Path | None, display: Display) -> Iterator[None]:
-    """The project's log goes to log.txt and, above the live display, to the terminal."""
-
-    class Terminal(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            loud = "" if record.levelno <= logging.INFO else record.levelname.lower() + ": "
-            display.say(loud + record.getMessage())
-
-    handlers: list[logging.Handler] = [Terminal()]
-    if path is not None:
-        file = logging.FileHandler(path)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(file)
-    level, propagate = log.level, log.propagate
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in handlers:
-        log.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
-        log.setLevel(level)
-        log.propagate = propagate
 
 
 @functools.cache

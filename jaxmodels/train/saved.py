@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from jaxmodels.parallel import mesh, rules
 from jaxmodels.tasks.task import Task, check_batch, normalised
 from jaxmodels.train import evaluate
 from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.manifest import whole
 
 KEPT = "data.json"
 
@@ -48,11 +50,14 @@ class Kept:
 def keep(run: Path, train: data.Source, held_out: data.Source) -> None:
     """Write what a run keeps of its data beside its config."""
     kept = Kept(held_out.field, held_out.kind, tuple(train.class_names), train.describe(), held_out.describe())
-    part = run / f"{KEPT}.part"
-    part.write_text(json.dumps(dataclasses.asdict(kept), indent=1) + "\n", encoding="utf-8", errors="backslashreplace")
-    part.replace(run / KEPT)
+    text = json.dumps(dataclasses.asdict(kept), indent=1) + "\n"
+    with whole(run / KEPT) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
     if train.tokenizer is not None:
-        train.tokenizer.save(run)
+        with tempfile.TemporaryDirectory(suffix=".part", dir=run) as folder:
+            train.tokenizer.save(Path(folder))
+            for path in Path(folder).iterdir():
+                path.replace(run / path.name)
 
 
 @dataclass(frozen=True)
