@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import collections
+import itertools
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -127,28 +128,17 @@ def ahead(make: Callable[[int], Batch], steps: range, depth: int) -> Generator[B
     if depth == 0:
         yield from map(make, steps)
         return
-    free, done, stop = threading.Semaphore(depth), queue.SimpleQueue(), threading.Event()
-
-    def work() -> None:
-        try:
-            for step in steps:
-                free.acquire()
-                if stop.is_set():
-                    return
-                done.put((make(step), None))
-        except BaseException as error:
-            done.put((None, error))
-
-    thread = threading.Thread(target=work, name="jaxmodels-data", daemon=True)
-    thread.start()
+    # no daemon thread: one that is in JAX when the interpreter ends aborts the process, and its exit code is lost
+    pool = ThreadPoolExecutor(1, thread_name_prefix="jaxmodels-data")
+    made: collections.deque[Future[Batch]] = collections.deque()
+    waiting = iter(steps)
     try:
-        for _ in steps:
-            batch, error = done.get()
-            if error is not None:
-                raise error
-            free.release()
+        for step in itertools.islice(waiting, depth):
+            made.append(pool.submit(make, step))
+        while made:
+            batch = made.popleft().result()
+            for step in itertools.islice(waiting, 1):
+                made.append(pool.submit(make, step))
             yield batch
     finally:
-        stop.set()
-        free.release()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

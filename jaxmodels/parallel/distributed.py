@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import traceback
@@ -101,11 +102,12 @@ def barrier(name: str) -> None:
 
 
 class Preemption:
-    """Turns SIGTERM and SIGINT into a stop between two steps, the same step on every process.
+    """Turns SIGTERM, SIGINT and SIGHUP (the terminal is gone) into a stop between two steps, the same on every process.
 
     Alone, a handler notes the signal. Among several processes SIGTERM belongs to JAX's preemption service from
     `initialize` on (it kills nobody any more): it tells all of them within about a second and picks the next poll that
-    all can reach. SIGINT is handed on to it. A second Ctrl-C raises KeyboardInterrupt at once.
+    all can reach. The others are handed on to it. A second Ctrl-C raises KeyboardInterrupt at once, and a third ends
+    the process there and then. Under nohup SIGHUP stays ignored.
     """
 
     step: int | None = None
@@ -119,7 +121,9 @@ class Preemption:
     def __enter__(self) -> Preemption:
         # Python delivers signals to the main thread only, and lets no other thread set a handler.
         if threading.current_thread() is threading.main_thread():
-            caught = (signal.SIGINT,) if jax.distributed.is_initialized() else (signal.SIGINT, signal.SIGTERM)
+            caught = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                caught.append(signal.SIGHUP)
             self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
@@ -142,10 +146,23 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._signals:
+            # what is closed now may take long: a save under way is waited for, which the next Ctrl-C cuts short
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            _leave_terminal()
         self._signals.add(number)
         if jax.distributed.is_initialized():
             signal.raise_signal(signal.SIGTERM)
+
+
+def _leave_terminal() -> None:
+    """Send to nowhere what went to a terminal that is gone, or to a program that went with it: a write would fail."""
+    with open(os.devnull, "w") as nowhere:
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    os.dup2(nowhere.fileno(), descriptor)
 
 
 def _explicit() -> tuple[str, int, int] | None:

@@ -34,13 +34,13 @@ from jaxmodels.train.arrays import (
     load,
     merge,
     named_leaves,
+    needed_bytes,
     nest,
     orbax,
     parse_spec,
     select,
     spec_of,
     start_writing,
-    total_bytes,
 )
 from jaxmodels.train.manifest import (
     Damaged,
@@ -113,6 +113,7 @@ class Checkpointer:
         leaves = named_leaves(state)
         manifest = {"best": best, "tree": {name: spec_of(leaf) for name, leaf in leaves.items()}}
         meta_text = json.dumps(meta, indent=1)
+        size = needed_bytes(leaves) + len(meta_text)
         _attempts[str(self.directory)] += 1
         folder = self._folder(step, ".saving")
         futures: list[Any] = []
@@ -130,13 +131,13 @@ class Checkpointer:
             if failure is None:
                 if not folder.is_dir():
                     raise OSError(f"process 0 could not create {folder}")
-                if shutil.disk_usage(folder).free < total_bytes(leaves):
+                if shutil.disk_usage(folder).free < size:
                     # known beforehand: TensorStore would print a traceback for each array
                     raise OSError(os.strerror(errno.ENOSPC))
                 futures = start_writing(folder / "state", leaves)
         except Exception as error:  # a full disk shows as one of several types; the run must go on
             failure = error
-        arguments = (step, futures, failure, manifest, total_bytes(leaves), started)
+        arguments = (step, futures, failure, manifest, size, started)
         self._thread = threading.Thread(target=self._finish, args=arguments, name=f"checkpoint {step}")
         self._thread.start()
 

@@ -113,7 +113,7 @@ def test_prefetched_batches_are_the_synchronous_ones(prefetch, start):
 
 
 def threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "jaxmodels-data"]
+    return [t for t in threading.enumerate() if t.name.startswith("jaxmodels-data")]
 
 
 class Slow(Rows):
@@ -156,14 +156,15 @@ def test_what_the_thread_raises_is_raised_in_the_loop():
         for _ in loader.iterate(0, 50):
             taken += 1
     assert taken == 5  # one read was the loader's own, for the shapes
-    assert "jaxmodels-data" in source.by and not threads()
+    assert any(name.startswith("jaxmodels-data") for name in source.by) and not threads()
 
 
 def test_leaving_the_loop_ends_the_thread():
     loader = Loader(Slow(), Order(100, 10, 0))
     batches = loader.iterate(0, 10**9)
     next(batches)
-    assert len(threads()) == 1
+    (thread,) = threads()
+    assert not thread.daemon  # in JAX while the interpreter ends, it would abort the process
     batches.close()
     assert not threads()
 

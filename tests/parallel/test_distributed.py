@@ -132,8 +132,9 @@ def test_a_machine_name_that_others_cannot_reach_is_warned_of(
     assert len(joined) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number: signal.Signals, monkeypatch) -> None:
+    monkeypatch.setattr(distributed, "_leave_terminal", lambda: None)
     before = signal.getsignal(number)
     with distributed.Preemption() as preemption:
         assert not preemption.requested(3) and preemption.step is None
@@ -149,6 +150,18 @@ def test_a_second_ctrl_c_ends_at_once_but_not_one_after_sigterm() -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a third one ends the process without a word
+
+
+def test_under_nohup_the_end_of_a_terminal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with distributed.Preemption() as preemption:
+            signal.raise_signal(signal.SIGHUP)
+            assert not preemption.requested(1)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])

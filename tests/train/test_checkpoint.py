@@ -22,7 +22,9 @@ import optax
 import pytest
 
 from jaxmodels.errors import UserError
+from jaxmodels.train import arrays, checkpoint
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
+from jaxmodels.train.manifest import render
 from tests.quick import FLAGS
 
 
@@ -261,6 +263,94 @@ def saved_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def rewritten(manifest: dict, name: str) -> str:
+    """A manifest of another kind that has the right hash of itself, or none at all."""
+    if name == "deep":
+        return "[" * 100_000
+    if name == "not an object":
+        return "[]"
+    changed = {key: value for key, value in manifest.items() if key not in ("sha256", name)}
+    changes = {
+        "no files": {"files": {}},
+        "only some files": {"files": {"meta.json": manifest["files"]["meta.json"]}},
+        "files outside": {"files": {**manifest["files"], "state/../../secret": {"sha256": "", "size": 0}}},
+        "files as a list": {"files": list(manifest["files"])},
+        "no hash": {"files": {name: {} for name in manifest["files"]}},
+        "tree of numbers": {"tree": {"w": 5}},
+    }
+    return render({**changed, **changes.get(name, {})})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deep", "not an object", "best", "tree", "files", "no files", "only some files", "files outside",
+     "files as a list", "no hash", "tree of numbers"],
+)  # fmt: skip
+def test_a_manifest_that_lacks_something_is_damage(
+    tmp_path: Path, saved_pair: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    shutil.copytree(saved_pair, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "2" / "manifest.json"
+    path.write_text(rewritten(json.loads(path.read_text()), name))
+    assert restored_step(tmp_path, make_state(make_mesh(1))) == 1
+    assert caplog.text.count("CHECKPOINT DAMAGED: step 2: file ") == 1 and caplog.text.count("\n") == 1
+    assert Checkpointer(tmp_path).best() is None
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "007", "+7", "1_0", "7 "])
+def test_a_folder_that_no_save_has_named_is_no_checkpoint(tmp_path: Path, saved_pair: Path, name: str) -> None:
+    shutil.copytree(saved_pair, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).mkdir()
+    assert Checkpointer(tmp_path).steps() == [1, 2]
+    assert restored_step(tmp_path, make_state(make_mesh(1))) == 2
+
+
+@pytest.mark.parametrize("left", ["3.saving", "3.replaced", "3.retired"])
+@pytest.mark.parametrize("kind", ["file", "link", "folder", "folder that stays"])
+def test_what_was_left_behind_gives_way_to_the_next_save(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch, left: str, kind: str
+) -> None:
+    save(Checkpointer(tmp_path), 3, make_state(make_mesh(1), 9))
+    if kind == "file":
+        (tmp_path / left).write_text("")
+    elif kind == "link":
+        (tmp_path / left).symlink_to("nowhere")
+    else:
+        (tmp_path / left / "state").mkdir(parents=True)
+        (tmp_path / left / "state" / "x").write_text("")
+    if kind == "folder that stays":
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as where it is another user's
+    checkpointer = Checkpointer(tmp_path)
+    save(checkpointer, 3, state)
+    assert checkpointer.steps() == [3]
+    assert bits(checkpointer.restore(abstract_of(state, make_mesh(1)))[0]) == bits(state)  # type: ignore[index]
+
+
+def test_a_reader_follows_a_run_that_removes_what_is_being_read(
+    tmp_path: Path, saved_pair: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(saved_pair, tmp_path, dirs_exist_ok=True)
+    load = checkpoint.load
+
+    def overtaken(folder: Path, leaves: dict) -> dict:
+        if folder.parent.name == "2":
+            (tmp_path / "2").rename(tmp_path / "3")
+            shutil.rmtree(tmp_path / "1")
+        return load(folder, leaves)
+
+    monkeypatch.setattr(checkpoint, "load", overtaken)
+    assert Checkpointer(tmp_path).restore_params()[2] == 3
+    assert caplog.text == ""
+
+
+def test_a_run_that_was_removed_does_not_come_back(tmp_path: Path, state: State) -> None:
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoints")
+    checkpointer.save(1, state, {})
+    with pytest.raises(CheckpointError, match="step 1 NOT saved: .*No such file"):
+        checkpointer.wait()
+    assert not (tmp_path / "run").exists()
+
+
 def test_all_damaged_is_an_error_and_stays_one(tmp_path: Path, saved_pair: Path) -> None:
     shutil.copytree(saved_pair, tmp_path, dirs_exist_ok=True)
     for step in ("1", "2"):
@@ -328,6 +418,27 @@ def small_disk(tmp_path: Path):
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_that_nobody_foresaw_is_one_line(small_disk: Path) -> None:
+    code = (
+        "import sys, numpy as np; from jaxmodels.train import checkpoint; checkpoint.needed_bytes = lambda leaves: 0\n"
+        "tree = {f'q{i}': np.random.default_rng(i).normal(size=2**14) for i in range(60)}\n"
+        "checkpointer = checkpoint.Checkpointer(sys.argv[1]); checkpointer.save(1, tree, {}); checkpointer._join()"
+    )
+    command = [sys.executable, "-c", code, str(small_disk / "checkpoints")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    said = [line for line in done.stderr.splitlines() if not re.match(r"WARNING: All log|I0000", line)]
+    assert len(said) == 1 and "step 1 NOT saved: No space left on device" in said[0]
+
+
+@pytest.mark.parametrize(("leaves", "size"), [(1, 10), (100, 10), (10, 10_000)])
+def test_the_room_that_is_asked_for_is_what_a_checkpoint_takes(tmp_path: Path, leaves: int, size: int) -> None:
+    tree = {f"layers/attention/q{i}": np.random.default_rng(i).normal(size=size) for i in range(leaves)}
+    save(Checkpointer(tmp_path), 1, tree)  # type: ignore[arg-type]
+    taken = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*"))
+    needed = arrays.needed_bytes(arrays.named_leaves(tree))
+    assert taken <= needed <= taken + 300_000
 
 
 # TensorStore's remaining writes end after the event loop of the failed save is gone.

@@ -1,0 +1,106 @@
+"""A run's directory has one writer at a time, whose lock ends with it, and its files are whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.train import directory
+from jaxmodels.train.manifest import whole
+from jaxmodels.train.metrics import Display
+
+CFG = Config(model=MLPConfig())
+HOLD = (
+    "import sys, time, pathlib; from jaxmodels.train import directory\n"
+    "with directory.held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+)
+
+
+@pytest.fixture
+def holder(tmp_path: Path, root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that writes in tmp_path / 'run'."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=root, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_directory_in_use_is_refused_with_the_holder_and_free_when_that_is_killed(
+    tmp_path: Path, holder: subprocess.Popen[bytes]
+) -> None:
+    run = tmp_path / "run"
+    for refused in (
+        lambda: directory.check(run),
+        lambda: directory.prepared(CFG, run, "auto", {}).__enter__(),
+        lambda: directory.prepared(CFG, run, "never", {}).__enter__(),
+        lambda: directory.held(run).__enter__(),
+    ):
+        with pytest.raises(UserError, match=rf"in which process {holder.pid} on '.*', since 20.* writes, expected one"):
+            refused()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "nothing was moved aside"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with directory.prepared(CFG, run, "auto", {}):
+        assert json.loads((run / directory.LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff\x00", b"[]", b'{"pid": null}', b"[" * 100_000])
+def test_what_a_lock_file_says_does_not_matter_to_the_lock(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / directory.LOCK).write_bytes(left)
+    with directory.held(tmp_path):
+        (tmp_path / directory.LOCK).write_bytes(left)
+        with pytest.raises(UserError, match="another process writes"):
+            directory.check(tmp_path)
+
+
+def test_a_run_moved_aside_leaves_its_directory_to_the_new_one(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with directory.prepared(CFG, run, "auto", {"file": "first"}):
+        pass
+    with directory.prepared(CFG, run, "never", {"file": "second"}), pytest.raises(UserError, match="one writer"):
+        directory.check(run)
+    origins = [json.loads((path / "config.json").read_text())["origin"]["file"] for path in sorted(tmp_path.iterdir())]
+    assert origins == ["second", "first"]
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link", "checkpoints is a file"])
+def test_what_is_no_directory_is_refused_before_any_work(tmp_path: Path, what: str) -> None:
+    run = tmp_path / "a run\nwith ünusual name"
+    if what == "file":
+        run.write_text("")
+    elif what == "dangling link":
+        run.symlink_to(tmp_path / "nowhere")
+    else:
+        run.mkdir()
+        (run / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="which is no directory, expected one or nothing there"):
+        directory.check(run)
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("before")
+    with pytest.raises(OSError, match="full"), whole(path) as part:
+        part.write_text("aft")
+        raise OSError("full")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", "before")]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_prints_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with directory.logging_to(Path("/dev/full"), Display("plain", 1, "tokens")):
+        logging.getLogger("jaxmodels").info("said")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("said\n", "")
