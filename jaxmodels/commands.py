@@ -78,7 +78,7 @@ def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, t
     """A prompt and its continuation as text, up to where it ends."""
     from jaxmodels.generate import sample as draw
 
-    ids, ends = np.append(np.int32(tokenizer.before), tokenizer.encode(prompt)), tokenizer.special.ends
+    ids, ends = np.append(np.array(tokenizer.before, np.int32), tokenizer.encode(prompt)), tokenizer.special.ends
     if len(ids) and ids.max() >= model.config.vocab_size:
         raise UserError(
             f"got a prompt with token {ids.max()}, expected those of the model, which has {model.config.vocab_size}, "

@@ -301,7 +301,9 @@ def _prompt(run: Run, tokenizer: Tokenizer, tokens: int) -> Callable[[Any], Any]
     most = None if longest is None else longest - min(tokens, longest - 1)
 
     def ready(value: Any) -> Any:
-        ids = np.append(np.int32(tokenizer.before), tokenizer.encode(_text(value)))  # as a text is begun in sample
+        ids = np.append(
+            np.array(tokenizer.before, np.int32), tokenizer.encode(_text(value))
+        )  # as a text is begun in sample
         if most is not None and len(ids) > most:
             raise UserError(f"has {len(ids)} tokens, expected at most {most} with --tokens {tokens}")
         return ids

@@ -224,7 +224,7 @@ class HuggingFace(_Saved):
                 f"got room for {length} tokens, expected more than the {around} that the tokenizer puts around a text, "
                 f"try --data.seq-len {max(8, 2 * around)}"
             )
-        return np.append(ids[:room], np.int32(self.after)) if self.after else ids[:room]
+        return np.append(ids[:room], np.array(self.after, np.int32)) if self.after else ids[:room]
 
     def decode(self, ids: Any) -> str:
         known = [i for i in np.ravel(ids).tolist() if 0 <= i < self.vocab_size]

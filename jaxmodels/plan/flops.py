@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +96,7 @@ def plain(config: Any) -> Any:
     return dataclasses.replace(config, **{name: value for name, value in PLAIN.items() if hasattr(config, name)})
 
 
-def _total(found: Products) -> int:
+def _total(found: Iterable[tuple[float, Mask | None]]) -> int:
     return round(sum(flops for flops, _ in found))
 
 

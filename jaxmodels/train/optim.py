@@ -276,8 +276,10 @@ def build(
             muon_weight_dimension_numbers=matrices(axes, "matrix"),
         )
         rule = optax.chain(muon, optax.scale(-1.0))
-    else:
+    elif cfg.name == "sgd":
         rule = optax.identity()
+    else:
+        raise ValueError(f"got optim.name {cfg.name!r}, expected an optimizer that is built here")
     mask = jax.tree.map(lambda kind: kind in cfg.decay_on, kinds(axes))
     rate: Any = schedule(cfg, steps)
     # Adam without the W: no decay, whatever the weight_decay of the config says
