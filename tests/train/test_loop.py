@@ -14,6 +14,7 @@ import pytest
 
 from jaxmodels.config import CheckpointConfig, Config, EvalConfig, MetricsConfig, ProfileConfig, TrainConfig
 from jaxmodels.errors import UserError
+from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import loop
 from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result, judge
 from jaxmodels.train.metrics import Clock, Display, Writer
@@ -125,7 +126,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         return World(
             tmp_path,
             Config(
-                model=None,
+                model=MLPConfig(),
                 train=TrainConfig(steps=steps),
                 eval=eval_ or EvalConfig(every=3),
                 checkpoint=checkpoint or CheckpointConfig(every=2),
