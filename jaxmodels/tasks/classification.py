@@ -75,7 +75,7 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         labels = counted(batch, batch["labels"])
         s = scores(logits, labels)
         measure = measures.multiple if cfg.multi_label else measures.single
-        return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count), **measure(logits, labels)}
+        return {"loss": (s.loss, s.count), **measure(logits, labels)}
 
     def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         (inputs,) = model.inputs(batch_size, data.seq_len)

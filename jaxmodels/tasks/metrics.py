@@ -20,7 +20,8 @@ TOP = 5
 def single(logits: jax.Array, labels: jax.Array) -> Sums:
     """Sums of a classifier that chooses one class.
 
-    Shapes: logits (B, C), labels (B,), below 0 ignored. Sums: `counts` (C, 3) of true positives, false positives and
+    Shapes: logits (B, C), labels (B,), below 0 ignored. Sums: `accuracy`, of equal logits the first being chosen;
+    `counts` (C, 3) of true positives, false positives and
     false negatives; `calibration` (BINS, 2) of confidence and of right choices; `top5` where there are more classes.
     """
     logits = logits.astype(jnp.float32)
@@ -33,12 +34,14 @@ def single(logits: jax.Array, labels: jax.Array) -> Sums:
     # the bins are (0, 1/n], (1/n, 2/n] …, as in the paper
     bins = jax.nn.one_hot(jnp.clip(jnp.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(int), BINS) * seen[:, None]
     found: Sums = {
+        "accuracy": (right.sum(), count),
         "counts": (confusions(chosen, actual), count),
         "calibration": (jnp.einsum("bn,bk->nk", bins, jnp.stack([confidence, right], -1)), count),
     }
     if classes > TOP:
         mine = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], -1)
-        found["top5"] = ((seen & ((logits > mine).sum(-1) < TOP)).sum(), count)
+        # not <= rather than >, by which a logit that is no number would be among the first
+        found["top5"] = ((seen & ((~(logits <= mine)).sum(-1) < TOP)).sum(), count)
     return found
 
 

@@ -90,10 +90,14 @@ def build(
         found = task.summarise(totals[""], classes)
         if "group" in totals:
             found |= compare(task, totals["group"], classes, groups)
-        first = [name for name in ("loss", "accuracy") if name in found]  # jax sorts the names
-        return {name: found[name] for name in (*first, *found)}
+        return {name: found[name] for name in _first(found)}
 
     return evaluate
+
+
+def _first(names: Iterable[str]) -> list[str]:
+    """The loss and the accuracy, then all others: jax sorts them."""
+    return sorted(names, key=lambda name: ("loss", "accuracy", name).index(name))
 
 
 def only(batch: Batch, rows: jax.Array) -> Batch:
@@ -138,7 +142,7 @@ def names(
     with jax.set_mesh(mesh):
         sums = jax.eval_shape(task.metrics, params, jax.eval_shape(task.stats), dict(batch))
     ones = {name: (np.ones(total.shape), 1.0) for name, (total, _) in sums.items()}
-    found = [*task.summarise(ones, classes)]
+    found = _first(task.summarise(ones, classes))
     if "group" in batch:
         each = [f"group/{group}/{name}" for group in unique(groups) for name in found]
         found += [*each, *(f"gap/{name}" for name in found)]

@@ -7,6 +7,7 @@ import pytest
 from sklearn import metrics as sklearn
 
 from jaxmodels.tasks import metrics
+from jaxmodels.tasks.task import divide, perplexity
 
 CLASSES = 8
 NAMES = ("precision", "recall", "f1")
@@ -139,3 +140,33 @@ def test_the_inception_score_is_1_for_equal_rows_and_the_number_of_classes_for_a
     assert metrics.inception_score(equal) == pytest.approx(1)
     assert metrics.inception_score(np.eye(10)[np.arange(50) % 10]) == pytest.approx(10)
     assert metrics.inception_score(np.eye(10)[np.arange(48) % 4]) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (("1", "2", "3"), ["1", "2", "3 (2)", "3 (3)"]),  # the fourth class has no name but its number
+        (("a", "a", "b", "c"), ["a (0)", "a (1)", "b", "c"]),
+        (("a", "a", "a (1)", "c"), ["a (0)", "a (1) (1)", "a (1) (2)", "c"]),
+        ((), ["0", "1", "2", "3"]),
+    ],
+)
+def test_no_two_classes_share_a_metric(classes, names):
+    counts = np.array([[1, 0, 0], [0, 1, 0], [2, 1, 1], [3, 0, 3]], float)
+    found = metrics.summarise({"loss": (8.0, 4.0), "counts": (counts, 4.0)}, classes)
+    assert [name.removeprefix("recall/") for name in found if name.startswith("recall/")] == names
+    assert [found[f"recall/{name}"] for name in names] == [1, 0, 2 / 3, 0.5]
+    assert found["loss"] == 2
+
+
+def test_a_mean_over_nothing_is_no_metric_and_a_perplexity_beyond_all_numbers_neither():
+    assert divide({"loss": (3.0, 2.0), "bits_per_byte": (3.0, 0.0)}) == {"loss": 1.5}
+    assert perplexity({"loss": (709.0, 1.0)})["perplexity"] == pytest.approx(np.exp(709.0))
+    assert perplexity({"loss": (710.0, 1.0)}) == {"loss": 710.0}
+
+
+def test_logits_that_are_all_alike_choose_one_class_and_those_that_are_no_numbers_are_never_right():
+    labels = jnp.arange(CLASSES)
+    alike, none = (metrics.single(jnp.full((CLASSES, CLASSES), value), labels) for value in (0.0, jnp.nan))
+    assert int(alike["accuracy"][0]) == int(alike["counts"][0][:, 0].sum()) == 1
+    assert int(none["top5"][0]) == 0

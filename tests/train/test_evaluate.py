@@ -133,21 +133,23 @@ def test_bits_a_byte_are_the_loss_by_the_bytes_that_targets_stand_for(tmp_path, 
 SHAPE = (4, 4, 1)
 
 
+BASE = Config(
+    model=MLPConfig(SHAPE, 5, ()),
+    task=TaskConfig(name="classification"),
+    data=DataConfig(source="synthetic", batch_size=8),
+    train=TrainConfig(steps=2),
+    eval=EvalConfig(every=1),
+    checkpoint=CheckpointConfig(best=True, every=0),
+    metrics=MetricsConfig(every=1, progress="none", tensorboard=False),
+)
+
+
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
     """Runs of two steps of a classifier and of an autoencoder of small random images."""
-    base = Config(
-        model=MLPConfig(SHAPE, 5, ()),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(source="synthetic", batch_size=8),
-        train=TrainConfig(steps=2),
-        eval=EvalConfig(every=1),
-        checkpoint=CheckpointConfig(best=True, every=0),
-        metrics=MetricsConfig(every=1, progress="none", tensorboard=False),
-    )
-    vae = replace(base, model=VAEConfig(input_shape=SHAPE, hidden=(8,), latents=2), task=TaskConfig(name="vae"))
+    vae = replace(BASE, model=VAEConfig(input_shape=SHAPE, hidden=(8,), latents=2), task=TaskConfig(name="vae"))
     folder = tmp_path_factory.mktemp("runs")
-    for name, cfg in (("classifier", base), ("vae", vae)):
+    for name, cfg in (("classifier", BASE), ("vae", vae)):
         runs.train(cfg, folder / name)
     return folder
 
@@ -162,6 +164,29 @@ def test_a_run_opened_again_measures_what_it_measured(run_of):
     last = {name: value for name, value in lines(run_of / "classifier")[-1].items() if name.startswith("eval/")}
     found = {f"eval/{name}": value for name, value in opened.measure().items()}
     assert len(last) > 5 and last == pytest.approx({name: found[name] for name in last}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"metric": "eval/acuracy"},
+            "got eval.metric 'eval/acuracy', expected one of eval/loss.*, did you mean",
+        ),
+        ({"metric": "accuracy", "mode": "max"}, "got eval.metric 'accuracy', .*, did you mean 'eval/accuracy'"),
+        (
+            {"metric": "eval/bleu", "mode": "max"},
+            "got eval.metric 'eval/bleu', expected one of eval/loss, eval/accuracy, eval",
+        ),
+        ({"metric": "eval/accuracy"}, "got eval.mode min for eval.metric eval/accuracy, expected max, try --eval.mode"),
+        ({"mode": "max"}, "got eval.mode max for eval.metric eval/loss, expected min"),
+    ],
+)
+def test_a_metric_to_judge_by_that_there_is_not_is_refused_before_anything_is_done(tmp_path, fields, message):
+    cfg = replace(BASE, eval=EvalConfig(**fields))
+    with pytest.raises(UserError, match=message):
+        runs.train(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_generative_run_keeps_samples_of_the_same_latents(run_of):
