@@ -287,7 +287,7 @@ def test_a_field_s_values_are_read_as_its_type():
         ("optim.peak_lr=1:2:lin", "expected numbers from low to high"),
         ("optim.peak_lr=0:1:log", "expected a low end above 0 for log"),
         ("optim.name=1:2", "expected numbers from low to high"),
-        ("optim.name=adamw,muom", "got 'muom' in --space .*, expected one of .*did you mean 'muon'"),
+        ("optim.name=adamw,adafactr", "got 'adafactr' in --space .*, expected one of .*did you mean 'adafactor'"),
         ("optim.peak_lr=high,low", "got 'high' in --space .*, expected a value of"),
         ("data.batch_size=1.5,2", "got '1.5' in --space .*, expected a value of"),
     ],
