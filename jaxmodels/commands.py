@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxmodels import config as configs
 from jaxmodels import data, hf
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import Beams, Count, Dim, Range, Seed
 from jaxmodels.models.functional import create, list_models
 from jaxmodels.options import OWN_DATA, EvalData, RunOptions, TuneOptions
 from jaxmodels.parallel import distributed
@@ -118,7 +119,7 @@ def evaluate(
     json: Path | None = None,
     data_dir: str | None = None,
     classifier: Path | None = None,
-    beams: int | None = None,
+    beams: Beams | None = None,
     data: EvalData = OWN_DATA,
 ) -> None:
     """Metrics of a run on held-out data, its own or others; of a translator BLEU too.
@@ -191,11 +192,11 @@ def sample(
     run: str,
     /,
     prompt: str | None = None,
-    tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
+    tokens: Count | None = None,
+    temperature: Annotated[float, Range(0)] | None = None,
+    top_k: Count | None = None,
+    top_p: Annotated[float, Range(above=0, most=1)] | None = None,
+    seed: Seed | None = None,
     best: bool = False,
 ) -> None:
     """Text from a run: the prompt goes on, or is translated (the likeliest translation that a beam of 4 finds).
@@ -287,7 +288,7 @@ def forward_flops(model: Any) -> str:
     return f"{flops.forward(model, 1, length) / length:.3g} a token, T={length:,}"
 
 
-def train_tokenizer(paths: tuple[str, ...], /, vocab_size: int = 8192, out: Path = Path("tokenizer.json")) -> None:
+def train_tokenizer(paths: tuple[str, ...], /, vocab_size: Dim = 8192, out: Path = Path("tokenizer.json")) -> None:
     """Train a byte-level BPE on files of text.
 
     Args:

@@ -61,6 +61,8 @@ Depth = Annotated[int, Range(1, 2**14)]
 """Layers, heads or experts."""
 Workers = Annotated[int, Range(1, 1024)]
 """Threads or processes of one machine."""
+Beams = Annotated[int, Range(1, 1024)]
+"""Width of a search for translations."""
 Positive = Annotated[float, Range(above=0)]
 Weight = Annotated[float, Range(0)]
 """What a loss or a decay is multiplied by."""

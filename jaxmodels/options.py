@@ -6,20 +6,22 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import io
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from jaxmodels.config import Config, load
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import Count, Natural, Range, Section, Workers, check_call
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(Section):
     """Where a run lives, and the fields of its experiment."""
 
     run_dir: str | None = None
@@ -30,7 +32,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
+class PrepareOptions(Section):
     """Where prepared tokens go, and the fields of the experiment."""
 
     out: Path = Path("tokens")
@@ -38,7 +40,7 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Section):
     """Where a picture of images goes, and the fields of the experiment."""
 
     out: Path = Path("inspect.png")
@@ -46,21 +48,21 @@ class InspectOptions:
 
 
 @dataclass(frozen=True)
-class TuneOptions:
+class TuneOptions(Section):
     """Where the search lives and what it tries, and the fields of the experiment."""
 
     space: tuple[str, ...] = ()
     """Fields to choose: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim.name=adamw,muon."""
-    trials: int = 20
+    trials: Count = 20
     """Runs in all, those of an earlier command on the same study included."""
-    workers: int = 1
+    workers: Workers = 1
     """Processes that try at the same time, on this machine; others may join by the same command elsewhere."""
     out: str | None = None
     """Directory of the study and its runs; runs/<name of the config file>-tune when not given."""
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(Section):
     """The hardware that is planned for, and the fields of the experiment."""
 
     on: str = ""
@@ -69,9 +71,9 @@ class PlanOptions:
     """Try meshes, microbatches, rematerialisation and attention kernels: the fastest, and the least memory."""
     scaling: bool = False
     """How the step scales over the sizes of --on, and along which axis of the mesh."""
-    candidates: int = 40
+    candidates: Count = 40
     """How many a search compiles."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1024)] = 0
     """How many are compiled at a time; 0: half as many as there are cores."""
     out: Path | None = None
     """File for the options of `train` that a search found (h100-4x8.args and so on when not given), or for the picture
@@ -81,7 +83,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class EvalData:
+class EvalData(Section, section="data"):
     """What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."""
 
     source: Literal["table", "images", "text", "tokens", "tfds", "huggingface"] | None = None
@@ -102,7 +104,7 @@ class EvalData:
     """Field of a record that holds the translation."""
     group_field: str | None = None
     """Field of a record that names its group: each metric is given for each group too."""
-    bad_records: int | None = None
+    bad_records: Natural | None = None
     """Records that cannot be read are named, counted and left out, up to so many."""
 
     def given(self) -> dict[str, Any]:
@@ -182,11 +184,18 @@ def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> li
 
 
 def _later(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but for its work: it gives what does it. tyro would call it before it says what it did not know."""
+    """The function, but for its work: it gives what checks the arguments and does it.
+
+    tyro would call it before it says what it did not know.
+    """
 
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Any:
-        return functools.partial(function, *args, **kwargs)
+        def call() -> Any:
+            check_call(function, inspect.signature(function).bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
+
+        return call
 
     return bind
 

@@ -20,6 +20,7 @@ from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Beams, Count
 from jaxmodels.generate import sample, translate_texts
 from jaxmodels.train.saved import Run, load_run
 
@@ -39,8 +40,8 @@ def predict(
     files: tuple[str, ...],
     /,
     input_field: str | None = None,
-    tokens: int | None = None,
-    beams: int | None = None,
+    tokens: Count | None = None,
+    beams: Beams | None = None,
     best: bool = False,
 ) -> None:
     """Labels, texts or translations of new records, as a line of JSON for each, in their order.
@@ -67,8 +68,6 @@ def predict(
                 f"got --{name} {value} for a run of task {opened.config.task.name}, expected it for {task} alone, "
                 "try it without"
             )
-        if value is not None and value < 1:
-            raise UserError(f"got --{name} {value}, expected at least 1, try --{name} 4")
     ready, answers = _predictor(opened, tokens or TOKENS, beams or 4)
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 import subprocess
 import sys
 from typing import get_type_hints
@@ -10,10 +11,11 @@ from typing import get_type_hints
 import pytest
 
 from jaxmodels import config as configs
+from jaxmodels.cli import COMMANDS as COMMAND_NAMES
 from jaxmodels.cli import explain, main
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxmodels.errors import UserError, nearest, printable
-from jaxmodels.fields import ranges
+from jaxmodels.fields import Section, ranges
 from jaxmodels.models.functional import FAMILIES, create, family
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
@@ -83,6 +85,69 @@ def test_every_number_has_a_range():
         for name, hint in get_type_hints(kind, include_extras=True).items():
             if ("int" in str(hint) or "float'" in str(hint)) and "Literal" not in str(hint):
                 assert ranges(hint), f"{kind.__name__}.{name}"
+
+
+COMMANDS = [
+    [name, *more]
+    for name in COMMAND_NAMES
+    for more in {
+        "data": [["inspect"], ["prepare"], ["clean"], ["train-tokenizer"]],
+        "config": [["explain"], ["diff"]],
+    }.get(name, [[]])
+]
+
+
+def kinds_of(command, monkeypatch):
+    """What a command's arguments are parsed as."""
+    found = []
+    for where in ("jaxmodels.cli.parse", "jaxmodels.options.parse"):
+        monkeypatch.setattr(where, lambda kind, *rest: found.append(kind) or exit(0))
+    main([*command, FILE])
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_number_of_every_command_has_a_range(command, monkeypatch):
+    kinds = kinds_of(command, monkeypatch)
+    assert kinds
+    while kinds:
+        kind = kinds.pop()
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            inner = getattr(hint, "__origin__", hint)
+            if dataclasses.is_dataclass(inner):
+                assert issubclass(inner, Section)
+                kinds.append(inner)
+            elif name == "mean":  # of pixels: any finite number
+                assert hint == tuple[float, ...]
+            elif {"int", "float"} & set(re.findall(r"\w+", str(hint))) and "Literal" not in str(hint):
+                assert ranges(hint), f"{kind.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("sample RUN --tokens -1", "got tokens -1, expected at least 1 or None, try --tokens 1"),
+        ("sample RUN --temperature nan", "got temperature nan, expected a number"),
+        ("sample RUN --temperature -1", "got temperature -1.0, expected at least 0"),
+        ("sample RUN --top-p 7", "got top_p 7.0, expected at most 1"),
+        ("sample RUN --top-k 0", "got top_k 0, expected at least 1"),
+        ("sample RUN --seed -1", "got seed -1, expected at least 0"),
+        ("eval RUN --beams 0", "got beams 0, expected at least 1"),
+        ("eval RUN --data.bad-records -1", "got data.bad_records -1, expected at least 0"),
+        ("predict RUN FILE --beams 99999", "got beams 99999, expected at most 1024"),
+        ("data train-tokenizer FILE --vocab-size -1", "got vocab_size -1, expected at least 1"),
+        ("data clean FILE --out X --min-words -1", "got min_words -1, expected at least 0"),
+        ("data clean FILE --out X --letters nan", "got letters nan, expected a number"),
+        ("tune CONFIG --trials 0", "got trials 0, expected at least 1, try --trials 1"),
+        ("tune CONFIG --workers -3", "got workers -3, expected at least 1, try --workers 1"),
+        ("plan CONFIG --candidates 0", "got candidates 0, expected at least 1"),
+        ("plan CONFIG --workers -1", "got workers -1, expected at least 0"),
+    ],
+)
+def test_a_number_of_a_command_is_in_its_range_or_refused_before_any_work(line, said, capsys):
+    assert main(line.replace("CONFIG", FILE).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1, error
 
 
 def test_an_option_given_twice_counts_twice_or_is_refused():

@@ -23,6 +23,7 @@ from jaxmodels.data import corpus
 from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import TABLES, open_file, shown
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import Natural, Section, Share
 
 _AT_ONCE = 512
 _EXAMPLES = 3
@@ -35,39 +36,36 @@ _SPACES = re.compile(r"[^\S\n]+")
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(Section):
     """What a text must be to be kept, and how it is written then."""
 
     form: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalisation; NFKC also replaces ligatures, full-width letters and the like."""
     collapse: bool = True
     """Whether runs of spaces become one; else only the ends of lines are trimmed (for code)."""
-    min_characters: int = 1
+    min_characters: Natural = 1
     """Characters of a text, at least."""
-    max_characters: int | None = None
+    max_characters: Natural | None = None
     """Characters of a text, at most."""
-    min_words: int = 0
+    min_words: Natural = 0
     """Words of a text, at least."""
-    max_words: int | None = None
+    max_words: Natural | None = None
     """Words of a text, at most."""
-    letters: float = 0.0
+    letters: Share = 0.0
     """Share of a text's characters, spaces not counted, that must be letters."""
     script: tuple[str, ...] = ()
     """Scripts that a text's letters must be of, such as latin or cyrillic; any when not given."""
-    script_share: float = 0.9
+    script_share: Share = 0.9
     """Share of a text's letters that must be of those scripts."""
-    repeated_lines: float = 0.3
+    repeated_lines: Share = 0.3
     """Share of a text's lines that may be repetitions of earlier ones (Rae et al. 2021, table A1)."""
-    near: float = 0.8
+    near: Share = 0.8
     """Texts that share so much with one before them go out (Jaccard similarity of their shingles); 0: none do."""
     shingles: Literal["characters", "words"] = "characters"
     """What runs of five are compared of: characters find a changed word in a sentence, words one in a document."""
 
     def __post_init__(self) -> None:
-        for name in ("letters", "script_share", "repeated_lines", "near"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                flag = name.replace("_", "-")
-                raise UserError(f"got --{flag} {value}, expected a share from 0 to 1, try --{flag} 0.8")
+        super().__post_init__()
         for name in self.script:
             if name.upper() not in _scripts():
                 near = nearest(name.lower(), [s.lower() for s in _scripts()]) or ", try --script latin"

@@ -33,11 +33,6 @@ def command(cfg: Config, options: PlanOptions, file: str = "") -> None:
         raise UserError(
             "got --search and --scaling, expected one of them, try --search first and --scaling with its winner"
         )
-    if options.candidates < 1 or options.workers < 0:
-        raise UserError(
-            f"got --candidates {options.candidates} and --workers {options.workers}, expected at least 1 and 0, "
-            "try --candidates 40"
-        )
     on = asked(options.on)
     if options.search:
         plans = search(cfg, on, options, file)

@@ -217,7 +217,7 @@ def test_mistakes_are_answered_before_anything_is_written(sentences, tmp_path):
         cleaning.clean([str(source)], tmp_path / "b.jsonl", "txt", False, Rules())
     with pytest.raises(UserError, match="which is one of the files to read"):
         cleaning.clean([str(source)], source, "text", False, Rules())
-    with pytest.raises(UserError, match="got --near 1.5, expected a share from 0 to 1"):
+    with pytest.raises(UserError, match="got near 1.5, expected at most 1, try --near 1.0"):
         Rules(near=1.5)
     with pytest.raises(UserError, match="got --script 'latn', expected a script .*did you mean 'latin'"):
         Rules(script=("latn",))
