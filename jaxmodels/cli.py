@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = explain(error)
         if traced or (message is None and _several()):
             raise
-        print(f"error: {printable(message or unexpected(error))}", file=sys.stderr)
+        if not getattr(error, "shown", False):  # the log of a run has said it already
+            print(f"error: {printable(message or unexpected(error))}", file=sys.stderr)
     if (distributed := sys.modules.get("jaxmodels.parallel.distributed")) is not None:
         code = distributed.finalize(code)
     return code

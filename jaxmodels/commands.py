@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from json import dumps
@@ -14,7 +17,7 @@ import numpy as np
 from jaxmodels import config as configs
 from jaxmodels import data, hf
 from jaxmodels.config import Config
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Beams, Count, Dim, Range, Seed
 from jaxmodels.models.functional import create, list_models
 from jaxmodels.options import OWN_DATA, EvalData, RunOptions, TuneOptions
@@ -34,17 +37,19 @@ def train(cfg: Config, where: RunOptions, file: str, overrides: list[str]) -> in
     experiment, result = runs.train(cfg, run, where.resume, {"file": file, "overrides": overrides})
     if distributed.is_main():
         if result.ended == "preempted":
-            print(f"stopped and saved at step {result.step} in {run}; the same command goes on from there")
+            print(printable(f"stopped and saved at step {result.step} in {run}; the same command goes on from there"))
         else:
-            farewell(experiment, result, run, file)
+            farewell(experiment, result, run, [file, *overrides])
     return SAVED if result.ended == "preempted" else 0
 
 
-def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
+def farewell(experiment: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
     """What came out, where it lies, and what to do next."""
     from jaxmodels.report import curves
+    from jaxmodels.train.directory import LOCK
     from jaxmodels.train.metrics import main
     from jaxmodels.train.run import averaged
+    from jaxmodels.train.tune import again
 
     train_data, eval_data, tokenizer = experiment.train_data, experiment.eval_data, experiment.train_data.tokenizer
     found = result.metrics or curves.last(run)
@@ -57,22 +62,36 @@ def farewell(experiment: Any, result: Any, run: Path, file: str) -> None:
         baseline["unigram model"] = data.unigram_loss(train_data, eval_data)
         print(f"a unigram model of the same text has a loss of {baseline['unigram model']:.4f} nats a token")
     curves.draw(run, run / "curves.png", baseline)
-    more = f"jaxmodels eval {run}"
+    name = f"./{run}" if str(run).startswith("-") else str(run)
+    more = ["jaxmodels", "eval", name]
     if experiment.cfg.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
-        params, prompt = averaged(result.state)["model"], "def " if experiment.cfg.data.source == "stdlib" else "\n"
-        model = experiment.task.networks["model"]
+        params, model = averaged(result.state)["model"], experiment.task.networks["model"]
+        prompt = opening(tokenizer, "def " if experiment.cfg.data.source == "stdlib" else "\n")
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
         room = 400 if model.longest is None else min(400, model.longest - taken)
-        text = continued(model, params, tokenizer, prompt, room, temperature=0.6, seed=1)
-        print("\na sample:\n" + "\n".join("  | " + line for line in text.splitlines()))
-        more = f"jaxmodels sample {run} --temperature 0.5 --tokens 200"
-    print(f"""
-everything is in {run}/: {", ".join(sorted(path.name for path in run.iterdir()))}
-try next:
-  {more}
-  jaxmodels report {run}
-  jaxmodels train {file} --run-dir {run}-2 --optim.peak-lr {experiment.cfg.optim.peak_lr / 2:g}
-  jaxmodels config explain {run} optim.peak_lr""")
+        if room > 0:
+            text = continued(model, params, tokenizer, prompt, room, temperature=0.6, seed=1)
+            print("\na sample:\n" + "\n".join("  | " + printable(line) for line in text.splitlines()))
+            more = ["jaxmodels", "sample", name, "--temperature", "0.5"]
+    chosen = {"run_dir": f"{name}-2", "optim.peak_lr": f"{experiment.cfg.optim.peak_lr / 2:g}"}
+    commands = [
+        shlex.join(more),
+        shlex.join(["jaxmodels", "report", name]),
+        again(argv[0], argv, chosen),
+        shlex.join(["jaxmodels", "config", "explain", name, "optim.peak_lr"]),
+    ]
+    files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != LOCK))
+    print(printable("\n".join([f"\neverything is in {run}/: {files}", "try next:", *(f"  {c}" for c in commands)])))
+
+
+def opening(tokenizer: data.Tokenizer, *wanted: str) -> str:
+    """The first of these prompts that the tokenizer has tokens for, else another one: a text begins with a token."""
+    others = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
+    for text in itertools.chain(wanted, ("\n", " ", "a", "A", "0"), others):
+        with contextlib.suppress(UserError):
+            if len(tokenizer.before) + len(tokenizer.encode(text)):
+                return text
+    return ""
 
 
 def continued(model: Any, params: Any, tokenizer: data.Tokenizer, prompt: str, tokens: int, **how: Any) -> str:
@@ -152,8 +171,7 @@ def evaluate(
     if translates:
         found |= judge.translated(opened, 4 if beams is None else beams)
     found |= judged
-    print(f"{run}, step {opened.step}, on {opened.source.describe()}")
-    print(table(found))
+    print(printable(f"{run}, step {opened.step}, on {opened.source.describe()}\n{table(found)}"))
     if json is not None:
         facts = {"run": run, "step": opened.step, "data": opened.source.describe()}
         json.write_text(dumps({**facts, **found}, indent=2) + "\n")
@@ -241,7 +259,7 @@ def sample(
         assert prompt is not None
         print(translate_texts(model, params, tokenizer, [prompt])[0])
         return
-    prompt = "\n" if prompt is None else prompt
+    prompt = opening(tokenizer) if prompt is None else prompt
     if tokens is None:
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
         room = 200 if model.longest is None else model.longest - taken

@@ -64,6 +64,8 @@ _attempts: collections.Counter[str] = collections.Counter()  # per folder, so th
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or none of those there can be read."""
 
+    shown = False  # on the terminal, by the log
+
 
 class Checkpointer:
     """The checkpoints of one run; every process makes one and calls it at the same steps.
@@ -296,9 +298,10 @@ class Checkpointer:
             f"{megabytes(size)} needed; last good checkpoint: {last_good}; the next save tries again, "
             "try freeing space there, a smaller --checkpoint.keep, or permission to write"
         )
-        logger.error(message)
-        self._error = CheckpointError(message)
-        self._error.__cause__ = failure
+        error = CheckpointError(message)
+        error.__cause__ = failure
+        logger.error("%s", error)
+        self._error = error
 
     def _tidy(self, saved: int) -> None:
         """Write best.json and remove what is no longer kept; a failure here does not make the save one."""

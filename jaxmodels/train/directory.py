@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
-from jaxmodels.errors import UserError
-from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.errors import UserError, printable
+from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.manifest import whole
 from jaxmodels.train.metrics import Display
 
@@ -114,7 +114,7 @@ def prepared(cfg: Config, run: Path, resume: Resume, origin: Mapping[str, Any]) 
             aside = next(p for n in range(1, 10_000) if not os.path.lexists(p := run.with_name(f"{run.name}.old{n}")))
             run.rename(aside)
             stack.enter_context(held(run))
-            print(f"moved the run that was in {run} to {aside}")
+            print(printable(f"moved the run that was in {run} to {aside}"))
         elif resume == "auto" and checkpoints.steps():
             refuse_another(cfg, run)
         with whole(run / "config.json") as part:
@@ -141,7 +141,16 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         loud = "" if record.levelno <= logging.INFO else record.levelname.lower() + ": "
-        self.display.say(loud + record.getMessage())
+        self.display.say(printable(loud + record.getMessage()), failed=record.levelno >= logging.ERROR)
+        if self.display.shows and isinstance(record.args, tuple):
+            for said in record.args:
+                if isinstance(said, CheckpointError):
+                    said.shown = True
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _File(logging.FileHandler):
@@ -155,7 +164,7 @@ def logging_to(path: Path | None, display: Display) -> Iterator[None]:
     handlers: list[logging.Handler] = [_Terminal(display)]
     if path is not None:
         handlers.append(_File(path, encoding="utf-8", errors="backslashreplace"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers[-1].setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
     level, propagate = log.level, log.propagate
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -307,12 +307,17 @@ class Display:
         if self.live:
             self.live.stop()
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the live display."""
+    @property
+    def shows(self) -> bool:
+        """Whether what is said is seen."""
+        return self.plain or self.live is not None
+
+    def say(self, text: str, failed: bool = False) -> None:
+        """A line of its own, above the live display; of what failed, where errors go."""
         if self.live:
             self.live.console.print(text, highlight=False, markup=False)
         elif self.plain:
-            print(text, flush=True)
+            print(text, file=sys.stderr if failed else sys.stdout, flush=True)
 
     def update(self, step: int, loss: float, rate: float | None) -> None:
         """The live display after a step."""

@@ -256,7 +256,7 @@ def storage(out: Path) -> Any:
 
 def overrides(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
     """A search's arguments that each of its runs has: without those of the search itself and of the fields it chose."""
-    own = {field.name for field in dataclasses.fields(TuneOptions)} | set(fields)
+    own = {field.name for field in dataclasses.fields(TuneOptions)} | {"run_dir", "resume"} | set(fields)
     kept, keep = [], True
     for argument in arguments:
         if argument.startswith("--"):
@@ -267,7 +267,7 @@ def overrides(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
 
 
 def again(file: str, argv: Sequence[str], chosen: Mapping[str, Any]) -> str:
-    """The command that trains with what a search was given and chose."""
+    """The command that trains with what a run or a search was given, and what is chosen beside."""
     words = ["jaxmodels", "train", file, *overrides(argv[1:], list(chosen))]
     for field, value in chosen.items():
         words += [f"--{field.replace('_', '-')}", str(value)]

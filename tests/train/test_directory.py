@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import directory
+from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.manifest import whole
 from jaxmodels.train.metrics import Display
 
@@ -104,3 +106,25 @@ def test_a_log_on_a_full_disk_prints_no_traceback(capsys: pytest.CaptureFixture[
         logging.getLogger("jaxmodels").info("said")
     out, err = capsys.readouterr()
     assert (out, err) == ("said\n", "")
+
+
+def test_names_with_escape_codes_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with directory.logging_to(tmp_path / "log.txt", Display("plain", 1, "tokens")):
+        logging.getLogger("jaxmodels").info("left out %s", "\x1b]0;title\x07\u202ename.png")
+    shown = r"left out \x1b]0;title\x07\u202ename.png" + "\n"
+    assert capsys.readouterr().out == shown
+    assert (tmp_path / "log.txt").read_text().endswith(" INFO " + shown)
+
+
+@pytest.mark.parametrize(("progress", "times"), [("plain", 1), ("none", 0)])
+def test_a_failed_checkpoint_that_the_log_has_shown_is_known_to_be_so(
+    progress: str, times: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    with directory.logging_to(None, Display(progress, 1, "tokens")):
+        checkpointer.save(1, {"w": np.ones(2)}, {})  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="NOT saved") as caught:
+            checkpointer.wait()
+    out, err = capsys.readouterr()
+    assert (out, err.count("NOT saved"), caught.value.shown) == ("", times, bool(times))
