@@ -21,7 +21,7 @@ from jaxmodels.plan import roofline
 from jaxmodels.plan.roofline import Places, passes
 from jaxmodels.plan.topology import Topology
 
-KNOBS = {"remat": "none", "attention": "auto"}
+KNOBS = {"remat": "none", "attention": "auto", "unroll": 1}
 """Fields of a model that decide how it is computed, and what one without them does."""
 BLOCK = 0.6
 """Share of what a block's backward pass needs that is in memory at a time."""
@@ -35,6 +35,8 @@ class Guess:
 
     kept: float
     """Parameters, optimizer, average and gradients."""
+    arguments: float
+    """All of these but the gradients, which a step need not hold at once: less than this no device can have."""
     activations: float
     least: float
     """Seconds that no schedule can avoid: the products, or what a link must carry."""
@@ -202,7 +204,7 @@ class Arithmetic:
         whole = tensor if self.rules.SEQUENCE in sizes else 1
         rows = cfg.data.batch_size / batch / pieces
         own, gathered = self.shares(cfg.mesh)
-        remat, attention = (getattr(cfg.model, name, default) for name, default in KNOBS.items())
+        remat, attention, unroll = (getattr(cfg.model, name, default) for name, default in KNOBS.items())
         kernel = "xla" if attention == "xla" else "blockwise"  # all others keep what `blockwise` keeps
         saved, everything = self.saved(remat, kernel), self.saved("none", kernel)
 
@@ -223,10 +225,13 @@ class Arithmetic:
         row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
         traffic = 3 * rows * of_rows(everything) + 4 * own * (3 + 3 * self.copies)
         traffic += 3 * times * self.width * (gathered or own)
+        # a scan stacks what its backward pass needs, and takes it from the stack again
+        traffic += 2 * rows * of_rows(saved) * (1 - min(unroll, self.layers) / self.layers)
         memory = traffic / (row.bandwidth * share["memory"])
         hidden = max(0.0, links["parameters"] - 0.8 * compute)  # gathered while something else is computed
         return Guess(
             kept=kept,
+            arguments=4 * own * (1 + self.copies),
             activations=activations,
             least=max(least, links["least"]),
             seconds=compute + memory + links["activations"] + hidden,

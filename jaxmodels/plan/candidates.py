@@ -14,8 +14,6 @@ from jaxmodels.errors import UserError
 from jaxmodels.plan.arithmetic import KNOBS, Arithmetic, Guess
 from jaxmodels.plan.topology import Topology
 
-SLACK = 0.8
-"""Share of the guessed activations that must fit: the guess is rough, and XLA recomputes some where memory is short."""
 PIECE = 4096
 """Tokens that each device of a cut sequence should have at least."""
 WIDEST = 16
@@ -23,6 +21,8 @@ WIDEST = 16
 SHORT = 4096
 """Tokens up to which attention that writes its scores to memory may be the faster one."""
 STAGES = (1, 2, 4)
+DEEPEST = 48
+"""Blocks up to which a search tries a step without a loop over them; with more it takes long to compile."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,9 @@ def draw(arithmetic: Arithmetic) -> Drawn:
         except UserError as error:
             reason, told = "the mesh does not divide a parameter, the batch or its tokens", str(error)
         else:
-            if guess.kept > memory:
-                reason = "parameters, optimizer and gradients do not fit"
-            elif not origin and guess.kept + SLACK * guess.activations > memory:
-                reason = "activations would not fit"
-            told = f"{reason}: {guess.kept / 2**30:.0f} of {memory / 2**30:.0f} GiB" if reason else ""
+            if guess.arguments > memory:  # of all else the compiler alone knows how much is in memory at a time
+                reason = "parameters and optimizer do not fit"
+            told = f"{reason}: {guess.arguments / 2**30:.0f} of {memory / 2**30:.0f} GiB" if reason else ""
         if not reason:
             drawn.kept.append(Candidate(each, mesh, origin, guess))
             continue
@@ -246,4 +244,8 @@ def _choices(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> dict[str,
         kernels["ulysses"] = None
     elif arithmetic.length <= SHORT:
         kernels["xla"] = None
-    return {"remat": list(get_args(Remat)), "attention": list(kernels)}
+    found: dict[str, list[Any]] = {"remat": list(get_args(Remat)), "attention": list(kernels)}
+    if hasattr(cfg.model, "remat"):  # else it is not blocks that are unrolled
+        whole = arithmetic.layers if arithmetic.layers <= DEEPEST else 1
+        found["unroll"] = list(dict.fromkeys([getattr(cfg.model, "unroll", 1), 1, whole]))
+    return found

@@ -91,13 +91,13 @@ def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> 
 def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
     """Everything that is known of a compiled step, as JSON values: bytes of one device, seconds, FLOPs."""
     row, on = made.topology.hardware, made.topology
-    fits = not made.shortage and made.peak <= row.memory
     found: dict[str, Any] = {
         "on": on.name,
+        "platform": row.platform,
         "devices": on.devices,
         "mesh": made.mesh,
         "parameters": made.flops["parameters"],
-        "fits": fits,
+        "fits": made.fits,
         "memory": {
             "device": int(row.memory),
             "peak": made.peak,
@@ -190,9 +190,12 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
     shown = ("parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
     lines += [f"  {name:<24}{memory[name] / 2**30:>12.2f}" for name in shown if memory[name]]
     lines += [f"  {'on the host':<24}{memory['host'] / 2**30:>12.2f}   (optimizer)"] * bool(memory["host"])
-    lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}")
+    lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}, by the compiler")
     if plan["fits"]:
-        lines.append("  it fits")
+        # JAX takes this much of a GPU by itself
+        share = memory["peak"] / memory["device"] if plan["platform"] == "cuda" else 0.0
+        more = ", with XLA_PYTHON_CLIENT_MEM_FRACTION=.98 in the environment (JAX takes .75 of a GPU otherwise)"
+        lines.append("  it fits" + (more if share > 0.75 else ""))
     else:
         lines += ["  IT DOES NOT FIT" + (f": {plan['shortage']}" if plan["shortage"] else ""), *remedies(cfg, plan)]
         lines += [f"    {size / 2**30:8.2f}  {name}" for size, name in plan["largest"]]

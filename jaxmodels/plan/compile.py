@@ -1,22 +1,25 @@
 """A training step compiled for devices that are not there, in a process of its own, once.
 
 The compilers of TPUs and GPUs register themselves in the process that loads them and write to its stderr; so a child
-compiles, and leaves what it found in a cache: facts.json and the compiled program's text.
+compiles, and leaves what it found in a cache: facts.json and the compiled program's text. A result is written beside
+the cache and moved there whole, so two plans of the same step do not meet; one that was damaged is compiled anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,10 @@ import jaxmodels
 from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.plan import cache as caches
 from jaxmodels.plan import topology as topologies
 from jaxmodels.plan.roofline import Places
 from jaxmodels.plan.topology import Topology
-
-COMPILING = ("compile.py", "topology.py", "hardware.py", "flops.py")
-"""Files of plan/ that decide what is compiled; the others read it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ class Compiled:
     """Bytes of the gradients, which are temporaries."""
     arguments: int
     """Bytes of all arguments, by the compiler."""
-    temporaries: int
+    peak: int
+    """Bytes that a device must have, by the compiler.
+
+    On TPUs its own `peak_memory_in_bytes`, which knows what is alive at a time; a GPU is given all temporaries as one
+    block, so there it is arguments and temporaries.
+    """
     shortage: str
     """What the compiler says where the step does not fit; else empty."""
     largest: list[list[Any]]
@@ -68,9 +74,16 @@ class Compiled:
     """Peak memory of the child."""
 
     @property
-    def peak(self) -> int:
-        """Bytes that a device must have."""
-        return self.arguments + self.temporaries
+    def temporaries(self) -> int:
+        """Bytes beside the arguments, where most are in use."""
+        return max(0, self.peak - self.arguments)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device can hold the step: a TPU's compiler refuses what it cannot, a GPU's does not."""
+        return not self.shortage and (
+            self.topology.hardware.platform == "tpu" or self.peak <= self.topology.hardware.memory
+        )
 
 
 def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Compiled:
@@ -84,60 +97,85 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
             f"got optim.offload on {topology.hardware.name}, expected hardware whose link to its host is known, "
             "try --optim.offload False"
         )
-    asked = {"config": configs.to_json(cfg), "on": topology.name, "versions": _versions(), "source": _source()}
+    topologies.check_compiler(topology)
+    asked = {
+        "config": configs.to_json(cfg),
+        "on": topology.name,
+        "versions": caches.versions(),
+        "source": caches.source(),
+    }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "plan"
-    folder = base / key
-    if not (folder / "facts.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    if (found := _read(base / key, topology)) is not None:
+        return found
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".part", dir=base))
+    except OSError as error:
+        raise caches.unwritable(base, error) from None
+    try:
         (folder / "asked.json").write_text(json.dumps(asked))
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody drives a TPU here: several may compile at once
-        environment.pop("XLA_FLAGS", None)  # those of this process are for its own devices
-        # a folder named as the package, where the command was given, must not take its place
-        package = str(Path(jaxmodels.__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "jaxmodels.plan.compile", str(folder)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            if said:
-                raise UserError(said[-1].removeprefix("error: "))
-            raise RuntimeError(f"compiling for {topology.name} failed:\n{done.stderr[-3000:]}")
-    facts = json.loads((folder / "facts.json").read_text())
-    places = Places(topology, facts["mesh"], np.array(facts.pop("coordinates")))
-    program = folder / "program.hlo.gz"
-    text = gzip.decompress(program.read_bytes()).decode() if program.is_file() else ""
-    return Compiled(topology=topology, places=places, text=text, **facts)
-
-
-def _versions() -> dict[str, str]:
-    from jaxmodels.train.run import versions
-
-    found = versions()
-    for name in ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+        _compile(folder, topology)
+        if (found := _read(folder, topology)) is None:
+            raise RuntimeError(f"compiling for {topology.name} left no program that can be read in {folder}")
+        caches.publish(folder, base / key)
+    except OSError as error:
+        raise caches.unwritable(base, error) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
-def _source() -> str:
-    """A hash of the package's code, so that a cached result is of this code."""
-    found = hashlib.sha256()
-    root = Path(jaxmodels.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        if "report" not in path.parts and not (path.parent.name == "plan" and path.name not in COMPILING):
-            found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+def _compile(folder: Path, topology: Topology) -> None:
+    """Let a child compile what `asked.json` asks for.
+
+    Raises:
+        UserError: what the child says, in one line.
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody drives a TPU here: several may compile at once
+    environment.pop("XLA_FLAGS", None)  # those of this process are for its own devices
+    # a folder named as the package, where the command was given, must not take its place
+    package = str(Path(jaxmodels.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "jaxmodels.plan.compile", str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise UserError(failure(topology, done.returncode, done.stderr))
 
 
-def child(folder: Path) -> None:
-    """Compile what `asked.json` in a folder asks for, and leave `program.hlo.gz` and `facts.json` there."""
+def failure(topology: Topology, code: int, said: str) -> str:
+    """One line on a child that ended with a code other than 0, and what it wrote to stderr."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    if told := [line for line in lines if line.startswith("error: ")]:
+        return told[-1].removeprefix("error: ")
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            memory = ", which is how a machine short of memory ends one" if name == "SIGKILL" else ""
+            return (
+                f"got {topology.name}, expected its compiler to finish, but {name} ended it{memory}, "
+                "try a smaller --data.batch-size, or --workers 1 in a search"
+            )
+    last = " ".join((lines or ["no message"])[-1].split())[:300]
+    return f"got {topology.name}, expected a step that its compiler takes, but it ended with code {code}: {last}"
+
+
+def _read(folder: Path, topology: Topology) -> Compiled | None:
+    if (facts := caches.intact(folder)) is None:
+        return None
+    places = Places(topology, facts["mesh"], np.array(facts.pop("coordinates")))
+    return Compiled(topology=topology, places=places, **facts)
+
+
+def child(folder: Path, asked: dict[str, Any]) -> None:
+    """Compile what is asked for, and leave `program.hlo.gz` and `facts.json` in a folder."""
     import resource
 
     import jax
@@ -148,7 +186,6 @@ def child(folder: Path) -> None:
     from jaxmodels.plan import flops
     from jaxmodels.train import run, state, step
 
-    asked = json.loads((folder / "asked.json").read_text())
     cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
     begun = time.monotonic()
     sizes = meshes.sizes(cfg.mesh, topology.devices)
@@ -196,31 +233,25 @@ def child(folder: Path) -> None:
         xla=cfg.train.xla,
         platforms=(topology.hardware.platform,),
     )
+    text, arguments = "", sum(held.values())
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used, largest = shortage(str(error))
-        facts |= {"arguments": sum(held.values()), "temporaries": max(used - sum(held.values()), 0), "largest": largest}
+        facts |= {"arguments": arguments, "peak": max(used, arguments), "largest": largest}
         facts["shortage"] = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)[:300]
     else:
-        (folder / "program.hlo.gz").write_bytes(gzip.compress(program.as_text().encode(), 3))
-        memory = program.memory_analysis()
-        facts |= {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.generated_code_size_in_bytes,
-            "shortage": "",
-            "largest": [],
-        }
+        text, memory = program.as_text(), program.memory_analysis()
+        arguments, peak = memory.argument_size_in_bytes, memory.peak_memory_in_bytes
+        if topology.hardware.platform == "cuda":
+            fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            peak = max(peak, arguments + memory.temp_size_in_bytes + fresh)
+        facts |= {"arguments": arguments, "peak": peak, "shortage": "", "largest": []}
     facts["seconds"] = round(time.monotonic() - begun, 1)
     facts["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    part = folder / "facts.json.part"
-    part.write_text(json.dumps(facts))
-    part.replace(folder / "facts.json")
+    caches.leave(folder, facts, text)
 
 
 def batch_shapes(cfg: Config, task: Any) -> dict[str, Any]:
@@ -274,9 +305,32 @@ def _flops(cfg: Config, task: Any, flops: Any) -> dict[str, int]:
     return {"model": counted.model, "visible": counted.visible, "parameters": parameters}
 
 
-if __name__ == "__main__":
+def told(error: Exception, asked: dict[str, Any]) -> str:
+    """One line on what went wrong in a child."""
+    from jaxmodels import cli
+
+    message, _ = cli.explain(error)
+    if message is None:
+        said = " ".join(str(error).split())[:300] or "no message"
+        message = (
+            f"got {asked.get('on', 'a topology')}, expected a step that its compiler takes "
+            f"({type(error).__name__}: {said}), try other hardware, or fields of the model nearer to its defaults"
+        )
+    return message
+
+
+def main(folder: Path) -> int:
+    """Be the child; returns the exit code."""
+    asked: dict[str, Any] = {}
     try:
-        child(Path(sys.argv[1]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        asked = json.loads((folder / "asked.json").read_text())
+        child(folder, asked)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {told(error, asked)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -153,8 +153,8 @@ def grown(cfg: Config, arithmetic: Arithmetic, mode: Mode, axis: str, times: int
     except UserError as error:
         return Point(arithmetic.topology, mode, axis, None, failure=str(error).partition(", try ")[0])
     memory = arithmetic.topology.hardware.memory
-    if guess.kept > memory:
-        told = f"parameters, optimizer and gradients need {guess.kept / _GIB:.0f} of {memory / _GIB:.0f} GiB"
+    if guess.arguments > memory:
+        told = f"parameters and optimizer need {guess.arguments / _GIB:.0f} of {memory / _GIB:.0f} GiB"
         return Point(arithmetic.topology, mode, axis, None, failure=told)
     return Point(arithmetic.topology, mode, axis, made_to_fit(now, arithmetic))
 

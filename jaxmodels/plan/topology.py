@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ _COMMON = (
     "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 "
     "registers_per_block_limit: 65536"
 )
+
+MOST = 2**17
+"""Devices beyond which nothing has been built that one program runs on."""
+POD = {"v3": 1024, "v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "v7": 9216}
+"""Chips that one torus has at most (docs.cloud.google.com/tpu/docs)."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,15 @@ def parse(text: str) -> Topology:
     name, _, shape = text.partition(":")
     found = hardware.find(name)
     example = {"cuda": f"{name}:4x{found.node}", "tpu": f"{name}:{'x'.join(['4'] * found.dimensions)}"}[found.platform]
-    if not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise UserError(f"got topology {text!r}, expected hardware and shape, try {example}")
+    if not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", shape):
+        raise UserError(f"got topology {text[:60]!r}, expected hardware and shape, try {example}")
     sizes = tuple(int(size) for size in shape.split("x"))
     wanted = 2 if found.platform == "cuda" else found.dimensions
     several = found.platform == "tpu" and len(sizes) == wanted + 1
     slices, sizes = (sizes[0], sizes[1:]) if several else (1, sizes)
-    if len(sizes) != wanted or 0 in (slices, *sizes):
+    if 0 in (slices, *sizes):
+        raise UserError(f"got topology {text!r}, expected sizes of at least 1, and not 0, try {example}")
+    if len(sizes) != wanted:
         torus = f"chips along {wanted} dimensions, with slices in front of them where there are several"
         meaning = "nodes x GPUs of each" if found.platform == "cuda" else torus
         raise UserError(f"got topology {text!r}, expected {meaning}, try {example}")
@@ -73,7 +81,42 @@ def parse(text: str) -> Topology:
             f"got topology {text!r}, expected at most {found.node} {name} GPUs a node, "
             f"try {name}:{math.ceil(math.prod(sizes) / found.node)}x{found.node}"
         )
-    return Topology(found, sizes, slices)
+    made = Topology(found, sizes, slices)
+    if made.devices > MOST:
+        raise UserError(f"got topology {text!r}, expected at most {MOST:,} devices, try {example}")
+    if found.platform == "tpu":
+        whole = all(size % 2 == 0 for size in sizes[:2]) or max(sizes) == 1
+        if not whole or math.prod(sizes) > POD[name]:
+            raise UserError(
+                f"got topology {text!r}, expected a slice that exists: {', '.join(shapes(found))}, or others of whole "
+                f"hosts of 2x2 chips up to the {POD[name]:,} chips of a pod, try {example}"
+            )
+    return made
+
+
+def shapes(row: Hardware) -> list[str]:
+    """The usual shapes of a slice, the smallest first: each doubles the smallest dimension of the one before."""
+    sizes = [2] * min(2, row.dimensions) + [1] * (row.dimensions - 2)
+    found = ["x".join(["1"] * row.dimensions)]
+    while math.prod(sizes) <= POD[row.name]:
+        found.append("x".join(map(str, sorted(sizes) if row.dimensions == 2 or sizes[2] > 1 else sizes)))
+        sizes[sizes[::-1].index(min(sizes)) * -1 - 1] *= 2
+    return found
+
+
+def check_compiler(topology: Topology) -> None:
+    """Refuse hardware whose compiler is not installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    platform = topology.hardware.platform
+    known = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}[platform]
+    if not any(importlib.util.find_spec(name) for name in known):
+        raise UserError(
+            f"got {topology.name}, expected its compiler, which {' or '.join(known)} brings, "
+            "try pip install 'jaxmodels[aot]'"
+        )
 
 
 def describe(topology: Topology) -> Any:
@@ -94,6 +137,8 @@ def describe(topology: Topology) -> Any:
                 topology_name=f"{name or row.name}:{chips}",
                 chip_config_name=cores,
                 num_slices=topology.slices,
+                # a chip by itself is not the host of 2x2 that XLA expects
+                **({"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}),
             )
         return topologies.get_topology_desc(
             platform="cuda", topology=f"1x{shape[0]}x{shape[1]}", target_config=target(row)
@@ -101,8 +146,7 @@ def describe(topology: Topology) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"got {topology.name}, expected a topology that its compiler describes ({reason}), "
-            "try pip install 'jaxmodels[aot]', or another shape"
+            f"got {topology.name}, expected a topology that its compiler describes ({reason}), try another shape"
         ) from None
 
 

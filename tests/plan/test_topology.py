@@ -24,6 +24,8 @@ def test_each_row_says_where_its_numbers_come_from_and_is_found_by_what_jax_call
     [
         ("h100:4x8", 32),
         ("v5e:16x16", 256),
+        ("v5e:1x1", 1),
+        ("v5e:2x1x1", 2),
         ("v5p:8x8x16", 1024),
         ("gb200:2x72", 144),
         ("v7:4x4x4", 128),
@@ -45,8 +47,15 @@ def test_a_topology_has_so_many_devices(text, devices):
         ("h100:8", "nodes x GPUs"),
         ("h100:1x16", "try h100:2x8"),
         ("v5p:8x8", "3 dimensions"),
-        ("v5e:0x4", "2 dimensions"),
-        ("v5e:0x4x4", "with slices in front"),
+        ("v5e:0x4", "at least 1"),
+        ("h100:0x8", "at least 1, and not 0"),
+        ("h100:-1x8", "hardware and shape"),
+        ("h100:٣x8", "hardware and shape"),
+        (f"h100:{'9' * 5000}x8", "hardware and shape"),
+        ("h100:999999999x8", "at most 131,072 devices"),
+        ("v5e:3x5", "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16, or others of whole hosts"),
+        ("v5e:32x32", "the 256 chips of a pod"),
+        ("v5p:1x1x2", "1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"),
         ("h100:1x2x4", "nodes x GPUs"),
     ],
 )
@@ -57,7 +66,7 @@ def test_what_is_not_hardware_is_refused_with_what_would_be(text, told):
 
 
 def test_devices_lie_slice_by_slice():
-    assert topology.parse("v7:2x1x1x2").coordinates().tolist() == [
+    assert topology.Topology(hardware.find("v7"), (1, 1, 2), 2).coordinates().tolist() == [
         [0, 0, z, core, number] for number in (0, 1) for z in (0, 1) for core in (0, 1)
     ]
     assert topology.parse("h100:2x2").coordinates().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]

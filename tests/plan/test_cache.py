@@ -1,0 +1,54 @@
+"""Compiled steps on disk: what is damaged is not read, and two that finish together do not collide."""
+
+import signal
+
+import pytest
+
+from jaxmodels.plan import cache, compile, topology
+
+FACTS = {"mesh": {"data": 2}, "peak": 7}
+
+
+def left(folder, text="HloModule step"):
+    folder.mkdir()
+    cache.leave(folder, FACTS, text)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["facts.json", "program.hlo.gz"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_result_is_none(tmp_path, name, damage):
+    folder = left(tmp_path / "one")
+    assert cache.intact(folder) == {**FACTS, "text": "HloModule step"}
+    content = (folder / name).read_bytes()
+    if damage == "gone":
+        (folder / name).unlink()
+    else:
+        changed = content.replace(b"7", b"8") if name == "facts.json" else content[:-1] + bytes([content[-1] ^ 1])
+        (folder / name).write_bytes(content[: len(content) // 2] if damage == "cut" else changed)
+    assert cache.intact(folder) is None
+
+
+def test_the_second_of_two_leaves_the_first_and_replaces_a_damaged_one(tmp_path):
+    place = tmp_path / "key"
+    cache.publish(left(tmp_path / "first"), place)
+    cache.publish(left(tmp_path / "second", "another"), place)
+    assert cache.intact(place) == {**FACTS, "text": "HloModule step"}
+    (place / "facts.json").write_text("{")
+    cache.publish(left(tmp_path / "third", "anew"), place)
+    assert cache.intact(place) == {**FACTS, "text": "anew"}
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "told"),
+    [
+        (2, "Traceback\nerror: got this, try that\n", "got this, try that"),
+        (-signal.SIGKILL, "", "SIGKILL ended it, which is how a machine short of memory"),
+        (1, "Traceback\n  File\nValueError: odd\n", "code 1: ValueError: odd"),
+        (1, "", "no message"),
+    ],
+)
+def test_whatever_a_child_ends_with_is_one_line(code, said, told):
+    line = compile.failure(topology.parse("h100:1x2"), code, said)
+    assert told in line
+    assert "\n" not in line
