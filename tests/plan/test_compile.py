@@ -267,7 +267,7 @@ def test_a_mistake_is_one_line_before_anything_is_compiled(root, capsys):
     config = str(root / "configs" / "gpt2_openwebtext.py")
     for arguments, told in (
         ([], "try --on h100:1x8"),
-        (["--on", "h1000:1x8"], "did you mean 'h100'"),
+        (["--on", "H100:1x8"], "did you mean 'h100'"),
     ):
         assert cli.main(["plan", config, *arguments]) == 2
         assert told in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_a_topology_has_so_many_devices(text, devices):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("h1000:1x8", "did you mean 'h100'"),
+        ("H100:1x8", "did you mean 'h100'"),
         ("h100", "try h100:4x8"),
         ("h100:8", "nodes x GPUs"),
         ("h100:1x16", "try h100:2x8"),
