@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+from jaxmodels import usage
 from jaxmodels.config import Config, load
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import Count, Natural, Range, Section, Workers, check_call
+
+HELP = {"-h", "--help"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
     said = io.StringIO()
     try:
         # help is broken into lines for the reader's terminal, a mistake is one line
-        width = contextlib.nullcontext() if {"-h", "--help"} & set(argv) else _wide_terminal()
+        width = contextlib.nullcontext() if HELP & set(argv) else _wide_terminal()
         with contextlib.redirect_stderr(said), width:
             value, unknown = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True, **given)
     except SystemExit as stop:
@@ -218,12 +221,21 @@ def _unknown(name: str, known: Sequence[str], prog: str) -> str:
     section, _, field_name = name.rpartition(".")
     here = [option.rpartition(".")[2] for option in known if section and option.startswith(section + ".")]
     close = difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)
-    close = [f"{section}.{close[0]}"] if close else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not section:  # a field without its section
-        close = [option for option in known if option.endswith("." + name.lstrip("-"))] or close
-    hint = f", did you mean {close[0]!r}?" if close else f", try {prog} --help"
+    if close:
+        close = [f"{section}.{close[0]}"]
+    else:  # a field of another section, or without one
+        close = [option for option in known if option.endswith("." + field_name.lstrip("-"))]
+    if not close and not here:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f", did you mean {close[0]!r}?" if close else f", try {_help(prog, section.lstrip('-') if here else '')}"
     what = "an option" if name.startswith("-") else "options only"
     return f"got {name!r}, expected {what} of {prog}{hint}"
+
+
+def _help(prog: str, option: str) -> str:
+    """The command that shows what an option takes: of a config's fields, the help of its section."""
+    section = option.lstrip("-").partition(".")[0]
+    return f"{prog} --help" + (f" {section}" if section in Config.__dataclass_fields__ and ".py" in prog else "")
 
 
 def _one_line(message: str, prog: str) -> str:
@@ -253,26 +265,31 @@ def _one_line(message: str, prog: str) -> str:
     if own := re.match(r"Error parsing \w+: (got .*)", text):  # by a section's own check
         return own[1]
     if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
-        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {prog} --help"
+        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {_help(prog, wrong[1])}"
     return f"got {text}, try {prog} --help" if text else message
 
 
 def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     """The config named first in `argv`, overridden by the rest, and a `more` of the options beside it.
 
+    `--help` prints the short form, `--help SECTION` the fields of one section, and `--help all` those of all.
+
     Raises:
         UserError: no config named, or an option that is wrong.
     """
-    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+    asked = next((i for i, arg in enumerate(argv) if arg in HELP), None)
+    if not argv or (argv[0].startswith("-") and asked != 0):
         raise UserError(
             f"got {argv[0] if argv else 'no config'}, expected a config file first, try {prog} configs/gpt_stdlib.py"
         )
-    if argv[0] in ("-h", "--help"):
-        print(f"usage: {prog} CONFIG.py [options]; the options of a config: {prog} CONFIG.py --help")
-        raise SystemExit(0)
     from tyro.conf import FlagConversionOff
 
-    config = load(argv[0])
+    config = load(argv[0]) if asked != 0 else Config(model=usage.AnyModel())
+    file = argv[0] if asked != 0 else usage.FILE
+    topic = None if asked is None else "".join(argv[asked + 1 : asked + 2])
+    if topic is not None and (not topic or topic.startswith("-")):
+        print(usage.short(prog, file, config, more))
+        raise SystemExit(0)
     # the model's own type, so that its fields are options
     hints = {**get_type_hints(Config), "model": type(config.model)}
     # every field of a config takes a value, also a bool
@@ -280,8 +297,15 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
         (f.name, FlagConversionOff[hints[f.name]], dataclasses.field(default=getattr(config, f.name)))
         for f in dataclasses.fields(Config)
     ]
+    if topic is not None and topic != "all":
+        names = [name for name, *_ in fields]
+        if topic not in names:
+            raise UserError(f"got --help {topic}, expected all or one of {', '.join(names)}{nearest(topic, names)}")
+        only = dataclasses.make_dataclass("Options", [fields[names.index(topic)]], frozen=True)
+        only.__doc__ = f"Options of the section {topic}."
+        parse(only, ["--help"], f"{prog} {file}", only())
     both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
     both.__doc__ = more.__doc__
-    value = parse(both, argv[1:], f"{prog} {argv[0]}", both())
+    value = parse(both, argv[1:] if asked is None else ["--help"], f"{prog} {file}", both())
     rest = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
     return Config(**{f.name: getattr(value, f.name) for f in dataclasses.fields(Config)}), rest

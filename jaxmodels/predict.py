@@ -62,12 +62,10 @@ def predict(
 
     compilation_cache()
     opened = load_run(run, best=best)
+    own = opened.config.task.name
     for name, value, task in (("tokens", tokens, "causal_lm"), ("beams", beams, "seq2seq")):
-        if value is not None and opened.config.task.name != task:
-            raise UserError(
-                f"got --{name} {value} for a run of task {opened.config.task.name}, expected it for {task} alone, "
-                "try it without"
-            )
+        if value is not None and own != task:
+            raise UserError(f"got --{name} {value} for a run of {own}, expected it for {task} alone, try it without")
     ready, answers = _predictor(opened, tokens or TOKENS, beams or 4)
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)

@@ -150,6 +150,29 @@ def test_a_number_of_a_command_is_in_its_range_or_refused_before_any_work(line, 
     assert error.startswith(f"error: {said}") and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize("command", ["train", "tune", "plan", "data inspect", "data prepare"])
+@pytest.mark.parametrize("file", [[], [FILE]])
+def test_help_is_short_and_fits_a_terminal(command, file, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*command.split(), *file, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 46 and max(map(len, lines)) <= 80
+    assert lines[0].startswith(f"usage: jaxmodels {command} {FILE if file else 'CONFIG.py'}")
+    assert all(any(line.startswith(f"  {f.name} ") for line in lines) for f in dataclasses.fields(Config))
+    assert any(line.split()[:2] == ["--optim.peak-lr", "0.004" if file else "0.001"] for line in lines)
+
+
+def test_help_of_a_section_is_its_fields(capsys):
+    assert main(["train", FILE, "--optim.name", "adam", "--help", "optim"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--optim.{name}".replace("_", "-") in shown for name in configs.docs(OptimConfig))
+    assert "--train.steps" not in shown and "--run-dir" not in shown
+    assert main(["train", FILE, "--help", "optm"]) == 2
+    assert "did you mean 'optim'?" in capsys.readouterr().err
+    assert main(["train", FILE, "--optim.zzzz", "1"]) == 2
+    assert f"try jaxmodels train {FILE} --help optim" in capsys.readouterr().err
+
+
 def test_an_option_given_twice_counts_twice_or_is_refused():
     argv = [FILE, "--data.path", "a", "b", "--train.steps", "3", "--data.path=c"]
     cfg, _ = configured(argv, "jaxmodels train", RunOptions)
