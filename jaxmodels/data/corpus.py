@@ -82,7 +82,16 @@ def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> l
         if path.is_file():
             found[path.resolve()] = None
         elif path.is_dir():
-            raise UserError(f"got the directory {pattern}, expected files, try {flag} '{path}/**/*.txt'")
+            endings = {"table": ("csv", "jsonl", "tsv", "json", "parquet"), "tokens": ("bin", "npy")}.get(
+                source, ("txt",)
+            )
+            held = next((end for end in endings if next(path.rglob(f"*.{end}"), None)), None)
+            if held is None and source != "text":
+                kinds = ", ".join(f".{end}" for end in endings)
+                raise UserError(f"got the directory {pattern}, which holds no {kinds}, expected files, try {flag} FILE")
+            raise UserError(
+                f"got the directory {pattern}, expected files, try {flag} '{path}/**/*{(held and '.' + held) or ''}'"
+            )
         elif path.exists():
             raise UserError(f"got {option} {pattern!r}, which is a pipe or a device, expected a file, try a copy")
         elif glob.has_magic(pattern):

@@ -52,10 +52,10 @@ def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind],
         known = ", ".join(sorted(records.fields)) or "no field that can be used"
         raise UserError(
             f"got data.{option} {name!r} for {records.label}, which has {known}, expected {_article(kinds)} field, "
-            "try another --task.name or another set"
+            "try another set, or another task.name"
         )
     if (kind := records.fields[name].kind) not in kinds:
-        hint = f"{flag} {candidates[0]}" if candidates else "another --task.name or another set"
+        hint = f"{flag} {candidates[0]}" if candidates else "another set, or another task.name"
         numbers = " (numbers that are not whole)" if kind == "array" and option == "label_field" else ""
         raise UserError(
             f"got data.{option} {name!r}, which is {_article([kind])}{numbers}, not {_article(kinds)}, "

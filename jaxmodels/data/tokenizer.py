@@ -142,7 +142,7 @@ class Chars(_Saved):
         if (unknown := np.flatnonzero(ids < 0)).size:
             raise UserError(
                 f"got the character {chr(int(codes[unknown[0]]))!r}, expected one of the {self.vocab_size} that the "
-                "tokenizer was made from, try a text without it or --data.tokenizer bytes"
+                "tokenizer was made from, try a text without it, or train with data.tokenizer bytes"
             )
         return ids.astype(np.int32)
 

@@ -46,7 +46,10 @@ def config(s: Settings) -> BERTConfig:
 
 def describe(c: BERTConfig) -> dict[str, Any]:
     if c.pool != "first":
-        raise UserError(f"got a BERT with pool {c.pool!r}, which transformers does not have, expected pool first")
+        raise UserError(
+            f"got a BERT with pool {c.pool!r}, which transformers does not have, expected pool first, "
+            "try a run that was trained with --model.pool first"
+        )
     (architecture,) = (name for name, head in HEADS.items() if head == c.head)
     found = {
         "architectures": [architecture],

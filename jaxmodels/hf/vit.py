@@ -30,7 +30,10 @@ def config(s: Settings) -> ViTConfig:
 
 def describe(c: ViTConfig) -> dict[str, Any]:
     if c.pool != "class":
-        raise UserError(f"got a ViT with pool {c.pool!r}, which transformers does not have, expected pool class")
+        raise UserError(
+            f"got a ViT with pool {c.pool!r}, which transformers does not have, expected pool class, "
+            "try a run that was trained with --model.pool class"
+        )
     return {
         "architectures": ["ViTForImageClassification"],
         "model_type": "vit",

@@ -10,10 +10,12 @@ from typing import Any
 from jaxmodels import config as configs
 from jaxmodels import tasks
 from jaxmodels.config import Config
+from jaxmodels.errors import UserError
 from jaxmodels.models.functional import family_of
 from jaxmodels.report.pieces import Piece, Table
 from jaxmodels.train import metrics
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Kept, Saved
+from jaxmodels.train.saved import kept as kept_of
 
 BY_CLASS = ("precision", "recall", "f1")
 ELSEWHERE = ("data.dir", "data.prefetch", "metrics.", "profile.")
@@ -31,6 +33,8 @@ class Column:
     rows: Sequence[Mapping[str, float]]
     saved: Saved | None
     """None where its checkpoint or its data cannot be had."""
+    kept: Kept
+    """What the run keeps of its data, which may be gone."""
     values: Mapping[str, float]
     """Metrics of the evaluation."""
 
@@ -38,7 +42,11 @@ class Column:
 def column(name: str, run: Path, saved: Saved | None, values: Mapping[str, float]) -> Column:
     """The column of a run."""
     cfg, origin = configs.read(run)
-    return Column(name, run, cfg, origin, metrics.read(run), saved, values)
+    try:
+        kept = kept_of(run)
+    except UserError:  # damaged: the page is without its words
+        kept = Kept()
+    return Column(name, run, cfg, origin, metrics.read(run), saved, kept, values)
 
 
 def facts(columns: Sequence[Column]) -> list[Piece]:
@@ -66,11 +74,11 @@ def described(c: Column) -> dict[str, str]:
         "model": family_of(c.cfg.model).name,
         "parameters": ", ".join(sizes),
         "task": c.cfg.task.name,
-        "trained on": (c.saved and c.saved.kept.train) or source,
-        "evaluated on": c.saved.source.describe() if c.saved else source,
+        "trained on": c.kept.train or source,
+        "evaluated on": c.saved.source.describe() if c.saved else c.kept.eval or source,
         "steps": f"{steps}, batches of {c.cfg.data.batch_size}",
         "training": "not known" if minutes is None else f"{minutes:.1f} minutes of steps",
-        "checkpoint": f"step {c.saved.step:,}" if c.saved else "none that can be read here",
+        "checkpoint": f"step {c.saved.step:,}" if c.saved else "none that can be opened here with its data",
         "config": str(c.origin.get("file") or "not known"),
         "versions": versions or "not known",
         "commit": str(c.origin.get("commit") or "not known"),

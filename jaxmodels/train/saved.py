@@ -60,6 +60,20 @@ def keep(run: Path, train: data.Source, held_out: data.Source) -> None:
                 path.replace(run / path.name)
 
 
+def kept(run: Path) -> Kept:
+    """What a run keeps of its data; nothing where it was made before runs did."""
+    path = run / KEPT
+    if not path.is_file():
+        return Kept()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(Kept)}
+        found = Kept(**{name: value for name, value in values.items() if name in known})
+        return dataclasses.replace(found, classes=tuple(map(str, found.classes)))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"got {path}, which is damaged ({error}), expected what a run keeps of its data") from None
+
+
 @dataclass(frozen=True)
 class Run:
     """A run as it lies on the disk: what it was, and what one of its checkpoints holds. Its data need not be here."""
@@ -105,16 +119,7 @@ class Run:
     @cached_property
     def kept(self) -> Kept:
         """What it keeps of its data; nothing where it was made before runs did."""
-        path = self.directory / KEPT
-        if not path.is_file():
-            return Kept()
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            known = {field.name for field in dataclasses.fields(Kept)}
-            kept = Kept(**{name: value for name, value in values.items() if name in known})
-            return dataclasses.replace(kept, classes=tuple(map(str, kept.classes)))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"got {path}, which is damaged ({error}), expected what a run keeps of its data") from None
+        return kept(self.directory)
 
     def class_name(self, index: int) -> str:
         """A class's name in the data, or its number."""

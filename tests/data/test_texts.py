@@ -101,6 +101,19 @@ def test_a_path_that_leads_nowhere_is_named(folder, path, message):
         open_lm(source="text", path=(path.format(folder),))
 
 
+def test_the_glob_that_is_offered_for_a_folder_finds_files_of_the_source(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"which holds no \.csv, \.jsonl, .* try --data.path FILE"):
+        corpus.expand([str(tmp_path)], "table")
+    (tmp_path / "a" / "b.jsonl").write_text("{}\n")
+    for source, ending in (("table", ".jsonl"), ("text", "")):
+        with pytest.raises(UserError) as error:
+            corpus.expand([str(tmp_path)], source)
+        offered = str(error.value).partition("try --data.path ")[2].strip("'")
+        assert offered == f"{tmp_path}/**/*{ending}"
+        assert corpus.expand([offered], source) == [tmp_path / "a" / "b.jsonl"]
+
+
 def test_no_path_bad_text_and_bad_fractions_are_refused(folder):
     with pytest.raises(UserError, match="got data.source text without data.path"):
         open_lm(source="text")

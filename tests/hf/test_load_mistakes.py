@@ -152,7 +152,7 @@ def test_a_model_that_transformers_lacks_is_refused_in_one_line(tmp_path):
         (jaxmodels.create("mlp-mnist"), "got a model of family mlp, which transformers does not have"),
         (jaxmodels.create("transformer-base"), "variant 'original'"),
         (jaxmodels.create("resnet-18", stem="small"), "stem 'small'"),
-        (jaxmodels.create("bert-base", pool="mean"), "pool 'mean'"),
+        (jaxmodels.create("bert-base", pool="mean"), "pool 'mean'.* expected pool first, try .*--model.pool first"),
         (jaxmodels.create(LLAMA, qkv_bias=True, qk_norm=True), "qkv_bias with qk_norm"),
     ):
         with pytest.raises(UserError, match=words):

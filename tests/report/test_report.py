@@ -1,6 +1,7 @@
 """A report shows what runs did, on one page that needs nothing else."""
 
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -144,7 +145,12 @@ def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
     configs.save(cfg, run / "config.json", origin)
     text = command.write({"moved": run}, None, None, False).read_text()
     assert (run / "report" / "curves.png").exists()
-    assert summary.number(curves.last(run)["eval/accuracy"]) in text and "none that can be read here" in text
+    assert (
+        summary.number(curves.last(run)["eval/accuracy"]) in text
+        and "none that can be opened here with its data" in text
+    )
+    kept = json.loads((run / "data.json").read_text())
+    assert kept["train"] in text and kept["eval"] in text
 
 
 def test_confusion_is_that_of_scikit_learn(trained):
