@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxmodels import config as configs
+from jaxmodels.cli import main
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -64,3 +65,53 @@ def test_values_in_a_saved_config_are_taken_or_refused_in_one_line(name, value):
         assert (
             dataclasses.replace(cfg) == cfg and configs.from_json(json.loads(json.dumps(configs.to_json(cfg)))) == cfg
         )
+
+
+COMMANDS = [
+    "train", "eval", "tune", "plan", "predict", "sample", "report", "import", "export", "data inspect", "data prepare",
+    "data clean", "data train-tokenizer", "config explain", "config diff",
+]  # fmt: skip
+ARGUMENTS = WORDS | st.sampled_from(
+    [
+        "--help",
+        "--best",
+        "--out",
+        "--tokens",
+        "--beams=0",
+        "--split",
+        "--on",
+        "--space",
+        "--trials",
+        "-",
+        "--",
+        "no/such",
+    ]
+)
+
+
+def ends_in_one_line(argv, capsys):
+    code = main(argv)
+    said = capsys.readouterr().err
+    assert code in (0, 1, 2) and said.count("\n") <= 1, (argv, said)
+    assert "Traceback" not in said and "a fault of jaxmodels" not in said, (argv, said)
+
+
+@LONG
+@given(command=st.sampled_from(COMMANDS), words=st.lists(ARGUMENTS, max_size=3))
+def test_any_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    ends_in_one_line([*command.split(), "no/such/run", *words], capsys)
+
+
+@LONG
+@given(data=st.data())
+def test_a_damaged_config_of_a_run_ends_in_one_line(tmp_path, capsys, data):
+    file = tmp_path / "config.json"
+    configs.save(CONFIG, file, {"file": "x.py", "overrides": [], "versions": {}, "commit": ""})
+    whole = file.read_bytes()
+    at = data.draw(st.integers(0, len(whole) - 1))
+    put = data.draw(st.sampled_from([b"", b"null", b"[]", b"5", b"\x00\xff", b"[" * 100_000, b'"', b"}", b"-1"]))
+    gone = data.draw(st.sampled_from([0, 1, 10, len(whole)]))
+    file.write_bytes(whole[:at] + put + whole[at + gone :])
+    ends_in_one_line(["config", "explain", str(tmp_path)], capsys)
+    ends_in_one_line(["config", "diff", str(tmp_path), str(tmp_path)], capsys)
