@@ -69,7 +69,10 @@ def described(directory: Path) -> tuple[Format, Any]:
     form = hf.format_of(hf.family_of(settings.values["model_type"]))
     if settings.values.get("quantization_config") is not None:
         settings.refused.append("a quantization_config (computed here: weights that are not quantized)")
-    config = form.config(settings)
+    try:
+        config = form.config(settings)
+    except UserError as error:  # a field that the files set: no option would change it
+        raise UserError(f"{settings.where}: {str(error).partition(', try --')[0]}") from None
     settings.check()
     for remark in settings.remarks:
         log.warning("%s: %s", settings.where, remark)

@@ -44,12 +44,16 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
         (MeshConfig(data=3), "data=3 stage=1 fsdp=1 expert=1 context=1 tensor=1 = 3 device.s., expected 8"),
         (MeshConfig(data=-1, fsdp=3), "expected sizes that divide 8"),
         (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
-        (MeshConfig(data=0), "expected positive sizes"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
     with pytest.raises(UserError, match=said):
         sizes(mesh, 8)
+
+
+def test_a_mesh_axis_of_no_device_is_refused():
+    with pytest.raises(UserError, match="got mesh.data 0, expected at least 1, or -1"):
+        MeshConfig(data=0)
 
 
 def test_minus_one_takes_the_devices_that_are_left():
