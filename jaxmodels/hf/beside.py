@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,11 @@ from jaxmodels.config import Config
 from jaxmodels.data import special
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
+from jaxmodels.hf import pixels
 from jaxmodels.hf import tokenizer as tokenizers
+from jaxmodels.models.functional import family_of
+
+log = logging.getLogger("jaxmodels")
 
 KEPT = "pretrained"
 """Folder of a run with these files, as they came."""
@@ -85,12 +90,34 @@ def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
         if len(special.objects(kept / "config.json").get("id2label") or ()) != getattr(cfg.model, "classes", None):
             how |= {*_NAMES}
         settings = {name: value for name, value in special.objects(kept / "config.json").items() if name not in how}
+    settings |= _of_images(run, part, cfg)
     if own and tokenizer is not None:
         tokenizers.save(tokenizer, part, cfg.task.name)
         return settings | tokenizers.ids(tokenizer, cfg.task.name)
     if not kept.is_dir() and cfg.task.name in ("causal_lm", "seq2seq"):
         return dict.fromkeys(special.NAMES)  # not those that transformers takes where none are named
     return settings
+
+
+def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
+    """Write how a run's images become inputs, where what came with its weights says otherwise; names of its classes."""
+    from jaxmodels.predict import distinct
+    from jaxmodels.train.saved import KEPT as DATA
+
+    family = family_of(cfg.model).name
+    if pixels.known(family):
+        shape, file = cfg.model.input_shape, part / pixels.FILE  # pyright: ignore
+        came = pixels.read(part, family, shape) if file.is_file() else None
+        if not (came and pixels.alike(came, cfg) and came.central == (cfg.augment.crop is not None)):
+            file.write_text(json.dumps(pixels.describe(cfg, shape), indent=2) + "\n")
+            if cfg.augment.crop is not None and shape[0] != shape[1]:
+                log.warning("%s: the central 7/8 of images that are not square is not in %s", run, pixels.FILE)
+    data_kept, count = special.objects(run / DATA), getattr(cfg.model, "classes", None)
+    names = list(map(str, data_kept.get("classes") or ()))
+    if not count or not data_kept.get("train") or not names or len(names) > count:
+        return {}  # those of an import are in its config.json
+    names = distinct(names + [str(i) for i in range(len(names), count)])
+    return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {x: i for i, x in enumerate(names)}}
 
 
 def same(a: data.Tokenizer, b: data.Tokenizer) -> bool:

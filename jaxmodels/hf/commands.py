@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ from jaxmodels.config import Config, DataConfig, TaskConfig
 from jaxmodels.data.special import text_of
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
-from jaxmodels.hf import beside, load, save
+from jaxmodels.hf import beside, load, pixels, save
 from jaxmodels.models.functional import create, family_of
+
+log = logging.getLogger("jaxmodels")
 
 _SAID = 1_000_000_000  # bytes from which on progress is said
 
@@ -32,6 +35,7 @@ def import_run(directory: Path, /, out: Path) -> None:
         out: the run directory to make.
     """
     from jaxmodels.train import run as runs
+    from jaxmodels.train import saved
     from jaxmodels.train.checkpoint import Checkpointer
 
     with save.complete(out) as part:
@@ -46,6 +50,17 @@ def import_run(directory: Path, /, out: Path) -> None:
             params, stats = load.nested(load.read(source, done=done))
         state = {"params": {"model": params}, "stats": {"model": stats}}
         cfg = experiment(config, source.format.task(config), out if tokenizer else None)
+        if pixels.known(source.format.family):
+            seen = pixels.read(directory, source.format.family, config.input_shape)
+            for remark in seen.remarks:
+                log.warning("%s: %s", directory, remark)
+            cfg = replace(
+                cfg,
+                data=replace(cfg.data, mean=seen.mean, std=seen.std),
+                augment=replace(cfg.augment, crop=seen.crop),
+            )
+        if names := pixels.names(directory, getattr(config, "classes", 0) or 0):
+            saved.write(part, saved.Kept(classes=names))
         if tokenizer is not None and cfg.task.name == "masked_lm":
             cfg = replace(cfg, task=masking(cfg.task, directory, tokenizer))
         meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}

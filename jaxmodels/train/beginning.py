@@ -17,9 +17,10 @@ from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
-from jaxmodels.hf import load
+from jaxmodels.hf import load, pixels
 from jaxmodels.hf.load import described
 from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.functional import family_of
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.tasks.task import Task
 from jaxmodels.train import state as states
@@ -41,6 +42,8 @@ def initial(cfg: Config, task: Task, optimizers: states.Optimizers, layout: Stat
         check(cfg.init.fresh, kept)
         kept = {name: leaf for name, leaf in kept.items() if not matches(cfg.init.fresh, name)}
         agree(cfg.model, Path(cfg.init.source), kept)
+        if kept:
+            compare_pixels(cfg, Path(cfg.init.source))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     make = functools.partial(states.init, task, optimizers, ema=cfg.train.ema is not None)
     # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
@@ -124,6 +127,23 @@ def agree(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
         raise UserError(
             f"got {differ} of init.source {source}, expected what its parameters were trained in, try {same}"
         )
+
+
+def compare_pixels(cfg: Config, source: Path) -> None:
+    """Say where a model of images gets pixels on another scale than its source's: training may adapt to that."""
+    family = family_of(cfg.model).name
+    if not pixels.known(family) or cfg.data.source == "synthetic":
+        return
+    if is_published(source):
+        theirs = pixels.read(source, family, cfg.model.input_shape)  # pyright: ignore
+    else:
+        section = configs.read(source)[0].data
+        theirs = pixels.Pixels(section.mean, section.std)
+    if not pixels.alike(theirs, cfg):
+        log.warning(
+            "%s: its parameters were trained with pixels of another scale, that of %s; this run has %s",
+            source, pixels.flags(theirs.mean, theirs.std), pixels.flags(cfg.data.mean, cfg.data.std),
+        )  # fmt: skip
 
 
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -50,9 +50,7 @@ class Kept:
 def keep(run: Path, train: data.Source, held_out: data.Source) -> None:
     """Write what a run keeps of its data beside its config."""
     kept = Kept(held_out.field, held_out.kind, tuple(train.class_names), train.describe(), held_out.describe())
-    text = json.dumps(dataclasses.asdict(kept), indent=1) + "\n"
-    with whole(run / KEPT) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write(run, kept)
     if train.tokenizer is not None:
         with tempfile.TemporaryDirectory(suffix=".part", dir=run) as folder:
             train.tokenizer.save(Path(folder))
@@ -72,6 +70,13 @@ def kept(run: Path) -> Kept:
         return dataclasses.replace(found, classes=tuple(map(str, found.classes)))
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"got {path}, which is damaged ({error}), expected what a run keeps of its data") from None
+
+
+def write(run: Path, kept: Kept) -> None:
+    """Write what a run keeps of its data."""
+    text = json.dumps(dataclasses.asdict(kept), indent=1) + "\n"
+    with whole(run / KEPT) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,7 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
             )
     if source != own.source:  # what told where the other data lie says nothing of these
         own = dataclasses.replace(DataConfig(source=source), **{name: getattr(own, name) for name in _OF_MODEL})
-    imported = (run.directory / "pretrained").is_dir() and not (run.directory / KEPT).is_file()
+    imported = (run.directory / "pretrained").is_dir() and not run.kept.train
     if own.source == "synthetic" and not given and imported:
         raise UserError(
             f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
