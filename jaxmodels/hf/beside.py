@@ -112,7 +112,8 @@ def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
             file.write_text(json.dumps(pixels.describe(cfg, shape), indent=2) + "\n")
             if cfg.augment.crop is not None and shape[0] != shape[1]:
                 log.warning("%s: the central 7/8 of images that are not square is not in %s", run, pixels.FILE)
-    data_kept, count = special.objects(run / DATA), getattr(cfg.model, "classes", None)
+    data_kept = special.objects(run / DATA) if (run / DATA).is_file() else {}
+    count = getattr(cfg.model, "classes", None)
     names = list(map(str, data_kept.get("classes") or ()))
     if not count or not data_kept.get("train") or not names or len(names) > count:
         return {}  # those of an import are in its config.json
