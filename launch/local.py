@@ -14,14 +14,17 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from launch.console import Console
+from launch.progress import Progress
 from launch.watch import Events, Rank, judge, signals_to, watch
 
 _PR_SET_PDEATHSIG = 1
@@ -45,15 +48,22 @@ class Local:
     """Time to save, once this command is told to stop."""
 
 
-def run(command: Sequence[str], options: Local) -> int:
+def run(command: Sequence[str], options: Local, patience: float = 30.0) -> int:
     """Run `command` in every process and return the exit code of the whole.
 
     0: all done; 75: all saved and stopped, run it again; 2: the user's mistake; 1: anything else. When one process
-    fails all are ended, and the first that failed is named with its cause and its last lines.
+    fails all are ended, and the first that failed is named with its cause and its last lines. When none goes on for
+    `patience` seconds, or three times the longest pause before, the one that the others wait for is named.
 
     Raises: Mistake where the options cannot be met on this machine.
     """
     environments = _environments(options)
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        progress = Progress(Path(folder), patience)
+        return _run(command, options, [{**e, "JAXMODELS_PROGRESS_DIR": folder} for e in environments], progress)
+
+
+def _run(command: Sequence[str], options: Local, environments: list[dict[str, str]], progress: Progress) -> int:
     console = Console(options.processes)
     events: Events[Rank | int] = Events()
     ranks: list[Rank] = []
@@ -71,7 +81,9 @@ def run(command: Sequence[str], options: Local) -> int:
                 readers.append(threading.Thread(target=_read, args=(rank.index, output, console), daemon=True))
                 readers[-1].start()
                 threading.Thread(target=rank.wait, args=(events,), daemon=True).start()
-            late = watch(ranks, events, options.grace_seconds)
+            late = watch(ranks, events, options.grace_seconds, progress.stall)
+            if any(rank.code is None for rank in ranks):
+                progress.find(ranks)
             for rank, reader in zip(ranks, readers, strict=True):
                 if rank.code is not None:
                     reader.join(timeout=1.0)

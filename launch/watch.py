@@ -9,8 +9,9 @@ import queue
 import re
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Rank:
     code: int | None = None
     """What it ended with, negative for a signal; None: it runs."""
     ended: float = math.inf
+    stuck: str = ""
+    """Where it is, if the others wait for it."""
 
     def wait(self, events: Events[Rank | int]) -> None:
         code = self.process.wait()
@@ -75,14 +78,24 @@ def signals_to(events: Events[Rank | int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def watch(ranks: Sequence[Rank], events: Events[Rank | int], grace_seconds: float) -> str:
-    """Wait until all have ended, one has failed, or one should have ended and has not; returns what the last was."""
+def watch(
+    ranks: Sequence[Rank],
+    events: Events[Rank | int],
+    grace_seconds: float,
+    stall: Callable[[Sequence[Rank]], str] = lambda ranks: "",
+) -> str:
+    """Wait until all have ended, one has failed, or one should have ended and has not; returns what the last was.
+
+    `stall(ranks)` is asked each second for a warning.
+    """
     deadline, late, told = math.inf, "", False
     frozen_since: dict[int, float] = {}
     while running := [rank for rank in ranks if rank.code is None]:
         try:
             event = events.get(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
         except queue.Empty:
+            if warning := stall(ranks):
+                print(f"launch: warning: {warning}", file=sys.stderr, flush=True)
             now = time.monotonic()
             frozen_since = {rank.index: frozen_since.get(rank.index, now) for rank in running if rank.stopped()}
             if now >= deadline:
@@ -138,6 +151,9 @@ def _first_failure(ranks: Sequence[Rank], tails: Sequence[Sequence[str]], late: 
     for text in texts:
         if named := _SILENT.search(text):
             return ranks[int(re.findall(r"\d+", named[1])[0])], "silent (no heartbeat: frozen, or its link is down)"
+    for rank in ranks:
+        if rank.code is None and rank.stuck:
+            return rank, ", ".join(part for part in (late, rank.stuck) if part)
     if failed:
         return failed[0], _cause(failed[0].code or 0)
     running = [rank for rank in ranks if rank.code is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import faulthandler
 import importlib.util
 import logging
 import os
@@ -29,6 +30,9 @@ _SHUTDOWN_SECONDS = 20
 # A process that dies ends the wait of the others sooner.
 _BARRIER_SECONDS = 24 * 3600
 _barriers: collections.Counter[str] = collections.Counter()
+# The file in which a launcher sees how often this process has asked whether to stop, and how often that was.
+_progress: int | None = None
+_polled = 0
 # Pods and containers of one job start minutes apart; processes on one machine do not.
 _JOIN_SECONDS, _JOIN_LOCAL_SECONDS = 300, 60
 
@@ -64,6 +68,7 @@ def initialize() -> None:
             **timeouts,
         )
     sys.excepthook = _leave_at_once
+    _show_progress()
 
 
 def finalize(code: int) -> int:
@@ -136,6 +141,7 @@ class Preemption:
 
         Every process must ask equally often, in the same places: each step, and each batch of an evaluation.
         """
+        _note_progress()
         if self.step is None:
             # JAX stops at one exact number, and an evaluation asks many times within a step: so polls are counted.
             self._polls += 1
@@ -154,6 +160,29 @@ class Preemption:
         self._signals.add(number)
         if jax.distributed.is_initialized():
             signal.raise_signal(signal.SIGTERM)
+
+
+def _show_progress() -> None:
+    """Let a launcher that gives a folder see how far this process is, and by SIGUSR1 where."""
+    global _progress
+    folder = os.environ.get("JAXMODELS_PROGRESS_DIR")
+    if not folder or _progress is not None:
+        return
+    base = os.path.join(folder, str(jax.process_index()))
+    # Open to the end of the process; the launcher takes the file for a sign that the handler is there.
+    stacks = os.open(base + ".part", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(stacks, f"0x{threading.main_thread().ident:016x}\n".encode())
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    os.rename(base + ".part", base + ".stack")
+    _progress = os.open(base + ".count", os.O_WRONLY | os.O_CREAT)
+
+
+def _note_progress() -> None:
+    global _polled
+    _polled += 1
+    if _progress is not None:
+        with contextlib.suppress(OSError):  # the launcher's disk is full
+            os.pwrite(_progress, f"{_polled:020d}".encode(), 0)
 
 
 def _leave_terminal() -> None:

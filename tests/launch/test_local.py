@@ -48,6 +48,11 @@ RANK = textwrap.dedent("""
     if rank == 0 and case == "exception":
         print("pid", subprocess.Popen(["sleep", "600"]).pid, flush=True)
 
+    def hang():
+        while case.startswith("spins"):
+            pass
+        time.sleep(600)
+
     with distributed.Preemption() as preemption:
         for step in range(3000):
             psum(ones).block_until_ready()
@@ -56,6 +61,8 @@ RANK = textwrap.dedent("""
                 if case == "done":
                     time.sleep(rank)
                     sys.exit(distributed.finalize(0))
+                if case in ("sleeps_1", "spins_0") and rank == int(case[-1]):
+                    hang()
                 if rank == 1 and case == "exception":
                     raise KeyError("no such thing")
                 if rank == 1 and case == "late_mistake":
@@ -73,10 +80,12 @@ RANK = textwrap.dedent("""
 """)
 DRIVER = (
     "import sys; from launch.local import Local, run; "
-    "sys.exit(run(sys.argv[1:], Local(processes=2, devices_per_process=2, platform='cpu')))"
+    "grace = 6.0 if sys.argv[-1].startswith(('sleeps', 'spins')) else 60.0; "
+    "options = Local(processes=2, devices_per_process=2, platform='cpu', grace_seconds=grace); "
+    "sys.exit(run(sys.argv[1:], options, patience=3.0 if grace < 60 else 30.0))"
 )
 CASES = ("done", "mistake", "late_mistake", "exception", "killed_0", "killed_1", "frozen_0", "frozen_1", "frozen_early",
-         "interrupt", "terminated", "launcher_killed")  # fmt: skip
+         "interrupt", "terminated", "launcher_killed", "sleeps_1", "spins_0")  # fmt: skip
 
 
 class Case:
@@ -103,6 +112,8 @@ class Case:
                         self.process.send_signal(signal.SIGTERM)
                     elif self.name == "launcher_killed":
                         self.process.kill()
+                if "launch: warning: no rank" in line and self.name in ("sleeps_1", "spins_0"):
+                    self.process.send_signal(signal.SIGTERM)
             self.code = self.process.wait()
             self.ended = time.time()
 
@@ -171,6 +182,18 @@ def test_the_first_that_failed_is_named_within_30_seconds_and_nobody_is_left(
     assert len(re.findall("^launch: ", case.output, re.MULTILINE)) == 1, case.output
     assert re.search(f"^launch: {said}", case.output, re.MULTILINE), case.output
     assert case.seconds_since_the_event() < 30
+    assert alive(case) == []
+
+
+@pytest.mark.parametrize("name", ["sleeps_1", "spins_0"])
+def test_a_rank_that_is_stuck_in_python_is_named_at_once_and_after_sigterm(cases: dict[str, Case], name: str) -> None:
+    case, rank = cases[name].finish(), name[-1]
+    assert case.code == 1, case.output
+    where = rf"rank {rank} is stuck at \S+rank\.py:\d+ in hang"
+    warnings = re.findall("^launch: warning: .*", case.output, re.MULTILINE)
+    assert len(warnings) == 1 and re.search(f"no rank has gone on for [0-9]+ s: {where}", warnings[0]), case.output
+    said = rf"^launch: rank {rank} failed first, .*: still running 6 s after it was told to stop, stuck at \S+rank\.py"
+    assert re.search(said, case.output, re.MULTILINE), case.output
     assert alive(case) == []
 
 
