@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxmodels.config.sections import AugmentConfig, DataConfig, TaskConfig
+from jaxmodels.config.sections import AugmentConfig, Config, DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 
 RECORDS = ("tfds", "images", "table", "huggingface")
@@ -110,23 +110,51 @@ def check_task(task: TaskConfig, model: Any) -> None:
         )
 
 
-def _check(section: str, config: Any, table: Mapping[str, Use], source: str, task: str, kinds: tuple[str, ...]) -> None:
+def needed(cfg: Config, kind: str = "") -> Config:
+    """The config of a run that was trained once, without the fields that it does not use, which may have been set.
+
+    `kind` is that of its inputs, where it is known.
+    """
+    task, data, augment = cfg.task, cfg.data, cfg.augment
+    found = kinds(task.name, hasattr(cfg.model, "input_shape"))
+    here = (data.source, task.name, ((kind, "text") if task.name == "contrastive" else (kind,)) if kind else found)
+    data, augment = _without(data, DATA, *here), _without(augment, AUGMENT, *here)
+    task = _without(task, TASK, "", task.name, ())
+    if data.eval_path:
+        data = dataclasses.replace(data, eval_fraction=DataConfig().eval_fraction)
+    if not augment.randaugment:
+        augment = dataclasses.replace(augment, magnitude=AugmentConfig().magnitude)
+    if getattr(cfg.model, "kind", "wgan-gp") != "wgan-gp":
+        task = dataclasses.replace(task, gradient_penalty=TaskConfig().gradient_penalty)
+    return dataclasses.replace(cfg, task=task, data=data, augment=augment)
+
+
+def _without(config: Any, table: Mapping[str, Use], *here: Any) -> Any:
     usual = type(config)()
-    for name, use in table.items():
-        value = getattr(config, name)
-        if value == getattr(usual, name):
-            continue
-        if source and use.sources is not None and source not in use.sources:
-            who, known = f"data.source {source}", use.sources
-        elif use.tasks is not None and task not in use.tasks:
-            who, known = f"task {task}", use.tasks
-        elif kinds and use.kinds is not None and not set(kinds) & set(use.kinds):
-            who, known = f"a model of inputs that are no {' or '.join(use.kinds)}", ()
-        else:
-            continue
+    return dataclasses.replace(config, **{name: getattr(usual, name) for name, _, _ in _unused(config, table, *here)})
+
+
+def _check(section: str, config: Any, table: Mapping[str, Use], source: str, task: str, kinds: tuple[str, ...]) -> None:
+    for name, who, known in _unused(config, table, source, task, kinds):
         flag = f"--{section}.{name.replace('_', '-')}"
         others = f" (it is for {', '.join(known)})" if known else ""
         raise UserError(
-            f"got {section}.{name} {value!r}, which {who} does not use, expected it left as it is{others}, "
-            f"try without {flag}"
+            f"got {section}.{name} {getattr(config, name)!r}, which {who} does not use, expected it left as it is"
+            f"{others}, try without {flag}"
         )
+
+
+def _unused(
+    config: Any, table: Mapping[str, Use], source: str, task: str, kinds: tuple[str, ...]
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Fields that were set and have no use here: the name, what does not use it, and what does."""
+    usual = type(config)()
+    for name, use in table.items():
+        if getattr(config, name) == getattr(usual, name):
+            continue
+        if source and use.sources is not None and source not in use.sources:
+            yield name, f"data.source {source}", use.sources
+        elif use.tasks is not None and task not in use.tasks:
+            yield name, f"task {task}", use.tasks
+        elif kinds and use.kinds is not None and not set(kinds) & set(use.kinds):
+            yield name, f"a model of inputs that are no {' or '.join(use.kinds)}", ()

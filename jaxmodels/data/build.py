@@ -273,6 +273,8 @@ def _examples(
         label = None
     if label is not None:
         named_field(train, "label_field", label, ("label", "labels"))
+    if cfg.group_field:
+        named_field(train, "group_field", cfg.group_field, ("label", "labels", "text"), [field])
     kind = train.fields[field].kind
     used.check_data(cfg, augment or AugmentConfig(), task, (kind, "text") if task == "contrastive" else (kind,))
     if inputs_shape and len(cfg.mean) not in (0, 1, inputs_shape[-1]):

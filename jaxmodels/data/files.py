@@ -124,12 +124,12 @@ class _Json(_Lines):
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:
         try:
-            value = json.loads(raw.decode("utf-8"))
+            value = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
         except UnicodeDecodeError as error:
             return f"byte {error.start} of the row is not UTF-8"
         except json.JSONDecodeError as error:
             return f"invalid JSON ({error.msg} at character {error.pos})"
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, endless nesting
+        except (ValueError, RecursionError) as error:  # a key twice, numbers of thousands of digits, endless nesting
             return f"invalid JSON ({error})"
         return value if isinstance(value, dict) else f"{shown(value)} is no JSON object"
 
@@ -156,6 +156,7 @@ class _Csv(_Lines):
         self._names: list[str] = []
         start, end, _ = next(self._cut(), (self._start, self._start, 1))
         header = self._cells(self._bytes[start:end])
+        header = header if isinstance(header, str) else [name.strip() for name in header]
         if isinstance(header, str) or len(set(header)) < len(header) or not header or not all(header):
             raise UserError(
                 f"got {path} with the first row {shown(header)}, expected the names of the columns, each once, "
@@ -266,6 +267,15 @@ class _Parquet(File):
 
     def line(self, row: int) -> int:
         return row + 1
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no one can say what a key that is given twice means."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is given twice")
+    return found
 
 
 def _python(table: Any) -> list[dict[str, Any] | str]:

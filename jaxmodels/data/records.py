@@ -249,7 +249,9 @@ class Reader:
 
     def _fit(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
         for name, value in values.items():
-            if reason := unfit(name, value, self.records.fields[name]):
+            if isinstance(value, str):  # a byte order mark is of a file that the text was once in
+                values[name] = value.removeprefix("\ufeff")
+            if reason := unfit(name, values[name], self.records.fields[name]):
                 return Bad(self.records.where(index), reason, reason is _EMPTY)
         return values
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,9 @@ _MOST = 0.9
 # Whole numbers up to this are taken for the numbers of classes.
 _MOST_NUMBERED = 100_000
 _DIGITS = frozenset("0123456789")
+_NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*")
+# Whole numbers below this are exact in float64; a longer one is a name, such as an account's.
+_EXACT = 2**53
 
 
 def records(cfg: DataConfig, split: Split) -> Records:
@@ -137,12 +141,14 @@ class Table(Records):
 
 
 def name_of(value: Any) -> str | None:
-    """The name of the class that a value means: of true 1, of 2.0 and of the text "2.0" 2; None: it means none."""
+    """The name of the class that a value means: of true 1, of 2.0, "2.0", "02" and " 2" 2; None: it means none."""
     if value is None or value != value or value == "":
         return None
     if isinstance(value, str):
-        whole = value.removesuffix(".0")
-        return whole if whole.removeprefix("-").isdecimal() else value
+        if not _NUMBER.fullmatch(value):
+            return value
+        number = float(value)
+        return str(int(number)) if number.is_integer() and abs(number) < _EXACT else value
     return str(int(value) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else value)
 
 
@@ -207,7 +213,7 @@ class _Column:
     def see(self, value: Any, typed: bool) -> None:
         kind = _kind(value, typed)
         self.kinds[kind] += 1
-        if kind == "texts" or (kind == "list" and self.is_label):
+        if kind == "texts" or (isinstance(value, list) and self.is_label):
             self.names.update(name for v in value if (name := name_of(v)) is not None)
         elif kind in ("text", "whole", "number") and (self.is_label or self.is_group):
             name = str(name_of(value))
@@ -221,7 +227,9 @@ class _Column:
         count = self.kinds
         total = max(sum(count.values()) - count["missing"], 1)
         if count["texts"] or (count["list"] and self.is_label and all(map(_whole, self.names))):
-            return Field("labels", tuple(sorted(self.names, key=_in_order)))
+            # -1 fills up lists, and is no class in one
+            names = [name for name in self.names if not (_whole(name) and int(name) < 0)]
+            return Field("labels", tuple(sorted(names, key=_in_order)))
         if count["list"]:
             return Field("array", shape=self._shape(), dtype="float32")
         if self.is_group and self.names:

@@ -145,7 +145,7 @@ def _no_uint16(beginning: bytes) -> str:
     if int.from_bytes(beginning[:4], "little") in _LLM_C:
         return "begins with the header of llm.c (try tail -c +1025)"
     if len(beginning) >= 64 and beginning.isascii() and all(b >= 32 or b in b"\t\n\r" for b in beginning):
-        return "is text"
+        return "is text (try --data.source text or table)"
     even, odd = np.frombuffer(beginning[: len(beginning) // 4 * 4], "<u2").reshape(-1, 2).T
     # no text has tokens of two kinds in turn: these are the upper halves of larger numbers
     if len(odd) and int(odd.max()) < min(16, int(even.max())):

@@ -50,7 +50,7 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         if not cfg.multi_label:
             return cross_entropy(logits, labels, cfg.label_smoothing, cfg.z_loss)
         found = measures.multiple(logits, labels)
-        each = binary_cross_entropy(logits, jnp.maximum(labels, 0)).sum(-1) * (labels[:, 0] >= 0)
+        each = (binary_cross_entropy(logits, jnp.maximum(labels, 0)) * (labels >= 0)).sum(-1)
         return Scores(each.sum(), each.sum(), *found["accuracy"])
 
     def apply(params: Params, stats: Params, batch: Batch, inputs: jax.Array, **kwargs: Any) -> tuple[Any, Params]:

@@ -48,10 +48,12 @@ def single(logits: jax.Array, labels: jax.Array) -> Sums:
 def multiple(logits: jax.Array, labels: jax.Array) -> Sums:
     """Sums of a classifier that judges each class by itself, above a probability of 1/2.
 
-    Shapes: logits (B, C), labels (B, C) of 0 and 1, below 0 ignored. `accuracy` counts examples right in all classes.
+    Shapes: logits (B, C), labels (B, C) of 0 and 1, each below 0 ignored. `accuracy` counts examples right in all
+    classes that are known of them.
     """
-    seen = labels[:, 0] >= 0
-    chosen, actual = (logits > 0) * seen[:, None], jnp.maximum(labels, 0)
+    known = labels >= 0
+    seen = known.any(-1)
+    chosen, actual = (logits > 0) * known, jnp.maximum(labels, 0)
     return {
         "counts": (confusions(chosen, actual), seen.sum()),
         "accuracy": ((seen & (chosen == actual).all(-1)).sum(), seen.sum()),

@@ -152,6 +152,8 @@ def load_run(directory: str | Path, *, best: bool = False) -> Run:
     """
     directory = Path(directory)
     cfg, _ = configs.read(directory)
+    # what its training accepted, however long ago, is no one's mistake now
+    cfg = used.needed(cfg, kept(directory).kind)
     # the result does not depend on how the work was shared out
     cfg = dataclasses.replace(
         cfg, mesh=MeshConfig(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1)

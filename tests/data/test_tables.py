@@ -366,3 +366,35 @@ def test_one_label_among_records_of_several_is_a_label(tmp_path):
     rows = [{"text": f"t{i}", "label": ["a", "b"] if i % 2 else "a"} for i in range(6)]
     records = tables.records(table(write(tmp_path / "a.jsonl", rows), eval_fraction=0), "train")
     assert [label for (label,) in values(records, "label")] == [(0,), (0, 1)] * 3
+
+
+def test_a_number_is_one_class_however_it_is_written(tmp_path, caplog):
+    written = ["1", "01", " 1", "+1", "1.00", "1.000000e+00", "0", "-0", "2"]
+    lines = [f"text {i},{label}" for i, label in enumerate(written)]
+    found = values(read(tmp_path / "a.csv", "\n".join(["text, label", *lines])), "text", "label")
+    assert [label for _, label in found] == [1, 1, 1, 1, 1, 1, 0, 0, 2] and not caplog.messages
+
+
+def test_a_key_that_is_given_twice_makes_a_bad_record(tmp_path, caplog):
+    lines = ['{"text": "a", "label": 1, "label": 0}', '{"text": "b", "label": 1}', '{"text": "c", "label": 0}']
+    assert values(read(tmp_path / "a.jsonl", "\n".join(lines)), "text", "label", limit=1) == [("b", 1), ("c", 0)]
+    assert "a.jsonl:1: invalid JSON ('label' is given twice)" in caplog.text
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_text_is_no_part_of_it(tmp_path):
+    lines = ['{"text": "\\ufeffa", "label": 1}', '{"text": "b", "label": 0}']
+    assert values(read(tmp_path / "a.jsonl", "\n".join(lines)), "text", "label") == [("a", 1), ("b", 0)]
+
+
+@pytest.mark.parametrize(
+    ("filled", "said"), [("null", "label is missing"), ("-1", "label is -1, expected one of 0, 1")]
+)
+def test_what_fills_up_a_list_of_classes_is_none_of_them(tmp_path, caplog, filled, said):
+    lines = [
+        '{"text": "a", "label": [0, ' + filled + "]}",
+        '{"text": "b", "label": [1]}',
+        '{"text": "c", "label": [0, 1]}',
+    ]
+    records = read(tmp_path / "a.jsonl", "\n".join(lines))
+    assert records.fields["label"].names == ("0", "1")
+    assert values(records, "text", "label", limit=1) == [("b", (1,)), ("c", (0, 1))] and said in caplog.text

@@ -170,3 +170,12 @@ def test_logits_that_are_all_alike_choose_one_class_and_those_that_are_no_number
     alike, none = (metrics.single(jnp.full((CLASSES, CLASSES), value), labels) for value in (0.0, jnp.nan))
     assert int(alike["accuracy"][0]) == int(alike["counts"][0][:, 0].sum()) == 1
     assert int(none["top5"][0]) == 0
+
+
+def test_a_class_of_which_an_example_says_nothing_counts_neither_way():
+    """The second class of the first example and all of the third are unknown."""
+    logits = np.array([[2.0, 3.0, -1.0], [2.0, -1.0, 1.0], [1.0, 1.0, 1.0]], np.float32)
+    labels = np.array([[1, -1, 0], [1, 1, 1], [-1, -1, -1]], np.float32)
+    found = multiple(logits, labels)
+    assert np.asarray(found["counts"][0]).tolist() == [[2, 0, 0], [0, 0, 1], [1, 0, 0]]
+    assert [int(x) for x in found["accuracy"]] == [1, 2]

@@ -1,5 +1,6 @@
 """Runs opened again: without their data, on other data, and with options that take effect or are refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import jaxmodels
 from jaxmodels.cli import main
 from jaxmodels.config import Config, DataConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.data.build import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
@@ -99,6 +101,22 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
 def test_an_option_of_eval_takes_effect_or_is_refused(texts, argv, said, capsys):
     assert main(["eval", str(texts / "run"), *argv]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_whose_config_sets_what_it_does_not_use_is_read_all_the_same(texts, tmp_path, capsys):
+    """Its training accepted that once; a command that says so now is refused."""
+    shutil.copytree(texts / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["data"] |= {"mean": [0.5], "std": [0.5], "dir": "/nowhere", "threads": 9}
+    saved["augment"]["flip"], saved["task"]["beta"] = True, 2.0
+    path.write_text(json.dumps(saved))
+    assert main(["eval", str(texts / "run")]) == 0
+    expected = capsys.readouterr().out.split(", step", 1)[1]
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.split(", step", 1)[1] == expected
+    with pytest.raises(UserError, match="got data.mean"):
+        open_source(DataConfig(**{**saved["data"], "dir": None, "threads": 4}), "train", "classification")
 
 
 def test_a_run_whose_data_is_gone_is_told_an_option_that_eval_has(moved, capsys):
