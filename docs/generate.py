@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jaxmodels import config
+from jaxmodels.fields import ranges
 from jaxmodels.models import functional
 
 HERE = Path(__file__).parent
 
 
 def typename(kind: Any) -> str:
-    """A type as a reader writes it."""
+    """A type as a reader writes it, with the range of a number."""
+    if get_origin(kind) is Annotated:
+        said = str(ranges(kind)[0])
+        return f"{typename(get_args(kind)[0])} {said}".strip()
     if kind is type(None):
         return "None"
     if str(get_origin(kind)) == "typing.Literal":
@@ -29,7 +33,7 @@ def typename(kind: Any) -> str:
 
 def table(kind: type, section: str) -> list[str]:
     """One row a field."""
-    hints, docs, default = get_type_hints(kind), config.docs(kind), kind()
+    hints, docs, default = get_type_hints(kind, include_extras=True), config.docs(kind), kind()
     rows = ["| option | type | default | |", "| --- | --- | --- | --- |"]
     for f in dataclasses.fields(kind):
         value = getattr(default, f.name)
@@ -37,7 +41,7 @@ def table(kind: type, section: str) -> list[str]:
             inner = config.docs(type(value))
             for g in dataclasses.fields(value):
                 option = f"--{section}.{f.name}.{g.name}".replace("_", "-")
-                kind_of = typename(get_type_hints(type(value))[g.name])
+                kind_of = typename(get_type_hints(type(value), include_extras=True)[g.name])
                 rows.append(f"| `{option}` | {kind_of} | `{getattr(value, g.name)}` | {inner[g.name]} |")
             continue
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
