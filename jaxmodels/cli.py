@@ -105,6 +105,9 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if absent := re.search(r"[Uu]nable to initialize backend '(\w+)'|Unknown backend:? '?(\w+)", text):
         name = absent[1] or absent[2]
         return f"got JAX_PLATFORMS {name}, of which there is none here ({text[:160]}), try JAX_PLATFORMS=cpu", 2
+    if isinstance(error, AssertionError) and _raised_in(error).endswith("xla_bridge.py"):  # it found no platform at all
+        name = os.environ.get("JAX_PLATFORMS", "")
+        return f"got JAX_PLATFORMS {name!r}, of which there is none here, try JAX_PLATFORMS=cpu", 2
     if "RESOURCE_EXHAUSTED" in text:
         return (
             f"the device is out of memory: {text[:200]}; try half the --data.batch-size, or the same batch with "
@@ -115,6 +118,12 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, RecursionError):
         return "something that was read is nested too deep; try again with --traceback to see what", 1
     return None, 1
+
+
+def _raised_in(error: BaseException) -> str:
+    """The file whose code raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename if frames else ""
 
 
 def _of_files(error: OSError) -> tuple[str, int] | None:

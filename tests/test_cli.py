@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -251,6 +252,17 @@ def test_errors_of_files_and_disks_get_one_line():
     message, code = explain(OSError(errno.ENOSPC, "No space left on device"))
     assert code == 1 and "the disk is full" in message
     assert explain(KeyError("x")) == (None, 1)
+
+
+def test_a_platform_that_is_not_here_gets_one_line(tmp_path):
+    command = [sys.executable, "-m", "jaxmodels", "train", FILE, "--train.steps", "2", "--run-dir", str(tmp_path / "a")]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "JAX_PLATFORMS": "cuda"}
+    )
+    if ended.returncode == 0:
+        pytest.skip("has CUDA")
+    said = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert ended.returncode == 2 and len(said) == 1 and said[0].startswith("error: got JAX_PLATFORMS"), ended.stderr
 
 
 def test_control_characters_are_shown_not_obeyed(capsys):
