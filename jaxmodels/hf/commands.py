@@ -78,11 +78,9 @@ def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
     if task not in tasks.TASKS:
         return Config(model=model)  # to be exported again; there is no task that trains it
     named: dict[str, Any] = {"tokenizer": str(tokenizer / FILE)} if tokenizer else {}
-    if task == "causal_lm" or (task == "masked_lm" and tokenizer):
-        length = min(DataConfig().seq_len, getattr(model, "context", DataConfig().seq_len))
-        section = DataConfig(seq_len=length, **named)
-    else:
-        section = DataConfig(source="synthetic", **named)
+    named["seq_len"] = min(DataConfig().seq_len, getattr(model, "context", DataConfig().seq_len))
+    real = task == "causal_lm" or (task == "masked_lm" and tokenizer)
+    section = DataConfig(**named) if real else DataConfig(source="synthetic", **named)
     return Config(model=model, task=TaskConfig(name=task), data=section)  # type: ignore[arg-type]
 
 

@@ -265,9 +265,11 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
         own = dataclasses.replace(DataConfig(source=source), **{name: getattr(own, name) for name in _OF_MODEL})
     imported = (run.directory / "pretrained").is_dir() and not run.kept.train
     if own.source == "synthetic" and not given and imported:
+        kind = "table" if run.config.task.name in ("classification", "seq2seq") else "text"
+        texts = run.tokenizer is not None and run.config.task.name != "contrastive"
         raise UserError(
             f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
-            f"try --data.source {'text --data.path FILE' if run.tokenizer else 'images --data.path FOLDER'}"
+            f"try --data.source {f'{kind} --data.path FILE' if texts else 'images --data.path FOLDER'}"
         )
     if "path" in fields:
         # all of it is evaluated on, but for the files of a set that hold what is held out themselves

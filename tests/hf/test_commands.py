@@ -65,6 +65,21 @@ def test_import_then_export_gives_the_same_files(given, imported, tmp_path, caps
         assert (tmp_path / "out" / name).read_bytes() == (given / name).read_bytes(), name
 
 
+def test_a_classifier_of_a_short_context_is_evaluated_once_imported(tmp_path, capsys):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    size = data.train_bpe([TEXT], 300, folder / "tokenizer.json").vocab_size
+    model = jaxmodels.create(BERTConfig(size, 16, 2, 1, 2, 16, 32, head="classification", classes=2))
+    save.save_pretrained(folder, model, filled(model))
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+    assert cli.main(["eval", str(tmp_path / "run")]) == 2
+    assert "no data of its own, expected some to evaluate on, try --data.source table" in capsys.readouterr().err
+    (tmp_path / "new.csv").write_text("text,label\nf(x),0\nreturn x,1\n")
+    other = ["--data.source", "table", "--data.path", str(tmp_path / "new.csv")]
+    assert cli.main(["eval", str(tmp_path / "run"), *other]) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
 def test_an_imported_run_is_sampled_from(imported, given, capsys):
     assert cli.main(["sample", str(imported), "--prompt", "def", "--tokens", "5", "--seed", "1"]) == 0
     text = capsys.readouterr().out
