@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -10,15 +11,19 @@ from typing import Any
 
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.options import PlanOptions
 from jaxmodels.plan import compile as compiling
-from jaxmodels.plan import program, roofline, topology
+from jaxmodels.plan import products, program, roofline, topology
 from jaxmodels.plan.compile import Compiled
+from jaxmodels.plan.program import Program
 from jaxmodels.plan.roofline import Estimate
 from jaxmodels.plan.topology import Topology
 
 ENOUGH = 0.98
 """Share of the model's FLOPs that a program has at least: compilers leave out what comes to nothing."""
+MUCH = 2.5
+"""Times the model's FLOPs up to which a program's need no reason: all is computed again, blocks of masks are whole."""
 
 
 def command(cfg: Config, options: PlanOptions, file: str = "") -> None:
@@ -121,7 +126,8 @@ def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
     if found["uncounted"]:
         return found  # a time without them would be a guess
     dtype = dtype if dtype in row.flops else "bfloat16"
-    return found | speed(cfg, made, roofline.estimate(compiled, made.places, dtype), dtype)
+    found |= speed(cfg, made, roofline.estimate(compiled, made.places, dtype), dtype)
+    return found | {"excess": excess(compiled, found["hardware_flops"] / max(found["model_flops_causal"], 1))}
 
 
 def check(on: str, computed: float, needed: float, mfu: float) -> None:
@@ -138,6 +144,27 @@ def check(on: str, computed: float, needed: float, mfu: float) -> None:
         )
     if not 0 < mfu <= 1:
         raise UserError(f"got a plan for {on} at {mfu:.1%} of the peak, expected at most 100 %, {report}")
+
+
+def excess(compiled: Program, times: float) -> str:
+    """What is said of a program that computes so many times its model's products; empty where that is nothing special.
+
+    It is no error: a reference kernel of attention computes what a short window hides.
+    """
+    if times <= MUCH:
+        return ""
+    parts = compiled.parts()
+    total, hiding = sum(parts.values()), collections.Counter()
+    for label, flops in parts.items():
+        mask, kernel = Mask.of(label), products.attention(label)
+        if mask is not None and kernel is not None and mask.share < 1:
+            hiding[kernel] += flops / total
+    said = f"computes {times:.1f} x the model's products: "
+    if hiding.total() > 2 / 3:  # more than all that the model needs, even if all of that were computed again
+        kernels = ", ".join(sorted(hiding))
+        return f"{said}{hiding.total():.0%} are attention's (kernel {kernels}), which computes much that its masks hide"
+    label = max(parts, key=lambda name: parts[name])
+    return f"{said}{parts[label] / total:.0%} are of {label or 'instructions without a name'}"
 
 
 def speed(cfg: Config, made: Compiled, estimate: Estimate, dtype: str) -> dict[str, Any]:
@@ -216,6 +243,7 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
         f"{plan['peak_flops'] / 1e12:.4g} TFLOP/s {plan['peak_of']}",
         f"  FLOPs a step: model {plan['model_flops']:.4g} (attention in full), {plan['model_flops_causal']:.4g} (what "
         f"masks show); hardware {plan['hardware_flops']:.4g}",
+        *[f"  {plan['excess']}"] * bool(plan["excess"]),
         f"  {cfg.train.steps:,} steps: {plan['device_hours']:,.4g} device-hours",
         "",
     ]

@@ -62,9 +62,9 @@ def unknown(computations: Mapping[str, Computation], computation: Computation, e
     return f"{each.name} ({each.target})"
 
 
-def attention(each: Instruction) -> str | None:
-    """The kernel of attention that an instruction is a part of; None: it is of none."""
-    found = re.search(r"attend\[[^\]]*\]/(\w+)", each.label)
+def attention(label: str) -> str | None:
+    """The kernel of attention that an instruction of this label is a part of; None: it is of none."""
+    found = re.search(r"attend\[[^\]]*\]/(\w+)", label)
     return found and found.group(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import re
@@ -61,8 +62,16 @@ class Program:
 
     def kernels(self) -> list[str]:
         """The kernels of attention that it has."""
-        found = (products.attention(each) for _, each, _ in self.walk())
+        found = (products.attention(each.label) for _, each, _ in self.walk())
         return sorted({name for name in found if name})
+
+    def parts(self) -> dict[str, float]:
+        """FLOPs of a step by the label of what computes them: the function and its scopes."""
+        found: dict[str, float] = collections.defaultdict(float)
+        for where, each, times in self.walk():
+            if computed := flops(self, where, each):
+                found[each.label] += times * computed
+        return dict(found)
 
     def _stride(self, loop: Instruction) -> int:
         """By how much the body of a `while` counts on: products in windows take two at a time."""

@@ -216,9 +216,22 @@ def test_a_program_computes_its_model_and_little_more(planned, family, on):
     assert 0 < plan["mfu_causal"] <= plan["mfu"] <= 1
     if family in ("mixture", "window", "bert"):
         assert plan["attention"] == ["cudnn" if on.startswith("h100") else "splash"]
+    assert plan["excess"] == ""
     text = command.table(CONFIG, plan)
     assert f"TFLOP/s {'float32' if family == 'gan' else 'bfloat16'}" in text
     assert "launches" in text
+
+
+def test_a_reference_kernel_under_a_short_window_is_planned_and_the_table_says_what_it_computes(planned):
+    model = LlamaConfig(**ONE_LAYER, window=256, attention="xla", dtype="bfloat16")
+    cfg = Config(model=model, data=dataclasses.replace(CONFIG.data, seq_len=8192, batch_size=2))
+    plan = planned("h100:1x1", cfg)
+    times = plan["hardware_flops"] / plan["model_flops_causal"]
+    assert times > command.MUCH
+    said = f"computes {times:.1f} x the model's products"
+    assert plan["excess"].startswith(said)
+    assert "attention's (kernel xla)" in plan["excess"]
+    assert said in command.table(cfg, plan)
 
 
 @pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])

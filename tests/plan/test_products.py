@@ -149,6 +149,33 @@ def test_a_thin_product_that_is_multiplied_and_added_up_counts():
     assert counted(line, "f32[64,1024]", "f32[]")[0] == 2 * 64 * 1024
 
 
+DOT = (
+    "  {root}%{name} = f32[{out}] dot(%a0, %a0), lhs_contracting_dims={{0}}, rhs_contracting_dims={{0}}, "
+    'metadata={{op_name="jit(f)/{label}"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (Mask(8192, 8192, True, 256).scope + "/xla/dot_general", "attention's (kernel xla), which computes much that"),
+        (Mask(8192, 8192, False, None).scope + "/xla/dot_general", "of jit(f)/attend[8192x8192]/xla/dot_general"),
+        ("moe/dot_general", "of jit(f)/moe/dot_general"),
+    ],
+)
+def test_a_program_of_many_times_the_model_s_products_says_of_what_they_are(label, reason):
+    lines = [
+        DOT.format(root="", name="few", out="64,64", label="head/dot_general"),
+        DOT.format(root="ROOT ", name="many", out="64,64", label=label),
+    ]
+    lines[0] = lines[0].replace("%a0, %a0", "%a1, %a1")
+    total, found = counted("\n".join(lines), "f32[900,64]", "f32[100,64]")
+    assert total == 2 * 64 * 64 * 1000
+    assert command.excess(found, 2.5) == ""
+    assert command.excess(found, 3.1).startswith("computes 3.1 x the model's products: 90% are ")
+    assert reason in command.excess(found, 3.1)
+
+
 def test_counts_that_cannot_be_are_no_plan():
     command.check("h100:1x8", computed=1.2e15, needed=1e15, mfu=0.4)
     with pytest.raises(UserError, match="some of its products are not counted"):
