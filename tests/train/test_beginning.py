@@ -164,6 +164,7 @@ def test_a_published_body_begins_a_classifier_whose_head_is_new(tmp_path):
         MASKED,
         model=replace(VIT, classes=5, dropout=0.1),
         task=TaskConfig(name="classification"),
+        data=DataConfig(source="synthetic", batch_size=8),
         init=InitConfig(source=str(tmp_path), fresh=("head/*",)),
     )
     _, found = begin(cfg)

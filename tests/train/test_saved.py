@@ -147,7 +147,7 @@ def test_sample_says_what_fits(tmp_path, capsys):
     for argv, said in (
         (["--prompt", "a" * 16], "try a prompt of at most 15 tokens"),
         (["--prompt", "a" * 10, "--tokens", "7"], "try --tokens 6"),
-        (["--prompt", "a", "--tokens", "0"], "0 to add, expected at least 1 of each"),
+        (["--prompt", "a", "--tokens", "0"], "got tokens 0, expected at least 1"),
     ):
         assert main(["sample", run, *argv]) == 2
         assert said in capsys.readouterr().err
