@@ -154,15 +154,16 @@ def excess(compiled: Program, times: float) -> str:
     if times <= MUCH:
         return ""
     parts = compiled.parts()
-    total, hiding = sum(parts.values()), collections.Counter()
+    total, hiding = sum(parts.values()), collections.defaultdict[str, float](float)
     for label, flops in parts.items():
         mask, kernel = Mask.of(label), products.attention(label)
         if mask is not None and kernel is not None and mask.share < 1:
             hiding[kernel] += flops / total
     said = f"computes {times:.1f} x the model's products: "
-    if hiding.total() > 2 / 3:  # more than all that the model needs, even if all of that were computed again
+    hidden = sum(hiding.values())
+    if hidden > 2 / 3:  # more than all that the model needs, even if all of that were computed again
         kernels = ", ".join(sorted(hiding))
-        return f"{said}{hiding.total():.0%} are attention's (kernel {kernels}), which computes much that its masks hide"
+        return f"{said}{hidden:.0%} are attention's (kernel {kernels}), which computes much that its masks hide"
     label = max(parts, key=lambda name: parts[name])
     return f"{said}{parts[label] / total:.0%} are of {label or 'instructions without a name'}"
 
