@@ -278,7 +278,7 @@ def test_a_search_that_cannot_be_is_one_line(root, capsys):
     config = str(root / "configs" / "gpt2_openwebtext.py")
     for arguments, told in (
         (["--search", "--scaling"], "expected one of them"),
-        (["--search", "--candidates", "0"], "try --candidates 40"),
+        (["--search", "--candidates", "0"], "got candidates 0, expected at least 1"),
         (["--search", "--on", "h100:1x8,2x8", "--out", "x"], "try without --out"),
         (["--scaling"], "try --on v5p:4x4x4,8x8x8,16x16x16"),
     ):

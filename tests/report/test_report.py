@@ -342,7 +342,7 @@ def test_a_split_of_what_has_none_is_refused(tmp_path, capsys):
 
 
 def test_a_folder_that_is_no_run_is_refused(trained, capsys):
-    assert main(["report", str(trained / "fasd")]) == 2
+    assert main(["report", str(trained / "fasst")]) == 2
     assert "did you mean" in capsys.readouterr().err
     assert main(["report"]) == 2
     assert main(["report", str(trained / "fast"), str(trained / "fast")]) == 2

@@ -36,8 +36,9 @@ PAIRS = TaskConfig(name="contrastive")
 
 
 def synthetic(task, config, seed=0, rows=B):
+    text = hasattr(config, "vocab_size")  # what reads no text has no length of texts
     source = open_source(
-        DATA,
+        DATA if text else DataConfig(source="synthetic", batch_size=B),
         "train",
         task,
         vocab_size=getattr(config, "vocab_size", None),

@@ -172,7 +172,7 @@ def test_a_set_of_which_nothing_counts_is_refused_and_never_the_best(name, field
     [
         (tuple(range(V)), "got task.keep of all 24 ids, expected some that may be taken out"),
         ((0, V), "got 24 in task.keep, expected ids below model.vocab_size 24"),
-        ((-1,), "got -1 in task.keep"),
+        ((-1,), r"got task.keep \(-1,\), expected at least 0"),
     ],
 )
 def test_ids_to_keep_are_some_of_the_vocabulary_s(keep, message):
