@@ -75,7 +75,7 @@ def test_another_folder_can_be_evaluated_on(digits, tmp_path):
     assert len(train) == 200 and held_out.fields == train.fields
     assert {row["label"] for row in held_out.read(range(len(held_out)), ["label"])} == set(range(1, 10))
     (b / "digit 11").mkdir()
-    with pytest.raises(UserError, match="got the class 'digit 11' in .*, expected one of digit 0, .*, did you mean"):
+    with pytest.raises(UserError, match="got the class 'digit 11' in .*, expected one of digit 0, "):
         folders.records(images(a, eval_path=(str(b),)), "eval")
 
 
