@@ -11,6 +11,8 @@ from PIL import Image
 from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
 from jaxmodels.data import Windows, commands, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
+from jaxmodels.models.clip import CLIPConfig
+from jaxmodels.models.gpt2 import GPT2Config
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_only_texts_can_be_prepared(tmp_path):
 
 def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
     data = DataConfig(source="text", path=(f"{folder}/*.txt",), seq_len=64, batch_size=2)
-    commands.inspect(Config(SimpleNamespace(vocab_size=256), data=data))
+    commands.inspect(Config(GPT2Config(vocab_size=256), data=data))
     shown = capsys.readouterr().out
     assert shown.count("Batch ") == 3 and "Batch 1, row 0" in shown and "says hello" in shown
     assert "train: text, 10 files" in shown and "eval: text, 10 files" in shown and "fingerprint" in shown
@@ -102,7 +104,7 @@ def test_inspect_shows_captions(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     data = dataclasses.replace(data, captions=("the digit {label}",), tokenizer="bytes", seq_len=16)
-    model = SimpleNamespace(vocab_size=256, input_shape=(28, 28, 1))
+    model = CLIPConfig((28, 28, 1), vocab_size=256)
     commands.inspect(Config(model, task=TaskConfig("contrastive"), data=data), n=1, out=tmp_path / "digits.png")
     assert "    | the digit " in capsys.readouterr().out and (tmp_path / "digits.png").exists()
 
