@@ -12,7 +12,9 @@ from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
 from jaxmodels.data import Windows, commands, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
 from jaxmodels.models.clip import CLIPConfig
+from jaxmodels.models.cnn import CNNConfig
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
 
 def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
-    model = SimpleNamespace(input_shape=(28, 28, 1), classes=10)
+    model = CNNConfig(input_shape=(28, 28, 1), classes=10)
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     augment = AugmentConfig(shift=2, cutout=6)
     picture = tmp_path / "new" / "digits.png"
@@ -69,7 +71,7 @@ def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     assert str(picture) in shown and "shift 2, cutout 6" in shown
     assert shown.count("Batch ") == 2 and shown.count("    | ") >= 20 and "@" in shown and "    label " in shown
     data = DataConfig(source="tfds", dir=place, name="sst2", train_split="train[:50]")
-    commands.inspect(Config(SimpleNamespace(), task=TaskConfig("classification"), data=data), out=tmp_path / "no.png")
+    commands.inspect(Config(MLPConfig(), task=TaskConfig("classification"), data=data), out=tmp_path / "no.png")
     assert "(positive)" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
 
 
@@ -93,7 +95,7 @@ def test_inspect_shows_both_sides_of_pairs_and_each_text_of_a_row(shared_data, c
     place = str(shared_data / "tfds")
     data = DataConfig(source="tfds", dir=place, name="multi30k", train_split="train[:200]", seq_len=128)
     data = dataclasses.replace(data, tokenizer="bpe:500", input_field="en", target_field="de", pack=True)
-    commands.inspect(Config(SimpleNamespace(vocab_size=500), task=TaskConfig("seq2seq"), data=data), n=1)
+    commands.inspect(Config(GPT2Config(vocab_size=500), task=TaskConfig("seq2seq"), data=data), n=1)
     shown = capsys.readouterr().out.split("source:")[1]
     source, target = shown.split("target:")
     assert "  1 | " in source and "  2 | " in source and "  2 | " in target
@@ -104,7 +106,7 @@ def test_inspect_shows_captions(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     data = dataclasses.replace(data, captions=("the digit {label}",), tokenizer="bytes", seq_len=16)
-    model = CLIPConfig((28, 28, 1), vocab_size=256)
+    model = CLIPConfig((28, 28, 1), 4, vocab_size=256)
     commands.inspect(Config(model, task=TaskConfig("contrastive"), data=data), n=1, out=tmp_path / "digits.png")
     assert "    | the digit " in capsys.readouterr().out and (tmp_path / "digits.png").exists()
 
@@ -121,5 +123,5 @@ def test_labels_and_groups_are_shown_by_name():
 def test_inspect_shows_the_numbers_where_there_is_no_text(capsys, tmp_path):
     np.arange(2000, dtype=np.uint16).tofile(tmp_path / "a.bin")
     data = DataConfig(source="tokens", path=(f"{tmp_path}/a.bin",), seq_len=64)
-    commands.inspect(Config(SimpleNamespace(vocab_size=50_257), data=data), n=1)
+    commands.inspect(Config(GPT2Config(vocab_size=50_257), data=data), n=1)
     assert "(64,) int32: " in capsys.readouterr().out
