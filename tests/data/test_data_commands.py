@@ -11,10 +11,10 @@ from PIL import Image
 from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
 from jaxmodels.data import Windows, commands, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
+from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.models.mlp import MLPConfig
 
 
 @pytest.fixture
@@ -71,7 +71,10 @@ def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     assert str(picture) in shown and "shift 2, cutout 6" in shown
     assert shown.count("Batch ") == 2 and shown.count("    | ") >= 20 and "@" in shown and "    label " in shown
     data = DataConfig(source="tfds", dir=place, name="sst2", train_split="train[:50]")
-    commands.inspect(Config(MLPConfig(), task=TaskConfig("classification"), data=data), out=tmp_path / "no.png")
+    commands.inspect(
+        Config(BERTConfig(head="classification", classes=2), task=TaskConfig("classification"), data=data),
+        out=tmp_path / "no.png",
+    )
     assert "(positive)" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
 
 
