@@ -10,16 +10,12 @@ import pytest
 from tests.quick import FLAGS
 
 FIELDS = [
-    "--train.steps",
-    "6",
     "--metrics.every",
     "1",
     "--checkpoint.every",
     "3",
     "--eval.batches",
     "2",
-    "--model.layers",
-    "1",
     "--model.width",
     "32",
     "--model.attention",
@@ -50,7 +46,7 @@ def get_config() -> Config:
 """
 
 
-def train(run, processes, root, *fields, config="configs/gpt_stdlib.py", devices=4):
+def train(run, processes, root, *fields, config="configs/gpt_stdlib.py", devices=4, layers=1, steps=6):
     command = [
         sys.executable,
         "-m",
@@ -67,6 +63,10 @@ def train(run, processes, root, *fields, config="configs/gpt_stdlib.py", devices
         "--run-dir",
         str(run),
         *FIELDS,
+        "--model.layers",
+        str(layers),
+        "--train.steps",
+        str(steps),
         *fields,
     ]
     env = {**os.environ, "XLA_FLAGS": FLAGS}
@@ -99,11 +99,11 @@ def test_only_the_first_process_shows_progress(runs):
 
 def test_a_run_of_two_processes_goes_on_as_one_and_as_two_again(runs, root):
     folder, _, _ = runs
-    for processes, steps, before, mesh in ((1, "8", 6, "data"), (2, "10", 8, "tensor")):
-        more = (f"--mesh.{mesh}", "4", "--mesh.data", "-1", "--train.steps", steps, "--resume", "must")
-        rows, shown = train(folder / "two", processes, root, *more)
+    meshes = ("--mesh.data", "4"), ("--mesh.data", "-1", "--mesh.tensor", "4")
+    for processes, steps, before, mesh in ((1, 8, 6, meshes[0]), (2, 10, 8, meshes[1])):
+        rows, shown = train(folder / "two", processes, root, *mesh, "--resume", "must", steps=steps)
         assert f"resumed at step {before} of {steps}" in shown
-    alone, _ = train(folder / "one", 1, root, "--mesh.data", "4", "--train.steps", "10", "--resume", "must")
+    alone, _ = train(folder / "one", 1, root, *meshes[0], "--resume", "must", steps=10)
     assert [row["step"] for row in rows] == list(range(1, 11))
     for name in ("train/loss", "train/grad_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in alone], abs=1e-5)
@@ -120,10 +120,9 @@ def test_four_processes_of_two_devices_give_the_losses_of_one_device(model, axes
     if model == "mixtral":
         config = tmp_path / "mixtral.py"
         config.write_text(MIXTRAL)
-    layers = ("--model.layers", "2")
-    one, _ = train(tmp_path / "one", 1, root, *layers, config=config, devices=1)
-    fields = [word for axis, size in axes.items() for word in (f"--mesh.{axis}", str(size))]
-    four, _ = train(tmp_path / "four", 4, root, *layers, "--mesh.data", "1", *fields, config=config, devices=8)
+    one, _ = train(tmp_path / "one", 1, root, config=config, devices=1, layers=2)
+    fields = [word for axis, size in {"data": 1, **axes}.items() for word in (f"--mesh.{axis}", str(size))]
+    four, _ = train(tmp_path / "four", 4, root, *fields, config=config, devices=8, layers=2)
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         a, b = ([row[name] for row in rows if name in row] for rows in (one, four))
         assert len(a) == len(b) and a
