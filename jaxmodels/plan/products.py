@@ -20,7 +20,8 @@ NARROW = {"s8": "int8", "f8e4m3fn": "float8", "f8e5m2": "float8"}
 """Types whose products have a peak of their own in `hardware.TABLE`, and its name there."""
 NO_PRODUCTS = re.compile(
     r"AllocateBuffer|AssumeGatherIndicesInBound|AsyncCollective|ConcatBitcast|GatherScatterIndices|PrepareAsyncCall|"
-    r"PadToStatic|SliceToDynamic|Sharding|SPMD|annotate|X64|callback|[Ss]ort|[Tt]op_?[Kk]|threefry|Rng|MoveTo|LayoutConstraint"
+    r"PadToStatic|SliceId|SliceToDynamic|ZeroCrop|Sharding|SPMD|annotate|X64|callback|"
+    r"[Ss]ort|[Tt]op_?[Kk]|threefry|Rng|MoveTo|LayoutConstraint"
 )
 """Targets of custom calls that compute no products."""
 ATTENTION = {"dq": 3, "dkv": 4, "fwd": 2}
