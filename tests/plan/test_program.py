@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.models.kernels import grouped
-from jaxmodels.plan import program, roofline, topology
+from jaxmodels.plan import hlo, program, roofline, topology
 from jaxmodels.plan.groups import groups_of
 
 # the forms in which XLA writes eight devices as four groups, of devices that differ in the last of two axes
@@ -380,3 +380,18 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
 }
 """
     assert sorted((each.devices, each.count) for each in played(text).transfers) == [(2, 1), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[256]{0}", 1024),
+        ("(f32[256]{0}, bf16[8]{0})", 1040),
+        ("((f32[256]{0}), f32[256]{0})", 1024),
+        ("((f32[256]{0}, bf16[8]{0}), (f32[256]{0}, bf16[8]{0}))", 1040),
+    ],
+    ids=["one", "several", "one with what it takes", "several with what they take"],
+)
+def test_a_sum_that_begins_is_counted_once_whether_its_shape_names_what_it_takes(shape, size):
+    each = hlo.Instruction("all-reduce-start", shape, "all-reduce-start", ["a"], "")
+    assert roofline.payload(each, 4) == size
