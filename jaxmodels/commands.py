@@ -335,7 +335,7 @@ def config_explain(source: str, field: str | None = None, /) -> None:
     if wanted is not None and wanted not in values:
         raise UserError(f"got field {field!r}, expected one such as optim.peak_lr{nearest(wanted, values)}")
     for name in [wanted] if wanted else list(values):
-        print(f"{name} = {values[name]!r}  ({configs.provenance(cfg, name, origin)})")
+        print(printable(f"{name} = {values[name]!r}  ({configs.provenance(cfg, name, origin)})"))
         if wanted:
             print(f"  {configs.documentation(cfg, name)}")
 
