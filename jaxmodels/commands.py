@@ -349,6 +349,6 @@ def config_diff(a: str, b: str, /) -> None:
     """
     found = configs.differences(configs.read(a)[0], configs.read(b)[0])
     for name, (left, right) in found.items():
-        print(f"{name}: {left!r} in {a}, {right!r} in {b}")
+        print(printable(f"{name}: {left!r} in {a}, {right!r} in {b}"))
     if not found:
         print("the same config")
