@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from benchmarks import record
 from jaxmodels.errors import UserError
-from jaxmodels.plan import hardware
+from jaxmodels.parallel import hardware
 
 BILLION = "--model.layers 16 --model.width 2048 --model.heads 32 --model.mlp-width 8192 --model.tied True"
 JOBS = {

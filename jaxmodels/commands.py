@@ -276,7 +276,7 @@ def models(name: str | None = None, /) -> None:
         name: a preset or a family, such as llama3-8b.
     """
     if name is None:
-        from jaxmodels.plan import flops
+        from jaxmodels.models import flops
 
         readable = hf.supported()
         print(f"{'':27s}{'parameters':>17s}   FLOPs forward")
@@ -298,7 +298,7 @@ def models(name: str | None = None, /) -> None:
 
 def forward_flops(model: Any) -> str:
     """FLOPs of a forward pass as text."""
-    from jaxmodels.plan import flops
+    from jaxmodels.models import flops
 
     if not np.issubdtype(model.inputs(1)[0].dtype, np.integer):
         return f"{flops.forward(model, 1):.3g} an example"

@@ -67,8 +67,8 @@ class Arithmetic:
 
         from jaxmodels import tasks
         from jaxmodels.parallel import rules
-        from jaxmodels.plan import flops
         from jaxmodels.plan.compile import batch_shapes
+        from jaxmodels.tasks import flops
         from jaxmodels.train import optim, run
         from jaxmodels.train import state as states
 
@@ -98,7 +98,7 @@ class Arithmetic:
         self.width = 2 if getattr(cfg.model, "dtype", "float32") == "bfloat16" else 4
         self.layers = max([s[n.index("layers")] for s, n in self.parameters if "layers" in n], default=1)
         self.wide = self._sizes(lambda axes: rules.RULES["mlp"][0] in axes)
-        counted = flops.per_step(cfg)
+        counted = flops.per_step(cfg.task, cfg.model, cfg.data)
         self.model_flops, self.attention_flops = counted.model, counted.attention
         self.visible = counted.attention - counted.model + counted.visible
         self.rules = rules

@@ -15,7 +15,7 @@ from typing import Any
 import jaxmodels
 from jaxmodels.errors import UserError
 
-COMPILING = ("compile.py", "topology.py", "hardware.py", "flops.py")
+COMPILING = ("compile.py", "topology.py")
 """Files of plan/ that decide what is compiled; the others read it."""
 
 

@@ -183,7 +183,7 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
     from jaxmodels import tasks
     from jaxmodels.parallel import mesh as meshes
     from jaxmodels.parallel import rules
-    from jaxmodels.plan import flops
+    from jaxmodels.tasks import flops
     from jaxmodels.train import run, state, step
 
     cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
@@ -300,7 +300,7 @@ def _coordinates(device: Any, topology: Topology) -> list[int]:
 
 def _flops(cfg: Config, task: Any, flops: Any) -> dict[str, int]:
     """Model FLOPs of a step, in full and without what masks hide, and parameters."""
-    counted = flops.per_step(cfg)
+    counted = flops.per_step(cfg.task, cfg.model, cfg.data)
     parameters = sum(network.count() for network in task.networks.values())
     return {"model": counted.model, "visible": counted.visible, "parameters": parameters}
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.parallel.hardware import Hardware
 from jaxmodels.plan import hlo, products
 from jaxmodels.plan import program as programs
 from jaxmodels.plan.groups import groups_of, slices_of
-from jaxmodels.plan.hardware import Hardware
 from jaxmodels.plan.hlo import Computation, Instruction
 from jaxmodels.plan.program import Program
 from jaxmodels.plan.topology import Topology

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.plan import hardware
-from jaxmodels.plan.hardware import Hardware
+from jaxmodels.parallel import hardware
+from jaxmodels.parallel.hardware import Hardware
 
 # what XLA asks of every NVIDIA GPU and is the same for all in the table
 _COMMON = (

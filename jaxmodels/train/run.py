@@ -25,7 +25,8 @@ from jaxmodels import data, tasks
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
-from jaxmodels.parallel import distributed, mesh, rules
+from jaxmodels.parallel import distributed, hardware, mesh, rules
+from jaxmodels.tasks import flops
 from jaxmodels.tasks.task import Task, check_batch
 from jaxmodels.train import beginning, directory, evaluate, loop, optim, saved, step
 from jaxmodels.train import state as states
@@ -278,12 +279,11 @@ def averaged(state: State) -> Any:
 
 def speed(experiment: Experiment) -> tuple[float | None, float | None]:
     """Model FLOPs a step and peak FLOP/s of all devices; None where the hardware is not known."""
-    from jaxmodels.plan import flops, hardware
-
-    peak = hardware.peak(jax.devices()[0], getattr(experiment.cfg.model, "dtype", "float32"))
+    cfg = experiment.cfg
+    peak = hardware.peak(jax.devices()[0], getattr(cfg.model, "dtype", "float32"))
     if peak is None:
         return None, None
-    return flops.per_step(experiment.cfg).model, peak * jax.device_count()
+    return flops.per_step(cfg.task, cfg.model, cfg.data).model, peak * jax.device_count()
 
 
 def describe(experiment: Experiment, run: Path) -> None:

@@ -10,9 +10,8 @@ import pytest
 
 import jaxmodels
 from jaxmodels.errors import UserError
-from jaxmodels.models import layers
+from jaxmodels.models import flops, layers
 from jaxmodels.models.gan import GANConfig
-from jaxmodels.plan import flops
 
 # at these shapes LLVM's optimisations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

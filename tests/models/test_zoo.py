@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import jaxmodels
-from jaxmodels.models import functional
+from jaxmodels.models import flops, functional
 from jaxmodels.parallel import rules
-from jaxmodels.plan import flops
 from tests.zoo import ZOO, arrays, example, outputs
 
 CONFIGS = {name: config for name, (_, config) in ZOO.items()}

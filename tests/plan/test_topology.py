@@ -3,7 +3,8 @@
 import pytest
 
 from jaxmodels.errors import UserError
-from jaxmodels.plan import hardware, topology
+from jaxmodels.parallel import hardware
+from jaxmodels.plan import topology
 
 
 def test_each_row_says_where_its_numbers_come_from_and_is_found_by_what_jax_calls_it():

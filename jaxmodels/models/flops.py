@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.interpreters import partial_eval
 
-from jaxmodels.config import Config
 from jaxmodels.models.functional import Model, create
 from jaxmodels.models.kernels.visibility import Mask
 
@@ -21,24 +19,13 @@ Products = Iterator[tuple[float, Mask | None]]
 """FLOPs of each product, and the mask of the attention that it is of."""
 
 
-class Step(NamedTuple):
-    """Model FLOPs of a training step."""
-
-    model: int
-    """Attention in full, causal or not; with a window, what that reaches. Source: Chowdhery et al. 2022, appendix B."""
-    visible: int
-    """What must be computed: of attention, the pairs that its masks show."""
-    attention: int
-    """The part of `model` that is attention's."""
-
-
 def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs of the products (dot, convolution) in `fn(*args)`; args may be `jax.ShapeDtypeStruct`s.
 
     A multiply-add is 2. Loops count by their trip counts, a branch by its dearest arm; a `while` of unknown length
     counts once. A `ragged_dot` counts each row with the one group that it belongs to.
     """
-    return _total(_products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr))
+    return _total(products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr))
 
 
 def forward(model: Model, batch: int, length: int = 8) -> int:
@@ -51,38 +38,6 @@ def forward(model: Model, batch: int, length: int = 8) -> int:
     plain = countable(model)
     stats = jax.eval_shape(plain.stats) or None
     return count(plain.apply, plain.shapes(), *plain.inputs(batch, length), stats=stats)
-
-
-def per_step(cfg: Config) -> Step:
-    """Model FLOPs of a training step: of each loss and its gradient, without what nobody needs of them.
-
-    What is computed of a language model is three times `forward`; of images, the gradient at the pixels is not.
-    """
-    from jaxmodels import tasks
-    from jaxmodels.tasks import losses
-
-    task = tasks.build(cfg.task, plain(cfg.model), cfg.data)
-    params = {name: network.shapes() for name, network in task.networks.items()}
-    stats, batch = jax.eval_shape(task.stats), task.batch_spec(cfg.data.batch_size)
-    found: list[tuple[float, Mask | None]] = []
-    for loss in task.losses:
-
-        def gradient(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
-            def total(trained: Any) -> Any:
-                return loss.fn({**params, loss.trains: trained}, stats, batch, jax.random.key(0), jax.numpy.int32(0))
-
-            return jax.grad(total, has_aux=True)(params[loss.trains])
-
-        with losses.whole():
-            jaxpr = jax.make_jaxpr(gradient)(params, stats, batch).jaxpr
-        needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        found += _products(needed)
-    attention = [(flops, mask) for flops, mask in found if mask is not None]
-    rest = sum(flops for flops, mask in found if mask is None)
-    full, visible = (
-        sum(flops * share(mask) for flops, mask in attention) for share in (lambda m: m.band, lambda m: m.share)
-    )
-    return Step(round(rest + full), round(rest + visible), round(full))
 
 
 def countable(model: Model) -> Model:
@@ -100,8 +55,8 @@ def _total(found: Iterable[tuple[float, Mask | None]]) -> int:
     return round(sum(flops for flops, _ in found))
 
 
-def _products(jaxpr: Any, times: int = 1, mask: Mask | None = None) -> Products:
-    """The products of a jaxpr that is run so often, within the attention of this mask."""
+def products(jaxpr: Any, times: int = 1, mask: Mask | None = None) -> Products:
+    """Walk the products of a jaxpr that is run `times` times, inside the attention of this mask."""
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         within = Mask.of(str(eqn.source_info.name_stack)) or mask
@@ -124,17 +79,17 @@ def _products(jaxpr: Any, times: int = 1, mask: Mask | None = None) -> Products:
             left, right = (eqn.invars[i].aval.shape for i in (0, 1))
             yield times * 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in seen), within
         elif name == "scan":
-            yield from _products(params["jaxpr"].jaxpr, times * params["length"], within)
+            yield from products(params["jaxpr"].jaxpr, times * params["length"], within)
         elif name == "cond":
-            yield from max(([*_products(branch.jaxpr, times, within)] for branch in params["branches"]), key=_total)
+            yield from max(([*products(branch.jaxpr, times, within)] for branch in params["branches"]), key=_total)
         elif name == "shard_map":
             sizes = params["mesh"].shape
             devices = math.prod(sizes[axis] for axis in params.get("manual_axes", sizes))
-            yield from _products(params["jaxpr"], times * devices, within)
+            yield from products(params["jaxpr"], times * devices, within)
         else:
             for inner in params.values():
                 for each in _jaxprs(inner):
-                    yield from _products(getattr(each, "jaxpr", each), times, within)
+                    yield from products(getattr(each, "jaxpr", each), times, within)
 
 
 def _jaxprs(value: Any) -> list[Any]:

@@ -1,0 +1,54 @@
+"""Model FLOPs of a training step, counted from the losses and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.interpreters import partial_eval
+
+from jaxmodels import tasks
+from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.models.flops import plain, products
+from jaxmodels.models.kernels.visibility import Mask
+from jaxmodels.tasks import losses
+
+
+class Step(NamedTuple):
+    """Model FLOPs of a training step."""
+
+    model: int
+    """Attention in full, causal or not; with a window, what that reaches. Source: Chowdhery et al. 2022, appendix B."""
+    visible: int
+    """What must be computed: of attention, the pairs that its masks show."""
+    attention: int
+    """The part of `model` that is attention's."""
+
+
+def per_step(section: TaskConfig, model: Any, data: DataConfig) -> Step:
+    """Count the model FLOPs of a training step: each loss and its gradient, without what neither of them needs.
+
+    A language model's step is three times `flops.forward`; of images the gradient at the pixels is not needed.
+    """
+    task = tasks.build(section, plain(model), data)
+    params = {name: network.shapes() for name, network in task.networks.items()}
+    stats, batch = jax.eval_shape(task.stats), task.batch_spec(data.batch_size)
+    found: list[tuple[float, Mask | None]] = []
+    for loss in task.losses:
+
+        def gradient(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
+            def total(trained: Any) -> Any:
+                return loss.fn({**params, loss.trains: trained}, stats, batch, jax.random.key(0), jax.numpy.int32(0))
+
+            return jax.grad(total, has_aux=True)(params[loss.trains])
+
+        with losses.whole():
+            jaxpr = jax.make_jaxpr(gradient)(params, stats, batch).jaxpr
+        needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        found += products(needed)
+    attention = [(flops, mask) for flops, mask in found if mask is not None]
+    rest = sum(flops for flops, mask in found if mask is None)
+    full, visible = (
+        sum(flops * share(mask) for flops, mask in attention) for share in (lambda m: m.band, lambda m: m.share)
+    )
+    return Step(round(rest + full), round(rest + visible), round(full))
