@@ -1,1 +1,1 @@
-"""Taking a run to where it shall run; `python -m launch --help` lists the places."""
+"""Launch a run as several processes; `python -m launch --help` lists the places."""

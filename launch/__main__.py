@@ -18,7 +18,8 @@ _PLACES = {"local": Local}
 _DESCRIPTION = """Start `jaxmodels train` as several processes: python -m launch PLACE [--option value] -- CONFIG.py
 [--section.field value]
 
-What follows -- goes to every process as it is. As soon as one fails all are ended, and the first is named.
+What follows -- is passed to every process unchanged. When one process fails, all are ended, and the first failure is
+reported.
 
 Exit codes: 0 done, 75 saved and stopped (run it again), 2 a mistake in what was asked, 1 anything else.
 
@@ -26,7 +27,7 @@ Example: python -m launch local --processes 2 --devices-per-process 4 -- configs
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the launcher that the arguments name and return its exit code."""
+    """Run the launcher that the arguments name, and return its exit code."""
     own, passed = list(arguments), []
     if "--" in own:
         split = own.index("--")
@@ -59,7 +60,7 @@ def _parse(arguments: Sequence[str]) -> Local:
 
 
 def _explain(arguments: Sequence[str], screen: str) -> str:
-    """One line for what tyro says in a box."""
+    """Turn tyro's boxed message into one line."""
     place = arguments[0] if arguments else None
     if place not in _PLACES:
         got = "no place to launch to" if place is None else repr(place)
@@ -70,7 +71,7 @@ def _explain(arguments: Sequence[str], screen: str) -> str:
         if name.startswith("--") and name.replace("_", "-") not in options:
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.0)[0]
             return f"got {name}, expected one of {', '.join(options)}, try {near}"
-    # A title, then paragraphs between rules; the first says what is wrong.
+    # tyro prints a title, then paragraphs between rules; the first paragraph says what is wrong.
     rows = [row.strip("│╭╮╰╯─ ") for row in screen.splitlines()[1:]]
     paragraphs = re.split(r"(?m)^-*\n", "\n".join(rows) + "\n")
     reason = " ".join(next(paragraph for paragraph in paragraphs if paragraph).split())

@@ -1,4 +1,4 @@
-"""The output of several processes on one screen: each line with its rank before it."""
+"""Show the output of several processes on one screen, each line prefixed with its rank."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections import deque
 
 _COLOURS = (36, 33, 35, 32, 34, 31)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[\r\n]")
-# The command line's one-line answer to a mistake, which every rank gives alike.
+# The command line's one-line answer to a mistake, which is the same on every rank.
 _MISTAKE = re.compile(r"(\w+: )?error: ")
-# Gloo's greeting, one for each device and each group of devices that talk to each other.
+# Gloo's greeting, printed once per device and per group of devices that communicate.
 _GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to")
 
 
 class Console:
-    """Writes what the ranks say to standard output, and keeps the last lines of each."""
+    """Writes the ranks' output to standard output, and keeps the last lines of each."""
 
     def __init__(self, ranks: int) -> None:
         self.live = sys.stdout.isatty()
@@ -34,20 +34,20 @@ class Console:
         return self._digits + 3
 
     def line(self, rank: int, text: str) -> None:
-        """Write a line of a rank's; a mistake that another rank has reported already is not said again."""
+        """Write one line of a rank, unless it is a mistake that another rank has already reported."""
         if _GREETING.match(text):
             return
         self.tails[rank].append(text)
         with self._lock:
             if _MISTAKE.match(text) and self._mistakes.setdefault(text, rank) != rank:
                 return
-            # Rank 0's display may stand on this line: it is wiped here and redrawn by its owner below.
+            # Rank 0's display may be on this line: clear it, and let rank 0 redraw it on the next one.
             wipe = "" if self._at_line_start else "\r\x1b[2K"
             self._at_line_start = True
             self._write(f"{wipe}{self._prefix(rank)}{text}\n")
 
     def redraw(self, rank: int, chunk: str) -> None:
-        """Write a piece of a display that redraws itself, with the prefix wherever a line of it begins."""
+        """Write a chunk of a display that redraws itself, with the prefix at the start of each line."""
         tail = self.tails[rank]
         out: list[str] = []
         with self._lock:
@@ -67,7 +67,7 @@ class Console:
             self._write("".join(out))
 
     def close(self) -> None:
-        """Leave the terminal as it was: a display that was cut off has hidden the cursor and stands on its line."""
+        """Restore the terminal: a display that was cut off leaves the cursor hidden, on the display's line."""
         with self._lock:
             if self.live:
                 self._write("\x1b[?25h" if self._at_line_start else "\x1b[?25h\n")
@@ -83,6 +83,7 @@ class Console:
             sys.stdout.write(text)
             sys.stdout.flush()
         except OSError:
-            # Nobody reads any more (`| head`, a closed terminal): stop as asked to, and go on emptying the pipes.
+            # Nobody reads the output any more (`| head`, a closed terminal): stop as upon SIGTERM, and keep the
+            # pipes drained.
             self._closed = True
             os.kill(os.getpid(), signal.SIGTERM)

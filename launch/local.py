@@ -1,4 +1,4 @@
-"""Real processes on this machine, joined by jax.distributed: watched, named when they fail, and never left behind."""
+"""Run several processes on this machine, joined by jax.distributed, and leave none of them behind."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Mistake(ValueError):
-    """Something was asked of a launcher that cannot be; said in one line."""
+    """A request that a launcher cannot meet, described in one line."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,25 @@ class Local:
     """Several processes on this machine: python -m launch local [OPTIONS] -- CONFIG.py [--section.field value]."""
 
     processes: int = 2
-    """Processes to start."""
+    """Number of processes to start."""
     devices_per_process: int = 1
-    """Devices of each process: virtual ones of the CPU, or real GPUs, shared out in order."""
+    """Devices per process: virtual CPU devices, or real GPUs assigned in order."""
     platform: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: gpu where there is one, unless JAX_PLATFORMS says cpu."""
+    """auto uses GPUs where there are any, unless JAX_PLATFORMS says cpu."""
     grace_seconds: float = 60.0
-    """Time to save, once this command is told to stop."""
+    """Seconds that the processes have to save after this command is told to stop."""
 
 
 def run(command: Sequence[str], options: Local, patience: float = 30.0) -> int:
     """Run `command` in every process and return the exit code of the whole.
 
-    0: all done; 75: all saved and stopped, run it again; 2: the user's mistake; 1: anything else. When one process
-    fails all are ended, and the first that failed is named with its cause and its last lines. When none goes on for
-    `patience` seconds, or three times the longest pause before, the one that the others wait for is named.
+    The code is 0 when all are done, 75 when all saved and stopped (run it again), 2 for a user's mistake, and 1 for
+    anything else. When one process fails, all are ended, and the first failure is reported with its cause and last
+    lines. When no process makes progress for `patience` seconds, or for three times the longest pause so far, a
+    warning names those that the others wait for.
 
-    Raises: Mistake where the options cannot be met on this machine.
+    Raises:
+        Mistake: the options cannot be met on this machine.
     """
     environments = _environments(options)
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
@@ -76,14 +78,14 @@ def _run(command: Sequence[str], options: Local, environments: list[dict[str, st
                 process, output = _start(command, environment, console if console.live and index == 0 else None)
                 ranks.append(Rank(index, process))
                 outputs.append(output)
-            # Threads come after the last fork.
+            # Threads start only after the last fork.
             for rank, output in zip(ranks, outputs, strict=True):
                 readers.append(threading.Thread(target=_read, args=(rank.index, output, console), daemon=True))
                 readers[-1].start()
                 threading.Thread(target=rank.wait, args=(events,), daemon=True).start()
-            late = watch(ranks, events, options.grace_seconds, progress.stall)
+            late = watch(ranks, events, options.grace_seconds, progress.stall_warning)
             if any(rank.code is None for rank in ranks):
-                progress.find(ranks)
+                progress.find_stuck(ranks)
             for rank, reader in zip(ranks, readers, strict=True):
                 if rank.code is not None:
                     reader.join(timeout=1.0)
@@ -100,9 +102,10 @@ def _run(command: Sequence[str], options: Local, environments: list[dict[str, st
 
 
 def _environments(options: Local) -> list[dict[str, str]]:
-    """The environment of each rank.
+    """Return the environment of each rank.
 
-    Raises: Mistake: fewer than one process or device, or more GPUs than there are.
+    Raises:
+        Mistake: there are fewer than one process or device, or more GPUs than this machine has.
     """
     count, each = options.processes, options.devices_per_process
     if count < 1 or each < 1:
@@ -133,7 +136,7 @@ def _environments(options: Local) -> list[dict[str, str]]:
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={each}".strip(),
         }
         if each > 1:
-            # threads of XLA's CPU client: with fewer than collectives under way, devices wait for each other for good
+            # With fewer threads in XLA's CPU client than collectives in flight, devices deadlock.
             common.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 4 * each)))
     environments = []
     for index in range(count):
@@ -145,7 +148,7 @@ def _environments(options: Local) -> list[dict[str, str]]:
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the NVIDIA GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -161,9 +164,9 @@ def _free_port() -> int:
 def _start(
     command: Sequence[str], environment: dict[str, str], screen: Console | None
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a rank; returns the file descriptor of what it says.
+    """Start a rank; return its process and the file descriptor of its output.
 
-    With a screen the rank speaks to a terminal of its own, so that its display redraws itself as if alone.
+    With a screen, the rank writes to a terminal of its own, so that its display redraws itself as if it ran alone.
     """
     reading, writing = os.openpty() if screen else os.pipe()
     if screen:
@@ -189,7 +192,7 @@ def _start(
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """A hook for the child (Linux only): even a launcher that is killed leaves no rank behind."""
+    """Return a hook for the child (Linux only), which ends it even when its launcher is killed."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
@@ -211,7 +214,7 @@ def _read(rank: int, descriptor: int, console: Console) -> None:
     for chunk in _decoded(descriptor):
         *lines, rest = (rest + chunk).split("\n")
         for line in lines:
-            # Of a line that was written over, the last state.
+            # A line that was redrawn is shown in its last state.
             console.line(rank, line.rstrip("\r").rpartition("\r")[2])
     if rest:
         console.line(rank, rest)
@@ -223,7 +226,7 @@ def _decoded(descriptor: int) -> Iterator[str]:
         while True:
             try:
                 data = stream.read(65536)
-            except OSError:  # how the terminal of a process that has ended says "end"
+            except OSError:  # a terminal reports the end of its process this way
                 data = b""
             if not data:
                 return

@@ -1,4 +1,4 @@
-"""Watching processes that depend on each other, and finding the first that failed."""
+"""Watch processes that depend on each other, and find the first that failed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 
 DONE, MISTAKE, PREEMPTED = 0, 2, 75
 
-# When one has failed its peers follow within moments; waiting for them shows who was first.
+# Peers of a failed rank fail moments later; waiting for them shows which failed first.
 _SETTLE_SECONDS = 1.0
-# Ranks leave together: one that still runs so long after another has ended will not end.
+# Ranks end together: one that still runs this long after another has ended never will.
 _LEAVE_SECONDS = 60.0
-# JAX's heartbeat ends the peers of a stopped rank sooner; this is for one stopped before it could join them.
+# JAX's heartbeat ends the peers of a stopped rank sooner; this limit is for a rank stopped before it joined them.
 _FROZEN_SECONDS = 20.0
 _LAST_LINES = 12
-# What a rank says that ends because of another.
+# Output of a rank that ends because of another.
 _CONSEQUENCE = re.compile(
     r"JAX distributed service detected fatal errors|Gloo .*failed|Connection (closed|reset) by peer"
     r"|stopped sending heartbeats|NCCL .*remote"
@@ -42,10 +42,10 @@ class Rank:
     index: int
     process: subprocess.Popen[bytes]
     code: int | None = None
-    """What it ended with, negative for a signal; None: it runs."""
+    """Exit code, negative for a signal; None while it runs."""
     ended: float = math.inf
     stuck: str = ""
-    """Where it is, if the others wait for it."""
+    """Where it is stuck; empty for a rank that is not, or that waits for another."""
 
     def wait(self, events: Events[Rank | int]) -> None:
         code = self.process.wait()
@@ -53,12 +53,12 @@ class Rank:
         events.put(self)
 
     def kill(self) -> None:
-        """End it, and whatever it started."""
+        """Kill the process and every process it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def stopped(self) -> bool:
-        """Whether a signal (SIGSTOP) keeps it from running; Linux tells, elsewhere JAX's heartbeat has to."""
+        """Say whether SIGSTOP keeps it from running; only Linux tells, elsewhere JAX's heartbeat has to."""
         try:
             stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:
@@ -68,7 +68,7 @@ class Rank:
 
 @contextlib.contextmanager
 def signals_to(events: Events[Rank | int]) -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP are events and end nothing by themselves."""
+    """Turn SIGINT, SIGTERM and SIGHUP into events, so that they end nothing by themselves."""
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, lambda number, _: events.put(number)) for number in caught}
     try:
@@ -82,11 +82,11 @@ def watch(
     ranks: Sequence[Rank],
     events: Events[Rank | int],
     grace_seconds: float,
-    stall: Callable[[Sequence[Rank]], str] = lambda ranks: "",
+    stall_warning: Callable[[Sequence[Rank]], str] = lambda ranks: "",
 ) -> str:
-    """Wait until all have ended, one has failed, or one should have ended and has not; returns what the last was.
+    """Wait until all ranks have ended, one has failed, or one is overdue; return how the overdue one is late.
 
-    `stall(ranks)` is asked each second for a warning.
+    `stall_warning(ranks)` is called each second; what it returns is printed.
     """
     deadline, late, told = math.inf, "", False
     frozen_since: dict[int, float] = {}
@@ -94,7 +94,7 @@ def watch(
         try:
             event = events.get(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
         except queue.Empty:
-            if warning := stall(ranks):
+            if warning := stall_warning(ranks):
                 print(f"launch: warning: {warning}", file=sys.stderr, flush=True)
             now = time.monotonic()
             frozen_since = {rank.index: frozen_since.get(rank.index, now) for rank in running if rank.stopped()}
@@ -108,7 +108,7 @@ def watch(
             if told:
                 return "still running when the second signal came"
             told = True
-            # Ctrl-C too goes on as SIGTERM, which stops the ranks at one step without a traceback.
+            # Ctrl-C is passed on as SIGTERM too, which stops all ranks at one step without a traceback.
             for rank in running:
                 rank.process.send_signal(signal.SIGTERM)
             until, reason = now + grace_seconds, f"still running {grace_seconds:.0f} s after it was told to stop"
@@ -122,7 +122,7 @@ def watch(
 
 
 def judge(ranks: Sequence[Rank], tails: Sequence[Sequence[str]], late: str, began: float) -> tuple[int, str]:
-    """The exit code of the whole, and what to say about it: who failed first, of what, with its last lines."""
+    """Return the exit code of the whole and its message: which rank failed first, why, and its last lines."""
     culprit, cause = _first_failure(ranks, tails, late)
     if culprit is None:
         if all(rank.code == DONE for rank in ranks):
@@ -142,7 +142,7 @@ def _first_failure(ranks: Sequence[Rank], tails: Sequence[Sequence[str]], late: 
     failed = sorted((rank for rank in ranks if rank.code not in (None, DONE, PREEMPTED)), key=lambda rank: rank.ended)
     texts = ["\n".join(tail) for tail in tails]
     for rank in failed:
-        # Only SIGABRT and an exception can be another's doing: nobody else's end sends SIGKILL or exit code 2.
+        # Another rank's end can cause SIGABRT or an exception, but never SIGKILL or exit code 2.
         if rank.code not in (1, -signal.SIGABRT) or not _CONSEQUENCE.search(texts[rank.index]):
             return rank, _cause(rank.code or 0)
     for rank in ranks:
@@ -151,9 +151,9 @@ def _first_failure(ranks: Sequence[Rank], tails: Sequence[Sequence[str]], late: 
     for text in texts:
         if named := _SILENT.search(text):
             return ranks[int(re.findall(r"\d+", named[1])[0])], "silent (no heartbeat: frozen, or its link is down)"
-    for rank in ranks:
-        if rank.code is None and rank.stuck:
-            return rank, ", ".join(part for part in (late, rank.stuck) if part)
+    if stuck := [rank for rank in ranks if rank.code is None and rank.stuck]:
+        others = "".join(f"; rank {rank.index} too: {rank.stuck}" for rank in stuck[1:])
+        return stuck[0], ", ".join(part for part in (late, stuck[0].stuck) if part) + others
     if failed:
         return failed[0], _cause(failed[0].code or 0)
     running = [rank for rank in ranks if rank.code is None]

@@ -191,7 +191,9 @@ def test_a_rank_that_is_stuck_in_python_is_named_at_once_and_after_sigterm(cases
     assert case.code == 1, case.output
     where = rf"rank {rank} is stuck at \S+rank\.py:\d+ in hang"
     warnings = re.findall("^launch: warning: .*", case.output, re.MULTILINE)
-    assert len(warnings) == 1 and re.search(f"no rank has gone on for [0-9]+ s: {where}", warnings[0]), case.output
+    assert len(warnings) == 1 and re.search(f"no rank has made progress for [0-9]+ s: {where}", warnings[0]), (
+        case.output
+    )
     said = rf"^launch: rank {rank} failed first, .*: still running 6 s after it was told to stop, stuck at \S+rank\.py"
     assert re.search(said, case.output, re.MULTILINE), case.output
     assert alive(case) == []
