@@ -1,5 +1,7 @@
 # make train    a virtual environment, the package, and the default model trained on this machine
 # make test     the same environment, all tests
+# make lint     ruff's rules and format, and pyright, as pre-commit and CI run them
+# make docs     the documentation as a site, in build/site; every warning is an error
 # EXTRA=cuda12 (or cuda13, tpu) installs for an accelerator; PYTHON=python3.12 chooses the interpreter;
 # RUN=..., ARGS="--train.steps 200" choose the run directory and override fields of the config.
 PYTHON ?= python3
@@ -15,7 +17,7 @@ with = $(if $(EXTRA),$(comma)$(EXTRA))
 # the extras of a stamp: train has none of its own
 extras = $(subst train,,$(subst train$(comma),,$*))
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: $(VENV)/.installed-train$(with)
 	@PATH="$(abspath $(BIN)):$$PATH" jaxmodels train $(CONFIG) --run-dir $(RUN) $(ARGS)
@@ -27,6 +29,9 @@ lint: $(VENV)/.installed-lint$(with)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-docs$(with)
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "got Python %d.%d, expected 3.11 or newer, try make PYTHON=python3.12" % v)'
