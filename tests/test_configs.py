@@ -9,7 +9,6 @@ from jaxmodels import config as configs
 from jaxmodels import tasks
 from jaxmodels.config import MeshConfig
 from jaxmodels.parallel import mesh as meshes
-from jaxmodels.parallel import rules
 from jaxmodels.train import state, step
 
 FULL = (
@@ -51,10 +50,9 @@ def test_the_step_of_a_config_for_a_full_set_compiles(name, root):
     wide = MeshConfig(data=2, fsdp=4) if cfg.mesh.fsdp == -1 else MeshConfig(data=8)
     cfg = dataclasses.replace(cfg, mesh=wide)
     task, optimizers, layout, mesh = parts(cfg)
-    batch = {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, x.ndim))
-        for key, x in task.batch_spec(cfg.data.batch_size).items()
-    }
+    spec = task.batch_spec(cfg.data.batch_size)
+    lies = task.shardings(mesh, spec)
+    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[key]) for key, x in spec.items()}
     options = {"accumulate": cfg.train.accumulate, "ema": cfg.train.ema}
     compiled = step.lower(task, optimizers, mesh, layout, batch, **options).compile()
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.params))

@@ -18,8 +18,6 @@ from jaxmodels.errors import UserError
 
 Batch = dict[str, Any]
 
-_LABELS = ("targets", "labels")
-
 
 class Loader:
     """The batches of an order, each process reading only the rows that its own devices hold.
@@ -60,7 +58,7 @@ class Loader:
         return ahead(self.batch, range(start, stop), self.prefetch)
 
     def once(self, batches: int | None = None) -> Generator[Batch, None, None]:
-        """Each example once, in order; the last batch is filled up with rows of `weight` (B,) 0, of labels -1."""
+        """Each example once, in order; the last batch is filled up with rows of `weight` (B,) 0."""
         total = -(-len(self.source) // self.order.batch_size)
         count = total if batches is None else min(batches, total)
         return ahead(self._in_order, range(count), self.prefetch)
@@ -69,9 +67,6 @@ class Loader:
         indices = k * self.order.batch_size + self.rows
         missing = indices >= len(self.source)
         local = self.source.batch(np.where(missing, 0, indices), np.zeros_like(indices))
-        for name in _LABELS:
-            if name in local:
-                local[name][missing] = -1
         return self._place({**local, "weight": (~missing).astype(np.float32)})
 
     def _place(self, local: dict[str, np.ndarray]) -> Batch:

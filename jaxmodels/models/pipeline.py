@@ -233,7 +233,7 @@ def _staged(x: Array) -> Array:
 
 def _names(rank: int) -> rules.Names:
     """Logical axes of what has rows: the residual stream, or what goes with it."""
-    return ("batch", "residual", *(None,) * (rank - 2)) if rank > 2 else rules.batch_names(rank)
+    return ("batch", "residual", *(None,) * (rank - 2)) if rank > 2 else ("batch", "seq")[:rank]
 
 
 def _beside(x: Array, rank: int) -> Array:

@@ -67,14 +67,13 @@ class Arithmetic:
 
         from jaxmodels import tasks
         from jaxmodels.parallel import rules
-        from jaxmodels.plan.compile import batch_shapes
         from jaxmodels.tasks import flops
-        from jaxmodels.train import optim, run
+        from jaxmodels.train import optim
         from jaxmodels.train import state as states
 
-        self.cfg, self.topology, self.updates = cfg, topology, run.updates(cfg)
+        self.cfg, self.topology = cfg, topology
         self.task = tasks.build(cfg.task, cfg.model, cfg.data)
-        self.spec = batch_shapes(cfg, self.task)
+        self.updates = self.task.updates
         self.axes = self.task.axes()
         optimizers = {
             loss.name: optim.build(
@@ -91,8 +90,7 @@ class Arithmetic:
         leaves = zip(jax.tree.leaves(self.shapes.params), _names(self.axes), strict=True)
         self.parameters = [(leaf.shape, names) for leaf, names in leaves]
         self.logical = {name for _, names in self.parameters for name in names if name}
-        tokens = [x for x in self.spec.values() if len(x.shape) == 2]
-        self.length = tokens[0].shape[1] if tokens else 1
+        self.length = max(self.task.lengths(), default=1)
         """Tokens of a row; 1 where the batch has none."""
         self.vocabulary = max([s[n.index("vocab")] for s, n in self.parameters if "vocab" in n], default=0)
         self.width = 2 if getattr(cfg.model, "dtype", "float32") == "bfloat16" else 4
@@ -129,11 +127,11 @@ class Arithmetic:
         """
         from jax.sharding import AbstractMesh
 
+        from jaxmodels.data.contract import check_lengths
         from jaxmodels.parallel import mesh as meshes
-        from jaxmodels.train import step
 
         sizes = meshes.sizes(mesh, self.topology.devices)
-        step.check_lengths(sizes, self.spec)
+        check_lengths(self.task.fields, sizes)
         abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         self.rules.place(abstract, self.axes, self.shapes.params)
         return sizes
@@ -167,7 +165,7 @@ class Arithmetic:
         wanted = {"remat": remat, "attention": kernel}
         model = dataclasses.replace(self.cfg.model, **{k: v for k, v in wanted.items() if hasattr(self.cfg.model, k)})
         task = tasks.build(self.cfg.task, model, self.cfg.data)
-        spec = {k: jax.ShapeDtypeStruct((_ROWS, *x.shape[1:]), x.dtype) for k, x in self.spec.items()}
+        spec = self.task.batch_spec(_ROWS)
         found = [0.0, 0.0, 0.0, 0.0]
         given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.params, spec))}
         for loss in task.losses:

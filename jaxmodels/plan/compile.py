@@ -181,24 +181,22 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
     import jax
 
     from jaxmodels import tasks
+    from jaxmodels.data.contract import check_lengths
     from jaxmodels.parallel import mesh as meshes
-    from jaxmodels.parallel import rules
     from jaxmodels.tasks import flops
-    from jaxmodels.train import run, state, step
+    from jaxmodels.train import state, step
 
     cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
     begun = time.monotonic()
     sizes = meshes.sizes(cfg.mesh, topology.devices)
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=run.updates(cfg))
     task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
-    spec = batch_shapes(cfg, task)
-    step.check_lengths(sizes, spec)
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
+    check_lengths(task.fields, sizes)
     where = meshes.make_mesh(cfg.mesh, topologies.describe(topology).devices)
     optimizers, layout = state.compose(cfg, task, where)
-    batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(where, x.ndim))
-        for name, x in spec.items()
-    }
+    spec = task.batch_spec(cfg.data.batch_size)
+    lies = task.shardings(where, spec)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[name]) for name, x in spec.items()}
     held = {
         name: _bytes(getattr(layout, field))
         for name, field in {
@@ -219,7 +217,7 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
         "gradients": max(_bytes(layout.params[loss.trains]) for loss in task.losses),
         "flops": _flops(cfg, task, flops),
         "unit": task.unit,
-        "units": spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size,
+        "units": task.units(cfg.data.batch_size),
     }
     lowered = step.lower(
         task,
@@ -252,14 +250,6 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
     facts["seconds"] = round(time.monotonic() - begun, 1)
     facts["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     caches.leave(folder, facts, text)
-
-
-def batch_shapes(cfg: Config, task: Any) -> dict[str, Any]:
-    """Shapes of a batch, with what packed rows have beside their tokens."""
-    spec = dict(task.batch_spec(cfg.data.batch_size))
-    if cfg.data.pack and "tokens" in spec and "inputs" not in spec:
-        spec |= {name: spec["tokens"] for name in ("targets", "segment_ids", "positions")}
-    return spec
 
 
 def shortage(message: str) -> tuple[int, list[list[Any]]]:

@@ -12,7 +12,19 @@ from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, counted, forward, perplexity
+from jaxmodels.tasks.task import (
+    Aux,
+    Batch,
+    Loss,
+    Params,
+    Sums,
+    Task,
+    counted,
+    forward,
+    packed,
+    perplexity,
+    tokens,
+)
 
 
 def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -33,10 +45,10 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         )
 
     def run(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params, dict[str, jax.Array]]:
-        packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+        rows = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
         auxiliary = {"auxiliary": True} if model.auxiliary else {}
         out, stats = forward(
-            ("model", model), params, stats, batch["tokens"], head=False, **packed, **auxiliary, **kwargs
+            ("model", model), params, stats, batch["tokens"], head=False, **rows, **auxiliary, **kwargs
         )
         features, extra = out if model.auxiliary else (out, {})
         output = unembedding(params["model"])
@@ -59,9 +71,7 @@ def causal_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
             found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(seen, batch["bytes"], 0).sum())
         return found
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
-        return {"tokens": rows, "targets": rows}
-
+    ids = tokens(data, getattr(model.config, "vocab_size", None))
+    fields = {"tokens": ids, "targets": ids, **packed(data), "bytes": tokens(data, optional=True)}
     losses = (Loss("loss", "model", loss),)
-    return Task({"model": model}, losses, metrics, batch_spec, "tokens", "a target of 0 or above", perplexity)
+    return Task({"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity)

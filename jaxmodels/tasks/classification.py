@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data.contract import BatchField
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.tasks import metrics as measures
 from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, counted, forward, normalised
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, counted, forward, normalised, numbers, tokens
 
 
 def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -77,16 +79,18 @@ def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         measure = measures.multiple if cfg.multi_label else measures.single
         return {"loss": (s.loss, s.count), **measure(logits, labels)}
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        (inputs,) = model.inputs(batch_size, data.seq_len)
-        labels = ((batch_size, classes), jnp.float32) if cfg.multi_label else ((batch_size,), jnp.int32)
-        return {"inputs": inputs, "labels": jax.ShapeDtypeStruct(*labels)}
-
+    (inputs,), whole = model.inputs(1, data.seq_len), tokens(data, optional=True)
+    reads_text = jnp.issubdtype(inputs.dtype, jnp.integer)
+    fields = {
+        "inputs": tokens(data, getattr(model.config, "vocab_size", None)) if reads_text else numbers(inputs.shape[1:]),
+        "labels": BatchField((classes,), np.float32, below=2) if cfg.multi_label else BatchField((), below=classes),
+        **({"segment_ids": whole, "types": whole} if reads_text else {}),
+    }
     return Task(
         {"model": model},
         (Loss("loss", "model", loss),),
         metrics,
-        batch_spec,
+        fields,
         needs="a label of 0 or above",
         summarise=measures.summarise,
     )

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data.contract import BatchField
 from jaxmodels.errors import UserError
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel.rules import REPLICAS
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, Whole, forward, normalised, rows
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, Whole, forward, normalised, numbers, rows, tokens
 
 LARGEST = 100.0
 """Bound of what similarities are multiplied by (Radford et al. 2021, section 2.5)."""
@@ -43,15 +44,14 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         )
 
     def embed(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
-        images, tokens = normalised(batch["images"], data), batch["tokens"]
+        images, texts = normalised(batch["images"], data), batch["tokens"]
         packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-        return forward(("model", model), params, stats, images, tokens, **packed, **how)
+        return forward(("model", model), params, stats, images, texts, **packed, **how)
 
     def score(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Scores, Scores, Params]:
         (seen, read, scale), stats = embed(params, stats, batch, **how)
-        tokens = batch["tokens"]
         counts = rows(batch) > 0
-        others, targets = everywhere(counts), jnp.where(counts, first(len(tokens)) + jnp.arange(len(tokens)), -1)
+        others, targets = everywhere(counts), jnp.where(counts, first(len(counts)) + jnp.arange(len(counts)), -1)
         classes = batch.get("classes")
         same = None if classes is None else others & (classes[:, None] == everywhere(classes)[None])
 
@@ -83,15 +83,19 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         own = {"classes": batch["classes"]} if "classes" in batch else {}
         return {"images": jnp.minimum(scale, LARGEST) * seen, "texts": read, "weight": rows(batch), **own}
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        images, tokens = model.inputs(batch_size, data.seq_len)
-        return {"images": images, "tokens": tokens}
-
+    label = BatchField((), optional=True)
+    fields = {
+        "images": numbers(model.config.input_shape),
+        "tokens": tokens(data, model.config.vocab_size),
+        "segment_ids": tokens(data, optional=True),
+        "labels": label,
+        "classes": label,
+    }
     return Task(
         {"model": model},
         (Loss("loss", "model", loss),),
         metrics,
-        batch_spec,
+        fields,
         needs="a pair, with a label of 0 or above if it has one",
         whole=Whole(keep, retrieval),
     )

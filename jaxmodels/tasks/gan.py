@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data.contract import BatchField
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model, create
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.layers import shard
 from jaxmodels.tasks.losses import gradient_penalty
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward, noise_of, rows
+from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward, noise_of, numbers, rows
 
 SAMPLES = 64
 
@@ -84,8 +84,7 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         on_real, on_fake = (forward(discriminator, params, stats, x)[0] for x in (scale(batch), fake))
         return total({"loss": judged(on_real, on_fake), "generator": fooled(on_fake)}, batch)
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"inputs": jax.ShapeDtypeStruct((batch_size, *config.input_shape), jnp.float32)}
+    fields = {"inputs": numbers(config.input_shape), "labels": BatchField(None, optional=True)}
 
     def samples(params: Params, stats: Params, count: int = SAMPLES) -> jax.Array:
         z = jax.random.normal(jax.random.key(0), (count, config.latents))
@@ -96,4 +95,4 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         Loss("generator", "generator", train_generator),
     )
     needs = "an image, with a label of 0 or above if it has one"
-    return Task(dict((generator, discriminator)), losses, metrics, batch_spec, needs=needs, samples=samples)
+    return Task(dict((generator, discriminator)), losses, metrics, fields, needs=needs, samples=samples)

@@ -12,7 +12,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, perplexity, scored, seeds
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, packed, perplexity, scored, seeds, tokens
 
 
 def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -53,29 +53,28 @@ def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     def score(
         params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
     ) -> tuple[Scores, Params]:
-        tokens = batch["tokens"]
-        free = ~jnp.isin(tokens, jnp.array(cfg.keep, tokens.dtype)) if cfg.keep else jnp.ones(tokens.shape, bool)
+        ids = batch["tokens"]
+        free = ~jnp.isin(ids, jnp.array(cfg.keep, ids.dtype)) if cfg.keep else jnp.ones(ids.shape, bool)
         for name, least in (("segment_ids", 1), ("targets", 0)):
             if name in batch:
                 free &= batch[name] >= least
         if rng is None:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds(tokens))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds(ids))
         else:
             rng, own = jax.random.split(rng)
-            keys = jax.random.split(own, len(tokens))
+            keys = jax.random.split(own, len(ids))
         hide = functools.partial(mask, fraction=cfg.mask_fraction, gap=gap, vocab_size=config.vocab_size)
-        hidden, at, targets = jax.vmap(hide)(keys, tokens, free)
+        hidden, at, targets = jax.vmap(hide)(keys, ids, free)
         given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
         logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
         return cross_entropy(logits, counted(batch, targets), cfg.label_smoothing, cfg.z_loss), stats
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"tokens": jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)}
-
+    fields = {"tokens": tokens(data, config.vocab_size), "targets": tokens(data, config.vocab_size, not data.pack)}
+    fields |= {**packed(data), "types": tokens(data, optional=True)}
     loss, metrics = scored(score)
     needs = "a token that may be taken out: no padding, none of task.keep"
     losses = (Loss("loss", "model", loss),)
-    return Task({"model": model}, losses, metrics, batch_spec, "tokens", needs, perplexity)
+    return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity)
 
 
 def mask(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxmodels.config import DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, perplexity, scored
+from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, perplexity, scored, tokens
 
 
 def seq2seq(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
@@ -35,10 +32,8 @@ def seq2seq(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         targets = counted(batch, batch["targets"])
         return language_cross_entropy(features, output, targets, cfg.label_smoothing, cfg.z_loss), stats
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        rows = jax.ShapeDtypeStruct((batch_size, data.seq_len), jnp.int32)
-        return {"inputs": rows, "tokens": rows, "targets": rows}
-
+    ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True)
+    fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
     loss, metrics = scored(score)
     losses = (Loss("loss", "model", loss),)
-    return Task({"model": model}, losses, metrics, batch_spec, "tokens", "a target of 0 or above", perplexity)
+    return Task({"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity)

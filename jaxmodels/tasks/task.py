@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -9,10 +10,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxmodels.config import DataConfig
-from jaxmodels.errors import UserError
+from jaxmodels.data.contract import BatchField, Contract
 from jaxmodels.models.functional import Model
+from jaxmodels.parallel import rules
 from jaxmodels.tasks.losses import Scores
 
 Params = dict[str, Any]
@@ -65,8 +68,8 @@ class Task:
     losses: tuple[Loss, ...]
     metrics: Callable[[Params, Params, Batch], Sums]
     """Sums over a batch, in evaluation mode."""
-    batch_spec: Callable[[int], dict[str, jax.ShapeDtypeStruct]]
-    """Names, shapes and dtypes of a batch of so many examples."""
+    fields: Contract
+    """What a batch holds."""
     unit: Literal["tokens", "examples"] = "examples"
     """What throughput counts."""
     needs: str = "an example"
@@ -78,6 +81,33 @@ class Task:
     samples: Callable[..., jax.Array] | None = None
     """`samples(params, stats, count=64)`: images (N, H, W, C) in [0, 1] that a generative model makes, of the same
     latents each time."""
+
+    @property
+    def updates(self) -> int:
+        """The most updates of one network in a step, each on its own share of the batch."""
+        return max(loss.updates for loss in self.losses)
+
+    def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch of so many examples, without the fields that it may be without."""
+        return {name: field.rows(rows) for name, field in self.fields.items() if not field.optional}
+
+    def batch_axes(self, name: str, rank: int) -> rules.Names:
+        """The logical axes of a batch's array; of one that the task does not read only the rows have a name."""
+        axes = self.fields[name].axes if name in self.fields else ()
+        return ("batch", *(axes or (None,) * (rank - 1)))
+
+    def shardings(self, mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+        """Where each array of a batch lies; `batch` may be of shapes."""
+        return {name: rules.sharding(mesh, self.batch_axes(name, len(x.shape))) for name, x in batch.items()}
+
+    def lengths(self) -> list[int]:
+        """The lengths of an example's sequences, as far as a batch must have them."""
+        needed = [field for field in self.fields.values() if not field.optional]
+        return [n for field in needed for n, axis in zip(field.shape or (), field.axes, strict=False) if axis == "seq"]
+
+    def units(self, rows: int) -> int:
+        """Tokens or examples of a batch, whichever throughput counts."""
+        return math.prod(self.batch_spec(rows)["tokens"].shape) if self.unit == "tokens" else rows
 
     def init(self, key: jax.Array) -> Params:
         """Initial parameters of each network."""
@@ -132,25 +162,19 @@ def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
 
 
-def check_batch(spec: Mapping[str, jax.ShapeDtypeStruct], batch: Mapping[str, Any]) -> None:
-    """Compare a batch from the data with what the task takes; integers may stand for floats (scaled on the device).
+def tokens(data: DataConfig, below: int | None = None, optional: bool = False) -> BatchField:
+    """Numbers of tokens (T,), or of what goes with each."""
+    return BatchField((data.seq_len,), np.int32, ("seq",), below, optional=optional)
 
-    Raises:
-        UserError: a field is missing or has another shape or kind of dtype.
-    """
-    for name, want in spec.items():
-        if name not in batch:
-            raise UserError(
-                f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data.source "
-                "or --task.name"
-            )
-        got = batch[name]
-        kinds = (got.dtype.kind, np.dtype(want.dtype).kind)
-        if got.shape != want.shape or (kinds[0] != kinds[1] and kinds not in (("u", "f"), ("i", "f"))):
-            raise UserError(
-                f"got {name} of shape {got.shape} {got.dtype} from the data, expected {want.shape} "
-                f"{want.dtype}, try a model whose inputs have the data's shape"
-            )
+
+def packed(data: DataConfig) -> dict[str, BatchField]:
+    """What a row of several texts has beside its tokens; a batch of windows is without it."""
+    return {name: tokens(data, optional=not data.pack) for name in ("segment_ids", "positions")}
+
+
+def numbers(shape: Sequence[int]) -> BatchField:
+    """Numbers of an example or, where it has height, width and channels, pixels, which data have as bytes."""
+    return BatchField(tuple(shape), np.float32, stored=np.uint8 if len(shape) == 3 else None)
 
 
 def floats(x: jax.Array) -> jax.Array:

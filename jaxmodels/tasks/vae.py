@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data.contract import BatchField
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.models.vae import VAEConfig, reparameterise
@@ -26,6 +27,7 @@ from jaxmodels.tasks.task import (
     floats,
     forward,
     noise_of,
+    numbers,
     rows,
     uniform_of,
 )
@@ -95,14 +97,12 @@ def vae(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
         outputs, _ = forward(("model", model), params, stats, latents=z)
         return jax.nn.sigmoid(outputs) if cfg.pixels == "bernoulli" else jnp.clip(outputs, 0, 1)
 
-    def batch_spec(batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {"inputs": model.inputs(batch_size)[0]}
-
+    fields = {"inputs": numbers(model.config.input_shape), "labels": BatchField(None, optional=True)}
     return Task(
         {"model": model},
         (Loss("loss", "model", loss),),
         metrics,
-        batch_spec,
+        fields,
         needs="an image, with a label of 0 or above if it has one",
         summarise=summarise,
         samples=samples,

@@ -23,11 +23,12 @@ import jaxmodels
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.config import Config
+from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
-from jaxmodels.parallel import distributed, hardware, mesh, rules
+from jaxmodels.parallel import distributed, hardware, mesh
 from jaxmodels.tasks import flops
-from jaxmodels.tasks.task import Task, check_batch
+from jaxmodels.tasks.task import Task
 from jaxmodels.train import beginning, directory, evaluate, loop, optim, saved, step
 from jaxmodels.train import state as states
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
@@ -54,7 +55,7 @@ class Experiment:
         """Batches of a split, placed on the mesh."""
         source = self.train_data if split == "train" else self.eval_data
         size = self.cfg.data.batch_size if split == "train" else self.cfg.eval.batch_size or self.cfg.data.batch_size
-        shardings = {name: rules.batch_sharding(self.mesh, x.ndim) for name, x in data.spec(source, size).items()}
+        shardings = self.task.shardings(self.mesh, data.spec(source, size))
         order = data.Order(len(source), size, self.cfg.train.seed)
         return data.Loader(source, order, shardings, prefetch=self.cfg.data.prefetch)
 
@@ -76,7 +77,8 @@ def setup(cfg: Config) -> Experiment:
         UserError: mesh, batch, model, task and data do not fit together.
     """
     sizes = mesh.sizes(cfg.mesh, jax.device_count())
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=updates(cfg))
+    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
+    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
     if cfg.optim.offload and cfg.train.strategy == "pmap":
         raise UserError("got optim.offload with train.strategy pmap, expected jit, try --train.strategy jit")
     if cfg.train.xla and cfg.train.strategy == "pmap":
@@ -84,18 +86,12 @@ def setup(cfg: Config) -> Experiment:
     if cfg.eval.batch_size:
         step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     loop.profile_steps(cfg.profile.steps, cfg.train.steps)
-    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
-    step.check_lengths(sizes, task.batch_spec(cfg.data.batch_size))
+    check_lengths(task.fields, sizes)
     train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
-    check_batch(task.batch_spec(cfg.data.batch_size), data.spec(train_data, cfg.data.batch_size))
+    check_batch(task.fields, data.spec(train_data, cfg.data.batch_size))
     where = mesh.make_mesh(cfg.mesh)
     optimizers, layout = states.compose(cfg, task, where)
     return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
-
-
-def updates(cfg: Config) -> int:
-    """Into how many shares a step's batch is cut, one for each update of a network."""
-    return cfg.task.critic_steps if cfg.task.name == "gan" else 1
 
 
 def train(
@@ -253,8 +249,7 @@ def run_loop(
         last_good=last_good,
         needs=task.needs,
     )
-    spec = data.spec(experiment.train_data, cfg.data.batch_size)
-    clock = Clock(spec["tokens"].size if task.unit == "tokens" else cfg.data.batch_size, task.unit, *speed(experiment))
+    clock = Clock(task.units(cfg.data.batch_size), task.unit, *speed(experiment))
     schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
     return loop.run(
         cfg, take, state, start, progress, hooks, writer, display, clock, lambda now: float(schedule(now)), run

@@ -19,11 +19,12 @@ from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.config import Config, DataConfig, MeshConfig, used
 from jaxmodels.data import idx
+from jaxmodels.data.contract import check_batch
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model, create
-from jaxmodels.parallel import mesh, rules
-from jaxmodels.tasks.task import Task, check_batch, normalised
+from jaxmodels.parallel import mesh
+from jaxmodels.tasks.task import Task, normalised
 from jaxmodels.train import evaluate
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import whole
@@ -194,8 +195,7 @@ class Saved(Run):
         size = self.config.eval.batch_size or self.config.data.batch_size
         if self.config.task.name != "contrastive":  # its loss depends on the batch, that of all others does not
             size = -(-size // where.size) * where.size
-        shapes = data.spec(self.source, size)
-        shardings = {name: rules.batch_sharding(where, x.ndim) for name, x in shapes.items()}
+        shardings = self.task.shardings(where, data.spec(self.source, size))
         order = data.Order(len(self.source), size, self.config.train.seed)
         return data.Loader(self.source, order, shardings, prefetch=self.config.data.prefetch)
 
@@ -235,7 +235,7 @@ def open_run(directory: str | Path, *, best: bool = False, given: Mapping[str, A
         if given:
             raise
         raise UserError(f"{error}, or other data than the run's own with {_instead(section.source)}") from error
-    check_batch(task.batch_spec(section.batch_size), data.spec(source, section.batch_size))
+    check_batch(task.fields, data.spec(source, section.batch_size))
     known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     return Saved(**{**known, "config": cfg}, source=source)
 

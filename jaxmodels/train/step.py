@@ -33,18 +33,21 @@ def measured(metrics: Mapping[str, float]) -> tuple[dict[str, float], bool]:
     return kept, bool(empty)
 
 
-def split(batch: Batch, parts: int) -> Batch:
+def split(task: Task, batch: Batch, parts: int) -> Batch:
     """Shares of a batch, stacked: (B, …) as (parts, B / parts, …)."""
 
-    def one(x: jax.Array) -> jax.Array:
+    def one(name: str, x: jax.Array) -> jax.Array:
+        axes = (None, *task.batch_axes(name, x.ndim))
         # strided, so that each share has rows of every device
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-        return rules.constrain(x, (None, *rules.batch_names(x.ndim - 1)))
+        return rules.constrain(x, axes)
 
-    return jax.tree.map(one, dict(batch))
+    return {name: one(name, x) for name, x in batch.items()}
 
 
-def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate: int) -> tuple[Any, jax.Array, Aux]:
+def gradient(
+    task: Task, loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate: int
+) -> tuple[Any, jax.Array, Aux]:
     """Gradient of the loss's sum, the sum, and what came with it, over `accumulate` microbatches.
 
     Where a step has several passes over the parameters, by microbatches or by a pipeline's ticks, each replica of a
@@ -71,7 +74,7 @@ def gradient(loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate:
             new = (grads, value, aux.weight, aux.sums)
             return (jax.tree.map(jnp.add, sums, new), aux.stats), None
 
-        parts = (split(batch, accumulate), jax.random.split(rng, accumulate))
+        parts = (split(task, batch, accumulate), jax.random.split(rng, accumulate))
         first = jax.tree.map(lambda x: x[0], parts)
         (value, aux), grads = jax.eval_shape(grad, trained, state.stats, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, aux.weight, aux.sums))
@@ -129,7 +132,7 @@ def advance(
         """Params, statistics and optimizer state after one update of a loss's network, and what it measured."""
         params, stats, opt_state = carry
         now = dataclasses.replace(state, params=params, stats=stats)
-        grads, value, aux = gradient(loss, now, batch, rng, accumulate)
+        grads, value, aux = gradient(task, loss, now, batch, rng, accumulate)
         weight, sums, stats = aux.weight, aux.sums, aux.stats
         if across is not None:
             grads, value, weight, sums = jax.lax.psum((grads, value, weight, sums), across)
@@ -145,7 +148,7 @@ def advance(
         if loss.updates == 1:
             carry, (sums, weight, norm) = update(loss, carry, batch, own)
         else:
-            parts = (split(batch, loss.updates), jax.random.split(own, loss.updates))
+            parts = (split(task, batch, loss.updates), jax.random.split(own, loss.updates))
             body = functools.partial(update, loss)
             carry, measured = jax.lax.scan(lambda carry, part, body=body: body(carry, *part), carry, parts)
             sums, weight = jax.tree.map(lambda x: x.sum(0), measured[:2])
@@ -256,20 +259,6 @@ def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, op
         return jax.device_put(state, shardings), metrics
 
     return step
-
-
-def check_lengths(mesh_sizes: Mapping[str, int], batch: Mapping[str, Any]) -> None:
-    """Refuse rows of tokens that the mesh cannot cut; `batch` has shapes, and those (B, T) are of tokens."""
-    axes = rules.table(mesh_sizes)["residual"]
-    parts = rules.shards(mesh_sizes, axes)
-    for name, field in batch.items():
-        if len(field.shape) == 2 and field.shape[1] % parts:
-            # twice the pieces: each device of a causal ring holds two
-            better = max(1, round(field.shape[1] / (2 * parts))) * 2 * parts
-            raise UserError(
-                f"got {name} of {field.shape[1]} tokens, expected a multiple of {parts} "
-                f"(mesh {'*'.join(axes)} = {parts}), try --data.seq-len {better}"
-            )
 
 
 def check(

@@ -332,7 +332,7 @@ def one_step(routing, mesh):
     now = jax.device_put(now, jax.tree.map(lambda leaf: leaf.sharding, layout))
     tokens = np.random.default_rng(0).integers(0, 64, (16, T + 1)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    batch = jax.device_put(batch, rules.batch_sharding(devices, 2))
+    batch = jax.device_put(batch, rules.sharding(devices, ("batch", "seq")))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
     now, metrics = step.build(task, optimizers, devices, layout, rows)(now, batch)
     held = jax.tree.map(lambda x: x.addressable_shards[0].data.size / x.size, now.params["model"])

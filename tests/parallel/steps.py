@@ -50,7 +50,7 @@ def prepare(model, mesh_cfg, **options):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
     rows = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, x.ndim))
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(mesh, ("batch", "seq")))
         for name, x in next(batches()).items()
     }
     return step.build(task, optimizers, mesh, layout, rows, **options), now, mesh
@@ -62,7 +62,7 @@ def measure(model, mesh_cfg, **options):
     found = []
     for batch in batches():
         now, metrics = take(
-            now, {name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in batch.items()}
+            now, {name: jax.device_put(x, rules.sharding(mesh, ("batch", "seq"))) for name, x in batch.items()}
         )
         found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     return np.array(found)

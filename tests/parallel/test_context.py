@@ -11,13 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodels import create
-from jaxmodels.config import MeshConfig
+from jaxmodels import create, tasks
+from jaxmodels.config import DataConfig, MeshConfig, TaskConfig
+from jaxmodels.data.contract import BatchField, check_lengths
 from jaxmodels.errors import UserError
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh, sizes
 from jaxmodels.tasks.losses import FEW
-from jaxmodels.train import step
 from tests.parallel.steps import MODELS, B, T, measure
 from tests.parallel.test_ring import collectives
 
@@ -78,7 +80,7 @@ def backward(cfg):
     model, placed = create("llama", **{**vars(MODELS["llama"]), "remat": "full"}), make_mesh(cfg, jax.devices()[:2])
     where = rules.place(placed, model.axes(), model.shapes())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), where)
-    tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.batch_sharding(placed, 2))
+    tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.sharding(placed, ("batch", "seq")))
     with jax.set_mesh(placed):
         total = jax.jit(jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum()))
         return total.lower(params, tokens).compile().as_text()
@@ -97,14 +99,21 @@ def test_sequence_sharding_gathers_and_keeps_half_of_each_block_s_input():
 def test_fields_of_tokens_are_cut_and_images_are_whole_on_all_devices_of_a_row():
     placed = make_mesh(mesh(data=2, context=4))
     tokens, images = np.zeros((4, 8), np.int32), np.zeros((4, 8, 8, 3), np.float32)
-    held = [jax.device_put(x, rules.batch_sharding(placed, x.ndim)) for x in (tokens, images)]
-    assert [x.addressable_shards[0].data.shape for x in held] == [(2, 2), (2, 8, 8, 3)]
+    data = DataConfig(seq_len=8)
+    text = tasks.build(TaskConfig(), GPT2Config(vocab_size=48, context=8, layers=1, width=8, heads=2), data)
+    image = tasks.build(TaskConfig("classification"), MLPConfig(input_shape=(8, 8, 3), hidden=(4,)), data)
+    vectors = tasks.build(TaskConfig("classification"), MLPConfig(input_shape=(8,), hidden=(4,)), data)
+    held = [
+        jax.device_put(x, task.shardings(placed, {name: x})[name]).addressable_shards[0].data.shape
+        for task, name, x in ((text, "tokens", tokens), (image, "inputs", images), (vectors, "inputs", tokens))
+    ]
+    assert held == [(2, 2), (2, 8, 8, 3), (2, 8)]
 
 
 def test_rows_that_do_not_divide_are_refused_with_a_length_that_does():
-    row = {"tokens": jax.ShapeDtypeStruct((8, 100), np.int32), "inputs": jax.ShapeDtypeStruct((8, 9, 9, 3), np.float32)}
+    row = {"tokens": BatchField((100,), axes=("seq",)), "inputs": BatchField((9, 9, 3)), "vector": BatchField((9,))}
     with pytest.raises(UserError, match=r"tokens of 100 tokens.*multiple of 8 \(mesh context = 8\), try .*-len 96$"):
-        step.check_lengths(sizes(mesh(context=8), 8), row)
-    step.check_lengths(sizes(mesh(context=4, tensor=2), 8), row)
+        check_lengths(row, sizes(mesh(context=8), 8))
+    check_lengths(row, sizes(mesh(context=4, tensor=2), 8))
     with pytest.raises(UserError, match=r"multiple of 8 \(mesh context\*tensor = 8\)"):
-        step.check_lengths(sizes(mesh(context=4, tensor=2, sequence=True), 8), row)
+        check_lengths(row, sizes(mesh(context=4, tensor=2, sequence=True), 8))

@@ -39,13 +39,13 @@ def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="ada
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key, True), out_shardings=shardings)(jax.random.key(0))
     rows = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.batch_sharding(mesh, 2))
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(mesh, ("batch", "seq")))
         for name, x in task.batch_spec(16).items()
     }
     take = step.build(task, optimizers, mesh, layout, rows, strategy=strategy, accumulate=accumulate, ema=0.99)
     losses = []
     for batch in batches():
-        placed = {name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in batch.items()}
+        placed = jax.device_put(batch, task.shardings(mesh, batch))
         now, metrics = take(now, placed)
         losses.append(float(metrics["loss"]))
     return np.array(losses), now, layout

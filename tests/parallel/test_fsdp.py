@@ -32,7 +32,7 @@ def compiled(model, mesh):
     axes, shapes = model.axes(), model.shapes()
     placed = rules.place(mesh, axes, shapes)
     params = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
-    tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=rules.batch_sharding(mesh, 2))
+    tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=rules.sharding(mesh, ("batch", "seq")))
     with jax.set_mesh(mesh):
         gradients = jax.jit(jax.grad(lambda p, t: model.apply(p, t).sum()), out_shardings=placed)
         return gradients.lower(params, tokens).compile(), shapes

@@ -166,7 +166,7 @@ def compiled(cfg, **changes):
     model, placed = create(dataclasses.replace(MODELS["gpt2"], attention="xla", **changes)), place(cfg)
     where = rules.place(placed, model.axes(), model.shapes())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), where)
-    tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.batch_sharding(placed, 2))
+    tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.sharding(placed, ("batch", "seq")))
     with jax.set_mesh(placed):
         total = jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum())
         return jax.jit(total, out_shardings=where).lower(params, tokens).compile()

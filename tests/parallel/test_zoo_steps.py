@@ -6,7 +6,6 @@ import pytest
 
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train import optim, state, step
 from tests.zoo import ZOO, B, T, fill
@@ -27,9 +26,8 @@ def train(name, mesh_cfg, devices, **options):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
     before = jax.tree.map(np.asarray, now.params)
-    batch = {
-        field: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for field, x in fill(task.batch_spec(B)).items()
-    }
+    batch = fill(task.batch_spec(B))
+    batch = jax.device_put(batch, task.shardings(mesh, batch))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
     now, metrics = step.build(task, optimizers, mesh, layout, rows, **options)(now, batch)
     held = {

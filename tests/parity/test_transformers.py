@@ -11,7 +11,6 @@ import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
 from jaxmodels.models import layers
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.task import Loss, Task, forward, scored
@@ -168,9 +167,8 @@ def train_ours(reference, model, params, lr, decay):
     take = step.build(task, optimizers, mesh, layout, rows)
     losses, norms = [], []
     for batch in batches(reference):
-        placed = {
-            name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in zip(names, batch, strict=True)
-        }
+        placed = dict(zip(names, batch, strict=True))
+        placed = jax.device_put(placed, task.shardings(mesh, placed))
         now, metrics = take(now, placed)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))

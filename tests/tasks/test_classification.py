@@ -12,7 +12,6 @@ from jaxmodels.config import DataConfig, MeshConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.classification import blend
 from jaxmodels.tasks.losses import cross_entropy
@@ -90,7 +89,7 @@ def test_blends_on_eight_devices_are_those_on_one(kind):
     found = []
     for devices in (1, 8):
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        rows = {name: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for name, x in batch().items()}
+        rows = jax.device_put(batch(), task.shardings(mesh, batch()))
         with jax.set_mesh(mesh):
             grad = jax.jit(jax.value_and_grad(task.losses[0].fn, has_aux=True))
             found.append(jax.tree.map(np.asarray, grad(params, {}, rows, jax.random.key(1))))

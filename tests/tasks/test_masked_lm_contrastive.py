@@ -18,7 +18,6 @@ from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.models.vit import ViTConfig
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.masked_lm import mask
@@ -307,7 +306,7 @@ def train(name, mesh_cfg, devices, strategy="jit"):
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
     before = jax.tree.map(np.asarray, now.params)
     batch = padded() if name == "masked_lm" else synthetic(cfg.name, config)
-    batch = {field: jax.device_put(x, rules.batch_sharding(mesh, x.ndim)) for field, x in batch.items()}
+    batch = jax.device_put(batch, task.shardings(mesh, batch))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
     now, metrics = step.build(task, optimizers, mesh, layout, rows, strategy=strategy)(now, batch)
     after = jax.tree.map(np.asarray, now.params)

@@ -95,7 +95,7 @@ def train(model, mesh_cfg, devices, steps=2):
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
-    placed = rules.batch_sharding(mesh, 2)
+    placed = rules.sharding(mesh, ("batch", "seq"))
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for name, x in batch().items()}
     take = step.build(task, optimizers, mesh, layout, rows)
     found = []

@@ -14,7 +14,6 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.vae import VAEConfig
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl, gradient_penalty
 from jaxmodels.tasks.task import noise_of, uniform_of
@@ -157,11 +156,11 @@ def train(name, mesh_cfg, devices, steps=3):
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
     first = jax.tree.map(np.asarray, now.params)
 
-    def place(x):
-        return jax.device_put(x, rules.batch_sharding(mesh, x.ndim))
+    def place(batch):
+        return jax.device_put(batch, task.shardings(mesh, batch))
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                            jax.tree.map(place, batch()))  # fmt: skip
+                            place(batch()))  # fmt: skip
     take = step.build(task, optimizers, mesh, layout, abstract)
     seen = []
     for seed in range(steps):

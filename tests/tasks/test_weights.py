@@ -30,7 +30,6 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train import evaluate, optim, state, step
 from jaxmodels.train import run as runs
@@ -79,7 +78,7 @@ def test_metrics_do_not_depend_on_the_size_of_an_evaluation_s_batches(name):
     source = Rows({**examples(task, name), "group": np.arange(N, dtype=np.int32) % 2}, split="eval", label="examples",
                   groups=("a", "b"))  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    shardings = {field: rules.batch_sharding(mesh, x.ndim) for field, x in source.arrays.items()}
+    shardings = task.shardings(mesh, source.arrays)
     measure = evaluate.build(task, mesh, groups=source.groups)
     found = [measure(params, stats, Loader(source, Order(N, size, 0), shardings).once()) for size in (5, 4)]
     assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-4)
@@ -92,7 +91,7 @@ def test_an_evaluation_of_pairs_compares_each_with_all_of_the_set():
     task, params, stats = built("contrastive")
     batch = examples(task, "contrastive")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    shardings = {field: rules.batch_sharding(mesh, x.ndim) for field, x in batch.items()}
+    shardings = task.shardings(mesh, batch)
     source = Rows(batch, split="eval", label="pairs")
     found = evaluate.build(task, mesh)(params, stats, Loader(source, Order(N, 3, 0), shardings).once())
     for name, (total, count) in task.metrics(params, stats, batch).items():

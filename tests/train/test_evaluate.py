@@ -25,7 +25,6 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.vae import VAEConfig
-from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.metrics import inception_score
 from jaxmodels.train import evaluate, judge, saved
@@ -55,7 +54,7 @@ def classifier():
 def measured(classifier, source, size=50, devices=1):
     task, params = classifier
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    shardings = {name: rules.batch_sharding(mesh, x.ndim) for name, x in source.arrays.items()}
+    shardings = task.shardings(mesh, source.arrays)
     measure = evaluate.build(task, mesh, classes="abcdefg", groups=source.groups)
     return measure(params, {}, Loader(source, Order(N, size, 0), shardings).once())
 

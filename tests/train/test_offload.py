@@ -29,7 +29,7 @@ def train(offload, steps=3):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
-    batch = jax.device_put({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}, rules.batch_sharding(mesh, 2))
+    batch = jax.device_put({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}, rules.sharding(mesh, ("batch", "seq")))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
     take = step.build(task, optimizers, mesh, layout, rows, offload=offload)
     for _ in range(steps):

@@ -1,0 +1,82 @@
+"""What a task says of the batches that it takes: each array's shape, dtype, logical axes and bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmodels.errors import UserError
+from jaxmodels.parallel import rules
+
+
+@dataclass(frozen=True)
+class BatchField:
+    """One array of a batch. Its first dimension is the batch's rows, which are cut over the mesh."""
+
+    shape: tuple[int, ...] | None
+    """Shape of one example; None where any will do."""
+    dtype: Any = np.int32
+    axes: rules.Names = ()
+    """Logical axes of an example's dimensions, as in `parallel.rules` ("seq": a sequence's tokens); without any, every
+    device of a row holds the whole example."""
+    below: int | None = None
+    """How many things there are that its numbers count: tokens of a vocabulary, classes."""
+    stored: Any = None
+    """The dtype in which data have it, where it is another one: bytes of images, which stand for [0, 1]."""
+    optional: bool = False
+    """Whether a batch may be without it."""
+
+    def rows(self, count: int) -> jax.ShapeDtypeStruct:
+        """The array for so many examples."""
+        return jax.ShapeDtypeStruct((count, *(self.shape or ())), self.dtype)
+
+
+Contract = Mapping[str, BatchField]
+"""A batch's fields by name. A batch may have others, such as the `group` of each row: their rows alone are cut."""
+
+
+def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
+    """Compare a batch from the data with what the task takes; whole numbers may stand for floats.
+
+    Raises:
+        UserError: a field is missing or has another shape or kind of dtype.
+    """
+    for name, want in fields.items():
+        if name not in batch:
+            if want.optional:
+                continue
+            raise UserError(
+                f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data.source "
+                "or --task.name"
+            )
+        got = batch[name]
+        kinds = (got.dtype.kind, np.dtype(want.dtype).kind)
+        wrong = kinds[0] != kinds[1] and kinds not in (("u", "f"), ("i", "f"))
+        if want.shape is not None and (got.shape[1:] != want.shape or wrong):
+            expected = want.rows(got.shape[0])
+            raise UserError(
+                f"got {name} of shape {got.shape} {got.dtype} from the data, expected {expected.shape} "
+                f"{expected.dtype}, try a model whose inputs have the data's shape"
+            )
+
+
+def check_lengths(fields: Contract, mesh_sizes: Mapping[str, int]) -> None:
+    """Refuse sequences that the mesh cannot cut into equal pieces.
+
+    Raises:
+        UserError: there is such a field.
+    """
+    axes = rules.table(mesh_sizes)["residual"]
+    parts = rules.shards(mesh_sizes, axes)
+    for name, field in fields.items():
+        for size in (n for n, axis in zip(field.shape or (), field.axes, strict=False) if axis == "seq" and n % parts):
+            # twice the pieces: each device of a causal ring holds two
+            better = max(1, round(size / (2 * parts))) * 2 * parts
+            raise UserError(
+                f"got {name} of {size} tokens, expected a multiple of {parts} "
+                f"(mesh {'*'.join(axes)} = {parts}), try --data.seq-len {better}"
+            )
