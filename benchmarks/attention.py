@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.models.attention import attention, choose, describe, platform
+from jaxmodels.models.attention import attention, choose, describe
 from jaxmodels.models.kernels.contract import CONTRACT, Call, absence, refusal
+from jaxmodels.parallel.platform import platform
 
 Array = jax.Array
 

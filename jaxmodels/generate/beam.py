@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 
 
 class Decoded(NamedTuple):

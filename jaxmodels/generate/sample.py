@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 
 How = tuple[float, int | None, float]
 """Temperature, top_k, top_p: known when the loop is compiled."""

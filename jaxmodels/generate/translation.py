@@ -11,7 +11,7 @@ import numpy as np
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 from jaxmodels.generate.beam import decode
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 
 MULTIPLE = 8
 """Sources are padded to a multiple of so many tokens, so that few programs are compiled."""

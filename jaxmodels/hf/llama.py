@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxmodels.errors import UserError
 from jaxmodels.hf.table import Format, Settings, Weight
-from jaxmodels.models.attention import RopeScaling
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.rotary import RopeScaling
 
 _MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 _QWEN = {

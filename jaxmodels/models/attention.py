@@ -1,6 +1,5 @@
-"""One attention over all kernels: each equals the reference or refuses, and `auto` says which it took.
+"""One attention over all kernels: each equals the reference or refuses, and `auto` logs which one it took.
 
-Around it what all transformers share: the projections of `MultiHead`, and rotary positions.
 Dims: B batch, T queries, S keys, H heads, G heads of keys and values, K head size, D width.
 """
 
@@ -12,21 +11,17 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.fields import Dim, Positive, Section
-from jaxmodels.models import layers
-from jaxmodels.models.decoding import Context, KeyValues, update
 from jaxmodels.models.kernels import partition, xla
 from jaxmodels.models.kernels.contract import ACROSS, KERNELS, Call, absence, refusal
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.parallel import rules
+from jaxmodels.parallel.platform import platform
 
 Array = jax.Array
 FUSED = ("cudnn", "splash", "tokamax")
@@ -35,119 +30,6 @@ SHORT = 48
 """Below so many queries or keys one pass is as fast as blocks on CPU, forward and backward."""
 
 log = logging.getLogger("jaxmodels")
-
-
-class MultiHead(nn.Module):
-    """Attention between projections of x (B, T, D), with grouped heads, rotary positions and QK-norm where asked for.
-
-    Keys and values come from `memory` (B, S, D'), or from x where there is none. Returns (B, T, D) and the new cache,
-    which with memory is its keys and values: given as `memory` of a later call, they are not computed again.
-    Source: Vaswani et al. 2017; grouped heads, Ainslie et al. 2023; QK-norm as in Qwen3: before the rotation, over
-    each head.
-    """
-
-    heads: int
-    head_dim: int
-    kv_heads: int | None = None
-    causal: bool = False
-    window: int | None = None
-    scale: float | None = None
-    bias: bool = True
-    """Whether the projections of queries, keys and values have one."""
-    out_bias: bool = True
-    norm_eps: float | None = None
-    """RMSNorm of queries and keys with this eps; None: none."""
-    dropout: float = 0.0
-    train: bool = False
-    initializers: tuple[layers.Init, ...] = (layers.normal(0.02),) * 4
-    """Of q, k, v and o."""
-    dtype: str = "float32"
-    kernel: str = "auto"
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        ctx: Context,
-        kv: KeyValues | None = None,
-        *,
-        memory: Array | KeyValues | None = None,
-        frequencies: Array | None = None,
-        bias: Array | None = None,
-    ) -> tuple[Array, KeyValues | None]:
-        """`frequencies` turn on rotary positions; `bias` is added to the scores, (1 or B, H, T, S)."""
-
-        def project(name: str, source: Array) -> Array:
-            heads, axis = (self.heads, "heads") if name == "q" or not self.kv_heads else (self.kv_heads, "kv_heads")
-            init = self.initializers["qkv".index(name)]
-            linear = layers.Linear(
-                (heads, self.head_dim), ("embed", axis, "head_dim"), self.bias, init, self.dtype, name=name
-            )
-            return layers.shard(linear(source), "batch", "seq", axis, None)
-
-        def compare(name: str, source: Array) -> Array:
-            y = project(name, source)
-            if self.norm_eps is not None:
-                y = layers.RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
-            return y if frequencies is None else rotate(y, ctx.positions, frequencies)
-
-        q = compare("q", x)
-        if isinstance(memory, dict):
-            k, v = memory["k"], memory["v"]
-        else:
-            source = x if memory is None else memory
-            k, v = compare("k", source), project("v", source)
-        k, v, kv = update(kv, k, v, ctx) if memory is None else (k, v, {"k": k, "v": v})
-        dropping = self.train and self.dropout > 0
-        y = attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window=self.window,
-            bias=bias,
-            scale=self.scale,
-            dropout=self.dropout if dropping else 0.0,
-            rng=self.make_rng("dropout") if dropping else None,
-            kernel=self.kernel,
-            **ctx.masks(),
-        )
-        y = layers.shard(y, "batch", "seq", "heads", None)  # so is its gradient
-        axes, init = ("heads", "head_dim", "embed"), self.initializers[3]
-        return layers.Linear(x.shape[-1:], axes, self.out_bias, init, self.dtype, name="o")(y), kv
-
-
-@dataclass(frozen=True)
-class RopeScaling(Section, section="model.rope_scaling"):
-    """Llama 3.1's stretch of slow rotations, as published in its reference code (`apply_scaling`)."""
-
-    factor: Positive = 1.0
-    """Low frequencies are divided by this; 1 leaves them as they are."""
-    low_freq_factor: Positive = 1.0
-    """Wavelengths above `original_context` / this are scaled in full."""
-    high_freq_factor: Positive = 4.0
-    """Wavelengths below `original_context` / this are left alone."""
-    original_context: Dim = 8192
-    """The context of pre-training before the stretch."""
-
-
-def rotary_frequencies(size: int, theta: float, scaling: RopeScaling = RopeScaling()) -> Array:
-    """Angle per position of each pair of dimensions, (K/2,) float32."""
-    freq = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if scaling.factor == 1.0:
-        return freq
-    turns = scaling.original_context * freq / (2 * math.pi)  # rotations within the original context
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = jnp.clip(smooth, 0.0, 1.0)
-    return smooth * freq + (1 - smooth) * freq / scaling.factor
-
-
-def rotate(x: Array, positions: Array, freq: Array) -> Array:
-    """Rotary positions (Su et al. 2021) on x (B, T, H, K), pairing dimension i with i + K/2."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * freq
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def attention(
@@ -273,16 +155,6 @@ def describe(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     cut = rules.pieces("seq"), rules.pieces("heads")
     return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0, *cut)
-
-
-def platform() -> str:
-    """cpu, gpu or tpu: what the ambient mesh is made of (also when compiling for it elsewhere), else the default."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    kind = str(getattr(device, "platform", None) or getattr(device, "device_kind", "")).lower()
-    for name, signs in {"tpu": ("tpu",), "gpu": ("gpu", "cuda", "rocm", "nvidia", "amd"), "cpu": ("cpu",)}.items():
-        if any(sign in kind for sign in signs):
-            return name
-    return jax.default_backend()
 
 
 def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:

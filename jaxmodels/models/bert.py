@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Dropped, Positive, Section
 from jaxmodels.models import layers
-from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.checks import divide
 from jaxmodels.models.decoding import Context, KeyValues
-from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
+from jaxmodels.models.families import register
+from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from jaxmodels.fields import Depth, Dim, Natural, Positive, Section, Shape
 from jaxmodels.models import layers
-from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.checks import check_patches, check_shape, divide
 from jaxmodels.models.decoding import Context
-from jaxmodels.models.functional import Attention, Dtype, Family, Remat, check_patches, check_shape, divide, register
+from jaxmodels.models.families import register
+from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
 @dataclass(frozen=True)

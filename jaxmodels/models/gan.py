@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Dim, Range, Section, Shape
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, halvings, register
+from jaxmodels.models.checks import halvings
+from jaxmodels.models.families import register
+from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from jaxmodels.fields import Depth, Dim, Dropped, Section
 from jaxmodels.models import layers
-from jaxmodels.models.attention import MultiHead
+from jaxmodels.models.checks import divide
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
-from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
+from jaxmodels.models.families import register
+from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Positive, Section
 from jaxmodels.models import layers
-from jaxmodels.models.attention import MultiHead, RopeScaling, rotary_frequencies
+from jaxmodels.models.checks import divide
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
-from jaxmodels.models.functional import Attention, Dtype, Family, Remat, divide, register
+from jaxmodels.models.families import register
+from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.model import Attention, Dtype, Family, Remat
+from jaxmodels.models.rotary import RopeScaling, rotary_frequencies
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Dropped, Section
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, Params, register
+from jaxmodels.models.families import register
+from jaxmodels.models.model import Dtype, Family, Params
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jaxmodels.fields import Dim, Dropped, Section
 from jaxmodels.models import layers
-from jaxmodels.models.functional import Dtype, Family, check_shape, register
+from jaxmodels.models.checks import check_shape
+from jaxmodels.models.families import register
+from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)

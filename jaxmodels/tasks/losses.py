@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.models.attention import platform
 from jaxmodels.models.layers import shard
+from jaxmodels.parallel.platform import platform
 from jaxmodels.parallel.rules import add_up, apart, gather, pieces
 
 FEW = 2048

@@ -16,8 +16,9 @@ import pytest
 
 import jaxmodels.models.attention as module
 from jaxmodels.errors import UserError
-from jaxmodels.models.attention import attention, choose, platform
+from jaxmodels.models.attention import attention, choose
 from jaxmodels.models.kernels.contract import Call
+from jaxmodels.parallel.platform import platform
 
 B, H, K = 2, 4, 16
 

@@ -12,9 +12,9 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.models import flops
-from jaxmodels.models.attention import RopeScaling, rotary_frequencies, rotate
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.rotary import RopeScaling, rotary_frequencies, rotate
 
 # at these shapes LLVM's optimisations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

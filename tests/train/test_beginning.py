@@ -23,11 +23,11 @@ from jaxmodels.config import (
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
 from jaxmodels.hf.save import save_pretrained
-from jaxmodels.models.attention import RopeScaling
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.functional import family
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.models.rotary import RopeScaling
 from jaxmodels.models.vit import ViTConfig
 from jaxmodels.train import beginning
 from jaxmodels.train import run as runs

@@ -1,0 +1,96 @@
+"""Attention as a layer of a network: projections to heads and back, rotary positions and the cache around it.
+
+Dims: B batch, T queries, S keys, H heads, G heads of keys and values, K head size, D width.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from jaxmodels.models import layers
+from jaxmodels.models.attention import attention
+from jaxmodels.models.decoding import Context, KeyValues, update
+from jaxmodels.models.rotary import rotate
+
+Array = jax.Array
+
+
+class MultiHead(nn.Module):
+    """Attention between projections of x (B, T, D), with grouped heads, rotary positions and QK-norm where asked for.
+
+    Keys and values come from `memory` (B, S, D'), or from x where there is none. Returns (B, T, D) and the new cache,
+    which with memory is its keys and values: given as `memory` of a later call, they are not computed again.
+    Source: Vaswani et al. 2017; grouped heads, Ainslie et al. 2023; QK-norm as in Qwen3: before the rotation, over
+    each head.
+    """
+
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    causal: bool = False
+    window: int | None = None
+    scale: float | None = None
+    bias: bool = True
+    """Whether the projections of queries, keys and values have one."""
+    out_bias: bool = True
+    norm_eps: float | None = None
+    """RMSNorm of queries and keys with this eps; None: none."""
+    dropout: float = 0.0
+    train: bool = False
+    initializers: tuple[layers.Init, ...] = (layers.normal(0.02),) * 4
+    """Of q, k, v and o."""
+    dtype: str = "float32"
+    kernel: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        ctx: Context,
+        kv: KeyValues | None = None,
+        *,
+        memory: Array | KeyValues | None = None,
+        frequencies: Array | None = None,
+        bias: Array | None = None,
+    ) -> tuple[Array, KeyValues | None]:
+        """`frequencies` turn on rotary positions; `bias` is added to the scores, (1 or B, H, T, S)."""
+
+        def project(name: str, source: Array) -> Array:
+            heads, axis = (self.heads, "heads") if name == "q" or not self.kv_heads else (self.kv_heads, "kv_heads")
+            init = self.initializers["qkv".index(name)]
+            linear = layers.Linear(
+                (heads, self.head_dim), ("embed", axis, "head_dim"), self.bias, init, self.dtype, name=name
+            )
+            return layers.shard(linear(source), "batch", "seq", axis, None)
+
+        def compare(name: str, source: Array) -> Array:
+            y = project(name, source)
+            if self.norm_eps is not None:
+                y = layers.RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
+            return y if frequencies is None else rotate(y, ctx.positions, frequencies)
+
+        q = compare("q", x)
+        if isinstance(memory, dict):
+            k, v = memory["k"], memory["v"]
+        else:
+            source = x if memory is None else memory
+            k, v = compare("k", source), project("v", source)
+        k, v, kv = update(kv, k, v, ctx) if memory is None else (k, v, {"k": k, "v": v})
+        dropping = self.train and self.dropout > 0
+        y = attention(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            window=self.window,
+            bias=bias,
+            scale=self.scale,
+            dropout=self.dropout if dropping else 0.0,
+            rng=self.make_rng("dropout") if dropping else None,
+            kernel=self.kernel,
+            **ctx.masks(),
+        )
+        y = layers.shard(y, "batch", "seq", "heads", None)  # so is its gradient
+        axes, init = ("heads", "head_dim", "embed"), self.initializers[3]
+        return layers.Linear(x.shape[-1:], axes, self.out_bias, init, self.dtype, name="o")(y), kv

@@ -1,0 +1,197 @@
+"""A model as pure functions over a plain dict of arrays, and what a family states so that one can be made.
+
+Flax stays behind this file: a family writes a Linen module, `functional` turns it into a `Model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmodels.errors import UserError
+from jaxmodels.models.kernels import quantized as quantization
+
+Params = dict[str, Any]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash", "tokamax", "ring", "ulysses"]
+Inputs = tuple[jax.ShapeDtypeStruct, ...]
+"""Shapes and dtypes of what `apply` takes."""
+
+
+class Apply(Protocol):
+    """`apply(params, *inputs)`, with what a family takes beyond these keywords in `options`."""
+
+    def __call__(
+        self,
+        params: Params,
+        *inputs: Any,
+        stats: Params | None = None,
+        rng: jax.Array | None = None,
+        **options: Any,
+    ) -> Any:
+        """The outputs; `(outputs, new stats or cache)` where `stats=` or `cache=` is given.
+
+        `train=True` turns on dropout, whose key `rng` is; `head=False` gives features in place of logits.
+        """
+        ...
+
+
+class InputShapes(Protocol):
+    """Shapes and dtypes of what `apply` takes; a model of images ignores the length."""
+
+    def __call__(self, batch: int, length: int = 8) -> Inputs: ...
+
+
+class EmptyCache(Protocol):
+    """An empty key-value cache of this many rows, each with room for `length` tokens."""
+
+    def __call__(self, batch: int, length: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """Pure functions, and the config that they came from.
+
+    `init(key)` makes parameters; `apply` computes outputs; `axes()` names the logical axes of each parameter. Batch
+    statistics and the key-value cache are explicit: given as `stats=` or `cache=`, apply returns
+    `(outputs, new stats or cache)`. `stats()` and `cache(batch, length)` make the initial ones; a model without batch
+    statistics has an empty tree.
+    """
+
+    config: Any
+    init: Callable[[jax.Array], Params]
+    apply: Apply
+    axes: Callable[[], Params]
+    """The tree of params with logical axis names for arrays."""
+    shapes: Callable[[], Params]
+    """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
+    stats: Callable[[], Params]
+    cache: EmptyCache
+    inputs: InputShapes
+    unembedding: Callable[[Params], jax.Array] | None = None
+    """The output layer (V, D) of a language model, for losses that never hold all logits."""
+    longest: int | None = None
+    """The most tokens `apply` takes; None: no limit."""
+    auxiliary: bool = False
+    """Whether `apply(..., auxiliary=True)` gives `(outputs, {name: loss})`: weighted losses to add to the mean."""
+
+    def count(self) -> int:
+        """Number of parameters, from shapes alone."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family states: its config class, its network, and its published presets."""
+
+    name: str
+    config: type
+    network: Callable[[Any], nn.Module]
+    """The Linen module for a config."""
+    inputs: Callable[[Any, int, int], Inputs]
+    """(config, batch, length) -> what `apply` takes."""
+    presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Published configs by name."""
+    cache: Callable[[Any, int, int], dict[str, Any]] | None = None
+    """(config, batch, length) -> an empty cache, for a family that decodes."""
+    unembedding: Callable[[Any, Params], jax.Array] | None = None
+    """(config, params) -> the output layer (V, D), for a language model."""
+    longest: Callable[[Any], int] | None = None
+    """The most tokens that a config's model takes, where there is a limit."""
+    auxiliary: bool = False
+    """Whether `apply` takes `auxiliary=True`, as `Model.auxiliary` says."""
+
+
+def functional(config: Any, family: Family) -> Model:
+    """The pure functions of a family's network."""
+    module = family.network(config)
+
+    def inputs(batch: int, length: int = 8) -> Inputs:
+        return family.inputs(config, batch, length)
+
+    def variables(key: jax.Array) -> dict[str, Any]:
+        # one example, zeros: initial values depend on shapes alone
+        made: Any = module.init({"params": key}, *(jnp.zeros(x.shape, x.dtype) for x in inputs(1)))
+        return made
+
+    @functools.cache
+    def boxed() -> dict[str, Any]:
+        return jax.eval_shape(lambda: variables(jax.random.key(0)))
+
+    def init(key: jax.Array) -> Params:
+        return nn.unbox(variables(key))["params"]
+
+    def axes() -> Params:
+        def names(leaf: Any) -> tuple[str | None, ...]:
+            return leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+
+        return jax.tree.map(names, boxed()["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+    def shapes() -> Params:
+        return nn.unbox(boxed())["params"]
+
+    def stats() -> Params:
+        if "stats" not in boxed():
+            return {}
+        # compiled, so that the parameters beside them are never made
+        return jax.jit(lambda: nn.unbox(variables(jax.random.key(0)))["stats"])()
+
+    def cache(batch: int, length: int) -> dict[str, Any]:
+        if family.cache is None:
+            raise UserError(f"got a key-value cache for {family.name}, expected a model that decodes")
+        return family.cache(config, batch, length)
+
+    def apply(
+        params: Params, *inputs: Any, stats: Params | None = None, rng: jax.Array | None = None, **options: Any
+    ) -> Any:
+        rngs = None if rng is None else {"dropout": rng, "latent": jax.random.fold_in(rng, 1)}
+        if stats is None:
+            return module.apply({"params": params}, *inputs, rngs=rngs, **options)
+        given = {"params": params, "stats": stats}
+        out, updated = module.apply(given, *inputs, rngs=rngs, mutable=["stats"], **options)
+        return out, updated.get("stats", {})
+
+    unembedding = family.unembedding
+    return Model(
+        config,
+        init,
+        apply,
+        axes,
+        shapes,
+        stats,
+        cache,
+        inputs,
+        None if unembedding is None else lambda params: unembedding(config, params),
+        None if family.longest is None else family.longest(config),
+        family.auxiliary,
+    )
+
+
+def quantized(model: Model, rule: quantization.Rule) -> Model:
+    """The model with its products with weights in eight bits, as far as the rule says; parameters stay float32.
+
+    Raises:
+        UserError: the rule covers none of its products.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    weights = [[name for name in axes if name != "layers"] for path, axes in leaves if path[-1].key == "w"]
+    if not any(rule.covers(axes) for axes in weights if len(axes) > 1):
+        raise UserError(
+            f"got quantization to {rule.kind} for {type(model.config).__name__}, expected a model with weights of the "
+            f"axes {', '.join(rule.axes)} alone, try --train.quantize none"
+        )
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        with quantization.ambient(rule):
+            return model.apply(*args, **kwargs)
+
+    return dataclasses.replace(model, apply=apply)
