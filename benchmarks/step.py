@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import record
+from jaxmodels.commands.options import NoOptions, configured
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.options import NoOptions, configured
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.commands.options import NoOptions, configured
 from jaxmodels.config import Config
-from jaxmodels.options import NoOptions, configured
 
 Run = Callable[[int], Any]
 

@@ -1,4 +1,4 @@
-"""The command line: `jaxmodels train|eval|tune|plan|predict|sample|models|report|import|export|data|config`.
+"""The command line: it finds the command, and ends with one line and an exit code whatever happens.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
 """
@@ -16,26 +16,13 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
+from jaxmodels import commands
 from jaxmodels.errors import UserError, nearest, printable
-from jaxmodels.options import InspectOptions, PlanOptions, PrepareOptions, RunOptions, TuneOptions, configured, parse
 
-COMMANDS = {
-    "train": "train CONFIG.py [--run-dir DIR] [--resume auto|must|never] [--section.field value ...]",
-    "eval": "eval RUN [--split SPLIT] [--json FILE]          metrics of a run on held-out data",
-    "tune": "tune CONFIG.py --space FIELD=LOW:HIGH ... [--trials N] [--workers N]          search for good fields",
-    "plan": "plan CONFIG.py --on h100:4x8,v5e:16x16,… [--search|--scaling]          a job on hardware not here",
-    "predict": "predict RUN FILE...|- [--best]          labels, texts or translations of new records, as JSON lines",
-    "sample": "sample RUN [--prompt TEXT] [--tokens N] [--seed N]          text from a run",
-    "models": "models [NAME]          families and presets, or one model's tree of parameters",
-    "report": "report RUN [RUN ...] [--out DIR] [--best]          a page of curves and pictures of runs",
-    "import": "import DIR --out RUN          a run from weights in Hugging Face's format",
-    "export": "export RUN DIR [--best]          a run's weights in Hugging Face's format",
-    "data": "data inspect|prepare|clean|train-tokenizer          what the model will see; texts made fit to train on",
-    "config": "config explain|diff          where a field's value comes from; how two runs differ",
-}
+HELP = ("-h", "--help")
 
 
 def process() -> NoReturn:
@@ -175,11 +162,10 @@ def _reader_left() -> bool:
 
 def dispatch(argv: list[str]) -> int:
     """Find the command and run it."""
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         print(
-            "usage: jaxmodels COMMAND [--help] [--traceback]; jaxmodels --version\n\n  "
-            + "\n  ".join(COMMANDS.values())
-            + "\n\n"
+            "usage: jaxmodels COMMAND [--help] [--traceback]; jaxmodels --version\n\n"
+            f"{commands.listed()}\n\n"
             "exit codes: 0 done, 2 a mistake in what was asked, 75 stopped but saved (run it again), 1 anything else"
         )
         return 0
@@ -189,93 +175,17 @@ def dispatch(argv: list[str]) -> int:
 
         print(f"jaxmodels {__version__}")
         return 0
-    if name not in COMMANDS:
-        raise UserError(f"got command {name!r}, expected one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
-    if name in ("train", "tune", "plan"):
-        return {"train": train, "tune": tune, "plan": plan}[name](rest)
-    from jaxmodels import commands
-
-    groups: dict[str, dict[str, Callable[..., Any]]] = {
-        "data": {"inspect": inspect, "prepare": prepare, "clean": clean, "train-tokenizer": commands.train_tokenizer},
-        "config": {"explain": commands.config_explain, "diff": commands.config_diff},
-    }
-    if name not in groups:
-        if name in ("import", "export"):
-            from jaxmodels.hf import commands as weights
-
-            function = weights.import_run if name == "import" else weights.export_run
-        elif name == "predict":
-            from jaxmodels import predict
-
-            function = predict.predict
-        elif name == "report":
-            from jaxmodels.report import command
-
-            function = command.report
-        else:
-            function = {"eval": commands.evaluate, "sample": commands.sample, "models": commands.models}[name]
-        return parse(function, rest, f"jaxmodels {name}") or 0
-    known = groups[name]
-    if not rest or rest[0] in ("-h", "--help"):
-        print(f"usage: jaxmodels {name} {'|'.join(known)} [--help]")
-        return 0
-    if rest[0] not in known:
-        raise UserError(f"got jaxmodels {name} {rest[0]}, expected one of {', '.join(known)}{nearest(rest[0], known)}")
-    function = known[rest[0]]
-    if function in (inspect, prepare, clean):
-        return function(rest[1:])
-    return parse(function, rest[1:], f"jaxmodels {name} {rest[0]}") or 0
-
-
-def train(argv: list[str]) -> int:
-    """`jaxmodels train CONFIG.py`."""
-    cfg, where = configured(argv, "jaxmodels train", RunOptions)
-    from jaxmodels import commands
-
-    return commands.train(cfg, where, argv[0], argv[1:])
-
-
-def tune(argv: list[str]) -> int:
-    """`jaxmodels tune CONFIG.py --space …`."""
-    cfg, options = configured(argv, "jaxmodels tune", TuneOptions)
-    from jaxmodels import commands
-
-    commands.tune(cfg, options, argv[0], argv)
-    return 0
-
-
-def plan(argv: list[str]) -> int:
-    """`jaxmodels plan CONFIG.py --on …`."""
-    cfg, options = configured(argv, "jaxmodels plan", PlanOptions)
-    import jax
-
-    from jaxmodels.plan import command
-
-    jax.config.update("jax_platforms", "cpu")  # shapes are all there is: an accelerator that is here is not taken
-    command.command(cfg, options, argv[0])
-    return 0
-
-
-def inspect(argv: list[str]) -> int:
-    """`jaxmodels data inspect CONFIG.py [--out FILE]`."""
-    cfg, where = configured(argv, "jaxmodels data inspect", InspectOptions)
-    from jaxmodels.data import commands
-
-    commands.inspect(cfg, out=where.out)
-    return 0
-
-
-def prepare(argv: list[str]) -> int:
-    """`jaxmodels data prepare CONFIG.py --out DIR`."""
-    cfg, where = configured(argv, "jaxmodels data prepare", PrepareOptions)
-    from jaxmodels.data import commands
-
-    commands.prepare(cfg.data, where.out)
-    return 0
-
-
-def clean(argv: list[str]) -> int:
-    """`jaxmodels data clean FILE... --out FILE.jsonl`."""
-    from jaxmodels.data.clean import command
-
-    return parse(command, argv, "jaxmodels data clean") or 0
+    members = [known.partition(" ")[2] for known in commands.COMMANDS if known.startswith(f"{name} ")]
+    if members:
+        if not rest or rest[0] in HELP:
+            print(f"usage: jaxmodels {name} COMMAND [--help]\n\n{commands.listed(f'{name} ')}")
+            return 0
+        if rest[0] not in members:
+            raise UserError(
+                f"got jaxmodels {name} {rest[0]}, expected one of {', '.join(members)}{nearest(rest[0], members)}"
+            )
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    elif name not in commands.COMMANDS:
+        known = list(dict.fromkeys(each.partition(" ")[0] for each in commands.COMMANDS))
+        raise UserError(f"got command {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
+    return commands.run(name, rest)

@@ -12,15 +12,17 @@ from typing import get_type_hints
 import pytest
 
 from jaxmodels import config as configs
-from jaxmodels.cli import COMMANDS as COMMAND_NAMES
 from jaxmodels.cli import explain, main
+from jaxmodels.commands import COMMANDS
+from jaxmodels.commands.options import configured
+from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
 from jaxmodels.models.functional import FAMILIES, create, family
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.options import RunOptions, TuneOptions, configured
+from jaxmodels.train.space import TuneOptions
 
 FILE = "configs/gpt_stdlib.py"
 
@@ -88,26 +90,15 @@ def test_every_number_has_a_range():
                 assert ranges(hint), f"{kind.__name__}.{name}"
 
 
-COMMANDS = [
-    [name, *more]
-    for name in COMMAND_NAMES
-    for more in {
-        "data": [["inspect"], ["prepare"], ["clean"], ["train-tokenizer"]],
-        "config": [["explain"], ["diff"]],
-    }.get(name, [[]])
-]
-
-
 def kinds_of(command, monkeypatch):
     """What a command's arguments are parsed as."""
     found = []
-    for where in ("jaxmodels.cli.parse", "jaxmodels.options.parse"):
-        monkeypatch.setattr(where, lambda kind, *rest: found.append(kind) or exit(0))
-    main([*command, FILE])
+    monkeypatch.setattr("jaxmodels.commands.options.parse", lambda kind, *rest: found.append(kind) or exit(0))
+    main([*command.split(), FILE])
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_number_of_every_command_has_a_range(command, monkeypatch):
     kinds = kinds_of(command, monkeypatch)
     assert kinds

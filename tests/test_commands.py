@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxmodels import cli
-from jaxmodels.commands import opening
 from jaxmodels.data.tokenizer import Bytes, Chars
+from jaxmodels.generate.texts import opening
 from jaxmodels.train.checkpoint import CheckpointError
 
 CONFIG = """

@@ -9,12 +9,13 @@ import sys
 import pytest
 
 from jaxmodels import config as configs
+from jaxmodels.commands.options import configured
+from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config, OptimConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig, RopeScaling
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.options import RunOptions, configured
 from tests.quick import own_lines
 
 FILE = "configs/gpt_stdlib.py"

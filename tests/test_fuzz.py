@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from jaxmodels import config as configs
 from jaxmodels.cli import main
+from jaxmodels.commands.options import configured
+from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.options import RunOptions, configured
 
 LONG = settings(
     max_examples=int(os.environ.get("JAXMODELS_FUZZ", "60")),

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 import jaxmodels
-from jaxmodels import predict
 from jaxmodels.cli import main
 from jaxmodels.config import Config, DataConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
-from jaxmodels.generate import sample, translate_texts
+from jaxmodels.data import texts as rows_of_texts
+from jaxmodels.data.records import distinct
+from jaxmodels.generate import predict, sample, translate_texts
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
@@ -81,7 +82,7 @@ def test_probabilities_are_those_of_the_model(texts, tmp_path, capsys):
     (tmp_path / "new.txt").write_text("one two\n")
     ((found,), _) = lines(capsys, texts, tmp_path / "new.txt")
     run = jaxmodels.load_run(texts)
-    rows = predict.texts.single(run.tokenizer.encode_many(["one two"], special=True), 8)
+    rows = rows_of_texts.single(run.tokenizer.encode_many(["one two"], special=True), 8)
     expected = jax.nn.softmax(run.apply(rows["inputs"], segment_ids=rows["segment_ids"]))[0]
     np.testing.assert_allclose([*found["probabilities"].values()], expected, atol=1e-5)
 
@@ -228,5 +229,5 @@ def test_what_only_makes_images_is_told_where_they_are_shown(tmp_path, capsys):
 
 
 def test_classes_named_alike_stay_apart():
-    assert predict.distinct(["1", "2", "1"]) == ["1", "2", "1 (2)"]
-    assert len(predict.chosen(np.array([0.2, 0.3, 0.5]), predict.distinct(["1", "2", "1"]))["probabilities"]) == 3
+    assert distinct(["1", "2", "1"]) == ["1", "2", "1 (2)"]
+    assert len(predict.chosen(np.array([0.2, 0.3, 0.5]), distinct(["1", "2", "1"]))["probabilities"]) == 3

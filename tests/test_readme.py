@@ -40,10 +40,10 @@ def test_the_run_example_loads_a_run_without_its_data(root, tmp_path, monkeypatc
 
 def test_the_commands_it_names_exist(root):
     from benchmarks.__main__ import BENCHMARKS
-    from jaxmodels.cli import COMMANDS
+    from jaxmodels.commands import COMMANDS
 
     text = (root / "README.md").read_text()
-    assert set(re.findall(r"^\s*jaxmodels (\w+)", text, re.M)) <= set(COMMANDS)
+    assert set(re.findall(r"^\s*jaxmodels (\w+)", text, re.M)) <= {name.partition(" ")[0] for name in COMMANDS}
     assert set(re.findall(r"python -m benchmarks (\w+)", text)) <= set(BENCHMARKS)
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
         assert (root / path).exists(), path

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
-
-import tyro
+from typing import IO, Any, Literal
 
 from jaxmodels.data import corpus
 from jaxmodels.data.fields import unknown
@@ -299,28 +297,6 @@ class Report:
         return "\n".join(lines)
 
 
-def command(
-    paths: tuple[str, ...],
-    /,
-    out: Path,
-    text_field: str = "text",
-    lines: bool = False,
-    rules: Annotated[Rules, tyro.conf.arg(name="")] = Rules(),
-) -> None:
-    """Normalise and filter texts, leave out duplicates, and say what went out and why.
-
-    Args:
-        paths: files or globs: CSV, JSON lines or Parquet; any other file is a text.
-        out: JSON lines of the texts that are kept, each with the other fields of its row; what was left out is told
-            in OUT.report.json beside it.
-        text_field: the column of a table that holds the text.
-        lines: whether each line of a file of text is a text of its own.
-        rules: what a text must be to be kept.
-    """
-    print(clean(paths, out, text_field, lines, rules).show())
-    print(f"written: {out}, and all that was left out: {_beside(out)}")
-
-
 def clean(paths: Sequence[str], out: Path, text_field: str, lines: bool, rules: Rules) -> Report:
     """Writes the texts that the rules keep to `out`, in order, and a report beside it.
 
@@ -344,7 +320,7 @@ def clean(paths: Sequence[str], out: Path, text_field: str, lines: bool, rules: 
     finally:
         part.unlink(missing_ok=True)
     facts = {"inputs": [str(f) for f in files], "rules": dataclasses.asdict(rules), **report.facts()}
-    _beside(out).write_bytes(_encoded(facts, indent=1))
+    beside(out).write_bytes(_encoded(facts, indent=1))
     return report
 
 
@@ -383,7 +359,8 @@ def _sift(
         report.characters_kept += len(normal)
 
 
-def _beside(out: Path) -> Path:
+def beside(out: Path) -> Path:
+    """The file of the report on what was left out of `out`."""
     return out.with_name(out.name + ".report.json")
 
 

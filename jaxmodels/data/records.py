@@ -345,3 +345,14 @@ def check_some(records: Records, split: str) -> None:
             f"got 0 records to {split} on in {records.label}, expected at least 1, try more data, "
             "another --data.eval-fraction or --data.eval-path"
         )
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names, each once: of those that are alike all but the first with their number."""
+    seen: set[str] = set()
+    found = []
+    for index, name in enumerate(names):
+        own = name if name not in seen else f"{name} ({index})"
+        seen.add(own)
+        found.append(own)
+    return found

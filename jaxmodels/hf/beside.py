@@ -12,6 +12,7 @@ from typing import Any
 from jaxmodels import data
 from jaxmodels.config import Config
 from jaxmodels.data import special
+from jaxmodels.data.records import distinct
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
 from jaxmodels.hf import pixels
@@ -101,7 +102,6 @@ def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
 
 def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
     """Write how a run's images become inputs, where what came with its weights says otherwise; names of its classes."""
-    from jaxmodels.predict import distinct
     from jaxmodels.train.saved import KEPT as DATA
 
     family = family_of(cfg.model).name

@@ -1,96 +1,23 @@
-"""`jaxmodels plan`: what a job needs and reaches on hardware that is not here."""
+"""What a compiled step needs and reaches on hardware that is not here: its figures, checked, and as a table."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
-import json
-from pathlib import Path
 from typing import Any
 
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels.visibility import Mask
-from jaxmodels.options import PlanOptions
-from jaxmodels.plan import compile as compiling
-from jaxmodels.plan import products, program, roofline, topology
+from jaxmodels.plan import products, program, roofline
 from jaxmodels.plan.compile import Compiled
 from jaxmodels.plan.program import Program
 from jaxmodels.plan.roofline import Estimate
-from jaxmodels.plan.topology import Topology
 
 ENOUGH = 0.98
 """Share of the model's FLOPs that a program has at least: compilers leave out what comes to nothing."""
 MUCH = 2.5
 """Times the model's FLOPs up to which a program's need no reason: all is computed again, blocks of masks are whole."""
-
-
-def command(cfg: Config, options: PlanOptions, file: str = "") -> None:
-    """Plan a config on each topology that is asked for, and print what comes out; `file` is the config's.
-
-    Raises:
-        UserError: no topology, or one that is not known; a config that does not fit it.
-    """
-    if not options.on:
-        raise UserError("got no --on, expected a topology, try --on h100:1x8 or --on v5e:4x4")
-    if options.search and options.scaling:
-        raise UserError(
-            "got --search and --scaling, expected one of them, try --search first and --scaling with its winner"
-        )
-    on = asked(options.on)
-    if options.search:
-        plans = search(cfg, on, options, file)
-    elif options.scaling:
-        from jaxmodels.plan import scaling
-
-        plans = scaling.command(cfg, on, options)
-    else:
-        plans = plan_each(cfg, on)
-    if options.json is not None:
-        options.json.write_text(json.dumps(plans, indent=2) + "\n")
-
-
-def asked(on: str) -> list[Topology]:
-    """Topologies from their names; a shape alone is of the hardware before it."""
-    names: list[str] = []
-    for name in on.split(","):
-        known = names[-1].partition(":")[0] + ":" if names and ":" not in name else ""
-        names.append(known + name.strip())
-    return [topology.parse(name) for name in names]
-
-
-def plan_each(cfg: Config, on: list[Topology]) -> list[dict[str, Any]]:
-    """The config as it is on each topology."""
-    plans = []
-    for each in on:
-        print(f"compiling for {each.name} ({each.devices:,} device(s)) ...", flush=True)
-        plans.append(plan(cfg, compiling.compiled(cfg, each)))
-        print(table(cfg, plans[-1]), flush=True)
-    return plans
-
-
-def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> list[dict[str, Any]]:
-    """The best ways to run the config on each topology; the fastest is left in a file, as options of `train`."""
-    from jaxmodels import config as configs
-    from jaxmodels.plan import search as searching
-    from jaxmodels.plan.candidates import arguments, overrides
-
-    if options.out is not None and len(on) > 1:
-        raise UserError(f"got --out {options.out} for {len(on)} topologies, expected one of them, try without --out")
-    base = configs.load(file) if file else cfg
-    plans = []
-    for each in on:
-        say = functools.partial(print, flush=True)
-        found = searching.search(cfg, each, options.candidates, options.workers, say)
-        options_of_train = arguments(overrides(base, found.winner.candidate.cfg))
-        print(searching.report(found, cfg))
-        print("\n" + " ".join(["jaxmodels train", file or "CONFIG", *options_of_train]))
-        out = options.out or Path(f"{each.name.replace(':', '-')}.args")
-        out.write_text(" ".join(options_of_train) + "\n")
-        print(f"(these options are in {out}: jaxmodels train {file or 'CONFIG'} $(cat {out}))")
-        plans.append(searching.written(found, base))
-    return plans
 
 
 def plan(cfg: Config, made: Compiled) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from jaxmodels.config import Config, MeshConfig
 from jaxmodels.errors import UserError
-from jaxmodels.options import PlanOptions
 from jaxmodels.plan import compile as compiling
 from jaxmodels.plan.arithmetic import Arithmetic
 from jaxmodels.plan.candidates import made_to_fit
@@ -49,16 +48,15 @@ class Point:
         return self.plan is not None and self.plan["fits"] and "step_seconds" in self.plan
 
 
-def command(cfg: Config, on: Sequence[Topology], options: PlanOptions) -> list[dict[str, Any]]:
-    """Print the curves of a config over topologies, with a picture; returns what there is to write."""
+def command(cfg: Config, on: Sequence[Topology], workers: int, out: Path) -> list[dict[str, Any]]:
+    """Print the curves of a config over topologies, with a picture in `out`; returns what there is to write."""
     say = lambda text: print(text, flush=True)  # noqa: E731
-    first, points = curves(cfg, on, options.workers, say)
+    first, points = curves(cfg, on, workers, say)
     verdicts = [verdict(first, points, mode, axis) for mode in MODES for axis in axes_of(points)]
     print(table(first, points))
     print("\n" + "\n".join(verdicts))
     from jaxmodels.report import scaling as pictures
 
-    out = options.out or Path("scaling.png")
     assert first.plan is not None
     mesh = " ".join(f"{axis}={size}" for axis, size in first.plan["mesh"].items() if size > 1) or "one device"
     title = f"{type(cfg.model).__name__.removesuffix('Config')}, {first.plan['parameters'] / 1e9:.3g} B parameters, "

@@ -23,9 +23,9 @@ import jax
 from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.options import TuneOptions
 from jaxmodels.train import run as runs
 from jaxmodels.train.loop import NotFinite
+from jaxmodels.train.space import TuneOptions
 
 STARTUP = 5
 """Trials before others are measured against the median of what was seen at the same step."""

@@ -7,7 +7,8 @@ import pytest
 from benchmarks import measured, planning
 from benchmarks.__main__ import main
 from jaxmodels import create
-from jaxmodels.options import NoOptions, PlanOptions, configured
+from jaxmodels.commands.options import NoOptions, configured
+from jaxmodels.commands.plan import PlanOptions
 
 
 @pytest.mark.parametrize(("shape", "preset"), [("8b", "llama3-8b"), ("70b", "llama3-70b"), ("405b", "llama3.1-405b")])

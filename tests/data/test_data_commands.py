@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmodels.commands.data_inspect import show
+from jaxmodels.commands.data_prepare import write
+from jaxmodels.commands.data_train_tokenizer import train_tokenizer
 from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
-from jaxmodels.data import Windows, commands, load_tokenizer, open_source, preview
+from jaxmodels.data import Windows, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
@@ -27,12 +30,12 @@ def folder(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe"])
 def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsys):
     if tokenizer == "bpe":
-        commands.train_tokenizer((f"{folder}/*.txt",), 280, folder / "bpe.json")
+        train_tokenizer((f"{folder}/*.txt",), 280, folder / "bpe.json")
         assert "280 tokens" in capsys.readouterr().out
         tokenizer = str(folder / "bpe.json")
     text = DataConfig(source="text", path=(f"{folder}/*.txt",), tokenizer=tokenizer, seq_len=16)
     out = folder / "out"
-    commands.prepare(text, out)
+    write(text, out)
     assert "train.bin" in capsys.readouterr().out and not list(out.glob("*.part"))
     files = (f"{out}/train.bin", f"{out}/val.bin")
     prepared = dataclasses.replace(text, source="tokens", path=files, tokenizer="bytes")
@@ -48,12 +51,12 @@ def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsy
 
 def test_only_texts_can_be_prepared(tmp_path):
     with pytest.raises(UserError, match="got data.source synthetic, expected a source of texts: stdlib, text"):
-        commands.prepare(DataConfig(source="synthetic"), tmp_path)
+        write(DataConfig(source="synthetic"), tmp_path)
 
 
 def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
     data = DataConfig(source="text", path=(f"{folder}/*.txt",), seq_len=64, batch_size=2)
-    commands.inspect(Config(GPT2Config(vocab_size=256), data=data))
+    show(Config(GPT2Config(vocab_size=256), data=data))
     shown = capsys.readouterr().out
     assert shown.count("Batch ") == 3 and "Batch 1, row 0" in shown and "says hello" in shown
     assert "train: text, 10 files" in shown and "eval: text, 10 files" in shown and "fingerprint" in shown
@@ -66,12 +69,12 @@ def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     augment = AugmentConfig(shift=2, cutout=6)
     picture = tmp_path / "new" / "digits.png"
-    commands.inspect(Config(model, task=TaskConfig("classification"), data=data, augment=augment), n=2, out=picture)
+    show(Config(model, task=TaskConfig("classification"), data=data, augment=augment), n=2, out=picture)
     shown = capsys.readouterr().out
     assert str(picture) in shown and "shift 2, cutout 6" in shown
     assert shown.count("Batch ") == 2 and shown.count("    | ") >= 20 and "@" in shown and "    label " in shown
     data = DataConfig(source="tfds", dir=place, name="sst2", train_split="train[:50]")
-    commands.inspect(
+    show(
         Config(BERTConfig(head="classification", classes=2), task=TaskConfig("classification"), data=data),
         out=tmp_path / "no.png",
     )
@@ -98,7 +101,7 @@ def test_inspect_shows_both_sides_of_pairs_and_each_text_of_a_row(shared_data, c
     place = str(shared_data / "tfds")
     data = DataConfig(source="tfds", dir=place, name="multi30k", train_split="train[:200]", seq_len=128)
     data = dataclasses.replace(data, tokenizer="bpe:500", input_field="en", target_field="de", pack=True)
-    commands.inspect(Config(GPT2Config(vocab_size=500), task=TaskConfig("seq2seq"), data=data), n=1)
+    show(Config(GPT2Config(vocab_size=500), task=TaskConfig("seq2seq"), data=data), n=1)
     shown = capsys.readouterr().out.split("source:")[1]
     source, target = shown.split("target:")
     assert "  1 | " in source and "  2 | " in source and "  2 | " in target
@@ -110,7 +113,7 @@ def test_inspect_shows_captions(shared_data, capsys, tmp_path):
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     data = dataclasses.replace(data, captions=("the digit {label}",), tokenizer="bytes", seq_len=16)
     model = CLIPConfig((28, 28, 1), 4, vocab_size=256)
-    commands.inspect(Config(model, task=TaskConfig("contrastive"), data=data), n=1, out=tmp_path / "digits.png")
+    show(Config(model, task=TaskConfig("contrastive"), data=data), n=1, out=tmp_path / "digits.png")
     assert "    | the digit " in capsys.readouterr().out and (tmp_path / "digits.png").exists()
 
 
@@ -126,5 +129,5 @@ def test_labels_and_groups_are_shown_by_name():
 def test_inspect_shows_the_numbers_where_there_is_no_text(capsys, tmp_path):
     np.arange(2000, dtype=np.uint16).tofile(tmp_path / "a.bin")
     data = DataConfig(source="tokens", path=(f"{tmp_path}/a.bin",), seq_len=64)
-    commands.inspect(Config(GPT2Config(vocab_size=50_257), data=data), n=1)
+    show(Config(GPT2Config(vocab_size=50_257), data=data), n=1)
     assert "(64,) int32: " in capsys.readouterr().out

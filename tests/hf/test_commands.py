@@ -12,10 +12,12 @@ import pytest
 
 import jaxmodels
 from jaxmodels import cli, data
+from jaxmodels.commands.export import export_run, size
+from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, InitConfig, MetricsConfig, TrainConfig
 from jaxmodels.data.tokenizer import Bytes, Chars
 from jaxmodels.errors import UserError
-from jaxmodels.hf import commands, save
+from jaxmodels.hf import save
 from jaxmodels.hf import tokenizer as tokenizers
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.gpt2 import GPT2Config
@@ -85,7 +87,7 @@ def test_an_imported_run_is_sampled_from(imported, given, capsys):
     text = capsys.readouterr().out
     assert text.startswith("def")
     model, params = jaxmodels.load_pretrained(given)
-    from jaxmodels.commands import continued
+    from jaxmodels.generate.texts import continued
 
     again = continued(
         model, params, data.load_tokenizer(given), "def", 5, temperature=0.8, top_k=None, top_p=1.0, seed=1
@@ -134,10 +136,10 @@ def test_a_classifier_keeps_its_statistics_and_the_names_of_its_classes(tmp_path
     names = {"id2label": {"0": "cat", "1": "dog", "2": "cow"}, "label2id": {"cat": 0, "dog": 1, "cow": 2}}
     (tmp_path / "in").mkdir()
     save.save_pretrained(tmp_path / "in", model, filled(model), stats, more=names)
-    commands.import_run(tmp_path / "in", tmp_path / "run")
+    import_run(tmp_path / "in", tmp_path / "run")
     cfg, _ = jaxmodels.config.read(tmp_path / "run")
     assert (cfg.task.name, cfg.model) == ("classification", config)
-    commands.export_run(tmp_path / "run", tmp_path / "out")
+    export_run(tmp_path / "run", tmp_path / "out")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "in" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
@@ -178,13 +180,13 @@ def test_a_family_that_transformers_lacks_is_refused_in_one_line(tmp_path, capsy
 
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5e9), ("1.5 mb", 1.5e6), ("20K", 2e4), ("7", 7)])
 def test_sizes_are_read(text, count):
-    assert commands.size(text) == count
+    assert size(text) == count
 
 
 @pytest.mark.parametrize("text", ["five", "0", "-1GB", "5TB", ""])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="expected a size in bytes, try 5GB"):
-        commands.size(text)
+        size(text)
 
 
 def test_an_import_that_fails_leaves_nothing(given, tmp_path, monkeypatch):
@@ -276,7 +278,7 @@ def test_an_imported_body_that_no_task_trains_is_named_by_what_can_be_done_with_
     model = jaxmodels.create(config)
     (tmp_path / "in").mkdir()
     save.save_pretrained(tmp_path / "in", model, filled(model))
-    commands.import_run(tmp_path / "in", tmp_path / "run")
+    import_run(tmp_path / "in", tmp_path / "run")
     for command in ("eval", "sample"):
         assert cli.main([command, str(tmp_path / "run")]) == 2
         said = capsys.readouterr().err

@@ -8,6 +8,8 @@ import pytest
 
 import jaxmodels
 from jaxmodels import cli, data
+from jaxmodels.commands.export import export_run
+from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import (
     CheckpointConfig,
     Config,
@@ -19,7 +21,6 @@ from jaxmodels.config import (
     TaskConfig,
     TrainConfig,
 )  # fmt: skip
-from jaxmodels.hf import commands
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.train import load_run
 from jaxmodels.train import run as runs
@@ -148,7 +149,7 @@ def test_a_llama_that_was_trained_on_goes_out_with_its_ids_template_and_generati
         init=InitConfig(source=str(source)),
     )
     runs.train(cfg, tmp_path / "run")
-    commands.export_run(tmp_path / "run", tmp_path / "out")
+    export_run(tmp_path / "run", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in source.iterdir()}
     for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
@@ -156,7 +157,7 @@ def test_a_llama_that_was_trained_on_goes_out_with_its_ids_template_and_generati
     assert (settings["bos_token_id"], settings["eos_token_id"], settings["pad_token_id"]) == (1, 2, 0)
     expected = theirs(tmp_path / "out", TEXTS, tf.LlamaForCausalLM, max_new_tokens=12)
     opened = load_run(tmp_path / "run")
-    from jaxmodels.commands import continued
+    from jaxmodels.generate.texts import continued
 
     for text, wanted in zip(TEXTS, expected, strict=True):
         ours = continued(opened.model, opened.params["model"], opened.tokenizer, text, 12, temperature=0)
@@ -186,7 +187,7 @@ def test_an_imported_t5_translates_as_in_transformers_and_learns_behind_its_star
     tokenizer(tmp_path / "in", "$A </s>")
     t5(tmp_path / "in")
     (tmp_path / "in" / "generation_config.json").unlink()
-    commands.import_run(tmp_path / "in", out=tmp_path / "run")
+    import_run(tmp_path / "in", out=tmp_path / "run")
     expected = theirs(tmp_path / "in", TEXTS, tf.T5ForConditionalGeneration, max_new_tokens=15)
     assert any(2 in x for x in expected) and len({tuple(x) for x in expected}) > 1
     for ours, wanted in zip(translated(tmp_path / "run", TEXTS), expected, strict=True):
@@ -219,7 +220,7 @@ def test_a_translator_that_was_trained_here_translates_alike_in_transformers(tmp
         metrics=MetricsConfig(progress="none", tensorboard=False),
     )  # fmt: skip
     runs.train(cfg, tmp_path / "run")
-    commands.export_run(tmp_path / "run", tmp_path / "out")
+    export_run(tmp_path / "run", tmp_path / "out")
     texts = [row["en"] for row in rows]
     ours = translated(tmp_path / "run", texts)
     assert len(set(ours)) > 2

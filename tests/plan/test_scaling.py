@@ -7,10 +7,10 @@ import json
 import pytest
 from matplotlib import image
 
+from jaxmodels.commands.plan import PlanOptions, asked, planned
 from jaxmodels.config import Config, DataConfig, MeshConfig, TrainConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.llama import LlamaConfig
-from jaxmodels.options import PlanOptions
 from jaxmodels.plan import arithmetic, command, roofline, scaling, topology
 from jaxmodels.plan import compile as compiling
 
@@ -159,7 +159,7 @@ def test_the_command_prints_the_curves_and_draws_them(fake, tmp_path, capsys):
     options = PlanOptions(
         on="h100:1x8,2x8,8x8", scaling=True, out=tmp_path / "curves.png", json=tmp_path / "curves.json"
     )
-    command.command(CONFIG, options)
+    planned(CONFIG, options)
     printed = capsys.readouterr().out
     assert "weak scaling from h100:1x8" in printed
     assert "strong scaling along fsdp pays up to 64 devices" in printed
@@ -182,7 +182,7 @@ def test_the_command_prints_the_curves_and_draws_them(fake, tmp_path, capsys):
 )
 def test_sizes_that_make_no_curve_are_refused(names, told):
     with pytest.raises(UserError, match="got --scaling on") as refused:
-        scaling.check(command.asked(names))
+        scaling.check(asked(names))
     assert told in str(refused.value)
 
 

@@ -12,13 +12,14 @@ import pytest
 
 from jaxmodels import cli
 from jaxmodels import config as configs
+from jaxmodels.commands.options import configured
+from jaxmodels.commands.plan import PlanOptions, asked, planned
 from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.options import PlanOptions, configured
 from jaxmodels.plan import arithmetic, candidates, command, search, topology
 from jaxmodels.plan import compile as compiling
 
@@ -253,7 +254,7 @@ def test_the_options_of_the_winner_are_read_back_as_the_winner(fake, root, tmp_p
     seen = fake(judge)
     monkeypatch.chdir(tmp_path)
     cfg, options = configured([file, "--on", "h100:4x8", "--search", "--json", "all.json"], "plan", PlanOptions)
-    command.command(cfg, options, file)
+    planned(cfg, options, file)
     written = (tmp_path / "h100-4x8.args").read_text()
     again, _ = configured([file, *shlex.split(written)], "train", PlanOptions)
     won = min(seen, key=judge)
@@ -266,7 +267,7 @@ def test_the_options_of_the_winner_are_read_back_as_the_winner(fake, root, tmp_p
 
 
 def test_a_shape_alone_is_of_the_hardware_before_it():
-    assert [each.name for each in command.asked("v5p:4x4x4,8x8x8,h100:1x8,2x8")] == [
+    assert [each.name for each in asked("v5p:4x4x4,8x8x8,h100:1x8,2x8")] == [
         "v5p:4x4x4",
         "v5p:8x8x8",
         "h100:1x8",

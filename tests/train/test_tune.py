@@ -14,12 +14,14 @@ import pytest
 
 from jaxmodels import cli
 from jaxmodels import config as configs
+from jaxmodels.commands.options import configured
+from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config, OptimConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.options import RunOptions, TuneOptions, configured
 from jaxmodels.train import tune
 from jaxmodels.train.loop import NotFinite
+from jaxmodels.train.space import TuneOptions
 
 SPACE = "optim.peak_lr=1e-7,1e-1"
 FILE = """

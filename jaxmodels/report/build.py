@@ -1,16 +1,12 @@
-"""`jaxmodels report`: a page of what runs did, and its pictures."""
+"""The page of what runs did, and its pictures."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels import config as configs
-from jaxmodels.config import used
-from jaxmodels.errors import UserError
 from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, translations
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
@@ -28,41 +24,6 @@ PARTS: dict[str, Callable[[Saved], list[Piece]]] = {
     "Saliency": saliency.pieces,
 }
 """Heading -> what draws it for one run; without pieces there is no heading."""
-
-
-def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None = None, best: bool = False) -> None:
-    """One HTML page of what runs did, with its pictures beside it.
-
-    Args:
-        runs: run directories; their curves are drawn over each other.
-        out: where report.html goes; the first run's directory, report/, when not given.
-        split: another split of the set than the runs' own to evaluate on.
-        best: the best checkpoints instead of the newest.
-    """
-    from jaxmodels.train.run import compilation_cache
-
-    compilation_cache()
-    if not runs:
-        raise UserError("got no run, expected one or more run directories, try jaxmodels report runs/NAME")
-    for run in runs:
-        cfg, _ = configs.read(run)  # whether it is one
-        if split is not None and cfg.data.source not in (used.DATA["eval_split"].sources or ()):
-            raise UserError(
-                f"got --split {split!r} for {run}, whose data of source {cfg.data.source} has no splits, "
-                "expected runs of tfds or huggingface, try it without"
-            )
-    found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)
-    print(f"{found}, and {len(list(found.parent.glob('*.png')))} pictures beside it")
-
-
-def names(runs: Sequence[str]) -> list[str]:
-    """A short name for each run: its folder's, and the whole path where two have the same."""
-    short = [Path(run).resolve().name for run in runs]
-    many = Counter(short)
-    found = [run if many[name] > 1 else name for run, name in zip(runs, short, strict=True)]
-    if len(set(found)) < len(found):
-        raise UserError(f"got runs {', '.join(runs)}, expected each once, try {' '.join(dict.fromkeys(runs))}")
-    return found
 
 
 def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: bool) -> Path:

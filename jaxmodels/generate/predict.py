@@ -1,10 +1,9 @@
-"""`jaxmodels predict`: what a saved run says of records that a hand gives it, one line of JSON for each."""
+"""What a saved run says of a record: classes, captions, continuations, translations, tokens for gaps."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -17,12 +16,12 @@ import numpy as np
 from jaxmodels.config import AugmentConfig
 from jaxmodels.data import given, pixels, texts, transforms
 from jaxmodels.data.files import shown
-from jaxmodels.data.records import Bad
+from jaxmodels.data.records import Bad, distinct
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Beams, Count
-from jaxmodels.generate import sample, translate_texts
-from jaxmodels.train.saved import Run, load_run
+from jaxmodels.generate.sample import sample
+from jaxmodels.generate.translation import translate_texts
+from jaxmodels.train.saved import Run
 
 Answer = dict[str, Any]
 Answers = Callable[[Sequence[Any]], Sequence[Answer]]
@@ -31,57 +30,7 @@ Answers = Callable[[Sequence[Any]], Sequence[Answer]]
 LISTED = 100
 """With more classes than so many, the likeliest of them alone are listed."""
 LIKELIEST = 5
-TOKENS = 100
 MASK = "[MASK]"
-
-
-def predict(
-    run: str,
-    files: tuple[str, ...],
-    /,
-    input_field: str | None = None,
-    tokens: Count | None = None,
-    beams: Beams | None = None,
-    best: bool = False,
-) -> None:
-    """Labels, texts or translations of new records, as a line of JSON for each, in their order.
-
-    A table gives its rows, a folder its images, any other file its lines, and - the lines of the standard input. A
-    line is a text, the path of an image, or a list of numbers. The data that the run was trained on need not be here.
-    Of a record that cannot be read the line says why.
-
-    Args:
-        run: run directory.
-        files: images, folders of images, tables (CSV, JSON lines, Parquet), files of text, or -.
-        input_field: column of a table to read, where it is not called as in training.
-        tokens: how many tokens a text goes on for, at most (causal_lm); 100 when not given.
-        beams: width of the search for translations (seq2seq); 4 when not given.
-        best: the best checkpoint instead of the newest.
-    """
-    from jaxmodels.train.run import compilation_cache
-
-    compilation_cache()
-    opened = load_run(run, best=best)
-    own = opened.config.task.name
-    for name, value, task in (("tokens", tokens, "causal_lm"), ("beams", beams, "seq2seq")):
-        if value is not None and own != task:
-            raise UserError(f"got --{name} {value} for a run of {own}, expected it for {task} alone, try it without")
-    ready, answers = _predictor(opened, tokens or TOKENS, beams or 4)
-    known = opened.kept.field or opened.config.data.input_field
-    found = given.records(files, kind_of(opened), input_field or "", known)
-    size = opened.config.eval.batch_size or opened.config.data.batch_size
-    count, bad = 0, []
-    with ThreadPoolExecutor(opened.config.data.threads) as threads:
-        for answer in said(found, ready, answers, size, threads):
-            count += 1
-            if "error" in answer:
-                bad.append(f"{answer['where']}: {answer['error']}")
-            print(_line(answer), flush=count % size == 0)
-    if bad:
-        shortened = _plain("; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
-        if len(bad) == count:
-            raise UserError(f"got {count:,} records, none of which can be read ({shortened}), expected some that can")
-        print(f"{len(bad):,} of {count:,} records could not be read ({shortened})", file=sys.stderr)
 
 
 def said(
@@ -119,7 +68,7 @@ def kind_of(run: Run) -> given.Kind:
     return "array" if run.kept.kind == "array" or len(_shape(run)) != 3 else "image"
 
 
-def _predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
+def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
     """What makes a value ready, and what answers to a batch of them."""
     task = run.config.task.name
     if task in ("vae", "gan"):
@@ -251,17 +200,6 @@ def chosen(shares: np.ndarray, names: Sequence[str], several: bool = False) -> A
     return {"label": names[best], "probability": round(float(shares[best]), 6), "probabilities": listed}
 
 
-def distinct(names: Sequence[str]) -> list[str]:
-    """Names, each once: of those that are alike all but the first with their number."""
-    seen: set[str] = set()
-    found = []
-    for index, name in enumerate(names):
-        own = name if name not in seen else f"{name} ({index})"
-        seen.add(own)
-        found.append(own)
-    return found
-
-
 # ---- texts
 
 
@@ -384,16 +322,3 @@ def _filler(run: Run, tokenizer: Tokenizer) -> Answers:
         return {"filled": tokenizer.decode(whole[: each["length"]]), "masks": masks}
 
     return answers
-
-
-# ---- lines
-
-
-def _line(answer: Answer) -> str:
-    """JSON without what a terminal would obey, in letters that the output can have."""
-    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    return _plain(json.dumps(answer, ensure_ascii=plain))
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)

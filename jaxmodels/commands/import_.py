@@ -1,30 +1,22 @@
-"""What `jaxmodels import` and `jaxmodels export` do."""
+"""`jaxmodels import DIR --out RUN`: a run from weights in Hugging Face's format."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import re
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxmodels import config as configs
-from jaxmodels import data, hf, tasks
+from jaxmodels import data, tasks
+from jaxmodels.commands.progress import progress
 from jaxmodels.config import Config, DataConfig, TaskConfig
 from jaxmodels.data.special import text_of
 from jaxmodels.data.tokenizer import FILE
-from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, load, pixels, save
-from jaxmodels.models.functional import create, family_of
+from jaxmodels.models.functional import family_of
 
 log = logging.getLogger("jaxmodels")
-
-_SAID = 1_000_000_000  # bytes from which on progress is said
 
 
 def import_run(directory: Path, /, out: Path) -> None:
@@ -90,76 +82,3 @@ def masking(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer) -> Tas
     ids = tokenizer.ids((token or "[MASK]", text_of(directory, "pad_token") or "[PAD]"))
     kept = {i for i in (ids[1], *tokenizer.before, *tokenizer.after) if i is not None}
     return replace(task, mask_token=ids[0], keep=tuple(sorted(kept)))
-
-
-def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: str = "5GB") -> None:
-    """Weights of a run in Hugging Face's format, with config.json and the tokenizer.
-
-    Args:
-        run: run directory.
-        directory: the folder to make.
-        best: the best checkpoint instead of the newest.
-        shard_size: largest file of weights, such as 500MB.
-    """
-    from jaxmodels.train.checkpoint import Checkpointer
-
-    limit = size(shard_size)
-    cfg, _ = configs.read(run)
-    model = create(cfg.model)
-    form = hf.format_of(family_of(cfg.model).name)
-    form.describe(cfg.model)  # before anything is read
-    with save.complete(directory) as part:
-        more = beside.back(run, part, cfg)
-        checkpointer = Checkpointer(run / "checkpoints")
-        kind = "params" if cfg.train.ema is None else "ema"
-        params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind)
-        stats: Any = {}
-        if jax.tree.leaves(jax.eval_shape(model.stats)):
-            stats, _, _ = checkpointer.restore_params(at, subtree="stats")
-        with progress("writing", 4 * model.count()) as done:
-            save.save_pretrained(
-                part, model, params["model"], stats.get("model", {}), shard_size=limit, more=more, done=done
-            )
-    print(f"{directory}: step {at} of {run}, {model.count():,} parameters")
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 5GB or 500MB.
-
-    Raises:
-        UserError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    count = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")) if found else 0
-    if count < 1:
-        raise UserError(f"got --shard-size {text!r}, expected a size in bytes, try 5GB")
-    return count
-
-
-@contextlib.contextmanager
-def progress(verb: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """What is to be told of bytes done: a bar on a terminal, else a line for every tenth of what is large."""
-    if sys.stdout.isatty():
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns) as bar:
-            task = bar.add_task(verb, total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    so_far = 0
-
-    def tell(count: int) -> None:
-        nonlocal so_far
-        before, so_far = so_far, so_far + count
-        if total >= _SAID and so_far * 10 // total > before * 10 // total:
-            print(f"{verb} {so_far / 1e9:.1f} of {total / 1e9:.1f} GB", flush=True)
-
-    yield tell

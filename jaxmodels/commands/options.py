@@ -12,111 +12,24 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
-from jaxmodels import usage
+from jaxmodels.commands import usage
 from jaxmodels.config import Config, load
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.fields import Count, Natural, Range, Section, Workers, check_call
+from jaxmodels.fields import check_call
 
 HELP = {"-h", "--help"}
 
 
 @dataclass(frozen=True)
-class RunOptions(Section):
-    """Where a run lives, and the fields of its experiment."""
+class Configured:
+    """A config file that a command is given, and what it says with the fields that the command line changes."""
 
-    run_dir: str | None = None
-    """Run directory; runs/<name of the config file> when not given."""
-    resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the newest checkpoint of the same config; must: with a changed config too, but never from
-    nothing; never: start anew, moving an earlier run aside."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions(Section):
-    """Where prepared tokens go, and the fields of the experiment."""
-
-    out: Path = Path("tokens")
-    """Folder for train.bin, val.bin and tokenizer.json."""
-
-
-@dataclass(frozen=True)
-class InspectOptions(Section):
-    """Where a picture of images goes, and the fields of the experiment."""
-
-    out: Path = Path("inspect.png")
-    """PNG of images to train on, where the data has some."""
-
-
-@dataclass(frozen=True)
-class TuneOptions(Section):
-    """Where the search lives and what it tries, and the fields of the experiment."""
-
-    space: tuple[str, ...] = ()
-    """Fields to choose: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim.name=adamw,muon."""
-    trials: Count = 20
-    """Runs in all, those of an earlier command on the same study included."""
-    workers: Workers = 1
-    """Processes that try at the same time, on this machine; others may join by the same command elsewhere."""
-    out: str | None = None
-    """Directory of the study and its runs; runs/<name of the config file>-tune when not given."""
-
-
-@dataclass(frozen=True)
-class PlanOptions(Section):
-    """The hardware that is planned for, and the fields of the experiment."""
-
-    on: str = ""
-    """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:4x4x4,8x8x8."""
-    search: bool = False
-    """Try meshes, microbatches, rematerialisation and attention kernels: the fastest, and the least memory."""
-    scaling: bool = False
-    """How the step scales over the sizes of --on, and along which axis of the mesh."""
-    candidates: Count = 40
-    """How many a search compiles."""
-    workers: Annotated[int, Range(0, 1024)] = 0
-    """How many are compiled at a time; 0: half as many as there are cores."""
-    out: Path | None = None
-    """File for the options of `train` that a search found (h100-4x8.args and so on when not given), or for the picture
-    of the scaling (scaling.png)."""
-    json: Path | None = None
-    """Write the plans to this file too."""
-
-
-@dataclass(frozen=True)
-class EvalData(Section, section="data"):
-    """What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."""
-
-    source: Literal["table", "images", "text", "tokens", "tfds", "huggingface"] | None = None
-    """Another kind of data than the run's, as in training."""
-    path: tuple[str, ...] = ()
-    """Files, globs or a folder, all of which is evaluated on (table, images, text, tokens)."""
-    dir: str | None = None
-    """TFDS data directory."""
-    name: str | None = None
-    """Name of the set (tfds, huggingface)."""
-    eval_split: str | None = None
-    """Split of the set (tfds, huggingface)."""
-    input_field: str | None = None
-    """Field of a record that is the model's input."""
-    label_field: str | None = None
-    """Field of a record that holds the class, or several."""
-    target_field: str | None = None
-    """Field of a record that holds the translation."""
-    group_field: str | None = None
-    """Field of a record that names its group: each metric is given for each group too."""
-    bad_records: Natural | None = None
-    """Records that cannot be read are named, counted and left out, up to so many."""
-
-    def given(self) -> dict[str, Any]:
-        """The fields that are set."""
-        return {name: value for name, value in vars(self).items() if value not in (None, ())}
-
-
-OWN_DATA = EvalData()
-"""What the run was evaluated on."""
+    config: Config
+    file: str
+    overrides: list[str]
+    """The arguments behind the file."""
 
 
 @dataclass(frozen=True)

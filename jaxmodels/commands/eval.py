@@ -1,0 +1,121 @@
+"""`jaxmodels eval RUN`: metrics of a run on held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmodels.errors import UserError, printable
+from jaxmodels.fields import Beams, Natural, Section
+
+
+@dataclass(frozen=True)
+class EvalData(Section, section="data"):
+    """What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."""
+
+    source: Literal["table", "images", "text", "tokens", "tfds", "huggingface"] | None = None
+    """Another kind of data than the run's, as in training."""
+    path: tuple[str, ...] = ()
+    """Files, globs or a folder, all of which is evaluated on (table, images, text, tokens)."""
+    dir: str | None = None
+    """TFDS data directory."""
+    name: str | None = None
+    """Name of the set (tfds, huggingface)."""
+    eval_split: str | None = None
+    """Split of the set (tfds, huggingface)."""
+    input_field: str | None = None
+    """Field of a record that is the model's input."""
+    label_field: str | None = None
+    """Field of a record that holds the class, or several."""
+    target_field: str | None = None
+    """Field of a record that holds the translation."""
+    group_field: str | None = None
+    """Field of a record that names its group: each metric is given for each group too."""
+    bad_records: Natural | None = None
+    """Records that cannot be read are named, counted and left out, up to so many."""
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        return {name: value for name, value in vars(self).items() if value not in (None, ())}
+
+
+OWN_DATA = EvalData()
+"""What the run was evaluated on."""
+
+
+def evaluate(
+    run: str,
+    /,
+    split: str | None = None,
+    best: bool = False,
+    json: Path | None = None,
+    data_dir: str | None = None,
+    classifier: Path | None = None,
+    beams: Beams | None = None,
+    data: EvalData = OWN_DATA,
+) -> None:
+    """Metrics of a run on held-out data, its own or others; of a translator BLEU too.
+
+    Args:
+        run: run directory.
+        split: another split of a set than the run's own (tfds, huggingface).
+        best: the best checkpoint instead of the newest.
+        json: write the metrics to this file too.
+        data_dir: another TFDS data directory than the run's own.
+        classifier: a run of a classifier that judges 1,000 images which a generative model makes.
+        beams: width of the search for translations, 4 when not given; 1: the likeliest token each time.
+        data: what it is evaluated on, where not on the run's own data.
+    """
+    from jaxmodels.train import judge, saved
+    from jaxmodels.train import run as runs
+
+    runs.compilation_cache()
+    if json is not None and not json.absolute().parent.is_dir():  # before any work
+        raise UserError(f"got --json {json}, whose folder does not exist, expected one that does, try {json.name}")
+    given = data.given() | {
+        name: value for name, value in (("eval_split", split), ("dir", data_dir)) if value is not None
+    }
+    opened = saved.open_run(run, best=best, given=given)
+    translates = opened.config.task.name == "seq2seq" and opened.config.data.source != "synthetic"
+    if beams is not None and not translates:
+        raise UserError(f"got --beams {beams} for a run of task {opened.config.task.name}, try it without")
+    judged = judge.judged(opened, classifier) if classifier is not None else {}
+    found = opened.measure()
+    if translates:
+        found |= judge.translated(opened, 4 if beams is None else beams)
+    found |= judged
+    print(printable(f"{run}, step {opened.step}, on {opened.source.describe()}\n{table(found)}"))
+    if json is not None:
+        facts = {"run": run, "step": opened.step, "data": opened.source.describe()}
+        json.write_text(dumps({**facts, **found}, indent=2) + "\n")
+
+
+def table(found: dict[str, float]) -> str:
+    """Metrics as text: single ones in a column, those of classes and groups as rows of a table."""
+    lines = [f"  {name:18s} {value:.6g}" for name, value in found.items() if "/" not in name]
+    nested = [name for name in found if "/" in name]
+    for kind in dict.fromkeys("group" if name.startswith("group/") else "class" for name in nested):
+        cells: dict[str, dict[str, float]] = {}
+        for name in nested:
+            if name.startswith("group/") != (kind == "group"):
+                continue
+            first, second = name.split("/", 1)
+            if kind == "group":
+                first, second = second.split("/", 1)
+                if "/" in second:  # classes within a group: in the file
+                    continue
+            row, column = (first, second) if kind == "group" else (second, first)
+            if column == "gap" or first == "gap":
+                row, column = (f"gap in {second}", "difference")
+                if "/" in second:
+                    continue
+            cells.setdefault(row, {})[column] = found[name]
+        columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+        width = max(map(len, [kind, *cells]))
+        lines.append("\n  " + "  ".join([f"{kind:{width}s}", *(f"{column:>12s}" for column in columns)]))
+        for row, values in cells.items():
+            shown = (f"{values[column]:12.4f}" if column in values else " " * 12 for column in columns)
+            lines.append("  " + "  ".join([f"{row:{width}s}", *shown]))
+    return "\n".join(lines)

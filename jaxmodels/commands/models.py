@@ -1,0 +1,50 @@
+"""`jaxmodels models [NAME]`: families and presets, or one model's parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def models(name: str | None = None, /) -> None:
+    """Families and presets with their sizes, or one model's tree of parameters.
+
+    FLOPs are those of a forward pass, for each token (at a context of at most 2,048) or example.
+
+    Args:
+        name: a preset or a family, such as llama3-8b.
+    """
+    import jax
+
+    from jaxmodels import hf
+    from jaxmodels.models import flops
+    from jaxmodels.models.functional import create, list_models
+
+    if name is None:
+        readable = hf.supported()
+        print(f"{'':27s}{'parameters':>17s}   FLOPs forward")
+        for family, presets in list_models().items():
+            kinds = ", ".join(readable.get(family, ()))
+            print(f"{family}{kinds and f' (weights in and out: {kinds})'}")
+            for preset in presets:  # each as soon as it is known
+                model = flops.countable(create(preset))
+                print(f"  {preset:25s}{model.count():>17,}   {forward_flops(model)}", flush=True)
+        return
+    model = create(name)
+    axes = dict(jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple)))
+    print(model.config)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes()):
+        dims = "  ".join(f"{axis}={size}" for axis, size in zip(axes[path], leaf.shape, strict=True))
+        print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):24s} {dims}")
+    print(f"{model.count():,} parameters")
+
+
+def forward_flops(model: Any) -> str:
+    """FLOPs of a forward pass as text."""
+    import numpy as np
+
+    from jaxmodels.models import flops
+
+    if not np.issubdtype(model.inputs(1)[0].dtype, np.integer):
+        return f"{flops.forward(model, 1):.3g} an example"
+    length = min(getattr(model.config, "context", 2048), 2048)
+    return f"{flops.forward(model, 1, length) / length:.3g} a token, T={length:,}"

@@ -1,0 +1,119 @@
+"""`jaxmodels plan CONFIG.py --on HARDWARE`: memory and time of a job on hardware you don't have."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from jaxmodels.commands.options import Configured
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError
+from jaxmodels.fields import Count, Range, Section
+
+if TYPE_CHECKING:
+    from jaxmodels.plan.topology import Topology
+
+
+@dataclass(frozen=True)
+class PlanOptions(Section):
+    """The hardware that is planned for, and the fields of the experiment."""
+
+    on: str = ""
+    """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:4x4x4,8x8x8."""
+    search: bool = False
+    """Try meshes, microbatches, rematerialisation and attention kernels: the fastest, and the least memory."""
+    scaling: bool = False
+    """How the step scales over the sizes of --on, and along which axis of the mesh."""
+    candidates: Count = 40
+    """How many a search compiles."""
+    workers: Annotated[int, Range(0, 1024)] = 0
+    """How many are compiled at a time; 0: half as many as there are cores."""
+    out: Path | None = None
+    """File for the options of `train` that a search found (h100-4x8.args and so on when not given), or for the picture
+    of the scaling (scaling.png)."""
+    json: Path | None = None
+    """Write the plans to this file too."""
+
+
+def plan(given: Configured, options: PlanOptions) -> None:
+    """Plan a config on each topology that is asked for."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # shapes are all there is: an accelerator that is here is not taken
+    planned(given.config, options, given.file)
+
+
+def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
+    """Plan a config on each topology that is asked for, and print what comes out; `file` is the config's.
+
+    Raises:
+        UserError: no topology, or one that is not known; a config that does not fit it.
+    """
+    from jaxmodels.plan import scaling
+
+    if not options.on:
+        raise UserError("got no --on, expected a topology, try --on h100:1x8 or --on v5e:4x4")
+    if options.search and options.scaling:
+        raise UserError(
+            "got --search and --scaling, expected one of them, try --search first and --scaling with its winner"
+        )
+    on = asked(options.on)
+    if options.search:
+        plans = search(cfg, on, options, file)
+    elif options.scaling:
+        plans = scaling.command(cfg, on, options.workers, options.out or Path("scaling.png"))
+    else:
+        plans = plan_each(cfg, on)
+    if options.json is not None:
+        options.json.write_text(json.dumps(plans, indent=2) + "\n")
+
+
+def asked(on: str) -> list[Topology]:
+    """Topologies from their names; a shape alone is of the hardware before it."""
+    from jaxmodels.plan import topology
+
+    names: list[str] = []
+    for name in on.split(","):
+        known = names[-1].partition(":")[0] + ":" if names and ":" not in name else ""
+        names.append(known + name.strip())
+    return [topology.parse(name) for name in names]
+
+
+def plan_each(cfg: Config, on: list[Topology]) -> list[dict[str, Any]]:
+    """The config as it is on each topology."""
+    from jaxmodels.plan import compile as compiling
+    from jaxmodels.plan.command import plan as figures
+    from jaxmodels.plan.command import table
+
+    plans = []
+    for each in on:
+        print(f"compiling for {each.name} ({each.devices:,} device(s)) ...", flush=True)
+        plans.append(figures(cfg, compiling.compiled(cfg, each)))
+        print(table(cfg, plans[-1]), flush=True)
+    return plans
+
+
+def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> list[dict[str, Any]]:
+    """The best ways to run the config on each topology; the fastest is left in a file, as options of `train`."""
+    from jaxmodels import config as configs
+    from jaxmodels.plan import search as searching
+    from jaxmodels.plan.candidates import arguments, overrides
+
+    if options.out is not None and len(on) > 1:
+        raise UserError(f"got --out {options.out} for {len(on)} topologies, expected one of them, try without --out")
+    base = configs.load(file) if file else cfg
+    plans = []
+    for each in on:
+        say = functools.partial(print, flush=True)
+        found = searching.search(cfg, each, options.candidates, options.workers, say)
+        options_of_train = arguments(overrides(base, found.winner.candidate.cfg))
+        print(searching.report(found, cfg))
+        print("\n" + " ".join(["jaxmodels train", file or "CONFIG", *options_of_train]))
+        out = options.out or Path(f"{each.name.replace(':', '-')}.args")
+        out.write_text(" ".join(options_of_train) + "\n")
+        print(f"(these options are in {out}: jaxmodels train {file or 'CONFIG'} $(cat {out}))")
+        plans.append(searching.written(found, base))
+    return plans

@@ -1,0 +1,73 @@
+"""`jaxmodels predict RUN FILE...`: labels, texts or translations of new records."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from jaxmodels.data import given
+from jaxmodels.errors import UserError
+from jaxmodels.fields import Beams, Count
+from jaxmodels.generate.predict import Answer, kind_of, predictor, said
+from jaxmodels.train.saved import load_run
+
+
+def predict(
+    run: str,
+    files: tuple[str, ...],
+    /,
+    input_field: str | None = None,
+    tokens: Count | None = None,
+    beams: Beams | None = None,
+    best: bool = False,
+) -> None:
+    """Labels, texts or translations of new records, as a line of JSON for each, in their order.
+
+    A table gives its rows, a folder its images, any other file its lines, and - the lines of the standard input. A
+    line is a text, the path of an image, or a list of numbers. The data that the run was trained on need not be here.
+    Of a record that cannot be read the line says why.
+
+    Args:
+        run: run directory.
+        files: images, folders of images, tables (CSV, JSON lines, Parquet), files of text, or -.
+        input_field: column of a table to read, where it is not called as in training.
+        tokens: how many tokens a text goes on for, at most (causal_lm); 100 when not given.
+        beams: width of the search for translations (seq2seq); 4 when not given.
+        best: the best checkpoint instead of the newest.
+    """
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    opened = load_run(run, best=best)
+    own = opened.config.task.name
+    for name, value, task in (("tokens", tokens, "causal_lm"), ("beams", beams, "seq2seq")):
+        if value is not None and own != task:
+            raise UserError(f"got --{name} {value} for a run of {own}, expected it for {task} alone, try it without")
+    ready, answers = predictor(opened, tokens or 100, beams or 4)
+    known = opened.kept.field or opened.config.data.input_field
+    found = given.records(files, kind_of(opened), input_field or "", known)
+    size = opened.config.eval.batch_size or opened.config.data.batch_size
+    count, bad = 0, []
+    with ThreadPoolExecutor(opened.config.data.threads) as threads:
+        for answer in said(found, ready, answers, size, threads):
+            count += 1
+            if "error" in answer:
+                bad.append(f"{answer['where']}: {answer['error']}")
+            print(_line(answer), flush=count % size == 0)
+    if bad:
+        shortened = _plain("; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
+        if len(bad) == count:
+            raise UserError(f"got {count:,} records, none of which can be read ({shortened}), expected some that can")
+        print(f"{len(bad):,} of {count:,} records could not be read ({shortened})", file=sys.stderr)
+
+
+def _line(answer: Answer) -> str:
+    """JSON without what a terminal would obey, in letters that the output can have."""
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    return _plain(json.dumps(answer, ensure_ascii=plain))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,0 +1,71 @@
+"""`jaxmodels sample RUN`: text from a language model or a translator."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from jaxmodels.errors import UserError
+from jaxmodels.fields import Count, Range, Seed
+
+
+def sample(
+    run: str,
+    /,
+    prompt: str | None = None,
+    tokens: Count | None = None,
+    temperature: Annotated[float, Range(0)] | None = None,
+    top_k: Count | None = None,
+    top_p: Annotated[float, Range(above=0, most=1)] | None = None,
+    seed: Seed | None = None,
+    best: bool = False,
+) -> None:
+    """Text from a run: the prompt goes on, or is translated (the likeliest translation that a beam of 4 finds).
+
+    Args:
+        run: run directory.
+        prompt: what the text begins with, a line end when not given; or what is translated.
+        tokens: how many tokens to add; 200, or as many as the model's context has room for, when not given.
+        temperature: 0 takes the likeliest token each time; higher is more varied; 0.8 when not given.
+        top_k: choose among the k likeliest tokens only.
+        top_p: choose among the likeliest tokens that together have this probability.
+        seed: the same seed gives the same text; 0 when not given.
+        best: the best checkpoint instead of the newest.
+    """
+    from jaxmodels import config as configs
+    from jaxmodels.generate.texts import continued, opening
+    from jaxmodels.train import load_run
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    options = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    cfg, _ = configs.read(run)
+    if cfg.task.name not in ("causal_lm", "seq2seq"):
+        instead = {"gan": "report", "vae": "report"}.get(cfg.task.name, "predict")
+        files = " FILE" if instead == "predict" else ""
+        raise UserError(
+            f"got a run of task {cfg.task.name}, expected causal_lm or seq2seq, try jaxmodels {instead} {run}{files}"
+        )
+    if cfg.task.name == "seq2seq":
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise UserError(f"got --{flag} for a translator, expected a --prompt alone, try it without --{flag}")
+        if not prompt:
+            raise UserError(f"got no prompt, expected a text to translate, try jaxmodels sample {run} --prompt TEXT")
+    opened = load_run(run, best=best)
+    tokenizer, _ = opened.tokenizer, opened.task  # an imported model may have none
+    if tokenizer is None:
+        raise UserError(f"got {run} without a tokenizer, expected a run that was trained on texts, try another run")
+    model, params = opened.model, opened.params["model"]
+    if cfg.task.name == "seq2seq":
+        from jaxmodels.generate import translate_texts
+
+        assert prompt is not None
+        print(translate_texts(model, params, tokenizer, [prompt])[0])
+        return
+    prompt = opening(tokenizer) if prompt is None else prompt
+    if tokens is None:
+        taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
+        room = 200 if model.longest is None else model.longest - taken
+        given["tokens"] = max(min(200, room), 1)
+    print(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))

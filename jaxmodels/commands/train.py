@@ -1,0 +1,91 @@
+"""`jaxmodels train CONFIG.py`: train a model, or continue a run that was stopped."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmodels.commands.options import Configured
+from jaxmodels.errors import printable
+from jaxmodels.fields import Section
+
+SAVED = 75
+"""Exit code of a run that was told to stop and has saved."""
+
+
+@dataclass(frozen=True)
+class RunOptions(Section):
+    """Where a run lives, and the fields of its experiment."""
+
+    run_dir: str | None = None
+    """Run directory; runs/<name of the config file> when not given."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on from the newest checkpoint of the same config; must: with a changed config too, but never from
+    nothing; never: start anew, moving an earlier run aside."""
+
+
+def train(given: Configured, options: RunOptions) -> int:
+    """Train; returns the exit code."""
+    from jaxmodels.parallel import distributed
+
+    distributed.initialize()
+    from jaxmodels.train import run as runs
+
+    runs.compilation_cache()
+    run = Path(options.run_dir or f"runs/{Path(given.file).stem}")
+    origin = {"file": given.file, "overrides": given.overrides}
+    experiment, result = runs.train(given.config, run, options.resume, origin)
+    if distributed.is_main():
+        if result.ended == "preempted":
+            print(printable(f"stopped and saved at step {result.step} in {run}; the same command goes on from there"))
+        else:
+            farewell(experiment, result, run, [given.file, *given.overrides])
+    return SAVED if result.ended == "preempted" else 0
+
+
+def farewell(experiment: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
+    """What came out, where it lies, and what to do next."""
+    import jax
+
+    from jaxmodels import data
+    from jaxmodels.generate.texts import continued, opening
+    from jaxmodels.report import curves
+    from jaxmodels.train.directory import LOCK
+    from jaxmodels.train.metrics import main
+    from jaxmodels.train.run import averaged
+    from jaxmodels.train.tune import again
+
+    train_data, eval_data, tokenizer = experiment.train_data, experiment.eval_data, experiment.train_data.tokenizer
+    found = result.metrics or curves.last(run)
+    print(
+        f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
+        + ", ".join(f"{name} {value:.4f}" for name, value in main(found).items())
+    )
+    baseline = {}
+    if isinstance(train_data, data.Windows) and isinstance(eval_data, data.Windows):
+        baseline["unigram model"] = data.unigram_loss(train_data, eval_data)
+        print(f"a unigram model of the same text has a loss of {baseline['unigram model']:.4f} nats a token")
+    curves.draw(run, run / "curves.png", baseline)
+    name = f"./{run}" if str(run).startswith("-") else str(run)
+    more = ["jaxmodels", "eval", name]
+    if experiment.cfg.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
+        params, model = averaged(result.state)["model"], experiment.task.networks["model"]
+        prompt = opening(tokenizer, "def " if experiment.cfg.data.source == "stdlib" else "\n")
+        taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
+        room = 400 if model.longest is None else min(400, model.longest - taken)
+        if room > 0:
+            text = continued(model, params, tokenizer, prompt, room, temperature=0.6, seed=1)
+            print("\na sample:\n" + "\n".join("  | " + printable(line) for line in text.splitlines()))
+            more = ["jaxmodels", "sample", name, "--temperature", "0.5"]
+    chosen = {"run_dir": f"{name}-2", "optim.peak_lr": f"{experiment.cfg.optim.peak_lr / 2:g}"}
+    commands = [
+        shlex.join(more),
+        shlex.join(["jaxmodels", "report", name]),
+        again(argv[0], argv, chosen),
+        shlex.join(["jaxmodels", "config", "explain", name, "optim.peak_lr"]),
+    ]
+    files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != LOCK))
+    print(printable("\n".join([f"\neverything is in {run}/: {files}", "try next:", *(f"  {c}" for c in commands)])))

@@ -1,0 +1,30 @@
+"""`jaxmodels tune CONFIG.py --space ...`: search for good values of fields."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jaxmodels.commands.options import Configured
+from jaxmodels.train.space import TuneOptions
+
+
+def tune(given: Configured, options: TuneOptions) -> None:
+    """Search, then the best trials, a picture, and how to run the best one again."""
+    from jaxmodels.report import search as pictures
+    from jaxmodels.train import tune as searching
+    from jaxmodels.train.run import compilation_cache
+
+    compilation_cache()
+    cfg, file, argv = given.config, given.file, [given.file, *given.overrides]
+    cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", tensorboard=False))
+    out = searching.search(cfg, options, file, argv)
+    trials = searching.tried(cfg, options, out)
+    choices = [searching.parse(text, cfg) for text in options.space]
+    print("\n" + searching.table(cfg, options, trials))
+    ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
+    if ended:
+        best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
+        chosen = {choice.field: best[choice.field] for choice in choices}
+        print(f"\nthe best one again:\n  {searching.again(file, argv, chosen)}")
+    pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
+    print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")
