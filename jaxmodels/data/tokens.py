@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,11 @@ def _map(file: Path, facts: dict[str, Any]) -> np.ndarray:
 def _numpy(file: Path) -> np.ndarray:
     """The whole numbers of a .npy file, flat."""
     try:
-        array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise UserError(f"got {file}, which NumPy cannot read ({error}), expected an array of tokens") from None
+        with warnings.catch_warnings(action="ignore"):  # of what NumPy tries with a damaged header
+            array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # NumPy reads the header as a piece of Python, which fails in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"got {file}, which NumPy cannot read ({reason}), expected an array of tokens") from None
     if array.dtype.kind not in "ui" or not array.flags.c_contiguous:
         raise UserError(
             f"got {file} of {array.dtype} {array.shape}, expected whole numbers in C's order, "

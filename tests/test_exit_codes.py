@@ -1,0 +1,21 @@
+"""A process ends with the exit code of what happened, also while its threads compute."""
+
+import os
+import subprocess
+import sys
+
+from tests.quick import FLAGS
+
+TINY = "--model.layers 1 --model.width 16 --model.heads 2 --model.context 32 --data.seq-len 32 --data.batch-size 2"
+DIVERGES = "--optim.peak-lr 1e35 --optim.clip-norm None --optim.warmup-steps 0 --metrics.progress none"
+
+
+def test_a_run_that_fails_ends_with_1_each_time(root, tmp_path):
+    # batches are still made ahead, and a step is still computed, when the loss is found to be no number
+    command = [sys.executable, "-m", "jaxmodels", "train", "configs/gpt_stdlib.py", *TINY.split(), *DIVERGES.split()]
+    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": FLAGS}
+    for turn in range(5):
+        where = ["--run-dir", str(tmp_path / f"run{turn}")]
+        ended = subprocess.run([*command, *where], cwd=root, env=env, capture_output=True, text=True)
+        assert ended.returncode == 1, ended.stderr
+        assert ended.stderr.splitlines()[-1].startswith("error: got loss nan"), ended.stderr
