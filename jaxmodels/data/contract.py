@@ -58,9 +58,13 @@ def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
         wrong = kinds[0] != kinds[1] and kinds not in (("u", "f"), ("i", "f"))
         if want.shape is not None and (got.shape[1:] != want.shape or wrong):
             expected = want.rows(got.shape[0])
+            hint = "a model whose inputs have the data's shape"
+            if name == "labels":
+                several = "--task.multi-label True" if got.ndim == 2 else "without --task.multi-label"
+                hint = several if got.ndim != len(expected.shape) else "another --data.label-field"
             raise UserError(
                 f"got {name} of shape {got.shape} {got.dtype} from the data, expected {expected.shape} "
-                f"{expected.dtype}, try a model whose inputs have the data's shape"
+                f"{expected.dtype}, try {hint}"
             )
 
 

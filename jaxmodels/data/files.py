@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import mmap
 import sys
 from abc import ABC, abstractmethod
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ BOM = codecs.BOM_UTF8
 _BEGINNING = 1 << 16
 _SEPARATORS = ",;\t|"
 _BETWEEN = 3
+_USUAL = 3
+_MARKS = {  # that of UTF-32LE begins as that of UTF-16 does
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 _COMPRESSED = {
     b"\x1f\x8b": "gzip -d", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bzip2 -d", b"\xfd7zXZ\0": "xz -d",
     b"PK\3\4": "unzip",
@@ -28,19 +35,30 @@ _COMPRESSED = {
 
 
 def not_text(beginning: bytes) -> str:
-    """What a file that begins so is, if it is no text in UTF-8, what was expected and what to try; else nothing."""
+    """Say what a file that begins so is, what was expected and what to try; empty where it may be text in UTF-8."""
     for magic, command in _COMPRESSED.items():
         if beginning.startswith(magic):
             return f"compressed, expected text, try {command}"
-    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "text in UTF-16, expected UTF-8, try iconv -f UTF-16 -t UTF-8"
-    if b"\0" in beginning:
-        even, odd = beginning[::2].count(0), beginning[1::2].count(0)
-        if max(even, odd) > len(beginning) // 8 > min(even, odd):
-            order = "BE" if even > odd else "LE"
-            return f"text in UTF-16, expected UTF-8, try iconv -f UTF-16{order} -t UTF-8"
-        if even + odd > len(beginning) // 100:
-            return "binary (it has zero bytes), expected text, try another file"
+    if encoding := _wide(beginning):
+        return f"text in {encoding[:6]}, expected UTF-8, try iconv -f {encoding} -t UTF-8"
+    if beginning.count(0) > len(beginning) // 100:
+        return "binary (it has zero bytes), expected text, try another file"
+    return ""
+
+
+def _wide(beginning: bytes) -> str:
+    """The name of an encoding of two or four bytes a character, told by its mark or by where zeros stand."""
+    for mark, name in _MARKS.items():
+        if beginning.startswith(mark):
+            return name
+    zeros = [beginning[place::4].count(0) for place in range(4)]
+    few, most = len(beginning) // 16, len(beginning) // 4 - len(beginning) // 16
+    for order, (lowest, *upper, highest) in ("LE", zeros), ("BE", zeros[::-1]):
+        if lowest < few and min(*upper[1:], highest) > most:  # no character is above 0x10FFFF, and few above 0xFFFF
+            return f"UTF-32{order}"
+    even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
+    if max(even, odd) > len(beginning) // 8 > min(even, odd):
+        return "UTF-16BE" if even > odd else "UTF-16LE"
     return ""
 
 
@@ -141,9 +159,9 @@ class _Json(_Lines):
 class _Csv(_Lines):
     """Values separated by commas, semicolons, tabs or bars, with the columns' names in the first row.
 
-    A cell in quotes may have line ends in it. Where such a row is none in the end (the quote is never closed, or other
-    cells stand behind it), or all the lines between are rows of their own, its first line alone is bad, and reading
-    goes on behind it: a stray quote costs one row.
+    A cell in quotes may have line ends in it. Where such a row turns out to be none (the quote is never closed, or
+    other cells follow it), or where its lines are rows of their own, only its first line is bad, and reading goes on
+    after it: a stray quote costs one row.
     """
 
     typed = False
@@ -216,21 +234,37 @@ class _Csv(_Lines):
                 cells = len(next(rows))
             except csv.Error:  # what it is will be said where the row is parsed
                 cells = -1
-            if number > first and not header and (cells != len(self._names) or self._rows_between(begin, at)):
+            if number > first and not header and (cells != len(self._names) or self._is_several(begin, at)):
                 at, number = self._bytes.find(self._line_end, begin) + 1, first
                 rows = reader()
             if not (header and self._names):
                 yield begin, at, first
             header = False
 
-    def _rows_between(self, begin: int, end: int) -> bool:
-        """Whether all lines within a row, several of them, are rows: as many cells, no space before one as in prose."""
-        lines = self._bytes[begin:end].removesuffix(self._line_end).split(self._line_end)[1:-1]
-        for line in lines:
-            cells = self._cells(line)
+    def _is_several(self, begin: int, end: int) -> bool:
+        """Say whether a row of several lines is several rows, joined by two stray quotes.
+
+        All lines between the first and the last must be rows: as many cells, and no space before one as in prose. Where
+        those are few, the first and the last must be rows too, and in some column each of the lines must have a value
+        that is usual in the file, such as a class.
+        """
+        lines = self._bytes[begin:end].removesuffix(self._line_end).split(self._line_end)
+        rows = [self._cells(line) for line in lines[1:-1]]
+        if len(rows) < _BETWEEN:  # a quote that is stray stands for itself
+            text = (line.decode("utf-8", "replace").replace('"', "") for line in (lines[0], lines[-1]))
+            rows += [line.split(self._delimiter) for line in text]
+        for cells in rows:
             if not 1 < len(cells) == len(self._names) or isinstance(cells, str) or any(c[:1] == " " for c in cells[1:]):
                 return False
-        return len(lines) >= _BETWEEN
+        return len(lines) - 2 >= _BETWEEN or any(map(set.issuperset, self._usual, map(set, zip(*rows, strict=True))))
+
+    @functools.cached_property
+    def _usual(self) -> list[set[str]]:
+        """The values of each column that come again and again at the beginning of the file."""
+        lines = self._bytes[self._start : self._start + _BEGINNING].split(self._line_end)
+        rows = [cells for line in lines if len(cells := self._cells(line)) == len(self._names)]
+        counts = map(Counter, zip(*(cells for cells in rows if not isinstance(cells, str)), strict=True))
+        return [{value for value, count in each.items() if count >= _USUAL and value} for each in counts]
 
 
 class _Parquet(File):

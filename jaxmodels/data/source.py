@@ -17,6 +17,7 @@ from jaxmodels.errors import UserError
 Split = Literal["train", "eval"]
 
 _BLOCK, _BLOCKS, _WHOLE = 1 << 14, 256, 1 << 26
+_MOST = 1 << 24  # no vocabulary is as large
 _GOLDEN = 2654435769  # 2^32 / golden ratio: multiples of it, mod 2^32, stay evenly spread
 
 
@@ -181,9 +182,10 @@ def check_tokens(arrays: Sequence[np.ndarray], vocab_size: int, label: str) -> N
 
 
 def _too_large(token: int, vocab_size: int, label: str) -> str:
+    larger = f"--model.vocab-size {token + 1} or " if token < _MOST else ""
     return (
         f"got token {token} in {label}, expected all below vocab_size {vocab_size}, "
-        f"try --model.vocab-size {token + 1} or the dtype and vocab_size that the file was written with"
+        f"try {larger}the dtype and vocab_size that the file was written with"
     )
 
 

@@ -15,7 +15,7 @@ from jaxmodels.config import DataConfig
 from jaxmodels.data import corpus as corpora
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import check_unused_fraction
-from jaxmodels.data.source import Split, Windows, check_tokens
+from jaxmodels.data.source import Split, Windows, blocks, check_tokens
 from jaxmodels.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from jaxmodels.errors import UserError
 
@@ -139,8 +139,14 @@ def _numpy(file: Path) -> np.ndarray:
             f"got {file} of {array.dtype} {array.shape}, expected whole numbers in C's order, "
             "try saving it by np.save(file, tokens.astype(np.uint32))"
         )
-    # what is below 0 is then too large for any vocabulary, and refused
-    return array.reshape(-1).view(array.dtype.str.replace("i", "u"))
+    array = array.reshape(-1)
+    lowest = min((int(block.min()) for block in blocks(array) if block.size), default=0)
+    if lowest < 0:
+        raise UserError(
+            f"got token {lowest} in {file}, expected tokens from 0 on, try a file without those that stand for no token"
+        )
+    # in a large array not all of them are seen; as an unsigned number it is too large for any vocabulary
+    return array.view(array.dtype.str.replace("i", "u"))
 
 
 def _no_uint16(beginning: bytes) -> str:

@@ -56,15 +56,17 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
     safe = jnp.where(counts, targets, 0)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # a sum, not a look-up: the gradient of one is a scatter, which accelerators do apart from all else
-    own = jax.lax.broadcasted_iota(safe.dtype, logits.shape, logits.ndim - 1) == safe[..., None]
-    picked = jnp.where(own, logits, 0).sum(-1)
+    ids = jax.lax.broadcasted_iota(safe.dtype, logits.shape, logits.ndim - 1)
+    picked = jnp.where(ids == safe[..., None], logits, 0).sum(-1)
     loss = jnp.where(counts, log_z - picked, 0.0)
     objective = loss
     if smoothing:
         objective = jnp.where(counts, log_z - (1 - smoothing) * picked - smoothing * logits.mean(-1), 0.0)
     if z_loss:
         objective = objective + jnp.where(counts, z_loss * jnp.square(log_z), 0.0)
-    correct = counts & (picked >= logits.max(-1))
+    # as argmax chooses: of several that are the highest, the first
+    behind = (logits < picked[..., None]) | ((logits == picked[..., None]) & (ids >= safe[..., None]))
+    correct = counts & behind.all(-1)
     return Scores(objective.sum(), loss.sum(), correct.sum(), counts.sum())
 
 

@@ -227,14 +227,24 @@ def test_a_stray_quote_costs_its_own_row_alone(tmp_path, caplog, quoted):
     ]
 
 
-def test_two_stray_quotes_do_not_make_one_text_of_what_is_between(tmp_path, caplog):
+@pytest.mark.parametrize("second", [11, 12, 13, 14, 20])
+def test_two_stray_quotes_do_not_make_one_text_of_what_is_between(tmp_path, caplog, second):
     lines = [f"text {i},{'ab'[i % 2]}" for i in range(40)]
-    lines[10], lines[20] = '"text 10,a', 'text 20",a'
+    lines[10], lines[second] = '"text 10,a', f'text {second}",a'
     found = values(read(tmp_path / "a.csv", "\n".join(["text,label", *lines])), "text", "label", limit=2)
-    assert [text for text, _ in found] == [f"text {i}" for i in range(10)] + [f"text {i}" for i in range(11, 20)] + [
-        'text 20"', *(f"text {i}" for i in range(21, 40))
-    ]  # fmt: skip
+    texts = [f"text {i}" + '"' * (i == second) for i in range(40) if i != 10]
+    assert [text for text, _ in found] == texts
     assert len(caplog.messages) == 1 and "a.csv:12: invalid CSV" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["Dear all,\nthanks", "one,two\nthree", "first,\nlast,", "1,2\n3,4\n5,6", "see a, b\nand a"]
+)
+def test_a_text_of_few_lines_with_commas_in_it_is_one_text(tmp_path, text):
+    lines = [f"text {i},{'ab'[i % 2]}" for i in range(40)]
+    lines[10] = f'"{text}",b'
+    found = values(read(tmp_path / "a.csv", "\n".join(["text,label", *lines])), "text", "label")
+    assert found[10] == (text, 1) and len(found) == 40
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
@@ -252,6 +262,9 @@ def test_line_ends_of_old_macs_end_rows(tmp_path):
     [
         ("a.csv", "text,label\na,0\n".encode("utf-16"), "text in UTF-16, expected UTF-8, try iconv -f UTF-16 -t UTF-8"),
         ("a.csv", "text,label\na,0\n".encode("utf-16-be"), "try iconv -f UTF-16BE -t UTF-8"),
+        ("a.csv", "text,label\na,0\n".encode("utf-32"), "text in UTF-32, expected UTF-8, try iconv -f UTF-32 -t UTF-8"),
+        ("a.csv", "text,label\nä,0\n".encode("utf-32-be"), "text in UTF-32, .* try iconv -f UTF-32BE -t UTF-8"),
+        ("a.jsonl", '{"text": "日本語の文"}\n'.encode("utf-32-le"), "try iconv -f UTF-32LE -t UTF-8"),
         ("a.csv.gz", b"\x1f\x8b\x08", "compressed, expected text, try gzip -d"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "compressed, expected text, try zstd -d"),
         ("a.csv", b"\0\1\2" * 400, "binary"),

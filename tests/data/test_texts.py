@@ -282,8 +282,11 @@ def test_a_token_file_that_is_of_another_kind_is_refused(tmp_path, tokens, words
     with pytest.raises(UserError, match="b.npy of float64"):
         open_lm(source="tokens", path=(f"{tmp_path}/b.npy",))
     np.save(tmp_path / "c.npy", np.array([-1, 3] * 90))
-    with pytest.raises(UserError, match="got token 18446744073709551615 .* expected all below vocab_size 9"):
+    with pytest.raises(UserError, match="got token -1 in .*c.npy, expected tokens from 0 on, try"):
         open_lm(source="tokens", path=(f"{tmp_path}/c.npy",), vocab_size=9)
+    np.save(tmp_path / "e.npy", np.array([2**63, 3] * 90, np.uint64))
+    with pytest.raises(UserError, match="expected all below vocab_size 9, try the dtype and vocab_size that the file"):
+        open_lm(source="tokens", path=(f"{tmp_path}/e.npy",), vocab_size=9)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,15 @@ def test_large_logits_do_not_overflow():
     assert np.isfinite(scores.objective)
 
 
+def test_of_equal_logits_the_first_is_chosen():
+    targets = jnp.array([[0, 1, 2, 0, -1]])
+    assert int(cross_entropy(jnp.zeros((1, 5, 3)), targets).correct) == 2  # a model that knows nothing is not right
+    logits = jnp.array([[0.0, 7.0, 7.0], [7.0, 0.0, 7.0], [jnp.nan, 7.0, 0.0]])
+    assert [int(cross_entropy(logits[i], jnp.array(t)).correct) for i in range(3) for t in range(3)] == [
+        0, 1, 0, 1, 0, 0, 0, 0, 0,
+    ]  # fmt: skip
+
+
 def test_sums_of_parts_add_to_the_whole(case):
     _, _, targets, logits = case
     whole = cross_entropy(logits, targets, 0.1, 0.01)
