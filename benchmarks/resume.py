@@ -383,10 +383,10 @@ def compare(options: Options, whole: Run, runs: Sequence[Run]) -> list[tuple[str
 def bits(run: Run, options: Options) -> dict[str, str]:
     """A hash of every array of the final checkpoint."""
     from jaxmodels import config as configs
-    from jaxmodels.train import run as runs
     from jaxmodels.train.checkpoint import Checkpointer
+    from jaxmodels.train.job import assemble
 
-    layout = runs.setup(configs.read(run.folder)[0]).layout
+    layout = assemble(configs.read(run.folder)[0]).layout
     found = Checkpointer(run.folder / "checkpoints").restore(layout)
     if found is None or found[2] != options.steps:
         return {}

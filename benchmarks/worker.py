@@ -26,46 +26,43 @@ def engine(cfg: Config) -> Run:
     """The project's loop, with data, metrics and display; not saving."""
     import dataclasses
 
-    from jaxmodels.train import beginning, loop, optim, run
-    from jaxmodels.train.metrics import Clock, Display, Writer
+    from jaxmodels.train import beginning, loop, optim
+    from jaxmodels.train.display import Display
+    from jaxmodels.train.job import assemble
+    from jaxmodels.train.loggers import Report, TensorBoard
+    from jaxmodels.train.metrics import Clock, Record
 
-    experiment = run.setup(cfg)
-    loader = experiment.loader("train")
-    take = run.compiled(experiment)
-    folder = Path(tempfile.mkdtemp())
-    writer = Writer(folder, cfg.metrics, 0)
-    hooks = loop.Hooks(
-        loader.iterate, lambda state: {}, lambda *_: None, lambda now: False, loader.order.indices, lambda now: None
-    )
+    job = assemble(cfg)
+    loader, folder = job.loader("train"), Path(tempfile.mkdtemp())
     schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
-    held: dict[str, Any] = {
-        "state": beginning.initial(experiment.cfg, experiment.task, experiment.optimizers, experiment.layout),
-        "step": 0,
-    }
 
     class Watch(Display):
-        def update(self, step: int, loss: float, rate: float | None) -> None:
+        def progress(self, step: int, loss: float, rate: float | None) -> None:
             steps.first = steps.first or time.time()  # type: ignore[attr-defined]
 
+    report = Report(Record(folder, 0), Watch("none", 0, job.task.unit), {"tensorboard": TensorBoard()})
+    report.start(folder, cfg, 0)
+    hooks = loop.Hooks(
+        step=job.step(),
+        batches=loader.iterate,
+        evaluate=lambda state: {},
+        save=lambda *_: None,
+        stop=lambda now: False,
+        examples=loader.order.indices,
+        last_good=lambda now: None,
+        learning_rate=lambda now: float(schedule(now)),
+        report=report,
+        clock=Clock(job.units, job.task.unit, None, None),
+        traces=folder,
+    )
+    held = [loop.Start(beginning.initial(job))]
+
     def steps(count: int) -> None:
-        start = held["step"]
-        here = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=start + count))
-        clock = Clock(cfg.data.batch_size * cfg.data.seq_len, experiment.task.unit, None, None)
-        with Watch("none", start + count, experiment.task.unit) as display:
-            result = loop.run(
-                here,
-                take,
-                held.pop("state"),
-                start,
-                loop.Progress(),
-                hooks,
-                writer,
-                display,
-                clock,
-                lambda now: float(schedule(now)),
-                folder,
-            )
-        held.update(state=result.state, step=result.step)
+        start = held.pop()
+        here = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=start.step + count))
+        clock = Clock(job.units, job.task.unit, None, None)
+        result = loop.run(here, start, dataclasses.replace(hooks, clock=clock))
+        held.append(loop.Start(result.state, result.step))
 
     steps.first = None  # type: ignore[attr-defined]
     return steps
@@ -75,18 +72,18 @@ def bare(cfg: Config) -> Run:
     """The same model's step under a bare `jax.jit`, on one batch that is already on the device."""
     import jax
 
-    from jaxmodels.train import run, state, step
+    from jaxmodels.train import step
+    from jaxmodels.train.job import assemble
 
-    experiment = run.setup(cfg)
-    batch = experiment.loader("train").batch(0)
+    job = assemble(cfg)
+    batch = job.loader("train").batch(0)
     take = jax.jit(
         lambda now, batch: step.advance(
-            experiment.task, experiment.optimizers, now, batch, accumulate=cfg.train.accumulate, ema=cfg.train.ema
+            job.task, job.optimizers, now, batch, accumulate=cfg.train.accumulate, ema=cfg.train.ema
         ),
         donate_argnums=0,
     )
-    make = jax.jit(lambda key: state.init(experiment.task, experiment.optimizers, key, cfg.train.ema is not None))
-    held = [make(jax.random.key(0))]
+    held = [jax.jit(job.init)(jax.random.key(0))]
 
     def steps(count: int) -> None:
         metrics: Any = None

@@ -37,16 +37,16 @@ def train(given: Configured, options: RunOptions) -> int:
     runs.compilation_cache()
     run = Path(options.run_dir or f"runs/{Path(given.file).stem}")
     origin = {"file": given.file, "overrides": given.overrides}
-    experiment, result = runs.train(given.config, run, options.resume, origin)
+    job, result = runs.train(given.config, run, options.resume, origin)
     if distributed.is_main():
         if result.ended == "preempted":
             print(printable(f"stopped and saved at step {result.step} in {run}; the same command goes on from there"))
         else:
-            farewell(experiment, result, run, [given.file, *given.overrides])
+            farewell(job, result, run, [given.file, *given.overrides])
     return SAVED if result.ended == "preempted" else 0
 
 
-def farewell(experiment: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
+def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
     """What came out, where it lies, and what to do next."""
     import jax
 
@@ -55,10 +55,10 @@ def farewell(experiment: Any, result: Any, run: Path, argv: Sequence[str]) -> No
     from jaxmodels.report import curves
     from jaxmodels.train.directory import LOCK
     from jaxmodels.train.metrics import main
-    from jaxmodels.train.run import averaged
     from jaxmodels.train.tune import again
 
-    train_data, eval_data, tokenizer = experiment.train_data, experiment.eval_data, experiment.train_data.tokenizer
+    train_data, eval_data = job.sources["train"], job.sources["eval"]
+    tokenizer = train_data.tokenizer
     found = result.metrics or curves.last(run)
     print(
         f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
@@ -71,16 +71,16 @@ def farewell(experiment: Any, result: Any, run: Path, argv: Sequence[str]) -> No
     curves.draw(run, run / "curves.png", baseline)
     name = f"./{run}" if str(run).startswith("-") else str(run)
     more = ["jaxmodels", "eval", name]
-    if experiment.cfg.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
-        params, model = averaged(result.state)["model"], experiment.task.networks["model"]
-        prompt = opening(tokenizer, "def " if experiment.cfg.data.source == "stdlib" else "\n")
+    if job.config.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
+        params, model = result.state.averaged["model"], job.task.networks["model"]
+        prompt = opening(tokenizer, "def " if job.config.data.source == "stdlib" else "\n")
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
         room = 400 if model.longest is None else min(400, model.longest - taken)
         if room > 0:
             text = continued(model, params, tokenizer, prompt, room, temperature=0.6, seed=1)
             print("\na sample:\n" + "\n".join("  | " + printable(line) for line in text.splitlines()))
             more = ["jaxmodels", "sample", name, "--temperature", "0.5"]
-    chosen = {"run_dir": f"{name}-2", "optim.peak_lr": f"{experiment.cfg.optim.peak_lr / 2:g}"}
+    chosen = {"run_dir": f"{name}-2", "optim.peak_lr": f"{job.config.optim.peak_lr / 2:g}"}
     commands = [
         shlex.join(more),
         shlex.join(["jaxmodels", "report", name]),

@@ -68,23 +68,13 @@ class Arithmetic:
         from jaxmodels import tasks
         from jaxmodels.parallel import rules
         from jaxmodels.tasks import flops
-        from jaxmodels.train import optim
         from jaxmodels.train import state as states
 
         self.cfg, self.topology = cfg, topology
         self.task = tasks.build(cfg.task, cfg.model, cfg.data)
         self.updates = self.task.updates
         self.axes = self.task.axes()
-        optimizers = {
-            loss.name: optim.build(
-                cfg.optim,
-                cfg.train.steps,
-                self.axes[loss.trains],
-                self.task.networks[loss.trains].shapes(),
-                loss.updates,
-            )
-            for loss in self.task.losses
-        }
+        optimizers = states.optimizers(cfg, self.task)
         self.shapes = jax.eval_shape(lambda: states.init(self.task, optimizers, jax.random.key(0)))
         self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
         leaves = zip(jax.tree.leaves(self.shapes.params), _names(self.axes), strict=True)
@@ -192,10 +182,10 @@ class Arithmetic:
             UserError: it does not fit the mesh.
         """
         from jaxmodels.tasks import losses
-        from jaxmodels.train import step
+        from jaxmodels.train.job import check_batch_size
 
         sizes = self.place(cfg.mesh)
-        step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=self.updates)
+        check_batch_size(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=self.updates)
         batch = self.rules.shards(sizes, self.rules.table(sizes)["batch"])
         tensor = sizes[self.rules.RULES["mlp"][0]]
         pieces = self.rules.shards(sizes, self.rules.RULES["seq"]) if self.length > 1 else 1

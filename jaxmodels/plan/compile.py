@@ -180,23 +180,12 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
 
     import jax
 
-    from jaxmodels import tasks
-    from jaxmodels.data.contract import check_lengths
-    from jaxmodels.parallel import mesh as meshes
-    from jaxmodels.tasks import flops
-    from jaxmodels.train import state, step
+    from jaxmodels.train.job import assemble
 
     cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
     begun = time.monotonic()
-    sizes = meshes.sizes(cfg.mesh, topology.devices)
-    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
-    check_lengths(task.fields, sizes)
-    where = meshes.make_mesh(cfg.mesh, topologies.describe(topology).devices)
-    optimizers, layout = state.compose(cfg, task, where)
-    spec = task.batch_spec(cfg.data.batch_size)
-    lies = task.shardings(where, spec)
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[name]) for name, x in spec.items()}
+    job = assemble(cfg, topologies.describe(topology).devices, opened=False)
+    layout, counted = job.layout, job.flops()
     held = {
         name: _bytes(getattr(layout, field))
         for name, field in {
@@ -206,31 +195,20 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
             "statistics": "stats",
         }.items()
     }
-    held |= {"batch": _bytes(batch), "rest": _bytes((layout.step, layout.rng))}
+    held |= {"batch": _bytes(job.batch), "rest": _bytes((layout.step, layout.rng))}
     hosted = _bytes([leaf for leaf in jax.tree.leaves(layout.opt_state) if leaf.ndim]) if cfg.optim.offload else 0
     held["optimizer"] -= hosted
     facts: dict[str, Any] = {
-        "mesh": {axis: size for axis, size in where.shape.items()},
-        "coordinates": [_coordinates(device, topology) for device in where.devices.flat],
+        "mesh": {axis: size for axis, size in job.mesh.shape.items()},
+        "coordinates": [_coordinates(device, topology) for device in job.mesh.devices.flat],
         "held": held,
         "hosted": hosted,
-        "gradients": max(_bytes(layout.params[loss.trains]) for loss in task.losses),
-        "flops": _flops(cfg, task, flops),
-        "unit": task.unit,
-        "units": task.units(cfg.data.batch_size),
+        "gradients": max(_bytes(layout.params[loss.trains]) for loss in job.task.losses),
+        "flops": {"model": counted.model, "visible": counted.visible, "parameters": job.parameters()},
+        "unit": job.task.unit,
+        "units": job.units,
     }
-    lowered = step.lower(
-        task,
-        optimizers,
-        where,
-        layout,
-        batch,
-        accumulate=cfg.train.accumulate,
-        offload=cfg.optim.offload,
-        ema=cfg.train.ema,
-        xla=cfg.train.xla,
-        platforms=(topology.hardware.platform,),
-    )
+    lowered = job.lower((topology.hardware.platform,))
     text, arguments = "", sum(held.values())
     try:
         program = lowered.compile()
@@ -286,13 +264,6 @@ def _coordinates(device: Any, topology: Topology) -> list[int]:
     if topology.hardware.platform == "tpu":
         return [*device.coords, getattr(device, "core_on_chip", 0), getattr(device, "slice_index", 0)]
     return [device.id // topology.shape[1], device.id % topology.shape[1]]
-
-
-def _flops(cfg: Config, task: Any, flops: Any) -> dict[str, int]:
-    """Model FLOPs of a step, in full and without what masks hide, and parameters."""
-    counted = flops.per_step(cfg.task, cfg.model, cfg.data)
-    parameters = sum(network.count() for network in task.networks.values())
-    return {"model": counted.model, "visible": counted.visible, "parameters": parameters}
 
 
 def told(error: Exception, asked: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -22,21 +21,21 @@ from jaxmodels.hf.load import described
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.functional import family_of
 from jaxmodels.models.lstm import LSTMConfig
-from jaxmodels.tasks.task import Task
-from jaxmodels.train import state as states
 from jaxmodels.train.arrays import named_leaves, nest
 from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.job import Job
 from jaxmodels.train.state import State
 
 log = logging.getLogger("jaxmodels")
 
 
-def initial(cfg: Config, task: Task, optimizers: states.Optimizers, layout: State) -> State:
-    """The state before the first step, made where its arrays live; from `init.source` if one is given.
+def initial(job: Job) -> State:
+    """Make the state before the first step where its arrays live, from `init.source` if one is given.
 
     Raises:
         UserError: the source lacks a parameter that does not start at random, or has it in another shape.
     """
+    cfg, layout = job.config, job.layout
     kept = named_leaves(layout.params)
     if cfg.init.source is not None:
         check(cfg.init.fresh, kept)
@@ -45,11 +44,10 @@ def initial(cfg: Config, task: Task, optimizers: states.Optimizers, layout: Stat
         if kept:
             compare_pixels(cfg, Path(cfg.init.source))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    make = functools.partial(states.init, task, optimizers, ema=cfg.train.ema is not None)
     # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
     quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(layout.params)) < 3e7
     options = {"xla_backend_optimization_level": 0} if quick else None
-    state = jax.jit(make, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
+    state = jax.jit(job.init, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
     if cfg.init.source is None:
         return state
     source = Path(cfg.init.source)

@@ -18,8 +18,8 @@ from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, printable
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
+from jaxmodels.train.display import Display
 from jaxmodels.train.manifest import whole
-from jaxmodels.train.metrics import Display
 
 log = logging.getLogger("jaxmodels")
 

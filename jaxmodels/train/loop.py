@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ import numpy as np
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.tasks.task import Batch
-from jaxmodels.train.metrics import Clock, Display, Writer
+from jaxmodels.train.loggers import Report
+from jaxmodels.train.metrics import Clock
 from jaxmodels.train.state import State
 from jaxmodels.train.step import Step, measured
 
@@ -46,9 +47,20 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where the loop begins: at the initial state, or at that of a checkpoint."""
+
+    state: State
+    step: int = 0
+    """Steps already taken."""
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
 class Hooks:
     """What the loop calls out to."""
 
+    step: Step
     batches: Callable[[int, int], Generator[Batch, None, None]]
     """Batches of steps start to stop."""
     evaluate: Callable[[State], dict[str, float] | None]
@@ -61,6 +73,12 @@ class Hooks:
     """Ids of the examples in the batch of a step."""
     last_good: Callable[[int], int | None]
     """Step of the newest complete checkpoint before a step."""
+    learning_rate: Callable[[int], float]
+    """Learning rate of a step, counted from 0."""
+    report: Report
+    clock: Clock
+    traces: Path
+    """Where a profile goes."""
     needs: str = "an example"
     """What a batch must have for anything of it to count."""
 
@@ -77,26 +95,15 @@ class Result:
     progress: Progress
 
 
-def run(
-    cfg: Config,
-    step: Step,
-    state: State,
-    start: int,
-    progress: Progress,
-    hooks: Hooks,
-    writer: Writer | None,
-    display: Display,
-    clock: Clock,
-    schedule: Callable[[int], float],
-    run_dir: Path,
-) -> Result:
-    """Train from `start` to the configured step.
+def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
+    """Train from `start` to the last step that the config asks for, or until told to stop.
 
     Raises:
         NotFinite: a step's loss is not a number; names the step, its examples and the last good checkpoint.
         UserError: batch after batch had nothing to train on.
     """
     steps, evaluated = cfg.train.steps, {}
+    state, progress, report, clock = start.state, start.progress, hooks.report, hooks.clock
     empty, trained = 0, False
     unsaved = tracing = False
     first, last = profile_steps(cfg.profile.steps, steps)
@@ -130,28 +137,22 @@ def run(
                 "--optim.clip-norm 1.0"
             )
         if not nothing:
-            display.update(done, loss, clock.rate)
+            report.display.progress(done, loss, clock.rate)
         if done % cfg.metrics.every == 0 or done == steps:
             row = {f"train/{name}": value for name, value in values.items()}
-            row |= {"train/learning_rate": schedule(done - 1), **clock.read()}
-            record(done, row)
-
-    def record(done: int, row: dict[str, float]) -> None:
-        if writer is not None:
-            writer.add(done, row)
-        display.log(done, row)
+            row |= {"train/learning_rate": hooks.learning_rate(done - 1), **clock.read()}
+            report.scalars(done, row)
 
     def save(best: bool = False) -> None:
         nonlocal unsaved
         read()
-        if writer is not None:
-            writer.sync()
+        report.flush()
         hooks.save(now, state, progress, best)
         unsaved = False
         clock.pause()
 
-    batches = hooks.batches(start, steps)
-    now, ended = start, "done"
+    batches = hooks.batches(start.step, steps)
+    now, ended = start.step, "done"
     try:
         while True:
             due = now == steps or (cfg.eval.every and now % cfg.eval.every == 0 and now > 0)
@@ -163,7 +164,7 @@ def run(
                     ended = "preempted"
                     break
                 evaluated, unsaved = {f"eval/{name}": value for name, value in found.items()}, True
-                record(now, evaluated)
+                report.scalars(now, evaluated)
                 better = judge(cfg, progress, now, evaluated)
                 if better and cfg.checkpoint.best and now < steps:
                     save(best=True)
@@ -175,12 +176,12 @@ def run(
                 save()
             if now == first:
                 read()
-                jax.profiler.start_trace(str(run_dir / "profile"))
+                jax.profiler.start_trace(str(hooks.traces))
                 tracing = True
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            state, metrics = step(state, batch)
+            state, metrics = hooks.step(state, batch)
             now, unsaved = now + 1, True
             read()
             pending = (now, metrics, waited)
@@ -188,7 +189,7 @@ def run(
                 read()
                 jax.profiler.stop_trace()
                 tracing = False
-                display.say(f"profile of steps {first} to {last}: {run_dir / 'profile'}")
+                log.info("profile of steps %d to %d: %s", first, last, hooks.traces)
             if hooks.stop(now):
                 ended = "preempted"
                 break

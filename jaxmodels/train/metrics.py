@@ -1,4 +1,4 @@
-"""What a run reports: one line a step in metrics.jsonl, TensorBoard events, and the progress display."""
+"""The metrics of a run: one line for each step in metrics.jsonl, and the time that steps take."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxmodels.config import MetricsConfig
+from jaxmodels.train.loggers import Logger
 from jaxmodels.train.manifest import whole
 
 log = logging.getLogger("jaxmodels")
 
-_EVENTS_SECONDS = 30  # how old a running TensorBoard may be
 
+class Record(Logger):
+    """metrics.jsonl of a run, which a resumed run continues; a step is one line, written when the next one begins."""
 
-class Writer:
-    """metrics.jsonl and TensorBoard events of a run; each step is one line, written when the next one begins."""
-
-    def __init__(self, run: Path, cfg: MetricsConfig, start: int, expected: int | None = None):
+    def __init__(self, run: Path, start: int, expected: int | None = None):
         """`expected`: how many lines there were when the state of step `start` was saved, where that is known."""
         self.path = run / "metrics.jsonl"
         self.row: dict[str, Any] = {}
@@ -34,16 +32,14 @@ class Writer:
         self.count = len(before)
         self.unwritten = b""
         self.file = self.path.open("ab", buffering=0)
-        self.events = Events(run / "tensorboard", start) if cfg.tensorboard else None
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of a step; steps must not go back."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self.row and self.row["step"] != step:
-            self.flush()
+            self.write()
         self.row = {"step": step, **self.row, **values}
 
-    def flush(self) -> None:
-        """Write the step's line out."""
+    def write(self) -> None:
+        """Write the line of the current step."""
         if not self.row:
             return
         if self.row["step"] == self.written.get("step"):
@@ -59,8 +55,6 @@ class Writer:
             self.append(json.dumps(self.row) + "\n")
             self.count += 1
         self.written = self.row
-        if self.events is not None:
-            self.events.add(self.row)
         self.row = {}
 
     def append(self, text: str) -> None:
@@ -74,81 +68,14 @@ class Writer:
             if not full:
                 log.error("metrics NOT written to %s: %s; the next line tries again", self.path, error.strerror)
 
-    def sync(self) -> None:
-        """Have everything on the disk, so that a checkpoint of this step never lacks its line."""
-        self.flush()
+    def flush(self) -> None:
+        self.write()
         with contextlib.suppress(OSError):
             os.fsync(self.file.fileno())
-        if self.events is not None:
-            self.events.flush()
 
     def close(self) -> None:
-        self.flush()
+        self.write()
         self.file.close()
-        if self.events is not None:
-            self.events.flush()
-
-
-class Events:
-    """TensorBoard events, written at once: tensorboardX's own thread dies of a full disk and then hangs the run."""
-
-    def __init__(self, folder: Path, start: int):
-        self.folder, self.start = folder, start
-        self.file: Any = None
-        self.flushed = 0.0
-        self.failed = False
-
-    def add(self, row: Mapping[str, float]) -> None:
-        """The values of a step."""
-        if not self.failed:
-            with self.reported():
-                self.write(row)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        # tensorboardX imports torch where it is installed: a second and 200 MB, for nothing that is used here
-        blocked = "torch" not in sys.modules
-        if blocked:
-            sys.modules["torch"] = None  # type: ignore[assignment]
-        try:
-            self.append(row)
-        finally:
-            if blocked:
-                del sys.modules["torch"]
-
-    def append(self, row: Mapping[str, float]) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.summary import scalar
-
-        if self.file is None:
-            self.folder.mkdir(exist_ok=True)
-            self.file = EventsWriter(str(self.folder / "events"))
-            if self.start:
-                # TensorBoard forgets what a killed run wrote beyond the checkpoint
-                again = SessionLog(status=SessionLog.START)
-                self.file.write_event(Event(wall_time=time.time(), step=self.start + 1, session_log=again))
-        for name, value in row.items():
-            if name != "step":
-                summary = scalar(name, value)
-                self.file.write_event(Event(wall_time=time.time(), step=int(row["step"]), summary=summary))
-        if time.monotonic() - self.flushed > _EVENTS_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """To the disk."""
-        if self.file is not None and not self.failed:
-            with self.reported():
-                self.file.flush()
-            self.flushed = time.monotonic()
-
-    @contextlib.contextmanager
-    def reported(self) -> Iterator[None]:
-        """A failure ends the events (half a record may be in the file), not the run."""
-        try:
-            yield
-        except OSError as error:
-            self.failed = True
-            log.error("TensorBoard events in %s end here: %s; metrics.jsonl goes on", self.folder, error.strerror)
 
 
 def read(run: Path) -> list[dict[str, float]]:
@@ -270,77 +197,3 @@ def memory() -> float:
 def main(values: Mapping[str, float]) -> dict[str, float]:
     """The metrics that one line has room for: the first four of the whole set, none of single classes or groups."""
     return dict([(name, value) for name, value in values.items() if name.count("/") == 1][:4])
-
-
-class Display:
-    """Progress for a person: live on a terminal, else a line each time metrics are written."""
-
-    def __init__(self, kind: str, steps: int, unit: str):
-        self.unit = unit
-        if kind == "auto":
-            kind = "live" if sys.stdout.isatty() else "plain"
-        self.plain = kind == "plain"
-        self.live: Any = None
-        self.status = "compiling"
-        if kind == "live":
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.live = Progress(
-                TextColumn("[bold]step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[shown]}"),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                refresh_per_second=2,
-            )
-            self.task = self.live.add_task("train", total=steps, shown=self.status)
-        self.steps = steps
-        self.began: tuple[int, float] | None = None
-        self.held = ""
-
-    def __enter__(self) -> Display:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    @property
-    def shows(self) -> bool:
-        """Whether what is said is seen."""
-        return self.plain or self.live is not None
-
-    def say(self, text: str, failed: bool = False) -> None:
-        """A line of its own, above the live display; of what failed, where errors go."""
-        if self.live:
-            self.live.console.print(text, highlight=False, markup=False)
-        elif self.plain:
-            print(text, file=sys.stderr if failed else sys.stdout, flush=True)
-
-    def update(self, step: int, loss: float, rate: float | None) -> None:
-        """The live display after a step."""
-        if self.live:
-            speed = f"{rate:,.0f} {self.unit}/s" if rate else ""
-            self.live.update(self.task, completed=step, shown=f"loss {loss:.4f}  {speed}{self.held}")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """The values of a step as a plain line, and what was evaluated beside the live bar."""
-        if held := values.get("eval/loss"):
-            self.held = f"  eval {held:.4f}"
-        if not self.plain:
-            return
-        now = time.perf_counter()
-        self.began = self.began or (step, now)
-        done, spent = step - self.began[0], now - self.began[1]
-        parts = [f"step {step}/{self.steps}"]
-        losses = [name for name in values if name.startswith("train/") and name.endswith("loss")]
-        parts += [f"{name.removeprefix('train/').replace('/', ' ')} {values[name]:.4f}" for name in losses]
-        parts += [f"{name} {value:.4f}" for name, value in main(values).items() if name.startswith("eval/")]
-        if rate := values.get(f"perf/{self.unit}_per_second"):
-            parts.append(f"{rate:,.0f} {self.unit}/s")
-        if done and step < self.steps:
-            left = int(spent / done * (self.steps - step))
-            parts.append(f"left {left // 60}:{left % 60:02d}")
-        print("  ".join(parts), flush=True)

@@ -10,88 +10,32 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 import jaxmodels
 from jaxmodels import config as configs
-from jaxmodels import data, tasks
 from jaxmodels.config import Config
-from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
-from jaxmodels.parallel import distributed, hardware, mesh
-from jaxmodels.tasks import flops
-from jaxmodels.tasks.task import Task
-from jaxmodels.train import beginning, directory, evaluate, loop, optim, saved, step
-from jaxmodels.train import state as states
+from jaxmodels.parallel import distributed, hardware
+from jaxmodels.train import beginning, directory, loggers, loop, optim, saved
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
+from jaxmodels.train.display import Display
+from jaxmodels.train.job import Job, assemble
 from jaxmodels.train.manifest import whole
-from jaxmodels.train.metrics import Clock, Display, Writer
+from jaxmodels.train.metrics import Clock, Record
 from jaxmodels.train.state import State
+from jaxmodels.train.step import Step
 
 log = logging.getLogger("jaxmodels")
 
-
-@dataclass(frozen=True)
-class Experiment:
-    """A config made real on this hardware; built before anything is compiled."""
-
-    cfg: Config
-    mesh: Mesh
-    task: Task
-    optimizers: states.Optimizers
-    layout: State
-    train_data: data.Source
-    eval_data: data.Source
-
-    def loader(self, split: Literal["train", "eval"]) -> data.Loader:
-        """Batches of a split, placed on the mesh."""
-        source = self.train_data if split == "train" else self.eval_data
-        size = self.cfg.data.batch_size if split == "train" else self.cfg.eval.batch_size or self.cfg.data.batch_size
-        shardings = self.task.shardings(self.mesh, data.spec(source, size))
-        order = data.Order(len(source), size, self.cfg.train.seed)
-        return data.Loader(source, order, shardings, prefetch=self.cfg.data.prefetch)
-
-    def check_metric(self) -> None:
-        """Refuse an `eval.metric` that evaluations will not give."""
-        source, batch = self.eval_data, self.loader("eval").abstract
-        evaluate.check(self.cfg.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups)
-
-    def measure(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
-        """What evaluates this experiment's task, with the data's names for classes and groups."""
-        source = self.eval_data
-        return evaluate.build(self.task, self.mesh, stop, classes=source.class_names, groups=source.groups)
-
-
-def setup(cfg: Config) -> Experiment:
-    """Everything that can be refused, refused before anything is compiled.
-
-    Raises:
-        UserError: mesh, batch, model, task and data do not fit together.
-    """
-    sizes = mesh.sizes(cfg.mesh, jax.device_count())
-    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
-    step.check(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
-    if cfg.optim.offload and cfg.train.strategy == "pmap":
-        raise UserError("got optim.offload with train.strategy pmap, expected jit, try --train.strategy jit")
-    if cfg.train.xla and cfg.train.strategy == "pmap":
-        raise UserError("got train.xla with train.strategy pmap, expected jit, try --train.strategy jit")
-    if cfg.eval.batch_size:
-        step.check(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
-    loop.profile_steps(cfg.profile.steps, cfg.train.steps)
-    check_lengths(task.fields, sizes)
-    train_data, eval_data = data.open_for(cfg, "train"), data.open_for(cfg, "eval")
-    check_batch(task.fields, data.spec(train_data, cfg.data.batch_size))
-    where = mesh.make_mesh(cfg.mesh)
-    optimizers, layout = states.compose(cfg, task, where)
-    return Experiment(cfg, where, task, optimizers, layout, train_data, eval_data)
+Watch = Callable[[int, dict[str, float]], bool]
+"""`watch(step, metrics)` is shown each evaluation, with names such as eval/loss; True ends the run."""
 
 
 def train(
@@ -99,12 +43,11 @@ def train(
     run: Path,
     resume: directory.Resume = "auto",
     origin: Mapping[str, Any] | None = None,
-    watch: Callable[[int, dict[str, float]], bool] | None = None,
-) -> tuple[Experiment, loop.Result]:
-    """Train as configured, leaving config, metrics, checkpoints and log in `run`; resumes what is there.
+    watch: Watch | None = None,
+) -> tuple[Job, loop.Result]:
+    """Train as configured, leaving config, metrics, checkpoints and log in `run`; resume what is there.
 
-    `watch(step, metrics)` is shown each evaluation, with names such as eval/loss; it may end the run by True, as if it
-    had been told to stop.
+    A `watch` that ends the run ends it as if it had been told to stop: its state is saved.
 
     Raises:
         UserError: the config does not fit the hardware, the data, or the run that is in the directory; another process
@@ -115,110 +58,66 @@ def train(
     main = distributed.is_main()
     if main:
         directory.check(run)
-    experiment = setup(cfg)
-    experiment.check_metric()
+    job = assemble(cfg)
+    job.check_metric()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
     with contextlib.ExitStack() as stack:
         if main:
             came_from = {**(origin or {}), "versions": versions(), "commit": commit()}
             stack.enter_context(directory.prepared(cfg, run, resume, came_from))
         distributed.barrier("run directory")
-        display = stack.enter_context(
-            Display(cfg.metrics.progress if main else "none", cfg.train.steps, experiment.task.unit)
-        )
+        display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps, job.task.unit))
         stack.enter_context(directory.logging_to(run / "log.txt" if main else None, display))
         # a second SIGTERM must not end what the first one made us save
         preemption = stack.enter_context(distributed.Preemption())
         stack.callback(checkpointer.wait)  # also after an error: what is being saved is saved
-        describe(experiment, run)
-        take = compiled(experiment)  # in the background, while the state is made or read
-        restored = None if resume == "never" else checkpointer.restore(experiment.layout)
-        lines = None
-        if restored is None:
-            state, start, progress = (
-                beginning.initial(cfg, experiment.task, experiment.optimizers, experiment.layout),
-                0,
-                loop.Progress(),
-            )
-            checkpointer.warm()
-        else:
-            state, meta, start = restored
-            try:
-                progress, lines = loop.Progress(**meta["progress"]), meta.get("lines")
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"got a checkpoint in {run} without the progress of a training, expected one that train has saved, "
-                    f"try another --run-dir with --init.source {run}"
-                ) from None
-            if meta.get("data") != experiment.train_data.fingerprint and resume != "must":
-                raise UserError(
-                    f"got data with fingerprint {experiment.train_data.fingerprint}, expected that of the "
-                    f"run in {run}, {meta.get('data')}, try --resume must to go on with other data"
-                )
-            if start > cfg.train.steps:
-                raise UserError(
-                    f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at "
-                    f"least {start}, try --train.steps {2 * start}"
-                )
-            log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
-            if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
-                log.info(
-                    "nothing is left to do: this run ended there; another --run-dir starts another, "
-                    "--resume never starts this one anew"
-                )
+        describe(job, run)
+        step = job.step()  # compiles in the background, while the state is made or read
+        start, lines = begun(job, run, resume, checkpointer)
+        report = loggers.Report(None, display)
         if main:
-            saved.keep(run, experiment.train_data, experiment.eval_data)
-            if cfg.init.source is not None and restored is None:
+            saved.keep(run, job.sources["train"], job.sources["eval"])
+            if cfg.init.source is not None and not start.step:
                 beside.carry(Path(cfg.init.source), run, cfg.init.fresh)
-        writer = Writer(run, cfg.metrics, start, lines) if main else None
-        if writer is not None:
-            stack.callback(writer.close)  # also after an error: its last line explains it
-        result = run_loop(
-            experiment, take, state, start, progress, checkpointer, preemption, writer, display, run, watch
-        )
-    return experiment, result
+            chosen = {"tensorboard": loggers.TensorBoard} if cfg.metrics.tensorboard else {}
+            report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen.items()))
+        stack.callback(report.close)  # also after an error: its last line explains it
+        report.start(run, cfg, start.step)
+        return job, loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, watch))
 
 
-def compiled(experiment: Experiment) -> step.Step:
-    """The experiment's training step."""
-    cfg, loader = experiment.cfg, experiment.loader("train")
-    return step.build(
-        experiment.task,
-        experiment.optimizers,
-        experiment.mesh,
-        experiment.layout,
-        loader.abstract(),
-        strategy=cfg.train.strategy,
-        accumulate=cfg.train.accumulate,
-        offload=cfg.optim.offload,
-        ema=cfg.train.ema,
-        xla=cfg.train.xla,
-    )
-
-
-def run_loop(
-    experiment: Experiment,
-    take: step.Step,
-    state: State,
-    start: int,
-    progress: loop.Progress,
+def hooks(
+    job: Job,
+    step: Step,
+    run: Path,
+    report: loggers.Report,
     checkpointer: Checkpointer,
     preemption: distributed.Preemption,
-    writer: Writer | None,
-    display: Display,
-    run: Path,
-    watch: Callable[[int, dict[str, float]], bool] | None,
-) -> loop.Result:
-    """The loop with its hooks joined to data, evaluation and checkpoints."""
-    cfg, task = experiment.cfg, experiment.task
-    loaders = {"train": experiment.loader("train"), "eval": experiment.loader("eval")}
-    measure = experiment.measure(stop=lambda: preemption.requested(-1))
+    watch: Watch | None,
+) -> loop.Hooks:
+    """Join the loop to the job's data and evaluation, and to the run's checkpoints."""
+    cfg, task, enough = job.config, job.task, []
+    train, held_out = job.loader("train"), job.loader("eval")
+    measure = job.evaluation(stop=lambda: preemption.requested(-1))
+    schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
+
+    def evaluate(state: State) -> dict[str, float] | None:
+        now = int(state.step)
+        if task.samples is not None and report.record is not None and jax.process_count() == 1:
+            images = task.samples(state.averaged, state.stats)
+            images = np.asarray(jax.numpy.round(255 * images)).astype(np.uint8)
+            keep_samples(run, now, images)
+            report.images(now, "samples", images)
+        found = measure(state.averaged, state.stats, held_out.once(cfg.eval.batches))
+        if found is not None and watch is not None:
+            enough.append(watch(now, {f"eval/{name}": value for name, value in found.items()}))
+        return found
 
     def save(now: int, state: State, progress: loop.Progress, best: bool) -> None:
         meta = {
             "progress": dataclasses.asdict(progress),
-            "data": experiment.train_data.fingerprint,
-            "lines": writer.count if writer is not None else None,
+            "data": job.sources["train"].fingerprint,
+            "lines": report.record.count if report.record is not None else None,
             "config": configs.to_json(cfg),
             "versions": versions(),
             "metric": {cfg.eval.metric: progress.best} if best else None,
@@ -231,71 +130,91 @@ def run_loop(
         # newer ones are damaged: the run went on from before them
         return max((saved for saved in checkpointer.steps() if saved < step), default=None)
 
-    def look(state: State) -> dict[str, float] | None:
-        if task.samples is not None and writer is not None and jax.process_count() == 1:
-            keep_samples(run, int(state.step), task.samples(averaged(state), state.stats))
-        found = measure(averaged(state), state.stats, loaders["eval"].once(cfg.eval.batches))
-        if found is not None and watch is not None:
-            enough.append(watch(int(state.step), {f"eval/{name}": value for name, value in found.items()}))
-        return found
-
-    enough: list[bool] = []
-    hooks = loop.Hooks(
-        batches=loaders["train"].iterate,
-        evaluate=look,
+    return loop.Hooks(
+        step=step,
+        batches=train.iterate,
+        evaluate=evaluate,
         save=save,
         stop=lambda now: preemption.requested(now) or any(enough),
-        examples=loaders["train"].order.indices,
+        examples=train.order.indices,
         last_good=last_good,
+        learning_rate=lambda now: float(schedule(now)),
+        report=report,
+        clock=Clock(job.units, task.unit, *speed(job)),
+        traces=run / "profile",
         needs=task.needs,
     )
-    clock = Clock(task.units(cfg.data.batch_size), task.unit, *speed(experiment))
-    schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
-    return loop.run(
-        cfg, take, state, start, progress, hooks, writer, display, clock, lambda now: float(schedule(now)), run
-    )
 
 
-def keep_samples(run: Path, now: int, images: jax.Array) -> None:
-    """What a generative model makes after so many steps, as `samples/<step>.npy` of bytes (N, H, W, C)."""
+def begun(job: Job, run: Path, resume: directory.Resume, checkpointer: Checkpointer) -> tuple[loop.Start, int | None]:
+    """Where the run begins, at its newest checkpoint if there is one, and the lines of metrics.jsonl up to there.
+
+    Raises:
+        UserError: the checkpoint is not one of this training.
+    """
+    cfg, restored = job.config, None if resume == "never" else checkpointer.restore(job.layout)
+    if restored is None:
+        state = beginning.initial(job)
+        checkpointer.warm()
+        return loop.Start(state), None
+    state, meta, start = restored
+    try:
+        progress = loop.Progress(**meta["progress"])
+    except (KeyError, TypeError):
+        raise UserError(
+            f"got a checkpoint in {run} without the progress of a training, expected one that train has saved, "
+            f"try another --run-dir with --init.source {run}"
+        ) from None
+    fingerprint = job.sources["train"].fingerprint
+    if meta.get("data") != fingerprint and resume != "must":
+        raise UserError(
+            f"got data with fingerprint {fingerprint}, expected that of the run in {run}, {meta.get('data')}, "
+            "try --resume must to go on with other data"
+        )
+    if start > cfg.train.steps:
+        raise UserError(
+            f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at least {start}, "
+            f"try --train.steps {2 * start}"
+        )
+    log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
+    if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
+        log.info(
+            "nothing is left to do: this run ended there; another --run-dir starts another, "
+            "--resume never starts this one anew"
+        )
+    return loop.Start(state, start, progress), meta.get("lines")
+
+
+def keep_samples(run: Path, now: int, images: np.ndarray) -> None:
+    """Keep what a generative model makes after so many steps, as `samples/<step>.npy` of bytes (N, H, W, C)."""
     path = run / "samples" / f"{now:08d}.npy"
     try:
         path.parent.mkdir(exist_ok=True)
         with whole(path) as part, part.open("wb") as file:
-            np.save(file, np.asarray(jax.numpy.round(255 * images)).astype(np.uint8))
+            np.save(file, images)
     except OSError as error:  # the run is worth more than its pictures
         log.error("samples NOT written to %s: %s", path, error.strerror)
 
 
-def averaged(state: State) -> Any:
-    """The parameters to evaluate: the moving average where there is one."""
-    return state.params if state.ema is None else state.ema
-
-
-def speed(experiment: Experiment) -> tuple[float | None, float | None]:
+def speed(job: Job) -> tuple[float | None, float | None]:
     """Model FLOPs a step and peak FLOP/s of all devices; None where the hardware is not known."""
-    cfg = experiment.cfg
-    peak = hardware.peak(jax.devices()[0], getattr(cfg.model, "dtype", "float32"))
-    if peak is None:
-        return None, None
-    return flops.per_step(cfg.task, cfg.model, cfg.data).model, peak * jax.device_count()
+    peak = hardware.peak(jax.devices()[0], getattr(job.config.model, "dtype", "float32"))
+    return (None, None) if peak is None else (job.flops().model, peak * jax.device_count())
 
 
-def describe(experiment: Experiment, run: Path) -> None:
+def describe(job: Job, run: Path) -> None:
     """Say what is about to run."""
-    count = sum(model.count() for model in experiment.task.networks.values())
-    sizes = " ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items() if size > 1)
-    kind = jax.devices()[0].device_kind
+    sizes = " ".join(f"{axis}={size}" for axis, size in job.mesh.shape.items() if size > 1)
     log.info(
         "%s, %s parameters, on %d %s device(s) %s",
-        type(experiment.cfg.model).__name__.removesuffix("Config"),
-        f"{count:,}",
+        type(job.config.model).__name__.removesuffix("Config"),
+        f"{job.parameters():,}",
         jax.device_count(),
-        kind,
+        jax.devices()[0].device_kind,
         sizes,
     )
-    log.info("train: %s", experiment.train_data.describe())
-    log.info("eval:  %s", experiment.eval_data.describe())
+    log.info("train: %s", job.sources["train"].describe())
+    log.info("eval:  %s", job.sources["eval"].describe())
     log.info("run:   %s", run)
 
 

@@ -34,6 +34,11 @@ class State:
     rng: jax.Array
     """The key that dropout's keys are folded from; it never changes."""
 
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """The parameters to evaluate: their moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
 
 HOST = "pinned_host"
 """The memory of the host that devices copy from and to."""
@@ -55,16 +60,25 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State]:
     Raises:
         UserError: a parameter does not divide by the mesh, or `optim.freeze` holds none of them or all.
     """
+    made = optimizers(cfg, task)
+    return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload)
+
+
+def optimizers(cfg: Config, task: Task) -> Optimizers:
+    """The optimizer of each loss of a task.
+
+    Raises:
+        UserError: `optim.freeze` holds no parameter or all.
+    """
     axes = task.axes()  # before any mesh is ambient
     if cfg.optim.freeze:
         optim.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
-    optimizers = {
+    return {
         loss.name: optim.build(
             cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
         )
         for loss in task.losses
     }
-    return optimizers, layout(task, optimizers, where, cfg.train.ema is not None, cfg.optim.offload)
 
 
 def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, offload: bool = False) -> State:

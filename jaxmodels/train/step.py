@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxmodels.errors import UserError
 from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State, move
@@ -259,35 +258,3 @@ def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, op
         return jax.device_put(state, shardings), metrics
 
     return step
-
-
-def check(
-    mesh_sizes: Mapping[str, int],
-    batch_size: int,
-    accumulate: int,
-    strategy: str,
-    field: str = "data.batch_size",
-    updates: int = 1,
-) -> None:
-    """Refuse a batch that does not divide, before anything is compiled; `updates` of a step share the batch."""
-    microbatches = rules.Stages.of(mesh_sizes).microbatches
-    axes = (rules.RULES if microbatches else rules.table(mesh_sizes))["batch"]
-    rows = rules.shards(mesh_sizes, axes)
-    least = rows * accumulate * updates * max(1, microbatches)
-    if batch_size % least:
-        better = max(1, round(batch_size / least)) * least
-        parts = {"train.accumulate": accumulate, "task.critic_steps": updates, "mesh.microbatches": microbatches}
-        shares = "".join(f", {name} = {n}" for name, n in parts.items() if n > 1 or name == "train.accumulate")
-        raise UserError(
-            f"got {field} {batch_size}, expected a multiple of {least} (mesh {'*'.join(axes)} = {rows}{shares}), "
-            f"try --{field.replace('_', '-')} {better}"
-        )
-    if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):
-        raise UserError(
-            f"got train.strategy pmap with mesh {dict(mesh_sizes)}, expected data only, try --train.strategy jit"
-        )
-    if strategy == "pmap" and jax.process_count() > 1:
-        raise UserError(
-            f"got train.strategy pmap on {jax.process_count()} processes, expected one process, "
-            "try --train.strategy jit"
-        )

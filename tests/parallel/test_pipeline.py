@@ -22,7 +22,8 @@ from jaxmodels.parallel.mesh import make_mesh, sizes
 from jaxmodels.parallel.rules import Stages
 from jaxmodels.plan import program
 from jaxmodels.plan.groups import groups_of
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import optim, state
+from jaxmodels.train.job import check_batch_size
 from tests.parallel.steps import MODELS, B, T, measure
 from tests.parallel.test_ring import collectives
 
@@ -248,11 +249,11 @@ def test_layers_rows_and_models_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"mesh.stage 2 for a model without stacked layers.*try --mesh.stage 1$"):
         lay(create("mlp"), mesh(stage=2))
     where = sizes(mesh(stage=2, fsdp=4), 8)
-    step.check(where, 32, 4, "jit")
+    check_batch_size(where, 32, 4, "jit")
     with pytest.raises(UserError, match=r"20, expected a multiple of 8 \(mesh stage\*data\*fsdp\*expert = 8, train"):
-        step.check(where, 20, 1, "jit")
+        check_batch_size(where, 20, 1, "jit")
     with pytest.raises(UserError, match=r"16, expected a multiple of 32 .*expert = 4, .*, mesh.microbatches = 8\)"):
-        step.check(sizes(mesh(stage=2, fsdp=4, microbatches=8), 8), 16, 1, "jit")
+        check_batch_size(sizes(mesh(stage=2, fsdp=4, microbatches=8), 8), 16, 1, "jit")
     with jax.set_mesh(place(mesh(stage=2))), pytest.raises(UserError, match=r"got 7 rows for 2 stages.*-size 8"):
         model = create(MODELS["llama"])
         jax.eval_shape(model.apply, model.shapes(), jax.ShapeDtypeStruct((7, T), np.int32))

@@ -33,6 +33,7 @@ from jaxmodels.train import beginning
 from jaxmodels.train import run as runs
 from jaxmodels.train.arrays import named_leaves
 from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.job import assemble
 
 BERT = BERTConfig(vocab_size=23, context=9, layers=1, heads=2, width=8, mlp_width=12)
 MASKED = Config(
@@ -65,8 +66,7 @@ def classifier(where, *fresh, config=BERT, ema=None):
 
 def begin(cfg):
     """The first state, its parameters by name."""
-    made = runs.setup(cfg)
-    state = beginning.initial(cfg, made.task, made.optimizers, made.layout)
+    state = beginning.initial(assemble(cfg))
     return state, {name.partition("/")[2]: np.asarray(x) for name, x in named_leaves(state.params).items()}
 
 

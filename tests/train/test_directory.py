@@ -19,8 +19,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import directory
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
+from jaxmodels.train.display import Display
 from jaxmodels.train.manifest import whole
-from jaxmodels.train.metrics import Display
 
 CFG = Config(model=MLPConfig())
 HOLD = (

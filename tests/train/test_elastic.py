@@ -11,6 +11,7 @@ from jaxmodels import config
 from jaxmodels.config import MeshConfig
 from jaxmodels.train import run
 from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.job import assemble
 
 MESHES = {
     "data=4 fsdp=2": (MeshConfig(data=4, fsdp=2), "jit"),
@@ -50,7 +51,7 @@ def test_a_run_that_moves_from_mesh_to_mesh_is_the_run_that_stays(root, tmp_path
     for index, (mesh, strategy) in enumerate(MESHES.values()):
         cfg = experiment(root, mesh, strategy, 2 * index + 2)
         if before is not None:
-            layout = run.setup(cfg).layout
+            layout = assemble(cfg).layout
             restored = Checkpointer(tmp_path / "moves" / "checkpoints").restore(layout)
             assert restored is not None and restored[2] == 2 * index
             assert bits(restored[0].params) == before

@@ -16,8 +16,10 @@ from jaxmodels.config import CheckpointConfig, Config, EvalConfig, MetricsConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import loop
-from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result, judge
-from jaxmodels.train.metrics import Clock, Display, Writer
+from jaxmodels.train.display import Display
+from jaxmodels.train.loggers import Report
+from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result, Start, judge
+from jaxmodels.train.metrics import Clock, Record
 
 
 class Value:
@@ -78,32 +80,24 @@ class World:
         self.events.clear()
         start = max(self.saved.keys() - self.damaged, default=0)
         state, progress, _ = self.saved.get(start, (0, Progress(), False))
+        report = Report(Record(self.run, start), Display("none", self.cfg.train.steps, "tokens"))
         hooks = Hooks(
-            self.batches,
-            self.evaluate,
-            self.save,
-            self.stop,
-            lambda step: np.arange(step, step + 20),
-            lambda step: max((s for s in self.saved if s < step), default=None),
+            step=self.step,
+            batches=self.batches,
+            evaluate=self.evaluate,
+            save=self.save,
+            stop=self.stop,
+            examples=lambda step: np.arange(step, step + 20),
+            last_good=lambda step: max((s for s in self.saved if s < step), default=None),
+            learning_rate=lambda step: 0.1,
+            report=report,
+            clock=Clock(8, "tokens", None, None),
+            traces=self.run / "profile",
         )
-        writer = Writer(self.run, self.cfg.metrics, start)
         try:
-            display, clock = Display("none", self.cfg.train.steps, "tokens"), Clock(8, "tokens", None, None)
-            return loop.run(
-                self.cfg,
-                self.step,
-                state,
-                start,
-                dataclasses.replace(progress),
-                hooks,
-                writer,
-                display,
-                clock,
-                lambda step: 0.1,
-                self.run,
-            )
+            return loop.run(self.cfg, Start(state, start, dataclasses.replace(progress)), hooks)
         finally:
-            writer.close()
+            report.close()
 
     def rows(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
@@ -227,12 +221,12 @@ def test_a_kill_between_the_evaluation_and_its_line_keeps_the_line_of_the_step(m
     world.stop_after = 3
     world.train()
     before = world.rows()
-    writer = Writer(world.run, world.cfg.metrics, 3)
-    writer.add(3, {"eval/loss": 0.5})
+    record = Record(world.run, 3)
+    record.scalars(3, {"eval/loss": 0.5})
     assert world.rows() == before  # killed here, nothing is missing
-    writer.add(4, {"train/loss": 0.25})
+    record.scalars(4, {"train/loss": 0.25})
     assert world.rows() == [*before[:2], {**before[2], "eval/loss": 0.5}]
-    writer.close()
+    record.close()
 
 
 def test_patience_ends_the_run_and_a_restart_does_not_go_on(make: Make) -> None:

@@ -23,8 +23,8 @@ import pytest
 from jaxmodels import cli
 from jaxmodels import config as configs
 from jaxmodels.train import evaluate, step
-from jaxmodels.train import run as runs
 from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train.job import assemble
 from jaxmodels.train.manifest import verify
 from tests.quick import FLAGS
 
@@ -103,7 +103,7 @@ def broken_checkpoints(run: Path) -> list[str]:
 
 def bits(run: Path) -> dict[str, str]:
     """A hash of every array of the newest checkpoint."""
-    layout = runs.setup(configs.read(run)[0]).layout
+    layout = assemble(configs.read(run)[0]).layout
     found = Checkpointer(run / "checkpoints").restore(layout)
     assert found is not None and found[2] == STEPS
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found[0])}
@@ -288,7 +288,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert found, message
     loss, step, examples, good = found.groups()
     assert not math.isfinite(float(loss)) and int(good) == int(step) - 1
-    order = runs.setup(configs.read(run)[0]).loader("train").order
+    order = assemble(configs.read(run)[0]).loader("train").order
     assert [int(i) for i in examples.split(",")] == list(order.indices(int(step) - 1))
     assert broken_checkpoints(run) == [] and int(good) in Checkpointer(run / "checkpoints").steps()
     assert [row["step"] for row in values(run)] == list(range(1, int(step)))
@@ -328,12 +328,12 @@ def test_an_early_stop_keeps_the_best_checkpoint_and_is_not_undone(
 
 def test_the_moving_average_is_what_is_evaluated(whole: Path) -> None:
     cfg = configs.read(whole)[0]
-    experiment = runs.setup(cfg)
-    found = Checkpointer(whole / "checkpoints").restore(experiment.layout)
+    job = assemble(cfg)
+    found = Checkpointer(whole / "checkpoints").restore(job.layout)
     assert found is not None
-    measure = evaluate.build(experiment.task, experiment.mesh)
+    measure = evaluate.build(job.task, job.mesh)
     average, plain = [
-        measure(part, found[0].stats, experiment.loader("eval").once(cfg.eval.batches))
+        measure(part, found[0].stats, job.loader("eval").once(cfg.eval.batches))
         for part in (found[0].ema, found[0].params)
     ]
     assert average is not None and plain is not None and abs(average["loss"] - plain["loss"]) > 1e-3

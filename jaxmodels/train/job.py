@@ -1,0 +1,198 @@
+"""A job: a config assembled on a mesh. It is what training runs, what a plan compiles and what a benchmark times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxmodels import data, tasks
+from jaxmodels.config import Config
+from jaxmodels.data.contract import check_batch, check_lengths
+from jaxmodels.errors import UserError
+from jaxmodels.parallel import mesh as meshes
+from jaxmodels.parallel import rules
+from jaxmodels.tasks.flops import Step as FLOPs
+from jaxmodels.tasks.flops import per_step
+from jaxmodels.tasks.task import Task
+from jaxmodels.train import evaluate, loop
+from jaxmodels.train import state as states
+from jaxmodels.train.state import Optimizers, State
+from jaxmodels.train.step import Step, build, lower
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training step is made of; nothing in it has been compiled or computed yet."""
+
+    config: Config
+    mesh: Mesh
+    task: Task
+    optimizers: Optimizers
+    layout: State
+    """The state as `jax.ShapeDtypeStruct`s with shardings."""
+    batch: dict[str, jax.ShapeDtypeStruct]
+    """A batch to train on, as shapes with shardings."""
+    sources: Mapping[data.Split, data.Source] = field(default_factory=dict)
+    """The examples of each split; empty in a job that was assembled from shapes alone."""
+
+    def lower(self, platforms: tuple[str, ...] | None = None) -> Any:
+        """Lower the training step to what XLA compiles, for `platforms` where they are not those of this machine."""
+        return lower(*self._parts, **self._options, platforms=platforms)
+
+    def step(self) -> Step:
+        """Make the training step, which compiles in the background."""
+        return build(*self._parts, **self._options, strategy=self.config.train.strategy)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.task, self.optimizers, self.mesh, self.layout, self.batch
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        train = self.config.train
+        return {
+            "accumulate": train.accumulate,
+            "ema": train.ema,
+            "offload": self.config.optim.offload,
+            "xla": train.xla,
+        }
+
+    def init(self, key: jax.Array) -> State:
+        """Make the state before the first step, at random."""
+        return states.init(self.task, self.optimizers, key, self.config.train.ema is not None)
+
+    def loader(self, split: data.Split) -> data.Loader:
+        """Make batches of a split, placed on the mesh."""
+        cfg, source = self.config, self.sources[split]
+        size = cfg.data.batch_size if split == "train" else cfg.eval.batch_size or cfg.data.batch_size
+        shardings = self.task.shardings(self.mesh, data.spec(source, size))
+        return data.Loader(source, data.Order(len(source), size, cfg.train.seed), shardings, prefetch=cfg.data.prefetch)
+
+    def check_metric(self) -> None:
+        """Refuse an `eval.metric` that evaluations will not give."""
+        source, batch = self.sources["eval"], self.loader("eval").abstract
+        evaluate.check(self.config.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups)
+
+    def evaluation(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
+        """Make what evaluates the task on the mesh, with the data's names for classes and groups."""
+        source = self.sources["eval"]
+        return evaluate.build(self.task, self.mesh, stop, classes=source.class_names, groups=source.groups)
+
+    def flops(self) -> FLOPs:
+        """Count the model FLOPs of a step."""
+        return per_step(self.config.task, self.config.model, self.config.data)
+
+    def parameters(self) -> int:
+        """Count the parameters of all networks."""
+        return sum(network.count() for network in self.task.networks.values())
+
+    @property
+    def units(self) -> int:
+        """Tokens or examples of a step, whichever throughput counts."""
+        return self.task.units(self.config.data.batch_size)
+
+
+def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool = True) -> Job:
+    """Assemble the job of a config on these devices (all, when not given).
+
+    A run opens its data; with `opened=False` the batch's shapes come from the task, so that a plan needs no data. All
+    else is the same.
+
+    Raises:
+        UserError: mesh, batch, model, task and data do not fit together. Nothing has been compiled by then.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = meshes.sizes(cfg.mesh, len(devices))
+    check_options(cfg)
+    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
+    check_batch_size(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
+    if cfg.eval.batch_size:
+        check_batch_size(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
+    check_lengths(task.fields, sizes)
+    shapes = task.batch_spec(cfg.data.batch_size)
+    sources: dict[data.Split, data.Source] = {}
+    if opened:
+        sources = {"train": data.open_for(cfg, "train"), "eval": data.open_for(cfg, "eval")}
+        shapes = data.spec(sources["train"], cfg.data.batch_size)
+        check_batch(task.fields, shapes)
+    mesh = meshes.make_mesh(cfg.mesh, devices)
+    optimizers, layout = states.compose(cfg, task, mesh)
+    placed = task.shardings(mesh, shapes)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in shapes.items()}
+    return Job(cfg, mesh, task, optimizers, layout, batch, sources)
+
+
+def check_options(cfg: Config) -> None:
+    """Refuse options that exclude each other, and those that would change nothing for want of another.
+
+    Raises:
+        UserError: there are such.
+    """
+    train, evaluation = cfg.train, cfg.eval
+    if train.strategy == "pmap" and (cfg.optim.offload or train.xla):
+        name = "optim.offload" if cfg.optim.offload else "train.xla"
+        raise UserError(f"got {name} with train.strategy pmap, expected jit, try --train.strategy jit")
+    loop.profile_steps(cfg.profile.steps, train.steps)
+    often = max(1, train.steps // 10)
+    idle = {
+        "train.quantize_axes": (
+            train.quantize == "none" and train.quantize_axes != type(train)().quantize_axes,
+            "train.quantize none, expected products to quantize, try --train.quantize int8",
+        ),
+        "eval.early_stop": (
+            evaluation.early_stop is not None and not evaluation.every,
+            f"eval.every 0, expected evaluations before the last step, try --eval.every {often}",
+        ),
+        "checkpoint.best": (
+            cfg.checkpoint.best and not evaluation.every,
+            f"eval.every 0, expected several evaluations to choose from, try --eval.every {often}",
+        ),
+        "init.fresh": (
+            bool(cfg.init.fresh) and cfg.init.source is None,
+            "no init.source, without which all parameters start at random, try --init.source DIR",
+        ),
+        "mesh.sequence": (
+            cfg.mesh.sequence and cfg.mesh.tensor == 1,
+            "mesh.tensor 1, expected tokens to be cut over more, try --mesh.tensor 2",
+        ),
+    }
+    for name, (useless, why) in idle.items():
+        if useless:
+            section, _, last = name.partition(".")
+            raise UserError(f"got {name} {getattr(getattr(cfg, section), last)} with {why}")
+
+
+def check_batch_size(
+    mesh_sizes: Mapping[str, int],
+    batch_size: int,
+    accumulate: int,
+    strategy: str,
+    field: str = "data.batch_size",
+    updates: int = 1,
+) -> None:
+    """Refuse a batch that does not divide, before anything is compiled; `updates` of a step share the batch."""
+    microbatches = rules.Stages.of(mesh_sizes).microbatches
+    axes = (rules.RULES if microbatches else rules.table(mesh_sizes))["batch"]
+    rows = rules.shards(mesh_sizes, axes)
+    least = rows * accumulate * updates * max(1, microbatches)
+    if batch_size % least:
+        better = max(1, round(batch_size / least)) * least
+        parts = {"train.accumulate": accumulate, "task.critic_steps": updates, "mesh.microbatches": microbatches}
+        shares = "".join(f", {name} = {n}" for name, n in parts.items() if n > 1 or name == "train.accumulate")
+        raise UserError(
+            f"got {field} {batch_size}, expected a multiple of {least} (mesh {'*'.join(axes)} = {rows}{shares}), "
+            f"try --{field.replace('_', '-')} {better}"
+        )
+    if strategy == "pmap" and any(size > 1 for axis, size in mesh_sizes.items() if axis != rules.AXES[0]):
+        raise UserError(
+            f"got train.strategy pmap with mesh {dict(mesh_sizes)}, expected data only, try --train.strategy jit"
+        )
+    if strategy == "pmap" and jax.process_count() > 1:
+        raise UserError(
+            f"got train.strategy pmap on {jax.process_count()} processes, expected one process, "
+            "try --train.strategy jit"
+        )

@@ -1,0 +1,163 @@
+"""Where a run reports what it measures: a `Logger` each, beside metrics.jsonl and the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxmodels.config import Config
+    from jaxmodels.train.display import Display
+    from jaxmodels.train.metrics import Record
+
+log = logging.getLogger("jaxmodels")
+
+_EVENTS_SECONDS = 30  # how old the events may be that a running TensorBoard reads
+
+
+class Logger:
+    """A place that a run's metrics are reported to. Override what you need; every method does nothing by itself.
+
+    One object is made for each run, without arguments and in the main process only. If a method raises, the failure
+    is logged once and the run goes on without this logger.
+    """
+
+    def start(self, run: Path, config: Config, step: int) -> None:
+        """Begin to report on a run directory.
+
+        A resumed run is at a `step` above 0. Steps beyond it may have been reported before, by a run that was killed;
+        they will be reported again.
+        """
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the values of a step, by names such as train/loss. One step may come twice, with other names."""
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Take images that a generative model has made after `step` steps, as bytes (N, H, W, C)."""
+
+    def flush(self) -> None:
+        """Write out what was reported so far: a checkpoint is about to be saved."""
+
+    def close(self) -> None:
+        """Finish: the run has ended, normally or by an error."""
+
+
+class Report:
+    """Everything that a run reports, passed on to its record (metrics.jsonl), the terminal and its loggers."""
+
+    def __init__(self, record: Record | None, display: Display, loggers: Mapping[str, Logger] | None = None) -> None:
+        """`record` is None in all processes but the main one."""
+        self.record, self.display, self.loggers = record, display, dict(loggers or {})
+
+    def start(self, run: Path, config: Config, step: int) -> None:
+        """Start the loggers."""
+        self._each(lambda logger: logger.start(run, config, step))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Report the values of a step; steps never go back."""
+        if self.record is not None:
+            self.record.scalars(step, values)
+        self.display.scalars(step, values)
+        # a copy each: none of them can change what the others get
+        self._each(lambda logger: logger.scalars(step, dict(values)))
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Report images to the loggers."""
+        self._each(lambda logger: logger.images(step, name, images.copy()))
+
+    def flush(self) -> None:
+        """Have every line on the disk, so that a checkpoint never lacks the line of its step."""
+        if self.record is not None:
+            self.record.flush()
+        self._each(lambda logger: logger.flush())
+
+    def close(self) -> None:
+        """Close the record and the loggers."""
+        if self.record is not None:
+            self.record.close()
+        self._each(lambda logger: logger.close())
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for name, logger in list(self.loggers.items()):
+            if not guarded(name, lambda logger=logger: call(logger)):
+                del self.loggers[name]
+
+
+def guarded(name: str, call: Callable[[], Any]) -> bool:
+    """Run code of a logger; whether it worked. A failure is logged: no report is worth a run."""
+    try:
+        call()
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        log.error("logger %s failed (%s); the run goes on without it, metrics.jsonl has everything", name, said)
+        return False
+    return True
+
+
+def opened(classes: Iterable[tuple[str, Callable[[], Logger]]]) -> dict[str, Logger]:
+    """Make the loggers of a run, without those that fail."""
+    found: dict[str, Logger] = {}
+    for name, make in classes:
+        guarded(name, lambda name=name, make=make: found.update({name: make()}))
+    return found
+
+
+class TensorBoard(Logger):
+    """Events for TensorBoard, in the run's folder `tensorboard`.
+
+    They are written synchronously: tensorboardX's own thread dies when the disk is full, and then hangs the run.
+    """
+
+    def __init__(self) -> None:
+        self.file: Any = None
+        self.flushed = 0.0
+
+    def start(self, run: Path, config: Config, step: int) -> None:
+        self.folder, self.first = run / "tensorboard", step
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._write(step, lambda summary: [summary.scalar(name, value) for name, value in values.items()])
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        shape = "NHWC"
+        self._write(step, lambda summary: [summary.image(name, images, dataformats=shape)])
+
+    def flush(self) -> None:
+        if self.file is not None:
+            self.file.flush()
+            self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self, step: int, summaries: Callable[[Any], Iterable[Any]]) -> None:
+        # tensorboardX imports torch where it is installed: a second and 200 MB, for nothing that is used here
+        blocked = "torch" not in sys.modules
+        if blocked:
+            sys.modules["torch"] = None  # type: ignore[assignment]
+        try:
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+            if self.file is None:
+                self.folder.mkdir(exist_ok=True)
+                self.file = EventsWriter(str(self.folder / "events"))
+                if self.first:
+                    # TensorBoard forgets what a killed run wrote beyond the checkpoint
+                    again = SessionLog(status=SessionLog.START)
+                    self.file.write_event(Event(wall_time=time.time(), step=self.first + 1, session_log=again))
+            for each in summaries(summary):
+                self.file.write_event(Event(wall_time=time.time(), step=step, summary=each))
+        finally:
+            if blocked:
+                del sys.modules["torch"]
+        if time.monotonic() - self.flushed > _EVENTS_SECONDS:
+            self.flush()

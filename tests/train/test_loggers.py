@@ -1,0 +1,135 @@
+"""What a run reports: to TensorBoard and to loggers of others, none of which can harm the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxmodels.config import Config
+from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.train.display import Display
+from jaxmodels.train.loggers import Logger, Report, TensorBoard, opened
+from jaxmodels.train.metrics import Record, read
+
+CONFIG = Config(model=MLPConfig())
+
+
+def started(run: Path, step: int, **loggers: Logger) -> Report:
+    report = Report(Record(run, step), Display("none", 100, "tokens"), loggers)
+    report.start(run, CONFIG, step)
+    return report
+
+
+def events(run: Path) -> list[Any]:
+    """What is in the event files of a run, in order."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((run / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_events_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboardX import record_writer
+
+    monkeypatch.setattr(record_writer, "open_file", lambda path: Path("/dev/full").open("wb"))  # noqa: SIM115
+    report = started(tmp_path, 0, tensorboard=TensorBoard())
+    for step in range(1, 30):
+        report.scalars(step, {"train/loss": 1.0})
+        report.flush()
+    report.close()
+    assert caplog.text.count("logger tensorboard failed") == 1 and "No space left on device" in caplog.text
+    assert [row["step"] for row in read(tmp_path)] == list(range(1, 30))
+
+
+def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path: Path) -> None:
+    for start, stop in ((0, 4), (2, 5)):
+        report = started(tmp_path, start, tensorboard=TensorBoard())
+        for step in range(start + 1, stop + 1):
+            report.scalars(step, {"train/loss": 1 / step})
+        report.close()
+        time.sleep(1.1)  # an event file is named by the second
+    shown: dict[int, float] = {}
+    for event in events(tmp_path):
+        if event.HasField("session_log"):  # as TensorBoard reads it: forget this step and all beyond
+            shown = {step: value for step, value in shown.items() if step < event.step}
+        for value in event.summary.value:
+            assert event.step not in shown and value.tag == "train/loss"
+            shown[event.step] = value.simple_value
+    assert shown == pytest.approx({step: 1 / step for step in range(1, 6)})
+
+
+def test_tensorboard_shows_images(tmp_path: Path) -> None:
+    report = started(tmp_path, 0, tensorboard=TensorBoard())
+    report.images(3, "samples", np.full((4, 8, 8, 1), 200, np.uint8))
+    report.close()
+    (value,) = [value for event in events(tmp_path) for value in event.summary.value]
+    assert value.tag == "samples" and value.image.encoded_image_string.startswith(b"\x89PNG")
+
+
+class Kept(Logger):
+    """Keeps what it is told, and fails where it is asked to."""
+
+    def __init__(self, fails: str = "", error: BaseException | None = None) -> None:
+        self.fails, self.error, self.told = fails, error or ValueError("no\nnetwork"), list[Any]()
+
+    def take(self, name: str, *what: Any) -> None:
+        if name == self.fails:
+            raise self.error
+        self.told.append((name, *what))
+
+    def start(self, run: Path, config: Config, step: int) -> None:
+        self.take("start", step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.take("scalars", step, dict(values))
+        values.clear()  # type: ignore[attr-defined]
+
+    def flush(self) -> None:
+        self.take("flush")
+
+    def close(self) -> None:
+        self.take("close")
+
+
+def told(report: Report) -> None:
+    for step in (1, 2, 3):
+        report.scalars(step, {"train/loss": float(step)})
+    report.flush()
+    report.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("no\nnetwork"), SystemExit(1)], ids=repr)
+@pytest.mark.parametrize("where", ["start", "scalars", "flush", "close"])
+def test_a_logger_that_fails_is_named_once_and_harms_neither_the_run_nor_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str, error: BaseException
+) -> None:
+    good = Kept()
+    told(started(tmp_path, 0, bad=Kept(where, error), good=good))
+    rows = [{"step": step, "train/loss": float(step)} for step in (1, 2, 3)]
+    assert read(tmp_path) == rows, "nor does one that changes what it was given"
+    assert caplog.text.count("\n") == 1 and f"logger bad failed ({type(error).__name__}" in caplog.text
+    scalars = [("scalars", step, {"train/loss": float(step)}) for step in (1, 2, 3)]
+    assert good.told == [("start", 0), *scalars, ("flush",), ("close",)]
+
+
+def test_a_logger_that_cannot_be_made_is_named_and_the_others_are(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Logger):
+        def __init__(self) -> None:
+            raise OSError("no account")
+
+    assert list(opened([("broken", Broken), ("kept", Kept)])) == ["kept"]
+    assert "logger broken failed (OSError: no account)" in caplog.text
