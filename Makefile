@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-lint$(with)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/.installed-docs$(with)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "got Python %d.%d, expected 3.11 or newer, try make PYTHON=python3.12" % v)'

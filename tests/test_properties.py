@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from jaxmodels import config as configs
+from jaxmodels.commands.options import configured
+from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config
 from jaxmodels.data import Order, loader, texts
 from jaxmodels.data import tokenizer as tokenizers
@@ -19,7 +21,6 @@ from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Range
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.options import RunOptions, configured
 
 SAME = settings(
     max_examples=100,
