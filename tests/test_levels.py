@@ -28,20 +28,15 @@ LEVELS = (
 
 UPWARD = {
     # what is left to mend, as MODULE -> ROOM; remove a line with its import, and add none
-    "commands -> options",
     "data -> config",
     "hf -> config",
     "hf -> data",
-    "hf -> predict",
-    "hf -> tasks",
     "hf -> train",
     "parallel -> config",
     "plan -> cli",
-    "plan -> options",
     "plan -> report",
     "tasks -> config",
     "train -> generate",
-    "train -> options",
     "train.optim -> config",
 }
 
