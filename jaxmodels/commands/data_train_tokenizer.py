@@ -18,7 +18,7 @@ def train_tokenizer(paths: tuple[str, ...], /, vocab_size: Dim = 8192, out: Path
     from jaxmodels.data import corpus
     from jaxmodels.data import tokenizer as tokenizers
 
-    files = corpus.expand(paths, "text")
+    files = corpus.expand(paths, "text", "")
     tokenizer = tokenizers.train_bpe(corpus.read(files, strict=True), vocab_size, out)
     sample = next(iter(corpus.read(files[:1], strict=True)))[:100_000]
     ratio = len(sample.encode()) / max(len(tokenizer.encode(sample)), 1)

@@ -305,7 +305,7 @@ def clean(paths: Sequence[str], out: Path, text_field: str, lines: bool, rules: 
     Raises: UserError where there are no such files, or no such column.
     """
     here = Path.cwd()
-    files = [f.relative_to(here) if f.is_relative_to(here) else f for f in corpus.expand(paths, "text")]
+    files = [f.relative_to(here) if f.is_relative_to(here) else f for f in corpus.expand(paths, "texts", "")]
     if out.resolve() in [f.resolve() for f in files]:
         raise UserError(f"got --out {out}, which is one of the files to read, expected another, try --out clean.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -72,40 +72,46 @@ def text(cfg: DataConfig) -> Corpus:
 
 
 def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> list[Path]:
-    """The files that paths and globs name, sorted, each once; `option` is the one that named them."""
-    flag = f"--{option.replace('_', '-')}"
+    """The files that paths and globs name, sorted, each once.
+
+    `option` is the one that named them, or "" where they are a command's arguments.
+    """
+    flag, named = (f"--{option.replace('_', '-')} ", f"{option} ") if option else ("", "")
     if not patterns:
-        raise UserError(f"got data.source {source} without {option}, expected files or globs, try {flag} 'data/*'")
+        got = f"data.source {source} without {option}" if option else "no files"
+        raise UserError(f"got {got}, expected files or globs, try {flag}'data/*'")
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_file():
             found[path.resolve()] = None
         elif path.is_dir():
-            endings = {"table": ("csv", "jsonl", "tsv", "json", "parquet"), "tokens": ("bin", "npy")}.get(
-                source, ("txt",)
-            )
+            endings = {
+                "table": ("csv", "jsonl", "tsv", "json", "parquet"),
+                "tokens": ("bin", "npy"),
+                "texts": ("txt", "jsonl", "csv", "tsv", "json", "parquet"),
+            }.get(source, ("txt",))
             held = next((end for end in endings if next(path.rglob(f"*.{end}"), None)), None)
             if held is None and source != "text":
                 kinds = ", ".join(f".{end}" for end in endings)
-                raise UserError(f"got the directory {pattern}, which holds no {kinds}, expected files, try {flag} FILE")
+                raise UserError(f"got the directory {pattern}, which holds no {kinds}, expected files, try {flag}FILE")
             raise UserError(
-                f"got the directory {pattern}, expected files, try {flag} '{path}/**/*{(held and '.' + held) or ''}'"
+                f"got the directory {pattern}, expected files, try {flag}'{path}/**/*{(held and '.' + held) or ''}'"
             )
         elif path.exists():
-            raise UserError(f"got {option} {pattern!r}, which is a pipe or a device, expected a file, try a copy")
+            raise UserError(f"got {named}{pattern!r}, which is a pipe or a device, expected a file, try a copy")
         elif glob.has_magic(pattern):
             files = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
             if not files:
                 raise UserError(
-                    f"got {option} {pattern!r}, which matches no file, expected one that does, try ls {pattern}"
+                    f"got {named}{pattern!r}, which matches no file, expected one that does, try ls {pattern}"
                 )
             found |= {p.resolve(): None for p in files}
         else:
             names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, names, 1)
             hint = str(path.parent / near[0]) if near else "a path that ls shows"
-            raise UserError(f"got {option} {pattern!r}, which does not exist, expected a file or a glob, try {hint}")
+            raise UserError(f"got {named}{pattern!r}, which does not exist, expected a file or a glob, try {hint}")
     return sorted(found)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from jaxmodels.data.files import TABLES, File, open_file, shown
 from jaxmodels.data.folders import SUFFIXES
 from jaxmodels.data.records import Bad
@@ -17,7 +19,13 @@ from jaxmodels.errors import UserError, nearest
 
 Kind = Literal["text", "image", "array"]
 """What a model reads: str; the bytes of an image file; numbers as lists."""
+_GIVES: dict[Kind, str] = {
+    "text": "a table with a column of texts (CSV, JSON lines, Parquet), a file of lines, or - for the standard input",
+    "image": "images, folders of images, a file of their paths, or Parquet with a column of images",
+    "array": "a table with a column of numbers (JSON lines, Parquet), a file of lists of numbers, or -",
+}
 STDIN = "-"
+_MARK = "\ufeff"  # the byte order mark that some programs begin a text with
 
 
 class Given(NamedTuple):
@@ -48,7 +56,7 @@ def records(paths: Sequence[str], kind: Kind, field: str, known: str = "") -> It
         raise UserError("got no files, expected some, or - for the lines of the standard input, try -")
     places = [place for path in paths for place in _places(path, kind)]
     tables = {place.path: open_file(place.path) for place in places if place.how == "table"}
-    columns = {path: _column(table, field, known) for path, table in tables.items()}
+    columns = {path: _column(table, kind, field, known) for path, table in tables.items()}
     if field and not tables:
         raise UserError(f"got --input-field {field} without a table, expected CSV, JSON lines or Parquet")
     return _read(places, kind, tables, columns)
@@ -65,7 +73,9 @@ def _places(name: str, kind: Kind) -> list[_Place]:
         return [place for each in found for place in _places(each, kind)]
     if path.is_dir():
         if kind != "image":
-            raise UserError(f"got the folder {name}, expected files, try '{path}/*'")
+            raise UserError(
+                f"got the folder {name} for a model that reads {kind}s, expected {_GIVES[kind]}{_inside(path)}"
+            )
         found = [Path(folder, each) for folder, _, files in os.walk(path) for each in files]
         found = sorted(each for each in found if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
         if not found:
@@ -77,15 +87,37 @@ def _places(name: str, kind: Kind) -> list[_Place]:
         raise UserError(f"got {name!r}, which {what}, expected a file, a folder of images or -{near or ', try ls'}")
     if path.suffix.lower() in SUFFIXES:
         if kind != "image":
-            raise UserError(f"got the image {name} for a model that reads {kind}s, expected a table, lines or -")
+            raise UserError(f"got the image {name} for a model that reads {kind}s, expected {_GIVES[kind]}")
         return [_Place(name, path, "image")]
     return [_Place(name, path, "table" if path.suffix.lower() in TABLES else "lines")]
 
 
-def _column(table: File, field: str, known: str) -> str:
+def _inside(folder: Path) -> str:
+    """What to try in the place of a folder: its tables, or its files of lines."""
+    endings = [*TABLES, ".txt"]
+    held = next((end for end in endings if any(folder.glob(f"*{end}"))), None)
+    if held is not None:
+        return f", try '{folder}/*{held}'"
+    held = next((end for end in endings if any(folder.rglob(f"*{end}"))), None)
+    return f", try '{folder}/**/*{held}'" if held is not None else ", try one of those"
+
+
+def _holds(value: Any, kind: Kind) -> bool:
+    """Whether a value of a table may be what a model of this kind reads."""
+    if kind == "image":
+        return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+    return isinstance(value, str if kind == "text" else list | tuple | np.ndarray)
+
+
+def _column(table: File, kind: Kind, field: str, known: str) -> str:
     """The column of a table that is read."""
     first = next((values for values, _ in table.rows() if isinstance(values, dict)), {})
     names = list(first)
+    fit = [name for name in names if _holds(first[name], kind)]
+    if names and not fit and (field or known) not in names:
+        raise UserError(
+            f"got {table.path} without a column of {kind}s for a model that reads {kind}s, expected {_GIVES[kind]}"
+        )
     if not field and known not in names and len(names) == 1:
         return names[0]
     wanted = field or known
@@ -93,7 +125,7 @@ def _column(table: File, field: str, known: str) -> str:
         got = f"--input-field {field}" if field else f"{table.path} without {known}" if known else f"{table.path}"
         raise UserError(
             f"got {got}, expected one of its columns, {', '.join(names) or 'of which there are none'}"
-            f"{nearest(wanted, names) if wanted else ''}, try --input-field {names[0] if names else 'text'}"
+            f"{nearest(wanted, names) if wanted else ''}, try --input-field {fit[0] if fit else 'text'}"
         )
     return wanted
 
@@ -129,18 +161,18 @@ def _rows(name: str, table: File, column: str) -> Iterator[Given]:
         value = values.get(column)
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as the datasets library keeps images
             value = value["bytes"]
-        missing = value is None or value == ""
+        if isinstance(value, str):
+            value = value.removeprefix(_MARK)
+        missing = value is None or (isinstance(value, str) and not value)
         yield Given(where, Bad(where, f"{column} is missing") if missing else value)
 
 
 def _lines(name: str, file: Iterable[bytes], kind: Kind) -> Iterator[Given]:
     for number, raw in enumerate(file, 1):
         where = f"{name}:{number}"
-        if number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
         raw = raw.removesuffix(b"\n").removesuffix(b"\r")
         try:
-            line = raw.decode("utf-8")
+            line = raw.decode("utf-8").removeprefix(_MARK)
         except UnicodeDecodeError as error:
             yield Given(where, Bad(where, f"byte {error.start} of the line is not UTF-8"))
             continue

@@ -106,7 +106,10 @@ class Bytes(_Saved):
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
+        try:
+            return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8).astype(np.int32)
+        except UnicodeEncodeError:
+            raise _no_text([text]) from None
 
     def decode(self, ids: Any) -> str:
         ids = np.asarray(ids, np.int64).reshape(-1)
@@ -160,6 +163,14 @@ class Chars(_Saved):
         return f"chars ({self.vocab_size})"
 
 
+def _no_text(texts: Sequence[str]) -> UserError:
+    """What to say of texts with half of a surrogate pair in one of them, as bytes that are not UTF-8 become."""
+    half = next((c for text in texts for c in text if "\ud800" <= c <= "\udfff"), "")
+    return UserError(
+        f"got a text with {half!r}, half of a surrogate pair, expected characters of UTF-8, try without it"
+    )
+
+
 def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
@@ -206,11 +217,13 @@ class HuggingFace(_Saved):
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str], special: bool = False, length: int | None = None) -> list[np.ndarray]:
+        cut = [[text] if special else list(pieces(text)) for text in texts]
+        try:
+            done = self._rust.encode_batch_fast([each for group in cut for each in group], add_special_tokens=special)
+        except TypeError:  # it takes what UTF-8 can write
+            raise _no_text(texts) from None
         if special:
-            done = self._rust.encode_batch_fast(list(texts), add_special_tokens=True)
             return [self._cut(np.array(encoding.ids, np.int32), length) for encoding in done]
-        cut = [pieces(text) for text in texts]
-        done = self._rust.encode_batch_fast([piece for group in cut for piece in group], add_special_tokens=False)
         ids = iter([np.array(encoding.ids, np.int32) for encoding in done])
         return [np.concatenate([next(ids) for _ in group])[:length] for group in cut]
 
