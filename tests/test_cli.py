@@ -142,6 +142,27 @@ def test_a_number_of_a_command_is_in_its_range_or_refused_before_any_work(line, 
     assert error.startswith(f"error: {said}") and error.count("\n") == 1, error
 
 
+def test_a_folder_given_to_a_command_is_answered_with_arguments_that_it_has(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    for command in (["data", "clean", "--out", "x.jsonl"], ["data", "train-tokenizer"]):
+        assert main([*command, str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"try '{tmp_path}/**/*" in error and "--data" not in error, error
+        assert main([*command, str(tmp_path / "none")]) == 2
+        assert "got data.path" not in capsys.readouterr().err
+    assert main(["data", "clean", str(tmp_path / "a.jsonl"), str(tmp_path), "--out", "x.jsonl"]) == 2
+    assert f"try '{tmp_path}/**/*.jsonl'" in capsys.readouterr().err
+
+
+def test_the_list_of_commands_is_read_without_loading_them():
+    listed = "import sys; from jaxmodels.cli import main; main([]); print('loaded', {'jax', 'tyro'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout
+    assert "loaded set()" in shown
+    for name in COMMANDS:
+        line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
+        assert len(line) <= 88 and line.strip().count("  "), line  # what it takes, and what it is for
+
+
 @pytest.mark.parametrize("command", ["train", "tune", "plan", "data inspect", "data prepare"])
 @pytest.mark.parametrize("file", [[], [FILE]])
 def test_help_is_short_and_fits_a_terminal(command, file, monkeypatch, capsys):

@@ -106,7 +106,10 @@ def test_a_bad_byte_is_named_and_nothing_that_a_terminal_obeys_is_written(texts,
     ("argv", "said"),
     [
         (["nothing.txt"], "got 'nothing.txt', which does not exist"),
-        (["{folder}"], "expected files, try"),
+        (["{folder}"], "for a model that reads texts, expected a table with a column of texts"),
+        (["{folder}"], "try '{folder}/*.csv'"),
+        (["{folder}/deep"], "try '{folder}/deep/**/*.txt'"),
+        (["{folder}/numbers.jsonl"], "without a column of texts for a model that reads texts"),
         (["{folder}/other.csv"], "expected one of its columns, a, b, try --input-field a"),
         (["{folder}/other.csv", "--input-field", "c"], "got --input-field c, expected one of its columns, a, b"),
         (["{folder}/blank.txt"], "got 2 records, none of which can be read"),
@@ -121,8 +124,20 @@ def test_what_cannot_be_is_said_in_a_line(texts, tmp_path, argv, said, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "x.png").write_bytes(b"x")
+    (tmp_path / "numbers.jsonl").write_text('{"x": [1, 2]}\n')
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.txt").write_text("one\n")
     assert main(["predict", str(texts), *(arg.format(folder=tmp_path) for arg in argv)]) == 2
-    assert said in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert said.format(folder=tmp_path) in error and error.count("\n") == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(texts, tmp_path, capsys):
+    (tmp_path / "new.jsonl").write_text(json.dumps({"sentence": "\ufeffone two"}) + '\n{"sentence": "\\ufeff"}\n')
+    (tmp_path / "joined.txt").write_text("ten\n\ufeffone two\n")
+    found, _ = lines(capsys, texts, tmp_path / "new.jsonl", tmp_path / "joined.txt")
+    assert [each.get("text") for each in found] == ["one two", None, "ten", "one two"]
+    assert found[0]["probabilities"] == found[3]["probabilities"] and found[1]["error"] == "sentence is missing"
 
 
 def test_images_of_a_folder_and_by_path(tmp_path, capsys):
@@ -145,6 +160,10 @@ def test_images_of_a_folder_and_by_path(tmp_path, capsys):
     (tmp_path / "names.txt").write_text(f"{new / 'light' / '3.png'}\n/nowhere.png\n")
     found, _ = lines(capsys, run, tmp_path / "names.txt")
     assert found[0]["label"] == "light" and found[1]["error"] == "No such file or directory"
+    (tmp_path / "paths.csv").write_text("id,file\n1,a.png\n")
+    assert main(["predict", str(run), str(tmp_path / "paths.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "without a column of images" in error and "folders of images" in error and "--input-field" not in error
     assert main(["eval", str(run), "--data.path", str(new)]) == 0
     assert f"images of {new}: 25 images" in capsys.readouterr().out
 

@@ -71,6 +71,14 @@ def text(cfg: DataConfig) -> Corpus:
     return Corpus(f"text, {len(files)} files", lambda split: read(parts[split], strict=True))
 
 
+_ENDINGS = {
+    "table": ("csv", "jsonl", "tsv", "json", "parquet"),
+    "tokens": ("bin", "npy"),
+    "texts": ("txt", "jsonl", "csv", "tsv", "json", "parquet"),
+}
+"""What a folder is searched for, to say what to try in its place."""
+
+
 def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> list[Path]:
     """The files that paths and globs name, sorted, each once.
 
@@ -86,11 +94,7 @@ def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> l
         if path.is_file():
             found[path.resolve()] = None
         elif path.is_dir():
-            endings = {
-                "table": ("csv", "jsonl", "tsv", "json", "parquet"),
-                "tokens": ("bin", "npy"),
-                "texts": ("txt", "jsonl", "csv", "tsv", "json", "parquet"),
-            }.get(source, ("txt",))
+            endings = _ENDINGS.get(source, ("txt",))
             held = next((end for end in endings if next(path.rglob(f"*.{end}"), None)), None)
             if held is None and source != "text":
                 kinds = ", ".join(f".{end}" for end in endings)

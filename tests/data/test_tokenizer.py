@@ -143,3 +143,15 @@ def test_a_vocabulary_of_no_size_is_refused_in_one_line(name):
 def test_a_vocabulary_that_would_end_the_process_is_refused(kind):
     with pytest.raises(UserError, match="got a vocabulary of 99,999,999,999 tokens, expected at most"):
         build(f"{kind}:99999999999", lambda: ["text"])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chars", "bpe"])
+def test_a_text_that_utf8_cannot_write_is_refused_in_a_line(kind, tmp_path):
+    made = {
+        "bytes": lambda: Bytes(),
+        "chars": lambda: Chars("abc"),
+        "bpe": lambda: train_bpe(["abc " * 50], 270, tmp_path / "tokenizer.json"),
+    }[kind]()
+    for encode in (made.encode, lambda text: made.encode_many([text], special=True)):
+        with pytest.raises(UserError, match="got .*\\\\ud800.*expected"):
+            encode("ab\ud800")
