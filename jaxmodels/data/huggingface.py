@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 
 from jaxmodels.config import DataConfig
 from jaxmodels.data.fields import unknown
+from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad, Field, Records, digest
 from jaxmodels.data.source import Split
+from jaxmodels.data.tables import in_order, listed, name_of
 from jaxmodels.errors import UserError
 
 _SAMPLED = 256
@@ -39,12 +41,17 @@ def records(cfg: DataConfig, split: Split) -> Records:
             "got data.source huggingface without data.name, expected a set or a folder, try --data.name mnist"
         )
     folder = Path(cfg.name).expanduser()
-    try:
+
+    def load(wanted: str, option: str) -> Any:
         if folder.is_dir():
-            data = _part(datasets, datasets.load_from_disk(str(folder)), wanted, option)
-        else:
-            name, _, config = cfg.name.partition(":")
-            data = datasets.load_dataset(name, config or None, split=wanted)
+            return _part(datasets, datasets.load_from_disk(str(folder)), wanted, option)
+        name, _, config = cfg.name.partition(":")
+        return datasets.load_dataset(name, config or None, split=wanted)
+
+    try:
+        data = load(wanted, option)
+        named = _is_text(data.features.get(cfg.label_field))
+        train = load(cfg.train_split, "train_split") if named and wanted != cfg.train_split else data
     except UserError:
         raise
     except (ValueError, AssertionError, OSError) as error:  # what the library raises for a wrong name or split
@@ -53,7 +60,20 @@ def records(cfg: DataConfig, split: Split) -> Records:
             f"got data.name {cfg.name!r}, {wanted} ({reason[:200]}), expected a set and a split that exist, "
             f"try another --data.name or --data.{option.replace('_', '-')}"
         ) from error
-    return _Set(datasets, data, f"huggingface {cfg.name}", wanted)
+    classes = {cfg.label_field: _classes(train[cfg.label_field])} if named else {}
+    return _Set(datasets, data, f"huggingface {cfg.name}", wanted, classes)
+
+
+def _is_text(feature: Any) -> bool:
+    """Say whether a feature is a text, or a list of texts."""
+    inner = getattr(feature, "feature", feature)
+    return getattr(inner, "dtype", None) in ("string", "large_string")
+
+
+def _classes(values: Iterable[Any]) -> tuple[str, ...]:
+    """The classes that a column of texts names, as in tables."""
+    each = (v for value in values for v in (value if isinstance(value, list) else [value]))
+    return tuple(sorted({name for v in each if (name := name_of(v)) is not None}, key=in_order))
 
 
 def _part(datasets: Any, saved: Any, wanted: str, option: str) -> Any:
@@ -71,12 +91,19 @@ def _part(datasets: Any, saved: Any, wanted: str, option: str) -> Any:
 
 
 class _Set(Records):
-    def __init__(self, datasets: Any, data: Any, label: str, split: str) -> None:
+    def __init__(
+        self, datasets: Any, data: Any, label: str, split: str, classes: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """`classes`: the names of the classes in each column of texts that are labels."""
         for name, feature in data.features.items():
             if isinstance(feature, datasets.Image):  # the bytes, for others to decode
                 data = data.cast_column(name, datasets.Image(decode=False))
         self._data, self.label, self._split = data, label, split
         found = {name: _field(datasets, data.features[name]) for name in sorted(data.features)}
+        for name, names in classes.items():
+            several = getattr(data.features[name], "feature", None) is not None
+            found[name] = Field("labels" if several else "label", names)
+        self._ids = {name: {key: i for i, key in enumerate(names)} for name, names in classes.items()}
         self.fields = {name: field for name, field in found.items() if field}
         seen = np.linspace(0, len(data) - 1, min(len(data), _SAMPLED)).astype(np.int64).tolist()
         facts = repr((len(data), self.fields, data.select_columns(list(self.fields))[seen] if seen else ()))
@@ -96,9 +123,20 @@ class _Set(Records):
 
     def _one(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
         try:
-            return {name: _value(name, value, self.fields[name]) for name, value in values.items()}
+            return {
+                name: _value(name, self._numbered(name, value), self.fields[name]) for name, value in values.items()
+            }
         except (ValueError, TypeError, OverflowError, OSError) as error:
             return Bad(self.where(index), str(error))
+
+    def _numbered(self, name: str, value: Any) -> Any:
+        """The numbers of the classes that a value of texts names; another value as it is."""
+        ids = self._ids.get(name)
+        if ids is None or value is None or value == "":
+            return value or None if ids else value
+        if unknown := [v for v in (value if isinstance(value, list) else [value]) if name_of(v) not in ids]:
+            raise ValueError(f"{name} is {shown(unknown[0])}, expected one of {listed(list(ids))}")
+        return [ids[name_of(v) or ""] for v in value] if isinstance(value, list) else ids[name_of(value) or ""]
 
 
 def _field(datasets: Any, feature: Any) -> Field | None:

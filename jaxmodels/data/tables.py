@@ -229,11 +229,11 @@ class _Column:
         if count["texts"] or (count["list"] and self.is_label and all(map(_whole, self.names))):
             # -1 fills up lists, and is no class in one
             names = [name for name in self.names if not (_whole(name) and int(name) < 0)]
-            return Field("labels", tuple(sorted(names, key=_in_order)))
+            return Field("labels", tuple(sorted(names, key=in_order)))
         if count["list"]:
             return Field("array", shape=self._shape(), dtype="float32")
         if self.is_group and self.names:
-            return Field("label", tuple(sorted(self.names, key=_in_order)))
+            return Field("label", tuple(sorted(self.names, key=in_order)))
         if self.is_label and self.names:
             return self._classes(total)
         if count["whole"] >= _MOST * total:
@@ -265,7 +265,7 @@ class _Column:
             return Field("array", dtype="float32")
         strange += fractions
         if not numbers or strange.total() > (1 - _MOST) * total or any(often > 1 for often in strange.values()):
-            return Field("label", tuple(sorted(self.names, key=_in_order)))
+            return Field("label", tuple(sorted(self.names, key=in_order)))
         plain = {n for n in numbers if 0 <= n < _MOST_NUMBERED}
         if not plain or any(often > 1 for n, often in numbers.items() if n not in plain):
             return Field("label", tuple(map(str, sorted(numbers))))
@@ -276,7 +276,7 @@ def _whole(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _in_order(name: str) -> tuple[bool, int, str]:
+def in_order(name: str) -> tuple[bool, int, str]:
     """Numbers by their size, then names by their letters."""
     return (False, int(name), "") if _whole(name) else (True, 0, name)
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.config import Config, DataConfig, MeshConfig, used
-from jaxmodels.data import idx
+from jaxmodels.data import idx, special
 from jaxmodels.data.contract import check_batch
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
@@ -64,13 +64,15 @@ def kept(run: Path) -> Kept:
     path = run / KEPT
     if not path.is_file():
         return Kept()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in dataclasses.fields(Kept)}
-        found = Kept(**{name: value for name, value in values.items() if name in known})
-        return dataclasses.replace(found, classes=tuple(map(str, found.classes)))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"got {path}, which is damaged ({error}), expected what a run keeps of its data") from None
+    values = special.objects(path, "what a run keeps of its data")
+    found = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(Kept)}
+    classes = found.pop("classes")
+    named = isinstance(classes, list | tuple) and all(isinstance(name, str | int) for name in classes)
+    if not named or not all(isinstance(value, str) for value in found.values()):
+        raise UserError(
+            f"got {path} with values of another kind, expected what a run keeps of its data, try another copy"
+        )
+    return Kept(classes=tuple(map(str, classes)), **found)
 
 
 def write(run: Path, kept: Kept) -> None:

@@ -101,3 +101,26 @@ def test_labels_that_are_not_known_are_ignored_and_those_below_0_without_names_r
     assert "2 of 8 examples of huggingface" in caplog.messages[0] and "have no label (-1)" in caplog.messages[0]
     with pytest.raises(UserError, match="got -1 as label in huggingface .*, expected numbers of classes from 0 on"):
         opened("Value")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_texts_that_are_labels_are_classes_of_the_training_split(tmp_path, several, caplog):
+    datasets = pytest.importorskip("datasets")
+    wrap = (lambda name: [name]) if several else (lambda name: name)
+
+    def part(names: list[str]) -> object:
+        return datasets.Dataset.from_dict({"text": [f"t {n}" for n in names], "label": [wrap(n) for n in names]})
+
+    whole = datasets.DatasetDict(
+        {"train": part(["pos", "neg", "so so"] * 4), "validation": part(["so so", "new", "neg"])}
+    )
+    whole.save_to_disk(str(tmp_path / "set"))
+    cfg = DataConfig(source="huggingface", name=str(tmp_path / "set"), train_split="train", eval_split="validation")
+    train, held_out = (huggingface.records(cfg, split) for split in ("train", "eval"))
+    assert train.fields["label"] == held_out.fields["label"]
+    assert train.fields["label"].names == ("neg", "pos", "so so")
+    first = [(i,) if several else i for i in (1, 0, 2)]
+    assert [row["label"] for row in train.read([0, 1, 2], ["label"])] == first
+    found = held_out.read([0, 1, 2], ["label"])
+    assert [row["label"] for row in (found[0], found[2])] == [first[2], first[1]]
+    assert "label is 'new', expected one of neg, pos, so so" in str(found[1])

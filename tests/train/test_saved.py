@@ -14,7 +14,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import run as runs
-from jaxmodels.train.saved import open_run
+from jaxmodels.train.saved import kept, open_run
 
 WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
 
@@ -167,3 +167,12 @@ def test_what_makes_no_text_is_told_what_it_makes(texts, capsys):
 def test_loading_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected a directory with config.json"):
         jaxmodels.load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"kind": 5}', '{"classes": "ab"}', '{"classes": [["a"]]}', '{"eval": null}', "[" * 100_000]
+)
+def test_what_a_run_keeps_of_its_data_is_read_or_refused(tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match="data.json"):
+        kept(tmp_path)
