@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from jaxmodels.models.functional import preset
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.vit import ViTConfig
-from jaxmodels.plan import command, topology
 from jaxmodels.plan import compile as compiling
+from jaxmodels.plan import figures, topology
 
+RECORD, TITLE = "plan_vs_published", "The plan against published throughput"
 MAXTEXT = "AI-Hypercomputer/maxtext"
 RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
 TITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
@@ -107,6 +109,36 @@ ROWS = {
         f"{RECIPES}/Llama3.1-8B-MaxText/v6e-8 (417 TFLOP/s a chip)",
         fitted=True,
         note="as above",
+    ),
+    "mistral-7b-v6e-8": Row(
+        7777,
+        "v6e:2x4",
+        language(
+            dataclasses.replace(preset("mistral-7b"), window=None, remat="offload"),
+            6 * 8, 8192, MeshConfig(data=1, fsdp=8),
+        ),
+        f"{RECIPES}/Mistral-7B-MaxText (432 TFLOP/s a chip)",
+        note="theirs keeps the products of attention in the host's memory too, ours computes them again",
+    ),
+    "mixtral-8x7b-v6e-256": Row(
+        3645,
+        "v6e:16x16",
+        language(
+            dataclasses.replace(preset("mixtral-8x7b"), routing="capacity", capacity_factor=1.25, remat="offload"),
+            12 * 256, 4096, MeshConfig(data=1, fsdp=256),
+        ),
+        f"{RECIPES}/Mixtral-8x7B-MaxText (302 TFLOP/s a chip)",
+        note="as above",
+    ),
+    "gpt3-175b-v6e-256": Row(
+        357.6,
+        "v6e:16x16",
+        language(
+            GPT2Config(vocab_size=50304, context=2048, layers=96, heads=96, width=12288, remat="offload"),
+            3 * 256, 2048, MeshConfig(data=1, fsdp=256),
+        ),
+        f"{RECIPES}/GPT3-175B-MaxText/bf16 (385 TFLOP/s a chip)",
+        note="theirs keeps blocks' inputs in the device's memory",
     ),
     "torchtitan-8b": Row(
         6667,
@@ -229,31 +261,48 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Compile each job for its hardware, predict, and compare; all rows are recorded, the rest printed only."""
+    """Compile each job for its hardware, predict, compare, and replace its row in the record."""
     names = options.rows or tuple(ROWS)
     record.check("row", names, ROWS)
-    found = [compare(name, ROWS[name]) for name in names]
-    errors = [row["error"] for row in found if row["error"] is not None]
-    unseen = [row["error"] for row in found if row["error"] is not None and not row["fitted"]]
-    notes = [summary(errors, "rows"), summary(unseen, "of them by which no constant was chosen")] if unseen else []
+    commit = record.git("rev-parse", "HEAD")[:12]
+    found = {name: {**compare(name, ROWS[name]), "commit": commit} for name in names}
     columns = {
         "name": "job", "on": "hardware", "settings": "settings", "measured": "measured", "predicted": "predicted",
         "unit": "of", "percent": "error", "fitted": "chosen by it", "binds": "bound by", "peak": "GiB of a device",
-        "note": "what differs", "source": "source",
+        "commit": "predicted at", "note": "what differs", "source": "source",
     }  # fmt: skip
-    print(record.markdown(found, {key: columns[key] for key in ("name", "measured", "predicted", "percent", "binds")}))
+    shown = {key: columns[key] for key in ("name", "measured", "predicted", "percent", "binds")}
+    print(record.markdown(list(found.values()), shown))
+    rows = merged(found, (options.out or record.RESULTS) / f"{RECORD}.json")
+    notes = summary(rows)
     print("\n".join(notes))
-    if not options.rows or options.out is not None:
-        path = record.write(
-            "plan_vs_published", "The plan against published throughput", found,
-            out=options.out, notes=notes, columns=columns,
-        )  # fmt: skip
-        print(path)
+    print(record.write(RECORD, TITLE, rows, out=options.out, notes=notes, columns=columns))
 
 
-def summary(errors: Sequence[float], of: str) -> str:
-    """Mean of absolute errors, in words."""
-    return f"mean absolute error of {len(errors)} {of}: {statistics.mean(map(abs, errors)):.1%}"
+def merged(found: Mapping[str, dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows of the record, of which some were just predicted; the others keep what they were predicted before."""
+    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "commit": ""}
+    known = {row["name"]: {"commit": before["commit"][:12], **row} for row in before["rows"]}
+    known |= found
+    return [known[name] for name in ROWS if name in known]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Means of absolute errors, in words, for the rows of each commit too where there are several."""
+
+    def mean(errors: list[float], of: str) -> str:
+        return f"mean absolute error of {len(errors)} {of}: {statistics.mean(map(abs, errors)):.1%}"
+
+    compared = [row for row in rows if row["error"] is not None]
+    if not compared:
+        return []
+    unseen = [row["error"] for row in compared if not row["fitted"]]
+    lines = [mean([row["error"] for row in compared], "rows")]
+    lines += [mean(unseen, "of them by which no constant was chosen")] if unseen else []
+    commits = dict.fromkeys(row["commit"] for row in compared)
+    for commit in commits if len(commits) > 1 else ():
+        lines.append(mean([row["error"] for row in compared if row["commit"] == commit], f"rows predicted at {commit}"))
+    return lines
 
 
 def compare(name: str, row: Row) -> dict[str, Any]:
@@ -264,7 +313,7 @@ def compare(name: str, row: Row) -> dict[str, Any]:
     }  # fmt: skip
     print(f"compiling {name} for {row.on} ...", flush=True)
     made = compiling.compiled(row.config, topology.parse(row.on))
-    plan = command.plan(row.config, changed(made, row.hardware))
+    plan = figures.figures(row.config, changed(made, row.hardware))
     predicted = plan.get(row.of)
     about |= {
         "unit": "MFU, attention in full" if row.of == "mfu" else f"{made.unit}/s a device",

@@ -33,8 +33,6 @@ UPWARD = {
     "hf -> data",
     "hf -> train",
     "parallel -> config",
-    "plan -> cli",
-    "plan -> report",
     "tasks -> config",
     "train -> generate",
     "train.optim -> config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,8 +53,6 @@ def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
     Raises:
         UserError: no topology, or one that is not known; a config that does not fit it.
     """
-    from jaxmodels.plan import scaling
-
     if not options.on:
         raise UserError("got no --on, expected a topology, try --on h100:1x8 or --on v5e:4x4")
     if options.search and options.scaling:
@@ -61,10 +60,13 @@ def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
             "got --search and --scaling, expected one of them, try --search first and --scaling with its winner"
         )
     on = asked(options.on)
+    for path in filter(None, (options.json, options.out)):
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"got {str(path)!r}, expected a file that can be written, try another path")
     if options.search:
         plans = search(cfg, on, options, file)
     elif options.scaling:
-        plans = scaling.command(cfg, on, options.workers, options.out or Path("scaling.png"))
+        plans = scale(cfg, on, options)
     else:
         plans = plan_each(cfg, on)
     if options.json is not None:
@@ -85,14 +87,13 @@ def asked(on: str) -> list[Topology]:
 def plan_each(cfg: Config, on: list[Topology]) -> list[dict[str, Any]]:
     """The config as it is on each topology."""
     from jaxmodels.plan import compile as compiling
-    from jaxmodels.plan.command import plan as figures
-    from jaxmodels.plan.command import table
+    from jaxmodels.plan.figures import figures, figures_table
 
     plans = []
     for each in on:
         print(f"compiling for {each.name} ({each.devices:,} device(s)) ...", flush=True)
         plans.append(figures(cfg, compiling.compiled(cfg, each)))
-        print(table(cfg, plans[-1]), flush=True)
+        print(figures_table(cfg, plans[-1]), flush=True)
     return plans
 
 
@@ -117,3 +118,27 @@ def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> 
         print(f"(these options are in {out}: jaxmodels train {file or 'CONFIG'} $(cat {out}))")
         plans.append(searching.written(found, base))
     return plans
+
+
+def scale(cfg: Config, on: list[Topology], options: PlanOptions) -> list[dict[str, Any]]:
+    """The curves of the config over topologies, with a picture."""
+    from jaxmodels.plan import scaling
+    from jaxmodels.report import scaling as pictures
+
+    first, points = scaling.curves(cfg, on, options.workers, functools.partial(print, flush=True))
+    verdicts = [
+        scaling.verdict(first, points, mode, axis) for mode in scaling.MODES for axis in scaling.axes_of(points)
+    ]
+    print(scaling.curves_table(first, points))
+    print("\n" + "\n".join(verdicts))
+    assert first.plan is not None
+    mesh = " ".join(f"{axis}={size}" for axis, size in first.plan["mesh"].items() if size > 1) or "one device"
+    title = f"{type(cfg.model).__name__.removesuffix('Config')}, {first.plan['parameters'] / 1e9:.3g} B parameters, "
+    title += f"predicted from {first.topology.name} with mesh {mesh}"
+    shown = [
+        {**scaling.written(each), "per_second": each.plan["per_second"]} for each in points if each.runs and each.plan
+    ]
+    out, start = options.out or Path("scaling.png"), (first.topology.devices, first.plan["per_second"])
+    pictures.draw(out, title, first.plan["unit"], start, scaling.PAYS, shown)
+    print(f"\npicture: {out}")
+    return [scaling.written(first), *map(scaling.written, points), {"verdicts": verdicts}]

@@ -55,7 +55,7 @@ class BERTConfig(Section, section="model"):
     attention: Attention = "auto"
     """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax."""
     remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but weight products, or whole blocks."""
+    """What the backward pass recomputes: nothing, all but weight products, or blocks; offload: inputs on the host."""
     unroll: Depth = 1
     """Blocks unrolled in each iteration of the scan over layers."""
 

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
+from jaxmodels.models import remat as remats
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
@@ -356,12 +357,13 @@ class StochasticDepth(nn.Module):
 def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1) -> Callable[..., Any]:
     """`layers` blocks with stacked parameters: a scan, or a pipeline; a block maps (x, cache, *shared) to (x, outputs).
 
-    `remat`: "none" keeps all activations, "dots" only the results of weight products, "full" only block inputs.
+    `remat`: "none" keeps all activations, "dots" only the results of weight products, "full" only block inputs, and
+    "offload" keeps those in the memory of the host.
     """
     kept = block
     if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "dots" else None
-        kept = nn.remat(block, policy=policy, prevent_cse=False)
+        named = remats.with_named_input(block) if remat == "offload" else block
+        kept = nn.remat(named, policy=remats.policy(remat), prevent_cse=False)
     scanned = nn.scan(
         kept,
         variable_axes={"params": 0, "stats": 0},

@@ -21,7 +21,7 @@ from jaxmodels.models.kernels import quantized as quantization
 
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash", "tokamax", "ring", "ulysses"]
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
 """Shapes and dtypes of what `apply` takes."""

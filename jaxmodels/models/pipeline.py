@@ -21,7 +21,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.errors import UserError
+from jaxmodels.models import remat as remats
 from jaxmodels.models.kernels.product import PRODUCT
+from jaxmodels.models.remat import INPUT
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.rules import Stages, constrain, pin
 
@@ -34,7 +36,6 @@ MOVES = frozenset(
     | {"reshape", "sharding_constraint", "squeeze", "transpose"}
 )
 """Primitives that only move or cast, as far as weights go through them before a product (`rules.gather` is one)."""
-_INPUT = "input of a block"
 
 log = logging.getLogger("jaxmodels")
 
@@ -58,6 +59,11 @@ def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Ca
         stages = Stages() if mesh is None else Stages.of(mesh.shape)
         if stages.stages == 1 or scan.is_initializing():
             return scan
+        if remat == "offload":
+            raise UserError(
+                f"got model.remat offload with {stages.stages} stages, expected a mesh without stages, "
+                "try --model.remat full"
+            )
 
         def one(params: Any, x: Array, carried: Any, shared: Any, key: Array | None) -> tuple[Array, Any]:
             rngs = None if key is None else {"dropout": key}
@@ -135,9 +141,8 @@ def _through(
             return stack.block(params, x, carried, shared, own_key)
 
         if stack.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if stack.remat == "dots" else None
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        named: Any = lambda x, each: layer(checkpoint_name(x, _INPUT), each)  # noqa: E731
+            layer = jax.checkpoint(layer, policy=remats.policy(stack.remat), prevent_cse=False)
+        named: Any = lambda x, each: layer(checkpoint_name(x, INPUT), each)  # noqa: E731
         return jax.lax.scan(named, x, (held, jnp.arange(size)), unroll=min(stack.unroll, size))
 
     if R > 1:
@@ -244,7 +249,7 @@ def _kept(remat: str) -> Callable[..., Any]:
     """What of a stage whose weights change from tick to tick is kept for the backward pass."""
     if remat == "none":
         return lambda primitive, *_, **__: primitive.name not in MOVES
-    return jax.checkpoint_policies.save_only_these_names(_INPUT, *[PRODUCT] * (remat == "dots"))
+    return jax.checkpoint_policies.save_only_these_names(INPUT, *[PRODUCT] * (remat == "dots"))
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""What a step needs and takes, by arithmetic on shapes: rough, but thousands of ways to run it are judged in seconds.
+"""Guesses of a step's memory and time from shapes alone: rough, but quick enough for thousands of candidates.
 
-It decides which of them are worth compiling, and nothing else: what a plan says comes from the compiled program.
+They only decide which candidates are worth compiling; every figure of a plan comes from the compiled program.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from jaxmodels.plan.roofline import Places, passes
 from jaxmodels.plan.topology import Topology
 
 KNOBS = {"remat": "none", "attention": "auto", "unroll": 1}
-"""Fields of a model that decide how it is computed, and what one without them does."""
+"""Fields that decide how a model is computed, and the behavior of a model without them."""
 BLOCK = 0.6
-"""Share of what a block's backward pass needs that is in memory at a time."""
+"""Share of the activations of a block's backward pass that is in memory at a time."""
 _ROWS = 10007
-"""A batch that no other dimension is a multiple of, by which arrays that grow with it are known."""
+"""A batch size that divides no other dimension, so that arrays that grow with the batch can be told apart."""
 
 
 @dataclass(frozen=True)
 class Guess:
-    """What a step would need of a device: bytes and seconds."""
+    """Guess of a step's cost on a device, in bytes and seconds."""
 
     kept: float
     """Parameters, optimizer, average and gradients."""
     arguments: float
-    """All of these but the gradients, which a step need not hold at once: less than this no device can have."""
+    """The same without gradients, which need not all be in memory at once: a lower bound."""
     activations: float
     least: float
-    """Seconds that no schedule can avoid: the products, or what a link must carry."""
+    """Lower bound on the seconds of any schedule: the products, or the traffic of one link."""
     seconds: float
 
     @property
@@ -49,18 +49,20 @@ class Guess:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that the backward pass finds in memory: for each row of the batch, and whatever its size."""
+    """Bytes that are saved for the backward pass: for each row of the batch, and independent of the batch."""
 
     rows: float
     rows_cut: float
-    """The part that `tensor` cuts too."""
+    """The part of them that `tensor` shards as well."""
     weights: float
-    """Parameters in the type of the products, whole."""
+    """Copies of parameters in the compute dtype, unsharded."""
     weights_cut: float
+    hosted: float = 0.0
+    """Bytes for each row that are saved in host memory."""
 
 
 class Arithmetic:
-    """Judges ways to run one experiment on one topology."""
+    """Guesses the cost of candidates for one experiment on one topology."""
 
     def __init__(self, cfg: Config, topology: Topology) -> None:
         import jax
@@ -81,7 +83,7 @@ class Arithmetic:
         self.parameters = [(leaf.shape, names) for leaf, names in leaves]
         self.logical = {name for _, names in self.parameters for name in names if name}
         self.length = max(self.task.lengths(), default=1)
-        """Tokens of a row; 1 where the batch has none."""
+        """Tokens of a row; 1 if the batch has no tokens."""
         self.vocabulary = max([s[n.index("vocab")] for s, n in self.parameters if "vocab" in n], default=0)
         self.width = 2 if getattr(cfg.model, "dtype", "float32") == "bfloat16" else 4
         self.layers = max([s[n.index("layers")] for s, n in self.parameters if "layers" in n], default=1)
@@ -99,7 +101,7 @@ class Arithmetic:
         return other
 
     def _sizes(self, chosen: Any) -> set[int]:
-        """Sizes of dimensions that are cut by certain mesh axes, but those that others have too."""
+        """Sizes that only dimensions sharded over the chosen mesh axes have."""
         from jaxmodels.parallel.rules import RULES
 
         found: dict[bool, set[int]] = defaultdict(set)
@@ -113,7 +115,7 @@ class Arithmetic:
         """Sizes of a mesh's axes.
 
         Raises:
-            UserError: a parameter, a row of tokens or the batch does not divide by it.
+            UserError: the mesh does not divide a parameter, a row of tokens or the batch.
         """
         from jax.sharding import AbstractMesh
 
@@ -128,7 +130,7 @@ class Arithmetic:
 
     @functools.cache
     def shares(self, mesh: Any) -> tuple[float, float]:
-        """Parameters of a device, and those that it gathers of the others along fsdp, in numbers."""
+        """Number of parameters that a device holds, and that it has after gathering over fsdp."""
         sizes, fsdp = self.place(mesh), self.rules.RULES["embed"][0]
         own = gathered = 0.0
         for shape, names in self.parameters:
@@ -139,11 +141,11 @@ class Arithmetic:
         return own, gathered
 
     def saved(self, remat: str, kernel: str) -> Saved:
-        """What the backward pass of a model finds in memory; `kernel` is that of attention."""
+        """Bytes saved for the backward pass; `kernel` is the attention kernel."""
         if (remat, kernel) not in self.traced:
             try:
                 self.traced[remat, kernel] = self._trace(remat, kernel)
-            except UserError:  # attention of this model has something that only the reference computes
+            except UserError:  # only the reference kernel computes this model's attention
                 self.traced[remat, kernel] = self._trace(remat, "xla")
         return self.traced[remat, kernel]
 
@@ -156,7 +158,7 @@ class Arithmetic:
         model = dataclasses.replace(self.cfg.model, **{k: v for k, v in wanted.items() if hasattr(self.cfg.model, k)})
         task = tasks.build(self.cfg.task, model, self.cfg.data)
         spec = self.task.batch_spec(_ROWS)
-        found = [0.0, 0.0, 0.0, 0.0]
+        found, hosted = [0.0, 0.0, 0.0, 0.0], 0.0
         given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.params, spec))}
         for loss in task.losses:
 
@@ -170,16 +172,19 @@ class Arithmetic:
             for leaf in jax.tree.leaves(jax.eval_shape(residuals, self.shapes.params, self.shapes.stats, spec)):
                 if (leaf.shape, leaf.dtype) in given:
                     continue
+                if remat == "offload" and leaf.shape[:2] == (self.layers, _ROWS):  # the inputs of all blocks
+                    hosted += _bytes(leaf) / _ROWS
+                    continue
                 rows = any(size and size % _ROWS == 0 for size in leaf.shape)
                 cut = any(size in self.wide for size in leaf.shape)
                 found[2 * (not rows) + cut] += _bytes(leaf) / (_ROWS if rows else 1)
-        return Saved(*found)
+        return Saved(*found, hosted)
 
     def guess(self, cfg: Config) -> Guess:
-        """What a step of a config would need.
+        """Guess the cost of a config's step.
 
         Raises:
-            UserError: it does not fit the mesh.
+            UserError: the config does not fit its mesh.
         """
         from jaxmodels.tasks import losses
         from jaxmodels.train.job import check_batch_size
@@ -193,7 +198,7 @@ class Arithmetic:
         rows = cfg.data.batch_size / batch / pieces
         own, gathered = self.shares(cfg.mesh)
         remat, attention, unroll = (getattr(cfg.model, name, default) for name, default in KNOBS.items())
-        kernel = "xla" if attention == "xla" else "blockwise"  # all others keep what `blockwise` keeps
+        kernel = "xla" if attention == "xla" else "blockwise"  # all other kernels save what `blockwise` saves
         saved, everything = self.saved(remat, kernel), self.saved("none", kernel)
 
         def of_rows(kept: Saved, whole: int = whole) -> float:
@@ -201,11 +206,11 @@ class Arithmetic:
 
         ticks, idle = self._ticks(cfg, sizes)
         parts = rows / cfg.train.accumulate
-        block = BLOCK * of_rows(everything, 1) / self.layers  # within a block tokens are gathered
+        block = BLOCK * of_rows(everything, 1) / self.layers  # inside a block tokens are gathered
         activations = parts * (idle * of_rows(saved) + (block if remat != "none" else 0))
         activations += saved.weights + saved.weights_cut / tensor
-        activations += 4 * self.vocabulary / tensor * min(parts * self.length, losses.SCORED)  # logits of a piece
-        activations += 4 * own * (cfg.train.accumulate > 1)  # the sum of gradients, beside those of a microbatch
+        activations += 4 * self.vocabulary / tensor * min(parts * self.length, losses.SCORED)  # logits of a chunk
+        activations += 4 * own * (cfg.train.accumulate > 1)  # accumulated gradients, beside those of a microbatch
         kept = 4 * own * (2 + self.copies)
         compute, least = (idle * seconds for seconds in self._products(remat, kernel))
         times = ticks * cfg.train.accumulate
@@ -213,10 +218,13 @@ class Arithmetic:
         row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
         traffic = 3 * rows * of_rows(everything) + 4 * own * (3 + 3 * self.copies)
         traffic += 3 * times * self.width * (gathered or own)
-        # a scan stacks what its backward pass needs, and takes it from the stack again
+        # a scan copies what its backward pass needs to a stacked array and back
         traffic += 2 * rows * of_rows(saved) * (1 - min(unroll, self.layers) / self.layers)
-        memory = traffic / (row.bandwidth * share["memory"])
-        hidden = max(0.0, links["parameters"] - 0.8 * compute)  # gathered while something else is computed
+        away = 2 * rows * saved.hosted / whole  # to the host and back
+        memory = (traffic + away) / (row.bandwidth * share["memory"])
+        if away:  # transfers to the host overlap with compute
+            memory += max(0.0, away / (row.host * share["link"]) - 0.8 * compute)
+        hidden = max(0.0, links["parameters"] - 0.8 * compute)  # gathers overlap with compute
         return Guess(
             kept=kept,
             arguments=4 * own * (1 + self.copies),
@@ -226,23 +234,23 @@ class Arithmetic:
         )
 
     def _products(self, remat: str, kernel: str) -> tuple[float, float]:
-        """Seconds of products and attention, and of the products alone without any recomputed."""
+        """Seconds of products and attention with recomputation, and of the products alone without it."""
         row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
         peak = self.topology.devices * row.flops.get(getattr(self.cfg.model, "dtype", "float32"), row.flops["bfloat16"])
         plain = (self.model_flops - self.attention_flops) / (peak * share["products"])
-        if kernel == "xla":  # scores are products as others are, all of them, and are kept
+        if kernel == "xla":  # scores are ordinary products, computed in full and saved
             scores = self.attention_flops / (peak * share["products"]) * (1 if remat == "none" else 4 / 3)
-        else:  # what masks show; but the backward pass computes the scores again
+        else:  # only visible pairs, but the backward pass recomputes the scores
             shown = self.visible / (peak * share["attention"])
             scores = shown * (7 / 6 if remat == "none" else 9 / 6)
-        # a block's last product is not needed again
-        return plain * (1.25 if remat == "full" else 1) + scores, plain
+        # a block's last product is not recomputed
+        return plain * (1.25 if remat in ("full", "offload") else 1) + scores, plain
 
     def _ticks(self, cfg: Config, sizes: dict[str, int]) -> tuple[int, float]:
-        """How often a stage begins in a microbatch of the step, and how much longer all take for its bubble.
+        """Ticks of the pipeline for each accumulated microbatch, and the factor by which its bubble lengthens the step.
 
         Raises:
-            UserError: the rows do not divide into microbatches of the stages.
+            UserError: the rows do not divide into the pipeline's microbatches.
         """
         from jaxmodels.models import pipeline
 
@@ -259,14 +267,14 @@ class Arithmetic:
     def _links(
         self, sizes: dict[str, int], rows: float, gathered: float, own: float, remat: str, times: int
     ) -> dict[str, float]:
-        """Seconds that links carry parameters, and activations, in a step; and the least of any of them."""
+        """Seconds of collectives for parameters and for activations in a step, and a lower bound for any one link."""
         from jaxmodels.models.experts import SLACK
 
         table = self.rules.RULES
         fsdp, tensor, context = table["embed"][0], table["mlp"][0], table["seq"][0]
         gather = self.seconds(sizes, fsdp, "all-gather", self.width * gathered)
         once = self.seconds(sizes, self.rules.DATA, "all-reduce", self.width * own)
-        # devices that share experts have the rest of the model in common
+        # devices of one expert group replicate the rest of the model
         rest = sum(
             math.prod(shape) / self.rules.shards(sizes, [axis for name in names if name for axis in table[name]])
             for shape, names in self.parameters
@@ -274,7 +282,7 @@ class Arithmetic:
         )
         reduced = self.seconds(sizes, table["expert"][0], "all-reduce", self.width * rest)
         again = 1 if remat == "none" else 2
-        # a block's sums: of each product whose inputs `tensor` cuts, and of the gradient at the inputs of the others
+        # all-reduces of a block: of each product whose inputs `tensor` shards, and of the input gradients of the others
         stream = rows * self.length * self.width
         sums = 0.0
         for shape, names in self.parameters:
@@ -288,7 +296,7 @@ class Arithmetic:
             for shape, names in self.parameters
             if "embed" in names and "head_dim" in names and names.index("embed") < names.index("head_dim")
         )
-        # keys and values, whole sequences of them, go once round forward, and back with their gradients
+        # keys and values of whole sequences go around the ring once forward, and back with their gradients
         around = self.seconds(sizes, context, "all-gather", rows * self.length * keys * self.width * sizes[context])
         experts = 0.0
         if "expert" in self.logical:
@@ -296,13 +304,13 @@ class Arithmetic:
             inputs = max(s[n.index("embed")] for s, n in self.parameters if "expert" in n and "embed" in n)
             places = self.cfg.model.capacity_factor if self.cfg.model.routing == "capacity" else SLACK
             sent = self.layers * chosen * places * stream * inputs
-            # there and back: forward, again if that is recomputed, and backward
+            # dispatch and combine: forward, again if that is recomputed, and backward
             experts = (2 + 2 * again) * self.seconds(sizes, table["expert"][0], "all-to-all", sent)
         stages, embed = (
             self.rules.STAGE,
             max([s[n.index("embed")] for s, n in self.parameters if "embed" in n], default=1),
         )
-        # a stage has the rows of all, and hands each on and its gradient back
+        # each stage receives all rows, passes them on, and passes their gradients back
         handed = 2 * self.seconds(sizes, stages, "collective-permute", sizes[stages] * stream * embed)
         return {
             "parameters": times * (gather * (again + 1) + reduced) + once + 3 * around,
@@ -311,7 +319,7 @@ class Arithmetic:
         }
 
     def seconds(self, sizes: dict[str, int], axis: str, kind: str, size: float) -> float:
-        """How long a collective of so many bytes takes along a mesh axis, laid out in the order of the devices."""
+        """Seconds of a collective of `size` bytes along a mesh axis, with devices in their natural order."""
         devices = sizes[axis]
         if devices == 1 or not size:
             return 0.0
@@ -320,7 +328,7 @@ class Arithmetic:
 
     @functools.cache
     def rate(self, sizes: tuple[tuple[str, int], ...], axis: str) -> float:
-        """Bytes a second of a device through the link that a mesh axis crosses."""
+        """Bytes a second that a device sends through the link that a mesh axis crosses."""
         names, shape = zip(*sizes, strict=True)
         where = np.arange(self.topology.devices).reshape(shape)
         group = np.moveaxis(where, names.index(axis), 0).reshape(shape[names.index(axis)], -1)[:, 0]
@@ -329,7 +337,7 @@ class Arithmetic:
 
 
 def _bytes(tree: Any) -> float:
-    """Bytes of a tree, whole."""
+    """Bytes of a tree of unsharded arrays."""
     import jax
 
     return float(

@@ -1,4 +1,4 @@
-"""Plans' compiled steps on disk: `facts.json` and `program.hlo.gz` of each, moved to their place whole."""
+"""Cache of compiled steps: a folder each with `facts.json` and `program.hlo.gz`, published atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPILING = ("compile.py", "topology.py")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what compiles."""
+    """Versions of the packages that determine a compiled step."""
     from jaxmodels.train.run import versions as own
 
     found = own()
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def source() -> str:
-    """A hash of the package's code, so that a cached result is of this code."""
+    """A hash of the package's code, so that a change of code misses the cache."""
     found = hashlib.sha256()
     root = Path(jaxmodels.__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -41,14 +41,14 @@ def source() -> str:
 
 
 def leave(folder: Path, facts: dict[str, Any], text: str) -> None:
-    """Write a result, with a digest by which damage is known."""
-    packed, facts = gzip.compress(text.encode(), 3), json.loads(json.dumps(facts))  # as they are read
+    """Write a result with a digest, by which `intact` detects damage."""
+    packed, facts = gzip.compress(text.encode(), 3), json.loads(json.dumps(facts))  # in the form that is read back
     (folder / "program.hlo.gz").write_bytes(packed)
     (folder / "facts.json").write_text(json.dumps({**facts, "digest": _digest(facts, packed)}))
 
 
 def intact(folder: Path) -> dict[str, Any] | None:
-    """The facts of a result, with its program's text; None where there is none, or where it was damaged."""
+    """The facts of a result with the program's text; None if there is no result or it is damaged."""
     try:
         facts = json.loads((folder / "facts.json").read_bytes())
         digest = facts.pop("digest")
@@ -65,7 +65,7 @@ def _digest(facts: dict[str, Any], program: bytes) -> str:
 
 
 def publish(folder: Path, place: Path) -> None:
-    """Move a result to its place in the cache; one that another process has put there meanwhile is as good."""
+    """Move a result to its place in the cache, unless another process has published it in the meantime."""
     for _ in range(2):
         try:
             folder.rename(place)
@@ -85,7 +85,7 @@ def publish(folder: Path, place: Path) -> None:
 
 
 def unwritable(base: Path, error: OSError) -> UserError:
-    """What is told where nothing can be kept."""
+    """The error for a cache that cannot be written."""
     return UserError(
         f"got the cache of plans {base}, expected a folder that can be written ({error.strerror or error}), "
         "try XDG_CACHE_HOME=FOLDER in front of the command"

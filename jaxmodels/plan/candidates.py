@@ -1,4 +1,4 @@
-"""The ways to run one experiment on given devices: meshes, microbatches, and fields of the model."""
+"""Candidates for a search: meshes, microbatches, and the fields of a model that decide how it is computed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config, MeshConfig
@@ -15,35 +15,35 @@ from jaxmodels.plan.arithmetic import KNOBS, Arithmetic, Guess
 from jaxmodels.plan.topology import Topology
 
 PIECE = 4096
-"""Tokens that each device of a cut sequence should have at least."""
+"""The fewest tokens that a device should hold of a sequence that is sharded over `context`."""
 WIDEST = 16
-"""Devices that `tensor` joins at most where no switch sets a limit."""
+"""The largest `tensor` axis where no switch sets the limit."""
 SHORT = 4096
-"""Tokens up to which attention that writes its scores to memory may be the faster one."""
+"""The longest sequence for which attention that writes its scores to memory may be faster."""
 STAGES = (1, 2, 4)
 DEEPEST = 48
-"""Blocks up to which a search tries a step without a loop over them; with more it takes long to compile."""
+"""The most layers for which a search tries an unrolled step; deeper ones take long to compile."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run an experiment, and what it would need by arithmetic."""
+    """A way to run an experiment, with a guess of its cost."""
 
     cfg: Config
     mesh: MeshConfig
-    """The config's, with nothing left open."""
+    """The config's mesh with all axes fixed."""
     origin: str
-    """'as configured', 'usual' (what an expert would try), or nothing."""
+    """'as configured', 'usual' (what an expert would try), or empty."""
     guess: Guess
 
 
 def overrides(base: Config, cfg: Config) -> dict[str, Any]:
-    """Fields in which a config differs from another, by dotted name."""
+    """The fields in which a config differs from another, by dotted name."""
     return {name: value for name, (_, value) in configs.differences(base, cfg).items()}
 
 
 def arguments(overrides: dict[str, Any]) -> list[str]:
-    """Fields as they are written behind `jaxmodels train CONFIG`."""
+    """Fields as command-line options of `jaxmodels train CONFIG`."""
     found = []
     for name, value in overrides.items():
         found += [f"--{name.replace('_', '-')}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
@@ -52,14 +52,14 @@ def arguments(overrides: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Drawn:
-    """What there is to try, and why the rest is not."""
+    """The candidates of a search, and why others were dropped."""
 
     kept: list[Candidate]
-    """Those that are as configured or usual, then the others, by their guessed time."""
+    """Candidates: the configured one, the usual ones, then the others by guessed time."""
     dropped: collections.Counter[str]
-    """How many went out, by reason."""
+    """Number of candidates that were dropped, by reason."""
     refused: dict[str, str]
-    """Reasons of the usual and of the configured one, where they went out."""
+    """Reasons why the configured or a usual candidate was dropped, by its options."""
 
     @property
     def number(self) -> int:
@@ -67,13 +67,13 @@ class Drawn:
 
 
 def draw(arithmetic: Arithmetic) -> Drawn:
-    """All candidates, but for those that arithmetic rules out."""
+    """All candidates that arithmetic does not rule out."""
     cfg, memory = arithmetic.cfg, arithmetic.topology.hardware.memory
     drawn = Drawn([], collections.Counter(), {})
     seen: set[Any] = set()
     for origin, each in _all(arithmetic):
         mesh = settled(each.mesh, arithmetic)
-        key = mesh, each.model, each.train.accumulate  # all else is the same
+        key = mesh, each.model, each.train.accumulate  # all other fields are the same
         if key in seen:
             continue
         seen.add(key)
@@ -83,7 +83,7 @@ def draw(arithmetic: Arithmetic) -> Drawn:
         except UserError as error:
             reason, told = "the mesh does not divide a parameter, the batch or its tokens", str(error)
         else:
-            if guess.arguments > memory:  # of all else the compiler alone knows how much is in memory at a time
+            if guess.arguments > memory:  # how much else is in memory at a time only the compiler knows
                 reason = "parameters and optimizer do not fit"
             told = f"{reason}: {guess.arguments / 2**30:.0f} of {memory / 2**30:.0f} GiB" if reason else ""
         if not reason:
@@ -98,7 +98,7 @@ def draw(arithmetic: Arithmetic) -> Drawn:
 
 
 def settled(mesh: MeshConfig, arithmetic: Arithmetic) -> MeshConfig:
-    """A mesh whose open axis, if it has one, takes the devices that are left."""
+    """The mesh with its open axis, if it has one, set to the remaining devices."""
     axes, fixed = arithmetic.rules.AXES, arithmetic.topology.devices
     for axis in axes:
         fixed //= max(1, getattr(mesh, axis))
@@ -116,7 +116,7 @@ def _all(arithmetic: Arithmetic) -> Iterator[tuple[str, Config]]:
 
 
 def made_to_fit(cfg: Config, arithmetic: Arithmetic) -> Config:
-    """A config with so many microbatches that by its guess it fits; as it is where no number of them does that."""
+    """The config with enough microbatches to fit by its guess; unchanged if no number of them is enough."""
     memory, tried = arithmetic.topology.hardware.memory, cfg
     try:
         while (guess := arithmetic.guess(tried)).peak > memory:
@@ -125,19 +125,19 @@ def made_to_fit(cfg: Config, arithmetic: Arithmetic) -> Config:
             tried = dataclasses.replace(
                 tried, train=dataclasses.replace(tried.train, accumulate=2 * tried.train.accumulate)
             )
-    except UserError:  # what is wrong is told of the config as it is
+    except UserError:  # the config itself is what the error should be about
         return cfg
     return tried
 
 
 def inner(topology: Topology) -> int:
-    """Devices that the fastest links join: a node of GPUs, the last dimension of a torus."""
+    """Number of devices that the fastest links connect: a node of GPUs, or the last dimension of a torus."""
     last = topology.shape[-1] * topology.hardware.per_chip
     return last if topology.hardware.platform == "cuda" else min(last, WIDEST)
 
 
 def usual(arithmetic: Arithmetic) -> list[MeshConfig]:
-    """Ten meshes that an expert would try first, as far as they fit the devices and the model."""
+    """Up to ten meshes that an expert would try first and that fit the devices and the model."""
     devices, node = arithmetic.topology.devices, inner(arithmetic.topology)
     asked: list[dict[str, Any]] = [
         dict(data=1, fsdp=devices),
@@ -177,7 +177,7 @@ def _product(mesh: MeshConfig, arithmetic: Arithmetic) -> int:
 
 
 def _sensible(mesh: MeshConfig, arithmetic: Arithmetic) -> bool:
-    """Whether a mesh asks for nothing that the model, the data or the links have not."""
+    """Whether the model, the data and the links can make use of every axis of a mesh."""
     limit = inner(arithmetic.topology) if arithmetic.topology.hardware.platform == "cuda" else WIDEST
     heads = "heads" in arithmetic.logical
     return (
@@ -190,7 +190,7 @@ def _sensible(mesh: MeshConfig, arithmetic: Arithmetic) -> bool:
 
 
 def meshes(arithmetic: Arithmetic) -> Iterator[MeshConfig]:
-    """All meshes of the devices that are worth a thought."""
+    """All sensible meshes of the devices."""
     devices, batch = arithmetic.topology.devices, arithmetic.cfg.data.batch_size
     for stage in STAGES:
         for tensor in _divisors(devices):
@@ -220,7 +220,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def knobs(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> Iterator[Config]:
-    """A config with each microbatch, rematerialisation and kernel that there are for a mesh; the batch stays whole."""
+    """The config with each number of microbatches, remat, kernel and unrolling that a mesh allows.
+
+    The batch size stays the same.
+    """
     rows = cfg.data.batch_size // (mesh.data * mesh.stage * mesh.fsdp * mesh.expert)
     times = [n for n in _divisors(rows) if n & (n - 1) == 0]
     if cfg.train.accumulate not in times and rows % cfg.train.accumulate == 0:
@@ -237,15 +240,20 @@ def knobs(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> Iterator[Con
 
 
 def _choices(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> dict[str, list[Any]]:
-    from jaxmodels.models.functional import Remat
-
     kernels = dict.fromkeys([getattr(cfg.model, "attention", KNOBS["attention"]), KNOBS["attention"]])
     if mesh.context > 1:
         kernels["ulysses"] = None
     elif arithmetic.length <= SHORT:
         kernels["xla"] = None
-    found: dict[str, list[Any]] = {"remat": list(get_args(Remat)), "attention": list(kernels)}
-    if hasattr(cfg.model, "remat"):  # else it is not blocks that are unrolled
+    found: dict[str, list[Any]] = {"remat": remats(cfg.model), "attention": list(kernels)}
+    if mesh.stage > 1 or not arithmetic.topology.hardware.host:
+        found["remat"] = [kind for kind in found["remat"] if kind != "offload"]
+    if hasattr(cfg.model, "remat"):  # other models unroll something else than blocks
         whole = arithmetic.layers if arithmetic.layers <= DEEPEST else 1
         found["unroll"] = list(dict.fromkeys([getattr(cfg.model, "unroll", 1), 1, whole]))
     return found
+
+
+def remats(model: Any) -> list[str]:
+    """The kinds of rematerialization that a model's config offers."""
+    return list(get_args(get_type_hints(type(model)).get("remat")))

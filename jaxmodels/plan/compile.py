@@ -1,8 +1,8 @@
-"""A training step compiled for devices that are not there, in a process of its own, once.
+"""Compile a training step for devices that are not present, in a child process, and cache the result.
 
-The compilers of TPUs and GPUs register themselves in the process that loads them and write to its stderr; so a child
-compiles, and leaves what it found in a cache: facts.json and the compiled program's text. A result is written beside
-the cache and moved there whole, so two plans of the same step do not meet; one that was damaged is compiled anew.
+The compilers of TPUs and GPUs register themselves in the process that loads them and write to its stderr, so a child
+process compiles. It leaves facts.json and the text of the compiled program, which are published to the cache
+atomically: two processes may plan the same step at a time, and a damaged result is compiled again.
 """
 
 from __future__ import annotations
@@ -37,66 +37,66 @@ from jaxmodels.plan.topology import Topology
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler of a topology made of a step. Bytes are those of one device."""
+    """A compiled step. Bytes are per device."""
 
     topology: Topology
     mesh: dict[str, int]
     places: Places
     text: str
-    """The compiled program; empty where it does not fit."""
+    """The text of the compiled program; empty if the step does not fit."""
     held: dict[str, int]
-    """Bytes of parameters, optimizer, average, statistics, batch and the rest, by arithmetic."""
+    """Bytes of parameters, optimizer, average, statistics, batch and the rest, computed from shapes."""
     hosted: int
-    """Bytes of the optimizer that lie in the host's memory and not in the device's."""
+    """Bytes of the optimizer that are in host memory instead of device memory."""
     gradients: int
-    """Bytes of the gradients, which are temporaries."""
+    """Bytes of the gradients, which are among the temporaries."""
     arguments: int
-    """Bytes of all arguments, by the compiler."""
+    """Bytes of all arguments, as the compiler reports them."""
     peak: int
-    """Bytes that a device must have, by the compiler.
-
-    On TPUs its own `peak_memory_in_bytes`, which knows what is alive at a time; a GPU is given all temporaries as one
-    block, so there it is arguments and temporaries.
-    """
+    """Bytes that a device needs, as the compiler reports them (see `peak`)."""
     shortage: str
-    """What the compiler says where the step does not fit; else empty."""
+    """The compiler's message if the step does not fit; else empty."""
     largest: list[list[Any]]
-    """Bytes and names of the largest temporaries that the compiler names, where it does not fit."""
+    """Bytes and names of the largest temporaries that the compiler lists if the step does not fit."""
     flops: dict[str, int]
-    """Model FLOPs of a step on all devices, those of them that masks show (see `flops.Step`), and parameters."""
+    """Model FLOPs of a step on all devices, the part that masks show (see `flops.Step`), and number of parameters."""
     unit: str
-    """What throughput counts, as in training: tokens or examples."""
+    """The unit of throughput, as in training: tokens or examples."""
     units: int
-    """How many of them a step has."""
+    """Number of those units in a step."""
     seconds: float
-    """What compiling took."""
+    """Seconds that compiling took."""
     memory: int
-    """Peak memory of the child."""
+    """Peak memory of the child process."""
 
     @property
     def temporaries(self) -> int:
-        """Bytes beside the arguments, where most are in use."""
+        """Bytes beside the arguments at the peak."""
         return max(0, self.peak - self.arguments)
 
     @property
     def fits(self) -> bool:
-        """Whether a device can hold the step: a TPU's compiler refuses what it cannot, a GPU's does not."""
+        """Whether a device can hold the step. A TPU's compiler refuses a step that does not fit; a GPU's does not."""
         return not self.shortage and (
             self.topology.hardware.platform == "tpu" or self.peak <= self.topology.hardware.memory
         )
 
 
 def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Compiled:
-    """The step of a config for a topology, from the cache if it was compiled before.
+    """The compiled step of a config for a topology, from the cache if possible.
 
     Raises:
-        UserError: the config does not fit the topology's mesh, or its compiler is not installed.
+        UserError: the config does not fit the topology, or its compiler is not installed.
     """
-    if cfg.optim.offload and not topology.hardware.host:
-        raise UserError(
-            f"got optim.offload on {topology.hardware.name}, expected hardware whose link to its host is known, "
-            "try --optim.offload False"
-        )
+    for asked, remedy in (
+        (cfg.optim.offload and "optim.offload", "--optim.offload False"),
+        (getattr(cfg.model, "remat", "") == "offload" and "model.remat offload", "--model.remat full"),
+    ):
+        if asked and not topology.hardware.host:
+            raise UserError(
+                f"got {asked} on {topology.hardware.name}, expected hardware whose link to its host is known, "
+                f"try {remedy}"
+            )
     topologies.check_compiler(topology)
     asked = {
         "config": configs.to_json(cfg),
@@ -127,15 +127,15 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
 
 
 def _compile(folder: Path, topology: Topology) -> None:
-    """Let a child compile what `asked.json` asks for.
+    """Run the child process on a folder with `asked.json`.
 
     Raises:
-        UserError: what the child says, in one line.
+        UserError: the child failed; the message is its own, in one line.
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nobody drives a TPU here: several may compile at once
-    environment.pop("XLA_FLAGS", None)  # those of this process are for its own devices
-    # a folder named as the package, where the command was given, must not take its place
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no process uses a TPU here, so several may compile at once
+    environment.pop("XLA_FLAGS", None)  # the flags of this process are for its own devices
+    # a folder named like the package in the working directory must not shadow it
     package = str(Path(jaxmodels.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -151,7 +151,7 @@ def _compile(folder: Path, topology: Topology) -> None:
 
 
 def failure(topology: Topology, code: int, said: str) -> str:
-    """One line on a child that ended with a code other than 0, and what it wrote to stderr."""
+    """One line on a child that failed, from its exit code and stderr."""
     lines = [line for line in said.splitlines() if line.strip()]
     if told := [line for line in lines if line.startswith("error: ")]:
         return told[-1].removeprefix("error: ")
@@ -175,7 +175,7 @@ def _read(folder: Path, topology: Topology) -> Compiled | None:
 
 
 def child(folder: Path, asked: dict[str, Any]) -> None:
-    """Compile what is asked for, and leave `program.hlo.gz` and `facts.json` in a folder."""
+    """Compile what is asked for, and write `program.hlo.gz` and `facts.json` to a folder."""
     import resource
 
     import jax
@@ -208,30 +208,39 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
         "unit": job.task.unit,
         "units": job.units,
     }
-    lowered = job.lower((topology.hardware.platform,))
-    text, arguments = "", sum(held.values())
+    lowered, text = job.lower((topology.hardware.platform,)), ""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used, largest = shortage(str(error))
+        arguments = sum(held.values())
         facts |= {"arguments": arguments, "peak": max(used, arguments), "largest": largest}
         facts["shortage"] = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)[:300]
     else:
         text, memory = program.as_text(), program.memory_analysis()
-        arguments, peak = memory.argument_size_in_bytes, memory.peak_memory_in_bytes
-        if topology.hardware.platform == "cuda":
-            fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-            peak = max(peak, arguments + memory.temp_size_in_bytes + fresh)
-        facts |= {"arguments": arguments, "peak": peak, "shortage": "", "largest": []}
+        needed = peak(memory, topology.hardware.platform)
+        facts |= {"arguments": memory.argument_size_in_bytes, "peak": needed, "shortage": "", "largest": []}
     facts["seconds"] = round(time.monotonic() - begun, 1)
     facts["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    caches.leave(folder, facts, text)
+    try:
+        caches.leave(folder, facts, text)
+    except OSError as error:
+        raise caches.unwritable(folder.parent, error) from None
+
+
+def peak(memory: Any, platform: str) -> int:
+    """Bytes that a device must have for a program, from the compiler's `memory_analysis()` of it."""
+    if platform == "tpu":  # a TPU's compiler knows which buffers are alive at the same time
+        return memory.peak_memory_in_bytes
+    # a GPU allocates all temporaries as one block
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh)
 
 
 def shortage(message: str) -> tuple[int, list[list[Any]]]:
-    """Bytes that a program wants of a TPU, and its largest buffers, from the compiler's message."""
+    """Bytes that a program needs and its largest buffers, from a TPU compiler's error message."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
     def size(text: str) -> int:
@@ -254,7 +263,7 @@ def _bytes(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        # a key is two words of 32 bits
+        # a random key is two words of 32 bits
         width = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
         total += int(np.prod(shape, dtype=np.int64)) * width
     return total
@@ -267,21 +276,22 @@ def _coordinates(device: Any, topology: Topology) -> list[int]:
 
 
 def told(error: Exception, asked: dict[str, Any]) -> str:
-    """One line on what went wrong in a child."""
-    from jaxmodels import cli
-
-    message, _ = cli.explain(error)
-    if message is None:
-        said = " ".join(str(error).split())[:300] or "no message"
-        message = (
-            f"got {asked.get('on', 'a topology')}, expected a step that its compiler takes "
-            f"({type(error).__name__}: {said}), try other hardware, or fields of the model nearer to its defaults"
-        )
-    return message
+    """One line on an error in the child process."""
+    said = " ".join(str(error).split())[:300] or "no message"
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"the machine is out of memory ({said}), try smaller sizes"
+    if unknown := re.search(r"No such compile option: '(\w+)'", said):
+        return f"got train.xla {unknown[1]}, which this compiler does not know, try without it"
+    return (
+        f"got {asked.get('on', 'a topology')}, expected a step that its compiler takes "
+        f"({type(error).__name__}: {said}), try other hardware, or fields of the model nearer to its defaults"
+    )
 
 
 def main(folder: Path) -> int:
-    """Be the child; returns the exit code."""
+    """Run as the child process; returns the exit code."""
     asked: dict[str, Any] = {}
     try:
         asked = json.loads((folder / "asked.json").read_text())

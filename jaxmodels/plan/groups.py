@@ -1,4 +1,4 @@
-"""The devices that take part in a collective, in all the forms in which compilers write them."""
+"""Device groups of collectives, in all forms in which compilers write them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def groups_of(attributes: str, devices: int) -> list[list[int]]:
-    """The devices that take part in a collective, group by group, in the places that they have in the mesh."""
+    """The groups of devices that take part in a collective; a device is its position in the mesh."""
     pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", attributes)
     if pairs:
         return [[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))]
@@ -31,7 +31,7 @@ def groups_of(attributes: str, devices: int) -> list[list[int]]:
 
 
 def _numbers(text: str) -> np.ndarray:
-    """Numbers as the compiler writes them: 3,1,2, or [2,4]T(1,0), which is 0 to 7 as 2 x 4, transposed."""
+    """Parse a list of numbers: 3,1,2, or [2,4]T(1,0), which is 0 to 7 in the shape 2 x 4, transposed."""
     iota = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     given, order = iota.groups() if iota else (text, None)
     numbers = [int(n) for n in given.split(",")]
@@ -42,9 +42,9 @@ def _numbers(text: str) -> np.ndarray:
 
 
 def slices_of(attributes: str) -> list[int]:
-    """The slices of TPUs that take part in a collective between them; none in any other."""
+    """The TPU slices that take part in a collective between slices; empty for all other collectives."""
     among = re.search(r'megascale_target="\{([\d,]+)\}x', attributes)
     if among:
         return [int(number) - 1 for number in among.group(1).split(",")]
-    listed = re.search(r"megascale_target=\{\{([^}]*)\}", attributes)  # devices, of which slice 2 has 200000 and on
+    listed = re.search(r"megascale_target=\{\{([^}]*)\}", attributes)  # device ids, which start at 200000 in slice 2
     return sorted({int(number) // 100000 - 1 for number in re.findall(r"\d+", listed.group(1))}) if listed else []

@@ -1,4 +1,4 @@
-"""The text of a compiled module (HLO): its computations, their instructions, and the shapes of these."""
+"""Parser for the text of a compiled module (HLO): computations, instructions and shapes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SLICES = {
     "ALL_GATHER": "all-gather", "ALL_REDUCE": "all-reduce", "REDUCE_SCATTER": "reduce-scatter",
     "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
 }  # fmt: skip
-"""Collectives between slices of TPUs, as their programs call them."""
+"""Names of the collectives between TPU slices in compiled programs."""
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "add-dependency", "opt-barrier", "async-done", "async-update", "send",
 }  # fmt: skip
-"""Instructions that move nothing."""
+"""Instructions that move no bytes."""
 
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -34,7 +34,7 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|called_computations)=\{?
 
 @dataclass
 class Instruction:
-    """One line of a computation; shapes as text."""
+    """One instruction of a computation. Shapes are kept as text."""
 
     name: str
     shape: str
@@ -42,13 +42,14 @@ class Instruction:
     operands: list[str]
     attributes: str
     root: bool = False
-    """Whether its result is that of its computation."""
+    """Whether this is the result of its computation."""
 
     @property
     def kind(self) -> str | None:
-        """Which collective this is or begins; None: none. Between slices of TPUs it is a pair of send and recv.
+        """The collective that this instruction performs or starts; None if there is none.
 
-        A copy from or to the host's memory is taken for one, as it is under way beside all else.
+        Between TPU slices a collective is a pair of send and recv. A copy from or to host memory counts as a
+        collective, because it runs beside the other instructions.
         """
         base = self.opcode.removesuffix("-start")
         if self.opcode in ("copy", "copy-start") and "S(5)" in self.shape:
@@ -59,7 +60,7 @@ class Instruction:
 
     @property
     def begins(self) -> bool:
-        """Whether what it does is done at another instruction only."""
+        """Whether another instruction completes what this one starts."""
         return self.opcode == "recv" or self.opcode.endswith("-start")
 
     @property
@@ -69,7 +70,7 @@ class Instruction:
 
     @property
     def label(self) -> str:
-        """Where in the model it comes from."""
+        """The part of the model that the instruction comes from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else self.name
 
@@ -78,13 +79,13 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """What a custom call calls; else empty."""
+        """The target of a custom call; empty for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def runs(self) -> str | None:
-        """The computation that it runs once, in its place or on another core beside it."""
+        """The computation that a call runs once, in place or on another core."""
         if self.opcode not in ("call", "call-start", "custom-call-start"):
             return None
         called = self.called()
@@ -93,14 +94,14 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions in the order in which they are issued."""
+    """A computation's instructions, in the order in which they are issued."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that take each one's result."""
+        """For each instruction, the instructions that use its result."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for each in self.instructions.values():
             for name in dict.fromkeys(each.operands):
@@ -109,12 +110,12 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """What it returns: the last instruction, as the parser reads them."""
+        """The instruction whose result the computation returns."""
         return next((each for each in self.instructions.values() if each.root), [*self.instructions.values()][-1])
 
 
 def read(text: str) -> tuple[str, dict[str, Computation]]:
-    """The name of the computation in which a module begins, and all of them."""
+    """The name of a module's entry computation, and all its computations by name."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in _lines(text):
@@ -132,7 +133,7 @@ def read(text: str) -> tuple[str, dict[str, Computation]]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines of a program, those of one instruction joined: kernels may have metadata of several."""
+    """Lines of a program; the metadata of a kernel may span several lines, which are joined."""
     begun = ""
     for line in text.splitlines():
         alone = _HEAD.match(line) or _END.match(line) or _LINE.match(line) or not line.strip()
@@ -148,7 +149,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _scattered(computation: Computation) -> None:
-    """Name a TPU's fusion of an all-reduce with the cut of its result for what it is carried out as."""
+    """Turn an all-reduce that a TPU fuses with a slice of its result into the reduce-scatter that it runs."""
     if computation.name.startswith("all-reduce-scatter"):
         root = computation.root
         for each in computation.instructions.values():
@@ -165,7 +166,7 @@ def _instruction(name: str, rest: str, root: bool = False) -> Instruction:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """A parenthesis with all in it, and what follows."""
+    """Split text after the parenthesis that it begins with."""
     depth = 0
     for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -186,13 +187,13 @@ def _split(text: str) -> list[str]:
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """Element type, dimensions and layout of each array in a shape."""
+    """The element type, dimensions and layout of each array in a shape."""
     found = _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
     return [(kind, tuple(int(n) for n in dims.split(",") if n), layout) for kind, dims, layout in found]
 
 
 def size(shape: str, memory_only: bool = False) -> float:
-    """Bytes of a shape; with `memory_only` without what lies in the fast memory of a TPU core."""
+    """Bytes of a shape; `memory_only` leaves out arrays in the fast memory of a TPU core."""
     return sum(
         math.prod(dims) * BYTES.get(kind, 4)
         for kind, dims, layout in arrays(shape)

@@ -1,7 +1,8 @@
-"""The products that the instructions of a compiled program compute: those of XLA, and those of libraries' kernels.
+"""FLOPs of the matrix products in a compiled program: XLA's own instructions and the kernels of libraries.
 
-A kernel is a custom call: what it computes stands nowhere, and is known here by its name, its shapes, and the options
-that the compiler or our own code gave it. One that is not known is named (`unknown`), and no time is given.
+A kernel is a custom call, whose FLOPs the program does not state. They follow from its name, its shapes, and the
+options that the compiler or our own code gave it. A kernel that is not known here is reported (`unknown`), and the plan
+gives no time.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.plan.hlo import Computation, Instruction, arrays
 
 NARROW = {"s8": "int8", "f8e4m3fn": "float8", "f8e5m2": "float8"}
-"""Types whose products have a peak of their own in `hardware.TABLE`, and its name there."""
+"""Element types whose products have their own peak in `hardware.TABLE`, and the name of that peak."""
 NO_PRODUCTS = re.compile(
     r"AllocateBuffer|AssumeGatherIndicesInBound|AsyncCollective|ConcatBitcast|GatherScatterIndices|PrepareAsyncCall|"
     r"PadToStatic|SliceId|SliceToDynamic|ZeroCrop|Sharding|SPMD|annotate|X64|callback|"
     r"[Ss]ort|[Tt]op_?[Kk]|threefry|Rng|MoveTo|LayoutConstraint"
 )
-"""Targets of custom calls that compute no products."""
+"""Custom calls that compute no products."""
 ATTENTION = {"dq": 3, "dkv": 4, "fwd": 2}
-"""Products of a splash kernel: forward two; backward, the gradients of queries, and those of keys and values."""
+"""Products that a splash kernel computes: in the forward pass, for queries' gradients, for those of keys and values."""
 
 
 class Product(NamedTuple):
-    """Products that an instruction computes."""
+    """FLOPs that an instruction computes, and the peak that limits them."""
 
     peak: str
-    """Whose peak binds them: int8 or float8 if both factors are; "": the compute dtype's."""
+    """The peak that applies: int8 or float8 if both factors have that type, "" for the compute dtype's."""
     flops: float
     attention: bool = False
-    """Whether a fused kernel of attention computes them."""
+    """Whether a fused attention kernel computes them."""
 
 
 def products(computations: Mapping[str, Computation], computation: Computation, each: Instruction) -> Iterator[Product]:
-    """The products that an instruction computes, inside a fusion too."""
+    """The products that an instruction computes, including those inside a fusion."""
     if each.opcode == "fusion" and (called := each.called().get("calls")):
         inside = computations[called]
         for inner in inside.instructions.values():
@@ -48,14 +49,14 @@ def products(computations: Mapping[str, Computation], computation: Computation, 
         count = _dot(computation, each) if each.opcode == "dot" else _convolution(computation, each)
         yield Product(_peak(computation, each), count)
     elif each.opcode == "reduce" and each.label.endswith(("dot_general", "conv_general_dilated")):
-        # a product so thin that the compiler multiplies and adds up without its matrix units
+        # a product so thin that the compiler computes it without the matrix units
         yield Product("", 2.0 * math.prod(_dims(computation, each)[0]))
     elif each.opcode == "custom-call" and (found := _custom(computation, each)) is not None and found.flops:
         yield found
 
 
 def unknown(computations: Mapping[str, Computation], computation: Computation, each: Instruction) -> str | None:
-    """The name of a kernel of which nobody knows what it computes; None: it is known, or no kernel."""
+    """The name of a kernel whose FLOPs are not known; None if they are, or if the instruction is no kernel."""
     if each.opcode.endswith("-start") and each.runs is not None:
         return None if each.runs in computations else each.name
     if each.opcode != "custom-call" or _custom(computation, each) is not None:
@@ -64,13 +65,13 @@ def unknown(computations: Mapping[str, Computation], computation: Computation, e
 
 
 def attention(label: str) -> str | None:
-    """The kernel of attention that an instruction of this label is a part of; None: it is of none."""
+    """The attention kernel that an instruction with this label belongs to; None if it belongs to none."""
     found = re.search(r"attend\[[^\]]*\]/(\w+)", label)
     return found and found.group(1)
 
 
 def _dims(computation: Computation, each: Instruction) -> list[tuple[int, ...]]:
-    """Dimensions of each operand."""
+    """The dimensions of each operand."""
     shapes = (computation.instructions[name].shape for name in each.operands)
     return [found[0][1] if (found := arrays(shape)) else () for shape in shapes]
 
@@ -89,10 +90,11 @@ def _dot(computation: Computation, each: Instruction) -> float:
 
 
 def _convolution(computation: Computation, each: Instruction) -> float:
-    """2 x what is multiplied: pairs of output and tap that meet an input or its padding, but not dilation's zeros.
+    """FLOPs of a convolution: two for each pair of output and tap, except where dilation puts a zero.
 
-    A product that a TPU's program writes as a convolution slides over padding which it does not compute. A kernel of
-    cuDNN has the labels and the window of the convolution whose output, input or weights it computes.
+    Taps on padding count. They do not count in a matrix product that a TPU's compiler writes as a convolution, since
+    the TPU skips them there. A cuDNN kernel has the dimension labels and the window of the forward convolution, whether
+    it computes its output or the gradient of its input or weights.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     if labels is None:
@@ -126,7 +128,7 @@ def _convolution(computation: Computation, each: Instruction) -> float:
 
 
 def _custom(computation: Computation, each: Instruction) -> Product | None:
-    """The products of a library's kernel; None: it is not known."""
+    """The products of a library's kernel; None if it is not known."""
     if "fmha" in each.target:
         return _cudnn_attention(computation, each)
     if each.target.startswith("__cudnn$conv"):
@@ -140,31 +142,34 @@ def _custom(computation: Computation, each: Instruction) -> Product | None:
     if each.name.startswith("ragged-dot-metadata") or NO_PRODUCTS.search(each.target):
         return Product("", 0.0)
     if each.name.startswith("ragged-dot"):
-        # each row of the left with one group of the right, or both added up group by group
+        # each row of the left factor meets one group of the right, or both are contracted group by group
         left = _dims(computation, each)[-2]
         return Product("", 2.0 * math.prod(left) * arrays(each.shape)[0][1][-1])
     return _splash(computation, each) if "splash" in each.name else None
 
 
 def _cudnn_attention(computation: Computation, each: Instruction) -> Product:
-    """cuDNN's attention: two products forward, five backward, of what its mask shows (Dao et al. 2022)."""
+    """cuDNN's attention: two products forward and five backward, of the pairs that its mask shows.
+
+    Source: Dao et al. 2022.
+    """
     (B, T, H, K), (_, S, *_) = _dims(computation, each)[:2]
     window = re.search(r'"sliding_window_length":\s*"?(\d+)', each.attributes)
     kind = re.search(r'"mask_type":\s*"(\w+)"', each.attributes)
-    # a mask that is given as an array hides nothing from the kernel
+    # the kernel computes every pair of a mask that is given as an array
     mask = Mask(T, S, kind is not None and "CAUSAL" in kind.group(1), int(window.group(1)) or None if window else None)
     products = 5 if "Backward" in each.target else 2
     return Product("", 2.0 * products * B * H * K * mask.pairs(), attention=True)
 
 
 def _splash(computation: Computation, each: Instruction) -> Product | None:
-    """Splash attention, which computes all blocks of which its mask shows any; the mask is in its name's scope."""
+    """Splash attention, which computes each block in which its mask shows a pair; its name scope states the mask."""
     mask = Mask.of(each.label)
     kind = next((kind for kind in ATTENTION if kind in each.name), None)
     block = re.search(r'block_q\w*\\*": (\d+), \\*"block_kv\w*\\*": (\d+)', each.attributes)
     if mask is None or kind is None or block is None:
         return None
-    # queries and keys come after the block masks, of bytes
+    # queries and keys come after the block masks, which are arrays of bytes
     shapes = (arrays(computation.instructions[name].shape) for name in each.operands)
     floats = [found[0][1] for found in shapes if found and found[0][0] in ("bf16", "f32")]
     queries, keys = [dims for dims in floats if len(dims) > 2][:2]

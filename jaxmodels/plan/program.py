@@ -1,4 +1,4 @@
-"""A compiled program: what each instruction computes, moves and sends, and how often it runs."""
+"""A compiled program: what its instructions compute, move and send, and how often they run."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from jaxmodels.plan import hlo, products
 from jaxmodels.plan.hlo import FREE, Computation, Instruction, size
 
 SLICES = ("dynamic-slice", "slice", "gather")
-"""Instructions that read a piece of their first operand."""
+"""Instructions that read a slice of their first operand."""
 EMPTY = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")
-"""Custom calls that name memory and touch none."""
+"""Custom calls that name a buffer without reading or writing it."""
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-"""Instructions that write a piece of their first operand in its place, and which operand the piece is."""
+"""Instructions that write a slice of their first operand in place, and the index of the operand that is written."""
 
 
 @dataclass
 class Program:
-    """All computations of a module."""
+    """The computations of a compiled module."""
 
     entry: str
     computations: dict[str, Computation]
 
     def trips(self, loop: Instruction) -> float:
-        """How often the body of a `while` runs; once where nothing tells (see `uncounted`)."""
+        """How often the body of a `while` runs; 1 if that is not known (see `uncounted`)."""
         return 1.0 if (told := self._told(loop)) is None else told
 
     def _told(self, loop: Instruction) -> float | None:
-        """As the compiler notes it, as the loop's name says (`grouped.loop`), or the bound in its condition."""
+        """Trips that the compiler notes, that the loop's name states (`grouped.loop`), or that its condition bounds."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
             return float(noted.group(1))
@@ -47,7 +47,7 @@ class Program:
         return math.ceil(max(bounds) / self._stride(loop)) if bounds else None
 
     def uncounted(self) -> list[str]:
-        """What computes nobody knows how much: kernels, and loops of unknown length with products inside."""
+        """Names of kernels whose FLOPs are not known, and of loops of unknown length that contain products."""
         found: dict[str, None] = {}
         for where, each, _ in self.walk():
             inside = [(where, each)]
@@ -61,12 +61,12 @@ class Program:
         return list(found)
 
     def kernels(self) -> list[str]:
-        """The kernels of attention that it has."""
+        """The attention kernels that the program uses."""
         found = (products.attention(each.label) for _, each, _ in self.walk())
         return sorted({name for name in found if name})
 
     def parts(self) -> dict[str, float]:
-        """FLOPs of a step by the label of what computes them: the function and its scopes."""
+        """FLOPs of a step by the label of the instruction: its function and name scopes."""
         found: dict[str, float] = collections.defaultdict(float)
         for where, each, times in self.walk():
             if computed := flops(self, where, each):
@@ -74,7 +74,7 @@ class Program:
         return dict(found)
 
     def _stride(self, loop: Instruction) -> int:
-        """By how much the body of a `while` counts on: products in windows take two at a time."""
+        """The increment of a loop's counter: a windowed product handles two windows per trip."""
         condition, body = (self.computations[loop.called()[name]].instructions for name in ("condition", "body"))
         compared = next((each for each in condition.values() if each.opcode == "compare"), None)
         counter = condition.get(compared.operands[0]) if compared else None
@@ -93,7 +93,10 @@ class Program:
         return max(stride, 1)
 
     def walk(self, name: str | None = None, times: float = 1) -> Iterator[tuple[Computation, Instruction, float]]:
-        """Every instruction that is issued by itself, and how often: of a fusion it, of branches the dearest."""
+        """Every issued instruction with the number of times that it runs.
+
+        A fusion is one instruction. Of the branches of a conditional the most expensive one is walked.
+        """
         computation = self.computations[name or self.entry]
         for each in computation.instructions.values():
             yield computation, each, times
@@ -106,7 +109,7 @@ class Program:
                 yield from self.walk(self.dearest(each), times)
 
     def dearest(self, choice: Instruction) -> str:
-        """The branch of a `conditional` that moves and computes most: what a device may have to do."""
+        """The branch of a `conditional` that moves and computes most, which a device may have to run."""
         branches = re.search(r"branch_computations=\{([^}]*)\}", choice.attributes)
         if branches:
             names = [name.strip().lstrip("%") for name in branches.group(1).split(",")]
@@ -123,23 +126,23 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """A program from the text of a compiled module."""
+    """Parse the text of a compiled module."""
     return Program(*hlo.read(text))
 
 
 def flops(program: Program, computation: Computation, each: Instruction) -> float:
-    """FLOPs of the products that an instruction computes, inside a fusion too."""
+    """FLOPs of the products that an instruction computes, including those inside a fusion."""
     return sum(product.flops for product in products.products(program.computations, computation, each))
 
 
 def waits(each: Instruction) -> bool:
-    """Whether an instruction moves nothing itself: others do, before it, inside it or beside it."""
+    """Whether an instruction moves nothing itself, because other instructions do it before, inside or beside it."""
     beside = each.opcode.endswith(("-start", "-update", "-done")) or each.kind is not None
     return beside or each.opcode in FREE or each.opcode in ("while", "call", "conditional") or each.target in EMPTY
 
 
 def moved(program: Program, computation: Computation, each: Instruction) -> float:
-    """Bytes that an instruction reads from memory and writes to it; of an array that it cuts, the piece."""
+    """Bytes that an instruction reads from memory and writes to it; of an array that it slices, only the slice."""
     if waits(each):
         return 0.0
     names = [name for name in dict.fromkeys(each.operands) if name in computation.instructions]
@@ -148,7 +151,7 @@ def moved(program: Program, computation: Computation, each: Instruction) -> floa
 
 
 def _read(program: Program, each: Instruction, name: str, shape: str) -> float:
-    """Bytes that an instruction reads of an operand."""
+    """Bytes of an operand that an instruction reads."""
     whole, inside = size(shape, memory_only=True), program.computations.get(each.called().get("calls", ""))
     if each.opcode == "fusion" and inside is not None:
         total = 0.0
@@ -163,7 +166,7 @@ def _read(program: Program, each: Instruction, name: str, shape: str) -> float:
 
 
 def _used(program: Program, inside: Computation, each: Instruction) -> float:
-    """Bytes of a value that its users inside a fusion read; updated in place, none."""
+    """Bytes of a value that its users inside a fusion read; an update in place reads none."""
     total = 0.0
     for user in inside.users[each.name]:
         if user.opcode in ("bitcast", "reshape"):
@@ -174,7 +177,7 @@ def _used(program: Program, inside: Computation, each: Instruction) -> float:
 
 
 def _written(program: Program, computation: Computation, each: Instruction) -> float:
-    """Bytes that an instruction writes: updated in place, the piece."""
+    """Bytes that an instruction writes; an update in place writes only the slice."""
     while each.opcode in ("bitcast", "reshape"):
         source = computation.instructions[each.operands[0]]
         if source.opcode == "parameter":
@@ -183,7 +186,7 @@ def _written(program: Program, computation: Computation, each: Instruction) -> f
     if each.opcode in UPDATES:
         piece = computation.instructions[each.operands[UPDATES[each.opcode]]]
         whole = size(each.shape, memory_only=True)
-        # added up, it is read too
+        # a scatter adds to the slice, so it reads it as well
         return min(whole, (2 if each.opcode == "scatter" else 1) * size(piece.shape))
     inside = program.computations.get(each.called().get("calls", ""))
     if each.opcode != "fusion" or inside is None:
@@ -194,7 +197,7 @@ def _written(program: Program, computation: Computation, each: Instruction) -> f
 
 
 def hosted(computation: Computation, each: Instruction) -> float:
-    """Bytes in the host's memory that an instruction reads or writes itself, without a copy of their own."""
+    """Bytes of host memory that an instruction reads or writes directly, without a separate copy."""
     if waits(each):
         return 0.0
     total = size(each.shape) if "S(5)" in each.shape else 0.0
@@ -207,7 +210,7 @@ def hosted(computation: Computation, each: Instruction) -> float:
 
 
 def inner_collectives(program: Program, each: Instruction) -> list[tuple[Computation, Instruction]]:
-    """Collectives that an instruction is, begins, or holds: TPU programs carry them inside fusions."""
+    """Collectives inside a fusion: TPU programs fuse them with other work."""
     called = each.called().get("calls")
     if called is None or called not in program.computations:
         return []

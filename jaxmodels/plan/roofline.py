@@ -1,9 +1,9 @@
-"""How long a compiled step takes: its schedule played against compute, memory and links.
+"""Step time of a compiled program: its schedule is replayed against compute, memory and links.
 
-The compiler has decided what runs when. Each instruction takes the longer of two times: that of its products at the
-peak that the hardware has for their type, and that of its bytes at the bandwidth of the memory, both as far as programs
-reach them. A collective occupies its link from where it begins, and is waited for where it must be done. Nothing here
-was measured on the hardware that is planned for: `SHARE` and `OWN` are the assumptions, and a plan prints them.
+The compiler has fixed the order of instructions. Each instruction takes the longer of two times: its products at the
+peak of their type, and its bytes at the memory's bandwidth, both scaled by the share that programs reach. A collective
+occupies its link from the instruction that starts it, and the step waits where it must be complete. Nothing here was
+measured on the hardware in question: `SHARE` and `OWN` are assumptions, and every plan prints them.
 """
 
 from __future__ import annotations
@@ -28,64 +28,64 @@ SHARE = {
     "cuda": {"products": 0.72, "attention": 0.6, "memory": 0.88, "link": 0.8, "launch": 2e-6, "latency": 12e-6},
     "tpu": {"products": 0.88, "attention": 0.55, "memory": 0.88, "link": 0.9, "launch": 0.3e-6, "latency": 2e-6},
 }
-"""Shares of the peaks that large products, fused attention, memory-bound fusions and collectives reach, seconds that it
-takes to begin an instruction, and seconds that a collective takes beside its bytes; by platform."""
+"""Assumptions by platform: the shares of the peaks that large products, fused attention, memory-bound fusions and
+collectives reach; the seconds that launching an instruction takes; and a collective's latency in seconds."""
 OWN = {
     "h100": {"products": 0.62},
     "h200": {"products": 0.62},
     "v6e": {"products": 0.7, "attention": 0.45},
 }
-"""Shares of one kind of hardware, where they are known better: an H100's clock falls under large products.
+"""Assumptions for one kind of hardware, where more is known: an H100 lowers its clock under large products.
 
-Chosen by what was published of Llama-2-7B on 8 H100s and of Llama-3.1-8B on 8 v6e chips
+They were fitted to the published throughput of Llama-2-7B on 8 H100s and of Llama-3.1-8B on 8 v6e chips
 (benchmarks/results/plan_vs_published.md).
 """
 
 
 BESIDE = ("call-start", "custom-call-start")
-"""Instructions that begin a computation of another core."""
+"""Instructions that start a computation on another core."""
 OTHER = "another core"
-"""The lane of a TPU's SparseCore."""
+"""The lane that a TPU's SparseCore occupies."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective of the program, all its occurrences in a step together."""
+    """All occurrences of a collective in a step."""
 
     kind: str
     axes: tuple[str, ...]
-    """Mesh axes that it goes along."""
+    """Mesh axes along which it communicates."""
     link: str
     devices: int
     """Devices in a group."""
     bytes: float = 0.0
-    """What a device holds of the whole result (or, of a reduce-scatter, of the whole input), in a step."""
+    """Bytes of the whole result (of a reduce-scatter: of the whole input) on a device, summed over a step."""
     count: int = 0
     seconds: float = 0.0
 
 
 @dataclass
 class Estimate:
-    """Seconds of a step, and where they go."""
+    """Seconds of a step, and what they are spent on."""
 
     seconds: float = 0.0
     products: float = 0.0
-    """Seconds of instructions that compute binds."""
+    """Seconds of instructions that are bound by compute."""
     memory: float = 0.0
-    """Seconds of instructions that memory binds."""
+    """Seconds of instructions that are bound by memory."""
     waiting: float = 0.0
-    """Seconds in which a collective, or what another core does, is waited for."""
+    """Seconds spent waiting for a collective or for another core."""
     launching: float = 0.0
-    """Seconds that it takes to begin instructions."""
+    """Seconds spent launching instructions."""
     flops: float = 0.0
-    """FLOPs of a device, recomputation included."""
+    """FLOPs of a device, including recomputation."""
     moved: float = 0.0
     """Bytes between a device's memory and its compute."""
     transfers: list[Transfer] = field(default_factory=list)
 
     @property
     def binds(self) -> str:
-        """What takes most of the time."""
+        """What most of the time is spent on."""
         parts = {
             "compute": self.products,
             "memory": self.memory,
@@ -97,13 +97,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Places:
-    """Where each device of a mesh lies."""
+    """The position of each device of a mesh in the topology."""
 
     topology: Topology
     sizes: dict[str, int]
-    """Of the mesh's axes."""
+    """Sizes of the mesh's axes."""
     coordinates: np.ndarray
-    """(devices, numbers), as `Topology.coordinates`, in the order of the mesh."""
+    """The rows of `Topology.coordinates` in the order of the mesh, (devices, numbers)."""
 
     def axes(self, groups: list[list[int]]) -> tuple[str, ...]:
         """Mesh axes along which the devices of a group differ."""
@@ -112,28 +112,28 @@ class Places:
         return tuple(axis for axis, row in zip(self.sizes, where, strict=True) if len(set(row.tolist())) > 1)
 
     def link(self, groups: list[list[int]]) -> tuple[str, float]:
-        """The link that a group's traffic is bound by, and bytes a second of a device one way through it."""
+        """The link that limits a group's traffic, and the bytes a second that a device sends through it."""
         row, where = self.topology.hardware, self.coordinates[np.array(groups[0])]
         name, rate = ("switch", row.link) if row.platform == "cuda" else self._torus(where)
         _, counts = np.unique(self.islands[np.array(groups[0])], return_counts=True)
-        # a ring goes through each node or slice once: all of the group's adapters there share what enters
+        # a ring enters each node or slice once, so all of the group's adapters there share that traffic
         through = int(counts.min()) * row.network
         return ("network", through) if len(counts) > 1 and through < rate else (name, rate)
 
     def groups(self, attributes: str) -> list[list[int]]:
-        """The devices that take part in a collective, group by group, by their places in the mesh."""
+        """The groups of devices that take part in a collective; a device is its position in the mesh."""
         slices = [np.flatnonzero(self.islands == number) for number in range(self.topology.slices)]
         among = slices_of(attributes)
         if among:
             return np.stack([slices[number] for number in among], 1).tolist()
         if len(slices) == 1:
             return groups_of(attributes, len(self.coordinates))
-        # a program of several slices is written for the devices of one
+        # a program for several slices names the devices of one slice
         return [slices[0][group].tolist() for group in groups_of(attributes, len(slices[0]))]
 
     @property
     def islands(self) -> np.ndarray:
-        """The node or slice of each device, (devices,)."""
+        """Index of each device's node or slice, (devices,)."""
         return self.coordinates[:, 0 if self.topology.hardware.platform == "cuda" else -1]
 
     def _torus(self, where: np.ndarray) -> tuple[str, float]:
@@ -148,37 +148,37 @@ class Places:
 
 
 def shares(hardware: Hardware) -> dict[str, float]:
-    """The assumptions of a kind of hardware."""
+    """The assumptions about a kind of hardware."""
     return {**SHARE[hardware.platform], **OWN.get(hardware.name, {})}
 
 
 def payload(each: Instruction, devices: int) -> float:
-    """Bytes of the whole that a collective makes or takes on a device."""
+    """Bytes of a collective's whole result, or of a reduce-scatter's whole input."""
     total = hlo.size(each.shape)
     begins = each.opcode.endswith("-start")
-    if each.kind in ("all-gather", "reduce-scatter") and begins:  # inputs and outputs, one of them the n-th part
+    if each.kind in ("all-gather", "reduce-scatter") and begins:  # inputs and outputs, one of which is a part
         return total * devices / (devices + 1)
     if each.kind == "reduce-scatter":
         return total * devices
-    # what an all-reduce takes stands in its shape since XLA of jax 0.12 only
+    # the shape of an all-reduce includes its inputs only since the XLA of jax 0.12
     both = begins and (each.kind != "all-reduce" or each.shape.startswith("(("))
     return total / 2 if both else total
 
 
 def passes(kind: str, devices: int) -> float:
-    """How often the whole goes through a device's link, in a ring."""
+    """How many times the whole payload passes through a device's link in a ring."""
     if kind in ("collective-permute", hlo.HOST):
         return 1.0
     return (2.0 if kind == "all-reduce" else 1.0) * (devices - 1) / devices
 
 
 def estimate(program: Program, places: Places, dtype: str) -> Estimate:
-    """Seconds of one step, from the program that the compiler made for these places."""
+    """Replay a compiled program on these devices; `dtype` is the compute dtype."""
     return _Player(program, places, dtype).play()
 
 
 class _Player:
-    """Plays a program's schedule, computation by computation."""
+    """Replays a program's schedule, computation by computation."""
 
     def __init__(self, program: Program, places: Places, dtype: str) -> None:
         self.program, self.places = program, places
@@ -200,13 +200,13 @@ class _Player:
         return self.result
 
     def run(self, name: str, times: float) -> float:
-        """Seconds of one pass of a computation that is run so often; adds to the result's sums."""
+        """Seconds of one pass of a computation that runs `times` times; adds to the totals of the result."""
         computation = self.program.computations[name]
         clock, lanes, done = 0.0, defaultdict(float), {}
         started: dict[str, str] = {}
         held = {each.name: self.held(each) for each in computation.instructions.values()}
         last = {key: each for each, found in held.items() for key in found}
-        # a computation of another core is handed its arrays as it is begun, or later
+        # a computation on another core receives its arrays when it starts, or later
         waits_for = {name: each.runs for name, each in computation.instructions.items() if each.opcode in BESIDE}
         for each in computation.instructions.values():
             if each.operands and each.opcode.endswith("-update") and each.operands[0] in started:
@@ -233,7 +233,7 @@ class _Player:
         return max([clock, *done.values()])
 
     def beside(self, name: str, times: float) -> float:
-        """Seconds of a computation that another core runs: of this one's time it takes what is waited for."""
+        """Seconds of a computation on another core; it costs this core only the time spent waiting for it."""
         before = dataclasses.replace(self.result)
         seconds = self.run(name, times)
         for part in ("products", "memory", "waiting", "launching"):
@@ -241,22 +241,22 @@ class _Player:
         return seconds
 
     def held(self, each: Instruction) -> dict[str, Instruction]:
-        """Collectives of an instruction, by a key: on TPUs the same one may be in several fusions, a piece in each."""
+        """Collectives of an instruction by key: on TPUs one collective may be spread over several fusions."""
         found = [each] if each.kind is not None else []
         found += [inner for _, inner in programs.inner_collectives(self.program, each)]
         tpu = self.places.topology.hardware.platform == "tpu"
-        # of a GPU's program all collectives that a shard_map makes may have one channel
+        # in a GPU program all collectives of a shard_map may share one channel
         return {f"{one.kind} {one.channel}" if tpu and one.channel else one.name: one for one in found}
 
     def send(self, key: str, each: Instruction, times: float) -> tuple[str, float]:
-        """The lane of a collective, and its seconds; notes it."""
+        """The lane of a collective and its seconds; records the transfer."""
         if key not in self.groups and each.kind == hlo.HOST:
             self.groups[key] = ((), "host", self.places.topology.hardware.host, 1)
         elif key not in self.groups:
             groups = self.places.groups(each.attributes)
             link, rate = self.places.link(groups)
             if each.kind == "collective-permute" and link.startswith("torus"):
-                rate = self.places.topology.hardware.link  # one way along one dimension
+                rate = self.places.topology.hardware.link  # in one direction along one dimension
             self.groups[key] = (self.places.axes(groups), link, rate, max(len(group) for group in groups))
         axes, link, rate, devices = self.groups[key]
         size, kind = payload(each, devices), each.kind or ""
@@ -269,14 +269,14 @@ class _Player:
         return self.lane(each, link), seconds
 
     def lane(self, each: Instruction, link: str) -> str:
-        """What a collective has to itself: a link; of a torus, one way along it, beside what goes the other way."""
+        """The resource that a collective occupies: its link, or one direction of it on a torus."""
         if each.kind != "collective-permute" or not link.startswith("torus"):
             return link
         steps = [target - source for source, target in groups_of(each.attributes, 0)]
         return f"{link}, {'up' if sum(step > 0 for step in steps) * 2 >= len(steps) else 'down'}"
 
     def work(self, computation: Computation, each: Instruction, times: float) -> float:
-        """Seconds of an instruction by itself."""
+        """Seconds of one instruction, without collectives."""
         called = each.called()
         if each.opcode == "while":
             trips = self.program.trips(each)
@@ -290,7 +290,7 @@ class _Player:
         moved = programs.moved(self.program, computation, each)
         if not flops and not moved:
             return 0.0
-        # at the peak of their own type, as far as this hardware has one
+        # at the peak of the product's type, where the hardware has one
         busy = sum(
             one.flops
             / self.peaks.get(one.peak, self.peaks[""])

@@ -1,7 +1,7 @@
-"""`jaxmodels plan --scaling`: how a step grows with the devices, on paper, and along which axis of the mesh it pays.
+"""`jaxmodels plan --scaling`: predicted scaling with the number of devices, and which mesh axis is worth growing.
 
-Strong scaling keeps the batch, weak scaling keeps a device's share of it. From the mesh of the first topology each axis
-by itself takes all the growth; every point is a program of the real compiler.
+Strong scaling keeps the batch size; weak scaling keeps the rows of a device. Starting from the mesh of the first
+topology, one axis at a time takes all of the growth. Every point is compiled by the real compiler.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from jaxmodels.config import Config, MeshConfig
@@ -20,62 +19,44 @@ from jaxmodels.errors import UserError
 from jaxmodels.plan import compile as compiling
 from jaxmodels.plan.arithmetic import Arithmetic
 from jaxmodels.plan.candidates import made_to_fit
+from jaxmodels.plan.figures import figures
 from jaxmodels.plan.topology import Topology
 
 Mode = Literal["strong", "weak"]
 MODES: tuple[Mode, ...] = ("weak", "strong")
 PAYS = 0.8
-"""Efficiency, against the first size, from which on an axis is said to pay."""
+"""The least efficiency, relative to the first size, at which an axis counts as worth growing."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step at one size, with all growth along one axis."""
+    """A step at one size, where one axis has taken all of the growth."""
 
     topology: Topology
     mode: Mode
     axis: str
     cfg: Config | None
-    """None where it cannot be: see `failure`."""
+    """None if the axis cannot grow to this size; `failure` says why."""
     plan: dict[str, Any] | None = None
     failure: str = ""
     efficiency: float = 0.0
-    """Throughput of a device against that of the first size; 0 where it does not run."""
+    """Throughput of a device relative to the first size; 0 if the step does not run."""
 
     @property
     def runs(self) -> bool:
         return self.plan is not None and self.plan["fits"] and "step_seconds" in self.plan
 
 
-def command(cfg: Config, on: Sequence[Topology], workers: int, out: Path) -> list[dict[str, Any]]:
-    """Print the curves of a config over topologies, with a picture in `out`; returns what there is to write."""
-    say = lambda text: print(text, flush=True)  # noqa: E731
-    first, points = curves(cfg, on, workers, say)
-    verdicts = [verdict(first, points, mode, axis) for mode in MODES for axis in axes_of(points)]
-    print(table(first, points))
-    print("\n" + "\n".join(verdicts))
-    from jaxmodels.report import scaling as pictures
-
-    assert first.plan is not None
-    mesh = " ".join(f"{axis}={size}" for axis, size in first.plan["mesh"].items() if size > 1) or "one device"
-    title = f"{type(cfg.model).__name__.removesuffix('Config')}, {first.plan['parameters'] / 1e9:.3g} B parameters, "
-    title += f"predicted from {first.topology.name} with mesh {mesh}"
-    shown = [{**written(each), "per_second": each.plan["per_second"]} for each in points if each.runs and each.plan]
-    pictures.draw(out, title, first.plan["unit"], (first.topology.devices, first.plan["per_second"]), PAYS, shown)
-    print(f"\npicture: {out}")
-    return [written(first), *(written(each) for each in points), {"verdicts": verdicts}]
-
-
 def curves(
     cfg: Config, on: Sequence[Topology], workers: int = 0, say: Callable[[str], None] = print
 ) -> tuple[Point, list[Point]]:
-    """The first size's point, and those of the other sizes, along each axis, weak and strong.
+    """The point of the first size, and the points of the other sizes for each axis and mode.
 
     Raises:
-        UserError: sizes that do not grow in multiples of the first, or a config that does not run on the first.
+        UserError: the sizes are not growing multiples of the first, or the config does not run on the first.
     """
-    check(on)
+    check_sizes(on)
     start = Arithmetic(cfg, on[0])
     sizes = start.place(cfg.mesh)
     mesh = dataclasses.replace(cfg.mesh, **{axis: sizes[axis] for axis in start.rules.AXES})
@@ -108,8 +89,8 @@ def curves(
 REMEDY = "try a larger first size, or plan it without --scaling to see why"
 
 
-def check(on: Sequence[Topology]) -> None:
-    """Refuse sizes that make no curve."""
+def check_sizes(on: Sequence[Topology]) -> None:
+    """Refuse topologies that do not make a curve."""
     names = ",".join(each.name for each in on)
     if len(on) < 2:
         raise UserError(f"got --scaling on {names}, expected several sizes, try --on v5p:4x4x4,8x8x8,16x16x16")
@@ -124,7 +105,7 @@ def check(on: Sequence[Topology]) -> None:
 
 
 def offered(arithmetic: Arithmetic) -> list[str]:
-    """Axes of the mesh that cut something of this model."""
+    """Mesh axes that shard something of this model."""
     cut = {axis for name in arithmetic.logical for axis in arithmetic.rules.RULES[name]}
     cut |= set(arithmetic.rules.RULES["batch"]) - set(arithmetic.rules.RULES["expert"])
     if arithmetic.length > 1 and "heads" in arithmetic.logical:
@@ -137,13 +118,13 @@ def offered(arithmetic: Arithmetic) -> list[str]:
 
 
 def grown(cfg: Config, arithmetic: Arithmetic, mode: Mode, axis: str, times: int) -> Point:
-    """The point at which one axis is so many times as large, as far as arithmetic lets it be."""
+    """The point at which one axis is `times` as large, or why it cannot be."""
     data = cfg.data
     if mode == "weak":
         data = dataclasses.replace(data, batch_size=data.batch_size * times)
     mesh: MeshConfig = dataclasses.replace(cfg.mesh, **{axis: getattr(cfg.mesh, axis) * times})
     train = cfg.train
-    if mode == "strong" and axis in arithmetic.rules.RULES["batch"]:  # the microbatch stays, as far as there are enough
+    if mode == "strong" and axis in arithmetic.rules.RULES["batch"]:  # keep the microbatch where possible
         train = dataclasses.replace(train, accumulate=max(1, train.accumulate // times))
     now = dataclasses.replace(cfg, data=data, mesh=mesh, train=train)
     try:
@@ -158,12 +139,10 @@ def grown(cfg: Config, arithmetic: Arithmetic, mode: Mode, axis: str, times: int
 
 
 def compiled(point: Point) -> Point:
-    """A point with its plan, or with why it has none."""
-    from jaxmodels.plan import command as plans
-
+    """Compile a point; it gets a plan or the reason why there is none."""
     assert point.cfg is not None
     try:
-        plan = plans.plan(point.cfg, compiling.compiled(point.cfg, point.topology))
+        plan = figures(point.cfg, compiling.compiled(point.cfg, point.topology))
     except (UserError, RuntimeError) as error:
         return dataclasses.replace(point, failure=" ".join(str(error).split())[-300:].partition(", try ")[0])
     memory = plan["memory"]
@@ -172,12 +151,12 @@ def compiled(point: Point) -> Point:
 
 
 def axes_of(points: Sequence[Point]) -> list[str]:
-    """The axes along which points grow, in order."""
+    """The axes of the points, in order."""
     return list(dict.fromkeys(each.axis for each in points))
 
 
 def verdict(first: Point, points: Sequence[Point], mode: Mode, axis: str) -> str:
-    """Up to which size an axis pays, and why not beyond."""
+    """One line on the size up to which an axis is worth growing, and why not beyond it."""
     reached = first.topology
     for each in (point for point in points if (point.mode, point.axis) == (mode, axis)):
         devices = each.topology.devices
@@ -195,7 +174,7 @@ def verdict(first: Point, points: Sequence[Point], mode: Mode, axis: str) -> str
 
 
 def why(first: Point, point: Point) -> str:
-    """What takes the time that a step should not take."""
+    """What takes the time by which a step is slower than ideal."""
     from jaxmodels.parallel import rules
 
     assert first.plan is not None and point.plan is not None
@@ -225,7 +204,7 @@ def why(first: Point, point: Point) -> str:
 
 
 def progress(point: Point) -> str:
-    """A line on a point."""
+    """One line on a point."""
     what = f"{point.mode} along {point.axis}: " if point.axis else ""
     if not point.runs:
         return f"{point.topology.name} {what}{point.failure}"
@@ -233,8 +212,8 @@ def progress(point: Point) -> str:
     return f"{point.topology.name} {what}{plan['step_seconds']:.4g} s, efficiency {point.efficiency:.2f}"
 
 
-def table(first: Point, points: Sequence[Point]) -> str:
-    """All points as text."""
+def curves_table(first: Point, points: Sequence[Point]) -> str:
+    """All points as a table."""
     assert first.plan is not None
     unit = first.plan["unit"]
     head = f"{'axis':<10}{'devices':>8}{'batch':>9}{'step s':>10}{unit + '/s':>15}{'a device':>10}{'efficiency':>12}"

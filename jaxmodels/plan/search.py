@@ -1,11 +1,12 @@
 """`jaxmodels plan --search`: the fastest way to run an experiment on given hardware, and the one of least memory.
 
-Arithmetic orders the ways there are and rules most of them out; the compiler judges the rest. What was compiled is kept
-(`compile.compiled`), so a search that was stopped goes on where it was.
+Arithmetic ranks the candidates and rules most of them out; the compiler judges the rest. Compiled steps are cached
+(`compile.compiled`), so a search that was interrupted continues where it stopped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -22,23 +23,28 @@ from jaxmodels.errors import UserError
 from jaxmodels.plan import compile as compiling
 from jaxmodels.plan.arithmetic import KNOBS, Arithmetic
 from jaxmodels.plan.candidates import Candidate, Drawn, arguments, draw, overrides
+from jaxmodels.plan.figures import figures
 from jaxmodels.plan.topology import Topology
 
 RIDGE = 0.3
-"""How much of a correction is doubted: about as much as one compiled candidate outweighs."""
+"""Weight of the ridge penalty on corrections; one compiled candidate is enough to outweigh it."""
+LANES = 128
+"""A matrix unit works on tiles whose last dimension is a multiple of this."""
+GAIN = 0.995
+"""A padded vocabulary is suggested if the step takes at most this share of the time."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate, and what the compiler made of it."""
+    """A candidate and its compiled plan."""
 
     candidate: Candidate
     plan: dict[str, Any] | None
-    """As `command.plan` makes it; None where it could not be compiled."""
+    """The plan of `figures`; None if the candidate did not compile."""
     failure: str = ""
     seconds: float = 0.0
-    """What it took here."""
+    """Seconds that compiling took on this machine."""
 
     @property
     def fits(self) -> bool:
@@ -46,30 +52,32 @@ class Tried:
 
     @property
     def cached(self) -> bool:
-        """Whether it was compiled before."""
+        """Whether the compiled step came from the cache."""
         return self.plan is not None and self.seconds < self.plan["compile_seconds"]
 
     @property
     def cost(self) -> tuple[float, float]:
-        """Seconds of a step, and bytes of a device."""
+        """Seconds of a step and bytes of a device."""
         assert self.plan is not None
         return self.plan["step_seconds"], self.plan["memory"]["peak"]
 
 
 @dataclass
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     topology: Topology
     drawn: Drawn
     tried: list[Tried] = field(default_factory=list)
     beaten: int = 0
-    """Candidates not compiled since by arithmetic they could not be the fastest, or not fit where less did not."""
+    """Number of candidates that were skipped because what was compiled showed that they could not win."""
+    padded: Tried | None = None
+    """The winner with a padded vocabulary, where that was tried."""
     seconds: float = 0.0
 
     @property
     def frontier(self) -> list[Tried]:
-        """Those that fit and of which no other is both faster and smaller; the fastest first."""
+        """Candidates that fit and that no other beats in both time and memory; the fastest comes first."""
         front: list[Tried] = []
         for each in sorted((each for each in self.tried if each.fits), key=lambda each: each.cost):
             if not front or each.cost[1] < front[-1].cost[1]:
@@ -78,10 +86,10 @@ class Found:
 
     @property
     def winner(self) -> Tried:
-        """The fastest that fits.
+        """The fastest candidate that fits.
 
         Raises:
-            UserError: none does.
+            UserError: no candidate fits.
         """
         if front := self.frontier:
             return front[0]
@@ -101,9 +109,9 @@ class Found:
 def search(
     cfg: Config, topology: Topology, number: int = 40, workers: int = 0, say: Callable[[str], None] = print
 ) -> Found:
-    """Compile so many candidates, those that promise most first, and tell of each.
+    """Compile `number` candidates, the most promising first, and report each one.
 
-    What is configured and the meshes that an expert would try come first, so the winner is not worse than they.
+    The config as it is and the meshes that an expert would try come first, so the winner is at least as good as they.
     """
     begun = time.monotonic()
     found = Found(topology, draw(Arithmetic(cfg, topology)))
@@ -129,28 +137,40 @@ def search(
                 say(progress(found, number, cfg, workers))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if found.frontier and (wider := padded(found.winner.candidate)) is not None:
+        found.padded = attempt(wider, topology)
     found.seconds = time.monotonic() - begun
     return found
 
 
-def attempt(candidate: Candidate, topology: Topology) -> Tried:
-    """A candidate compiled; a failure of its own is noted, and ends nothing."""
-    from jaxmodels.plan import command
+def padded(candidate: Candidate) -> Candidate | None:
+    """The candidate with its vocabulary rounded up to whole tiles on each device; None if they are whole already."""
+    model = candidate.cfg.model
+    if not hasattr(model, "vocab_size"):
+        return None
+    tile = LANES * candidate.mesh.tensor
+    wider = dataclasses.replace(model, vocab_size=math.ceil(model.vocab_size / tile) * tile)
+    return (
+        None if wider == model else dataclasses.replace(candidate, cfg=dataclasses.replace(candidate.cfg, model=wider))
+    )
 
+
+def attempt(candidate: Candidate, topology: Topology) -> Tried:
+    """Compile a candidate; if that fails, the reason is kept and the search goes on."""
     begun = time.monotonic()
     try:
-        plan, failure = command.plan(candidate.cfg, compiling.compiled(candidate.cfg, topology)), ""
+        plan, failure = figures(candidate.cfg, compiling.compiled(candidate.cfg, topology)), ""
     except (UserError, RuntimeError) as error:
         plan, failure = None, " ".join(str(error).split())[-300:]
     return Tried(candidate, plan, failure, time.monotonic() - begun)
 
 
 class Queue:
-    """Candidates in the order in which they are compiled, which follows what the compiler has made of others.
+    """Orders candidates for compiling, and learns from those that were compiled.
 
-    First what is configured and what is usual, and the one that needs least memory; then those that should be fastest,
-    and each fifth time the one that should be smallest for its time. A guess is corrected by what compiled steps took
-    against theirs: a ridge regression of the ratio's logarithm on what candidates have in common.
+    The configured candidate, the usual meshes and the candidate that needs least memory come first. After them comes
+    whichever should be fastest, and every fifth time the one with the smallest product of time and memory. Guesses are
+    corrected by a ridge regression: the logarithm of compiled over guessed, as a function of the candidates' traits.
     """
 
     def __init__(self, kept: Sequence[Candidate], memory: float) -> None:
@@ -176,7 +196,7 @@ class Queue:
         return found
 
     def take(self, tried: Sequence[Tried]) -> Candidate:
-        """The next one."""
+        """Remove and return the next candidate."""
         if self.first:
             return self.first.pop(0)
         expected = self.guesses + self.traits @ self.corrections(tried)
@@ -187,10 +207,10 @@ class Queue:
         return self.rest.pop(best)
 
     def corrections(self, tried: Sequence[Tried]) -> np.ndarray:
-        """(traits, 2): what each adds to the logarithms of seconds and bytes."""
+        """What each trait adds to the logarithms of seconds and of bytes, (traits, 2)."""
         compiled = [(each.candidate, each.fits, each.plan) for each in tried if each.plan is not None]
         known = {
-            # XLA recomputes more in a step that does not fit, so its time tells nothing
+            # XLA rematerializes more in a step that does not fit, so its time says nothing about others
             0: [(one, plan["step_seconds"], one.guess.seconds) for one, fits, plan in compiled if fits],
             1: [(one, plan["memory"]["peak"], one.guess.peak) for one, _, plan in compiled],
         }
@@ -204,7 +224,7 @@ class Queue:
 
 
 def traits(candidate: Candidate) -> dict[str, float]:
-    """What candidates have in common, as numbers."""
+    """Features of a candidate for the regression."""
     cfg = candidate.cfg
     found = {"all": 1.0, "accumulate": math.log2(cfg.train.accumulate)}
     for name, value in configs.flatten(candidate.mesh).items():
@@ -216,8 +236,11 @@ def traits(candidate: Candidate) -> dict[str, float]:
 
 
 def hopeless(candidate: Candidate, tried: Sequence[Tried]) -> bool:
-    """Whether what was compiled shows that a candidate cannot win: its links or products alone take longer than the
-    fastest, or it needs more memory than one like it that did not fit."""
+    """Whether compiled candidates show that this one cannot win.
+
+    Either its products or collectives alone take longer than the fastest step, or a candidate with the same mesh and
+    fewer activations did not fit.
+    """
     best = min((each.cost[0] for each in tried if each.fits), default=None)
     if best is not None and candidate.guess.least >= best:
         return True
@@ -233,7 +256,7 @@ def hopeless(candidate: Candidate, tried: Sequence[Tried]) -> bool:
 
 
 def summary(found: Found, number: int) -> str:
-    """What there is to try, and what arithmetic leaves of it."""
+    """A few lines on how many candidates there are and why some were ruled out."""
     drawn = found.drawn
     lines = [f"{found.topology.name}: {drawn.number:,} ways to run it on {found.topology.devices} devices"]
     lines += [f"  {count:>6,} out: {reason}" for reason, count in drawn.dropped.most_common()]
@@ -243,7 +266,7 @@ def summary(found: Found, number: int) -> str:
 
 
 def progress(found: Found, number: int, cfg: Config, workers: int) -> str:
-    """A line on the candidate that is done."""
+    """One line on the candidate that has just been compiled."""
     each, done = found.tried[-1], len(found.tried)
     fresh = [one.seconds for one in found.tried if not one.cached and one.seconds > 1]
     left = (number - done) * (sum(fresh) / len(fresh) if fresh else 0) / workers
@@ -260,12 +283,12 @@ def progress(found: Found, number: int, cfg: Config, workers: int) -> str:
 
 
 def shown(each: Tried, cfg: Config) -> str:
-    """A candidate as options of `train`."""
+    """A candidate as command-line options of `train`."""
     return " ".join(arguments(overrides(cfg, each.candidate.cfg))) or "as configured"
 
 
 def report(found: Found, cfg: Config) -> str:
-    """The frontier, and how the winner compares, as text."""
+    """The frontier as a table, and how the winner compares with the config as it is and with the usual meshes."""
     winner, front = found.winner, found.frontier
     assert winner.plan is not None
     failed = sum(each.plan is None for each in found.tried)
@@ -291,11 +314,18 @@ def report(found: Found, cfg: Config) -> str:
         if some and (best := min(some, key=lambda each: each.cost)) is not winner:
             name = "the config as it is" if origin == "as configured" else f"the best usual mesh, {shown(best, cfg)}"
             lines.append(f"the fastest takes {winner.cost[0] / best.cost[0]:.3f} of the time of {name}")
+    if found.padded is not None and found.padded.fits and found.padded.cost[0] <= GAIN * winner.cost[0]:
+        size, wider = cfg.model.vocab_size, found.padded.candidate.cfg.model.vocab_size
+        lines.append(
+            f"with --model.vocab-size {wider} in place of {size} the step takes "
+            f"{found.padded.cost[0] / winner.cost[0]:.3f} of that; no token has the other {wider - size} ids, but the "
+            "model is another one, so it is only a suggestion"
+        )
     return "\n".join(lines)
 
 
 def written(found: Found, cfg: Config) -> dict[str, Any]:
-    """A search as JSON values."""
+    """The result of a search as JSON values."""
 
     def one(each: Tried) -> dict[str, Any]:
         guess = each.candidate.guess
@@ -318,4 +348,5 @@ def written(found: Found, cfg: Config) -> dict[str, Any]:
         "tried": [one(each) for each in found.tried],
         "frontier": [one(each) for each in found.frontier],
         "winner": one(found.winner),
+        "padded": found.padded and one(found.padded),
     }

@@ -1,4 +1,4 @@
-"""Devices that are not there: hardware in a shape, described so well that XLA compiles for it."""
+"""Topologies of devices that are not present, described precisely enough for XLA to compile for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.parallel import hardware
 from jaxmodels.parallel.hardware import Hardware
 
-# what XLA asks of every NVIDIA GPU and is the same for all in the table
+# properties that XLA asks for and that all GPUs in the table share
 _COMMON = (
     "threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 threads_per_core_limit: 2048 "
     "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 registers_per_core_limit: 65536 "
@@ -22,27 +22,27 @@ _COMMON = (
 )
 
 MOST = 2**17
-"""Devices beyond which nothing has been built that one program runs on."""
+"""The most devices that a topology may have; no larger machine has been built for a single program."""
 POD = {"v3": 1024, "v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "v7": 9216}
-"""Chips that one torus has at most (docs.cloud.google.com/tpu/docs)."""
+"""The most chips in one torus. Source: docs.cloud.google.com/tpu/docs."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """So many devices of one kind, and how they are joined."""
+    """A number of devices of one kind, and how they are connected."""
 
     hardware: Hardware
     shape: tuple[int, ...]
-    """Nodes and GPUs of each; or chips along each dimension of a torus."""
+    """Nodes and GPUs per node, or chips along each dimension of a torus."""
     slices: int = 1
-    """Tori of that shape, which the network joins (TPUs)."""
+    """Number of tori of that shape, connected by the network (TPUs)."""
 
     @property
     def devices(self) -> int:
         return self.slices * math.prod(self.shape) * self.hardware.per_chip
 
     def coordinates(self) -> np.ndarray:
-        """Where each device lies, (devices, numbers): node and GPU; or chip in the torus, core and slice."""
+        """Coordinates of each device, (devices, numbers): node and GPU, or chip in the torus, core and slice."""
         if self.hardware.platform == "cuda":
             return np.indices(self.shape).reshape(2, -1).T
         numbers = np.indices((self.slices, *self.shape, self.hardware.per_chip))
@@ -50,16 +50,16 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As `parse` reads it: h100:4x8."""
+        """The name that `parse` reads: h100:4x8."""
         sizes = self.shape if self.slices == 1 else (self.slices, *self.shape)
         return f"{self.hardware.name}:{'x'.join(map(str, sizes))}"
 
 
 def parse(text: str) -> Topology:
-    """A topology from its name: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:8x8x8, v5e:2x16x16 (2 slices of 16x16).
+    """Parse a topology: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:8x8x8, v5e:2x16x16 (2 slices of 16x16).
 
     Raises:
-        UserError: hardware that is not in the table, or a shape that it does not come in.
+        UserError: the hardware is not in the table, or does not come in that shape.
     """
     name, _, shape = text.partition(":")
     found = hardware.find(name)
@@ -95,7 +95,7 @@ def parse(text: str) -> Topology:
 
 
 def shapes(row: Hardware) -> list[str]:
-    """The usual shapes of a slice, the smallest first: each doubles the smallest dimension of the one before."""
+    """The usual shapes of a slice, from the smallest; each doubles the smallest dimension of the previous one."""
     sizes = [2] * min(2, row.dimensions) + [1] * (row.dimensions - 2)
     found = ["x".join(["1"] * row.dimensions)]
     while math.prod(sizes) <= POD[row.name]:
@@ -105,10 +105,10 @@ def shapes(row: Hardware) -> list[str]:
 
 
 def check_compiler(topology: Topology) -> None:
-    """Refuse hardware whose compiler is not installed.
+    """Check that the compiler for the topology's hardware is installed.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not installed.
     """
     platform = topology.hardware.platform
     known = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}[platform]
@@ -120,10 +120,10 @@ def check_compiler(topology: Topology) -> None:
 
 
 def describe(topology: Topology) -> Any:
-    """JAX's description of the devices, for a process of its own: the compilers register themselves for good.
+    """JAX's description of the devices. Call it in a separate process: a compiler cannot be unregistered.
 
     Raises:
-        UserError: the compiler is not installed, or knows no such shape.
+        UserError: the compiler is not installed, or does not know the shape.
     """
     from jax.experimental import topologies
 
@@ -137,7 +137,7 @@ def describe(topology: Topology) -> Any:
                 topology_name=f"{name or row.name}:{chips}",
                 chip_config_name=cores,
                 num_slices=topology.slices,
-                # a chip by itself is not the host of 2x2 that XLA expects
+                # a single chip is smaller than the 2x2 host that XLA expects
                 **({"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}),
             )
         return topologies.get_topology_desc(
@@ -151,7 +151,7 @@ def describe(topology: Topology) -> Any:
 
 
 def target(row: Hardware) -> str:
-    """XLA's text proto of a GPU that is not there."""
+    """XLA's text proto for a GPU that is not present."""
     return (
         f"gpu_device_info {{ {_COMMON} {row.target} core_count: {row.cores} memory_bandwidth: {int(row.bandwidth)} "
         f'device_memory_size: {int(row.memory)} }} platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} '

@@ -126,7 +126,7 @@ def gradients(request):
     config = CONFIGS[request.param]
     params, tokens = invent(jaxmodels.create(config)), jnp.arange(B * T).reshape(B, T)
     found = {"config": config}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full", "offload"):
         model = jaxmodels.create(config, remat=remat, attention="xla")
         compute = jax.value_and_grad(loss_of(model, tokens))
         found[remat] = (jit(compute)(params), flops.count(compute, params))
@@ -134,7 +134,7 @@ def gradients(request):
     return found
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "full", "offload"])
 def test_recomputation_changes_neither_loss_nor_gradients(gradients, remat):
     (loss, grads), _ = gradients["none"]
     (loss2, grads2), _ = gradients[remat]
@@ -144,7 +144,7 @@ def test_recomputation_changes_neither_loss_nor_gradients(gradients, remat):
 
 
 def test_recomputation_costs_what_it_says(gradients):
-    none, dots, full = (gradients[remat][1] for remat in ("none", "dots", "full"))
+    none, dots, full, offload = (gradients[remat][1] for remat in ("none", "dots", "full", "offload"))
     c, forward = gradients["config"], gradients["forward"]
     head = 2 * B * T * c.width * V
     heads, size = c.heads, getattr(c, "head_size", c.width // c.heads)
@@ -152,7 +152,7 @@ def test_recomputation_costs_what_it_says(gradients):
     assert none == 3 * forward
     # what the backward pass does not need is not computed again: the product that gives a block's output
     last = c.layers * 2 * B * T * c.width * (getattr(c, "mlp_width", None) or 4 * c.width)
-    assert full - none == forward - head - last
+    assert full - none == offload - none == forward - head - last
     # the products of q and k, and of the weights and v, for want of a batch dimension of their own
     assert dots - none == scores
 

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from jaxmodels.errors import UserError
 from jaxmodels.plan import cache, compile, topology
 
 FACTS = {"mesh": {"data": 2}, "peak": 7}
@@ -51,4 +52,19 @@ def test_the_second_of_two_leaves_the_first_and_replaces_a_damaged_one(tmp_path)
 def test_whatever_a_child_ends_with_is_one_line(code, said, told):
     line = compile.failure(topology.parse("h100:1x2"), code, said)
     assert told in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("got this,\ntry that"), "got this, try that"),
+        (MemoryError(), "the machine is out of memory"),
+        (RuntimeError("INVALID_ARGUMENT: No such compile option: 'xla_x'"), "got train.xla xla_x, which this compiler"),
+        (ValueError("odd\nlayout"), "got v5e:2x2, expected a step that its compiler takes (ValueError: odd layout)"),
+    ],
+)
+def test_an_error_of_the_child_is_one_line(error, told):
+    line = compile.told(error, {"on": "v5e:2x2"})
+    assert line.startswith(told)
     assert "\n" not in line

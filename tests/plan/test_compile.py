@@ -4,6 +4,9 @@ import collections
 import dataclasses
 import importlib.util
 import json
+import re
+import subprocess
+import types
 
 import jax
 import pytest
@@ -15,9 +18,11 @@ from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
+from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
-from jaxmodels.plan import command, compile, products, program, topology
+from jaxmodels.plan import compile, figures, products, program, topology
 
+GIB = 2**30
 COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu", "v5p": "libtpu"}
 CONFIG = Config(
     model=LlamaConfig(
@@ -46,7 +51,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture(scope="module")
 def planned(compiled):
     """Plans of steps, each compiled once."""
-    return lambda on, cfg=CONFIG: command.plan(cfg, compiled(on, cfg))
+    return lambda on, cfg=CONFIG: figures.figures(cfg, compiled(on, cfg))
 
 
 @pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
@@ -218,12 +223,12 @@ def test_a_program_computes_its_model_and_little_more(planned, family, on):
     assert plan["uncounted"] == []
     ratio = plan["hardware_flops"] / plan["model_flops_causal"]
     # splash computes whole blocks of 512, of which a window of 256 shows a quarter or less
-    assert command.ENOUGH <= ratio <= (2.5 if family == "window" else 1.3)
+    assert figures.ENOUGH <= ratio <= (2.5 if family == "window" else 1.3)
     assert 0 < plan["mfu_causal"] <= plan["mfu"] <= 1
     if family in ("mixture", "window", "bert"):
         assert plan["attention"] == ["cudnn" if on.startswith("h100") else "splash"]
     assert plan["excess"] == ""
-    text = command.table(CONFIG, plan)
+    text = figures.figures_table(CONFIG, plan)
     assert f"TFLOP/s {'float32' if family == 'gan' else 'bfloat16'}" in text
     assert "launches" in text
 
@@ -233,11 +238,11 @@ def test_a_reference_kernel_under_a_short_window_is_planned_and_the_table_says_w
     cfg = Config(model=model, data=dataclasses.replace(CONFIG.data, seq_len=8192, batch_size=2))
     plan = planned("h100:1x1", cfg)
     times = plan["hardware_flops"] / plan["model_flops_causal"]
-    assert times > command.MUCH
+    assert times > figures.MUCH
     said = f"computes {times:.1f} x the model's products"
     assert plan["excess"].startswith(said)
     assert "attention's (kernel xla)" in plan["excess"]
-    assert said in command.table(cfg, plan)
+    assert said in figures.figures_table(cfg, plan)
 
 
 @pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
@@ -260,9 +265,56 @@ def test_what_does_not_fit_is_told_by_the_compiler_with_what_would_make_it_fit(p
     assert not plan["fits"]
     assert "RESOURCE_EXHAUSTED" in plan["shortage"]
     assert plan["memory"]["peak"] > plan["memory"]["device"] == 16 * 2**30
-    text = command.table(cfg, plan)
+    text = figures.figures_table(cfg, plan)
     assert "IT DOES NOT FIT" in text
     assert "--model.remat full" in text
+
+
+REPORTED = """
+import sys
+from pathlib import Path
+import jax
+from jaxmodels.plan import compile
+analyse = jax.stages.Compiled.memory_analysis
+def reporting(self):
+    found = analyse(self)
+    print("peak", found.peak_memory_in_bytes, found.argument_size_in_bytes + found.temp_size_in_bytes)
+    return found
+jax.stages.Compiled.memory_analysis = reporting
+sys.exit(compile.main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("on", ["v5e:1x1", "h100:1x1"])
+def test_the_peak_is_the_compiler_s(compiled, on, monkeypatch):
+    """A TPU's compiler knows what is alive at a time; a GPU is given all temporaries as one block."""
+    said, run = [], subprocess.run
+
+    def child(command, **options):
+        folder = command[-1]
+        said.append(run([*command[:2], "-c", REPORTED, folder], **options))
+        return said[-1]
+
+    monkeypatch.setattr(subprocess, "run", child)
+    made = compiled(on, Config(MLPConfig(hidden=(64,)), **IMAGES))
+    peak, total = map(int, re.search(r"peak (\d+) (\d+)", said[0].stdout).groups())
+    assert made.peak == (peak if on.startswith("v5e") else max(peak, total))
+    assert made.fits and made.shortage == ""
+
+
+def test_what_a_tpu_s_compiler_accepts_fits_and_what_is_too_much_for_a_gpu_does_not(compiled):
+    analysis = types.SimpleNamespace(
+        argument_size_in_bytes=8 * GIB,
+        temp_size_in_bytes=int(10.25 * GIB),  # not all of them alive at a time
+        output_size_in_bytes=8 * GIB,
+        alias_size_in_bytes=8 * GIB,
+        peak_memory_in_bytes=int(13.88 * GIB),
+    )
+    assert compile.peak(analysis, "tpu") == int(13.88 * GIB)
+    assert compile.peak(analysis, "cuda") == int(18.25 * GIB)
+    made = compiled("h100:1x8")
+    assert dataclasses.replace(made, peak=80 * 10**9).fits
+    assert not dataclasses.replace(made, peak=86 * 10**9).fits
 
 
 def test_the_command_prints_a_plan_and_writes_it(planned, root, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels.visibility import Mask
-from jaxmodels.plan import command, program
+from jaxmodels.plan import figures, program
 
 ENTRY = """HloModule m, is_scheduled=true
 
@@ -172,15 +172,15 @@ def test_a_program_of_many_times_the_model_s_products_says_of_what_they_are(labe
     lines[0] = lines[0].replace("%a0, %a0", "%a1, %a1")
     total, found = counted("\n".join(lines), "f32[900,64]", "f32[100,64]")
     assert total == 2 * 64 * 64 * 1000
-    assert command.excess(found, 2.5) == ""
-    assert command.excess(found, 3.1).startswith("computes 3.1 x the model's products: 90% are ")
-    assert reason in command.excess(found, 3.1)
+    assert figures.excess(found, 2.5) == ""
+    assert figures.excess(found, 3.1).startswith("computes 3.1 x the model's products: 90% are ")
+    assert reason in figures.excess(found, 3.1)
 
 
 def test_counts_that_cannot_be_are_no_plan():
-    command.check("h100:1x8", computed=1.2e15, needed=1e15, mfu=0.4)
+    figures.check_counts("h100:1x8", computed=1.2e15, needed=1e15, mfu=0.4)
     with pytest.raises(UserError, match="some of its products are not counted"):
-        command.check("h100:1x8", computed=0.35e15, needed=1e15, mfu=0.4)
+        figures.check_counts("h100:1x8", computed=0.35e15, needed=1e15, mfu=0.4)
     for mfu in (1.2, 0.0, math.nan):
         with pytest.raises(UserError, match="of the peak, expected at most 100 %"):
-            command.check("h100:1x8", computed=1.2e15, needed=1e15, mfu=mfu)
+            figures.check_counts("h100:1x8", computed=1.2e15, needed=1e15, mfu=mfu)

@@ -11,7 +11,7 @@ from jaxmodels.commands.plan import PlanOptions, asked, planned
 from jaxmodels.config import Config, DataConfig, MeshConfig, TrainConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.llama import LlamaConfig
-from jaxmodels.plan import arithmetic, command, roofline, scaling, topology
+from jaxmodels.plan import arithmetic, roofline, scaling, topology
 from jaxmodels.plan import compile as compiling
 
 CONFIG = Config(
@@ -68,7 +68,7 @@ def fake(monkeypatch):
 
         monkeypatch.setattr(scaling, "Arithmetic", lambda cfg, topology: judge(cfg).on(topology))
         monkeypatch.setattr(compiling, "compiled", compiled)
-        monkeypatch.setattr(command, "plan", lambda cfg, made: made)
+        monkeypatch.setattr(scaling, "figures", lambda cfg, made: made)
         return seen
 
     return install
@@ -182,7 +182,7 @@ def test_the_command_prints_the_curves_and_draws_them(fake, tmp_path, capsys):
 )
 def test_sizes_that_make_no_curve_are_refused(names, told):
     with pytest.raises(UserError, match="got --scaling on") as refused:
-        scaling.check(asked(names))
+        scaling.check_sizes(asked(names))
     assert told in str(refused.value)
 
 

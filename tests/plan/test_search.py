@@ -20,7 +20,8 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.plan import arithmetic, candidates, command, search, topology
+from jaxmodels.models.resnet import ResNetConfig
+from jaxmodels.plan import arithmetic, candidates, search, topology
 from jaxmodels.plan import compile as compiling
 
 LLAMA = LlamaConfig(
@@ -90,7 +91,7 @@ def fake(monkeypatch):
             }
 
         monkeypatch.setattr(compiling, "compiled", compiled)
-        monkeypatch.setattr(command, "plan", lambda cfg, made: made)
+        monkeypatch.setattr(search, "figures", lambda cfg, made: made)
         return seen
 
     return install
@@ -142,9 +143,11 @@ def test_recomputing_and_microbatches_make_the_guess_smaller_and_slower(judged):
         return judged.guess(dataclasses.replace(CONFIG, model=model, train=train, mesh=MeshConfig(**mesh)))
 
     fsdp = dict(data=1, fsdp=32)
-    none, dots, full = (guess(remat, **fsdp) for remat in ("none", "dots", "full"))
+    none, dots, full, offload = (guess(remat, **fsdp) for remat in ("none", "dots", "full", "offload"))
     assert none.activations > dots.activations > full.activations
-    assert none.seconds < dots.seconds < full.seconds
+    assert none.seconds < dots.seconds < full.seconds <= offload.seconds
+    inputs = 4 * 64 / 32 * 8192 * 512 * 2  # of 4 blocks, in bfloat16
+    assert full.activations - offload.activations == pytest.approx(inputs)
     assert guess(accumulate=2, **fsdp).activations == pytest.approx(none.activations / 2, rel=0.05)
     assert guess(data=1, fsdp=16, tensor=2).seconds > none.seconds, "what tensor sums is waited for"
     sizes = dict(data=1, stage=1, fsdp=4, expert=1, context=1, tensor=8)
@@ -266,6 +269,44 @@ def test_the_options_of_the_winner_are_read_back_as_the_winner(fake, root, tmp_p
     assert len(made["tried"]) == 40
 
 
+def test_ways_that_hardware_or_a_pipeline_has_not_are_not_tried():
+    def kinds(on, **mesh):
+        judged = arithmetic.Arithmetic(CONFIG, topology.parse(on))
+        ways = candidates.knobs(CONFIG, judged, MeshConfig(**{"data": 1, "fsdp": 8, **mesh}))
+        return {cfg.model.remat for cfg in ways}
+
+    assert kinds("h100:1x8") == {"none", "dots", "full", "offload"}
+    assert "offload" not in kinds("h100:1x8", fsdp=4, stage=2)
+    assert "offload" not in kinds("v7:2x2x1"), "nobody says how fast its link to the host is"
+    assert candidates.remats(ResNetConfig()) == ["none", "full"]
+
+
+def test_blocks_are_tried_without_a_loop_over_them(fake, drawn):
+    fake(lambda cfg: (1.0 / cfg.model.unroll, 1e9))
+    found = search.search(CONFIG, ON, 40, 1, lambda text: None)
+    assert {each.cfg.model.unroll for each in found.drawn.kept} == {1, 4}
+    assert found.winner.candidate.cfg.model.unroll == 4
+    assert "--model.unroll 4" in search.report(found, CONFIG)
+
+
+def test_a_padded_vocabulary_is_suggested_where_it_is_faster_and_never_taken(fake, monkeypatch):
+    cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(LLAMA, vocab_size=4090))
+    fake(lambda cfg: (1.0 if cfg.model.vocab_size % 128 else 0.8, 1e9))
+    say = lambda text: None  # noqa: E731
+    found = search.search(cfg, topology.parse("h100:1x8"), 3, 1, say)
+    assert found.winner.candidate.cfg.model.vocab_size == 4090
+    assert "--model.vocab-size 4096 in place of 4090 the step takes 0.800 of that" in search.report(found, cfg)
+    assert len(found.tried) == 3 and search.written(found, cfg)["padded"]["plan"]["step_seconds"] == 0.8
+    fake(lambda cfg: (1.0, 1e9))
+    found = search.search(cfg, topology.parse("h100:1x8"), 3, 1, say)
+    assert "vocab" not in search.report(found, cfg), "it is no faster"
+    assert search.search(CONFIG, topology.parse("h100:1x8"), 3, 1, say).padded is None, "4096 is whole"
+    four = candidates.Candidate(cfg, MeshConfig(data=2, tensor=4), "", found.winner.candidate.guess)
+    assert search.padded(four).cfg.model.vocab_size == 4096
+    images = candidates.Candidate(IMAGES, MeshConfig(), "", four.guess)
+    assert search.padded(images) is None
+
+
 def test_a_shape_alone_is_of_the_hardware_before_it():
     assert [each.name for each in asked("v5p:4x4x4,8x8x8,h100:1x8,2x8")] == [
         "v5p:4x4x4",
@@ -282,6 +323,8 @@ def test_a_search_that_cannot_be_is_one_line(root, capsys):
         (["--search", "--candidates", "0"], "got candidates 0, expected at least 1"),
         (["--search", "--on", "h100:1x8,2x8", "--out", "x"], "try without --out"),
         (["--scaling"], "try --on v5p:4x4x4,8x8x8,16x16x16"),
+        (["--json", "/nowhere/plan.json"], "got '/nowhere/plan.json', expected a file that can be written"),
+        (["--search", "--out", "/"], "got '/', expected a file that can be written"),
     ):
         assert cli.main(["plan", config, *([] if "--on" in arguments else ["--on", "h100:1x8"]), *arguments]) == 2
         assert told in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a compiled step needs and reaches on hardware that is not here: its figures, checked, and as a table."""
+"""The figures of a plan: memory, FLOPs and time of a compiled step, checked against each other, and as a table."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from typing import Any
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels.visibility import Mask
+from jaxmodels.parallel import hardware
 from jaxmodels.plan import products, program, roofline
+from jaxmodels.plan.candidates import remats
 from jaxmodels.plan.compile import Compiled
 from jaxmodels.plan.program import Program
 from jaxmodels.plan.roofline import Estimate
 
 ENOUGH = 0.98
-"""Share of the model's FLOPs that a program has at least: compilers leave out what comes to nothing."""
+"""The least FLOPs of a program relative to its model's; compilers remove products that have no effect."""
 MUCH = 2.5
-"""Times the model's FLOPs up to which a program's need no reason: all is computed again, blocks of masks are whole."""
+"""FLOPs of a program relative to its model's that need no explanation: rematerialization and whole blocks of masks."""
 
 
-def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
-    """Everything that is known of a compiled step, as JSON values: bytes of one device, seconds, FLOPs."""
+def figures(cfg: Config, made: Compiled) -> dict[str, Any]:
+    """All figures of a compiled step, as JSON values. Bytes are per device.
+
+    There is no time if the program contains kernels or loops whose FLOPs are not known ("uncounted"), or if it does
+    not fit on a device.
+
+    Raises:
+        UserError: the figures contradict each other.
+    """
     row, on = made.topology.hardware, made.topology
     found: dict[str, Any] = {
         "on": on.name,
@@ -51,17 +60,17 @@ def plan(cfg: Config, made: Compiled) -> dict[str, Any]:
     dtype, compiled = getattr(cfg.model, "dtype", "float32"), program.parse(made.text)
     found |= {"attention": compiled.kernels(), "uncounted": compiled.uncounted()}
     if found["uncounted"]:
-        return found  # a time without them would be a guess
+        return found  # a time that leaves them out would be wrong
     dtype = dtype if dtype in row.flops else "bfloat16"
     found |= speed(cfg, made, roofline.estimate(compiled, made.places, dtype), dtype)
     return found | {"excess": excess(compiled, found["hardware_flops"] / max(found["model_flops_causal"], 1))}
 
 
-def check(on: str, computed: float, needed: float, mfu: float) -> None:
-    """Refuse counts that cannot be: FLOPs of a program below those that its model needs, or a step above the peak.
+def check_counts(on: str, computed: float, needed: float, mfu: float) -> None:
+    """Check that a program has the FLOPs that its model needs, and that the step stays below the peak.
 
     Raises:
-        UserError: so they are.
+        UserError: one of them does not hold.
     """
     report = "try another topology, and report this config"
     if computed < ENOUGH * needed:
@@ -74,9 +83,9 @@ def check(on: str, computed: float, needed: float, mfu: float) -> None:
 
 
 def excess(compiled: Program, times: float) -> str:
-    """What is said of a program that computes so many times its model's products; empty where that is nothing special.
+    """Why a program computes `times` its model's products; empty if that is within the usual range.
 
-    It is no error: a reference kernel of attention computes what a short window hides.
+    It is not an error: the reference attention kernel, for example, computes all pairs that a short window hides.
     """
     if times <= MUCH:
         return ""
@@ -88,7 +97,7 @@ def excess(compiled: Program, times: float) -> str:
             hiding[kernel] += flops / total
     said = f"computes {times:.1f} x the model's products: "
     hidden = sum(hiding.values())
-    if hidden > 2 / 3:  # more than all that the model needs, even if all of that were computed again
+    if hidden > 2 / 3:  # more than the model needs even with full rematerialization
         kernels = ", ".join(sorted(hiding))
         return f"{said}{hidden:.0%} are attention's (kernel {kernels}), which computes much that its masks hide"
     label = max(parts, key=lambda name: parts[name])
@@ -96,15 +105,15 @@ def excess(compiled: Program, times: float) -> str:
 
 
 def speed(cfg: Config, made: Compiled, estimate: Estimate, dtype: str) -> dict[str, Any]:
-    """What is predicted of the step's time; MFU is a share of the peak for this dtype.
+    """The predicted time and throughput; MFU is relative to the peak of `dtype`.
 
     Raises:
-        UserError: it cannot be so.
+        UserError: the counts contradict each other.
     """
     step, devices = estimate.seconds, made.topology.devices
     peak = made.topology.hardware.flops[dtype]
     full, shown = (made.flops[name] / step / devices / peak for name in ("model", "visible"))
-    check(made.topology.name, estimate.flops * devices, made.flops["visible"], shown)
+    check_counts(made.topology.name, estimate.flops * devices, made.flops["visible"], shown)
     return {
         "step_seconds": step,
         "binds": estimate.binds,
@@ -120,7 +129,7 @@ def speed(cfg: Config, made: Compiled, estimate: Estimate, dtype: str) -> dict[s
         "unit": made.unit,
         "per_second": made.units / step,
         "per_second_device": made.units / step / devices,
-        # of long causal rows half is never computed: counted in full that may be more than the peak
+        # half the pairs of a causal mask are never computed, so in full they may exceed the peak
         "mfu": full if full <= 1 else shown,
         "mfu_causal": shown,
         "peak_flops": peak,
@@ -131,8 +140,8 @@ def speed(cfg: Config, made: Compiled, estimate: Estimate, dtype: str) -> dict[s
     }
 
 
-def table(cfg: Config, plan: dict[str, Any]) -> str:
-    """A plan as text."""
+def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
+    """The figures as text."""
     memory = plan["memory"]
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     lines = [
@@ -147,7 +156,7 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
     lines += [f"  {'on the host':<24}{memory['host'] / 2**30:>12.2f}   (optimizer)"] * bool(memory["host"])
     lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}, by the compiler")
     if plan["fits"]:
-        # JAX takes this much of a GPU by itself
+        # JAX allocates .75 of a GPU by default
         share = memory["peak"] / memory["device"] if plan["platform"] == "cuda" else 0.0
         more = ", with XLA_PYTHON_CLIENT_MEM_FRACTION=.98 in the environment (JAX takes .75 of a GPU otherwise)"
         lines.append("  it fits" + (more if share > 0.75 else ""))
@@ -195,16 +204,18 @@ def table(cfg: Config, plan: dict[str, Any]) -> str:
 
 
 def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:
-    """What would make a step fit that does not."""
+    """Options that may make a step fit."""
     memory = plan["memory"]
     kept = sum(memory[name] for name in ("parameters", "optimizer", "average", "gradients"))
     if kept > 0.8 * memory["device"]:
         return [
             "  parameters, optimizer and gradients alone fill the device: try a larger --mesh.fsdp, or more devices"
         ]
-    tried = []
-    if getattr(cfg.model, "remat", "full") != "full":
+    tried, kinds, remat = [], remats(cfg.model), getattr(cfg.model, "remat", "none")
+    if "full" in kinds and remat in ("none", "dots"):
         tried.append("--model.remat full")
+    elif "offload" in kinds and remat == "full" and hardware.find(plan["on"].partition(":")[0]).host:
+        tried.append("--model.remat offload")
     return [
         f"  activations fill the device: try {' or '.join([*tried, f'--train.accumulate {2 * cfg.train.accumulate}'])}"
     ]
