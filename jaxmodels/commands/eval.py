@@ -68,7 +68,7 @@ def evaluate(
         beams: width of the search for translations, 4 when not given; 1: the likeliest token each time.
         data: what it is evaluated on, where not on the run's own data.
     """
-    from jaxmodels.train import judge, saved
+    from jaxmodels.train import judge, load_run
     from jaxmodels.train import run as runs
 
     runs.compilation_cache()
@@ -77,7 +77,7 @@ def evaluate(
     given = data.given() | {
         name: value for name, value in (("eval_split", split), ("dir", data_dir)) if value is not None
     }
-    opened = saved.open_run(run, best=best, given=given)
+    opened = load_run(run, best=best).evaluation(given)
     translates = opened.config.task.name == "seq2seq" and opened.config.data.source != "synthetic"
     if beams is not None and not translates:
         raise UserError(f"got --beams {beams} for a run of task {opened.config.task.name}, try it without")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from jaxmodels import config as configs
 from jaxmodels import hf
@@ -21,11 +20,10 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
         best: the best checkpoint instead of the newest.
         shard_size: largest file of weights, such as 500MB.
     """
-    import jax
 
     from jaxmodels.hf import beside, save
     from jaxmodels.models.functional import create, family_of
-    from jaxmodels.train.checkpoint import Checkpointer
+    from jaxmodels.train.saved import read_run
 
     limit = size(shard_size)
     cfg, _ = configs.read(run)
@@ -34,17 +32,11 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
     form.describe(cfg.model)  # before anything is read
     with save.complete(directory) as part:
         more = beside.back(run, part, cfg)
-        checkpointer = Checkpointer(run / "checkpoints")
-        kind = "params" if cfg.train.ema is None else "ema"
-        params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind)
-        stats: Any = {}
-        if jax.tree.leaves(jax.eval_shape(model.stats)):
-            stats, _, _ = checkpointer.restore_params(at, subtree="stats")
+        opened = read_run(run, best=best)
         with progress("writing", 4 * model.count()) as done:
-            save.save_pretrained(
-                part, model, params["model"], stats.get("model", {}), shard_size=limit, more=more, done=done
-            )
-    print(f"{directory}: step {at} of {run}, {model.count():,} parameters")
+            params, stats = opened.params["model"], opened.stats.get("model", {})
+            save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done)
+    print(f"{directory}: step {opened.step} of {run}, {model.count():,} parameters")
 
 
 def size(text: str) -> int:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from jaxmodels.models.attention import recording
 from jaxmodels.report.pieces import Picture, Piece, blank, grid, length, pieces_of, pixels, show
 from jaxmodels.tasks.task import normalised
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Evaluation
 
 LOOKED_AT = 64
 GOOD_LENGTH, LONGEST = 14, 32
@@ -23,7 +23,7 @@ IMAGES, LAYERS, HEADS = 4, 8, 16
 """At most so many of each are shown."""
 
 
-def pieces(saved: Saved) -> list[Piece]:
+def pieces(saved: Evaluation) -> list[Piece]:
     """Maps of each layer's mean over heads and of the last layer's heads, for one example; nothing if it has none."""
     if "model" not in saved.networks:
         return []
@@ -49,7 +49,7 @@ def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndar
     return [np.asarray(each) for each in kept]
 
 
-def of_images(saved: Saved, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
+def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
     """Patches that the output draws on, laid over their images."""
     config = saved.model.config
     inputs = inputs[:IMAGES]
@@ -108,7 +108,7 @@ def overlay(axis: Any, image: np.ndarray, heat: np.ndarray) -> None:
     blank(axis)
 
 
-def of_texts(saved: Saved, batch: dict[str, np.ndarray], tokens: str, apply: Callable[..., Any]) -> list[Piece]:
+def of_texts(saved: Evaluation, batch: dict[str, np.ndarray], tokens: str, apply: Callable[..., Any]) -> list[Piece]:
     """Maps of tokens by tokens."""
     ids, segments = batch[tokens], batch.get("segment_ids")
     row, count = choose(ids, segments)
@@ -119,7 +119,7 @@ def of_texts(saved: Saved, batch: dict[str, np.ndarray], tokens: str, apply: Cal
     return maps(kept, [pieces_of(saved.source.tokenizer, ids[row, :count])] * 2, "attention", "Attention")
 
 
-def cross(saved: Saved, batch: dict[str, np.ndarray]) -> list[Piece]:
+def cross(saved: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
     """Maps of a decoder's tokens by the source's."""
     row, count = choose(batch["inputs"], batch.get("segment_ids"))
     named = {name: batch[name][row : row + 1] for name in ("segment_ids", "target_segment_ids") if name in batch}

@@ -10,12 +10,11 @@ from typing import Any
 from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, translations
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
-from jaxmodels.train import metrics
-from jaxmodels.train.saved import Saved, open_run
+from jaxmodels.train.saved import Evaluation, load_run
 
 log = logging.getLogger("jaxmodels")
 
-PARTS: dict[str, Callable[[Saved], list[Piece]]] = {
+PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Confusion": confusion.pieces,
     "Translations": translations.pieces,
     "Latents": latents.pieces,
@@ -29,10 +28,10 @@ PARTS: dict[str, Callable[[Saved], list[Piece]]] = {
 def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: bool) -> Path:
     """The page's file. What cannot be drawn is said, in the log and on the page, and the rest is there all the same."""
     several, given = len(runs) > 1, {} if split is None else {"eval_split": split}
-    opened: dict[str, Saved] = {}
+    opened: dict[str, Evaluation] = {}
     columns = []
     for name, run in runs.items():
-        saved, _ = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best=best, given=given))
+        saved, _ = attempt(f"the checkpoint of {name}", lambda run=run: load_run(run, best=best).evaluation(given))
         values = None
         if saved is not None:
             opened[name] = saved
@@ -55,9 +54,9 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
     return save(out or next(iter(runs.values())) / "report", "Report: " + ", ".join(runs), sections)
 
 
-def evaluated(saved: Saved, split: str | None) -> Mapping[str, float]:
+def evaluated(saved: Evaluation, split: str | None) -> Mapping[str, float]:
     """The metrics of the checkpoint: as training wrote them down, or measured now where it did not."""
-    rows = metrics.read(saved.directory) if split is None else []
+    rows = saved.metrics if split is None else []
     row = next((row for row in rows if row["step"] == saved.step), {})
     found = {name: value for name, value in row.items() if name.startswith("eval/")}
     return found or {f"eval/{name}": value for name, value in saved.measure().items()}

@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxmodels.report.pieces import Picture, Piece, Table, figure, grid, pixels, show
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Evaluation
 
 WORST = 24
 LISTED = 40
 """With more classes than so many, cells have no numbers and axes no names."""
 
 
-def pieces(saved: Saved) -> list[Piece]:
+def pieces(saved: Evaluation) -> list[Piece]:
     """The confusion matrix of a classifier of one class, and what it got wrong with the highest confidence."""
     if saved.config.task.name != "classification" or saved.config.task.multi_label:
         return []
@@ -35,7 +35,7 @@ def pieces(saved: Saved) -> list[Piece]:
     return [*found, mistakes(saved, worst, labels, predicted, confidence)] if len(worst) else found
 
 
-def predictions(saved: Saved) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predictions(saved: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, predicted classes and their probabilities over the whole evaluation set, each (N,)."""
 
     @jax.jit
@@ -82,7 +82,7 @@ def draw(matrix: np.ndarray, names: list[str]) -> Figure:
 
 
 def mistakes(
-    saved: Saved, worst: np.ndarray, labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
+    saved: Evaluation, worst: np.ndarray, labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
 ) -> Piece:
     """The examples at these places, with what they are and what the model says."""
     batch = saved.source.batch(worst, np.zeros_like(worst))

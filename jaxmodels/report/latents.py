@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxmodels.report.pieces import Picture, Piece, pixels, sheet
 from jaxmodels.tasks.losses import gaussian_kl
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Evaluation
 
 SIDE = 15
 PAIRS = 30
 LOOKED_AT = 1000
 
 
-def pieces(saved: Saved) -> list[Piece]:
+def pieces(saved: Evaluation) -> list[Piece]:
     """A grid over two latents, and originals above their reconstructions."""
     if saved.config.task.name != "vae":
         return []
@@ -60,7 +60,7 @@ def codes(size: int, axes: tuple[int, ...], side: int = SIDE) -> np.ndarray:
     return found.reshape(side * side, size)
 
 
-def shown(saved: Saved, outputs: Any) -> np.ndarray:
+def shown(saved: Evaluation, outputs: Any) -> np.ndarray:
     """Images in [0, 1] that the decoder's outputs stand for."""
     return np.asarray(jax.nn.sigmoid(outputs) if saved.config.task.pixels == "bernoulli" else jnp.clip(outputs, 0, 1))
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxmodels.models.functional import create
 from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, length, pieces_of, pixels, show
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Evaluation
 
 LOOKED_AT = 200
 IMAGES, TEXTS, LONGEST = 10, 8, 60
 
 
-def pieces(saved: Saved) -> list[Piece]:
+def pieces(saved: Evaluation) -> list[Piece]:
     """The part that each pixel or token has in the logit of the class that a classifier chooses."""
     if saved.config.task.name != "classification":
         return []
@@ -45,7 +45,7 @@ def attribute(logits: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[n
     return np.asarray(slope * x), np.asarray(found.argmax(-1)), np.asarray(jax.nn.softmax(found).max(-1))
 
 
-def of_images(saved: Saved, batch: dict[str, np.ndarray]) -> Picture:
+def of_images(saved: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
     """Images of different predicted classes, each with its map."""
     x, named = saved.inputs(batch)
     found, predicted, confidence = attribute(lambda x: saved.apply(x, **named), x)
@@ -73,7 +73,7 @@ def of_images(saved: Saved, batch: dict[str, np.ndarray]) -> Picture:
     return Picture("saliency", figure, caption)
 
 
-def of_texts(saved: Saved, batch: dict[str, np.ndarray]) -> Tokens:
+def of_texts(saved: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
     """Texts with a number for each token: the sum over its embedding."""
     texts = []
     for row in range(min(TEXTS, len(batch["inputs"]))):
@@ -92,7 +92,7 @@ def of_texts(saved: Saved, batch: dict[str, np.ndarray]) -> Tokens:
     return Tokens(texts, caption)
 
 
-def of_tokens(saved: Saved, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndarray, int, float]:
+def of_tokens(saved: Evaluation, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndarray, int, float]:
     """Gradient × input of each token (T,) of one text, the class and its probability.
 
     The model reads a vocabulary of this text alone: row t of its embedding is the token at t, so that each token has a

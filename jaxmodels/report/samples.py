@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxmodels.report.pieces import Picture, Piece, grid, sheet, show, tile
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Evaluation
 
 MOMENTS = 8
 SIDE = 8
@@ -17,7 +17,7 @@ SEED = 1
 """Of the fresh images; those over time are of latents of their own."""
 
 
-def pieces(saved: Saved) -> list[Piece]:
+def pieces(saved: Evaluation) -> list[Piece]:
     """Samples from the same latents as training went on, and a grid of fresh ones."""
     found: list[Piece] = []
     moments = over_time(saved.directory / "samples", saved.step)

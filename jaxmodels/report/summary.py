@@ -14,7 +14,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.functional import family_of
 from jaxmodels.report.pieces import Piece, Table
 from jaxmodels.train import metrics
-from jaxmodels.train.saved import Kept, Saved
+from jaxmodels.train.saved import Evaluation, Kept
 from jaxmodels.train.saved import kept as kept_of
 
 BY_CLASS = ("precision", "recall", "f1")
@@ -31,7 +31,7 @@ class Column:
     cfg: Config
     origin: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]]
-    saved: Saved | None
+    saved: Evaluation | None
     """None where its checkpoint or its data cannot be had."""
     kept: Kept
     """What the run keeps of its data, which may be gone."""
@@ -39,7 +39,7 @@ class Column:
     """Metrics of the evaluation."""
 
 
-def column(name: str, run: Path, saved: Saved | None, values: Mapping[str, float]) -> Column:
+def column(name: str, run: Path, saved: Evaluation | None, values: Mapping[str, float]) -> Column:
     """The column of a run."""
     cfg, origin = configs.read(run)
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from jaxmodels import data
 from jaxmodels.report.pieces import Piece, Table
-from jaxmodels.train.saved import Saved
+from jaxmodels.train.saved import Evaluation
 
 COUNT = 12
 BEAMS = 4
 
 
-def pieces(saved: Saved) -> list[Piece]:
+def pieces(saved: Evaluation) -> list[Piece]:
     """Source, reference and hypothesis of the first pairs that are held out."""
     tokenizer = saved.source.tokenizer
     if saved.config.task.name != "seq2seq" or tokenizer is None:

@@ -12,12 +12,12 @@ from jaxmodels import data
 from jaxmodels.errors import UserError
 from jaxmodels.tasks.metrics import inception_score
 from jaxmodels.tasks.task import normalised
-from jaxmodels.train.saved import Run, Saved, load_run
+from jaxmodels.train.saved import Evaluation, Run, load_run
 
 _AT_ONCE = 100
 
 
-def translated(saved: Saved, beams: int = 4) -> dict[str, float]:
+def translated(saved: Evaluation, beams: int = 4) -> dict[str, float]:
     """BLEU of a translator on its evaluation set."""
     from jaxmodels.generate import bleu, translate_texts
 

@@ -119,17 +119,23 @@ def rewind(path: Path, step: int, expected: int | None) -> list[dict[str, float]
     `expected`: how many there were when the state of that step was saved; where some are missing it is said.
     """
     rows = [row for row in read(path.parent) if row["step"] <= step] if step else []
-    if expected is not None and len(rows) < expected:
-        log.warning(
-            "%s lacks %d of the %d lines up to step %d; the run goes on, its curves have a hole",
-            path,
-            expected - len(rows),
-            expected,
-            step,
-        )
+    check_lines(path.parent, rows, step, expected)
     if path.exists():
         store(path, rows)
     return rows
+
+
+def check_lines(run: Path, rows: Sequence[Mapping[str, float]], step: int, expected: int | None) -> None:
+    """Warn where a run has fewer lines up to a step than there were when that step's state was saved."""
+    found = sum(row["step"] <= step for row in rows)
+    if expected is not None and found < expected:
+        log.warning(
+            "%s lacks %d of the %d lines up to step %d; its curves have a hole",
+            run / "metrics.jsonl",
+            expected - found,
+            expected,
+            step,
+        )
 
 
 def store(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from jaxmodels.data import idx, special
 from jaxmodels.data.contract import check_batch
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
-from jaxmodels.models.functional import Model, create
+from jaxmodels.hf import format_of
+from jaxmodels.models.functional import Model, create, family_of
 from jaxmodels.parallel import mesh
 from jaxmodels.tasks.task import Task, normalised
-from jaxmodels.train import evaluate
+from jaxmodels.train import evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import whole
 
@@ -95,6 +96,8 @@ class Run:
     stats: dict[str, Any]
     """Batch statistics of the networks that have them."""
     step: int
+    meta: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """What was saved with the checkpoint beside its arrays."""
 
     @property
     def model(self) -> Model:
@@ -108,16 +111,20 @@ class Run:
         Raises:
             UserError: the run was imported, and no task trains such a model.
         """
-        try:
-            return _task(self.config)
-        except UserError as error:
-            if not (self.directory / "pretrained").is_dir():
-                raise
+        if _without_task(self.directory, self.config):
             kind = type(self.config.model).__name__
             raise UserError(
                 f"got {self.directory}, which was imported with a {kind} that no task trains, expected a model with a "
                 f"head, try jaxmodels export {self.directory} DIR"
-            ) from error
+            )
+        return _task(self.config)
+
+    @cached_property
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl by step, up to the newest; a warning says where lines are missing."""
+        rows = metrics.read(self.directory)
+        metrics.check_lines(self.directory, rows, self.step, self.meta.get("lines"))
+        return rows
 
     @cached_property
     def tokenizer(self) -> data.Tokenizer | None:
@@ -146,9 +153,30 @@ class Run:
         named = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
         return normalised(jax.numpy.asarray(batch["inputs"]), self.config.data), named
 
+    def evaluation(self, data: Mapping[str, Any] | None = None) -> Evaluation:
+        """Open the data that the run was evaluated on, or others: `data` names the fields of that section to change.
+
+        Classes are those that the run was trained on, whatever the data's are; texts are read by the run's own
+        tokenizer.
+
+        Raises:
+            UserError: the data are not here or do not fit the run.
+        """
+        return _evaluation(self, data or {})
+
 
 def load_run(directory: str | Path, *, best: bool = False) -> Run:
-    """A run's newest checkpoint, or its best; on the default device, from where a mesh may take it.
+    """Open a run at its newest checkpoint, or its best; on the default device, from where a mesh may take it.
+
+    Raises:
+        UserError: no run or no checkpoint there, or one that does not fit its config.
+    """
+    run = read_run(directory, best=best)
+    return dataclasses.replace(run, params=jax.device_put(run.params), stats=jax.device_put(run.stats))
+
+
+def read_run(directory: str | Path, *, best: bool = False) -> Run:
+    """`load_run`, with arrays that stay in the host's memory.
 
     Raises:
         UserError: no run or no checkpoint there, or one that does not fit its config.
@@ -161,18 +189,20 @@ def load_run(directory: str | Path, *, best: bool = False) -> Run:
     cfg = dataclasses.replace(
         cfg, mesh=MeshConfig(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
     )
-    try:
-        networks = _task(cfg).networks
-    except UserError:  # imported, to be exported again: no task trains it
-        networks = {"model": create(cfg.model)}
+    networks = {"model": create(cfg.model)} if _without_task(directory, cfg) else _task(cfg).networks
     checkpointer = Checkpointer(directory / "checkpoints")
     shapes = {name: model.shapes() for name, model in networks.items()}
     kind = "params" if cfg.train.ema is None else "ema"
-    params, _, at = checkpointer.restore_params("best" if best else None, subtree=kind, abstract=shapes)
+    params, meta, at = checkpointer.restore_params("best" if best else None, subtree=kind, abstract=shapes)
     stats = {name: tree for name, model in networks.items() if (tree := jax.eval_shape(model.stats))}
     if stats:
         stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
-    return Run(directory, cfg, networks, jax.device_put(params), jax.device_put(stats), at)
+    return Run(directory, cfg, networks, params, stats, at, meta=meta)
+
+
+def _without_task(directory: Path, cfg: Config) -> bool:
+    """Whether a run was imported with a model that no task trains, such as one without a head: to be exported again."""
+    return (directory / "pretrained").is_dir() and not format_of(family_of(cfg.model).name).task(cfg.model)
 
 
 def _task(cfg: Config) -> Task:
@@ -180,8 +210,8 @@ def _task(cfg: Config) -> Task:
 
 
 @dataclass(frozen=True)
-class Saved(Run):
-    """A run with the examples that it is evaluated on."""
+class Evaluation(Run):
+    """A run with the examples that it is evaluated on; see `Run.evaluation`."""
 
     source: data.Source
 
@@ -220,16 +250,8 @@ class Saved(Run):
         return names[index] if index < len(names) else str(index)
 
 
-def open_run(directory: str | Path, *, best: bool = False, given: Mapping[str, Any] | None = None) -> Saved:
-    """A run with the data that it was evaluated on, or with others: `given` are fields of `data` to change.
-
-    Classes are those that the run was trained on, whatever the data's are; texts are read by the run's own tokenizer.
-
-    Raises:
-        UserError: no run or no checkpoint there, or the data are not here or do not fit it.
-    """
-    run = load_run(directory, best=best)
-    task, section = run.task, elsewhere(run, given or {})
+def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
+    task, section = run.task, elsewhere(run, given)
     cfg = dataclasses.replace(run.config, data=section)
     try:
         source = data.open_for(cfg, "eval", classes=run.kept.classes)
@@ -239,7 +261,7 @@ def open_run(directory: str | Path, *, best: bool = False, given: Mapping[str, A
         raise UserError(f"{error}, or other data than the run's own with {_instead(section.source)}") from error
     check_batch(task.fields, data.spec(source, section.batch_size))
     known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    return Saved(**{**known, "config": cfg}, source=source)
+    return Evaluation(**{**known, "config": cfg}, source=source)
 
 
 def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:

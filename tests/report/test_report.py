@@ -22,7 +22,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, command, confusion, curves, latents, page, saliency, samples, summary
 from jaxmodels.report.pieces import Picture, Table, tile
 from jaxmodels.train import run as runs
-from jaxmodels.train.saved import Saved, open_run
+from jaxmodels.train.saved import Evaluation, load_run
 from tests.zoo import ZOO, arrays, example
 
 
@@ -156,7 +156,7 @@ def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
 def test_confusion_is_that_of_scikit_learn(trained):
     from sklearn.metrics import accuracy_score, confusion_matrix
 
-    saved = open_run(trained / "fast")
+    saved = load_run(trained / "fast").evaluation()
     labels, predicted, confidence = confusion.predictions(saved)
     assert len(labels) == 600 and 0.1 <= confidence.min() <= confidence.max() <= 1
     found = confusion.counts(labels, predicted, 10)
@@ -168,7 +168,7 @@ def test_confusion_is_that_of_scikit_learn(trained):
 
 
 def test_another_split_is_measured_anew(trained):
-    saved = open_run(trained / "fast", given={"eval_split": "test[600:900]"})
+    saved = load_run(trained / "fast").evaluation({"eval_split": "test[600:900]"})
     found = command.evaluated(saved, "test[600:900]")
     labels, predicted, _ = confusion.predictions(saved)
     assert len(labels) == 300
@@ -192,7 +192,8 @@ def stand_in(name, params):
     """A model of the zoo as a saved run has it."""
     task, config = ZOO[name]
     cfg = SimpleNamespace(task=TaskConfig(name=task))
-    return Saved(None, cfg, {"model": create(config)}, {"model": params}, {}, 0, source=SimpleNamespace(tokenizer=None))
+    source = SimpleNamespace(tokenizer=None)
+    return Evaluation(None, cfg, {"model": create(config)}, {"model": params}, {}, 0, source=source)
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "lstm-both-ways"])

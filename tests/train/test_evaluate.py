@@ -27,7 +27,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.metrics import inception_score
-from jaxmodels.train import evaluate, judge, saved
+from jaxmodels.train import evaluate, judge, load_run
 from jaxmodels.train import run as runs
 
 CLASSES, GROUPS, N = 7, ("north", "south", "empty", "west"), 50
@@ -158,7 +158,7 @@ def lines(run):
 
 
 def test_a_run_opened_again_measures_what_it_measured(run_of):
-    opened = saved.open_run(run_of / "classifier")
+    opened = load_run(run_of / "classifier").evaluation()
     assert opened.step == 2
     last = {name: value for name, value in lines(run_of / "classifier")[-1].items() if name.startswith("eval/")}
     found = {f"eval/{name}": value for name, value in opened.measure().items()}
@@ -202,14 +202,14 @@ def test_images_are_judged_by_a_classifier_on_the_command_line(run_of, tmp_path,
     found = json.loads(out.read_text())
     assert found["elbo"] == pytest.approx(-found["loss"])
     assert 1 <= found["score"] <= 5 and found["classes"] in range(1, 6) and 0.2 <= found["confidence"] <= 1
-    by, opened = saved.load_run(run_of / "classifier"), saved.load_run(run_of / "vae")
+    by, opened = load_run(run_of / "classifier"), load_run(run_of / "vae")
     images = opened.task.samples(opened.params, {}, 1000)
     logits = by.apply(images)
     assert found["score"] == pytest.approx(inception_score(np.asarray(jax.nn.softmax(logits))), rel=1e-4)
 
 
 def test_what_cannot_judge_or_be_judged_is_refused(run_of):
-    opened = {name: saved.load_run(run_of / name) for name in ("classifier", "vae")}
+    opened = {name: load_run(run_of / name) for name in ("classifier", "vae")}
     with pytest.raises(UserError, match="got --classifier for a run of task classification, expected a vae or a gan"):
         judge.judged(opened["classifier"], run_of / "classifier")
     with pytest.raises(UserError, match="got classifier .* of task vae, expected classification, try"):
@@ -218,4 +218,4 @@ def test_what_cannot_judge_or_be_judged_is_refused(run_of):
 
 def test_a_run_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="expected a directory with config.json"):
-        saved.open_run(tmp_path)
+        load_run(tmp_path).evaluation()

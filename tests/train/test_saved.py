@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxmodels
+from jaxmodels import config as configs
 from jaxmodels.cli import main
 from jaxmodels.config import Config, DataConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
 from jaxmodels.data.build import open_source
@@ -14,7 +15,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import run as runs
-from jaxmodels.train.saved import kept, open_run
+from jaxmodels.train.saved import kept, load_run
 
 WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
 
@@ -80,7 +81,7 @@ def test_another_table_is_evaluated_by_the_classes_and_the_tokenizer_of_the_run(
 def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path, caplog):
     other = csv(tmp_path / "other.csv", [*rows(3), "odd odd,strange"])
     with caplog.at_level("WARNING", "jaxmodels"):
-        opened = open_run(moved, given={"path": (other,)})
+        opened = load_run(moved).evaluation({"path": (other,)})
     assert len(opened.source) == 3
     assert "other.csv:5: label is 'strange', expected one of bad, good" in caplog.text
 
@@ -128,7 +129,7 @@ def test_a_report_shows_the_user_s_own_words(texts, tmp_path):
     other = csv(tmp_path / "other.csv", ["Zebras & <b>giraffes</b> agree,good", "Zebras of 1990 agree,bad"])
     from jaxmodels.report import confusion
 
-    saved = open_run(texts / "run", given={"path": (other,)})
+    saved = load_run(texts / "run").evaluation({"path": (other,)})
     found = confusion.pieces(saved)[-1]
     assert found.head[0] == "text" and len(found.rows) == 1
     assert found.rows[0][0] in ("Zebras & <b>giraffes</b> agree", "Zebras of 1990 agree")
@@ -176,3 +177,24 @@ def test_what_a_run_keeps_of_its_data_is_read_or_refused(tmp_path, text):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match="data.json"):
         kept(tmp_path)
+
+
+def test_the_metrics_of_a_run_are_its_lines_and_a_hole_is_told(texts, tmp_path, caplog):
+    run = jaxmodels.load_run(texts / "run")
+    assert [row["step"] for row in run.metrics] == [10, 20, 30] and run.metrics[-1]["eval/accuracy"] > 0.5
+    assert not caplog.text
+    shutil.copytree(texts / "run", tmp_path / "run")
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run/metrics.jsonl").write_text(lines[0] + lines[2])
+    assert [row["step"] for row in jaxmodels.load_run(tmp_path / "run").metrics] == [10, 30]
+    assert caplog.text.count("\n") == 1 and "lacks 1 of the 3 lines up to step 30" in caplog.text
+
+
+def test_a_run_that_was_imported_says_its_own_mistake(tmp_path):
+    """A task that does not fit is not taken for a model that no task trains."""
+    (tmp_path / "pretrained").mkdir()
+    cfg = Config(model=GPT2Config(layers=1, width=8, heads=2), task=TaskConfig(name="classification"))
+    configs.save(cfg, tmp_path / "config.json", {})
+    with pytest.raises(UserError) as refused:
+        jaxmodels.load_run(tmp_path)
+    assert "no task trains" not in str(refused.value) and "checkpoint" not in str(refused.value)
