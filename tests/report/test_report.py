@@ -19,7 +19,7 @@ from jaxmodels.cli import main
 from jaxmodels.config import Config, DataConfig, EvalConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
 from jaxmodels.models.functional import create
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.report import attention, command, confusion, curves, latents, page, saliency, samples, summary
+from jaxmodels.report import attention, build, confusion, curves, latents, page, saliency, samples, summary
 from jaxmodels.report.pieces import Picture, Table, tile
 from jaxmodels.train import run as runs
 from jaxmodels.train.saved import Evaluation, load_run
@@ -127,9 +127,9 @@ def test_a_broken_part_does_not_lose_the_page(trained, tmp_path, monkeypatch, ca
     def broken(saved):
         raise RuntimeError("no such <thing>")
 
-    monkeypatch.setitem(command.PARTS, "Attention", broken)
+    monkeypatch.setitem(build.PARTS, "Attention", broken)
     monkeypatch.setattr(logging.getLogger("jaxmodels"), "propagate", True)
-    found = command.write({"fast": trained / "fast"}, tmp_path, None, False)
+    found = build.write({"fast": trained / "fast"}, tmp_path, None, False)
     text = found.read_text()
     assert "Without attention of fast: RuntimeError: no such &lt;thing&gt;" in text
     assert 'id="saliency"' in text and 'id="curves"' in text
@@ -143,7 +143,7 @@ def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
     cfg, origin = configs.read(run)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, dir=str(tmp_path / "nothing")))
     configs.save(cfg, run / "config.json", origin)
-    text = command.write({"moved": run}, None, None, False).read_text()
+    text = build.write({"moved": run}, None, None, False).read_text()
     assert (run / "report" / "curves.png").exists()
     assert (
         summary.number(curves.last(run)["eval/accuracy"]) in text
@@ -169,7 +169,7 @@ def test_confusion_is_that_of_scikit_learn(trained):
 
 def test_another_split_is_measured_anew(trained):
     saved = load_run(trained / "fast").evaluation({"eval_split": "test[600:900]"})
-    found = command.evaluated(saved, "test[600:900]")
+    found = build.evaluated(saved, "test[600:900]")
     labels, predicted, _ = confusion.predictions(saved)
     assert len(labels) == 300
     np.testing.assert_allclose(found["eval/accuracy"], (labels == predicted).mean(), atol=1e-6)
@@ -330,7 +330,7 @@ def test_runs_with_odd_names_stay_apart_and_are_named_as_they_are(tmp_path):
     rate = next(axis for axis in figure.axes if axis.get_title() == "learning rate")
     assert all(line.get_marker() == "." for line in rate.lines)
     parts = [page.Part([Picture("curves", figure)], name) for name in names]
-    command.save(tmp_path / "out", "<odd> \udcff", [page.Section("Curves", parts)])
+    build.save(tmp_path / "out", "<odd> \udcff", [page.Section("Curves", parts)])
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
     assert "&lt;odd&gt;" in (tmp_path / "out" / "report.html").read_text()
 
