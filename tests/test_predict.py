@@ -116,6 +116,7 @@ def test_a_bad_byte_is_named_and_nothing_that_a_terminal_obeys_is_written(texts,
         (["{folder}/blank.txt", "--input-field", "a"], "without a table"),
         (["{folder}/x.png"], "for a model that reads texts"),
         (["{folder}/blank.txt", "--beams", "2"], "expected it for seq2seq alone"),
+        (["{folder}/blank.txt", "--captions", "a b"], "got --captions a b for a run of classification"),
         (["{folder}/blank.txt", "--tokens", "2"], "expected it for causal_lm alone"),
         ([], "got no files"),
     ],
@@ -238,6 +239,12 @@ def test_images_are_matched_with_the_captions_of_the_classes(tmp_path, capsys):
     run = trained(tmp_path, model, TaskConfig(name="contrastive"), data, 40)
     found, _ = lines(capsys, run, tmp_path / "set")
     assert [each["label"] for each in found] == ["dark"] * 12 + ["light"] * 12
+    again, _ = lines(capsys, run, tmp_path / "set", "--class-names", "light", "dark", "--captions", "a {label} one")
+    for one, other in zip(found, again, strict=True):
+        assert one["label"] == other["label"] and list(other["probabilities"]) == ["light", "dark"]
+        assert other["probability"] == pytest.approx(one["probability"], abs=1e-5)
+    assert main(["predict", str(run), str(tmp_path / "set"), "--captions", "a photo"]) == 2
+    assert "got captions 'a photo', expected {label} in each" in capsys.readouterr().err
 
 
 def test_what_only_makes_images_is_told_where_they_are_shown(tmp_path, capsys):

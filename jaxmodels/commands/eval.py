@@ -33,6 +33,10 @@ class EvalData(Section, section="data"):
     """Field of a record that holds the translation."""
     group_field: str | None = None
     """Field of a record that names its group: each metric is given for each group too."""
+    captions: tuple[str, ...] = ()
+    """Texts of an image's class, one or several, in which {label} stands for the class's name (contrastive)."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in captions, in the order of the classes (contrastive)."""
     bad_records: Natural | None = None
     """Records that cannot be read are named, counted and left out, up to so many."""
 

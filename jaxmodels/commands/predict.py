@@ -6,6 +6,8 @@ import json
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
 from jaxmodels.data import given
 from jaxmodels.errors import UserError
@@ -21,6 +23,8 @@ def predict(
     input_field: str | None = None,
     tokens: Count | None = None,
     beams: Beams | None = None,
+    captions: tuple[str, ...] = (),
+    class_names: tuple[str, ...] = (),
     best: bool = False,
 ) -> None:
     """Labels, texts or translations of new records, as a line of JSON for each, in their order.
@@ -35,6 +39,9 @@ def predict(
         input_field: column of a table to read, where it is not called as in training.
         tokens: how many tokens a text goes on for, at most (causal_lm); 100 when not given.
         beams: width of the search for translations (seq2seq); 4 when not given.
+        captions: texts of an image's class, one or several, such as 'a photo of a {label}' (contrastive); those of the
+            training when not given.
+        class_names: names of the classes that captions are of (contrastive); those of the training when not given.
         best: the best checkpoint instead of the newest.
     """
     from jaxmodels.train.run import compilation_cache
@@ -42,9 +49,20 @@ def predict(
     compilation_cache()
     opened = load_run(run, best=best)
     own = opened.config.task.name
-    for name, value, task in (("tokens", tokens, "causal_lm"), ("beams", beams, "seq2seq")):
-        if value is not None and own != task:
-            raise UserError(f"got --{name} {value} for a run of {own}, expected it for {task} alone, try it without")
+    options: dict[str, dict[str, Any]] = {
+        "causal_lm": {"tokens": tokens},
+        "seq2seq": {"beams": beams},
+        "contrastive": {"captions": " ".join(captions) or None, "class-names": " ".join(class_names) or None},
+    }
+    for task, given_here in options.items():
+        for name, value in given_here.items():
+            if value is not None and own != task:
+                raise UserError(
+                    f"got --{name} {value} for a run of {own}, expected it for {task} alone, try it without"
+                )
+    own_data = opened.config.data
+    seen = replace(own_data, captions=captions or own_data.captions, class_names=class_names or own_data.class_names)
+    opened = replace(opened, config=replace(opened.config, data=seen))
     ready, answers = predictor(opened, tokens or 100, beams or 4)
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)

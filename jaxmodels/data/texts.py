@@ -185,7 +185,7 @@ def encoded(captions: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[
     if longest > length:
         raise UserError(
             f"got captions of up to {longest} tokens, expected at most data.seq_len {length}, "
-            f"try --data.seq-len {longest}"
+            "try shorter ones, or a larger data.seq_len in training"
         )
     return single(ids, length)
 

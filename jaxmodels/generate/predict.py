@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -165,10 +166,19 @@ def _captioned(run: Run) -> Answers:
     """The class whose captions are nearest to an image."""
     section, tokenizer = run.config.data, run.tokenizer
     names = section.class_names or run.kept.classes
-    if tokenizer is None or not section.captions or not names:
+    if tokenizer is None:
+        raise UserError(f"got {run.directory} without a tokenizer, expected one that reads captions, try another run")
+    if not section.captions or not names:
+        what = " and ".join(["captions"] * (not section.captions) + ["names of classes"] * (not names))
         raise UserError(
-            f"got {run.directory} without captions of classes, expected a run that was trained on some, "
-            "try a run of jaxmodels train with --data.captions"
+            f"got {run.directory} without {what}, expected those that images are matched with, "
+            f"try --captions {shlex.join(section.captions or ('a photo of a {label}',))} "
+            f"--class-names {shlex.join(names or ('cat', 'dog'))}"
+        )
+    if len(names) > 1 and not all("{label}" in template for template in section.captions):
+        raise UserError(
+            f"got captions {shlex.join(section.captions)}, expected {{label}} in each, where the name of a class "
+            "comes, try 'a photo of a {label}'"
         )
     captions = [template.replace("{label}", name) for name in names for template in section.captions]
     rows = texts.encoded(captions, tokenizer, section.seq_len)

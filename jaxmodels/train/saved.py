@@ -291,9 +291,10 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
     if own.source == "synthetic" and not given and imported:
         kind = "table" if run.config.task.name in ("classification", "seq2seq") else "text"
         texts = run.tokenizer is not None and run.config.task.name != "contrastive"
+        captions = " --data.captions 'a photo of a {label}'" if run.config.task.name == "contrastive" else ""
         raise UserError(
             f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
-            f"try --data.source {f'{kind} --data.path FILE' if texts else 'images --data.path FOLDER'}"
+            f"try --data.source {f'{kind} --data.path FILE' if texts else f'images --data.path FOLDER{captions}'}"
         )
     if "path" in fields:
         # all of it is evaluated on, but for the files of a set that hold what is held out themselves

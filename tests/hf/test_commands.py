@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,17 +10,20 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import jaxmodels
 from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run, size
 from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, InitConfig, MetricsConfig, TrainConfig
+from jaxmodels.data import texts
 from jaxmodels.data.tokenizer import Bytes, Chars
 from jaxmodels.errors import UserError
 from jaxmodels.hf import save
 from jaxmodels.hf import tokenizer as tokenizers
 from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
@@ -80,6 +84,46 @@ def test_a_classifier_of_a_short_context_is_evaluated_once_imported(tmp_path, ca
     other = ["--data.source", "table", "--data.path", str(tmp_path / "new.csv")]
     assert cli.main(["eval", str(tmp_path / "run"), *other]) == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_an_imported_clip_is_evaluated_and_classifies_by_captions(tmp_path, capsys):
+    folder, run, images = tmp_path / "clip", str(tmp_path / "run"), tmp_path / "images"
+    folder.mkdir()
+    size = data.train_bpe(["a photo of a dark light thing. " * 50], 300, folder / "tokenizer.json").vocab_size
+    model = jaxmodels.create(
+        CLIPConfig(
+            input_shape=(8, 8, 3), patch=4, image_layers=1, image_heads=2, image_width=16, image_mlp_width=16,
+            context=16, vocab_size=size, text_layers=1, text_heads=2, text_width=16, text_mlp_width=16, embedding=8,
+        )
+    )  # fmt: skip
+    save.save_pretrained(folder, model, filled(model))
+    for name, value in (("dark", 20), ("light", 230)):
+        (images / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(images / name / "a.png")
+    assert cli.main(["import", str(folder), "--out", run]) == 0
+    assert cli.main(["eval", run]) == 2
+    captions = "--data.captions 'a photo of a {label}'"
+    assert f"try --data.source images --data.path FOLDER {captions}" in capsys.readouterr().err
+    advised = shlex.split(f"--data.source images --data.path {images} {captions}")
+    assert cli.main(["eval", run, *advised]) == 0
+    assert "2 images of 8x8x3, 2 classes (eval), 2 captions" in capsys.readouterr().out
+    assert cli.main(["eval", run, *advised, "--data.class-names", "night"]) == 2
+    assert "got 1 data.class_names, expected one for each of 2 classes" in capsys.readouterr().err
+
+    assert cli.main(["predict", run, str(images)]) == 2
+    error = capsys.readouterr().err
+    assert "got " + run + " without captions and names of classes" in error
+    advised = shlex.split(error.partition(", try ")[2])
+    assert advised == ["--captions", "a photo of a {label}", "--class-names", "cat", "dog"]
+    assert cli.main(["predict", run, str(images), *advised[:2], "--class-names", "dark", "a light thing"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    opened = jaxmodels.load_run(run)
+    read = texts.encoded(["a photo of a dark", "a photo of a a light thing"], opened.tokenizer, 16)
+    for each, value in zip(found, (20, 230), strict=True):
+        pixels, _ = opened.inputs({"inputs": np.full((1, 8, 8, 3), value, np.uint8)})
+        seen, text, scale = opened.apply(pixels, read["inputs"], segment_ids=read["segment_ids"])
+        expected = jax.nn.softmax(np.minimum(scale, 100) * seen @ text.T)[0]
+        np.testing.assert_allclose([*each["probabilities"].values()], expected, atol=1e-4)
 
 
 def test_an_imported_run_is_sampled_from(imported, given, capsys):
