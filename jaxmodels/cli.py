@@ -85,8 +85,14 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return text, 1
     if isinstance(error, OSError) and (said := _of_files(error)) is not None:
         return said
-    if re.search(r"No space left on device|Disk quota exceeded", text):  # of a library that writes in C++
+    # of a library that writes in C or C++
+    if re.search(r"No space left on device|Disk quota exceeded|database or disk is full", text):
         return f"the disk is full: {text[:200]}; try again when there is room, nothing that was saved is lost", 1
+    if re.search(r"readonly database|unable to open database file", text):
+        return (
+            f"got a place for a database that cannot be written ({text[:160]}), expected one that can, try another",
+            2,
+        )
     if unknown := re.search(r"No such compile option: '(\w+)'", text):
         return f"got train.xla {unknown.group(1)}, which this compiler does not know, try without it", 2
     if absent := re.search(r"[Uu]nable to initialize backend '(\w+)'|Unknown backend:? '?(\w+)", text):

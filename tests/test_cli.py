@@ -263,6 +263,10 @@ def test_errors_of_files_and_disks_get_one_line():
     assert explain(NotADirectoryError(errno.ENOTDIR, "Not a directory", "x"))[1] == 2
     message, code = explain(OSError(errno.ENOSPC, "No space left on device"))
     assert code == 1 and "the disk is full" in message
+    message, code = explain(RuntimeError("(sqlite3.OperationalError) database or disk is full\n[SQL: CREATE TABLE x]"))
+    assert code == 1 and "the disk is full" in message and "\n" not in message
+    message, code = explain(RuntimeError("(sqlite3.OperationalError) attempt to write a readonly database"))
+    assert code == 2 and "cannot be written" in message
     assert explain(KeyError("x")) == (None, 1)
 
 

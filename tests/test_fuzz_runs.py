@@ -57,3 +57,24 @@ def test_a_damaged_file_of_a_run_ends_in_one_line(made, tmp_path_factory, capsys
         ends_in_one_line(["predict", run, made / "new.csv"], capsys, 2 if "checkpoints" in name else 1)
     assert tree(run) == before
     shutil.rmtree(run.parent)
+
+
+COMMANDS = ["eval", "predict", "sample", "export", "config explain", "train"]
+ARGUMENTS = st.sampled_from(
+    ["--best", "--out", "--tokens", "--split", "--data.path", "--data.batch-size", "--json", "--top", "--run-dir",
+     "--resume", "-1", "0", "1e999", "nan", "None", "", "x", "-", "--", "\x1b[2J", "no/such",
+     "new.csv", "run", "a.csv", "train"]
+)  # fmt: skip
+
+
+@drawn(15)
+@given(command=st.sampled_from(COMMANDS), words=st.lists(ARGUMENTS, min_size=1, max_size=3))
+def test_any_arguments_for_a_run_that_is_there_end_in_one_line_and_leave_it_alone(
+    made, monkeypatch, capsys, command, words
+):
+    monkeypatch.chdir(made)
+    before = tree(made / "run")
+    ends_in_one_line([*command.split(), "run", *words], capsys, 3)
+    assert tree(made / "run") == before
+    for path in set(made.iterdir()) - {made / name for name in ("run", "a.csv", "new.csv")}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

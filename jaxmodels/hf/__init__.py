@@ -1,4 +1,4 @@
-"""Weights in and out of Hugging Face's format: one engine, and one table a family."""
+"""Read and write weights in Hugging Face's format: one engine, and one table per family."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "resnet": ("resnet",),
     "clip": ("clip",),
 }
-"""Our family, which is a module here too -> the `model_type`s of config.json that it reads."""
+"""Each family, which is also the name of a module here, and the `model_type`s of config.json that it reads."""
 
 
 def supported() -> dict[str, tuple[str, ...]]:
-    """The families whose weights can be read and written, and their names in Hugging Face's config.json."""
+    """Return the families whose weights can be read and written, with their `model_type`s in config.json."""
     return dict(TYPES)
 
 
 def format_of(family: str) -> Format:
-    """How a family of ours is read and written.
+    """Return the format of one of our families.
 
     Raises:
         UserError: transformers has no such model.
@@ -47,7 +47,11 @@ def format_of(family: str) -> Format:
 
 
 def family_of(model_type: Any) -> str:
-    """Our family for a `model_type` of config.json."""
+    """Return our family for a `model_type` of config.json.
+
+    Raises:
+        UserError: no family reads it.
+    """
     for family, kinds in TYPES.items():
         if model_type in kinds:
             return family
@@ -58,14 +62,14 @@ def family_of(model_type: Any) -> str:
 
 
 def load_pretrained(directory: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> tuple[Model, Any]:
-    """A model and its parameters from a directory in Hugging Face's format (config.json, model.safetensors).
+    """Load a model and its parameters from a directory in Hugging Face's format (config.json, model.safetensors).
 
-    Parameters become float32, whatever the file's type. On a mesh each lies where the table of `parallel.rules` puts
-    it, and a process holds its own part alone. `overrides` are fields of the config that leave the weights as they are
-    (dtype, attention, remat, dropout). A family with batch statistics gives the loaded ones from `model.stats()`.
+    Parameters become float32, whatever their type in the file. With a mesh, each parameter is placed by the table of
+    `parallel.rules`, and each process holds only its own part. `overrides` are config fields that do not change the
+    weights (dtype, attention, remat, dropout). `model.stats()` returns loaded batch statistics, where there are any.
 
     Raises:
-        UserError: a setting that is not computed here, or tensors that do not fit; all are named, before any is read.
+        UserError: settings that are not computed here, or tensors that do not fit; all are named before any is read.
     """
     from jaxmodels.hf import load
 

@@ -14,7 +14,7 @@ HEADS = {
     "BertForPreTraining": "pretraining",
     "BertModel": "none",
 }
-"""`architectures` -> ours."""
+"""Our `head` for each name in `architectures`."""
 
 
 def config(s: Settings) -> BERTConfig:
@@ -104,7 +104,7 @@ def weights(c: BERTConfig) -> list[Weight]:
 
 
 def task(c: BERTConfig) -> str:
-    return {"pretraining": "", "none": ""}.get(c.head, c.head)  # "": no task trains it
+    return {"pretraining": "", "none": ""}.get(c.head, c.head)  # no task trains these two
 
 
 FORMAT = Format(
@@ -117,7 +117,7 @@ FORMAT = Format(
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
-    # heads that the published files hold, whichever of them config.json asks for
+    # published files contain these heads, even where config.json names another one
     skipped=(r"^bert\.embeddings\.position_ids$", r"^bert\.pooler\.", r"^cls\.(predictions|seq_relationship)\."),
     aliases=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     task=task,

@@ -1,4 +1,4 @@
-"""What lies beside weights, such as a tokenizer or a chat template: kept in a run, and put back when it is exported."""
+"""Keep the files beside weights, such as a tokenizer or a chat template, in a run, and write them back on export."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from jaxmodels.models.functional import family_of
 log = logging.getLogger("jaxmodels")
 
 KEPT = "pretrained"
-"""Folder of a run with these files, as they came."""
+"""Folder in a run that holds these files unchanged."""
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
-"""What a tokenizer lies in."""
+"""Files of a tokenizer."""
 TEXT = (*TOKENIZER, "chat_template*", "generation_config.json")
-"""What speaks of the ids of a tokenizer."""
+"""Files that depend on the ids of a tokenizer."""
 FILES = (*TEXT, "preprocessor_config.json", "processor_config.json", "config.json")
 _NAMES = ("id2label", "label2id")
 
 
 def keep(directory: Path, run: Path) -> None:
-    """Keep what lies beside the weights of a directory in a run.
+    """Copy the files beside the weights of a directory into a run.
 
     Raises:
-        UserError: a file cannot be read, or is a link out of the directory. A link into the blobs of the same
-            `models--*` folder, as huggingface_hub lays its cache out, is none.
+        UserError: a file cannot be read, or links out of the directory. Links into the blobs of the same `models--*`
+            folder, as in the cache of huggingface_hub, are allowed.
     """
     home = directory.resolve()
     cached = home.parent.name == "snapshots" and home.parents[1].name.startswith("models--")
@@ -50,7 +50,7 @@ def keep(directory: Path, run: Path) -> None:
             )
     (run / KEPT).mkdir()
     for path in found:
-        if path.is_file():  # a folder or a pipe is nothing that comes with a model
+        if path.is_file():  # a model does not come with folders or pipes
             try:
                 shutil.copyfile(path, run / KEPT / path.name)
             except OSError as error:
@@ -58,12 +58,12 @@ def keep(directory: Path, run: Path) -> None:
 
 
 def carry(source: Path, run: Path, fresh: Sequence[str]) -> None:
-    """Keep in a run what its `init.source` has: a run that was imported, or that began with one, or what was published.
+    """Copy into a run the files that its `init.source` has, whether that is a run or a directory of transformers.
 
-    Names of classes stay behind where a part of the model is `fresh`.
+    The names of classes are left out where a part of the model is `fresh`.
     """
     if (run / KEPT).exists():
-        return  # it is resumed
+        return  # the run is being resumed
     if (source / KEPT).is_dir():
         shutil.copytree(source / KEPT, run / KEPT)
     elif "model_type" in special.objects(source / "config.json"):
@@ -77,16 +77,16 @@ def carry(source: Path, run: Path, fresh: Sequence[str]) -> None:
 
 
 def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
-    """Put what a run has beside its weights into a folder; returns further settings of config.json."""
+    """Write the files that a run keeps beside its weights into a folder; return more settings for config.json."""
     tokenizer = data.load_tokenizer(run) if (run / FILE).is_file() else None
     kept, settings = run / KEPT, {}
-    # with another tokenizer than the one that came, its files and the ids in them mean nothing
+    # with a tokenizer of its own, the files that came with the weights, and their ids, no longer apply
     own = tokenizer is not None and not ((kept / FILE).is_file() and same(tokenizer, data.load_tokenizer(kept)))
     if kept.is_dir():
         left = {path for pattern in TEXT for path in kept.glob(pattern)} if own else set()
-        for path in {*kept.iterdir()} - left - {kept / "config.json"}:  # that comes last, with the weights
+        for path in {*kept.iterdir()} - left - {kept / "config.json"}:  # written last, with the weights
             shutil.copyfile(path, part / path.name)
-        # those say how the weights came, not how they go
+        # these describe the weights as they came, not as they are exported
         how = {"dtype", "torch_dtype", "auto_map", "transformers_version", *(special.NAMES if own else ())}
         if len(special.objects(kept / "config.json").get("id2label") or ()) != getattr(cfg.model, "classes", None):
             how |= {*_NAMES}
@@ -96,12 +96,12 @@ def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
         tokenizers.save(tokenizer, part, cfg.task.name)
         return settings | tokenizers.ids(tokenizer, cfg.task.name)
     if not kept.is_dir() and cfg.task.name in ("causal_lm", "seq2seq"):
-        return dict.fromkeys(special.NAMES)  # not those that transformers takes where none are named
+        return dict.fromkeys(special.NAMES)  # otherwise transformers would take its defaults
     return settings
 
 
 def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
-    """Write how a run's images become inputs, where what came with its weights says otherwise; names of its classes."""
+    """Write how a run turns images into inputs, unless its file says so already; return the names of classes."""
     from jaxmodels.train.saved import KEPT as DATA
 
     family = family_of(cfg.model).name
@@ -116,11 +116,11 @@ def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
     count = getattr(cfg.model, "classes", None)
     names = list(map(str, data_kept.get("classes") or ()))
     if not count or not data_kept.get("train") or not names or len(names) > count:
-        return {}  # those of an import are in its config.json
+        return {}  # an imported run has its names in config.json
     names = distinct(names + [str(i) for i in range(len(names), count)])
     return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {x: i for i, x in enumerate(names)}}
 
 
 def same(a: data.Tokenizer, b: data.Tokenizer) -> bool:
-    """Whether two tokenizers give the same ids, and end texts alike."""
+    """Say whether two tokenizers give the same ids and end texts in the same way."""
     return a.to_json() == b.to_json() and a.special == b.special

@@ -9,8 +9,8 @@ from jaxmodels.models.clip import CLIPConfig
 
 
 def config(s: Settings) -> CLIPConfig:
-    """Settings that a file leaves out are those of ViT-B/32."""
-    # the longer names are those of the first files, and stand above the others
+    """The defaults are those of ViT-B/32."""
+    # early files use the longer names, which take precedence
     image, text = (
         s.section(f"{kind}_config_dict" if s.get(f"{kind}_config_dict", None) is not None else f"{kind}_config")
         for kind in ("vision", "text")
@@ -35,7 +35,7 @@ def config(s: Settings) -> CLIPConfig:
         "text_heads": text.whole("num_attention_heads", 8),
         "text_width": text.whole("hidden_size", 512),
         "text_mlp_width": text.whole("intermediate_size", 2048),
-        # 2 was written by mistake for years, and stands for the highest id
+        # 2 was written by mistake for years, and means the highest id
         "end_token": None if end == 2 else end,
         "embedding": s.whole("projection_dim", 512),
         "norm_eps": eps,

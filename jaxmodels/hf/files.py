@@ -1,7 +1,6 @@
-"""The safetensors format: a header of JSON that says where each tensor lies, then the tensors.
+"""The safetensors format: a JSON header that gives the place of each tensor, followed by the tensors.
 
-Read and written here tensor by tensor, each at its place in the file, which neither maps files into the address space
-nor holds a second copy of the model.
+Tensors are read and written one by one, so that no file is mapped into memory and no second copy of the model is held.
 Source: https://huggingface.co/docs/safetensors (the format).
 """
 
@@ -23,19 +22,19 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {name: jnp.dtype(kind) for name, kind in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
 }.items()}  # fmt: skip
-"""Types that become float32."""
+"""Types that are converted to float32."""
 BITS = {name: bits for bits, names in {
     4: ("F4",), 8: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 16: ("I16", "U16", "F16", "BF16"),
     32: ("I32", "U32", "F32"), 64: ("I64", "U64", "F64", "C64"),
 }.items() for name in names}  # fmt: skip
-"""Bits of a number of each type."""
+"""Bits per number of each type."""
 _CHUNK = 1 << 24
-_HEADER = 100_000_000  # the most bytes of a header, by the format
+_HEADER = 100_000_000  # the format allows no longer header
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies."""
+    """The place of a tensor in a file."""
 
     file: Path
     dtype: str
@@ -47,11 +46,11 @@ class Tensor:
         return math.prod(self.shape)
 
     def read(self) -> np.ndarray:
-        """The tensor."""
+        """Read the tensor."""
         return self._elements(0, self.size).reshape(self.shape)
 
     def read_into(self, out: np.ndarray) -> None:
-        """A float32 tensor, into an array without gaps."""
+        """Read a float32 tensor into a contiguous array."""
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             rest = out.reshape(-1).view(np.uint8).data
@@ -61,7 +60,7 @@ class Tensor:
                 rest = rest[count:]
 
     def equals(self, other: Tensor) -> bool:
-        """Whether two tensors hold the same numbers; little of them is in memory at once."""
+        """Say whether two tensors hold the same numbers, comparing them in small pieces."""
         if self.shape != other.shape:
             return False
         for at in range(0, self.size, _CHUNK):
@@ -80,10 +79,10 @@ class Tensor:
 
 
 def header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, which lie one behind another and fill it.
+    """Read the tensors' places from a file's header; they follow each other without gaps and fill the file.
 
     Raises:
-        ValueError: it is no safetensors file, or its header says what cannot be.
+        ValueError: it is not a safetensors file, or its header is inconsistent.
     """
     try:
         size = path.stat().st_size
@@ -121,7 +120,7 @@ def header(path: Path) -> dict[str, Tensor]:
 
 
 def _wrong(entry: Any) -> str | None:
-    """What cannot be in what a header says of a tensor."""
+    """Return what is wrong with a header's entry for a tensor, or None."""
     if not isinstance(entry, dict):
         return f"{_short(entry)}, expected dtype, shape and data_offsets"
     kind, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
@@ -145,7 +144,7 @@ def _short(value: Any) -> str:
 
 
 def json_object(text: bytes) -> dict[str, Any] | None:
-    """A JSON object no name of which stands twice; None where it is none."""
+    """Parse a JSON object without repeated names; None where the text is not one."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -161,20 +160,20 @@ def json_object(text: bytes) -> dict[str, Any] | None:
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    """The file of each tensor, as an index says; None where it cannot be read."""
+    """Return the file of each tensor by the index; None where the index cannot be read."""
     try:
         where = (json_object(path.read_bytes()) or {}).get("weight_map")
     except OSError:
         return None
     if not isinstance(where, dict) or not where:
         return None
-    # a name of a file and no path, which might lead out of the directory
+    # a path instead of a file name might lead out of the directory
     names = [name for name in where.values() if not (isinstance(name, str) and name.endswith(".safetensors"))]
     return None if names or any(Path(name).name != name for name in where.values()) else where
 
 
 def scan(directory: Path) -> tuple[list[tuple[str, Tensor]], list[str]]:
-    """All tensors of a directory, from the headers alone, and what is wrong with its files."""
+    """Return all tensors of a directory, read from the headers alone, and what is wrong with its files."""
     index, problems, found = directory / INDEX, [], []
     where: dict[str, str] | None = None
     if index.is_file() and not (directory / WEIGHTS).is_file():
@@ -212,9 +211,9 @@ def write(
     tensors: Iterable[np.ndarray],
     counters: Mapping[str, int] | None = None,
 ) -> Iterator[int]:
-    """Write float32 tensors in the order of `shapes`, taking one at a time; gives the bytes of each once written.
+    """Write float32 tensors in the order of `shapes`, one at a time; yield the bytes of each once it is written.
 
-    `counters` are single whole numbers, which come first, as the wider type.
+    `counters` are scalar int64 tensors, which are written first, as the format puts wider types first.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     counted, end = counters or {}, 0
@@ -240,7 +239,7 @@ def write(
 
 
 def sharded(shapes: Mapping[str, tuple[int, ...]], limit: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Tensors by the file they go to, each of at most `limit` bytes or of one tensor alone."""
+    """Assign tensors to files, each of at most `limit` bytes unless it holds a single tensor."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     room = limit
     for name, shape in shapes.items():

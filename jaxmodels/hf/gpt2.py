@@ -9,7 +9,6 @@ from jaxmodels.models.gpt2 import GPT2Config
 
 
 def config(s: Settings) -> GPT2Config:
-    """Linear layers of GPT-2 keep weights as (inputs, outputs)."""
     s.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     s.only("layer_norm_epsilon", 1e-5)
     s.only("scale_attn_weights", True)
@@ -53,6 +52,7 @@ def describe(c: GPT2Config) -> dict[str, Any]:
 
 
 def weights(c: GPT2Config) -> list[Weight]:
+    # linear layers of GPT-2 store weights as (inputs, outputs)
     h, qkv = "transformer.h.{layer}.", ("q", "k", "v")
     return [
         Weight("transformer.wte.weight", "embed/w"),

@@ -1,4 +1,4 @@
-"""LLaMA and its kin: Mistral, Qwen2 and Qwen3, which are fields of one config here."""
+"""LLaMA, Mistral, Qwen2 and Qwen3, which share one config here."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ UNSAID: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128},
     "mixtral": {**_MISTRAL, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
 }
-"""What transformers takes for settings that a config.json of this `model_type` leaves out, where it is not LLaMA's."""
+"""The defaults of transformers for each `model_type`, where they differ from LLaMA's."""
 
 
 def rope(s: Settings) -> dict[str, Any]:
-    """Base and scaling of the wavelengths, as transformers writes them since version 5 or before it."""
+    """Return the base and scaling of rotary wavelengths, as written by transformers before or since version 5."""
     inner = Settings({**s.section("rope_scaling").values, **s.section("rope_parameters").values}, s.where, s)
     base = s.number("rope_theta", 1e4)
     found: dict[str, Any] = {"rope_theta": float(inner.number("rope_theta", base))}
-    # before it was renamed, the type was called type
+    # rope_type was once called type
     old = inner.values.get("type", "default")
     kind = Settings({"rope_type": old, **inner.values}, s.where, s).only("rope_type", "default", "llama3")
     if kind == "llama3":
@@ -46,7 +46,7 @@ def rope(s: Settings) -> dict[str, Any]:
 
 
 def window(s: Settings) -> int | None:
-    """Tokens that each one sees; refused where layers differ."""
+    """Return the width of the attention window; refuse layers that differ."""
     layers, kind = s.whole("num_hidden_layers", 32), s.values["model_type"]
     width = s.whole("sliding_window", None)
     if kind == "llama" or width is None:
@@ -65,7 +65,7 @@ def window(s: Settings) -> int | None:
 
 
 def common(s: Settings) -> dict[str, Any]:
-    """What decoders of this kind have in common."""
+    """Return the fields that LLaMA and Mixtral share."""
     s = Settings({**UNSAID[s.values["model_type"]], **s.values}, s.where, s)  # null is not left out
     s.only("hidden_act", "silu")
     s.training("attention_dropout", 0.0, 0.0)
@@ -97,7 +97,7 @@ def config(s: Settings) -> LlamaConfig:
 
 
 def described(c: Any, kind: str, architecture: str) -> dict[str, Any]:
-    """What `common` reads; rotary settings as all versions of transformers read them."""
+    """Return the settings that `common` reads; rotary ones in the form of every version of transformers."""
     found = {
         "architectures": [architecture],
         "model_type": kind,
@@ -146,7 +146,7 @@ def describe(c: LlamaConfig) -> dict[str, Any]:
 
 
 def attention() -> list[Weight]:
-    """Rows of the embedding, the norms and attention, which Mixtral has too."""
+    """Return the rows of embedding, norms and attention, which Mixtral shares."""
     h = "model.layers.{layer}."
     rows = [
         Weight("model.embed_tokens.weight", "embed/w"),

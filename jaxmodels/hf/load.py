@@ -1,4 +1,4 @@
-"""From a directory in Hugging Face's format to a model and its parameters, tensor by tensor."""
+"""Load a model and its parameters from a directory in Hugging Face's format, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from jaxmodels.parallel import rules
 log = logging.getLogger("jaxmodels")
 
 Leaves = dict[str, Any]
-"""By path; batch statistics under stats/."""
+"""Leaves by path; batch statistics are under stats/."""
 _AT_ONCE = 1 << 22
-_NAMED = 12  # names of tensors of one kind in a message
+_NAMED = 12  # the most tensors that a message names for one problem
 Found = list[tuple[str, files.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A directory whose tensors fit a model; nothing of them has been read."""
+    """A directory whose tensors fit a model, before any of them is read."""
 
     model: Model
     format: Format
@@ -42,7 +42,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes of the parameters in float32."""
+        """Bytes of the parameters as float32."""
         return 4 * sum(tensor.size for tensor in self.found.values())
 
 
@@ -60,10 +60,10 @@ def load_pretrained(directory: Path, mesh: Mesh | None, overrides: Mapping[str, 
 
 
 def described(directory: Path) -> tuple[Format, Any]:
-    """How the model of a directory is read, and its config; what changes its training alone is said.
+    """Return the format and the config of a directory's model; log settings that differ here in training alone.
 
     Raises:
-        UserError: a setting that is not computed here; all are named.
+        UserError: names all settings that are not computed here.
     """
     settings = Settings.read(directory)
     form = hf.format_of(hf.family_of(settings.values["model_type"]))
@@ -71,7 +71,7 @@ def described(directory: Path) -> tuple[Format, Any]:
         settings.refused.append("a quantization_config (computed here: weights that are not quantized)")
     try:
         config = form.config(settings)
-    except UserError as error:  # a field that the files set: no option would change it
+    except UserError as error:  # the files set this field, so the message must not suggest an option
         raise UserError(f"{settings.where}: {str(error).partition(', try --')[0]}") from None
     settings.check()
     for remark in settings.remarks:
@@ -82,22 +82,22 @@ def described(directory: Path) -> tuple[Format, Any]:
 def open_source(
     directory: Path, overrides: Mapping[str, Any] | None = None, wanted: Collection[str] | None = None
 ) -> Source:
-    """The model of a directory, with every tensor found and checked by the files' headers.
+    """Open the model of a directory, and check every tensor by the headers of the files.
 
-    `wanted`: paths of the leaves that are to be read; the others may be missing, or of another shape than the model's.
+    `wanted` are the paths of the leaves to read; others may be missing or have another shape than in the model.
 
     Raises:
         UserError: names all that does not fit.
     """
     form, config = described(directory)
     found, damaged = files.scan(directory)
-    counted(config, len(found), damaged, directory)
+    check_layers(config, len(found), damaged, directory)
     model = create(config, **(overrides or {}))
     shapes = {path: leaf.shape for path, leaf in leaves_of(model).items()}
     table = form.rows(model.config, shapes)
     if wanted is not None:
         table = [row for row in table if set(row.paths) & {*wanted}]
-    # before a row is spread out: each of its tensors has to be in the files, or be tied to one that is
+    # before rows are expanded: each tensor must be in the files, or be tied to one that is
     count = sum(math.prod(shapes[row.paths[0]][: len(re.findall(r"\{\w+\}", row.theirs))]) for row in table)
     if not damaged and count > 2 * len(found) + 100:
         raise UserError(
@@ -110,8 +110,12 @@ def open_source(
     return Source(model, form, needed, match(directory, form, model, needed, known, found, damaged))
 
 
-def counted(config: Any, tensors: int, damaged: list[str], directory: Path) -> None:
-    """Raises UserError where a config has more layers than there are tensors, before a model is made of it."""
+def check_layers(config: Any, tensors: int, damaged: list[str], directory: Path) -> None:
+    """Refuse a config of more layers than there are tensors, before a model is made of it.
+
+    Raises:
+        UserError: it has more.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         layers = sum(value) if field.name == "depths" else value if "layers" in field.name else 0
@@ -131,9 +135,13 @@ def match(
     tensors: Found,
     damaged: list[str],
 ) -> dict[str, files.Tensor]:
-    """The tensor for each slot of the rows, by its name, among those of a directory; `every` slot is a known name."""
+    """Find the tensor of each slot of the rows by its name; names in `every` are known, whether or not they are needed.
+
+    Raises:
+        UserError: names all tensors that are missing, unknown, repeated or of another shape or type.
+    """
     slots = {slot.name: slot for row in rows for slot in row}
-    # a name -> the tensors that answer to it, with the names they have in the files
+    # for each name: the tensors that answer to it, with their names in the files
     known: dict[str, list[tuple[str, files.Tensor]]] = {}
     copies: dict[str, list[tuple[str, files.Tensor]]] = {}
     unknown, kinds = [], []
@@ -192,14 +200,14 @@ def match(
 
 
 def listed(names: list[str]) -> str:
-    """The first names, and how many there are beside."""
+    """List the first names, and count the others."""
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
 
 def read(
     source: Source, where: Mapping[str, Sharding] | None = None, done: Callable[[int], Any] = lambda n: None
 ) -> Leaves:
-    """The leaves, each put onto its devices as soon as it is complete; `done` is told the bytes of each tensor."""
+    """Read the leaves, each moved to its devices once it is complete; call `done` with the bytes of each tensor."""
     shapes = {path: leaf.shape for path, leaf in leaves_of(source.model).items()}
     device = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])  # pyright: ignore
     out: Leaves = {}
@@ -214,24 +222,28 @@ def read(
 
 
 def put(slot: Slot, tensor: files.Tensor, parts: Mapping[str, Parts]) -> None:
-    """Read one tensor into the leaves it is part of."""
+    """Read a tensor into the leaves that it is a part of."""
     if not slot.weight.pattern and tensor.dtype == "F32":
         target = parts[slot.weight.paths[0]].whole(slot.index)
         if target is not None:
             tensor.read_into(target)
-            finite(slot.name, target)
+            check_finite(slot.name, target)
             return
     found = tensor.read()
-    finite(slot.name, found)
+    check_finite(slot.name, found)
     for path, view in zip(slot.weight.paths, slot.ours(found), strict=True):
         parts[path].put(slot.index, view)
 
 
-def finite(name: str, tensor: np.ndarray) -> None:
-    """Raises UserError where a tensor has a number that is none, or infinite as float32; little more is in memory."""
+def check_finite(name: str, tensor: np.ndarray) -> None:
+    """Refuse a tensor with a NaN, or with a number that is infinite as float32.
+
+    Raises:
+        UserError: names the first such number.
+    """
     flat = tensor.reshape(-1)
     for at in range(0, len(flat), _AT_ONCE):
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is found
+        with np.errstate(over="ignore"):  # numbers that are too large become infinite, and are found
             piece = flat[at : at + _AT_ONCE].astype(np.float32, copy=False)
         if not (right := np.isfinite(piece)).all():
             first = int(np.argmin(right))
@@ -242,7 +254,7 @@ def finite(name: str, tensor: np.ndarray) -> None:
 
 
 class Parts:
-    """The parts of a leaf that the devices of this process hold, while they are filled."""
+    """The parts of a leaf that this process's devices hold, while they are being filled."""
 
     def __init__(self, shape: tuple[int, ...], sharding: Sharding):
         self.shape, self.sharding = shape, sharding
@@ -256,24 +268,24 @@ class Parts:
         return tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
 
     def whole(self, at: tuple[int, ...]) -> np.ndarray | None:
-        """What one tensor fills, where that is all in one piece."""
+        """Return the memory that one tensor fills, where it is in one piece."""
         (key, piece), *more = self.pieces.items()
         return None if more or key != tuple((0, size) for size in self.shape) else piece[(*at, ...)]
 
     def put(self, at: tuple[int, ...], view: np.ndarray) -> None:
-        """A tensor at its place along the leading axes, cut as the pieces are."""
+        """Copy a tensor to its place along the leading axes, cut in the same way as the pieces."""
         for key, piece in self.pieces.items():
             if all(start <= i < stop for i, (start, stop) in zip(at, key, strict=False)):
                 place = tuple(i - start for i, (start, _) in zip(at, key, strict=False))
                 piece[(*place, ...)] = view[tuple(slice(*bounds) for bounds in key[len(at) :])]
 
     def array(self) -> jax.Array:
-        """The leaf."""
+        """Return the leaf on its devices."""
         return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.pieces[self._key(index)])
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Memory for float32 that starts where a CPU device can use it as it is, so that the leaf is not copied."""
+    """Allocate float32 memory that is aligned so that a CPU device can use it without a copy."""
     count = int(np.prod(shape, dtype=np.int64))
     raw = np.empty(4 * count + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -281,12 +293,12 @@ def aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def leaves_of(model: Model) -> Leaves:
-    """Shapes and types of a model's leaves by path."""
+    """Return the shapes and types of a model's leaves by path."""
     return flatten(model.shapes(), jax.eval_shape(model.stats))
 
 
 def flatten(params: Any, stats: Any = None) -> Leaves:
-    """Leaves by path."""
+    """Return the leaves by path."""
     found: Leaves = {}
     for prefix, tree in (("", params), ("stats/", stats or {})):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -295,7 +307,7 @@ def flatten(params: Any, stats: Any = None) -> Leaves:
 
 
 def nested(leaves: Leaves) -> tuple[Any, Any]:
-    """Parameters and statistics as trees."""
+    """Return parameters and statistics as trees."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")

@@ -1,4 +1,4 @@
-"""Mixtral: LLaMA's rows, and its experts each in tensors of their own."""
+"""Mixtral: LLaMA's rows, and separate tensors for each expert."""
 
 from __future__ import annotations
 

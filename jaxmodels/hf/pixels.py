@@ -1,4 +1,4 @@
-"""preprocessor_config.json: what a model of images was given for pixels, as fields of a run's config and back."""
+"""Convert preprocessor_config.json, which says how images become inputs, to fields of a run's config and back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxmodels.data.transforms import CENTRE
 from jaxmodels.errors import UserError
 
 FILE = "preprocessor_config.json"
-# what transformers' image processor of each family (for ResNet that of ConvNeXT) takes where a file does not say
+# the defaults of transformers' image processor of each family (for ResNet, that of ConvNeXT)
 _STANDARD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-# transformers names ImageNet's "standard" mean and deviation, which are 0.5, for ViT and ConvNeXT alike
+# for both ViT and ConvNeXT these are ImageNet's "standard" mean and deviation of transformers, which are 0.5
 _UNSAID: dict[str, dict[str, Any]] = {
     "vit": {**_STANDARD, "resample": 2},
     "resnet": {**_STANDARD, "resample": 3, "crop_pct": CENTRE},
@@ -28,19 +28,19 @@ _UNSAID: dict[str, dict[str, Any]] = {
 }
 _BILINEAR = 2
 _CROP = 0.08
-"""`augment.crop` where evaluation sees the central 7/8; how much a crop of training leaves does not matter then."""
+"""`augment.crop` where evaluation uses the central 7/8; its value matters in training alone."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How images become a model's inputs."""
+    """How images are turned into a model's inputs."""
 
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     central: bool = False
-    """Whether the central 7/8 of an image is seen, and not all of it."""
+    """Whether the central 7/8 of an image is used instead of all of it."""
     remarks: tuple[str, ...] = ()
-    """What is done otherwise here, a few words each."""
+    """What is done differently here, a few words each."""
 
     @property
     def crop(self) -> float | None:
@@ -49,20 +49,20 @@ class Pixels:
 
 
 def known(family: str) -> bool:
-    """Whether models of a family read images that transformers prepares by such a file."""
+    """Say whether the models of a family take images that transformers prepares by this file."""
     return family in _UNSAID
 
 
 def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
-    """The pixels of a model of inputs `shape`, by the file in its directory or as transformers has it without one.
+    """Read how images become inputs of `shape`, from the directory's file or, without one, transformers' defaults.
 
     Raises:
-        UserError: the file is damaged, or has numbers that are not those of a model of so many channels.
+        UserError: the file is damaged, or its numbers do not fit the model's channels.
     """
     path, channels = directory / FILE, shape[-1]
     there = path.is_file()
     own = objects(path) if there else {}
-    # of another number of channels than 3 the defaults say nothing
+    # the defaults apply to three channels alone
     unsaid = _UNSAID[family] if channels == 3 else {**_UNSAID[family], **{k: v[:1] for k, v in _STANDARD.items()}}
     values = {**unsaid, **{name: value for name, value in own.items() if value is not None}}
     factor = 255.0
@@ -90,9 +90,9 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
 def _size(
     values: dict[str, Any], own: dict[str, Any] | None, family: str, shape: tuple[int, int, int]
 ) -> tuple[bool, list[str]]:
-    """Whether the central 7/8 is seen, and what of resizing and cropping is otherwise here."""
+    """Return whether the central 7/8 is used, and what of resizing and cropping is done differently here."""
     seen = f"{shape[0]}x{shape[1]}"
-    if own is None:  # which size, the model says
+    if own is None:  # the model determines the size
         return family == "resnet" and shape[0] == shape[1] < 384, []
     if not values.get("do_resize", True):
         return False, [f"do_resize false (here images are resized to {seen})"]
@@ -140,14 +140,14 @@ def _listed(row: tuple[float, ...]) -> str:
 
 
 def flags(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
-    """The options that say so."""
+    """Return the options that set these numbers."""
     if not mean:
         return "no --data.mean and --data.std"
     return f"--data.mean {' '.join(map(str, mean))} --data.std {' '.join(map(str, std))}"
 
 
 def alike(pixels: Pixels, cfg: Config) -> bool:
-    """Whether a run has its pixels normalised so."""
+    """Say whether a run normalises its pixels in this way."""
     ours, theirs = ((*(x.mean or (0.0,)), *(x.std or (1.0,))) for x in (cfg.data, pixels))
     wide = max(len(ours), len(theirs))
     ours, theirs = (row if len(row) == wide else [x for x in row for _ in range(wide // 2)] for row in (ours, theirs))
@@ -155,7 +155,7 @@ def alike(pixels: Pixels, cfg: Config) -> bool:
 
 
 def describe(cfg: Config, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The file's settings for a run: what its evaluation does with an image of any size."""
+    """Return the file's settings for a run: what its evaluation does with an image of any size."""
     height, width, channels = shape
     mean, std = (list(x) * (channels if len(x) == 1 else 1) for x in (cfg.data.mean, cfg.data.std))
     settings: dict[str, Any] = {
@@ -182,7 +182,7 @@ def describe(cfg: Config, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def names(directory: Path, classes: int) -> tuple[str, ...]:
-    """Names of classes by config.json's `id2label`; none where they only number the classes."""
+    """Return the names of classes by config.json's `id2label`; none where they merely number the classes."""
     given = objects(directory / "config.json").get("id2label")
     if not isinstance(given, dict) or {*map(str, given)} != {str(i) for i in range(classes)}:
         return ()

@@ -1,4 +1,4 @@
-"""From a model and its parameters to a directory in Hugging Face's format."""
+"""Write a model and its parameters to a directory in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jaxmodels.hf.load import flatten, leaves_of
 from jaxmodels.models.functional import Model, family_of
 
 SHARD = 5_000_000_000
-"""Bytes of a file of weights, as transformers has it."""
+"""The largest file of weights in bytes, as in transformers."""
 MARK = ".jaxmodels-part"
-"""A file that only a folder which is being written has."""
+"""A file that marks a folder as still being written."""
 OVERRIDE = ("id2label", "label2id", *special.NAMES)
-"""Settings of config.json that a model's config does not tell better than who has them from elsewhere."""
+"""Settings in which `more` of `save_pretrained` takes precedence over the model's config."""
 
 
 @contextlib.contextmanager
 def complete(directory: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `directory` at one blow when all is there.
+    """Yield a folder to write into, which is renamed to `directory` once it is complete.
 
     Raises:
-        UserError: there is something already.
+        UserError: the directory is not empty, or cannot be made.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"got {directory}, which is there already, expected no or an empty directory, try another")
@@ -41,7 +41,7 @@ def complete(directory: Path) -> Iterator[Path]:
     made = [folder for folder in (part.parent, *part.parent.parents) if not folder.exists()]
     try:
         if part.is_dir():
-            shutil.rmtree(part)  # of one that was killed
+            shutil.rmtree(part)  # left by a process that was killed
         part.mkdir(parents=True)
         (part / MARK).touch()
     except OSError as error:
@@ -69,10 +69,10 @@ def save_pretrained(
     more: Mapping[str, Any] | None = None,
     done: Callable[[int], Any] = lambda size: None,
 ) -> None:
-    """Write weights, tensor by tensor, and then config.json into a directory.
+    """Write the weights, tensor by tensor, and then config.json into a directory.
 
-    `stats`: batch statistics; those of `model.stats()` when not given. `more`: settings of config.json beside those of
-    the model. `done` is told the bytes of each tensor.
+    `stats` are batch statistics, by default those of `model.stats()`. `more` are settings for config.json beside those
+    of the model. `done` is called with the bytes of each tensor.
 
     Raises:
         UserError: transformers has no such model.

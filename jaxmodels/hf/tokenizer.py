@@ -1,4 +1,4 @@
-"""Our own tokenizers as a tokenizer.json of Hugging Face's."""
+"""Write our own tokenizers as a tokenizer.json in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jaxmodels.data.tokenizer import FILE, Bytes, Chars, HuggingFace, Tokenizer
 
 
 def save(tokenizer: Tokenizer, directory: Path, task: str = "causal_lm") -> None:
-    """Write tokenizer.json, and the tokenizer_config.json that makes AutoTokenizer take it as it is.
+    """Write tokenizer.json, and a tokenizer_config.json with which AutoTokenizer uses it unchanged.
 
-    What the tokenizer puts around a text is what a run of this task has seen around it.
+    The tokenizer puts around a text the tokens that a run of this task was trained with.
     """
     from tokenizers import Tokenizer as Rust
     from tokenizers import decoders, models, pre_tokenizers
@@ -40,7 +40,7 @@ def save(tokenizer: Tokenizer, directory: Path, task: str = "causal_lm") -> None
 
 
 def ids(tokenizer: Tokenizer, task: str) -> dict[str, Any]:
-    """The ids in config.json by which transformers begins, ends and fills up a text; None where there is no such."""
+    """Return the ids in config.json with which transformers begins, ends and pads texts; None where there is none."""
     end, ends = tokenizer.special.end, list(tokenizer.special.ends)
     start = tokenizer.special.start if tokenizer.special.start is not None else end
     return {
@@ -52,7 +52,7 @@ def ids(tokenizer: Tokenizer, task: str) -> dict[str, Any]:
 
 
 def byte_letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte.
+    """Return the letter that byte-level BPE writes for each byte.
 
     Source: Radford et al. 2019, `bytes_to_unicode`: a printable byte stands for itself, the others follow 255.
     """

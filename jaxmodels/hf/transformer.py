@@ -1,4 +1,4 @@
-"""T5, the one encoder-decoder of `models/transformer.py` that transformers has."""
+"""T5, the one variant of `models/transformer.py` that transformers has."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxmodels.hf.table import Format, Settings, Weight
 from jaxmodels.models.transformer import TransformerConfig
 
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gated-gelu": "gated_gelu"}
-"""`feed_forward_proj` -> ours; in both GELU is the tanh form."""
-_FARTHEST = 1_000_000  # each distance up to it has a place in a table
+"""Our activation for each `feed_forward_proj`; both GELUs are the tanh form."""
+_FARTHEST = 1_000_000  # a table has an entry for each distance up to this one
 
 
 def config(s: Settings) -> TransformerConfig:
     activation = s.only("feed_forward_proj", *ACTIVATIONS)
-    # since version 5 transformers says whether features are scaled, and calls all weights tied; before, those were one
+    # version 5 of transformers has a setting for scaled features, and ties all weights; before, one setting meant both
     tied = s.flag("scale_decoder_outputs", s.flag("tie_word_embeddings", True))
     if tied:
         s.only("tie_word_embeddings", True)
@@ -108,7 +108,7 @@ FORMAT = Format(
         "lm_head.weight": "shared.weight",
     },
     spare={"lm_head.weight": "shared.weight"},
-    # the first T5 was saved with a bias of the cross-attention, which its own code never used
+    # the first T5 was saved with a cross-attention bias that its code never used
     skipped=(r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",),
     task=lambda config: "seq2seq",
 )

@@ -194,3 +194,21 @@ def test_a_tokenizer_of_ours_is_one_of_transformers(tmp_path):
     text = "def naïve(x):\n\treturn  x"
     assert theirs(text)["input_ids"] == list(text.encode())
     assert theirs.decode(list(text.encode())) == text
+
+
+def test_a_body_without_prefix_and_with_position_ids_as_of_sentence_transformers_gives_the_same(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    torch.manual_seed(1)
+    theirs = fill(bert("Model", layer_norm_eps=1e-12)())
+    theirs.save_pretrained(tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    assert not any(name.startswith("bert.") for name in tensors)
+    positions = np.arange(theirs.config.max_position_embeddings)[None]
+    save_file({**tensors, "embeddings.position_ids": positions}, path, {"format": "pt"})
+    model, params = jaxmodels.load_pretrained(tmp_path / "in")
+    args, kwargs, given = inputs_of(theirs)
+    features, pooled = model.apply(params, *args, **kwargs)
+    for ours, wanted in zip((features, pooled), outputs_of(theirs, given), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=2e-5)

@@ -21,6 +21,7 @@ from jaxmodels.config import (
     TaskConfig,
     TrainConfig,
 )  # fmt: skip
+from jaxmodels.errors import UserError
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.train import load_run
 from jaxmodels.train import run as runs
@@ -202,6 +203,18 @@ def test_an_imported_t5_translates_as_in_transformers_and_learns_behind_its_star
         real = batch["target_segment_ids"][row] > 0
         np.testing.assert_array_equal(batch["tokens"][row][real][1:], batch["targets"][row][real][:-1])
         assert batch["targets"][row][real][-1] == 2
+
+
+def test_a_t5_of_several_ends_is_refused_by_name_where_it_translates_and_keeps_them(tmp_path):
+    tokenizer(tmp_path / "in", "$A </s>")
+    t5(tmp_path / "in")
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    import_run(tmp_path / "in", out=tmp_path / "run")
+    assert load_run(tmp_path / "run").tokenizer.special.ends == (2, 7)
+    with pytest.raises(UserError, match=r"ends a translation with any of the tokens \(2, 7\)"):
+        translated(tmp_path / "run", TEXTS)
+    export_run(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
 
 
 def test_a_translator_that_was_trained_here_translates_alike_in_transformers(tmp_path):
