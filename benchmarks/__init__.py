@@ -1,1 +1,1 @@
-"""What the project's speed is: each benchmark is a module here with `Options`, `run(options)` and one line of help."""
+"""Benchmarks of the project: each is a module here with `Options`, `run(options)` and one line of help."""

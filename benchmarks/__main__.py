@@ -22,11 +22,11 @@ BENCHMARKS = {
     "measured": "the plan against the same jobs on the GPU that is here",
     "weights": "import and export of a model of 1 GB: seconds and memory",
 }
-"""Name of a module here -> one line of help."""
+"""One line of help for each module."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one benchmark; returns the exit code."""
+    """Run one benchmark, and return the exit code."""
     usage = "\n".join(
         ["usage: python -m benchmarks NAME [options]; NAME --help shows its options", ""]
         + [f"  {name:<12} {text}" for name, text in BENCHMARKS.items()]

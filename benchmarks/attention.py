@@ -22,12 +22,12 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Options:
-    """Shapes, and what is compared."""
+    """Shapes, and the kernels to compare."""
 
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
-    """Sequence lengths (T, as many queries as keys)."""
+    """Sequence lengths (T); there are as many queries as keys."""
     kernels: tuple[str, ...] = tuple(CONTRACT)
-    """Kernels; those that refuse or are not here are listed with the reason."""
+    """Kernels; those that refuse or are not available are listed with the reason."""
     batch: int = 4
     """Examples (B)."""
     heads: int = 6
@@ -56,7 +56,7 @@ def flops(options: Options, T: int, backward: bool) -> float:
 
 
 def run(options: Options) -> Path:
-    """Measure, write the results, print the table; returns the table's path."""
+    """Measure, write the results and print the table; return the table's path."""
     for name in options.kernels:
         if name not in CONTRACT:
             raise UserError(f"got kernel {name!r}, expected some of {', '.join(CONTRACT)}{nearest(name, CONTRACT)}")
@@ -113,20 +113,20 @@ def run(options: Options) -> Path:
 
 
 def device_memory() -> list[str]:
-    """The device's own peak, where it keeps one (CPU does not)."""
+    """Return the device's peak memory, where it records one (a CPU does not)."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return [f"device memory: at most {peak / 2**20:,.0f} MiB in use over the whole run"] if peak else []
 
 
 def random_inputs(options: Options, T: int) -> list[Array]:
-    """q, k, v and the output's gradient."""
+    """Return q, k, v and the output's gradient."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (options.heads, options.kv_heads or options.heads, options.kv_heads or options.heads, options.heads)
     return [jax.random.normal(key, (options.batch, T, n, options.head_dim)) for key, n in zip(keys, heads, strict=True)]
 
 
 def call_of(options: Options, inputs: Sequence[Array]) -> Call:
-    """What the kernels are asked for."""
+    """Return the call that the kernels are asked to compute."""
     q, k = inputs[:2]
     asked: dict[str, Any] = {
         "causal": options.causal,
@@ -139,14 +139,14 @@ def call_of(options: Options, inputs: Sequence[Array]) -> Call:
 
 
 def absent_or_refused(name: str, call: Call) -> str | None:
-    """Why a kernel is not measured, or None."""
+    """Return why a kernel is not measured, or None."""
     if name == "splash" and platform() == "cpu":
         return "runs on TPU; on CPU it is only interpreted"
     return absence(name, platform()) or refusal(name, call)
 
 
 def program(options: Options, kernel: str, backward: bool) -> Callable[..., Any]:
-    """What is timed: (q, k, v, d_out) -> output, or the gradients of q, k and v."""
+    """Return the function to time: from (q, k, v, d_out) to the output, or to the gradients of q, k and v."""
 
     def forward(q: Array, k: Array, v: Array) -> Array:
         return attention(q, k, v, causal=options.causal, kernel=kernel)
@@ -160,7 +160,7 @@ def program(options: Options, kernel: str, backward: bool) -> Callable[..., Any]
 def measure(
     options: Options, T: int, kernels: Sequence[str], inputs: Sequence[Array], backward: bool, taken: str
 ) -> list[dict[str, Any]]:
-    """One row for each kernel."""
+    """Return one row per kernel."""
     exact = [x.astype(jnp.float32) for x in inputs]
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(program(options, "xla", backward))(*exact)
@@ -186,19 +186,19 @@ def measure(
 
 
 def temporary_bytes(compiled: Any) -> float:
-    """What a program needs beside its arguments and results; nan where the backend does not say."""
+    """Return the bytes of a program's temporaries; nan where the backend does not say."""
     analysis = compiled.memory_analysis()
     return float("nan") if analysis is None else analysis.temp_size_in_bytes
 
 
 def error(got: Any, expected: Any) -> float:
-    """Largest difference as a share of the largest value expected, over all outputs."""
+    """Return the largest difference, as a share of the largest expected value, over all outputs."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     return max(float(jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()) for x, y in pairs)
 
 
 def plot(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Time forward, time forward+backward, and memory, over the length."""
+    """Plot the times of forward and forward+backward, and the memory, over the length."""
     kernels = [name for name in CONTRACT if any(row["kernel"] == name for row in rows)]
     colors = dict(zip(CONTRACT, ("#5b6770", "#d1495b", "#2e8b57", "#2a6fbb", "#8e5ea2"), strict=True))
     marks = dict(zip(CONTRACT, "osD^v", strict=True))

@@ -17,22 +17,22 @@ from benchmarks.step import enter
 
 @dataclass(frozen=True)
 class Options:
-    """Two processes take turns at the same model, one on the config's data, one on synthetic batches."""
+    """Two processes train the same model in turns, one on the config's data and one on synthetic batches."""
 
     config: Annotated[str, tyro.conf.Positional] = "configs/gpt_stdlib.py"
     """Config file."""
     override: str = ""
     """Fields of the config, as on the command line."""
     rounds: int = 10
-    """Turns of each."""
+    """Turns of each process."""
     steps: int = 20
-    """Steps a turn."""
+    """Steps per turn."""
     out: Path | None = None
     """Folder for the results."""
 
 
 def run(options: Options) -> None:
-    """Measure, print and record."""
+    """Measure, print and record the result."""
     fields = [options.config, *shlex.split(options.override)]
     with tempfile.TemporaryDirectory() as folder:
         real = enter("engine", fields, Path(folder))

@@ -17,7 +17,7 @@ from benchmarks.step import Contestant, shim
 
 @dataclass(frozen=True)
 class Options:
-    """Sides take turns, a few applications and a few steps each, so that a busy machine slows all alike."""
+    """Both sides take turns of a few applications and steps, so that a busy machine slows them equally."""
 
     only: tuple[str, ...] = ()
     """Families to run; all when not given."""
@@ -26,7 +26,7 @@ class Options:
     rounds: int = 7
     """Turns of each side."""
     seconds: float = 0.5
-    """About how long a turn lasts."""
+    """Approximate seconds per turn."""
     name: str = "families_cpu"
     """Name of the result files."""
     out: Path | None = None
@@ -34,7 +34,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measure, print and record."""
+    """Measure, print and record the results."""
     record.check("family", options.only, SIZES)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
 
 
 def save(rows: list[dict[str, Any]], options: Options) -> Path:
-    """Write the record of what is measured so far."""
+    """Write a record of the measurements so far."""
     return record.write(
         options.name,
         "Families against PyTorch",
@@ -84,7 +84,7 @@ COLUMNS = {
 
 
 def measure(sides: list[Contestant], kind: str, options: Options) -> dict[str, Any]:
-    """Median times and ratios over the rounds."""
+    """Return median times and ratios over the rounds."""
     counts = {}
     for side in sides:
         once = min(side.ask(f"{kind} 1")["seconds"] for _ in range(2))

@@ -21,7 +21,7 @@ Run = Callable[[], Any]
 
 
 def arrays(size: Size) -> dict[str, np.ndarray]:
-    """A batch: token ids, classes, or numbers in [0, 1)."""
+    """Return a batch of token ids, classes, or numbers in [0, 1)."""
     from jaxmodels import tasks
     from jaxmodels.config import DataConfig, TaskConfig
 
@@ -39,7 +39,7 @@ def arrays(size: Size) -> dict[str, np.ndarray]:
 
 
 def ours(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
-    """`forward` is the model alone, `train` the engine's step, each under a bare `jax.jit`."""
+    """Return `forward`, the model alone, and `train`, the engine's step, each under a bare `jax.jit`."""
     import jax
     import jax.numpy as jnp
 
@@ -78,7 +78,7 @@ def ours(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
 
 
 def inputs(size: Size, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """What the model alone takes of a batch."""
+    """Return the parts of a batch that the model alone takes."""
     if size.task == "gan":
         return (np.random.default_rng(0).normal(size=(size.batch, size.config.latents)).astype(np.float32),)
     if size.task == "contrastive":
@@ -89,7 +89,7 @@ def inputs(size: Size, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
 
 
 def theirs(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
-    """The same in PyTorch, eager."""
+    """Return the same in eager PyTorch."""
     from benchmarks.peers import families
 
     return families.build(size, batch, inputs(size, batch))

@@ -25,14 +25,14 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("tf.data", "tokens"): {"shuffle": 4096},
     ("torch", "tokens"): {"workers": 0, "prefetch": 2},
 }
-"""The fastest of what was tried for each on two cores (parallel 0: AUTOTUNE)."""
+"""The fastest settings found for each on two cores (parallel 0 means AUTOTUNE)."""
 
 UNITS = {"images": "images/s", "tokens": "tokens/s"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """All read the same files in turns of an epoch, each in a process of its own; a turn begins with nothing ahead."""
+    """All read the same files in turns of one epoch, each in its own process; a turn begins with nothing prefetched."""
 
     kinds: tuple[str, ...] = ("images", "tokens")
     """What is loaded: images (JPEG of 500 x 375, decoded, cropped at random to 224 x 224, mirrored), tokens (windows
@@ -40,21 +40,21 @@ class Options:
     against: tuple[str, ...] = ("ours by Pillow", "tf.data", "torch")
     """What the loader is compared with; by itself with Pillow, of images."""
     tf_python: str = ""
-    """Python of an environment with TensorFlow; this one when not given."""
+    """Python of an environment with TensorFlow; by default, this one."""
     settings: str = ""
-    """Other settings of a contestant, as JSON: {"torch": {"workers": 4}}."""
+    """Other settings for a contestant, as JSON: {"torch": {"workers": 4}}."""
     images: int = 512
-    """JPEG files."""
+    """Number of JPEG files."""
     tokens: int = 64_000_000
-    """Tokens of the file."""
+    """Number of tokens in the file."""
     rounds: int = 9
-    """Turns of each."""
+    """Turns of each contestant."""
     out: Path | None = None
     """Folder for the results."""
 
 
 def run(options: Options) -> None:
-    """Measure, print and record."""
+    """Measure, print and record the results."""
     for kind in options.kinds:
         if kind not in UNITS:
             raise UserError(f"got kind {kind!r}, expected images or tokens, try --kinds images")
@@ -98,7 +98,7 @@ def run(options: Options) -> None:
 
 
 def compare(options: Options, kind: str, path: Path) -> list[dict[str, Any]]:
-    """One row a contestant."""
+    """Return one row per contestant."""
     given = json.loads(options.settings) if options.settings else {}
     everyone, settings = [], []
     known = {name for name, _ in SETTINGS}
@@ -138,7 +138,7 @@ def compare(options: Options, kind: str, path: Path) -> list[dict[str, Any]]:
 
 
 def make_images(folder: Path, count: int) -> float:
-    """Writes JPEG files of 500 x 375 into eight folders: blurred noise, grain and shapes. Returns kB a file."""
+    """Write JPEG files of 500 x 375 into eight folders: blurred noise, grain and shapes. Return kB per file."""
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def make_images(folder: Path, count: int) -> float:
 
 
 def make_tokens(path: Path, count: int) -> None:
-    """Writes a file of random uint16 tokens."""
+    """Write a file of random uint16 tokens."""
     np.random.default_rng(0).integers(0, 50_257, count, np.uint16).tofile(path)
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks measured`: the plan against the same jobs on the GPU that is here."""
+"""`python -m benchmarks measured`: plans compared with the same jobs on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ JOBS = {
     "vit": "configs/vit_b16_imagenet.py --data.batch-size 256",
     "resnet": "configs/resnet50_imagenet.py --data.batch-size 256",
 }
-"""Name -> config and options, for one GPU."""
+"""Config and options of each job, for one GPU."""
 STEPS, EVERY = 60, 10
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which jobs, and where the record goes."""
+    """The jobs, and where the record goes."""
 
     jobs: Positional[tuple[str, ...]] = ()
-    """Names; none: all."""
+    """Names of jobs; by default, all."""
     out: Path | None = None
-    """Folder for the record; benchmarks/results when not given."""
+    """Folder for the record; by default, benchmarks/results."""
 
 
 def run(options: Options) -> None:
-    """Plan and train each by the commands that a user types; all jobs are recorded, a few printed only."""
+    """Plan and train each job by the commands that a user types; record all jobs, or print those that were named."""
     record.check("job", options.jobs, JOBS)
     # a process that asks for its devices holds their memory, so a child does
     asked = [sys.executable, "-c", "import jax; print(*(each.device_kind for each in jax.devices()), sep='\\n')"]
@@ -67,7 +67,7 @@ def run(options: Options) -> None:
 
 
 def measure(name: str, on: str) -> dict[str, Any]:
-    """A row of the record."""
+    """Return a row of the record."""
     job = shlex.split(JOBS[name])
     print(f"{name}: planning for {on}, then running ...", flush=True)
     with tempfile.TemporaryDirectory() as place:
@@ -83,7 +83,7 @@ def measure(name: str, on: str) -> dict[str, Any]:
 
 
 def compare(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """GiB and seconds a step, planned and measured: the peak before any evaluation, the median after warm-up."""
+    """Return planned and measured GiB (peak before any evaluation) and seconds per step (median after warm-up)."""
     seen = [row for row in metrics if "perf/step_seconds" in row and EVERY < row["step"] < STEPS]
     planned = {"memory": plan["memory"]["peak"] / 2**30, "time": plan["step_seconds"]}
     found = {
@@ -99,7 +99,7 @@ def compare(plan: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> di
 
 
 def command(*arguments: str) -> None:
-    """Run jaxmodels; what it says is shown where it fails."""
+    """Run jaxmodels, and show its output if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "jaxmodels", *arguments], cwd=record.ROOT, capture_output=True, text=True, check=False
     )

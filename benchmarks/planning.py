@@ -1,4 +1,4 @@
-"""`python -m benchmarks planning`: what a plan for many devices costs on a machine that has none of them."""
+"""`python -m benchmarks planning`: time and memory of plans for many devices on a machine that has none of them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SHAPES = {
     "70b": {"layers": 80, "width": 8192, "heads": 64, "mlp-width": 28672},
     "405b": {"layers": 126, "width": 16384, "heads": 128, "mlp-width": 53248},
 }
-"""What of the config's 8B changes (Grattafiori et al. 2024, table 3)."""
+"""Changes to the config's 8B model (Grattafiori et al. 2024, table 3)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model on a topology."""
+    """A plan of a model on a topology."""
 
     shape: str
     on: str
     aim: float
-    """Seconds that the command should take at most."""
+    """The most seconds that the command should take."""
     batch: int
     mesh: tuple[str, ...] = ()
-    """Options of the mesh; else the config's, which shards over all devices."""
+    """Options of the mesh; by default the config's, which shards over all devices."""
 
     def arguments(self) -> list[str]:
         """Of `jaxmodels`."""
@@ -46,7 +46,7 @@ class Job:
 
 
 def tensor(size: int, data: int = 1) -> tuple[str, ...]:
-    """A mesh whose products and activations are cut over some devices, its state over the rest."""
+    """Return a mesh that cuts products and activations over some devices, and the state over the rest."""
     return ("--mesh.data", str(data), "--mesh.tensor", str(size), "--mesh.sequence", "True")
 
 
@@ -62,16 +62,16 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Which jobs, and where the record goes."""
+    """The jobs, and where the record goes."""
 
     jobs: Positional[tuple[str, ...]] = ()
-    """Names; none: all."""
+    """Names of jobs; by default, all."""
     out: Path | None = None
-    """Folder for the record; benchmarks/results when not given."""
+    """Folder for the record; by default, benchmarks/results."""
 
 
 def run(options: Options) -> None:
-    """Plan each by the command that a user types, with nothing cached, and record what it took."""
+    """Plan each by the command that a user types, with nothing cached, and record its time and memory."""
     record.check("job", options.jobs, JOBS)
     rows = [measure(name) for name in options.jobs or JOBS]
     columns = {
@@ -88,7 +88,7 @@ def run(options: Options) -> None:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """A row of the record."""
+    """Return a row of the record."""
     job = JOBS[name]
     print(f"planning {name} for {job.on} ...", flush=True)
     with tempfile.TemporaryDirectory() as place:

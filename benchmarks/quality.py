@@ -1,4 +1,4 @@
-"""Configs of real data trained to their end, and what they reach on the test split."""
+"""Train configs on real data to the end, and record what they reach on the test split."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ DATA = record.ROOT.parent / "shared" / "data" / "tfds"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, and what it should reach."""
+    """A config to train, and the metric that it should reach."""
 
     config: str
     metric: str
     aim: float | None
     split: str | None = "test"
-    """None: the config's own."""
+    """None means the config's own."""
     best: bool = False
     lower: bool = False
-    """Whether less is better."""
+    """Whether a lower value is better."""
     arguments: tuple[str, ...] = ()
     classifier: str | None = None
-    """The recipe whose run judges the images."""
+    """The recipe whose run is used to judge the images."""
     after: str | None = None
-    """The recipe whose run must be there before."""
+    """The recipe whose run this one needs."""
     seeds: tuple[int, ...] = (0,)
     note: str = ""
 
@@ -77,16 +77,16 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained, and where."""
+    """Recipes to train, and places for data, runs and record."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Recipes; all when none is given."""
+    """Recipes; by default, all."""
     data_dir: Path = DATA
     """TFDS data directory."""
     runs: Path | None = None
-    """Where the runs go; a run that has ended there is only evaluated. A temporary directory when not given."""
+    """Folder for the runs, by default a temporary one; a run that has already ended there is only evaluated."""
     out: Path | None = None
-    """Where the record goes; benchmarks/results when not given."""
+    """Folder for the record; by default, benchmarks/results."""
 
 
 def run(options: Options) -> None:
@@ -121,13 +121,13 @@ def run(options: Options) -> None:
 
 
 def recorded(out: Path | None) -> list[dict[str, Any]]:
-    """The rows of the record that is there."""
+    """Return the rows of the existing record."""
     path = (out or record.RESULTS) / "quality.json"
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def measure(name: str, data_dir: Path, runs: Path) -> dict[str, Any]:
-    """One recipe's row, trained with each of its seeds."""
+    """Train one recipe with each of its seeds, and return its row."""
     recipe = RECIPES[name]
     for other in (recipe.after, recipe.classifier):
         if other is not None:
@@ -162,7 +162,7 @@ def measure(name: str, data_dir: Path, runs: Path) -> dict[str, Any]:
 
 
 def trained(name: str, recipe: Recipe, seed: int, data_dir: Path, runs: Path) -> Path:
-    """The run directory of a recipe, trained if it is not yet."""
+    """Return a recipe's run directory, training it first if need be."""
     where = runs / (name if seed == 0 else f"{name}-seed{seed}")
     if not (where / "ended").exists():
         arguments = list(recipe.arguments)
@@ -185,12 +185,12 @@ def trained(name: str, recipe: Recipe, seed: int, data_dir: Path, runs: Path) ->
 
 
 def data_options(recipe: Recipe, data_dir: Path) -> tuple[str, ...]:
-    """Where the set lies; the standard library needs none."""
+    """Return the options that locate the data; the standard library needs none."""
     return () if recipe.config == "gpt_stdlib" else ("--data.dir", str(data_dir))
 
 
 def evaluated(recipe: Recipe, where: Path, runs: Path) -> dict[str, float]:
-    """The metrics of a run."""
+    """Return the metrics of a run."""
     out = where / "quality.json"
     arguments = ["--split", recipe.split] if recipe.split else []
     arguments += ["--best"] if recipe.best else []
@@ -200,14 +200,14 @@ def evaluated(recipe: Recipe, where: Path, runs: Path) -> dict[str, float]:
 
 
 def duration(where: Path) -> float:
-    """Minutes from the first line of a run's log to its last checkpoint."""
+    """Return the minutes from the first line of a run's log to its last checkpoint."""
     first = (where / "log.txt").read_text()[:19]
     last = max(path.stat().st_mtime for path in where.glob("checkpoints/*/meta.json"))
     return (last - datetime.strptime(first, "%Y-%m-%d %H:%M:%S").timestamp()) / 60
 
 
 def call(*arguments: str) -> None:
-    """A command of jaxmodels; its output goes on to the terminal."""
+    """Run a jaxmodels command, with its output on the terminal."""
     print(f"$ jaxmodels {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "jaxmodels", *arguments], cwd=record.ROOT, check=False)
     if done.returncode:

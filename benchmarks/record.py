@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, and a record that names hardware, versions, commit and command."""
+"""Interleaved timing, and records that name hardware, versions, commit and command."""
 
 from __future__ import annotations
 
@@ -41,14 +41,18 @@ def interleave(fns: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 
 def check(what: str, names: Sequence[str], known: Collection[str]) -> None:
-    """Raises UserError where one of the names is not known; says the nearest."""
+    """Refuse a name that is not known.
+
+    Raises:
+        UserError: suggests the nearest name.
+    """
     for name in names:
         if name not in known:
             raise UserError(f"got {what} {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit and command of this process."""
+    """Return the hardware, versions, commit and command of this process."""
     device = jax.devices()[0]
     return {
         "hardware": processor() if device.platform == "cpu" else device.device_kind,
@@ -67,7 +71,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -77,7 +81,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that decide speed."""
+    """Return the versions of the installed packages that affect speed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -88,7 +92,7 @@ def versions() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """What git prints, or nothing where there is no repository."""
+    """Return what git prints, or an empty text outside of a repository."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     except OSError:
@@ -97,7 +101,7 @@ def git(*arguments: str) -> str:
 
 
 def command() -> str:
-    """The command line as one would type it."""
+    """Return the command line as one would type it."""
     main = sys.modules["__main__"]
     package = getattr(main, "__package__", None)
     program = ["python", "-m", package] if package else ["python", Path(sys.argv[0]).name]
@@ -146,7 +150,7 @@ def write(
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
-    """Rows as a Markdown table; numbers to three figures."""
+    """Return rows as a Markdown table, with numbers to three figures."""
     columns = columns or {key: key for row in rows for key in row}
     lines = ["| " + " | ".join(columns.values()) + " |", "| --- " * len(columns) + "|"]
     lines += ["| " + " | ".join(show(row.get(key)) for key in columns) + " |" for row in rows]
@@ -154,7 +158,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | Non
 
 
 def show(value: Any) -> str:
-    """A cell of a table."""
+    """Return a cell of a table."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -166,7 +170,7 @@ def show(value: Any) -> str:
 def draw(
     path: Path, title: str, plot: Callable[[Any, Sequence[Mapping[str, Any]]], None], rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Save what `plot(figure, rows)` draws."""
+    """Save the figure that `plot(figure, rows)` draws."""
     import matplotlib
 
     matplotlib.use("Agg")

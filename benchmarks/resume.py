@@ -1,4 +1,4 @@
-"""Nothing is lost: a run killed, told to stop, damaged and out of disk ends in the bits of one left alone."""
+"""Check that a run that is killed, stopped, damaged or out of disk ends with the bits of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATIENCE = 600.0  # seconds that a run may be silent
 
 @dataclass(frozen=True)
 class Options:
-    """What is run, and how often it is killed."""
+    """The config to run, and how often it is killed."""
 
     config: str = "configs/gpt_stdlib.py"
     """The config to train."""
@@ -44,13 +44,13 @@ class Options:
     kills: int = 10
     """Times that one run is killed (kill -9)."""
     seed: int = 0
-    """Decides the moments."""
+    """Seed for the moments of the kills."""
     out: Path | None = None
-    """Folder for the results; benchmarks/results when not given."""
+    """Folder for the results; by default, benchmarks/results."""
 
 
 class Run:
-    """One run directory and the processes that work on it, one after the other."""
+    """A run directory, and the processes that work on it one after another."""
 
     def __init__(self, name: str, folder: Path, options: Options):
         self.name, self.folder, self.log = name, folder / "run", folder / "output.txt"
@@ -150,7 +150,7 @@ class Run:
         return good, bad
 
     def metrics(self) -> list[dict[str, float]]:
-        """metrics.jsonl without what the clock says."""
+        """Return the rows of metrics.jsonl without timings."""
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return [{name: row[name] for name in sorted(row) if not name.startswith("perf/")} for row in rows]
 
@@ -216,7 +216,7 @@ def run(options: Options) -> Path:
 
 
 def leave(run: Run) -> dict[str, float]:
-    """A run left alone; how many seconds its phases took."""
+    """Train an undisturbed run; return the seconds that its phases took."""
     run.start()
     run.wait(lambda: "run:  " in run.output(), "description")
     described = time.perf_counter() - run.began
@@ -227,7 +227,7 @@ def leave(run: Run) -> dict[str, float]:
 
 
 def kill(run: Run, options: Options, times: dict[str, float]) -> Run:
-    """Kill it at random moments, then let it finish."""
+    """Kill a run at random moments, then let it finish."""
     rng = random.Random(options.seed)
     # the first one during the only compilation that is not cached
     kinds = [("compile", "save", "step", "start", "save", "step")[i % 6] for i in range(options.kills)]
@@ -257,7 +257,7 @@ def kill(run: Run, options: Options, times: dict[str, float]) -> Run:
 
 
 def stop(run: Run, options: Options) -> Run:
-    """SIGTERM, then Ctrl-C."""
+    """Stop a run by SIGTERM, then by Ctrl-C."""
     for number, share in ((signal.SIGTERM, 0.3), (signal.SIGINT, 0.6)):
         run.start()
         run.wait(lambda share=share: run.step() >= share * options.steps, "step")
@@ -275,7 +275,7 @@ def stop(run: Run, options: Options) -> Run:
 
 
 def damage(run: Run, options: Options) -> Run:
-    """Flip one bit of the newest checkpoint; the next time, cut one of its files short."""
+    """Flip one bit of the newest checkpoint; later, truncate one of its files."""
     for how, share in ((flip, 0.4), (cut, 0.7)):
         run.start()
         run.wait(lambda share=share: run.step() >= share * options.steps, "step")
@@ -311,7 +311,7 @@ def cut(path: Path) -> None:
 
 
 def fill(run: Run, size: int) -> Run:
-    """Fill the disk that the run directory is on after the first checkpoints; make room and go on."""
+    """Fill the run directory's disk after the first checkpoints, then make room and go on."""
     disk = run.folder = run.folder.parent / "disk" / "run"
     ballast = disk.parent / "ballast"
     run.command[run.command.index("--run-dir") + 1] = str(disk)
@@ -339,7 +339,7 @@ def fill(run: Run, size: int) -> Run:
 
 
 def mount(folder: Path, size: int, stack: contextlib.ExitStack) -> str:
-    """Mount a small disk; why not, if not."""
+    """Mount a small disk; return the reason if that is not possible."""
     folder.mkdir()
     if sys.platform != "linux" or os.geteuid():
         return "a tmpfs of its own needs root on Linux"
@@ -353,7 +353,7 @@ def mount(folder: Path, size: int, stack: contextlib.ExitStack) -> str:
 
 
 def compare(options: Options, whole: Run, runs: Sequence[Run]) -> list[tuple[str, bool]]:
-    """What all disturbed runs must have in common with the one left alone."""
+    """Return the claims on all disturbed runs beside the undisturbed one, and whether each holds."""
     expected, metrics = bits(whole, options), whole.metrics()
     names = ", ".join(run.name for run in runs)
     rows = [row for run in runs for row in run.rows]
@@ -381,7 +381,7 @@ def compare(options: Options, whole: Run, runs: Sequence[Run]) -> list[tuple[str
 
 
 def bits(run: Run, options: Options) -> dict[str, str]:
-    """A hash of every array of the final checkpoint."""
+    """Return a hash of every array of the final checkpoint."""
     from jaxmodels import config as configs
     from jaxmodels.train.checkpoint import Checkpointer
     from jaxmodels.train.job import assemble

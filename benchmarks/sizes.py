@@ -1,4 +1,4 @@
-"""One small fixed size of every family, for the benchmark `families`."""
+"""A small fixed size of every family, for the benchmark `families`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from jaxmodels.models.functional import preset
 
 
 class Size(NamedTuple):
-    """What is run."""
+    """The model and batch to run."""
 
     task: str
     model: str
     """A preset or a family."""
     fields: dict[str, Any]
-    """What is changed of it."""
+    """Fields that are changed."""
     batch: int
     length: int = 8
-    """Tokens of an example."""
+    """Tokens per example."""
 
     @property
     def config(self) -> Any:
@@ -50,4 +50,4 @@ SIZES = {
     "vae": Size("vae", "vae-mnist", {}, 128),
     "gan": Size("gan", "dcgan-mnist", {}, 64),
 }
-"""Family (T5 apart from the original Transformer) -> its size."""
+"""The size of each family; T5 is separate from the original Transformer."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks startup`: what a user waits for before anything trains."""
+"""`python -m benchmarks startup`: the time before anything trains."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Commands take turns, each in a process of its own."""
+    """Commands take turns, each in its own process."""
 
     rounds: int = 15
-    """Turns of each."""
+    """Turns of each command."""
     out: Path | None = None
     """Folder for the results."""
 
 
 def run(options: Options) -> None:
-    """Measure, print and record."""
+    """Measure, print and record the results."""
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for number in range(options.rounds + 1):
         for name, arguments in COMMANDS.items():

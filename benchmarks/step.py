@@ -25,7 +25,7 @@ from jaxmodels.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Options:
-    """Contestants take turns: a few steps each, round after round, so that a busy machine slows all alike."""
+    """Contestants take turns of a few steps, so that a busy machine slows all of them equally."""
 
     config: Annotated[str, tyro.conf.Positional] = "configs/gpt_peers.py"
     """Config file."""
@@ -37,9 +37,9 @@ class Options:
     rounds: int = 5
     """Turns of each contestant."""
     steps: int = 5
-    """Steps a turn."""
+    """Steps per turn."""
     name: str = ""
-    """Name of the result files; step_<config> when not given."""
+    """Name of the result files; by default, step_<config>."""
     out: Path | None = None
     """Folder for the results."""
 
@@ -76,7 +76,7 @@ class Contestant:
 
 
 def enter(name: str, arguments: list[str], folder: Path) -> Contestant:
-    """A contestant of `benchmarks.worker`."""
+    """Return a contestant of `benchmarks.worker`."""
     env = {**os.environ, "BENCHMARK_BORN": str(time.time())}
     if name == "torch-avx512":
         env["LD_PRELOAD"] = str(shim(folder))
@@ -95,7 +95,7 @@ def shim(folder: Path) -> Path:
 
 
 def run(options: Options) -> None:
-    """Measure, print and record."""
+    """Measure, print and record the results."""
     from benchmarks.worker import CONTESTANTS
 
     for name in options.against:
@@ -141,7 +141,7 @@ def run(options: Options) -> None:
 
 
 def summarise(everyone: list[Contestant], tokens: int, steps: int) -> list[dict[str, Any]]:
-    """One row a contestant."""
+    """Return one row per contestant."""
     engine = everyone[0]
     rows = []
     for contestant in everyone:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks weights`: a model into a run and out of it again, in seconds and in memory."""
+"""`python -m benchmarks weights`: time and memory of importing and exporting a model."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ raise SystemExit(code)
 
 @dataclass(frozen=True)
 class Options:
-    """What is imported and exported; needs Linux, which tells a process its peak of memory."""
+    """The model to import and export; needs Linux, which reports a process's peak memory."""
 
     gigabytes: float = 1.0
     """Size of the model's parameters in float32."""
     rounds: int = 3
-    """Times that each command is run, by turns."""
+    """Number of turns of each command."""
     out: Path | None = None
-    """Folder for the results; benchmarks/results when not given."""
+    """Folder for the results; by default, benchmarks/results."""
 
 
 def model_of(size: float) -> LlamaConfig:
-    """A LLaMA of about so many bytes, with as many blocks as that takes."""
+    """Return the config of a LLaMA of about so many bytes."""
     block = LlamaConfig(vocab_size=32000, layers=1, heads=8, kv_heads=2, width=1024, mlp_width=2816, tied=True)
     one, two = (4 * create(block, layers=n).count() for n in (1, 2))
     return LlamaConfig(**{**block.__dict__, "layers": max(1, round((size - one) / (two - one)) + 1)})
 
 
 def write(config: LlamaConfig, folder: Path) -> int:
-    """A checkpoint of random weights; returns its bytes."""
+    """Write a checkpoint of random weights, and return its bytes."""
     model = create(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), model.shapes())
@@ -61,7 +61,7 @@ def write(config: LlamaConfig, folder: Path) -> int:
 
 
 def measure(*arguments: str) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command in a process of its own."""
+    """Return the seconds and peak resident bytes of a command in its own process."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", _RUN, *arguments], cwd=record.ROOT, capture_output=True, text=True, check=False
@@ -73,7 +73,7 @@ def measure(*arguments: str) -> tuple[float, int]:
 
 
 def run(options: Options) -> None:
-    """Measure, print and record."""
+    """Measure, print and record the results."""
     rows: list[dict[str, Any]] = []
     found: dict[tuple[str, str], list[tuple[float, int]]] = {}
     with tempfile.TemporaryDirectory() as place:

@@ -23,7 +23,7 @@ Run = Callable[[int], Any]
 
 
 def engine(cfg: Config) -> Run:
-    """The project's loop, with data, metrics and display; not saving."""
+    """Run the project's loop with data, metrics and display, but without saving."""
     import dataclasses
 
     from jaxmodels.train import beginning, loop, optim
@@ -69,7 +69,7 @@ def engine(cfg: Config) -> Run:
 
 
 def bare(cfg: Config) -> Run:
-    """The same model's step under a bare `jax.jit`, on one batch that is already on the device."""
+    """Run the same model's step under a bare `jax.jit`, on one batch that is already on the device."""
     import jax
 
     from jaxmodels.train import step
@@ -95,7 +95,7 @@ def bare(cfg: Config) -> Run:
 
 
 def peer(name: str) -> Callable[[Config], Run]:
-    """A GPT of the config's shape written in another way."""
+    """Run a GPT of the config's shape in another framework."""
 
     def build(cfg: Config) -> Run:
         import importlib

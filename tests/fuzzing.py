@@ -47,7 +47,7 @@ def damaged(draw, whole: bytes) -> bytes:
     if draw(st.booleans()):
         rows = whole.split(b"\n")
         line = draw(st.integers(0, len(rows) - 1))
-        for before, text, after in (b"", whole, b""), (rows[:line], rows[line], rows[line + 1 :]):
+        for before, text, after in ([], whole, []), (rows[:line], rows[line], rows[line + 1 :]):
             with contextlib.suppress(ValueError):
                 changed = json.dumps(draw(elsewhere(json.loads(text))))
                 changed = changed.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000).encode()

@@ -1,1 +1,1 @@
-"""The same GPT as others write it, each as `make(vocab, batch, length, layers, heads, width) -> step()`."""
+"""The same GPT in other frameworks, each as `make(vocab, batch, length, layers, heads, width) -> step()`."""
