@@ -28,7 +28,7 @@ HELP = ("-h", "--help")
 def process() -> NoReturn:
     """`main` as a process of its own, which ends without a word more, whatever ends it."""
     with contextlib.suppress(AttributeError):  # a stream that is closed, or another's object
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main()
     except BaseException:  # in several processes, or asked for

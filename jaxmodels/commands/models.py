@@ -19,6 +19,7 @@ def models(name: str | None = None, /) -> None:
     from jaxmodels.models import flops
     from jaxmodels.models.functional import create, list_models
 
+    jax.config.update("jax_platforms", "cpu")  # shapes are all there is: no accelerator is looked for
     if name is None:
         readable = hf.supported()
         print(f"{'':27s}{'parameters':>17s}   FLOPs forward")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
-from jaxmodels.errors import UserError
+from jaxmodels.errors import UserError, printable
 from jaxmodels.fields import Count, Range, Seed
 
 
@@ -57,15 +58,21 @@ def sample(
     if tokenizer is None:
         raise UserError(f"got {run} without a tokenizer, expected a run that was trained on texts, try another run")
     model, params = opened.model, opened.params["model"]
+    prompt = None if prompt is None else prompt.removeprefix("\ufeff")  # a byte order mark is no part of a text
     if cfg.task.name == "seq2seq":
         from jaxmodels.generate import translate_texts
 
         assert prompt is not None
-        print(translate_texts(model, params, tokenizer, [prompt])[0])
+        _show(translate_texts(model, params, tokenizer, [prompt])[0])
         return
     prompt = opening(tokenizer) if prompt is None else prompt
     if tokens is None:
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
         room = 200 if model.longest is None else model.longest - taken
         given["tokens"] = max(min(200, room), 1)
-    print(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
+    _show(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
+
+
+def _show(text: str) -> None:
+    """Print a text as it is into a file or a pipe, and without what a terminal would obey onto one."""
+    print(printable(text) if sys.stdout.isatty() else text)

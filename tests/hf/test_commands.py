@@ -139,6 +139,26 @@ def test_an_imported_run_is_sampled_from(imported, given, capsys):
     assert text == again + "\n"
 
 
+def test_a_prompt_is_text_and_a_sample_is_written_where_it_goes(imported, capsys, monkeypatch):
+    def said(prompt):
+        assert cli.main(["sample", str(imported), "--prompt", prompt, "--tokens", "1"]) == 0
+        return capsys.readouterr().out
+
+    assert said("\ufeffdef") == said("def")
+    assert cli.main(["sample", str(imported), "--prompt", "def \udcff"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: got a text with '\\udcff', half of a surrogate pair") and error.count("\n") == 1
+    assert said("\x1b[2Jdef").startswith("\x1b[2Jdef")  # as the model wrote it
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert said("\x1b[2Jdef").startswith("\\x1b[2Jdef")
+
+
+def test_a_sample_is_piped_in_letters_that_the_pipe_takes(imported):
+    command = [sys.executable, "-m", "jaxmodels", "sample", str(imported), "--prompt", "naïve", "--tokens", "1"]
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
+    assert ended.returncode == 0 and ended.stdout.startswith(b"na\\xefve")
+
+
 def test_an_imported_run_is_evaluated_on_its_own_tokens(imported, tmp_path, capsys):
     cfg, origin = jaxmodels.config.read(imported)
     assert origin["file"].endswith("gpt2")
