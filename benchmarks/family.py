@@ -44,27 +44,28 @@ def ours(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
     import jax.numpy as jnp
 
     from jaxmodels import tasks
-    from jaxmodels.config import DataConfig, OptimConfig, TaskConfig
+    from jaxmodels.config import AdamW, Constant, DataConfig, TaskConfig
     from jaxmodels.models.functional import create
-    from jaxmodels.train import optim, state, step
+    from jaxmodels.train import state, step
 
-    adamw = OptimConfig(schedule="constant", b2=0.999, decay_on=("matrix", "embedding", "bias", "norm"), clip_norm=None)
+    adamw = AdamW(b2=0.999, decay_on=("matrix", "embedding", "bias", "norm"), clip_norm=None, schedule=Constant())
     task = tasks.build(
         TaskConfig(name=size.task),  # pyright: ignore
         size.config,
         DataConfig(seq_len=size.length, batch_size=size.batch),
     )
-    optimizers = {loss.name: optim.build(adamw, 1000, task.axes()[loss.trains]) for loss in task.losses}
+    optimizers = {loss.name: adamw.build(1000, task.axes()[loss.trains]) for loss in task.losses}
     take = jax.jit(
         lambda now, batch: step.advance(task, optimizers, now, batch, accumulate=1, ema=None), donate_argnums=0
     )
     held = [jax.jit(lambda key: state.init(task, optimizers, key))(jax.random.key(0))]
     data = jax.tree.map(jnp.asarray, batch)
     model = create(size.config)
-    stats = model.stats() or None
+    stats: Any = model.stats() or None
     params = jax.jit(model.init)(jax.random.key(0))
     given = jax.tree.map(jnp.asarray, inputs(size, batch))
-    out = lambda params, given: model.apply(params, *given, **({} if stats is None else {"stats": stats}))  # noqa: E731
+    extra: Any = {} if stats is None else {"stats": stats}
+    out = lambda params, given: model.apply(params, *given, **extra)  # noqa: E731
     apply = jax.jit(out)
 
     def train() -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from benchmarks import record
-from jaxmodels.config import AugmentConfig, Config, DataConfig, MeshConfig, OptimConfig, TaskConfig, TrainConfig
-from jaxmodels.models.functional import preset
+from jaxmodels.config import AdamW, Augment, Config, DataConfig, Mesh, TaskConfig, Train
+from jaxmodels.models.families import preset
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.vit import ViTConfig
@@ -45,12 +45,12 @@ class Row:
     """What differs from the table's hardware: factors of its fields."""
 
 
-def language(model: Any, rows: int, length: int, mesh: MeshConfig, **train: Any) -> Config:
+def language(model: Any, rows: int, length: int, mesh: Mesh, **train: Any) -> Config:
     """A step of a language model in bfloat16 on tokens that are there."""
     return Config(
         model=dataclasses.replace(model, dtype="bfloat16"),
         data=DataConfig(source="tokens", path=("train.bin", "eval.bin"), seq_len=length, batch_size=rows),
-        train=TrainConfig(**train),
+        train=Train(**train),
         mesh=mesh,
     )
 
@@ -68,7 +68,7 @@ def maxtext(scale: int, **changes: Any) -> LlamaConfig:
 
 LEVANTER = GPT2Config(vocab_size=50304, context=1024, remat="full", attention="xla")
 LEVANTER_SOURCE = "stanford-crfm/levanter, docs/Levanter-1.0-Release.md"
-V3 = MeshConfig(data=1, fsdp=256)
+V3 = Mesh(data=1, fsdp=256)
 LLAMA3 = dataclasses.replace(preset("llama3.1-8b"), remat="full")
 TITAN_GPU = (("bandwidth", 2.4 / 3.352), ("flops", (500 / 700) ** (1 / 3)))
 """HBM2e, and 500 W of 700 W: power grows as the cube of the clock."""
@@ -78,7 +78,7 @@ ROWS = {
         "v4:4x4x4",
         language(
             GPT2Config(vocab_size=32000, context=2048, layers=48, heads=24, width=6144, mlp_width=24576, remat="full"),
-            13 * 64, 2048, MeshConfig(data=1, fsdp=64),
+            13 * 64, 2048, Mesh(data=1, fsdp=64),
         ),
         f"{MAXTEXT}, MaxText/configs/v4/README.md and 22b.sh",
         of="mfu",
@@ -89,7 +89,7 @@ ROWS = {
         "v5p:16x16x24",
         language(
             maxtext(1024, layers=149, remat="full"),
-            2 * 6144, 2048, MeshConfig(data=3, fsdp=256, tensor=8, sequence=True),
+            2 * 6144, 2048, Mesh(data=3, fsdp=256, tensor=8, sequence=True),
         ),
         f"{MAXTEXT}, README.md; settings of MaxText/configs/v5p/1024b.sh",
         of="mfu",
@@ -98,14 +98,14 @@ ROWS = {
     "llama3.1-8b-v6e-256": Row(
         7207,
         "v6e:16x16",
-        language(LLAMA3, 4 * 256, 8192, MeshConfig(data=1, fsdp=256)),
+        language(LLAMA3, 4 * 256, 8192, Mesh(data=1, fsdp=256)),
         f"{RECIPES}/Llama3.1-8B-MaxText/v6e-256 (417 TFLOP/s a chip)",
         note="theirs keeps the products of attention in the host's memory, ours computes them again",
     ),
     "llama3.1-8b-v6e-8": Row(
         7194,
         "v6e:2x4",
-        language(LLAMA3, 3 * 8, 8192, MeshConfig(data=1, fsdp=8)),
+        language(LLAMA3, 3 * 8, 8192, Mesh(data=1, fsdp=8)),
         f"{RECIPES}/Llama3.1-8B-MaxText/v6e-8 (417 TFLOP/s a chip)",
         fitted=True,
         note="as above",
@@ -115,7 +115,7 @@ ROWS = {
         "v6e:2x4",
         language(
             dataclasses.replace(preset("mistral-7b"), window=None, remat="offload"),
-            6 * 8, 8192, MeshConfig(data=1, fsdp=8),
+            6 * 8, 8192, Mesh(data=1, fsdp=8),
         ),
         f"{RECIPES}/Mistral-7B-MaxText (432 TFLOP/s a chip)",
         note="theirs keeps the products of attention in the host's memory too, ours computes them again",
@@ -125,7 +125,7 @@ ROWS = {
         "v6e:16x16",
         language(
             dataclasses.replace(preset("mixtral-8x7b"), routing="capacity", capacity_factor=1.25, remat="offload"),
-            12 * 256, 4096, MeshConfig(data=1, fsdp=256),
+            12 * 256, 4096, Mesh(data=1, fsdp=256),
         ),
         f"{RECIPES}/Mixtral-8x7B-MaxText (302 TFLOP/s a chip)",
         note="as above",
@@ -135,7 +135,7 @@ ROWS = {
         "v6e:16x16",
         language(
             GPT2Config(vocab_size=50304, context=2048, layers=96, heads=96, width=12288, remat="offload"),
-            3 * 256, 2048, MeshConfig(data=1, fsdp=256),
+            3 * 256, 2048, Mesh(data=1, fsdp=256),
         ),
         f"{RECIPES}/GPT3-175B-MaxText/bf16 (385 TFLOP/s a chip)",
         note="theirs keeps blocks' inputs in the device's memory",
@@ -143,7 +143,7 @@ ROWS = {
     "torchtitan-8b": Row(
         6667,
         "h100:1x8",
-        language(dataclasses.replace(LLAMA3, remat="dots"), 2 * 8, 8192, MeshConfig(data=1, fsdp=8)),
+        language(dataclasses.replace(LLAMA3, remat="dots"), 2 * 8, 8192, Mesh(data=1, fsdp=8)),
         f"{TITAN}, table 1",
         note="HBM2e and 500 W; theirs keeps every other product, ours all",
         hardware=TITAN_GPU,
@@ -151,7 +151,7 @@ ROWS = {
     "torchtitan-8b-128": Row(
         6514,
         "h100:16x8",
-        language(dataclasses.replace(LLAMA3, remat="dots"), 2 * 128, 8192, MeshConfig(data=1, fsdp=128)),
+        language(dataclasses.replace(LLAMA3, remat="dots"), 2 * 128, 8192, Mesh(data=1, fsdp=128)),
         f"{TITAN}, table 3",
         note="not asked for; as above",
         hardware=TITAN_GPU,
@@ -160,7 +160,7 @@ ROWS = {
         8532,
         "h100:1x8",
         language(
-            dataclasses.replace(LLAMA3, remat="dots"), 2 * 8, 8192, MeshConfig(data=1, fsdp=8), quantize="float8"
+            dataclasses.replace(LLAMA3, remat="dots"), 2 * 8, 8192, Mesh(data=1, fsdp=8), quantize="float8"
         ),
         f"{TITAN}, table 1",
         note="as torchtitan-8b; theirs has the output layer in float8 too",
@@ -171,7 +171,7 @@ ROWS = {
         "h100:64x8",
         language(
             dataclasses.replace(preset("llama3.1-405b"), layers=128, remat="full"),
-            32 * 8, 8192, MeshConfig(data=1, stage=8, fsdp=8, tensor=8, sequence=True, microbatches=8),
+            32 * 8, 8192, Mesh(data=1, stage=8, fsdp=8, tensor=8, sequence=True, microbatches=8),
             quantize="float8",
         ),
         f"{TITAN}, table 5, 1F1B",
@@ -184,7 +184,7 @@ ROWS = {
         "h100:64x8",
         language(
             dataclasses.replace(preset("llama3.1-405b"), layers=128, remat="full"),
-            32 * 8, 8192, MeshConfig(data=1, stage=8, fsdp=8, tensor=8, sequence=True, microbatches=8, rounds=2),
+            32 * 8, 8192, Mesh(data=1, stage=8, fsdp=8, tensor=8, sequence=True, microbatches=8, rounds=2),
             quantize="float8",
         ),
         f"{TITAN}, table 5, interleaved 1F1B",
@@ -195,7 +195,7 @@ ROWS = {
         11400,
         "h100:1x8",
         language(
-            dataclasses.replace(preset("llama2-7b"), remat="dots", unroll=32), 4 * 8, 4096, MeshConfig(data=1, fsdp=8)
+            dataclasses.replace(preset("llama2-7b"), remat="dots", unroll=32), 4 * 8, 4096, Mesh(data=1, fsdp=8)
         ),
         f"NVIDIA/JAX-Toolbox; settings of {MAXTEXT}, MaxText/configs/a3/llama_2_7b/1vm.sh (492 TFLOP/s)",
         fitted=True,
@@ -203,7 +203,7 @@ ROWS = {
     "llm.c-124m": Row(
         468_000,
         "h100:1x8",
-        language(GPT2Config(vocab_size=50304, unroll=12), 64 * 8, 1024, MeshConfig(data=8)),
+        language(GPT2Config(vocab_size=50304, unroll=12), 64 * 8, 1024, Mesh(data=8)),
         "karpathy/llm.c, scripts/run_gpt2_124M.sh; KellerJordan/modded-nanogpt's record of 2024-10-13",
         note="theirs shards the optimizer (ZeRO-1), and holds parameters in bfloat16",
     ),
@@ -212,7 +212,7 @@ ROWS = {
         "h100:1x8",
         language(
             GPT2Config(vocab_size=50304, layers=48, heads=25, width=1600, unroll=48),
-            16 * 8 * 8, 1024, MeshConfig(data=1, fsdp=8), accumulate=8,
+            16 * 8 * 8, 1024, Mesh(data=1, fsdp=8), accumulate=8,
         ),
         "karpathy/llm.c, scripts/run_gpt2_1558M.sh (2.80 s a step)",
         note="theirs shards the optimizer alone (ZeRO-1), ours all (ZeRO-3)",
@@ -240,9 +240,9 @@ ROWS = {
             model=ViTConfig(dtype="bfloat16"),
             task=TaskConfig(name="classification"),
             data=DataConfig(source="tfds", name="imagenet2012", batch_size=512 * 8),
-            augment=AugmentConfig(),
-            optim=OptimConfig(),
-            mesh=MeshConfig(data=8),
+            augment=Augment(),
+            optim=AdamW(),
+            mesh=Mesh(data=8),
         ),
         "NVIDIA/JAX-Toolbox, rosetta/rosetta/projects/vit/README.md (11,669 images/s)",
         note="theirs reads and decodes ImageNet while it trains, at 8 % of the GPUs' peak",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from jaxmodels.models.functional import preset
+from jaxmodels.models.families import preset
 
 
 class Size(NamedTuple):

@@ -26,7 +26,7 @@ def engine(cfg: Config) -> Run:
     """Run the project's loop with data, metrics and display, but without saving."""
     import dataclasses
 
-    from jaxmodels.train import beginning, loop, optim
+    from jaxmodels.train import beginning, loop
     from jaxmodels.train.display import Display
     from jaxmodels.train.job import assemble
     from jaxmodels.train.loggers import Report, TensorBoard
@@ -34,7 +34,7 @@ def engine(cfg: Config) -> Run:
 
     job = assemble(cfg)
     loader, folder = job.loader("train"), Path(tempfile.mkdtemp())
-    schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
+    schedule: Any = cfg.optim.rate(cfg.train.steps)
 
     class Watch(Display):
         def progress(self, step: int, loss: float, rate: float | None) -> None:

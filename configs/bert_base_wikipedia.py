@@ -5,7 +5,7 @@
 Not yet run. The tokenizer is that of bert-base-uncased: 101, 102 and 0 are [CLS], [SEP] and [PAD], 103 is [MASK].
 """
 
-from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Eval, Linear, TaskConfig, Train
 from jaxmodels.models.bert import BERTConfig
 
 
@@ -24,9 +24,9 @@ def get_config() -> Config:
             pack=True,
             batch_size=256,
         ),
-        optim=OptimConfig(
-            peak_lr=1e-4, b2=0.999, warmup_steps=10_000, schedule="linear", final_lr_fraction=0.0, weight_decay=0.01
+        optim=AdamW(
+            peak_lr=1e-4, b2=0.999, warmup_steps=10_000, weight_decay=0.01, schedule=Linear(final_lr_fraction=0.0)
         ),
-        train=TrainConfig(steps=1_000_000),
-        eval=EvalConfig(every=10_000, batches=100),
+        train=Train(steps=1_000_000),
+        eval=Eval(every=10_000, batches=100),
     )

@@ -6,7 +6,7 @@ Reached on held-out sentences: a loss of 3.12 nats a masked word, 47.7 % of them
 cores; benchmarks/results/quality.md.
 """
 
-from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import Config, DataConfig, Eval, Linear, Muon, TaskConfig, Train
 from jaxmodels.models.bert import BERTConfig
 
 MODEL = BERTConfig(
@@ -28,7 +28,7 @@ def get_config() -> Config:
             pack=True,
             batch_size=64,
         ),
-        optim=OptimConfig(name="muon", peak_lr=4e-3, warmup_steps=100, schedule="linear", final_lr_fraction=0.01),
-        train=TrainConfig(steps=5000),
-        eval=EvalConfig(every=500),
+        optim=Muon(peak_lr=4e-3, warmup_steps=100, schedule=Linear(final_lr_fraction=0.01)),
+        train=Train(steps=5000),
+        eval=Eval(every=500),
     )

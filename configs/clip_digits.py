@@ -6,7 +6,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 in 1.4 minutes, on two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import Augment, Config, Cosine, DataConfig, Eval, Muon, TaskConfig, Train
 from jaxmodels.models.clip import CLIPConfig
 
 
@@ -39,8 +39,8 @@ def get_config() -> Config:
             seq_len=8,
             batch_size=128,
         ),
-        augment=AugmentConfig(shift=2, rotate=10),
-        optim=OptimConfig(name="muon", peak_lr=2e-3, warmup_steps=100, final_lr_fraction=0.01),
-        train=TrainConfig(steps=1000),
-        eval=EvalConfig(every=250, batch_size=500),
+        augment=Augment(shift=2, rotate=10),
+        optim=Muon(peak_lr=2e-3, warmup_steps=100, schedule=Cosine(final_lr_fraction=0.01)),
+        train=Train(steps=1000),
+        eval=Eval(every=250, batch_size=500),
     )

@@ -7,7 +7,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Augment, Config, Cosine, DataConfig, Eval, TaskConfig, Train
 from jaxmodels.models.cnn import CNNConfig
 
 
@@ -16,8 +16,8 @@ def get_config() -> Config:
         model=CNNConfig(dropout=0.3),
         task=TaskConfig(name="classification"),
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
-        augment=AugmentConfig(shift=2, rotate=10),
-        optim=OptimConfig(peak_lr=2e-3, warmup_steps=100, final_lr_fraction=0.01),
-        train=TrainConfig(steps=800, ema=0.99),
-        eval=EvalConfig(every=200, batch_size=500, metric="eval/accuracy", mode="max"),
+        augment=Augment(shift=2, rotate=10),
+        optim=AdamW(peak_lr=2e-3, warmup_steps=100, schedule=Cosine(final_lr_fraction=0.01)),
+        train=Train(steps=800, ema=0.99),
+        eval=Eval(every=200, batch_size=500, metric="eval/accuracy", mode="max"),
     )

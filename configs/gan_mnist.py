@@ -9,7 +9,7 @@ hidden layer, and with wider convolutions, 6.69: parts of digits were right, and
 run.
 """
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import Adam, Augment, Config, DataConfig, Eval, Linear, TaskConfig, Train
 from jaxmodels.models.gan import GANConfig
 
 
@@ -18,8 +18,8 @@ def get_config() -> Config:
         model=GANConfig(channels=(16, 32), hidden=256),
         task=TaskConfig(name="gan"),
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=64),
-        augment=AugmentConfig(),
-        optim=OptimConfig(name="adam", peak_lr=5e-4, b1=0.5, b2=0.999, schedule="linear", clip_norm=None),
-        train=TrainConfig(steps=4000, ema=0.998),
-        eval=EvalConfig(every=500, batch_size=500),
+        augment=Augment(),
+        optim=Adam(peak_lr=5e-4, b1=0.5, b2=0.999, clip_norm=None, schedule=Linear()),
+        train=Train(steps=4000, ema=0.998),
+        eval=Eval(every=500, batch_size=500),
     )

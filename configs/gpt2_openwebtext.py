@@ -8,7 +8,7 @@
 Not yet run. nanoGPT reports a loss of 2.85 after 600,000 steps on 8 A100s (about four days).
 """
 
-from jaxmodels.config import Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Eval, Mesh, Train
 from jaxmodels.models.gpt2 import GPT2Config
 
 
@@ -18,8 +18,8 @@ def get_config() -> Config:
         data=DataConfig(
             source="tokens", path=("openwebtext/train.bin", "openwebtext/val.bin"), seq_len=1024, batch_size=480
         ),
-        optim=OptimConfig(peak_lr=6e-4, warmup_steps=2000),
-        train=TrainConfig(steps=600_000),
-        eval=EvalConfig(every=2000, batches=40),
-        mesh=MeshConfig(data=-1),
+        optim=AdamW(peak_lr=6e-4, warmup_steps=2000),
+        train=Train(steps=600_000),
+        eval=Eval(every=2000, batches=40),
+        mesh=Mesh(data=-1),
     )

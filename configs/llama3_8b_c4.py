@@ -9,7 +9,7 @@ Not yet run.
 
 import dataclasses
 
-from jaxmodels.config import Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Eval, Mesh, Train
 from jaxmodels.models.functional import preset
 
 
@@ -17,8 +17,8 @@ def get_config() -> Config:
     return Config(
         model=dataclasses.replace(preset("llama3-8b"), dtype="bfloat16", remat="full"),
         data=DataConfig(source="tokens", path=("c4/train.bin", "c4/val.bin"), seq_len=8192, batch_size=512),
-        optim=OptimConfig(peak_lr=3e-4, warmup_steps=2000),
-        train=TrainConfig(steps=40_000),
-        eval=EvalConfig(every=1000, batches=16),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        optim=AdamW(peak_lr=3e-4, warmup_steps=2000),
+        train=Train(steps=40_000),
+        eval=Eval(every=1000, batches=16),
+        mesh=Mesh(data=1, fsdp=-1),
     )

@@ -5,7 +5,7 @@
 Not yet run.
 """
 
-from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Checkpoint, Config, DataConfig, Eval, Linear, TaskConfig, Train
 from jaxmodels.models.lstm import LSTMConfig
 
 
@@ -18,8 +18,8 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds", name="imdb_reviews", eval_split="test", tokenizer="words:20000", seq_len=400, batch_size=128
         ),
-        optim=OptimConfig(peak_lr=1e-3, b2=0.999, warmup_steps=100, schedule="linear", final_lr_fraction=0.01),
-        train=TrainConfig(steps=2000, ema=0.99),
-        eval=EvalConfig(every=200, metric="eval/accuracy", mode="max"),
-        checkpoint=CheckpointConfig(best=True),
+        optim=AdamW(peak_lr=1e-3, b2=0.999, warmup_steps=100, schedule=Linear(final_lr_fraction=0.01)),
+        train=Train(steps=2000, ema=0.99),
+        eval=Eval(every=200, metric="eval/accuracy", mode="max"),
+        checkpoint=Checkpoint(best=True),
     )

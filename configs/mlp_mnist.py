@@ -8,7 +8,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Checkpoint, Config, Constant, DataConfig, Eval, TaskConfig, Train
 from jaxmodels.models.mlp import MLPConfig
 
 
@@ -19,8 +19,8 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds", name="mnist", train_split="train[:92%]", eval_split="train[92%:]", batch_size=128
         ),
-        optim=OptimConfig(peak_lr=1e-3, schedule="constant", warmup_steps=100),
-        train=TrainConfig(steps=10000, ema=0.99),
-        eval=EvalConfig(every=100, batch_size=500, early_stop=10),
-        checkpoint=CheckpointConfig(best=True),
+        optim=AdamW(peak_lr=1e-3, warmup_steps=100, schedule=Constant()),
+        train=Train(steps=10000, ema=0.99),
+        eval=Eval(every=100, batch_size=500, early_stop=10),
+        checkpoint=Checkpoint(best=True),
     )

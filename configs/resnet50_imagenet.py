@@ -5,7 +5,7 @@
 Not yet run. Published with these settings: 76.3 % (top-1, one central crop).
 """
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import Augment, Config, Cosine, DataConfig, Eval, Momentum, TaskConfig, Train
 from jaxmodels.models.resnet import ResNetConfig
 
 
@@ -21,16 +21,15 @@ def get_config() -> Config:
             batch_size=1024,
             threads=32,
         ),
-        augment=AugmentConfig(crop=0.08, flip=True),
-        optim=OptimConfig(
-            name="momentum",
+        augment=Augment(crop=0.08, flip=True),
+        optim=Momentum(
             peak_lr=0.4,
             warmup_steps=6255,
-            final_lr_fraction=0.0,
             weight_decay=1e-4,
             decay_on=("matrix",),
             clip_norm=None,
+            schedule=Cosine(final_lr_fraction=0.0),
         ),
-        train=TrainConfig(steps=112_600),
-        eval=EvalConfig(every=12_510, metric="eval/accuracy", mode="max"),
+        train=Train(steps=112_600),
+        eval=Eval(every=12_510, metric="eval/accuracy", mode="max"),
     )

@@ -7,15 +7,7 @@ Reached on Multi30k's 29,000 pairs, tested on test_2016_flickr: sacreBLEU 39.17 
 benchmarks/results/quality.md.
 """
 
-from jaxmodels.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    OptimConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from jaxmodels.config import Checkpoint, Config, DataConfig, Eval, Linear, Muon, TaskConfig, Train
 from jaxmodels.models.transformer import TransformerConfig
 
 
@@ -35,10 +27,8 @@ def get_config() -> Config:
             pack=True,
             batch_size=32,
         ),
-        optim=OptimConfig(
-            name="muon", peak_lr=6e-3, b2=0.98, warmup_steps=100, schedule="linear", final_lr_fraction=0.01
-        ),
-        train=TrainConfig(steps=2600),
-        eval=EvalConfig(every=650),
-        checkpoint=CheckpointConfig(every=500),
+        optim=Muon(peak_lr=6e-3, b2=0.98, warmup_steps=100, schedule=Linear(final_lr_fraction=0.01)),
+        train=Train(steps=2600),
+        eval=Eval(every=650),
+        checkpoint=Checkpoint(every=500),
     )

@@ -8,7 +8,7 @@ Not yet run. Published: BLEU 27.3 on newstest2014 after 100,000 steps. The learn
 
 import dataclasses
 
-from jaxmodels.config import Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Eval, TaskConfig, Train
 from jaxmodels.models.functional import preset
 
 
@@ -26,7 +26,7 @@ def get_config() -> Config:
             pack=True,
             batch_size=128,
         ),
-        optim=OptimConfig(peak_lr=7e-4, b2=0.98, eps=1e-9, warmup_steps=4000, weight_decay=0.0, clip_norm=None),
-        train=TrainConfig(steps=100_000, ema=0.999),
-        eval=EvalConfig(every=5000),
+        optim=AdamW(peak_lr=7e-4, b2=0.98, eps=1e-9, warmup_steps=4000, weight_decay=0.0, clip_norm=None),
+        train=Train(steps=100_000, ema=0.999),
+        eval=Eval(every=5000),
     )

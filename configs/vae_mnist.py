@@ -7,7 +7,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Augment, Config, Cosine, DataConfig, Eval, TaskConfig, Train
 from jaxmodels.models.vae import VAEConfig
 
 
@@ -16,8 +16,10 @@ def get_config() -> Config:
         model=VAEConfig(hidden=(512, 256), latents=20),
         task=TaskConfig(name="vae", binarise=True, beta_warmup_steps=1000),
         data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
-        augment=AugmentConfig(shift=1, rotate=8),
-        optim=OptimConfig(peak_lr=1e-3, b2=0.999, warmup_steps=200, final_lr_fraction=0.02, weight_decay=0.01),
-        train=TrainConfig(steps=5000, ema=0.998),
-        eval=EvalConfig(every=1000, batch_size=500),
+        augment=Augment(shift=1, rotate=8),
+        optim=AdamW(
+            peak_lr=1e-3, b2=0.999, warmup_steps=200, weight_decay=0.01, schedule=Cosine(final_lr_fraction=0.02)
+        ),
+        train=Train(steps=5000, ema=0.998),
+        eval=Eval(every=1000, batch_size=500),
     )

@@ -5,7 +5,7 @@
 Not yet run.
 """
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, EvalConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Augment, Config, Cosine, DataConfig, Eval, TaskConfig, Train
 from jaxmodels.models.vit import ViTConfig
 
 
@@ -16,8 +16,10 @@ def get_config() -> Config:
         data=DataConfig(
             source="tfds", name="imagenet2012", mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=1024, threads=32
         ),
-        augment=AugmentConfig(crop=0.05, flip=True, randaugment=2, magnitude=10),
-        optim=OptimConfig(peak_lr=1e-3, b2=0.999, warmup_steps=10_000, final_lr_fraction=0.0, weight_decay=0.1),
-        train=TrainConfig(steps=375_000),
-        eval=EvalConfig(every=12_510, metric="eval/accuracy", mode="max"),
+        augment=Augment(crop=0.05, flip=True, randaugment=2, magnitude=10),
+        optim=AdamW(
+            peak_lr=1e-3, b2=0.999, warmup_steps=10_000, weight_decay=0.1, schedule=Cosine(final_lr_fraction=0.0)
+        ),
+        train=Train(steps=375_000),
+        eval=Eval(every=12_510, metric="eval/accuracy", mode="max"),
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jaxmodels import config
 from jaxmodels.fields import ranges
-from jaxmodels.models import functional
+from jaxmodels.models import families
 
 HERE = Path(__file__).parent
 
@@ -66,8 +66,8 @@ def page() -> str:
             kind = hints[f.name]
             lines += [f"## {f.name}", "", (kind.__doc__ or "").splitlines()[0], "", *table(kind, f.name), ""]
     lines += ["# Models", "", "`model` is a family's config; its fields are `--model.…`.", ""]
-    for name in functional.FAMILIES:
-        family = functional.family(name)
+    for name in families.FAMILIES.names():
+        family = families.family(name)
         lines += [
             f"## {name}: {family.config.__name__}",
             "",

@@ -8,7 +8,8 @@ from jaxmodels.errors import UserError
 
 if TYPE_CHECKING:
     from jaxmodels.hf import load_pretrained
-    from jaxmodels.models.functional import Model, create, list_models
+    from jaxmodels.models.families import list_models
+    from jaxmodels.models.functional import Model, create
     from jaxmodels.train import load_run
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.registry import Registry
 
 MOST = 2**31 - 1
 """What an index on a device holds."""
@@ -82,15 +83,26 @@ class Section:
 
     Its fields are options `--SECTION.FIELD`. Numbers become their field's type (1 a float), lists tuples. A class
     whose values must fit each other too has a `__post_init__` of its own, which calls this one first.
+
+    A section that comes in several kinds has a base class with `kinds`, the registry of its subclasses. The base has
+    the fields that all kinds share, and is no kind itself; `--SECTION NAME` takes another kind.
     """
 
     section: ClassVar[str] = ""
+    kinds: ClassVar[Registry | None] = None
 
-    def __init_subclass__(cls, section: str | None = None) -> None:
+    def __init_subclass__(cls, section: str | None = None, kinds: Registry | None = None) -> None:
         if section is not None:
             cls.section = section
+        if kinds is not None:
+            cls.kinds = kinds
 
     def __post_init__(self) -> None:
+        if "kinds" in vars(type(self)) and self.kinds is not None:
+            raise UserError(
+                f"got {type(self).__name__}, which every {self.kinds.what} has in common, expected one of them: "
+                f"{', '.join(self.kinds.names())}"
+            )
         fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         for name, kind in _hints(type(self)).items():
             if name in fields:
@@ -191,7 +203,9 @@ def _fit(kind: Any, value: Any) -> Any:
         if "\0" in value:
             raise _Misfit("text without zero bytes")
     elif isinstance(kind, type) and kind is not Any and not isinstance(value, kind):
-        raise _Misfit(f"a {kind.__name__}")
+        kinds = getattr(kind, "kinds", None)
+        known = [] if kinds is None else [address.partition(":")[2] + "()" for address in kinds.builtin.values()]
+        raise _Misfit(f"one of {', '.join(known)}" if known else f"a {kind.__name__}")
     return value
 
 

@@ -19,3 +19,9 @@ _OTHERS = re.compile(
 def own_lines(stderr: str) -> list[str]:
     """What a process wrote to stderr, without the logs of C++ libraries, which say what hardware they do not find."""
     return [line for line in stderr.splitlines() if not _OTHERS.match(line)]
+
+
+def kind(registry, name, **fields):
+    """A section of the kind of that name, with those of the fields that it has."""
+    found = registry.find(name)
+    return found(**{field: value for field, value in fields.items() if field in found.__dataclass_fields__})

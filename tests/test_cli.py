@@ -16,12 +16,14 @@ from jaxmodels.cli import explain, main
 from jaxmodels.commands import COMMANDS
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, MeshConfig, OptimConfig, TrainConfig
+from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, DataConfig, Eval, Mesh, Train
 from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
-from jaxmodels.models.functional import FAMILIES, create, family
+from jaxmodels.models.functional import FAMILIES, create
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.train.optim import OPTIMIZERS
+from jaxmodels.train.schedules import SCHEDULES
 from jaxmodels.train.space import TuneOptions
 
 FILE = "configs/gpt_stdlib.py"
@@ -35,28 +37,32 @@ def at_root(root, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "field", "value", "said"),
     [
-        (OptimConfig, "name", "adamW", "expected one of adamw, adam, sgd, momentum, rmsprop, adafactor, lion, muon"),
-        (OptimConfig, "schedule", "cosin", "did you mean 'cosine'?"),
-        (EvalConfig, "mode", "minimum", "expected one of min, max"),
-        (OptimConfig, "peak_lr", "3e-4", "expected a number, try --optim.peak-lr 0.001"),
-        (OptimConfig, "peak_lr", -1.0, "expected at least 0"),
-        (OptimConfig, "peak_lr", float("inf"), "expected a finite number"),
-        (OptimConfig, "peak_lr", float("nan"), "expected a number"),
-        (OptimConfig, "peak_lr", 1e39, "expected a finite number that float32 holds"),
-        (OptimConfig, "peak_lr", True, "expected a number"),
-        (OptimConfig, "eps", 1e-60, "number that float32 holds"),
-        (OptimConfig, "clip_norm", -1, "got optim.clip_norm -1, expected above 0 or None, try --optim.clip-norm 1.0"),
-        (OptimConfig, "warmup_steps", -5, "expected at least 0, try --optim.warmup-steps 0"),
-        (OptimConfig, "final_lr_fraction", -1, "expected at least 0"),
-        (OptimConfig, "b1", 1, "expected below 1, try --optim.b1 0.9"),
-        (OptimConfig, "decay_on", "matrix", "expected several values"),
-        (TrainConfig, "ema", 1.5, "expected below 1 or None"),
-        (TrainConfig, "steps", 1e3, "expected a whole number, try --train.steps 1000"),
-        (TrainConfig, "steps", True, "expected a whole number"),
-        (CheckpointConfig, "best", 1, "expected True or False"),
+        (
+            AdamW,
+            "schedule",
+            "cosin",
+            "got optim.schedule 'cosin', expected one of Cosine(), Linear(), ",
+        ),
+        (Eval, "mode", "minimum", "expected one of min, max"),
+        (AdamW, "peak_lr", "3e-4", "expected a number, try --optim.peak-lr 0.001"),
+        (AdamW, "peak_lr", -1.0, "expected at least 0"),
+        (AdamW, "peak_lr", float("inf"), "expected a finite number"),
+        (AdamW, "peak_lr", float("nan"), "expected a number"),
+        (AdamW, "peak_lr", 1e39, "expected a finite number that float32 holds"),
+        (AdamW, "peak_lr", True, "expected a number"),
+        (AdamW, "eps", 1e-60, "number that float32 holds"),
+        (AdamW, "clip_norm", -1, "got optim.clip_norm -1, expected above 0 or None, try --optim.clip-norm 1.0"),
+        (AdamW, "warmup_steps", -5, "expected at least 0, try --optim.warmup-steps 0"),
+        (Cosine, "final_lr_fraction", -1, "expected at least 0"),
+        (AdamW, "b1", 1, "expected below 1, try --optim.b1 0.9"),
+        (AdamW, "decay_on", "matrix", "expected several values"),
+        (Train, "ema", 1.5, "expected below 1 or None"),
+        (Train, "steps", 1e3, "expected a whole number, try --train.steps 1000"),
+        (Train, "steps", True, "expected a whole number"),
+        (Checkpoint, "best", 1, "expected True or False"),
         (DataConfig, "path", "a.txt", "expected several values"),
         (DataConfig, "threads", 10**9, "expected at most 1024"),
-        (MeshConfig, "fsdp", 0, "expected at least 1, or -1"),
+        (Mesh, "fsdp", 0, "expected at least 1, or -1"),
         (GPT2Config, "layers", 0, "got model.layers 0, expected at least 1, try --model.layers 1"),
         (GPT2Config, "layers", 2**31, "expected at most 16384"),
         (GPT2Config, "dropout", 1.0, "expected below 1"),
@@ -76,14 +82,15 @@ def test_a_value_is_what_its_field_says_or_refused(kind, field, value, said):
 
 
 def test_numbers_and_lists_become_what_the_field_says():
-    assert type(OptimConfig(peak_lr=1).peak_lr) is float
+    assert type(AdamW(peak_lr=1).peak_lr) is float
     assert DataConfig(path=["a"]).path == ("a",)
-    assert OptimConfig(clip_norm=None).clip_norm is None
+    assert AdamW(clip_norm=None).clip_norm is None
 
 
 def test_every_number_has_a_range():
     kinds = [hint for name, hint in get_type_hints(Config).items() if name in Config.__dataclass_fields__]
-    kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)] + [family(name).config for name in FAMILIES]
+    kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    kinds += [registry.find(name) for registry in (FAMILIES, OPTIMIZERS, SCHEDULES) for name in registry.builtin]
     for kind in kinds:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             if ("int" in str(hint) or "float'" in str(hint)) and "Literal" not in str(hint):
@@ -176,9 +183,9 @@ def test_help_is_short_and_fits_a_terminal(command, file, monkeypatch, capsys):
 
 
 def test_help_of_a_section_is_its_fields(capsys):
-    assert main(["train", FILE, "--optim.name", "adam", "--help", "optim"]) == 0
+    assert main(["train", FILE, "--optim", "adam", "--help", "optim"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"--optim.{name}".replace("_", "-") in shown for name in configs.docs(OptimConfig))
+    assert all(f"--optim.{name}".replace("_", "-") in shown for name in configs.docs(AdamW))
     assert "--train.steps" not in shown and "--run-dir" not in shown
     assert main(["train", FILE, "--help", "optm"]) == 2
     assert "did you mean 'optim'?" in capsys.readouterr().err
@@ -206,7 +213,7 @@ def test_a_flag_given_twice_is_refused(capsys):
     "text",
     [
         "", "null", "5", "[]", "{", "{}", "\x00\xff", "[" * 100_000, '{"model": null}',
-        '{"model": {"family": 3}}', '{"model": {"family": "nonsense"}}', '{"model": []}',
+        '{"model": {"class": 3}}', '{"model": {"class": "nonsense"}}', '{"model": []}',
     ],
 )  # fmt: skip
 def test_a_damaged_config_of_a_run_gets_one_line(text, tmp_path, capsys):
@@ -237,7 +244,7 @@ def test_a_section_of_another_type_is_refused_by_name(section, value):
         ("def get_config(x):\n    return x\n", "TypeError"),
         ("x = (\n", "SyntaxError"),
         ("\x00", "fails with"),
-        ("from jaxmodels.config import OptimConfig\nOptimConfig(name='adamW')\n", "got optim.name 'adamW'"),
+        ("from jaxmodels.config import AdamW\nAdamW(schedule='cosin')\n", "got optim.schedule 'cosin'"),
         ("from jaxmodels.config import Config\ndef get_config():\n    return Config(model=3)\n", "got model 3"),
     ],
 )

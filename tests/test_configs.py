@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxmodels import config as configs
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.train.job import assemble
 
 FULL = (
@@ -36,7 +36,7 @@ def test_every_config_fits_four_devices_and_says_how_it_is_run(root):
 @pytest.mark.parametrize("name", FULL)
 def test_the_step_of_a_config_for_a_full_set_compiles(name, root):
     cfg = configs.load(root / "configs" / f"{name}.py")
-    wide = MeshConfig(data=2, fsdp=4) if cfg.mesh.fsdp == -1 else MeshConfig(data=8)
+    wide = Mesh(data=2, fsdp=4) if cfg.mesh.fsdp == -1 else Mesh(data=8)
     cfg = dataclasses.replace(cfg, mesh=wide)
     job = assemble(cfg, opened=False)
     compiled = job.lower().compile()

@@ -17,10 +17,10 @@ def test_every_field_is_documented():
     from typing import get_type_hints
 
     from jaxmodels import config
-    from jaxmodels.models import functional
+    from jaxmodels.models import families
 
     kinds = [kind for kind in get_type_hints(config.Config).values() if dataclasses.is_dataclass(kind)]
-    kinds += [functional.family(name).config for name in functional.FAMILIES]
+    kinds += [families.family(name).config for name in families.FAMILIES.names()]
     for kind in kinds:
         assert {f.name for f in dataclasses.fields(kind)} <= set(config.docs(kind)), kind
 

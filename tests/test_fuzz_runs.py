@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodels.config import CheckpointConfig, Config, DataConfig, MetricsConfig, TaskConfig, TrainConfig
+from jaxmodels.config import Checkpoint, Config, DataConfig, Metrics, TaskConfig, Train
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import metrics
 from jaxmodels.train import run as runs
@@ -28,9 +28,9 @@ def made(tmp_path_factory):
         model=LSTMConfig(vocab_size=64, width=8, hidden=8, layers=1, classes=2, dropout=0.0),
         task=TaskConfig(name="classification"),
         data=DataConfig(source="table", path=(str(folder / "a.csv"),), tokenizer="words:64", seq_len=8, batch_size=8),
-        train=TrainConfig(steps=4),
-        checkpoint=CheckpointConfig(every=2),
-        metrics=MetricsConfig(every=1, progress="none", tensorboard=False),
+        train=Train(steps=4),
+        checkpoint=Checkpoint(every=2),
+        metrics=Metrics(every=1, progress="none", tensorboard=False),
     )
     runs.train(cfg, folder / "run")
     return folder

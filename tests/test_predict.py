@@ -11,7 +11,7 @@ from PIL import Image
 
 import jaxmodels
 from jaxmodels.cli import main
-from jaxmodels.config import Config, DataConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Metrics, TaskConfig, Train
 from jaxmodels.data import texts as rows_of_texts
 from jaxmodels.data.records import distinct
 from jaxmodels.generate import predict, sample, translate_texts
@@ -25,7 +25,7 @@ from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.train import run as runs
 
-QUICK = MetricsConfig(every=100, progress="none", tensorboard=False)
+QUICK = Metrics(every=100, progress="none", tensorboard=False)
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
@@ -34,8 +34,8 @@ def trained(folder, model, task, data, steps=1):
         model=model,
         task=task,
         data=DataConfig(batch_size=8, **data),
-        optim=OptimConfig(peak_lr=3e-2),
-        train=TrainConfig(steps=steps),
+        optim=AdamW(peak_lr=3e-2),
+        train=Train(steps=steps),
         metrics=QUICK,
     )
     runs.train(cfg, folder / "run")

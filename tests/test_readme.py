@@ -15,7 +15,7 @@ def test_the_library_example_trains(root):
 
 def test_the_run_example_loads_a_run_without_its_data(root, tmp_path, monkeypatch, capsys):
     import jaxmodels
-    from jaxmodels.config import Config, DataConfig, MetricsConfig, TrainConfig
+    from jaxmodels.config import Config, DataConfig, Metrics, Train
     from jaxmodels.models.gpt2 import GPT2Config
     from jaxmodels.train import run as runs
 
@@ -24,8 +24,8 @@ def test_the_run_example_loads_a_run_without_its_data(root, tmp_path, monkeypatc
     cfg = Config(
         model=GPT2Config(vocab_size=256, context=64, layers=1, heads=2, width=8),
         data=DataConfig(source="text", path=("a.txt",), seq_len=16, batch_size=8),
-        train=TrainConfig(steps=1),
-        metrics=MetricsConfig(progress="none", tensorboard=False),
+        train=Train(steps=1),
+        metrics=Metrics(progress="none", tensorboard=False),
     )
     runs.train(cfg, tmp_path / "runs" / "gpt_stdlib")
     (tmp_path / "a.txt").unlink()

@@ -10,11 +10,11 @@ from PIL import Image
 
 from jaxmodels import config as configs
 from jaxmodels import tasks
-from jaxmodels.config import AugmentConfig, DataConfig, TaskConfig, used
+from jaxmodels.config import Augment, DataConfig, TaskConfig, used
 from jaxmodels.data import open_source, tokens
 from jaxmodels.data.tokenizer import Bytes
 from jaxmodels.errors import UserError
-from jaxmodels.models import functional
+from jaxmodels.models import families
 
 TASKS = tuple(tasks.TASKS)
 SOURCES = ("stdlib", "text", "tfds", "images", "table", "huggingface", "tokens", "synthetic")
@@ -31,7 +31,7 @@ def other(value):
 
 CHANGED = {
     "data": {field.name: other(field.default) for field in dataclasses.fields(DataConfig)},
-    "augment": {field.name: other(field.default) for field in dataclasses.fields(AugmentConfig)},
+    "augment": {field.name: other(field.default) for field in dataclasses.fields(Augment)},
     "task": {field.name: other(field.default) for field in dataclasses.fields(TaskConfig)},
 }
 
@@ -43,9 +43,7 @@ def section(kind, **fields):
     return made
 
 
-@pytest.mark.parametrize(
-    "kind, table", [(DataConfig, used.DATA), (AugmentConfig, used.AUGMENT), (TaskConfig, used.TASK)]
-)
+@pytest.mark.parametrize("kind, table", [(DataConfig, used.DATA), (Augment, used.AUGMENT), (TaskConfig, used.TASK)])
 def test_the_table_knows_every_field(kind, table):
     assert set(table) == {field.name for field in dataclasses.fields(kind)}
     for use in table.values():
@@ -66,12 +64,12 @@ def test_a_field_that_a_source_or_task_does_not_use_is_refused(source, task):
                 for options, got in zip(use, ((source,), (task,), kinds), strict=True)
             )
             if fits:
-                used.check_data(data, AugmentConfig(), task, kinds)
+                used.check_data(data, Augment(), task, kinds)
                 continue
             with pytest.raises(UserError, match=rf"^got data.{name} .* does not use, .* try without --data."):
-                used.check_data(data, AugmentConfig(), task, kinds)
+                used.check_data(data, Augment(), task, kinds)
         for name in used.AUGMENT:
-            augment = section(AugmentConfig, **{"randaugment": 1, name: CHANGED["augment"][name]})
+            augment = section(Augment, **{"randaugment": 1, name: CHANGED["augment"][name]})
             if source in used.RECORDS and task in ("classification", "contrastive", "vae", "gan") and "image" in kinds:
                 used.check_data(DataConfig(source=source), augment, task, kinds)
                 continue
@@ -95,10 +93,10 @@ def test_a_field_of_another_task_is_refused(task):
 def test_what_says_the_same_twice_is_refused():
     with pytest.raises(UserError, match=r"got data.eval_fraction 0.2 and data.eval_path"):
         data = DataConfig(source="text", eval_path=("x",), eval_fraction=0.2)
-        used.check_data(data, AugmentConfig(), "causal_lm", ("text",))
+        used.check_data(data, Augment(), "causal_lm", ("text",))
     with pytest.raises(UserError, match="got augment.magnitude 3.0 without augment.randaugment"):
-        used.check_data(DataConfig(source="tfds"), AugmentConfig(magnitude=3.0), "vae", ("image",))
-    gan = functional.family("gan").config
+        used.check_data(DataConfig(source="tfds"), Augment(magnitude=3.0), "vae", ("image",))
+    gan = families.family("gan").config
     with pytest.raises(UserError, match="got task.gradient_penalty 1.0 for a GAN of kind dcgan, expected wgan-gp"):
         tasks.build(TaskConfig(name="gan", gradient_penalty=1.0), gan(kind="dcgan"), DataConfig())
 
@@ -147,7 +145,7 @@ def built(root, task, fields: Any, **augment: Any):
     model: Any = {"vocab_size": vocabulary, "inputs_shape": shape, "num_classes": 3}
     found = []
     for split in ("train", "eval"):
-        source: Any = open_source(DataConfig(**fields), split, task, augment=AugmentConfig(**augment), **model)
+        source: Any = open_source(DataConfig(**fields), split, task, augment=Augment(**augment), **model)
         where = np.arange(min(len(source), 12))
         batch = source.batch(where, np.full_like(where, 1))
         found += [len(source), source.describe(), source.class_names, getattr(source, "captions", ())]

@@ -140,7 +140,7 @@ def published(config: Any) -> nn.Module:
     import transformers
 
     from jaxmodels import hf
-    from jaxmodels.models.functional import family_of
+    from jaxmodels.models.families import family_of
 
     settings = hf.format_of(family_of(config).name).describe(config)
     (architecture,) = settings.pop("architectures")
@@ -153,7 +153,7 @@ PLAIN = {"mlp": mlp, "cnn": cnn, "vgg": vgg, "lstm": LSTM, "vae": VAE, "gan": GA
 
 def build(size: Any, batch: Mapping[str, np.ndarray], inputs: tuple[np.ndarray, ...]) -> dict[str, Run]:
     """Runs of a size of the zoo on a batch; `inputs` are what the model alone takes of it."""
-    from jaxmodels.models.functional import family_of
+    from jaxmodels.models.families import family_of
 
     torch.manual_seed(0)
     config = size.config

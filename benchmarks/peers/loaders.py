@@ -29,13 +29,13 @@ Epoch = Callable[[int], Iterator[Any]]
 
 
 def ours_images(path: str, settings: dict[str, Any]) -> Epoch:
-    from jaxmodels.config import AugmentConfig, DataConfig
+    from jaxmodels.config import Augment, DataConfig
     from jaxmodels.data import Loader, Order, open_source
 
     cfg = DataConfig(
         source="images", path=(path,), eval_fraction=0.0, threads=settings["threads"], pixels=settings["pixels"]
     )
-    augment = AugmentConfig(crop=CROP, flip=True)
+    augment = Augment(crop=CROP, flip=True)
     shape = (SIDE, SIDE, 3)
     source = open_source(cfg, "train", "classification", inputs_shape=shape, num_classes=8, augment=augment)
     loader = Loader(source, Order(len(source), IMAGES, 0), prefetch=settings["prefetch"])

@@ -12,10 +12,10 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from jaxmodels.commands import usage
-from jaxmodels.config import Config, load
+from jaxmodels.config import AnyModel, Config, load, replaced, with_kinds
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import check_call
 
@@ -182,6 +182,33 @@ def _one_line(message: str, prog: str) -> str:
     return f"got {text}, try {prog} --help" if text else message
 
 
+def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, list[str]]:
+    """The config with the kinds of sections that options such as `--task vae` name, and the other arguments.
+
+    Raises:
+        UserError: no such kind, or an option without a kind, or two for one section.
+    """
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    known = {name: section.kinds for name, section in with_kinds(config)}
+    arguments = iter(argv)
+    for argument in arguments:
+        option, equals, kind = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not option.startswith("--") or name not in known:
+            rest.append(argument)
+            continue
+        kind = kind if equals else next(arguments, "")
+        if not kind or kind.startswith("-"):
+            raise UserError(f"got {option} without a kind, expected one of {', '.join(known[name].names())}")
+        if name in given:
+            raise UserError(f"got {option} twice, expected it once, try {prog} with one of the two")
+        given[name] = kind
+    for name in sorted(given, key=lambda name: name.count(".")):  # a kind inside a section belongs to the new one
+        config = replaced(config, name, given[name])
+    return config, rest
+
+
 def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     """The config named first in `argv`, overridden by the rest, and a `more` of the options beside it.
 
@@ -197,18 +224,19 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
         )
     from tyro.conf import FlagConversionOff
 
-    config = load(argv[0]) if asked != 0 else Config(model=usage.AnyModel())
+    config = load(argv[0]) if asked != 0 else Config(model=AnyModel())
     file = argv[0] if asked != 0 else usage.FILE
+    config, rest = take_kinds(config, argv[1:], f"{prog} {file}")
+    argv = [*argv[:1], *rest]
+    asked = next((i for i, arg in enumerate(argv) if arg in HELP), None)
     topic = None if asked is None else "".join(argv[asked + 1 : asked + 2])
     if topic is not None and (not topic or topic.startswith("-")):
         print(usage.short(prog, file, config, more))
         raise SystemExit(0)
-    # the model's own type, so that its fields are options
-    hints = {**get_type_hints(Config), "model": type(config.model)}
-    # every field of a config takes a value, also a bool
+    # each section's own type, so that the fields of its kind are options; a bool takes a value too
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     fields = [
-        (f.name, FlagConversionOff[hints[f.name]], dataclasses.field(default=getattr(config, f.name)))
-        for f in dataclasses.fields(Config)
+        (name, FlagConversionOff[type(value)], dataclasses.field(default=value)) for name, value in sections.items()
     ]
     if topic is not None and topic != "all":
         names = [name for name, *_ in fields]
@@ -220,5 +248,5 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
     both.__doc__ = more.__doc__
     value = parse(both, argv[1:] if asked is None else ["--help"], f"{prog} {file}", both())
-    rest = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
-    return Config(**{f.name: getattr(value, f.name) for f in dataclasses.fields(Config)}), rest
+    own = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
+    return Config(**{f.name: getattr(value, f.name) for f in dataclasses.fields(Config)}), own

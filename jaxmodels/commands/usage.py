@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,15 +12,10 @@ from jaxmodels import config as configs
 from jaxmodels.config import Config
 
 FREQUENT = (
-    "data.path", "data.batch_size", "data.seq_len", "optim.name", "optim.peak_lr", "optim.weight_decay", "train.steps",
+    "data.path", "data.batch_size", "data.seq_len", "optim", "optim.peak_lr", "optim.weight_decay", "train.steps",
     "train.seed", "eval.every", "checkpoint.every", "mesh.data", "mesh.fsdp",
 )  # fmt: skip
 """The fields that most experiments set, in the order of the sections."""
-
-
-@dataclass(frozen=True)
-class AnyModel:
-    """The model's fields, which depend on its family: name a config first."""
 
 
 def short(prog: str, file: str, config: Config, more: type) -> str:
@@ -32,10 +26,10 @@ def short(prog: str, file: str, config: Config, more: type) -> str:
     frequent = [
         (f"--{name.replace('_', '-')} {_written(values[name])}".rstrip(), configs.documentation(config, name))
         for name in FREQUENT
+        if name in values
     ]
-    sections = [
-        (f.name, (type(getattr(config, f.name)).__doc__ or "").splitlines()[0]) for f in dataclasses.fields(Config)
-    ]
+    about = configs.docs(Config)
+    sections = [(f.name, about[f.name]) for f in dataclasses.fields(Config)]
     parts = [
         f"usage: {prog} {file} [--OPTION VALUE ...]",
         _listed("", own, width, whole=True),

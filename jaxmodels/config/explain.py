@@ -10,15 +10,21 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmodels.config.kinds import kind_name, kinds_of
 from jaxmodels.config.sections import Config
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name."""
+    """Every field by its dotted name; a section that comes in several kinds is the name of its kind, too."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        found |= flatten(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else {prefix + f.name: value}
+        if not dataclasses.is_dataclass(value):
+            found[prefix + f.name] = value
+            continue
+        if kinds_of(value) is not None:
+            found[prefix + f.name] = kind_name(value)
+        found |= flatten(value, f"{prefix}{f.name}.")
     return found
 
 
@@ -36,9 +42,12 @@ def provenance(config: Config, name: str, origin: Mapping[str, Any]) -> str:
     given = {arg.split("=")[0].replace("_", "-") for arg in origin.get("overrides", [])}
     if option in given:
         return "command line"
-    section, _, field = name.partition(".")
-    default = flatten(type(getattr(config, section))())[field]
-    return "default" if default == flatten(config)[name] else f"config file {origin.get('file')}"
+    *path, last = name.split(".")
+    owner: Any = config
+    for part in path:
+        owner = getattr(owner, part)
+    default = {f.name: f.default for f in dataclasses.fields(owner)}[last]
+    return "default" if default == getattr(owner, last) else f"config file {origin.get('file')}"
 
 
 def documentation(config: Config, name: str) -> str:
@@ -51,10 +60,20 @@ def documentation(config: Config, name: str) -> str:
 
 
 def docs(kind: type) -> dict[str, str]:
-    """The documentation string under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    """The documentation string under each field of a dataclass, inherited fields included."""
     found: dict[str, str] = {}
-    for node, after in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    for cls in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        except (OSError, TypeError):  # made without a file
+            continue
+        for node, after in itertools.pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
     return found

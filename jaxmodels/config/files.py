@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from jaxmodels.config.sections import Config
+from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of, of_kind
+from jaxmodels.config.sections import AnyModel, Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import checked, shown
+
+FORMAT = 2
+"""The version of what `to_json` writes."""
 
 
 def load(path: str | Path) -> Config:
@@ -49,55 +53,72 @@ def load(path: str | Path) -> Config:
         sys.path.pop(0)
     if not isinstance(config, Config):
         raise UserError(f"got {type(config).__name__} from get_config() in {path}, expected jaxmodels.config.Config")
+    check_kinds(config)
     return config
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config as JSON values, with the model's family."""
-    from jaxmodels.models.functional import family_of
+    """The config as JSON values: its sections, those of several kinds with the name of theirs, and the format.
 
-    return {
-        **dataclasses.asdict(config),
-        "model": {"family": family_of(config.model).name, **dataclasses.asdict(config.model)},
-    }
+    Raises:
+        UserError: a section is of a kind that another process could not import.
+    """
+    return {"format": FORMAT, **{f.name: _encoded(getattr(config, f.name)) for f in dataclasses.fields(config)}}
+
+
+def _encoded(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    kind = {"kind": kind_name(value)} if kinds_of(value) is not None else {}
+    return {**kind, **{f.name: _encoded(getattr(value, f.name)) for f in dataclasses.fields(value)}}
 
 
 def from_json(value: Any) -> Config:
     """The config that `to_json` wrote.
 
     Raises:
-        UserError: it is not that: a section or a value is missing, unknown, or of another type.
+        UserError: it is not that: a section or a value is missing, unknown, or of another type; a kind is not
+            installed here.
     """
-    from jaxmodels.models.functional import family
-
     sections = [f.name for f in dataclasses.fields(Config)]
     if not isinstance(value, Mapping):
         raise UserError(f"got a config that is {shown(value)}, expected an object with sections {', '.join(sections)}")
+    if (version := value.get("format", 1)) != FORMAT:
+        raise UserError(f"got a config of format {shown(version)}, expected {FORMAT}, try the version that wrote it")
     for name in sections:
         if not isinstance(value.get(name), Mapping):
             what = f"is {shown(value[name])}" if name in value else "is missing"
             raise UserError(f"got a config whose section {name!r} {what}, expected an object")
-    model = dict(value["model"])
-    kind = family(checked(str, model.pop("family", None), "family", "model")).config
     hints = get_type_hints(Config)
-    return Config(
-        model=_decode(kind, model), **{name: _decode(hints[name], value[name]) for name in sections if name != "model"}
+    usual = Config(model=AnyModel())
+    return Config(**{name: _decoded(hints[name], getattr(usual, name), value[name], name) for name in sections})
+
+
+def _decoded(hint: Any, usual: Any, value: Any, name: str) -> Any:
+    """A value of a field; `usual` is what the field holds by default."""
+    options = [hint, *getattr(hint, "__args__", ())]
+    kind: Any = next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
+    if usual is not None and dataclasses.is_dataclass(usual) and isinstance(value, Mapping):
+        kind = type(usual)
+        if kinds_of(usual) is not None:
+            said = checked(str, value.get("kind"), "kind", name)
+            kind = type(of_kind(usual, said))
+            value = {key: item for key, item in value.items() if key != "kind"}
+    if kind is None or not isinstance(value, Mapping):
+        return tuple(_decoded(None, None, item, name) for item in value) if isinstance(value, list) else value
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if extra := set(value) - set(fields):
+        raise UserError(
+            f"got unknown field {sorted(extra)[0]!r} for {kind.__name__}, expected one of "
+            f"{', '.join(sorted(fields))}, try the version that wrote this config"
+        )
+    return kind(
+        **{
+            key: _decoded(hints[key], fields[key].default, item, f"{name}.{key}" if name else key)
+            for key, item in value.items()
+        }
     )
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    options = [arg for arg in getattr(kind, "__args__", ()) if dataclasses.is_dataclass(arg)]
-    kind = options[0] if options and isinstance(value, Mapping) else kind
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        hints = get_type_hints(kind)
-        known = {f.name for f in dataclasses.fields(kind)}
-        if extra := set(value) - known:
-            raise UserError(
-                f"got unknown field {sorted(extra)[0]!r} for {kind.__name__}, expected one of "
-                f"{', '.join(sorted(known))}, try the version that wrote this config"
-            )
-        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})
-    return tuple(_decode(None, item) for item in value) if isinstance(value, list) else value
 
 
 def save(config: Config, path: Path, origin: Mapping[str, Any]) -> None:

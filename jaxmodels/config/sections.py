@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Literal
 
 from jaxmodels.errors import UserError
 from jaxmodels.fields import (
-    Count,
     Dim,
     Dropped,
     Natural,
     Positive,
     Range,
     Section,
-    Seed,
     Share,
     Weight,
     Workers,
     shown,
 )
-
-Devices = Annotated[int, Range(1, 2**24, also=-1)]
+from jaxmodels.models.config import ModelConfig
+from jaxmodels.parallel.mesh import Mesh
+from jaxmodels.train.optim import AdamW, OptimConfig
+from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, Train
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class DataConfig(Section, section="data"):
 
 
 @dataclass(frozen=True)
-class AugmentConfig(Section, section="augment"):
+class Augment(Section, section="augment"):
     """How images of the training set are changed, in this order, at random in each epoch. Evaluation has none of it."""
 
     crop: Annotated[float, Range(above=0, most=1)] | None = None
@@ -162,161 +161,8 @@ class AugmentConfig(Section, section="augment"):
 
 
 @dataclass(frozen=True)
-class OptimConfig(Section, section="optim"):
-    """How the loss is minimised (Optax)."""
-
-    name: Literal["adamw", "adam", "sgd", "momentum", "rmsprop", "adafactor", "lion", "muon"] = "adamw"
-    """The update rule."""
-    peak_lr: Weight = 1e-3
-    """Learning rate after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; wsd: constant, then linear decay over the last `decay_fraction` of the steps."""
-    warmup_steps: Natural = 0
-    """Steps of linear warm-up from 0: the first has 1 / warmup_steps of the peak, the last of them the peak."""
-    final_lr_fraction: Share = 0.1
-    """Learning rate of the last step as a share of the peak (cosine, linear, wsd)."""
-    decay_fraction: Annotated[float, Range(above=0, most=1)] = 0.2
-    """Share of the steps, the last ones, that wsd decays over."""
-    b1: Dropped = 0.9
-    """First-moment decay (momentum's and Muon's too)."""
-    b2: Dropped = 0.95
-    """Second-moment decay (RMSprop's too)."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-    weight_decay: Weight = 0.1
-    """Decoupled weight decay."""
-    decay_on: tuple[Literal["matrix", "embedding", "bias", "norm"], ...] = ("matrix", "embedding")
-    """Kinds of parameter that are decayed."""
-    clip_norm: Positive | None = 1.0
-    """Largest global norm of the gradient; None: no clipping."""
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
-    layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
-    """Factor of the learning rate from each layer to the one below it (ELECTRA; Clark et al. 2020)."""
-    offload: bool = False
-    """Keep the optimizer's state in the hosts' memory; it comes to the devices for the update alone."""
-
-
-@dataclass(frozen=True)
-class TrainConfig(Section, section="train"):
-    """The run."""
-
-    steps: Count = 1000
-    """Optimizer steps."""
-    seed: Seed = 0
-    """Decides initial parameters, data order and dropout."""
-    accumulate: Annotated[int, Range(1, 2**16)] = 1
-    """Microbatches a step; gradients are summed over them, so the result is that of the whole batch."""
-    strategy: Literal["jit", "pmap"] = "jit"
-    """jit: sharded by the mesh; pmap: replicated data parallelism, equal in result."""
-    ema: Dropped | None = None
-    """Decay of the moving average of the parameters, which evaluation then uses; None: none."""
-    quantize: Literal["none", "int8", "float8"] = "none"
-    """Type of the products with the weights of blocks, forward and backward; parameters and optimizer stay float32."""
-    quantize_axes: tuple[Literal["embed", "heads", "kv_heads", "head_dim", "mlp"], ...] = (
-        "embed", "heads", "kv_heads", "head_dim", "mlp",
-    )  # fmt: skip
-    """Which of them: weights that have none but these logical axes; embed mlp: the MLPs alone."""
-    xla: tuple[str, ...] = ()
-    """Options of XLA for the step, as NAME=VALUE: xla_tpu_scoped_vmem_limit_kib=65536; plans are made with them too."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in self.xla:
-            if not re.fullmatch(r"xla_\w+=.+", option):
-                raise UserError(
-                    f"got train.xla {option!r}, expected NAME=VALUE, try xla_tpu_scoped_vmem_limit_kib=65536"
-                )
-
-
-@dataclass(frozen=True)
-class EvalConfig(Section, section="eval"):
-    """Evaluation while training."""
-
-    every: Natural = 0
-    """Steps between evaluations; 0: only after the last step."""
-    batches: Count | None = None
-    """Batches of an evaluation; None: the whole set once."""
-    batch_size: Dim | None = None
-    """Examples a batch; None: as in training."""
-    early_stop: Count | None = None
-    """Stop after so many evaluations without a better `metric`; None: never."""
-    metric: str = "eval/loss"
-    """What 'better' is judged by, for early stopping and for the best checkpoint."""
-    mode: Literal["min", "max"] = "min"
-    """Whether a lower or a higher `metric` is better."""
-
-
-@dataclass(frozen=True)
-class CheckpointConfig(Section, section="checkpoint"):
-    """What is saved, and when."""
-
-    every: Natural = 500
-    """Steps between checkpoints; the last step is always saved; 0: only that one."""
-    keep: Count = 2
-    """Newest checkpoints kept, beside the best one."""
-    best: bool = False
-    """Keep the checkpoint that is best by `eval.metric` (saved after each evaluation that improves on it)."""
-
-
-@dataclass(frozen=True)
-class MeshConfig(Section, section="mesh"):
-    """How devices are divided. One axis may be -1: the devices that are left.
-
-    The first axes go across the slow network, between slices of TPUs or nodes of GPUs. So with data = slices or nodes,
-    fsdp = -1 the state is cut inside each and replicated over all (HSDP); with data = 1, fsdp = -1 it is cut over all.
-    """
-
-    data: Devices = -1
-    """Replicas, each with its own share of the batch."""
-    stage: Devices = 1
-    """Stages of a pipeline, each with its share of the layers; outside the layers, shards of the batch."""
-    fsdp: Devices = 1
-    """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
-    expert: Devices = 1
-    """Shards of the experts of a mixture, and of the batch."""
-    context: Devices = 1
-    """Shards of the tokens of each sequence, joined by ring attention (or by --model.attention ulysses)."""
-    tensor: Devices = 1
-    """Shards of heads, hidden units and vocabulary (Megatron)."""
-    sequence: bool = False
-    """Whether between a block's products tokens are split over `tensor` too (Megatron's sequence parallelism)."""
-    microbatches: Natural = 0
-    """Parts of a batch that follow each other through the stages, a multiple of them; 0: up to four times as many, as
-    the batch divides. The first and last wait for (stage - 1) / (microbatches * rounds + stage - 1) of the time."""
-    rounds: Annotated[int, Range(1, 1024)] = 1
-    """How often a microbatch goes round all stages, each time through another slice of a stage's layers: the wait is
-    shorter, and more is sent."""
-
-
-@dataclass(frozen=True)
-class MetricsConfig(Section, section="metrics"):
-    """What is reported."""
-
-    every: Count = 10
-    """Steps between lines in metrics.jsonl."""
-    tensorboard: bool = True
-    """Write TensorBoard events too."""
-    progress: Literal["auto", "live", "plain", "none"] = "auto"
-    """live: a display that redraws; plain: a line each `every` steps; auto: live on a terminal."""
-
-
-@dataclass(frozen=True)
-class ProfileConfig(Section, section="profile"):
-    """A trace of chosen steps, for TensorBoard or Perfetto."""
-
-    steps: str = ""
-    """FIRST:LAST (last one not included), as in 10:15; empty: no trace."""
-
-
-@dataclass(frozen=True)
-class InitConfig(Section, section="init"):
-    """Where the parameters start."""
-
-    source: str | None = None
-    """A run directory, or one in Hugging Face's format, whose parameters to start from; None: random."""
-    fresh: tuple[str, ...] = ()
-    """Patterns of parameters that start at random all the same, such as head/*: the rest must be in the source."""
+class AnyModel(ModelConfig):
+    """The model's fields, which depend on its family: name a config first."""
 
 
 @dataclass(frozen=True)
@@ -326,16 +172,27 @@ class Config(Section):
     model: Any
     """The model: a family's config, such as GPT2Config(layers=6)."""
     task: TaskConfig = TaskConfig()
+    """What the model is trained to do."""
     data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    mesh: MeshConfig = MeshConfig()
-    metrics: MetricsConfig = MetricsConfig()
-    profile: ProfileConfig = ProfileConfig()
-    init: InitConfig = InitConfig()
+    """Where batches come from."""
+    augment: Augment = Augment()
+    """How images of the training set are changed at random."""
+    optim: OptimConfig = AdamW()
+    """How the loss is minimised."""
+    train: Train = Train()
+    """Length, precision and strategy of training."""
+    eval: Eval = Eval()
+    """Evaluation while training."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is saved, and when."""
+    mesh: Mesh = Mesh()
+    """How devices are divided."""
+    metrics: Metrics = Metrics()
+    """What is reported."""
+    profile: Profile = Profile()
+    """A trace of chosen steps, for TensorBoard or Perfetto."""
+    init: Init = Init()
+    """Where the parameters start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

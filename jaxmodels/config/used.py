@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jaxmodels.config.sections import AugmentConfig, Config, DataConfig, TaskConfig
+from jaxmodels.config.sections import Augment, Config, DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 
 RECORDS = ("tfds", "images", "table", "huggingface")
@@ -53,9 +53,7 @@ DATA: Mapping[str, Use] = {
     "threads": Use(RECORDS, _EXAMPLES, ("image",)),
     "pixels": Use(RECORDS, _EXAMPLES, ("image",)),
 }
-AUGMENT: Mapping[str, Use] = {
-    field.name: Use(RECORDS, _EXAMPLES, ("image",)) for field in dataclasses.fields(AugmentConfig)
-}
+AUGMENT: Mapping[str, Use] = {field.name: Use(RECORDS, _EXAMPLES, ("image",)) for field in dataclasses.fields(Augment)}
 TASK: Mapping[str, Use] = {
     "name": Use(),
     "label_smoothing": Use(None, (*_LANGUAGE, "classification")),
@@ -82,7 +80,7 @@ def kinds(task: str, shaped: bool) -> tuple[str, ...]:
     return ("image", "array") if task in _EXAMPLES and (shaped or task != "classification") else ("text",)
 
 
-def check_data(data: DataConfig, augment: AugmentConfig, task: str, kinds: Iterable[str]) -> None:
+def check_data(data: DataConfig, augment: Augment, task: str, kinds: Iterable[str]) -> None:
     """Raises UserError where a field of data or augment was set that this source, task and kind of inputs don't use."""
     here = (data.source, task, tuple(kinds))
     _check("data", data, DATA, *here)
@@ -92,7 +90,7 @@ def check_data(data: DataConfig, augment: AugmentConfig, task: str, kinds: Itera
             f"got data.eval_fraction {data.eval_fraction} and data.eval_path, expected one of them, "
             f"try --data.eval-fraction {usual}"
         )
-    if augment.magnitude != (strength := AugmentConfig().magnitude) and not augment.randaugment:
+    if augment.magnitude != (strength := Augment().magnitude) and not augment.randaugment:
         raise UserError(
             f"got augment.magnitude {augment.magnitude} without augment.randaugment, whose strength it is, expected "
             f"both, try --augment.randaugment 2 or --augment.magnitude {strength}"
@@ -123,7 +121,7 @@ def needed(cfg: Config, kind: str = "") -> Config:
     if data.eval_path:
         data = dataclasses.replace(data, eval_fraction=DataConfig().eval_fraction)
     if not augment.randaugment:
-        augment = dataclasses.replace(augment, magnitude=AugmentConfig().magnitude)
+        augment = dataclasses.replace(augment, magnitude=Augment().magnitude)
     if getattr(cfg.model, "kind", "wgan-gp") != "wgan-gp":
         task = dataclasses.replace(task, gradient_penalty=TaskConfig().gradient_penalty)
     return dataclasses.replace(cfg, task=task, data=data, augment=augment)

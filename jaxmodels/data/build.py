@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxmodels.config import AugmentConfig, Config, DataConfig, used
+from jaxmodels.config import Augment, Config, DataConfig, used
 from jaxmodels.data import corpus as corpora
 from jaxmodels.data import records as recorded
 from jaxmodels.data import texts
@@ -32,7 +32,7 @@ def open_source(
     vocab_size: int | None = None,
     inputs_shape: tuple[int, ...] | None = None,
     num_classes: int | None = None,
-    augment: AugmentConfig | None = None,
+    augment: Augment | None = None,
     seed: int = 0,
     classes: Sequence[str] = (),
 ) -> Source:
@@ -51,7 +51,7 @@ def open_source(
             f"got data.source {cfg.source} for {task}, expected one of {', '.join(used.RECORDS)} or synthetic, "
             "try --data.source tfds"
         )
-    used.check_data(cfg, augment or AugmentConfig(), task, used.kinds(task, bool(inputs_shape)))
+    used.check_data(cfg, augment or Augment(), task, used.kinds(task, bool(inputs_shape)))
     if cfg.source == "synthetic":
         drawn = num_classes if task == "classification" else None
         return synthetic.Synthetic(
@@ -233,7 +233,7 @@ def _captioned(
     split: Split,
     vocab_size: int | None,
     inputs_shape: tuple[int, ...] | None,
-    augment: AugmentConfig | None,
+    augment: Augment | None,
     seed: int,
     classes: Sequence[str] = (),
 ) -> Source:
@@ -259,7 +259,7 @@ def _examples(
     vocab_size: int | None,
     inputs_shape: tuple[int, ...] | None,
     num_classes: int | None,
-    augment: AugmentConfig | None,
+    augment: Augment | None,
     seed: int,
     classes: Sequence[str] = (),
 ) -> Source:
@@ -276,7 +276,7 @@ def _examples(
     if cfg.group_field:
         named_field(train, "group_field", cfg.group_field, ("label", "labels", "text"), [field])
     kind = train.fields[field].kind
-    used.check_data(cfg, augment or AugmentConfig(), task, (kind, "text") if task == "contrastive" else (kind,))
+    used.check_data(cfg, augment or Augment(), task, (kind, "text") if task == "contrastive" else (kind,))
     if inputs_shape and len(cfg.mean) not in (0, 1, inputs_shape[-1]):
         raise UserError(
             f"got data.mean {cfg.mean} for a model of inputs {inputs_shape}, expected one number or "
@@ -286,7 +286,7 @@ def _examples(
         source = images.Images(
             train if split == "train" else open_records(cfg, split, classes),
             cfg,
-            augment or AugmentConfig(),
+            augment or Augment(),
             split,
             field=field,
             label=label,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import AugmentConfig, DataConfig
+from jaxmodels.config import Augment, DataConfig
 from jaxmodels.data import pixels, transforms
 from jaxmodels.data.fields import named_field, named_groups, numbered
 from jaxmodels.data.records import Reader, Records, Row
@@ -36,7 +36,7 @@ class Images(Source):
         self,
         records: Records,
         cfg: DataConfig,
-        augment: AugmentConfig,
+        augment: Augment,
         split: Split,
         *,
         field: str,
@@ -53,7 +53,7 @@ class Images(Source):
         self.split, self.shape = split, model_shape(records, field, shape)
         transforms.check(augment, self.shape[2])
         pixels.check(cfg.pixels)
-        self._cfg = augment if split == "train" else AugmentConfig(crop=augment.crop)
+        self._cfg = augment if split == "train" else Augment(crop=augment.crop)
         self._changed = split == "train" and bool(transforms.describe(augment))
         self._records, self._seed, self._threads, self._limit = records, seed, cfg.threads, cfg.bad_records
         self._library: pixels.Library = cfg.pixels
@@ -168,7 +168,7 @@ class Images(Source):
         crop = self._cfg.crop if self.split == "eval" else None
         if isinstance(value, np.ndarray) and value.shape == shape and crop is None:
             return value
-        return transforms.center(pixels.decode(value, self._library), AugmentConfig(crop=crop), shape, self._library)
+        return transforms.center(pixels.decode(value, self._library), Augment(crop=crop), shape, self._library)
 
     def _keep(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
         """Room for all pixels, which of them are there, and their labels; None where they are too many."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from jaxmodels.config import AugmentConfig
+from jaxmodels.config import Augment
 from jaxmodels.data.order import mix
 from jaxmodels.data.pixels import BILINEAR, Jpeg, Library, Size, as_array, as_image, mirrored, resized
 from jaxmodels.errors import UserError
@@ -44,12 +44,12 @@ def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.
     return (words >> np.uint64(11)) * 2.0**-53
 
 
-def needed(cfg: AugmentConfig) -> int:
+def needed(cfg: Augment) -> int:
     """How many numbers a row of `draws` must hold."""
     return _DRAWN + 2 * cfg.randaugment
 
 
-def check(cfg: AugmentConfig, channels: int) -> None:
+def check(cfg: Augment, channels: int) -> None:
     """Raises UserError where images of so many channels can't be changed so."""
     if cfg.randaugment and cfg.magnitude > 10:
         raise UserError(f"got augment.magnitude {cfg.magnitude}, expected at most 10, try --augment.magnitude 9")
@@ -60,12 +60,12 @@ def check(cfg: AugmentConfig, channels: int) -> None:
         )
 
 
-def together(cfg: AugmentConfig) -> bool:
+def together(cfg: Augment) -> bool:
     """Whether `augment_all` does all of it."""
     return cfg.crop is None and not cfg.colour and not cfg.randaugment
 
 
-def describe(cfg: AugmentConfig) -> list[str]:
+def describe(cfg: Augment) -> list[str]:
     """What is done, in a few words each."""
     said = {
         f"crop {cfg.crop}": cfg.crop,
@@ -81,7 +81,7 @@ def describe(cfg: AugmentConfig) -> list[str]:
 
 def augment(
     image: Image.Image | Jpeg,
-    cfg: AugmentConfig,
+    cfg: Augment,
     shape: tuple[int, int, int],
     row: np.ndarray,
     library: Library = "pillow",
@@ -111,7 +111,7 @@ def augment(
     return out
 
 
-def augment_all(images: np.ndarray, cfg: AugmentConfig, rows: np.ndarray) -> np.ndarray:
+def augment_all(images: np.ndarray, cfg: Augment, rows: np.ndarray) -> np.ndarray:
     """The same for many small images (B, H, W, C) at once, where all that is asked for is done `together`.
 
     As `augment` does it to within a level of brightness, but several times as fast: Pillow takes 0.1 ms an image
@@ -132,7 +132,7 @@ def augment_all(images: np.ndarray, cfg: AugmentConfig, rows: np.ndarray) -> np.
 
 
 def center(
-    image: Image.Image | Jpeg, cfg: AugmentConfig, shape: tuple[int, int, int], library: Library = "pillow"
+    image: Image.Image | Jpeg, cfg: Augment, shape: tuple[int, int, int], library: Library = "pillow"
 ) -> np.ndarray:
     """One image as evaluation sees it, uint8 (H, W, C): whole, or the central 7/8 where training crops; resized."""
     height, width = shape[:2]
@@ -164,7 +164,7 @@ def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> t
     return left, top, left + w, top + h
 
 
-def matrices(cfg: AugmentConfig, size: Size, rows: np.ndarray) -> np.ndarray:
+def matrices(cfg: Augment, size: Size, rows: np.ndarray) -> np.ndarray:
     """Where each pixel of flipped, shifted and turned images comes from: (a, b, c, d, e, f) of each, (B, 6).
 
     x' = ax + by + c and y' = dx + ey + f, in Pillow's coordinates (a pixel's middle lies at a half).
@@ -265,7 +265,7 @@ OPERATIONS = (
 _GREY = tuple(operation for operation in OPERATIONS if not operation.colour)
 
 
-def _randaugment(image: Image.Image, cfg: AugmentConfig, row: np.ndarray) -> Image.Image:
+def _randaugment(image: Image.Image, cfg: Augment, row: np.ndarray) -> Image.Image:
     known = OPERATIONS if image.mode == "RGB" else _GREY
     for which, sign in row.reshape(-1, 2)[: cfg.randaugment]:
         strength = cfg.magnitude / 10 * (1 if sign < 0.5 else -1)

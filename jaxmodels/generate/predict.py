@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.config import AugmentConfig
+from jaxmodels.config import Augment
 from jaxmodels.data import given, pixels, texts, transforms
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad, distinct
@@ -111,7 +111,7 @@ def _inputs(run: Run) -> Callable[[Any], Any]:
 
 
 def _images(run: Run) -> Callable[[Any], Any]:
-    section, crop = run.config.data, AugmentConfig(crop=run.config.augment.crop)
+    section, crop = run.config.data, Augment(crop=run.config.augment.crop)
     pixels.check(section.pixels)
     height, width, channels = _shape(run)
 

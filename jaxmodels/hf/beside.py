@@ -17,7 +17,7 @@ from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
 from jaxmodels.hf import pixels
 from jaxmodels.hf import tokenizer as tokenizers
-from jaxmodels.models.functional import family_of
+from jaxmodels.models.families import family_of
 
 log = logging.getLogger("jaxmodels")
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Depth, Dim, Dropped, Positive, Section
+from jaxmodels.fields import Depth, Dim, Dropped, Positive
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context, KeyValues
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -21,7 +22,7 @@ from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
 @dataclass(frozen=True)
-class BERTConfig(Section, section="model"):
+class BERTConfig(ModelConfig):
     """BERT; the defaults are BERT-base uncased (110M)."""
 
     vocab_size: Dim = 30522

@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.fields import Depth, Dim, Natural, Positive, Section, Shape
+from jaxmodels.fields import Depth, Dim, Natural, Positive, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.checks import check_patches, check_shape, divide
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -20,7 +21,7 @@ from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
 @dataclass(frozen=True)
-class CLIPConfig(Section, section="model"):
+class CLIPConfig(ModelConfig):
     """CLIP; the defaults are ViT-B/32."""
 
     input_shape: Shape = (224, 224, 3)

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Dim, Dropped, Section, Shape
+from jaxmodels.fields import Dim, Dropped, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
 from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)
-class CNNConfig(Section, section="model"):
+class CNNConfig(ModelConfig):
     """A small convolutional network; the defaults fit MNIST."""
 
     input_shape: Shape = (28, 28, 1)

@@ -3,61 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.models.config import FAMILIES, ModelConfig
 from jaxmodels.models.model import Family, Model, functional
 
-FAMILIES = {
-    name: f"jaxmodels.models.{name}"
-    for name in (
-        "gpt2",
-        "llama",
-        "mixtral",
-        "mlp",
-        "transformer",
-        "cnn",
-        "resnet",
-        "vgg",
-        "lstm",
-        "vae",
-        "gan",
-        "bert",
-        "vit",
-        "clip",
-    )
-}
-"""Family -> the module that registers it, so that a family is imported when it is asked for."""
-
-_registered: dict[str, Family] = {}
+_registered: dict[type, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known to `create` and `list_models`."""
-    _registered[family.name] = family
+    """Make a family known to `create`, to configs and to the command line.
+
+    Raises:
+        UserError: its name belongs to another family, or its config is no `ModelConfig`.
+    """
+    if not issubclass(family.config, ModelConfig):
+        raise UserError(f"got {family.config.__name__} for model family {family.name!r}, expected a ModelConfig")
+    _registered[family.config] = family
+    if family.name not in FAMILIES.builtin:
+        FAMILIES.register(family.name)(family.config)
 
 
 def family(name: str) -> Family:
-    """The family of that name, imported if need be."""
-    if name not in FAMILIES and name not in _registered:
-        raise UserError(f"got model family {name!r}, expected one of {', '.join(FAMILIES)}{nearest(name, FAMILIES)}")
-    if name not in _registered:
-        importlib.import_module(FAMILIES[name])
-    return _registered[name]
+    """The family of that name, imported if need be.
+
+    Raises:
+        UserError: no such family.
+    """
+    config = FAMILIES.find(name)
+    if config not in _registered:
+        raise UserError(
+            f"got model family {name!r}, expected the config of a family, try register(Family(...)) in its module"
+        )
+    return _registered[config]
 
 
 def family_of(config: Any) -> Family:
-    """The family that a config belongs to."""
-    for name in _registered:
-        if type(config) is _registered[name].config:
-            return _registered[name]
-    raise UserError(f"got model config {config!r}, expected one of {', '.join(FAMILIES)}")
+    """The family whose config this is.
+
+    Raises:
+        UserError: it is that of none.
+    """
+    if type(config) not in _registered:
+        raise UserError(f"got model config {config!r}, expected one of {', '.join(FAMILIES.names())}")
+    return _registered[type(config)]
 
 
 def list_models() -> dict[str, list[str]]:
     """Families and the names of their presets."""
-    return {name: list(family(name).presets) for name in FAMILIES}
+    return {name: list(family(name).presets) for name in FAMILIES.names()}
 
 
 def preset(name: str) -> Any:
@@ -66,12 +61,14 @@ def preset(name: str) -> Any:
     Raises:
         UserError: no such name; says the nearest.
     """
+    if ":" in name:
+        return family(name).config()
     known: dict[str, Any] = {}
-    for key in FAMILIES:
+    for key in FAMILIES.names():
         known |= {key: family(key).config()} | dict(family(key).presets)
     if name not in known:
         hint = nearest(name, known) or ", try jaxmodels models, which lists them"
-        raise UserError(f"got model {name!r}, expected one of {', '.join(FAMILIES)} or a preset{hint}")
+        raise UserError(f"got model {name!r}, expected one of {', '.join(FAMILIES.names())} or a preset{hint}")
     return known[name]
 
 

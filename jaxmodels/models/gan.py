@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Dim, Range, Section, Shape
+from jaxmodels.fields import Dim, Range, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.checks import halvings
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
 from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)
-class GANConfig(Section, section="model"):
+class GANConfig(ModelConfig):
     """One network of a GAN; the defaults are DCGAN's generator at the size of MNIST."""
 
     network: Literal["generator", "discriminator"] = "generator"

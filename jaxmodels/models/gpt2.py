@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.fields import Depth, Dim, Dropped, Section
+from jaxmodels.fields import Depth, Dim, Dropped
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -23,7 +24,7 @@ from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
 @dataclass(frozen=True)
-class GPT2Config(Section, section="model"):
+class GPT2Config(ModelConfig):
     """GPT-2; the defaults are GPT-2 small (124M)."""
 
     vocab_size: Dim = 50257

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Depth, Dim, Positive, Section
+from jaxmodels.fields import Depth, Dim, Positive
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -26,7 +27,7 @@ from jaxmodels.models.rotary import RopeScaling, rotary_frequencies
 
 
 @dataclass(frozen=True)
-class LlamaConfig(Section, section="model"):
+class LlamaConfig(ModelConfig):
     """LLaMA; the defaults are LLaMA 7B."""
 
     vocab_size: Dim = 32000

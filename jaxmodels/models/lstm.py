@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Depth, Dim, Dropped, Section
+from jaxmodels.fields import Depth, Dim, Dropped
 from jaxmodels.models import layers
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
 from jaxmodels.models.model import Dtype, Family, Params
 
 
 @dataclass(frozen=True)
-class LSTMConfig(Section, section="model"):
+class LSTMConfig(ModelConfig):
     """An LSTM; the defaults are the medium language model of Zaremba et al. 2014."""
 
     vocab_size: Dim = 10000

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Depth, Dim, Positive, Section, Weight
+from jaxmodels.fields import Depth, Dim, Positive, Weight
 from jaxmodels.models import experts, layers
 from jaxmodels.models.checks import divide
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -29,7 +30,7 @@ Sums = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class MixtralConfig(Section, section="model"):
+class MixtralConfig(ModelConfig):
     """Mixtral; the defaults are Mixtral 8x7B."""
 
     vocab_size: Dim = 32000

@@ -9,15 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.fields import Dim, Dropped, Section
+from jaxmodels.fields import Dim, Dropped
 from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
 from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)
-class MLPConfig(Section, section="model"):
+class MLPConfig(ModelConfig):
     """A multilayer perceptron; the defaults fit MNIST."""
 
     input_shape: tuple[Dim, ...] = (28, 28, 1)

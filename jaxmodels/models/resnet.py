@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Depth, Dim, Dropped, Section, Shape
+from jaxmodels.fields import Depth, Dim, Dropped, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
 from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)
-class ResNetConfig(Section, section="model"):
+class ResNetConfig(ModelConfig):
     """ResNet; the defaults are ResNet-50."""
 
     input_shape: Shape = (224, 224, 3)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Depth, Dim, Dropped, Positive, Section
+from jaxmodels.fields import Depth, Dim, Dropped, Positive
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -25,7 +26,7 @@ ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu, "gated_gelu": layers.gelu}
 
 
 @dataclass(frozen=True)
-class TransformerConfig(Section, section="model"):
+class TransformerConfig(ModelConfig):
     """An encoder and a decoder; the defaults are the base model of Vaswani et al."""
 
     variant: Literal["original", "t5"] = "original"

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Dim, Section, Shape
+from jaxmodels.fields import Dim, Shape
 from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape, halvings
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
 from jaxmodels.models.model import Dtype, Family
 
 
 @dataclass(frozen=True)
-class VAEConfig(Section, section="model"):
+class VAEConfig(ModelConfig):
     """A variational autoencoder; the defaults fit MNIST."""
 
     kind: Literal["mlp", "conv"] = "mlp"

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
-from jaxmodels.config import MeshConfig
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Natural, Range, Section
 from jaxmodels.parallel import rules
 
+Devices = Annotated[int, Range(1, 2**24, also=-1)]
 
-def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+
+@dataclass(frozen=True)
+class Mesh(Section, section="mesh"):
+    """How devices are divided. One axis may be -1: the devices that are left.
+
+    The first axes go across the slow network, between slices of TPUs or nodes of GPUs. So with data = slices or nodes,
+    fsdp = -1 the state is cut inside each and replicated over all (HSDP); with data = 1, fsdp = -1 it is cut over all.
+    """
+
+    data: Devices = -1
+    """Replicas, each with its own share of the batch."""
+    stage: Devices = 1
+    """Stages of a pipeline, each with its share of the layers; outside the layers, shards of the batch."""
+    fsdp: Devices = 1
+    """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
+    expert: Devices = 1
+    """Shards of the experts of a mixture, and of the batch."""
+    context: Devices = 1
+    """Shards of the tokens of each sequence, joined by ring attention (or by --model.attention ulysses)."""
+    tensor: Devices = 1
+    """Shards of heads, hidden units and vocabulary (Megatron)."""
+    sequence: bool = False
+    """Whether between a block's products tokens are split over `tensor` too (Megatron's sequence parallelism)."""
+    microbatches: Natural = 0
+    """Parts of a batch that follow each other through the stages, a multiple of them; 0: up to four times as many, as
+    the batch divides. The first and last wait for (stage - 1) / (microbatches * rounds + stage - 1) of the time."""
+    rounds: Annotated[int, Range(1, 1024)] = 1
+    """How often a microbatch goes round all stages, each time through another slice of a stage's layers: the wait is
+    shorter, and more is sent."""
+
+
+def sizes(cfg: Mesh, devices: int) -> dict[str, int]:
     """Size of each mesh axis for so many devices, and axes of one for what else the mesh says (`rules.SEQUENCE`).
 
     Raises:
@@ -49,7 +82,7 @@ def sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
     return got | ({rules.SEQUENCE: 1} if cfg.sequence else {}) | stages.axes()
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(cfg: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh of an experiment over these devices (all, when not given); axes are Auto.
 
     The outermost axes go across what the slow network joins, slices of TPUs or nodes of GPUs, the others stay inside.
@@ -69,7 +102,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     else:  # GPUs are taken in their order, node by node
         places = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
-    return Mesh(places, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return jax.sharding.Mesh(places, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def across(shape: Mapping[str, int], slices: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from jaxmodels import config as configs
-from jaxmodels.config import Config, MeshConfig
+from jaxmodels.config import Config, Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.plan.arithmetic import KNOBS, Arithmetic, Guess
 from jaxmodels.plan.topology import Topology
@@ -30,7 +30,7 @@ class Candidate:
     """A way to run an experiment, with a guess of its cost."""
 
     cfg: Config
-    mesh: MeshConfig
+    mesh: Mesh
     """The config's mesh with all axes fixed."""
     origin: str
     """'as configured', 'usual' (what an expert would try), or empty."""
@@ -97,7 +97,7 @@ def draw(arithmetic: Arithmetic) -> Drawn:
     return drawn
 
 
-def settled(mesh: MeshConfig, arithmetic: Arithmetic) -> MeshConfig:
+def settled(mesh: Mesh, arithmetic: Arithmetic) -> Mesh:
     """The mesh with its open axis, if it has one, set to the remaining devices."""
     axes, fixed = arithmetic.rules.AXES, arithmetic.topology.devices
     for axis in axes:
@@ -136,7 +136,7 @@ def inner(topology: Topology) -> int:
     return last if topology.hardware.platform == "cuda" else min(last, WIDEST)
 
 
-def usual(arithmetic: Arithmetic) -> list[MeshConfig]:
+def usual(arithmetic: Arithmetic) -> list[Mesh]:
     """Up to ten meshes that an expert would try first and that fit the devices and the model."""
     devices, node = arithmetic.topology.devices, inner(arithmetic.topology)
     asked: list[dict[str, Any]] = [
@@ -158,10 +158,10 @@ def usual(arithmetic: Arithmetic) -> list[MeshConfig]:
         dict(data=1, fsdp=devices // 8, tensor=8),
         dict(data=4, fsdp=devices // 4),
     ]
-    found: list[MeshConfig] = []
+    found: list[Mesh] = []
     for sizes in asked:
         parts = [size for size in sizes.values() if not isinstance(size, bool)]
-        mesh = MeshConfig(**sizes) if 0 not in parts else None
+        mesh = Mesh(**sizes) if 0 not in parts else None
         if mesh is None or _product(mesh, arithmetic) != devices or mesh in found:
             continue
         if _sensible(mesh, arithmetic):
@@ -169,14 +169,14 @@ def usual(arithmetic: Arithmetic) -> list[MeshConfig]:
     return found[:10]
 
 
-def _product(mesh: MeshConfig, arithmetic: Arithmetic) -> int:
+def _product(mesh: Mesh, arithmetic: Arithmetic) -> int:
     total = 1
     for axis in arithmetic.rules.AXES:
         total *= getattr(mesh, axis)
     return total
 
 
-def _sensible(mesh: MeshConfig, arithmetic: Arithmetic) -> bool:
+def _sensible(mesh: Mesh, arithmetic: Arithmetic) -> bool:
     """Whether the model, the data and the links can make use of every axis of a mesh."""
     limit = inner(arithmetic.topology) if arithmetic.topology.hardware.platform == "cuda" else WIDEST
     heads = "heads" in arithmetic.logical
@@ -189,7 +189,7 @@ def _sensible(mesh: MeshConfig, arithmetic: Arithmetic) -> bool:
     )
 
 
-def meshes(arithmetic: Arithmetic) -> Iterator[MeshConfig]:
+def meshes(arithmetic: Arithmetic) -> Iterator[Mesh]:
     """All sensible meshes of the devices."""
     devices, batch = arithmetic.topology.devices, arithmetic.cfg.data.batch_size
     for stage in STAGES:
@@ -210,7 +210,7 @@ def meshes(arithmetic: Arithmetic) -> Iterator[MeshConfig]:
                                 sequence=sequence,
                                 stage=stage,
                             )
-                            mesh = MeshConfig(**sizes)
+                            mesh = Mesh(**sizes)
                             if _sensible(mesh, arithmetic) and batch % (left * expert) == 0:
                                 yield mesh
 
@@ -219,7 +219,7 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def knobs(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> Iterator[Config]:
+def knobs(cfg: Config, arithmetic: Arithmetic, mesh: Mesh) -> Iterator[Config]:
     """The config with each number of microbatches, remat, kernel and unrolling that a mesh allows.
 
     The batch size stays the same.
@@ -239,7 +239,7 @@ def knobs(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> Iterator[Con
             yield dataclasses.replace(cfg, model=model, train=dataclasses.replace(cfg.train, accumulate=accumulate))
 
 
-def _choices(cfg: Config, arithmetic: Arithmetic, mesh: MeshConfig) -> dict[str, list[Any]]:
+def _choices(cfg: Config, arithmetic: Arithmetic, mesh: Mesh) -> dict[str, list[Any]]:
     kernels = dict.fromkeys([getattr(cfg.model, "attention", KNOBS["attention"]), KNOBS["attention"]])
     if mesh.context > 1:
         kernels["ulysses"] = None

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxmodels.config import Config, MeshConfig
+from jaxmodels.config import Config, Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.plan import compile as compiling
 from jaxmodels.plan.arithmetic import Arithmetic
@@ -122,7 +122,7 @@ def grown(cfg: Config, arithmetic: Arithmetic, mode: Mode, axis: str, times: int
     data = cfg.data
     if mode == "weak":
         data = dataclasses.replace(data, batch_size=data.batch_size * times)
-    mesh: MeshConfig = dataclasses.replace(cfg.mesh, **{axis: getattr(cfg.mesh, axis) * times})
+    mesh: Mesh = dataclasses.replace(cfg.mesh, **{axis: getattr(cfg.mesh, axis) * times})
     train = cfg.train
     if mode == "strong" and axis in arithmetic.rules.RULES["batch"]:  # keep the microbatch where possible
         train = dataclasses.replace(train, accumulate=max(1, train.accumulate // times))

@@ -11,7 +11,7 @@ from jaxmodels import config as configs
 from jaxmodels import tasks
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
-from jaxmodels.models.functional import family_of
+from jaxmodels.models.families import family_of
 from jaxmodels.report.pieces import Piece, Table
 from jaxmodels.train import metrics
 from jaxmodels.train.saved import Evaluation, Kept

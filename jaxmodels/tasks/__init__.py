@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxmodels.config import DataConfig, TaskConfig, TrainConfig, used
+from jaxmodels.config import DataConfig, TaskConfig, Train, used
 from jaxmodels.models.functional import create, quantized
 from jaxmodels.models.kernels.quantized import Rule
 from jaxmodels.tasks.causal_lm import causal_lm
@@ -29,7 +29,7 @@ TASKS = {
 }
 
 
-def build(task: TaskConfig, model: Any, data: DataConfig, train: TrainConfig | None = None) -> Task:
+def build(task: TaskConfig, model: Any, data: DataConfig, train: Train | None = None) -> Task:
     """The task of an experiment: this kind of training of this model on batches of this shape; quantized by `train`."""
     used.check_task(task, model)
     made = create(model)

@@ -19,7 +19,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf import load, pixels
 from jaxmodels.hf.load import described
 from jaxmodels.models.bert import BERTConfig
-from jaxmodels.models.functional import family_of
+from jaxmodels.models.families import family_of
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train.arrays import named_leaves, nest
 from jaxmodels.train.checkpoint import Checkpointer

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmodels.config import EvalConfig
+from jaxmodels.config import Eval
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.parallel import rules
 from jaxmodels.tasks.metrics import unique
@@ -157,7 +157,7 @@ _DIRECTIONS = {
 
 
 def check(
-    cfg: EvalConfig,
+    cfg: Eval,
     task: Task,
     mesh: Mesh,
     batch: Callable[[], Mapping[str, jax.ShapeDtypeStruct]],

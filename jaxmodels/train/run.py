@@ -23,7 +23,7 @@ from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
 from jaxmodels.parallel import distributed, hardware
-from jaxmodels.train import beginning, directory, loggers, loop, optim, saved
+from jaxmodels.train import beginning, directory, loggers, loop, saved
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
 from jaxmodels.train.job import Job, assemble
@@ -99,7 +99,7 @@ def hooks(
     cfg, task, enough = job.config, job.task, []
     train, held_out = job.loader("train"), job.loader("eval")
     measure = job.evaluation(stop=lambda: preemption.requested(-1))
-    schedule: Any = optim.schedule(cfg.optim, cfg.train.steps)
+    schedule: Any = cfg.optim.rate(cfg.train.steps)
 
     def evaluate(state: State) -> dict[str, float] | None:
         now = int(state.step)

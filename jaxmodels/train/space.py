@@ -12,7 +12,7 @@ class TuneOptions(Section):
     """Where the search lives and what it tries, and the fields of the experiment."""
 
     space: tuple[str, ...] = ()
-    """Fields to choose: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim.name=adamw,muon."""
+    """Fields to choose: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim=adamw,muon."""
     trials: Count = 20
     """Runs in all, those of an earlier command on the same study included."""
     workers: Workers = 1

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxmodels.config import Config
 from jaxmodels.parallel import rules
 from jaxmodels.tasks.task import Task
-from jaxmodels.train import optim
+from jaxmodels.train import groups
 
 
 @jax.tree_util.register_dataclass
@@ -72,10 +72,10 @@ def optimizers(cfg: Config, task: Task) -> Optimizers:
     """
     axes = task.axes()  # before any mesh is ambient
     if cfg.optim.freeze:
-        optim.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
+        groups.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
     return {
-        loss.name: optim.build(
-            cfg.optim, cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
+        loss.name: cfg.optim.build(
+            cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
         )
         for loss in task.losses
     }

@@ -216,7 +216,7 @@ def lower(
     """The step as JAX hands it to XLA, from shapes alone; its state argument is donated.
 
     With `offload` the optimizer's arrays come from the hosts' memory and go back there. `xla`: NAME=VALUE, as in
-    `TrainConfig`. `platforms` are those that it is for, where they are not those of this machine.
+    `Train`. `platforms` are those that it is for, where they are not those of this machine.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
 

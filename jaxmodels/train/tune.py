@@ -72,6 +72,11 @@ def parse(text: str, cfg: Config) -> Choice:
             f"got --space {text!r}, expected FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C"
             f"{nearest(name, known) or ', try optim.peak_lr=1e-4:1e-1:log'}"
         )
+    if name in (sections := dict(configs.with_kinds(cfg))):
+        kinds = [kind.strip() for kind in wanted.split(",")]
+        for kind in kinds:
+            configs.of_kind(sections[name], kind)
+        return Choice(name, values=tuple(kinds))
     owner: Any = cfg
     *path, last = name.split(".")
     for part in path:
@@ -112,16 +117,6 @@ def _value(text: str, hint: Any, kinds: set[type], whole: str) -> Any:
     if str in kinds or allowed:
         return text
     raise UserError(f"got {text!r} in --space {whole!r}, expected a value of {hint}, try a range or another field")
-
-
-def replaced(cfg: Config, field: str, value: Any) -> Config:
-    """The config with one field, by its dotted name, of another value."""
-
-    def within(owner: Any, path: Sequence[str]) -> Any:
-        name, *rest = path
-        return dataclasses.replace(owner, **{name: within(getattr(owner, name), rest) if rest else value})
-
-    return within(cfg, field.split("."))
 
 
 def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> Path:
@@ -190,7 +185,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
             return optuna.TrialPruned(reason)
 
         try:
-            chosen = functools.reduce(lambda cfg, field: replaced(cfg, *field), drawn, cfg)
+            chosen = functools.reduce(lambda cfg, field: configs.replaced(cfg, *field), drawn, cfg)
             _, result = runs.train(chosen, where, "never", origin, watch=watch)
         except NotFinite as error:
             print(f"trial {trial.number}: {error}  {told}", flush=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from jaxmodels.commands.data_inspect import show
 from jaxmodels.commands.data_prepare import write
 from jaxmodels.commands.data_train_tokenizer import train_tokenizer
-from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
+from jaxmodels.config import Augment, Config, DataConfig, TaskConfig
 from jaxmodels.data import Windows, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
@@ -67,7 +67,7 @@ def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
     model = CNNConfig(input_shape=(28, 28, 1), classes=10)
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
-    augment = AugmentConfig(shift=2, cutout=6)
+    augment = Augment(shift=2, cutout=6)
     picture = tmp_path / "new" / "digits.png"
     show(Config(model, task=TaskConfig("classification"), data=data, augment=augment), n=2, out=picture)
     shown = capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_the_picture_shows_each_image_as_several_epochs_change_it(shared_data, t
     place = str(shared_data / "tfds")
     data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]")
     shape = {"inputs_shape": (28, 28, 1), "num_classes": 10}
-    source = open_source(data, "train", "classification", augment=AugmentConfig(shift=4), **shape)
+    source = open_source(data, "train", "classification", augment=Augment(shift=4), **shape)
     assert preview.grid(source, [7, 3, 30], tmp_path / "grid.png")
     page = np.asarray(Image.open(tmp_path / "grid.png"))
     for row, index in enumerate([7, 3, 30]):

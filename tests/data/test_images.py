@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.config import AugmentConfig, DataConfig
+from jaxmodels.config import Augment, DataConfig
 from jaxmodels.data import Loader, Order, images
 from jaxmodels.data.balance import Balanced
 from jaxmodels.data.images import Images
 from jaxmodels.data.records import Bad, Field, Records
 from jaxmodels.errors import UserError
 
-EVERYTHING = AugmentConfig(crop=0.5, flip=True, shift=2, rotate=15, colour=0.3, randaugment=2, cutout=5)
-SMALL = AugmentConfig(flip=True, shift=2, rotate=15, cutout=5)
+EVERYTHING = Augment(crop=0.5, flip=True, shift=2, rotate=15, colour=0.3, randaugment=2, cutout=5)
+SMALL = Augment(flip=True, shift=2, rotate=15, cutout=5)
 
 
 class Memory(Records):
@@ -128,10 +128,10 @@ def test_images_as_stored_pass_through_with_any_channels(kept, monkeypatch):
     if not kept:
         monkeypatch.setattr(images, "IN_MEMORY", 0)
     records = digits(shape=(6, 7, 5))
-    got = whole(source(records, AugmentConfig(), shape=None))["inputs"]
+    got = whole(source(records, Augment(), shape=None))["inputs"]
     assert np.array_equal(got, np.stack([row["image"] for row in records.rows]))
     got[:] = 0
-    assert whole(source(records, AugmentConfig(), shape=(6, 7, 5)))["inputs"].any()
+    assert whole(source(records, Augment(), shape=(6, 7, 5)))["inputs"].any()
 
 
 def test_kept_images_are_read_once(monkeypatch):
@@ -153,7 +153,7 @@ def test_a_bad_image_is_named_and_replaced_by_the_next(how, kept, caplog, monkey
     good = jpeg(7)
     for i in (7, 8):
         records.rows[i]["image"] = {"missing": None, "cut short": good[: len(good) // 2], "no image": b"hello"}[how]
-    train = source(records, AugmentConfig())
+    train = source(records, Augment())
     with caplog.at_level(logging.WARNING, "jaxmodels"):
         got = train.batch(np.array([6, 7, 8, 9]), np.zeros(4, int))
     assert np.array_equal(got["inputs"][1:3], got["inputs"][[3, 3]]) and got["labels"].tolist() == [0, 0, 0, 0]
@@ -191,18 +191,18 @@ def test_the_fingerprint_says_what_is_seen():
     same = source(photos(), seed=3, threads=1)
     others = [source(photos(), split="eval"), source(photos(), SMALL), source(photos(), shape=(20, 20, 3))]
     assert one.fingerprint == same.fingerprint
-    held_out = [source(photos(), augment, "eval").fingerprint for augment in (AugmentConfig(crop=0.5), EVERYTHING)]
+    held_out = [source(photos(), augment, "eval").fingerprint for augment in (Augment(crop=0.5), EVERYTHING)]
     assert held_out[0] == held_out[1] != source(photos(), SMALL, "eval").fingerprint
     assert len({one.fingerprint, *(s.fingerprint for s in others)}) == 4
 
 
 def test_images_that_cannot_be_given_the_models_shape_are_refused():
     with pytest.raises(UserError, match=r"got images of 6x7x5 in in memory for a model of \(28, 28, 1\)"):
-        source(digits(shape=(6, 7, 5)), AugmentConfig(), shape=(28, 28, 1))
+        source(digits(shape=(6, 7, 5)), Augment(), shape=(28, 28, 1))
     with pytest.raises(UserError, match="got a model without an input shape for the images of in memory"):
         source(photos(), shape=None)
     with pytest.raises(UserError, match="got data.label_field 'image', which is an image"):
-        Images(photos(), DataConfig(), AugmentConfig(), "train", field="image", label="image", shape=(8, 8, 3))
+        Images(photos(), DataConfig(), Augment(), "train", field="image", label="image", shape=(8, 8, 3))
 
 
 def unequal():
@@ -262,14 +262,12 @@ def test_real_digits_are_those_that_are_stored(shared_data):
     from jaxmodels.data import open_source
 
     cfg = DataConfig(source="tfds", dir=str(shared_data / "tfds"), name="mnist", eval_split="test")
-    train = open_source(
-        cfg, "train", "classification", inputs_shape=(28, 28, 1), augment=AugmentConfig(), num_classes=10
-    )
+    train = open_source(cfg, "train", "classification", inputs_shape=(28, 28, 1), augment=Augment(), num_classes=10)
     assert len(train) == 8500 and train.num_classes == 10
     got = train.batch(np.arange(200), np.zeros(200, int))
     moved = dataclasses.replace(cfg, train_split="train[:200]")
     augmented = open_source(
-        moved, "train", "classification", inputs_shape=(28, 28, 1), augment=AugmentConfig(shift=2), num_classes=10
+        moved, "train", "classification", inputs_shape=(28, 28, 1), augment=Augment(shift=2), num_classes=10
     ).batch(np.arange(200), np.zeros(200, int))
     assert np.array_equal(got["labels"], augmented["labels"])
     ink = [x.astype(int).sum((1, 2, 3)) for x in (got["inputs"], augmented["inputs"])]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.config import AugmentConfig
+from jaxmodels.config import Augment
 from jaxmodels.data import pixels, transforms
 from jaxmodels.errors import UserError
 
@@ -162,8 +162,8 @@ def test_a_damaged_jpeg_that_pillow_reads_is_read_as_pillow_does():
 @needs_opencv
 @pytest.mark.parametrize("channels", [1, 3])
 def test_all_changes_follow_either_library_alike(channels):
-    changes = AugmentConfig(crop=0.3, flip=True, shift=2, rotate=10, colour=0.2, randaugment=1, cutout=5)
-    for cfg in (AugmentConfig(crop=0.3, flip=True), changes):
+    changes = Augment(crop=0.3, flip=True, shift=2, rotate=10, colour=0.2, randaugment=1, cutout=5)
+    for cfg in (Augment(crop=0.3, flip=True), changes):
         rows = transforms.draws(0, np.zeros(40), np.arange(40), transforms.needed(cfg))
         shape, value = (40, 50, channels), jpeg(smooth((136, 104)), quality=95)
         for row in rows:

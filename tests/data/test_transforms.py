@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.config import AugmentConfig
+from jaxmodels.config import Augment
 from jaxmodels.data import pixels, transforms
 from jaxmodels.errors import UserError
 
@@ -19,7 +19,7 @@ def numbers(cfg, count=1, seed=0, epoch=0):
 def picture(shape, seed=0):
     """Smooth, so that a little motion changes little."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, shape[2]), np.uint8)
-    return transforms.center(pixels.decode(small), AugmentConfig(), shape)
+    return transforms.center(pixels.decode(small), Augment(), shape)
 
 
 def changed(image, cfg, row, shape=None):
@@ -40,7 +40,7 @@ def test_draws_are_a_function_of_seed_epoch_and_index():
 
 def test_nothing_asked_for_leaves_every_byte():
     image = picture(PHOTO)
-    cfg = AugmentConfig()
+    cfg = Augment()
     assert np.array_equal(changed(image, cfg, numbers(cfg)[0]), image)
     assert np.array_equal(transforms.augment_all(image[None], cfg, numbers(cfg))[0], image)
     assert np.array_equal(transforms.center(pixels.decode(image), cfg, PHOTO), image)
@@ -48,7 +48,7 @@ def test_nothing_asked_for_leaves_every_byte():
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_shift_moves_whole_pixels_and_leaves_black_behind(together):
-    cfg, image = AugmentConfig(shift=3), picture(PHOTO) | 1
+    cfg, image = Augment(shift=3), picture(PHOTO) | 1
     rows = numbers(cfg, 300)
     images = np.repeat(image[None], 300, 0)
     out = transforms.augment_all(images, cfg, rows) if together else np.stack([changed(image, cfg, r) for r in rows])
@@ -62,7 +62,7 @@ def test_a_shift_moves_whole_pixels_and_leaves_black_behind(together):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_turn_is_about_the_middle_and_as_far_as_asked(together):
-    cfg, image = AugmentConfig(rotate=30.0), picture((33, 33, 3))
+    cfg, image = Augment(rotate=30.0), picture((33, 33, 3))
     rows = numbers(cfg, 50)
     images = np.repeat(image[None], 50, 0)
     out = transforms.augment_all(images, cfg, rows) if together else np.stack([changed(image, cfg, r) for r in rows])
@@ -76,7 +76,7 @@ def test_a_turn_is_about_the_middle_and_as_far_as_asked(together):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_half_of_the_images_are_mirrored(together):
-    cfg, image = AugmentConfig(flip=True), picture(PHOTO)
+    cfg, image = Augment(flip=True), picture(PHOTO)
     rows = numbers(cfg, 400)
     images = np.repeat(image[None], 400, 0)
     out = transforms.augment_all(images, cfg, rows) if together else np.stack([changed(image, cfg, r) for r in rows])
@@ -87,15 +87,15 @@ def test_half_of_the_images_are_mirrored(together):
 
 def test_flip_comes_before_shift_and_turn():
     image = picture((33, 33, 1))
-    both = AugmentConfig(flip=True, shift=4, rotate=20.0)
+    both = Augment(flip=True, shift=4, rotate=20.0)
     for row in numbers(both, 20):
-        first = changed(image, AugmentConfig(flip=True), row)
-        assert np.array_equal(changed(image, both, row), changed(first, AugmentConfig(shift=4, rotate=20.0), row))
+        first = changed(image, Augment(flip=True), row)
+        assert np.array_equal(changed(image, both, row), changed(first, Augment(shift=4, rotate=20.0), row))
 
 
 @pytest.mark.parametrize("shape", [DIGIT, PHOTO])
 def test_many_at_once_are_as_one_by_one(shape):
-    cfg = AugmentConfig(flip=True, shift=3, rotate=25.0, cutout=9)
+    cfg = Augment(flip=True, shift=3, rotate=25.0, cutout=9)
     images = np.stack([picture(shape, seed) for seed in range(64)])
     rows = numbers(cfg, 64)
     single = np.stack([changed(image, cfg, row) for image, row in zip(images, rows, strict=True)])
@@ -104,7 +104,7 @@ def test_many_at_once_are_as_one_by_one(shape):
 
 @pytest.mark.parametrize("side", [5, 6])
 def test_cutout_blanks_exactly_a_square(side):
-    cfg, image = AugmentConfig(cutout=side), np.full(PHOTO, 255, np.uint8)
+    cfg, image = Augment(cutout=side), np.full(PHOTO, 255, np.uint8)
     sizes = set()
     for row in numbers(cfg, 300):
         out = changed(image, cfg, row)
@@ -120,7 +120,7 @@ def test_cutout_blanks_exactly_a_square(side):
 def test_a_crop_has_the_area_and_ratio_asked_for():
     ramp = np.stack(np.meshgrid(np.arange(200), np.arange(100)), -1).astype(np.uint8)
     image = np.concatenate([ramp, np.zeros((100, 200, 1), np.uint8)], -1)  # red says the column, green the row
-    cfg = AugmentConfig(crop=0.25)
+    cfg = Augment(crop=0.25)
     areas, ratios, middles = [], [], []
     for row in numbers(cfg, 500):
         out = changed(image, cfg, row, (50, 50, 3)).astype(float)
@@ -137,13 +137,13 @@ def test_a_crop_has_the_area_and_ratio_asked_for():
 def test_evaluation_sees_the_central_seven_eighths_of_what_is_cropped():
     image = np.stack(np.meshgrid(np.arange(160), np.arange(80)), -1).astype(np.uint8)
     image = np.concatenate([image, image[..., :1]], -1)
-    out = transforms.center(pixels.decode(image), AugmentConfig(crop=0.08), (70, 70, 3))
+    out = transforms.center(pixels.decode(image), Augment(crop=0.08), (70, 70, 3))
     assert np.abs(out[35, :, 0].astype(int) - np.arange(45, 115)).max() <= 1
     assert np.abs(out[:, 35, 1].astype(int) - np.arange(5, 75)).max() <= 1
 
 
 def test_colour_stays_within_its_bounds_and_grey_has_no_saturation():
-    cfg = AugmentConfig(colour=0.4)
+    cfg = Augment(colour=0.4)
     image = picture(PHOTO) // 2 + 20
     brighter = [changed(image, cfg, row).mean() / image.mean() for row in numbers(cfg, 200)]
     assert 0.55 < min(brighter) < 0.7 and 1.3 < max(brighter) < 1.5
@@ -173,7 +173,7 @@ def test_randaugment_draws_each_operation_as_often_as_another(monkeypatch):
         return transforms.Operation(operation.name, lambda image, s: seen.append((operation.name, s)) or image)
 
     monkeypatch.setattr(transforms, "OPERATIONS", tuple(map(watched, transforms.OPERATIONS)))
-    cfg = AugmentConfig(randaugment=2, magnitude=5.0)
+    cfg = Augment(randaugment=2, magnitude=5.0)
     for row in numbers(cfg, 1400):
         changed(np.zeros((4, 4, 3), np.uint8), cfg, row)
     names, counts = np.unique([name for name, _ in seen], return_counts=True)
@@ -182,14 +182,14 @@ def test_randaugment_draws_each_operation_as_often_as_another(monkeypatch):
 
 
 def test_randaugment_takes_grey_images():
-    cfg = AugmentConfig(randaugment=3, magnitude=10.0)
+    cfg = Augment(randaugment=3, magnitude=10.0)
     out = [changed(picture(DIGIT), cfg, row) for row in numbers(cfg, 100)]
     assert {x.shape for x in out} == {DIGIT} and len({x.tobytes() for x in out}) > 90
 
 
 def test_what_cannot_be_done_is_refused():
-    transforms.check(AugmentConfig(), 5)
+    transforms.check(Augment(), 5)
     with pytest.raises(UserError, match="got a model of images of 5 channels to augment, .* try without flip, colour"):
-        transforms.check(AugmentConfig(flip=True, colour=0.4), 5)
+        transforms.check(Augment(flip=True, colour=0.4), 5)
     with pytest.raises(UserError, match="got augment.magnitude 11"):
-        transforms.check(AugmentConfig(randaugment=2, magnitude=11), 3)
+        transforms.check(Augment(randaugment=2, magnitude=11), 3)

@@ -16,12 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 import jaxmodels
 from jaxmodels import hf
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.hf import save
 from jaxmodels.hf.load import leaves_of
 from jaxmodels.hf.table import Settings, Weight, expand
-from jaxmodels.models import functional
+from jaxmodels.models import families
 from jaxmodels.models.llama import RopeScaling
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.parallel.mesh import make_mesh
@@ -195,7 +195,7 @@ def test_rotary_settings_of_before_version_5_are_read(tmp_path):
 # ---- meshes
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2, data=1), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=4, tensor=2, data=1), Mesh(data=2, fsdp=2, tensor=2)], ids=str)
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_onto_a_mesh_each_device_gets_its_part(config, mesh, tmp_path):
     from jaxmodels.parallel import rules
@@ -226,7 +226,7 @@ def test_batch_statistics_come_with_the_model(tmp_path):
     params, rng = filled(model), np.random.default_rng(1)
     stats = jax.tree.map(lambda x: rng.random(x.shape, np.float32) + 0.5, jax.eval_shape(model.stats))
     save.save_pretrained(tmp_path, model, params, stats)
-    for mesh in (None, make_mesh(MeshConfig(fsdp=2))):
+    for mesh in (None, make_mesh(Mesh(fsdp=2))):
         again, loaded = jaxmodels.load_pretrained(tmp_path, mesh=mesh)
         assert again.config == config
         same(loaded, params)
@@ -246,7 +246,7 @@ def test_what_can_be_read_is_known_without_loading_anything():
 
 @pytest.mark.parametrize("family", hf.supported())
 def test_a_table_names_every_parameter_once_and_tells_its_own_model_type(family):
-    config = next(c for name, c in functional.family(family).presets.items() if not name.startswith("transformer"))
+    config = next(c for name, c in families.family(family).presets.items() if not name.startswith("transformer"))
     model, form = jaxmodels.create(config), hf.format_of(family)
     shapes = {path: leaf.shape for path, leaf in leaves_of(model).items()}
     slots = [slot for row in form.slots(config, shapes) for slot in row]

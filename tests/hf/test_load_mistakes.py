@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxmodels
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.hf import files, save
 from jaxmodels.parallel.mesh import make_mesh
@@ -166,4 +166,4 @@ def test_a_model_that_transformers_lacks_is_refused_in_one_line(tmp_path):
 def test_a_mesh_that_does_not_divide_a_parameter_is_refused(tmp_path):
     saved(dataclasses.replace(GPT2, vocab_size=17), tmp_path)
     with pytest.raises(UserError, match="embed/w with dimension vocab=17"):
-        jaxmodels.load_pretrained(tmp_path, mesh=make_mesh(MeshConfig(tensor=2)))
+        jaxmodels.load_pretrained(tmp_path, mesh=make_mesh(Mesh(tensor=2)))

@@ -10,7 +10,7 @@ from PIL import Image
 import jaxmodels
 from jaxmodels import cli
 from jaxmodels import config as configs
-from jaxmodels.config import AugmentConfig, Config, DataConfig, TaskConfig
+from jaxmodels.config import Augment, Config, DataConfig, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.hf import pixels
 from jaxmodels.models.vit import ViTConfig
@@ -126,7 +126,7 @@ def test_a_start_with_pixels_of_another_scale_is_said(given, caplog):
 def test_a_description_is_read_as_it_was(tmp_path):
     section = DataConfig(mean=(0.5,), std=(0.25,))
     for crop in (None, 0.3):
-        cfg = Config(model=VIT, data=section, augment=AugmentConfig(crop=crop))
+        cfg = Config(model=VIT, data=section, augment=Augment(crop=crop))
         write(tmp_path, **pixels.describe(cfg, (224, 224, 3)))
         found = pixels.read(tmp_path, "clip" if crop else "vit", (224, 224, 3))
         assert pixels.alike(found, cfg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from compile_attention_tpu import compile_cases
 from jax.experimental import topologies
 
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.parallel.mesh import make_mesh
 
 H100 = """
@@ -20,7 +20,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_
 
 def main() -> None:
     devices = topologies.get_topology_desc(platform="cuda", topology="1x1x8", target_config=H100).devices
-    mesh = make_mesh(MeshConfig(data=2, tensor=4), devices)
+    mesh = make_mesh(Mesh(data=2, tensor=4), devices)
     compile_cases(
         mesh,
         "cuda",

@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxmodels.models.attention as module
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 
 
 def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    mesh = make_mesh(MeshConfig(data=2, tensor=4), devices)
+    mesh = make_mesh(Mesh(data=2, tensor=4), devices)
     compile_cases(
         mesh,
         "tpu",
@@ -37,7 +37,7 @@ def main() -> None:
     )
 
 
-def compile_cases(mesh: Mesh, platform: str, custom_call: str, cases: dict[str, dict[str, Any]]) -> None:
+def compile_cases(mesh: jax.sharding.Mesh, platform: str, custom_call: str, cases: dict[str, dict[str, Any]]) -> None:
     taken = []
     module.say = lambda kernel, reason: taken.append(kernel)
     rows, by_head = rules.spec(("batch",)), rules.spec(("batch", "seq", "heads"))

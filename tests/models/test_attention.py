@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxmodels.models.attention as module
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, describe
 from jaxmodels.models.kernels import blocks, blockwise, cudnn, looped, partition
@@ -288,7 +288,7 @@ def test_blockwise_memory_grows_as_the_length_and_the_references_as_its_square()
 @pytest.mark.parametrize("shape", [{"data": 4, "tensor": 2}, {"data": 1, "fsdp": 2, "tensor": 4}], ids=str)
 @pytest.mark.parametrize("kernel", ["blockwise", "splash", "cudnn"])
 def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
-    mesh = make_mesh(MeshConfig(**shape))
+    mesh = make_mesh(Mesh(**shape))
     dtype = "bfloat16" if kernel == "cudnn" else "float32"
     q, k, v, _ = (x.astype(dtype) for x in arrays(T=128, S=128, G=2))
     q, k, v = (jnp.concatenate([x, x + 1]) for x in (q, k, v))
@@ -311,7 +311,7 @@ def test_eight_devices_equal_one(kernel, shape, cudnn_as_xla):
 
 
 def test_fused_kernels_get_only_their_devices_examples_and_heads():
-    mesh, seen = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)), {}
+    mesh, seen = make_mesh(Mesh(data=1, fsdp=2, tensor=4)), {}
 
     def attend(q, k, v, **rest):
         ids, other = rest["segments"]

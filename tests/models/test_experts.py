@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.models import experts
 from jaxmodels.models.kernels import grouped
 from jaxmodels.models.mixtral import MixtralConfig
@@ -115,7 +115,7 @@ def test_a_token_that_finds_no_room_passes_by():
 
 
 def test_tokens_go_to_the_experts_devices_and_back():
-    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    mesh = make_mesh(Mesh(data=2, expert=4))
     E, k, D, F, C = 4, 2, 8, 6, 5
 
     def spec(shape, *names, dtype=jnp.float32):

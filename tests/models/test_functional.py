@@ -12,7 +12,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.errors import UserError
-from jaxmodels.models import functional
+from jaxmodels.models import families
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mlp import MLPConfig
@@ -98,11 +98,11 @@ def test_gpt3_presets_have_the_size_of_their_name(name):
 
 def test_every_preset_is_listed_and_can_be_made():
     listed = jaxmodels.list_models()
-    assert set(listed) == set(functional.FAMILIES)
+    assert set(listed) == set(families.FAMILIES.names())
     assert set(PUBLISHED) <= {name for names in listed.values() for name in names}
     for family, names in listed.items():
         for name in [family, *names]:
-            assert functional.family_of(jaxmodels.create(name).config).name == family
+            assert families.family_of(jaxmodels.create(name).config).name == family
 
 
 def test_paths_read_as_what_they_are():
@@ -144,7 +144,7 @@ def test_overrides_change_a_preset():
         (lambda: jaxmodels.create("llama", kv_heads=5), ("kv_heads 5", "heads 32", "try kv_heads 4")),
         (lambda: jaxmodels.create("llama", kv_heads=0), ("kv_heads 0", "try --model.kv-heads 1")),
         (lambda: jaxmodels.create("llama", heads=32, width=96), ("head size 3", "even")),
-        (lambda: functional.family("lama"), ("'lama'", "did you mean 'llama'?")),
+        (lambda: families.family("lama"), ("'lama'", "did you mean 'llama'?")),
         (lambda: jaxmodels.create(3), ("got model config 3", "gpt2")),
         (lambda: jaxmodels.create("mlp").cache(1, 8), ("cache for mlp",)),
     ],
@@ -191,7 +191,7 @@ def test_flax_is_imported_in_the_models_alone(root):
 
 
 def test_a_family_is_one_file_that_knows_no_other_family(root):
-    for name in functional.FAMILIES:
+    for name in families.FAMILIES.names():
         text = (root / "jaxmodels" / "models" / f"{name}.py").read_text()
-        others = [other for other in functional.FAMILIES if f"jaxmodels.models.{other} " in text]
+        others = [other for other in families.FAMILIES.names() if f"jaxmodels.models.{other} " in text]
         assert not others, f"{name} imports {others}"

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError
-from jaxmodels.models import functional, layers
+from jaxmodels.models import families, functional, layers
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 from jaxmodels.parallel import rules
@@ -190,7 +190,7 @@ def test_gelu_is_the_tanh_form():
 
 
 @dataclasses.dataclass(frozen=True)
-class NetConfig:
+class NetConfig(families.ModelConfig):
     width: int = 3
     momentum: float = 0.8
 
@@ -207,7 +207,7 @@ class Net(nn.Module):
         return layers.Linear((2,), ("embed", "classes"), name="head")(y.mean((1, 2)))
 
 
-FAMILY = functional.Family(
+FAMILY = families.Family(
     "net", NetConfig, Net, lambda c, batch, length: (jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32),), {}
 )
 
@@ -219,10 +219,11 @@ def net():
 
 
 def test_a_registered_family_is_known_by_its_config(monkeypatch):
-    monkeypatch.setattr(functional, "_registered", dict(functional._registered))
+    monkeypatch.setattr(families, "_registered", dict(families._registered))
+    monkeypatch.setattr(families.FAMILIES, "_registered", {})
     with pytest.raises(UserError, match="got model config NetConfig"):
         functional.create(NetConfig())
-    functional.register(FAMILY)
+    families.register(FAMILY)
     assert functional.create(NetConfig(), width=5).config == NetConfig(width=5)
 
 

@@ -11,14 +11,14 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import SGD, Constant, DataConfig, Mesh, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.generate.sample import sample
 from jaxmodels.models import mixtral
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 
 B, T, V = 2, 12, 53
 BASE = MixtralConfig(
@@ -310,21 +310,21 @@ def test_the_objective_has_the_auxiliary_losses_once_and_evaluation_has_none():
 # --- on a mesh
 
 MESHES = {
-    "data8": MeshConfig(data=8),
-    "fsdp4-tensor2": MeshConfig(data=1, fsdp=4, tensor=2),
-    "expert4-data2": MeshConfig(data=2, expert=4),
+    "data8": Mesh(data=8),
+    "fsdp4-tensor2": Mesh(data=1, fsdp=4, tensor=2),
+    "expert4-data2": Mesh(data=2, expert=4),
 }
 # plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
-DESCENT = OptimConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=None)
+DESCENT = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
 
 
 @functools.cache
 def one_step(routing, mesh):
     """Parameters after one step, metrics, and the share of each parameter that a device holds."""
     config = dataclasses.replace(TIGHT, vocab_size=64, layers=1, routing=routing)
-    devices = make_mesh(MESHES[mesh] if mesh else MeshConfig(), jax.devices()[: 8 if mesh else 1])
+    devices = make_mesh(MESHES[mesh] if mesh else Mesh(), jax.devices()[: 8 if mesh else 1])
     task = tasks.build(TaskConfig(), config, DataConfig(seq_len=T, batch_size=16))
-    optimizers = {loss.name: optim.build(DESCENT, 1, task.axes()[loss.trains]) for loss in task.losses}
+    optimizers = {loss.name: DESCENT.build(1, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, devices)
     params = {"model": invent(jaxmodels.create(config))}
     moments = {loss.name: optimizers[loss.name].init(params["model"]) for loss in task.losses}

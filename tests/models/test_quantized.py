@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import DataConfig, MeshConfig, TaskConfig, TrainConfig
+from jaxmodels.config import DataConfig, Mesh, TaskConfig, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models import functional
 from jaxmodels.models.gpt2 import GPT2Config
@@ -127,7 +127,7 @@ def test_gradients_point_where_those_of_float32_do(kind, alone):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=1, fsdp=2), MeshConfig(data=1, tensor=2), MeshConfig(data=1, stage=2, microbatches=2)],
+    [Mesh(data=1, fsdp=2), Mesh(data=1, tensor=2), Mesh(data=1, stage=2, microbatches=2)],
     ids=["fsdp", "tensor", "stage"],
 )
 def test_two_devices_compute_what_one_does(kind, mesh, params, alone):
@@ -147,7 +147,7 @@ def test_two_devices_compute_what_one_does(kind, mesh, params, alone):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_fsdp_gathers_is_in_eight_bits(kind, params):
     model = functional.quantized(functional.create(LLAMA), Rule(kind))
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    mesh = make_mesh(Mesh(data=1, fsdp=2), jax.devices()[:2])
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         model.shapes(), rules.place(mesh, model.axes(), model.shapes()),
@@ -200,8 +200,8 @@ def test_text_is_learned_as_well_as_in_float32():
 
 
 def test_the_task_of_an_experiment_is_quantized():
-    assert TrainConfig().quantize_axes == quantized.AXES
-    task = tasks.build(TaskConfig(), LLAMA, DataConfig(seq_len=T), TrainConfig(quantize="int8"))
+    assert Train().quantize_axes == quantized.AXES
+    task = tasks.build(TaskConfig(), LLAMA, DataConfig(seq_len=T), Train(quantize="int8"))
     batch = {"tokens": TOKENS, "targets": TOKENS}
     shapes = {"model": task.networks["model"].shapes()}
     found = products(jax.make_jaxpr(lambda p: task.metrics(p, {}, batch))(shapes).jaxpr)

@@ -12,7 +12,7 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
-from jaxmodels.models.functional import family
+from jaxmodels.models.families import family
 from jaxmodels.models.transformer import TransformerConfig, bucket, places, relative_bias, sinusoids
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxmodels
-from jaxmodels.models import flops, functional
+from jaxmodels.models import families, flops
 from jaxmodels.parallel import rules
 from tests.zoo import ZOO, arrays, example, outputs
 
@@ -55,7 +55,7 @@ def gradients(name, **changes):
 
 
 def test_every_family_is_here():
-    assert {functional.family_of(config).name for config in CONFIGS.values()} == set(functional.FAMILIES)
+    assert {families.family_of(config).name for config in CONFIGS.values()} == set(families.FAMILIES.names())
 
 
 @pytest.mark.parametrize("name", CONFIGS)

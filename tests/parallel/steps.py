@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import AdamW, DataConfig, Mesh, TaskConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 
 B, T, V, STEPS = 8, 16, 64, 10
 SMALL = {"vocab_size": V, "layers": 2, "width": 16, "heads": 4}
@@ -44,8 +44,8 @@ def prepare(model, mesh_cfg, **options):
     devices = int(np.prod([getattr(mesh_cfg, axis) for axis in rules.AXES]))
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     task = tasks.build(TaskConfig(), model, DataConfig(seq_len=T, batch_size=B))
-    cfg = OptimConfig(peak_lr=1e-2, warmup_steps=1)
-    optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
+    cfg = AdamW(peak_lr=1e-2, warmup_steps=1)
+    optimizers = {loss.name: cfg.build(STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
@@ -71,4 +71,4 @@ def measure(model, mesh_cfg, **options):
 if __name__ == "__main__":
     name, mesh, changes = (*sys.argv[1:], "{}")[:3]
     model = dataclasses.replace(MODELS[name], **json.loads(changes))
-    print(json.dumps(measure(model, MeshConfig(**json.loads(mesh))).tolist()))
+    print(json.dumps(measure(model, Mesh(**json.loads(mesh))).tolist()))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.plan import program, roofline, topology
 from jaxmodels.train import step
 from tests.parallel import steps, test_zoo_steps
@@ -17,16 +17,16 @@ MODELS = {**steps.MODELS, "deep": dataclasses.replace(steps.MODELS["llama"], lay
 
 @functools.cache
 def alone(name, accumulate):
-    return steps.measure(MODELS[name], MeshConfig(data=1), accumulate=accumulate)
+    return steps.measure(MODELS[name], Mesh(data=1), accumulate=accumulate)
 
 
 @pytest.mark.parametrize(
     ("name", "cfg", "accumulate"),
     [
-        ("llama", MeshConfig(data=2, fsdp=2), 2),
-        ("llama", MeshConfig(data=2, context=2, tensor=2, sequence=True), 2),
-        ("mixtral", MeshConfig(data=2, expert=2), 2),
-        ("deep", MeshConfig(data=2, stage=2, fsdp=2), 1),
+        ("llama", Mesh(data=2, fsdp=2), 2),
+        ("llama", Mesh(data=2, context=2, tensor=2, sequence=True), 2),
+        ("mixtral", Mesh(data=2, expert=2), 2),
+        ("deep", Mesh(data=2, stage=2, fsdp=2), 1),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
@@ -37,8 +37,8 @@ def test_steps_are_those_of_one_device(name, cfg, accumulate):
 
 @pytest.mark.parametrize("name", ["resnet", "clip"])
 def test_batch_statistics_and_pairs_are_those_of_a_microbatch_on_all_replicas(name):
-    (params, stats), metrics, before, _ = test_zoo_steps.train(name, MeshConfig(), 1, accumulate=2)
-    (params2, stats2), metrics2, _, _ = test_zoo_steps.train(name, MeshConfig(data=2), 2, accumulate=2)
+    (params, stats), metrics, before, _ = test_zoo_steps.train(name, Mesh(), 1, accumulate=2)
+    (params2, stats2), metrics2, _, _ = test_zoo_steps.train(name, Mesh(data=2), 2, accumulate=2)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
     jax.tree.map(close, jax.device_get((params2, stats2, metrics2)), jax.device_get((params, stats, metrics)))
     assert any(
@@ -60,7 +60,7 @@ def collectives(name, cfg, accumulate, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "cfg", "accumulate"),
-    [("llama", MeshConfig(data=2, fsdp=2), 2), ("deep", MeshConfig(data=2, stage=2, fsdp=2), 1)],
+    [("llama", Mesh(data=2, fsdp=2), 2), ("deep", Mesh(data=2, stage=2, fsdp=2), 1)],
     ids=["microbatches", "ticks"],
 )
 def test_gradients_go_over_data_once(name, cfg, accumulate, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import create, tasks
-from jaxmodels.config import DataConfig, MeshConfig, TaskConfig
+from jaxmodels.config import DataConfig, Mesh, TaskConfig
 from jaxmodels.data.contract import BatchField, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -25,7 +25,7 @@ from tests.parallel.test_ring import collectives
 
 
 def mesh(**axes):
-    return MeshConfig(**{"data": 1, **axes})
+    return Mesh(**{"data": 1, **axes})
 
 
 @functools.cache

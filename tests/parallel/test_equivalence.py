@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import DataConfig, Mesh, TaskConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import FEW
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
+from jaxmodels.train.optim import OPTIMIZERS
 
 GPT2 = GPT2Config(layers=2, width=32, heads=8, vocab_size=64, context=16, attention="xla")
 LLAMA = LlamaConfig(layers=2, width=32, heads=8, kv_heads=8, mlp_width=64, vocab_size=64, attention="xla")
@@ -33,8 +34,8 @@ def batches():
 def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="adamw"):
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     task = tasks.build(TaskConfig(), model, DataConfig(seq_len=16))
-    cfg = OptimConfig(name=optimizer, peak_lr=1e-2, warmup_steps=5)
-    optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
+    cfg = OPTIMIZERS.find(optimizer)(peak_lr=1e-2, warmup_steps=5)
+    optimizers = {loss.name: cfg.build(STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh, ema=True)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key, True), out_shardings=shardings)(jax.random.key(0))
@@ -53,17 +54,17 @@ def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="ada
 
 @pytest.fixture(scope="module")
 def alone():
-    return {name: train(model, MeshConfig(), 1) for name, model in (("gpt2", GPT2), ("llama", LLAMA))}
+    return {name: train(model, Mesh(), 1) for name, model in (("gpt2", GPT2), ("llama", LLAMA))}
 
 
 @pytest.mark.parametrize(
     ("mesh", "strategy"),
     [
-        (MeshConfig(data=8), "jit"),
-        (MeshConfig(data=1, fsdp=8), "jit"),
-        (MeshConfig(data=1, fsdp=4, tensor=2), "jit"),
-        (MeshConfig(data=1, tensor=8), "jit"),
-        (MeshConfig(data=8), "pmap"),
+        (Mesh(data=8), "jit"),
+        (Mesh(data=1, fsdp=8), "jit"),
+        (Mesh(data=1, fsdp=4, tensor=2), "jit"),
+        (Mesh(data=1, tensor=8), "jit"),
+        (Mesh(data=8), "pmap"),
     ],
     ids=["data8", "fsdp8", "fsdp4-tensor2", "tensor8", "pmap"],
 )
@@ -77,25 +78,25 @@ def test_eight_devices_give_the_loss_of_one(alone, mesh, strategy):
 
 
 def test_llama_on_every_axis_gives_the_loss_of_one_device(alone):
-    losses, _, _ = train(LLAMA, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    losses, _, _ = train(LLAMA, Mesh(data=2, fsdp=2, tensor=2), 8)
     np.testing.assert_allclose(losses, alone["llama"][0], rtol=0, atol=1e-5)
 
 
 def test_a_large_vocabulary_scored_in_pieces_gives_the_loss_of_one_device():
     large = dataclasses.replace(GPT2, vocab_size=2 * FEW)
-    one, _, _ = train(large, MeshConfig(), 1)
-    eight, _, _ = train(large, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    one, _, _ = train(large, Mesh(), 1)
+    eight, _, _ = train(large, Mesh(data=2, fsdp=2, tensor=2), 8)
     np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5)
 
 
 def test_microbatches_give_the_loss_of_the_whole_batch(alone):
-    losses, _, _ = train(GPT2, MeshConfig(data=1, fsdp=2), 2, accumulate=4)
+    losses, _, _ = train(GPT2, Mesh(data=1, fsdp=2), 2, accumulate=4)
     np.testing.assert_allclose(losses, alone["gpt2"][0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_parameters_and_optimizer_state_are_sharded_as_the_table_says(optimizer):
-    _, now, layout = train(GPT2, MeshConfig(data=1, fsdp=4, tensor=2), 8, optimizer=optimizer)
+    _, now, layout = train(GPT2, Mesh(data=1, fsdp=4, tensor=2), 8, optimizer=optimizer)
     for leaf, planned in zip(jax.tree.leaves(now), jax.tree.leaves(layout), strict=True):
         assert leaf.sharding.is_equivalent_to(planned.sharding, leaf.ndim)
     up = now.params["model"]["layers"]["mlp"]["up"]["w"]  # layers, embed over fsdp, mlp over tensor
@@ -107,7 +108,7 @@ def test_parameters_and_optimizer_state_are_sharded_as_the_table_says(optimizer)
 
 
 def test_a_device_holds_its_share_of_the_state_only():
-    _, now, _ = train(GPT2, MeshConfig(data=1, fsdp=8), 8)
+    _, now, _ = train(GPT2, Mesh(data=1, fsdp=8), 8)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(now.params))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(now.params))
     replicated = sum(leaf.nbytes for leaf in jax.tree.leaves(now.params) if leaf.sharding.is_fully_replicated)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.models import experts, functional
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
@@ -18,13 +18,13 @@ from tests.parallel.steps import MODELS, measure
 
 B, T, E, K, D, F = 16, 8, 8, 2, 8, 12
 MESHES = {
-    "expert2": MeshConfig(data=1, expert=2),
-    "expert8": MeshConfig(data=1, expert=8),
-    "expert4-data2": MeshConfig(data=2, expert=4),
-    "expert2-fsdp2-data2": MeshConfig(data=2, expert=2, fsdp=2),
-    "expert2-tensor2": MeshConfig(data=1, expert=2, tensor=2),
-    "expert2-tensor2-sequence": MeshConfig(data=1, expert=2, tensor=2, sequence=True),
-    "expert2-context2": MeshConfig(data=1, expert=2, context=2),
+    "expert2": Mesh(data=1, expert=2),
+    "expert8": Mesh(data=1, expert=8),
+    "expert4-data2": Mesh(data=2, expert=4),
+    "expert2-fsdp2-data2": Mesh(data=2, expert=2, fsdp=2),
+    "expert2-tensor2": Mesh(data=1, expert=2, tensor=2),
+    "expert2-tensor2-sequence": Mesh(data=1, expert=2, tensor=2, sequence=True),
+    "expert2-context2": Mesh(data=1, expert=2, context=2),
 }
 ROUTINGS = ("even", "random", "one")
 
@@ -68,7 +68,7 @@ def alone(routing):
 @functools.cache
 def steps_alone():
     """Loss and gradient norm of each step on one device."""
-    return measure(MODELS["mixtral"], MeshConfig(data=1))
+    return measure(MODELS["mixtral"], Mesh(data=1))
 
 
 def sharded(mesh):
@@ -138,7 +138,7 @@ def test_stages_whose_tokens_choose_differently_go_on_until_all_are_through():
     """Each needs another number of rounds, and all devices take part in each."""
     both = ("even", "one")
     args = jax.tree.map(lambda *x: np.stack(x), *map(inputs, both))
-    with jax.set_mesh(place(MeshConfig(data=1, stage=2, expert=4))), rules.inside(rules.STAGE):
+    with jax.set_mesh(place(Mesh(data=1, stage=2, expert=4))), rules.inside(rules.STAGE):
         run = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
         got = jax.jit(jax.vmap(run, spmd_axis_name=rules.STAGE))(*args)
     jax.tree.map(lambda a, *b: close(a, np.stack(b)), got, *map(alone, both))
@@ -147,7 +147,7 @@ def test_stages_whose_tokens_choose_differently_go_on_until_all_are_through():
 def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the_products():
     sizes = dict(experts=8, width=20, head_dim=6, mlp_width=28)  # as no other dimension
     model = functional.create(dataclasses.replace(MODELS["mixtral"], layers=4, attention="xla", **sizes))
-    mesh = place(MeshConfig(data=1, stage=2, fsdp=2, expert=2, rounds=2, microbatches=4))
+    mesh = place(Mesh(data=1, stage=2, fsdp=2, expert=2, rounds=2, microbatches=4))
     with jax.set_mesh(mesh):
         gradient = jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum())
         jaxpr = jax.make_jaxpr(gradient)(model.shapes(), jax.ShapeDtypeStruct((16, 12), np.int32)).jaxpr
@@ -168,5 +168,5 @@ def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the
     ids=lambda x: "-".join(x) or "alone",
 )
 def test_steps_are_those_of_one_device(axes, changes):
-    got = measure(dataclasses.replace(MODELS["mixtral"], **changes), MeshConfig(data=1, expert=2, **axes))
+    got = measure(dataclasses.replace(MODELS["mixtral"], **changes), Mesh(data=1, expert=2, **axes))
     close(got, steps_alone())

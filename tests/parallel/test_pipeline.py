@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import create, tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import AdamW, DataConfig, Mesh, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models.pipeline import Stack
@@ -22,7 +22,7 @@ from jaxmodels.parallel.mesh import make_mesh, sizes
 from jaxmodels.parallel.rules import Stages
 from jaxmodels.plan import program
 from jaxmodels.plan.groups import groups_of
-from jaxmodels.train import optim, state
+from jaxmodels.train import state
 from jaxmodels.train.job import check_batch_size
 from tests.parallel.steps import MODELS, B, T, measure
 from tests.parallel.test_ring import collectives
@@ -31,7 +31,7 @@ MODELS = {name: dataclasses.replace(model, layers=8 if name == "gpt2" else 4) fo
 
 
 def mesh(**axes):
-    return MeshConfig(**{"data": 1, **axes})
+    return Mesh(**{"data": 1, **axes})
 
 
 def place(cfg):
@@ -200,7 +200,7 @@ def test_a_stage_works_for_so_many_ticks_as_theory_says_and_sends_to_its_neighbo
 
 def test_a_device_holds_its_stages_share_of_layers_and_their_optimizer():
     task = tasks.build(TaskConfig(), MODELS["gpt2"], DataConfig(seq_len=T, batch_size=B))
-    optimizers = {"loss": optim.build(OptimConfig(), 1, task.axes()["model"])}
+    optimizers = {"loss": AdamW().build(1, task.axes()["model"])}
 
     def held(cfg):
         """Numbers of a device in parameters and moments of the layers."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, choose
 from jaxmodels.models.kernels.blocks import Plan
@@ -38,7 +38,7 @@ def both(kernel, w, ids, **how):
 
 
 def mesh_of(**sizes):
-    cfg = MeshConfig(**{"data": 1, **sizes})
+    cfg = Mesh(**{"data": 1, **sizes})
     return make_mesh(cfg, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxmodels import create
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import across, make_mesh, sizes
@@ -33,7 +33,7 @@ def test_two_dimensions_on_one_mesh_axis_are_refused():
 
 def test_a_dimension_that_does_not_divide_is_refused_by_name():
     model = create("gpt2", layers=1, width=32, heads=4, vocab_size=65, context=8)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    mesh = make_mesh(Mesh(data=1, fsdp=4, tensor=2))
     with pytest.raises(UserError, match=r"embed/w with dimension vocab=65, expected a multiple of mesh axis tensor=2"):
         rules.place(mesh, model.axes(), model.shapes())
 
@@ -41,9 +41,9 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        (MeshConfig(data=3), "data=3 stage=1 fsdp=1 expert=1 context=1 tensor=1 = 3 device.s., expected 8"),
-        (MeshConfig(data=-1, fsdp=3), "expected sizes that divide 8"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
+        (Mesh(data=3), "data=3 stage=1 fsdp=1 expert=1 context=1 tensor=1 = 3 device.s., expected 8"),
+        (Mesh(data=-1, fsdp=3), "expected sizes that divide 8"),
+        (Mesh(data=-1, fsdp=-1), "at most one -1"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
@@ -53,19 +53,19 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, said):
 
 def test_a_mesh_axis_of_no_device_is_refused():
     with pytest.raises(UserError, match="got mesh.data 0, expected at least 1, or -1"):
-        MeshConfig(data=0)
+        Mesh(data=0)
 
 
 def test_minus_one_takes_the_devices_that_are_left():
     rest = {"stage": 1, "fsdp": 1, "expert": 1, "context": 1}
-    assert sizes(MeshConfig(data=-1, tensor=2), 8) == {"data": 4, **rest, "tensor": 2}
+    assert sizes(Mesh(data=-1, tensor=2), 8) == {"data": 4, **rest, "tensor": 2}
 
 
 def test_a_mesh_says_itself_whether_tokens_between_products_are_cut_over_tensor():
     residual = ("batch", "residual", None)
     cuts = []
     for sequence in (False, True):
-        mesh = make_mesh(MeshConfig(data=2, context=2, tensor=2, sequence=sequence))
+        mesh = make_mesh(Mesh(data=2, context=2, tensor=2, sequence=sequence))
         assert mesh.size == 8
         placed = jax.device_put(np.zeros((2, 8, 3)), rules.sharding(mesh, residual))
         cuts.append(placed.addressable_shards[0].data.shape)
@@ -75,7 +75,7 @@ def test_a_mesh_says_itself_whether_tokens_between_products_are_cut_over_tensor(
 def test_activations_are_pinned_under_a_mesh_and_left_alone_without():
     x = np.zeros((8, 4, 16), np.float32)
     assert rules.constrain(x, ("batch", "seq", None)) is x
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         pinned = jax.jit(lambda x: rules.constrain(x, ("batch", "seq", "mlp")))(x)
         odd = jax.jit(lambda x: rules.constrain(x, ("batch", "seq", "mlp")))(x[:, :, :3])
@@ -119,10 +119,10 @@ class Chip:
 @pytest.mark.parametrize(
     ("cfg", "across"),
     [
-        (MeshConfig(data=2, fsdp=4), ("data",)),
-        (MeshConfig(data=4, fsdp=2), ("data",)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), ("fsdp",)),
-        (MeshConfig(data=1, stage=2, fsdp=2, tensor=2), ("stage",)),
+        (Mesh(data=2, fsdp=4), ("data",)),
+        (Mesh(data=4, fsdp=2), ("data",)),
+        (Mesh(data=1, fsdp=4, tensor=2), ("fsdp",)),
+        (Mesh(data=1, stage=2, fsdp=2, tensor=2), ("stage",)),
     ],
     ids=lambda x: x[0] if isinstance(x, tuple) else "",
 )
@@ -137,14 +137,14 @@ def test_only_the_outermost_axis_goes_across_slices(cfg, across):
 
 def test_a_mesh_that_does_not_go_across_the_slices_is_refused():
     chips = [Chip(number, place) for number in range(3) for place in np.ndindex(2, 1)]
-    assert make_mesh(MeshConfig(data=3, fsdp=2), chips).shape["data"] == 3
+    assert make_mesh(Mesh(data=3, fsdp=2), chips).shape["data"] == 3
     chips = [Chip(number, place) for number in range(4) for place in np.ndindex(3, 1)]
-    assert make_mesh(MeshConfig(data=2, fsdp=6), chips).size == 12, "two of four slices each"
+    assert make_mesh(Mesh(data=2, fsdp=6), chips).size == 12, "two of four slices each"
     with pytest.raises(UserError, match="try --mesh.data 4"):
         across({"data": 3, "fsdp": 3}, 4)
 
 
-@pytest.mark.parametrize("cfg", [MeshConfig(data=2, fsdp=2, context=2), MeshConfig(data=1, fsdp=4, tensor=2)])
+@pytest.mark.parametrize("cfg", [Mesh(data=2, fsdp=2, context=2), Mesh(data=1, fsdp=4, tensor=2)])
 def test_what_devices_hold_apart_is_scattered_while_it_is_added_up(cfg):
     mesh = make_mesh(cfg)
     rows, along = (rules.shards(mesh.shape, rules.RULES[name]) for name in ("batch", "seq"))

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import SGD, Constant, DataConfig, Mesh, TaskConfig
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 from tests.zoo import ZOO, B, T, fill
 
 ELSEWHERE = {"llama", "mistral", "qwen", "mixtral-capacity", "bert-classifier", "dcgan-discriminator"}
 """Whose steps test_equivalence.py, test_mixtral.py or another row of the zoo takes."""
 # plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
-DESCENT = OptimConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=None)
+DESCENT = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
 
 
 def train(name, mesh_cfg, devices, **options):
@@ -21,7 +21,7 @@ def train(name, mesh_cfg, devices, **options):
     kind, config = ZOO[name]
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     task = tasks.build(TaskConfig(name=kind), config, DataConfig(seq_len=T, batch_size=B))
-    optimizers = {loss.name: optim.build(DESCENT, 1, task.axes()[loss.trains]) for loss in task.losses}
+    optimizers = {loss.name: DESCENT.build(1, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
@@ -39,8 +39,8 @@ def train(name, mesh_cfg, devices, **options):
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ELSEWHERE])
 def test_one_step_is_equal_on_one_device_and_on_eight(name):
-    (params, stats), metrics, before, _ = train(name, MeshConfig(), 1)
-    (params8, stats8), metrics8, before8, held = train(name, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    (params, stats), metrics, before, _ = train(name, Mesh(), 1)
+    (params8, stats8), metrics8, before8, held = train(name, Mesh(data=2, fsdp=2, tensor=2), 8)
     jax.tree.map(np.testing.assert_array_equal, before, before8)
     assert metrics.keys() == metrics8.keys()
     for key, value in metrics.items():

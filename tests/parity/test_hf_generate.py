@@ -11,15 +11,15 @@ from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run
 from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import (
-    CheckpointConfig,
+    AdamW,
+    Checkpoint,
     Config,
     DataConfig,
-    EvalConfig,
-    InitConfig,
-    MetricsConfig,
-    OptimConfig,
+    Eval,
+    Init,
+    Metrics,
     TaskConfig,
-    TrainConfig,
+    Train,
 )  # fmt: skip
 from jaxmodels.errors import UserError
 from jaxmodels.models.transformer import TransformerConfig
@@ -143,11 +143,11 @@ def test_a_llama_that_was_trained_on_goes_out_with_its_ids_template_and_generati
     cfg = Config(
         model=model.config,
         data=DataConfig(source="text", path=(str(tmp_path / "text.txt"),), tokenizer=str(source), seq_len=8),
-        train=TrainConfig(steps=2),
-        eval=EvalConfig(batches=1),
-        checkpoint=CheckpointConfig(every=0),
-        metrics=MetricsConfig(progress="none", tensorboard=False),
-        init=InitConfig(source=str(source)),
+        train=Train(steps=2),
+        eval=Eval(batches=1),
+        checkpoint=Checkpoint(every=0),
+        metrics=Metrics(progress="none", tensorboard=False),
+        init=Init(source=str(source)),
     )
     runs.train(cfg, tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
@@ -226,11 +226,11 @@ def test_a_translator_that_was_trained_here_translates_alike_in_transformers(tmp
         ),
         task=TaskConfig(name="seq2seq"),
         data=replace(section, tokenizer="words:40"),
-        optim=OptimConfig(peak_lr=2e-2),
-        train=TrainConfig(steps=60),
-        eval=EvalConfig(batches=1),
-        checkpoint=CheckpointConfig(every=0),
-        metrics=MetricsConfig(progress="none", tensorboard=False),
+        optim=AdamW(peak_lr=2e-2),
+        train=Train(steps=60),
+        eval=Eval(batches=1),
+        checkpoint=Checkpoint(every=0),
+        metrics=Metrics(progress="none", tensorboard=False),
     )  # fmt: skip
     runs.train(cfg, tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")

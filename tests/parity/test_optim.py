@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmodels.config import OptimConfig
-from jaxmodels.train import optim
+from jaxmodels.config import Constant
+from jaxmodels.train.optim import OPTIMIZERS
+from tests.quick import kind
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
@@ -24,14 +25,14 @@ THEIRS = {
 @pytest.mark.parametrize("name", THEIRS)
 def test_ten_steps_equal_torch(name):
     decay = 0.3 if name == "adamw" else 0.0
-    cfg = OptimConfig(
-        name=name, peak_lr=0.1, b1=0.8, b2=0.9, eps=0.01, weight_decay=decay, clip_norm=None, schedule="constant"
+    cfg = kind(
+        OPTIMIZERS, name, peak_lr=0.1, b1=0.8, b2=0.9, eps=0.01, weight_decay=decay, clip_norm=None, schedule=Constant()
     )
     rng = np.random.default_rng(0)
     start, grads = rng.normal(size=(4, 3)).astype(np.float32), (0.01 * rng.normal(size=(10, 4, 3))).astype(np.float32)
     theirs = torch.tensor(start, requires_grad=True)
     rule = THEIRS[name]([theirs], cfg)
-    tx, params = optim.build(cfg, 10, {"w": ("embed", "mlp")}), {"w": jnp.asarray(start)}
+    tx, params = cfg.build(10, {"w": ("embed", "mlp")}), {"w": jnp.asarray(start)}
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for g in grads:
         theirs.grad = torch.tensor(g)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxmodels
-from jaxmodels.models.functional import family
+from jaxmodels.models.families import family
 from jaxmodels.models.transformer import TransformerConfig, bucket
 
 pytestmark = pytest.mark.parity

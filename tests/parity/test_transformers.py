@@ -9,12 +9,12 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import AdamW, Constant, DataConfig, Mesh, TaskConfig
 from jaxmodels.models import layers
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.task import Loss, Task, forward, scored
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
@@ -147,7 +147,7 @@ def restoring(model):
 
 
 def train_ours(reference, model, params, lr, decay):
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
     section = DataConfig(seq_len=T, batch_size=B)
     kind = reference.config.model_type
     names = ("inputs", "labels") if kind == "vit" else ("tokens", "targets")
@@ -155,10 +155,8 @@ def train_ours(reference, model, params, lr, decay):
         task = restoring(model)
     else:
         task = tasks.build(TaskConfig("classification" if kind == "vit" else "causal_lm"), model.config, section)
-    cfg = OptimConfig(
-        name="adamw", peak_lr=lr, schedule="constant", b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay, clip_norm=1.0
-    )
-    optimizers = {loss.name: optim.build(cfg, STEPS, task.axes()[loss.trains]) for loss in task.losses}
+    cfg = AdamW(peak_lr=lr, b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay, clip_norm=1.0, schedule=Constant())
+    optimizers = {loss.name: cfg.build(STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     moments = {loss.name: optimizers[loss.name].init(params) for loss in task.losses}
     now = state.State(jnp.zeros((), jnp.int32), {"model": params}, {}, moments, None, jax.random.key(0))

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jaxmodels import cli
-from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Mesh, TaskConfig, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.gan import GANConfig
@@ -29,7 +29,7 @@ CONFIG = Config(
         vocab_size=4096, context=512, layers=2, heads=4, kv_heads=2, width=512, mlp_width=1024, dtype="bfloat16"
     ),
     data=DataConfig(source="tokens", seq_len=512, batch_size=64),
-    mesh=MeshConfig(data=1, fsdp=8),
+    mesh=Mesh(data=1, fsdp=8),
 )
 PARAMETERS = 2 * 4096 * 512 + 2 * (512 * (4 + 2 + 2 + 4) * 128 + 3 * 512 * 1024 + 2 * 512) + 512
 
@@ -118,7 +118,7 @@ def test_options_of_the_compiler_reach_it_and_parameters_are_gathered_over_a_tor
         *("xla_enable_async_all_gather=true", "xla_tpu_prefer_async_allgather_to_allreduce=true"),
         *(f"xla_tpu_enable_async_collective_fusion{more}=true" for more in ("", "_fuse_all_gather")),
     )
-    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=64), train=TrainConfig(xla=options))
+    cfg = dataclasses.replace(CONFIG, mesh=Mesh(data=1, fsdp=64), train=Train(xla=options))
     if jax.__version_info__ >= (0, 12):  # its libtpu (0.0.50) takes fused gathers on v5e alone
         with pytest.raises(UserError, match=r"got v5p:4x4x4, .*Continuation fusion for AllGather"):
             planned("v5p:4x4x4", cfg)
@@ -130,7 +130,7 @@ def test_options_of_the_compiler_reach_it_and_parameters_are_gathered_over_a_tor
 
 @pytest.mark.parametrize(("on", "kind"), [("h100:1x8", "float8"), ("v5e:2x4", "int8")])
 def test_quantized_blocks_compute_and_gather_in_eight_bits_alone(planned, compiled, on, kind):
-    cfg = dataclasses.replace(CONFIG, train=TrainConfig(quantize=kind))
+    cfg = dataclasses.replace(CONFIG, train=Train(quantize=kind))
     found = program.parse(compiled(on, cfg).text)
     sums = collections.Counter()
     for where, each, times in found.walk():
@@ -149,7 +149,7 @@ def test_quantized_blocks_compute_and_gather_in_eight_bits_alone(planned, compil
 
 
 def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):
-    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2))
+    cfg = dataclasses.replace(CONFIG, mesh=Mesh(data=4, tensor=2))
     plan = planned("h100:1x8", cfg)
     (summed,) = [each for each in plan["transfers"] if each["axes"] == ["tensor"] or each["axes"] == ("tensor",)]
     activations = 64 * 512 * 512 * 2 / 4  # bytes of a device's residual stream
@@ -160,7 +160,7 @@ def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):
 
 @pytest.mark.parametrize("on", ["h100:2x4", "v5e:2x2x2"])
 def test_with_a_replica_on_each_node_or_slice_only_gradients_go_between_them(planned, on):
-    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4))
+    cfg = dataclasses.replace(CONFIG, mesh=Mesh(data=2, fsdp=4))
     plan = planned(on, cfg)
     links = {tuple(each["axes"]): each["link"] for each in plan["transfers"]}
     assert links["data",] == "network"
@@ -175,7 +175,7 @@ def test_with_a_replica_on_each_node_or_slice_only_gradients_go_between_them(pla
 
 @pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
 def test_an_optimizer_with_the_host_is_copied_from_there_and_back(planned, on):
-    plan = planned(on, dataclasses.replace(CONFIG, optim=OptimConfig(offload=True)))
+    plan = planned(on, dataclasses.replace(CONFIG, optim=AdamW(offload=True)))
     memory, here = plan["memory"], planned(on)["memory"]
     assert memory["optimizer"] == 8, "its two counts"
     assert memory["host"] == here["optimizer"] - 8
@@ -219,7 +219,7 @@ FAMILIES = {
 )
 def test_a_program_computes_its_model_and_little_more(planned, family, on):
     model, sections = FAMILIES[family]
-    plan = planned(on, Config(model=model, mesh=MeshConfig(), **sections))
+    plan = planned(on, Config(model=model, mesh=Mesh(), **sections))
     assert plan["uncounted"] == []
     ratio = plan["hardware_flops"] / plan["model_flops_causal"]
     # splash computes whole blocks of 512, of which a window of 256 shows a quarter or less
@@ -247,7 +247,7 @@ def test_a_reference_kernel_under_a_short_window_is_planned_and_the_table_says_w
 
 @pytest.mark.parametrize("on", ["h100:1x8", "v5e:2x4"])
 def test_with_sequence_sharding_a_block_s_sums_are_gathers_and_scatters(planned, on):
-    cfg = dataclasses.replace(CONFIG, mesh=MeshConfig(data=4, tensor=2, sequence=True))
+    cfg = dataclasses.replace(CONFIG, mesh=Mesh(data=4, tensor=2, sequence=True))
     found = sent(planned(on, cfg))
     stream = 64 * 512 * 512 * 2 / 4  # bytes of a device's rows of the residual stream, all tokens
     assert found.get(("all-reduce", ("tensor",)), 0) < 2.1 * stream, "embedding and output layer"

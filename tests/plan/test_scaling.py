@@ -8,7 +8,7 @@ import pytest
 from matplotlib import image
 
 from jaxmodels.commands.plan import PlanOptions, asked, planned
-from jaxmodels.config import Config, DataConfig, MeshConfig, TrainConfig
+from jaxmodels.config import Config, DataConfig, Mesh, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.plan import arithmetic, roofline, scaling, topology
@@ -17,7 +17,7 @@ from jaxmodels.plan import compile as compiling
 CONFIG = Config(
     model=LlamaConfig(vocab_size=512, context=512, layers=4, heads=8, kv_heads=2, width=64, mlp_width=128),
     data=DataConfig(source="tokens", seq_len=512, batch_size=64),
-    mesh=MeshConfig(data=1, fsdp=-1),
+    mesh=Mesh(data=1, fsdp=-1),
 )
 ON = [topology.parse(f"h100:{shape}") for shape in ("1x8", "2x8", "8x8")]
 WORK = 80.0
@@ -82,7 +82,7 @@ def curves(cfg=CONFIG, on=ON):
 def test_weak_scaling_keeps_a_device_s_rows_and_strong_scaling_the_batch(fake):
     fake()
     first, points = curves()
-    assert first.cfg.mesh == MeshConfig(data=1, fsdp=8)
+    assert first.cfg.mesh == Mesh(data=1, fsdp=8)
     for mode, batch in (("weak", 512), ("strong", 64)):
         for axis in ("data", "fsdp"):
             each = points[mode, axis, 64]
@@ -142,7 +142,7 @@ def test_products_that_take_longer_are_a_bubble_or_what_is_not_cut(fake):
 
 def test_microbatches_shrink_with_the_rows_that_are_left_and_grow_where_memory_is_short(fake):
     fake()
-    accumulating = dataclasses.replace(CONFIG, train=TrainConfig(accumulate=8))
+    accumulating = dataclasses.replace(CONFIG, train=Train(accumulate=8))
     _, points = curves(accumulating, ON[:2])
     assert points["strong", "data", 16].cfg.train.accumulate == 4, "so many rows as before at a time"
     assert points["weak", "data", 16].cfg.train.accumulate == 8

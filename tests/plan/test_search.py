@@ -14,7 +14,7 @@ from jaxmodels import cli
 from jaxmodels import config as configs
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.plan import PlanOptions, asked, planned
-from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig
+from jaxmodels.config import SGD, Config, DataConfig, Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
@@ -27,9 +27,7 @@ from jaxmodels.plan import compile as compiling
 LLAMA = LlamaConfig(
     vocab_size=4096, context=8192, layers=4, heads=16, kv_heads=8, width=512, mlp_width=1024, dtype="bfloat16"
 )
-CONFIG = Config(
-    model=LLAMA, data=DataConfig(source="tokens", seq_len=8192, batch_size=64), mesh=MeshConfig(data=1, fsdp=-1)
-)
+CONFIG = Config(model=LLAMA, data=DataConfig(source="tokens", seq_len=8192, batch_size=64), mesh=Mesh(data=1, fsdp=-1))
 IMAGES = Config(MLPConfig((8, 8, 1), 10, (64,)), configs.TaskConfig(name="classification"), DataConfig())
 ON = topology.parse("h100:4x8")
 EXPERT = [
@@ -64,7 +62,7 @@ def settled(cfg, devices=32):
     """A config's mesh with nothing left open."""
     sizes = configs.flatten(cfg.mesh)
     left = devices // math.prod(n for name, n in sizes.items() if name in SIZES and n > 0)
-    return MeshConfig(**{name: left if n == -1 else n for name, n in sizes.items()})
+    return Mesh(**{name: left if n == -1 else n for name, n in sizes.items()})
 
 
 SIZES = ("data", "stage", "fsdp", "expert", "context", "tensor")
@@ -105,7 +103,7 @@ def test_the_winner_is_no_worse_than_the_best_of_ten_meshes_that_an_expert_tries
 
     seen = fake(judge)
     found = search.search(CONFIG, ON, 40, 2, lambda text: None)
-    meshes = [MeshConfig(**sizes) for sizes in EXPERT]
+    meshes = [Mesh(**sizes) for sizes in EXPERT]
     assert {settled(cfg) for cfg in seen} >= set(meshes)
     best = min(judge(dataclasses.replace(CONFIG, mesh=mesh))[0] for mesh in meshes)
     assert found.winner.cost[0] <= best
@@ -115,12 +113,12 @@ def test_the_winner_is_no_worse_than_the_best_of_ten_meshes_that_an_expert_tries
 
 def test_what_is_usual_follows_the_model_and_the_hardware(judged):
     assert [dataclasses.asdict(mesh) for mesh in candidates.usual(judged)] == [
-        dataclasses.asdict(MeshConfig(**sizes)) for sizes in EXPERT
+        dataclasses.asdict(Mesh(**sizes)) for sizes in EXPERT
     ]
     mixture = MixtralConfig(vocab_size=512, layers=2, heads=4, kv_heads=2, width=64, mlp_width=128, experts=8)
     data = dataclasses.replace(CONFIG.data, seq_len=512)
     meshes = candidates.usual(arithmetic.Arithmetic(dataclasses.replace(CONFIG, model=mixture, data=data), ON))
-    assert MeshConfig(data=1, expert=8, fsdp=4) in meshes
+    assert Mesh(data=1, expert=8, fsdp=4) in meshes
     assert all(mesh.context == 1 for mesh in meshes), "512 tokens are not worth cutting"
     assert all(mesh.tensor == 1 for mesh in candidates.usual(arithmetic.Arithmetic(IMAGES, ON)))
 
@@ -130,7 +128,7 @@ def test_arithmetic_counts_what_a_device_keeps(judged):
     norms = 4 * 2 * 512 + 512
     copies = 2 + 1 + 1  # moments, parameters, gradients
     for sizes, parts in ((dict(data=1, fsdp=32), 32), (dict(data=4, fsdp=4, tensor=2), 8), (dict(data=32), 1)):
-        kept = judged.guess(dataclasses.replace(CONFIG, mesh=MeshConfig(**sizes))).kept
+        kept = judged.guess(dataclasses.replace(CONFIG, mesh=Mesh(**sizes))).kept
         # norms are cut by fsdp too
         cut = sizes.get("fsdp", 1)
         assert kept == pytest.approx(4 * copies * (matrices / parts + norms / cut), rel=0.02)
@@ -140,7 +138,7 @@ def test_recomputing_and_microbatches_make_the_guess_smaller_and_slower(judged):
     def guess(remat="none", accumulate=1, **mesh):
         model = dataclasses.replace(CONFIG.model, remat=remat)
         train = dataclasses.replace(CONFIG.train, accumulate=accumulate)
-        return judged.guess(dataclasses.replace(CONFIG, model=model, train=train, mesh=MeshConfig(**mesh)))
+        return judged.guess(dataclasses.replace(CONFIG, model=model, train=train, mesh=Mesh(**mesh)))
 
     fsdp = dict(data=1, fsdp=32)
     none, dots, full, offload = (guess(remat, **fsdp) for remat in ("none", "dots", "full", "offload"))
@@ -239,10 +237,10 @@ def test_what_compiled_steps_show_to_be_hopeless_is_not_compiled(drawn, judged):
 
     large = [tried(candidate("dots", 1), False)]
     assert search.hopeless(candidate("none", 1), large), "more is kept"
-    assert search.hopeless(candidate("none", 1, MeshConfig(data=1, fsdp=32)), large), "the same mesh, written out"
+    assert search.hopeless(candidate("none", 1, Mesh(data=1, fsdp=32)), large), "the same mesh, written out"
     assert not search.hopeless(candidate("full", 1), large)
     assert not search.hopeless(candidate("dots", 2), large)
-    assert not search.hopeless(candidate("none", 1, MeshConfig(data=2, fsdp=16)), large)
+    assert not search.hopeless(candidate("none", 1, Mesh(data=2, fsdp=16)), large)
     least = candidate("none", 1).guess.least
     assert search.hopeless(candidate("none", 1), [tried(candidate("full", 1), True, 0.9 * least)])
     assert not search.hopeless(candidate("none", 1), [tried(candidate("full", 1), True, 1.1 * least)])
@@ -272,7 +270,7 @@ def test_the_options_of_the_winner_are_read_back_as_the_winner(fake, root, tmp_p
 def test_ways_that_hardware_or_a_pipeline_has_not_are_not_tried():
     def kinds(on, **mesh):
         judged = arithmetic.Arithmetic(CONFIG, topology.parse(on))
-        ways = candidates.knobs(CONFIG, judged, MeshConfig(**{"data": 1, "fsdp": 8, **mesh}))
+        ways = candidates.knobs(CONFIG, judged, Mesh(**{"data": 1, "fsdp": 8, **mesh}))
         return {cfg.model.remat for cfg in ways}
 
     assert kinds("h100:1x8") == {"none", "dots", "full", "offload"}
@@ -301,9 +299,9 @@ def test_a_padded_vocabulary_is_suggested_where_it_is_faster_and_never_taken(fak
     found = search.search(cfg, topology.parse("h100:1x8"), 3, 1, say)
     assert "vocab" not in search.report(found, cfg), "it is no faster"
     assert search.search(CONFIG, topology.parse("h100:1x8"), 3, 1, say).padded is None, "4096 is whole"
-    four = candidates.Candidate(cfg, MeshConfig(data=2, tensor=4), "", found.winner.candidate.guess)
+    four = candidates.Candidate(cfg, Mesh(data=2, tensor=4), "", found.winner.candidate.guess)
     assert search.padded(four).cfg.model.vocab_size == 4096
-    images = candidates.Candidate(IMAGES, MeshConfig(), "", four.guess)
+    images = candidates.Candidate(IMAGES, Mesh(), "", four.guess)
     assert search.padded(images) is None
 
 
@@ -340,7 +338,7 @@ def test_attention_that_only_the_reference_computes_is_judged_by_it():
 
 
 def test_what_the_optimizer_and_the_average_keep_is_counted():
-    train, optim = dataclasses.replace(CONFIG.train, ema=0.99), OptimConfig(name="sgd")
+    train, optim = dataclasses.replace(CONFIG.train, ema=0.99), SGD()
     light = arithmetic.Arithmetic(dataclasses.replace(CONFIG, train=train, optim=optim), ON)
     assert light.copies == pytest.approx(1, rel=0.01)
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxmodels import config as configs
 from jaxmodels.cli import main
-from jaxmodels.config import Config, DataConfig, EvalConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Eval, Metrics, TaskConfig, Train
 from jaxmodels.models.functional import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, build, confusion, curves, latents, page, saliency, samples, summary
@@ -37,10 +37,10 @@ def trained(tmp_path_factory, shared_data):
             data=DataConfig(
                 source="tfds", dir=str(shared_data / "tfds"), name="mnist", eval_split="test[:600]", batch_size=64
             ),
-            optim=OptimConfig(peak_lr=rate),
-            train=TrainConfig(steps=40),
-            eval=EvalConfig(every=20, batch_size=256),
-            metrics=MetricsConfig(every=5, tensorboard=False, progress="none"),
+            optim=AdamW(peak_lr=rate),
+            train=Train(steps=40),
+            eval=Eval(every=20, batch_size=256),
+            metrics=Metrics(every=5, tensorboard=False, progress="none"),
         )
         runs.train(cfg, folder / name)
     return folder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, TaskConfig
+from jaxmodels.config import DataConfig, Mesh, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.mlp import MLPConfig
@@ -88,7 +88,7 @@ def test_blends_on_eight_devices_are_those_on_one(kind):
     task, params = built(kind)
     found = []
     for devices in (1, 8):
-        mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+        mesh = make_mesh(Mesh(), jax.devices()[:devices])
         rows = jax.device_put(batch(), task.shardings(mesh, batch()))
         with jax.set_mesh(mesh):
             grad = jax.jit(jax.value_and_grad(task.losses[0].fn, has_aux=True))

@@ -9,7 +9,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels.config import Config, DataConfig, TaskConfig
-from jaxmodels.models import functional, layers
+from jaxmodels.models import families, layers
 from jaxmodels.models.flops import forward
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.mlp import MLPConfig
@@ -71,7 +71,7 @@ def test_a_step_of_a_gan_counts_all_that_its_losses_need():
 
 
 @dataclasses.dataclass(frozen=True)
-class NetConfig:
+class NetConfig(families.ModelConfig):
     classes: int = 4
 
 
@@ -85,9 +85,10 @@ class Net(nn.Module):
 
 
 def test_a_step_of_a_model_with_batch_statistics(monkeypatch):
-    monkeypatch.setattr(functional, "_registered", dict(functional._registered))
+    monkeypatch.setattr(families, "_registered", dict(families._registered))
+    monkeypatch.setattr(families.FAMILIES, "_registered", {})
     spec = lambda c, batch, length: (jax.ShapeDtypeStruct((batch, 3), jnp.float32),)  # noqa: E731
-    functional.register(functional.Family("net", NetConfig, Net, spec, {}))
+    families.register(families.Family("net", NetConfig, Net, spec, {}))
     cfg = Config(
         model=NetConfig(), task=TaskConfig(name="classification"), data=DataConfig(source="synthetic", batch_size=6)
     )

@@ -10,7 +10,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import SGD, AdamW, Constant, DataConfig, Mesh, TaskConfig
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
@@ -22,7 +22,7 @@ from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.masked_lm import mask
 from jaxmodels.tasks.task import divide
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 
 B, T, V = 8, 12, 48
 SIZE = {"layers": 2, "heads": 4, "width": 32, "mlp_width": 48}
@@ -191,7 +191,7 @@ def test_a_hidden_token_is_learned_from_the_others():
     """Texts of one token over and over: what is hidden is what stands beside it."""
     config = jaxmodels.create(BERT, layers=1, vocab_size=12, dropout=0.0).config
     task = tasks.build(TaskConfig(name="masked_lm"), config, DATA)
-    optimizer = optim.build(OptimConfig(peak_lr=3e-3, weight_decay=0.0), 120, task.axes()["model"])
+    optimizer = AdamW(peak_lr=3e-3, weight_decay=0.0).build(120, task.axes()["model"])
 
     def rows(key):
         return {"tokens": jnp.broadcast_to(jax.random.randint(key, (32, 1), 0, 11), (32, T))}
@@ -274,7 +274,7 @@ def test_similarities_are_never_multiplied_by_more_than_a_hundred(paired):
 def test_pairs_are_learned(paired):
     task, params, _, metrics = paired
     batch = synthetic("contrastive", CLIP)
-    optimizer = optim.build(OptimConfig(peak_lr=3e-3, weight_decay=0.0), 40, task.axes()["model"])
+    optimizer = AdamW(peak_lr=3e-3, weight_decay=0.0).build(40, task.axes()["model"])
     end = learn(task, params, optimizer, lambda key: batch, steps=40)
     found = divide(metrics(end, {}, batch))
     assert found["loss"] < 0.2 and found["image_to_text"] == found["text_to_image"] == 1, found
@@ -287,12 +287,12 @@ CASES = {
     "contrastive": (PAIRS, CLIP),
 }
 # plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
-DESCENT = OptimConfig(name="sgd", peak_lr=0.1, schedule="constant", weight_decay=0.0, clip_norm=None)
+DESCENT = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return functools.cache(lambda name: train(name, MeshConfig(), 1))
+    return functools.cache(lambda name: train(name, Mesh(), 1))
 
 
 def train(name, mesh_cfg, devices, strategy="jit"):
@@ -300,7 +300,7 @@ def train(name, mesh_cfg, devices, strategy="jit"):
     cfg, config = CASES[name]
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     task = tasks.build(cfg, config, DATA)
-    optimizers = {loss.name: optim.build(DESCENT, 1, task.axes()[loss.trains]) for loss in task.losses}
+    optimizers = {loss.name: DESCENT.build(1, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
@@ -317,9 +317,9 @@ def train(name, mesh_cfg, devices, strategy="jit"):
 @pytest.mark.parametrize(
     ("name", "mesh", "strategy"),
     [
-        *((name, MeshConfig(data=2, fsdp=2, tensor=2), "jit") for name in CASES),
-        ("contrastive", MeshConfig(), "jit"),
-        ("contrastive", MeshConfig(), "pmap"),
+        *((name, Mesh(data=2, fsdp=2, tensor=2), "jit") for name in CASES),
+        ("contrastive", Mesh(), "jit"),
+        ("contrastive", Mesh(), "pmap"),
     ],
 )
 def test_a_step_on_eight_devices_is_that_of_one(alone, name, mesh, strategy):

@@ -10,7 +10,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import AdamW, DataConfig, Mesh, TaskConfig
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -19,7 +19,7 @@ from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import FEW, cross_entropy
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 
 B, T, V = 8, 12, 48
 POST = TransformerConfig(vocab_size=V, layers=2, heads=8, width=32, mlp_width=48)
@@ -85,13 +85,13 @@ def test_what_is_padded_has_no_part_in_the_loss():
 
 @pytest.fixture(scope="module")
 def alone():
-    return functools.cache(lambda config: train(config, MeshConfig(), 1))
+    return functools.cache(lambda config: train(config, Mesh(), 1))
 
 
 def train(model, mesh_cfg, devices, steps=2):
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     task = tasks.build(TASK, model, DATA)
-    optimizers = {"loss": optim.build(OptimConfig(peak_lr=1e-2), steps, task.axes()["model"])}
+    optimizers = {"loss": AdamW(peak_lr=1e-2).build(steps, task.axes()["model"])}
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
@@ -107,7 +107,7 @@ def train(model, mesh_cfg, devices, steps=2):
 
 @pytest.mark.parametrize(
     ("config", "mesh"),
-    [(POST, MeshConfig(data=8)), (POST, MeshConfig(data=2, fsdp=2, tensor=2)), (T5, MeshConfig(fsdp=2, tensor=4))],
+    [(POST, Mesh(data=8)), (POST, Mesh(data=2, fsdp=2, tensor=2)), (T5, Mesh(fsdp=2, tensor=4))],
     ids=["post-data8", "post-every-axis", "t5-fsdp2-tensor4"],
 )
 def test_steps_on_eight_devices_are_those_of_one(alone, config, mesh):
@@ -127,7 +127,7 @@ def test_a_reversal_is_learned_only_with_the_source():
     """Teacher forcing: targets are the source backwards, so that their loss can fall below the entropy of a token."""
     model = jaxmodels.create(T5, layers=1, heads=4, dropout=0.0, vocab_size=8)
     task = tasks.build(TaskConfig(name="seq2seq"), model.config, DATA)
-    optimizer = optim.build(OptimConfig(peak_lr=1e-2, warmup_steps=10, weight_decay=0.0), 200, task.axes()["model"])
+    optimizer = AdamW(peak_lr=1e-2, warmup_steps=10, weight_decay=0.0).build(200, task.axes()["model"])
     params = {"model": jax.jit(model.init)(jax.random.key(0))}
 
     def rows(key):

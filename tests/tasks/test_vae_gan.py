@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import SGD, Config, Constant, DataConfig, Mesh, TaskConfig
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gan import GANConfig
@@ -17,7 +17,7 @@ from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl, gradient_penalty
 from jaxmodels.tasks.task import noise_of, uniform_of
-from jaxmodels.train import optim, run, state, step
+from jaxmodels.train import run, state, step
 
 # at these shapes LLVM's optimisations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -149,8 +149,8 @@ def train(name, mesh_cfg, devices, steps=3):
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
     task = build(name)
     # plain gradients: Adam's first steps would blow up rounding where a gradient is near 0
-    cfg = OptimConfig(name="sgd", peak_lr=0.05 if "gan" in name else 1e-3, weight_decay=0.0, clip_norm=None)
-    optimizers = {loss.name: optim.build(cfg, steps, task.axes()[loss.trains]) for loss in task.losses}
+    cfg = SGD(peak_lr=0.05 if "gan" in name else 1e-3, weight_decay=0.0, clip_norm=None)
+    optimizers = {loss.name: cfg.build(steps, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
@@ -171,10 +171,10 @@ def train(name, mesh_cfg, devices, steps=3):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps_on_eight_devices_are_those_on_one(name):
-    one, before, end = train(name, MeshConfig(), 1)
+    one, before, end = train(name, Mesh(), 1)
     unmoved = still(jax.tree.map(np.subtract, before, end[0]))
     assert unmoved == ({"discriminator/head/b"} if name == "wgan-gp" else set())
-    for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)):
+    for mesh in (Mesh(data=8), Mesh(data=2, fsdp=2, tensor=2)):
         eight, start, other = train(name, mesh, 8)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), start, before)
         for a, b in zip(eight, one, strict=True):
@@ -260,8 +260,8 @@ def test_samples_are_images_of_the_same_latents_each_time(name):
 def test_three_updates_of_the_critic_are_of_three_shares_of_the_batch_and_then_one_of_the_generator():
     task, rows = build("wgan-gp", critic_steps=3), batch(12)
     rate = 0.05
-    cfg = OptimConfig(name="sgd", peak_lr=rate, weight_decay=0.0, clip_norm=None, schedule="constant")
-    optimizers = {loss.name: optim.build(cfg, 1, task.axes()[loss.trains]) for loss in task.losses}
+    cfg = SGD(peak_lr=rate, weight_decay=0.0, clip_norm=None, schedule=Constant())
+    optimizers = {loss.name: cfg.build(1, task.axes()[loss.trains]) for loss in task.losses}
     now = jit(lambda key: state.init(task, optimizers, key))(jax.random.key(0))
     advance = jit(functools.partial(step.advance, task, optimizers, accumulate=1, ema=None))
     after, metrics = advance(now, jax.tree.map(jnp.asarray, rows))
@@ -285,6 +285,6 @@ def test_three_updates_of_the_critic_are_of_three_shares_of_the_batch_and_then_o
 
 def test_a_batch_that_has_no_such_shares_is_refused():
     data = DataConfig(source="synthetic", batch_size=16)
-    cfg = Config(CONFIGS["wgan-gp"], task=TaskConfig(name="gan", critic_steps=3), data=data, mesh=MeshConfig(data=8))
+    cfg = Config(CONFIGS["wgan-gp"], task=TaskConfig(name="gan", critic_steps=3), data=data, mesh=Mesh(data=8))
     with pytest.raises(UserError, match="got data.batch_size 16, expected a multiple of 24 .*try --data.batch-size 24"):
         run.setup(cfg)

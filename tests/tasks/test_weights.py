@@ -9,17 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    MetricsConfig,
-    OptimConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from jaxmodels.config import SGD, Checkpoint, Config, Constant, DataConfig, Eval, Mesh, Metrics, TaskConfig, Train
 from jaxmodels.data import Loader, Order
 from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
@@ -31,7 +21,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.train import evaluate, optim, state, step
+from jaxmodels.train import evaluate, state, step
 from jaxmodels.train import run as runs
 
 N, T, V = 10, 6, 24
@@ -77,7 +67,7 @@ def test_metrics_do_not_depend_on_the_size_of_an_evaluation_s_batches(name):
     task, params, stats = built(name)
     source = Rows({**examples(task, name), "group": np.arange(N, dtype=np.int32) % 2}, split="eval", label="examples",
                   groups=("a", "b"))  # fmt: skip
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
     shardings = task.shardings(mesh, source.arrays)
     measure = evaluate.build(task, mesh, groups=source.groups)
     found = [measure(params, stats, Loader(source, Order(N, size, 0), shardings).once()) for size in (5, 4)]
@@ -90,7 +80,7 @@ def test_metrics_do_not_depend_on_the_size_of_an_evaluation_s_batches(name):
 def test_an_evaluation_of_pairs_compares_each_with_all_of_the_set():
     task, params, stats = built("contrastive")
     batch = examples(task, "contrastive")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
     shardings = task.shardings(mesh, batch)
     source = Rows(batch, split="eval", label="pairs")
     found = evaluate.build(task, mesh)(params, stats, Loader(source, Order(N, 3, 0), shardings).once())
@@ -104,8 +94,8 @@ def test_an_evaluation_of_pairs_compares_each_with_all_of_the_set():
 
 
 def advanced(task, batch, accumulate=1):
-    cfg = OptimConfig(name="sgd", peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule="constant")
-    optimizers = {loss.name: optim.build(cfg, 1, task.axes()[loss.trains]) for loss in task.losses}
+    cfg = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
+    optimizers = {loss.name: cfg.build(1, task.axes()[loss.trains]) for loss in task.losses}
     now = jit(lambda key: state.init(task, optimizers, key))(jax.random.key(0))
     advance = jit(functools.partial(step.advance, task, optimizers, accumulate=accumulate, ema=None))
     after, metrics = advance(now, jax.tree.map(jnp.asarray, batch))
@@ -159,7 +149,7 @@ def test_a_share_of_a_label_weighs_as_much_as_it_is():
 def test_a_set_of_which_nothing_counts_is_refused_and_never_the_best(name, field, needs):
     task, params, stats = built(name)
     empty = np.full(N if field == "labels" else (N, T), 0 if field == "segment_ids" else -1, np.int32)
-    measure = evaluate.build(task, make_mesh(MeshConfig(), jax.devices()[:1]))
+    measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]))
     with pytest.raises(UserError, match=f"got nothing to evaluate, expected {needs} in the data, try"):
         measure(params, stats, [{**examples(task, name), field: empty}])
     with pytest.raises(UserError, match="got nothing to evaluate"):
@@ -186,13 +176,13 @@ def test_a_run_on_labels_that_are_all_ignored_ends_with_one_line_and_without_a_b
         CASES["classification"],
         task=TaskConfig(name="classification"),
         data=DataConfig(batch_size=8),
-        train=TrainConfig(steps=2),
-        eval=EvalConfig(every=1),
-        metrics=MetricsConfig(tensorboard=False, progress="none"),
-        checkpoint=CheckpointConfig(best=True),
+        train=Train(steps=2),
+        eval=Eval(every=1),
+        metrics=Metrics(tensorboard=False, progress="none"),
+        checkpoint=Checkpoint(best=True),
     )
     with pytest.raises(UserError, match="got nothing to evaluate, expected a label of 0 or above in the data"):
         runs.train(cfg, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     with pytest.raises(UserError, match="got nothing to train on in 2 batches .*, expected a label of 0 or above"):
-        runs.train(replace(cfg, eval=EvalConfig()), tmp_path / "other")
+        runs.train(replace(cfg, eval=Eval()), tmp_path / "other")

@@ -11,15 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmodels import create, list_models
-from jaxmodels.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    InitConfig,
-    MetricsConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from jaxmodels.config import Checkpoint, Config, DataConfig, Init, Metrics, TaskConfig, Train
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
 from jaxmodels.hf.save import save_pretrained
@@ -40,9 +32,9 @@ MASKED = Config(
     model=BERT,
     task=TaskConfig(name="masked_lm"),
     data=DataConfig(source="synthetic", seq_len=8, batch_size=8),
-    train=TrainConfig(steps=2, ema=0.5),
-    checkpoint=CheckpointConfig(every=0),
-    metrics=MetricsConfig(progress="none", tensorboard=False),
+    train=Train(steps=2, ema=0.5),
+    checkpoint=Checkpoint(every=0),
+    metrics=Metrics(progress="none", tensorboard=False),
 )
 
 
@@ -59,8 +51,8 @@ def classifier(where, *fresh, config=BERT, ema=None):
         MASKED,
         model=replace(config, head="classification", classes=3),
         task=TaskConfig(name="classification"),
-        train=TrainConfig(steps=2, ema=ema, seed=5),
-        init=InitConfig(source=None if where is None else str(where), fresh=fresh),
+        train=Train(steps=2, ema=ema, seed=5),
+        init=Init(source=None if where is None else str(where), fresh=fresh),
     )
 
 
@@ -165,14 +157,14 @@ def test_a_published_body_begins_a_classifier_whose_head_is_new(tmp_path):
         model=replace(VIT, classes=5, dropout=0.1),
         task=TaskConfig(name="classification"),
         data=DataConfig(source="synthetic", batch_size=8),
-        init=InitConfig(source=str(tmp_path), fresh=("head/*",)),
+        init=Init(source=str(tmp_path), fresh=("head/*",)),
     )
     _, found = begin(cfg)
     assert found["head/w"].shape == (8, 5)
     for name, x in named_leaves(params).items():
         if not name.startswith("head/"):
             np.testing.assert_array_equal(found[name], np.asarray(x), err_msg=name)
-    assert "missing: classifier.weight" in refused(replace(cfg, init=InitConfig(source=str(tmp_path))))
+    assert "missing: classifier.weight" in refused(replace(cfg, init=Init(source=str(tmp_path))))
 
 
 LLAMA = LlamaConfig(vocab_size=23, layers=1, heads=2, width=8, mlp_width=12, rope_theta=500.0, window=3, norm_eps=1e-4)

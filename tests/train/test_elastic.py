@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from jaxmodels import config
-from jaxmodels.config import MeshConfig
+from jaxmodels.config import Mesh
 from jaxmodels.train import run
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import assemble
 
 MESHES = {
-    "data=4 fsdp=2": (MeshConfig(data=4, fsdp=2), "jit"),
-    "pmap": (MeshConfig(), "pmap"),
-    "tensor=8": (MeshConfig(data=1, tensor=8), "jit"),
-    "stage=2 fsdp=2 tensor=2": (MeshConfig(data=1, stage=2, fsdp=2, tensor=2), "jit"),
+    "data=4 fsdp=2": (Mesh(data=4, fsdp=2), "jit"),
+    "pmap": (Mesh(), "pmap"),
+    "tensor=8": (Mesh(data=1, tensor=8), "jit"),
+    "stage=2 fsdp=2 tensor=2": (Mesh(data=1, stage=2, fsdp=2, tensor=2), "jit"),
 }
 
 
@@ -46,7 +46,7 @@ def bits(tree):
 
 
 def test_a_run_that_moves_from_mesh_to_mesh_is_the_run_that_stays(root, tmp_path):
-    run.train(experiment(root, MeshConfig(), "jit", 2 * len(MESHES)), tmp_path / "stays")
+    run.train(experiment(root, Mesh(), "jit", 2 * len(MESHES)), tmp_path / "stays")
     before = None
     for index, (mesh, strategy) in enumerate(MESHES.values()):
         cfg = experiment(root, mesh, strategy, 2 * index + 2)

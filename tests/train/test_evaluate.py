@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    MetricsConfig,
-    TaskConfig,
-    TrainConfig,
-)
+from jaxmodels.config import Checkpoint, Config, DataConfig, Eval, Mesh, Metrics, TaskConfig, Train
 from jaxmodels.data import Loader, Order, open_source
 from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
@@ -53,7 +44,7 @@ def classifier():
 
 def measured(classifier, source, size=50, devices=1):
     task, params = classifier
-    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    mesh = make_mesh(Mesh(), jax.devices()[:devices])
     shardings = task.shardings(mesh, source.arrays)
     measure = evaluate.build(task, mesh, classes="abcdefg", groups=source.groups)
     return measure(params, {}, Loader(source, Order(N, size, 0), shardings).once())
@@ -82,7 +73,7 @@ def test_a_group_s_metrics_are_those_of_its_examples_alone(classifier, whole):
         task, params = classifier
         batch = {k: np.pad(x, [(0, N - len(few)), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
                  for k, x in few.arrays.items()}  # fmt: skip
-        alone = evaluate.build(task, make_mesh(MeshConfig(), jax.devices()[:1]), classes="abcdefg")(params, {}, [batch])
+        alone = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]), classes="abcdefg")(params, {}, [batch])
         assert own == pytest.approx({f"group/{name}/{k}": v for k, v in alone.items()}, rel=1e-5, abs=1e-6)
 
 
@@ -100,7 +91,7 @@ def test_without_groups_there_is_nothing_of_them(classifier):
 
 def test_an_evaluation_told_to_stop_gives_nothing(classifier):
     task, params = classifier
-    measure = evaluate.build(task, make_mesh(MeshConfig(), jax.devices()[:1]), lambda: True)
+    measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]), lambda: True)
     assert measure(params, {}, [examples().batch(np.arange(8), np.zeros(8, int))]) is None
 
 
@@ -115,7 +106,7 @@ def test_bits_a_byte_are_the_loss_by_the_bytes_that_targets_stand_for(tmp_path, 
     source = open_source(cfg, "eval", "causal_lm", vocab_size=280)
     task = tasks.build(TaskConfig(), GPT2Config(280, 16, layers=1, heads=2, width=8), cfg)
     params = {"model": task.networks["model"].init(jax.random.key(0))}
-    measure = evaluate.build(task, make_mesh(MeshConfig(), jax.devices()[:1]))
+    measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]))
     found = measure(params, {}, Loader(source, Order(len(source), 64, 0)).once())
     text = TEXT[int(len(TEXT) * 0.5) :]
     ids = source.tokenizer.encode(text)
@@ -136,10 +127,10 @@ BASE = Config(
     model=MLPConfig(SHAPE, 5, ()),
     task=TaskConfig(name="classification"),
     data=DataConfig(source="synthetic", batch_size=8),
-    train=TrainConfig(steps=2),
-    eval=EvalConfig(every=1),
-    checkpoint=CheckpointConfig(best=True, every=0),
-    metrics=MetricsConfig(every=1, progress="none", tensorboard=False),
+    train=Train(steps=2),
+    eval=Eval(every=1),
+    checkpoint=Checkpoint(best=True, every=0),
+    metrics=Metrics(every=1, progress="none", tensorboard=False),
 )
 
 
@@ -182,7 +173,7 @@ def test_a_run_opened_again_measures_what_it_measured(run_of):
     ],
 )
 def test_a_metric_to_judge_by_that_there_is_not_is_refused_before_anything_is_done(tmp_path, fields, message):
-    cfg = replace(BASE, eval=EvalConfig(**fields))
+    cfg = replace(BASE, eval=Eval(**fields))
     with pytest.raises(UserError, match=message):
         runs.train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmodels.config import CheckpointConfig, Config, EvalConfig, MetricsConfig, ProfileConfig, TrainConfig
+from jaxmodels.config import Checkpoint, Config, Eval, Metrics, Profile, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import loop
@@ -112,8 +112,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
     def build(
         steps: int = 6,
-        eval_: EvalConfig | None = None,
-        checkpoint: CheckpointConfig | None = None,
+        eval_: Eval | None = None,
+        checkpoint: Checkpoint | None = None,
         every: int = 1,
         profile: str = "",
     ) -> World:
@@ -121,11 +121,11 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
             tmp_path,
             Config(
                 model=MLPConfig(),
-                train=TrainConfig(steps=steps),
-                eval=eval_ or EvalConfig(every=3),
-                checkpoint=checkpoint or CheckpointConfig(every=2),
-                profile=ProfileConfig(steps=profile),
-                metrics=MetricsConfig(every=every, tensorboard=False),
+                train=Train(steps=steps),
+                eval=eval_ or Eval(every=3),
+                checkpoint=checkpoint or Checkpoint(every=2),
+                profile=Profile(steps=profile),
+                metrics=Metrics(every=every, tensorboard=False),
             ),
         )
 
@@ -133,7 +133,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def test_the_order_is_evaluate_save_batch_dispatch_read_the_step_before(make: Make) -> None:
-    world = make(steps=4, eval_=EvalConfig(every=2))
+    world = make(steps=4, eval_=Eval(every=2))
     result = world.train()
     assert world.events == [
         "batch 0",
@@ -200,7 +200,7 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(make: Make, at: i
 
 @pytest.mark.parametrize("at", [3, 6])
 def test_an_evaluation_cut_short_is_made_after_the_restart(make: Make, at: int) -> None:
-    world = make(checkpoint=CheckpointConfig(every=0, best=True))
+    world = make(checkpoint=Checkpoint(every=0, best=True))
     world.stop_in_evaluation = at
     result = world.train()
     assert (result.ended, result.step) == ("preempted", at)
@@ -217,7 +217,7 @@ def test_an_evaluation_cut_short_is_made_after_the_restart(make: Make, at: int) 
 
 
 def test_a_kill_between_the_evaluation_and_its_line_keeps_the_line_of_the_step(make: Make) -> None:
-    world = make(checkpoint=CheckpointConfig(every=0))
+    world = make(checkpoint=Checkpoint(every=0))
     world.stop_after = 3
     world.train()
     before = world.rows()
@@ -230,7 +230,7 @@ def test_a_kill_between_the_evaluation_and_its_line_keeps_the_line_of_the_step(m
 
 
 def test_patience_ends_the_run_and_a_restart_does_not_go_on(make: Make) -> None:
-    world = make(20, EvalConfig(every=2, early_stop=2), CheckpointConfig(every=0, best=True))
+    world = make(20, Eval(every=2, early_stop=2), Checkpoint(every=0, best=True))
     world.evals = {2: 1.0, 4: 0.5, 6: 0.6, 8: 0.5, 10: 0.1}
     result = world.train()
     assert (result.ended, result.step) == ("early", 8)
@@ -241,13 +241,13 @@ def test_patience_ends_the_run_and_a_restart_does_not_go_on(make: Make) -> None:
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best(make: Make) -> None:
-    world = make(6, EvalConfig(every=2), CheckpointConfig(every=0, best=True))
+    world = make(6, Eval(every=2), Checkpoint(every=0, best=True))
     world.evals = {2: float("nan"), 4: 0.7, 6: 0.9}
     assert world.train().progress == Progress(0.7, 4, 1, 6)
 
 
 def test_a_metric_that_an_evaluation_lacks_is_not_better_and_one_beside_a_loss_of_nan_neither(make: Make) -> None:
-    cfg = make(6, EvalConfig(every=2, metric="eval/f1", mode="max")).cfg
+    cfg = make(6, Eval(every=2, metric="eval/f1", mode="max")).cfg
     progress = Progress()
     judged = [
         judge(cfg, progress, step, values)
@@ -264,7 +264,7 @@ def test_a_metric_that_an_evaluation_lacks_is_not_better_and_one_beside_a_loss_o
 
 
 def test_a_step_with_nothing_to_train_on_is_said_and_has_no_loss(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    world = make(5, EvalConfig())
+    world = make(5, Eval())
     world.empty = {2, 3}
     world.train()
     rows = {row["step"]: row for row in world.rows()}
@@ -277,7 +277,7 @@ def test_a_step_with_nothing_to_train_on_is_said_and_has_no_loss(make: Make, cap
 
 @pytest.mark.parametrize(("steps", "last"), [(4, 4), (500, 100)])
 def test_a_run_with_nothing_to_train_on_ends_with_an_error(make: Make, steps: int, last: int) -> None:
-    world = make(steps, EvalConfig())
+    world = make(steps, Eval())
     world.empty = set(range(1, steps + 1))
     with pytest.raises(UserError, match=f"got nothing to train on in {last} batches one after another, expected an ex"):
         world.train()
@@ -285,7 +285,7 @@ def test_a_run_with_nothing_to_train_on_ends_with_an_error(make: Make, steps: in
 
 @pytest.mark.parametrize("bad", [3, 4, 6])
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(make: Make, bad: int) -> None:
-    world = make(eval_=EvalConfig())
+    world = make(eval_=Eval())
     world.losses[bad] = float("nan")
     good = {3: 2, 4: 2, 6: 4}[bad]
     ids = f"{bad - 1}, .*, {bad + 14}, …"
@@ -330,7 +330,7 @@ def test_the_thread_that_makes_batches_is_ended_whatever_happens(make: Make) -> 
 
 
 def test_a_profile_covers_its_steps_and_not_a_part_of_them(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = make(profile="2:4", checkpoint=CheckpointConfig(every=3))
+    world = make(profile="2:4", checkpoint=Checkpoint(every=3))
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: world.events.append("start trace"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: world.events.append("stop trace"))
     world.train()

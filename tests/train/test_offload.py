@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import Config, DataConfig, MeshConfig, OptimConfig, TaskConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Mesh, TaskConfig
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.plan import compile, topology
-from jaxmodels.train import optim, state, step
+from jaxmodels.train import state, step
 from jaxmodels.train.state import HOST
 
 MODEL = GPT2Config(layers=2, width=16, heads=2, vocab_size=64, context=16)
@@ -22,9 +22,9 @@ MODEL = GPT2Config(layers=2, width=16, heads=2, vocab_size=64, context=16)
 
 def train(offload, steps=3):
     """The state after some steps on two devices."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    mesh = make_mesh(Mesh(data=1, fsdp=2), jax.devices()[:2])
     task = tasks.build(TaskConfig(), MODEL, DataConfig(seq_len=16, batch_size=4))
-    optimizers = {"loss": optim.build(OptimConfig(peak_lr=1e-2), steps, task.axes()["model"])}
+    optimizers = {"loss": AdamW(peak_lr=1e-2).build(steps, task.axes()["model"])}
     layout = state.layout(task, optimizers, mesh, offload=offload)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
@@ -68,6 +68,6 @@ def test_what_cannot_be_is_refused(root, capsys):
     config = str(root / "configs" / "gpt_stdlib.py")
     assert cli.main(["train", config, "--optim.offload", "True", "--train.strategy", "pmap"]) == 2
     assert "try --train.strategy jit" in capsys.readouterr().err
-    cfg = Config(model=MODEL, optim=dataclasses.replace(OptimConfig(), offload=True))
+    cfg = Config(model=MODEL, optim=dataclasses.replace(AdamW(), offload=True))
     with pytest.raises(UserError, match="got optim.offload on v7"):
         compile.compiled(cfg, topology.parse("v7:4x4x4"))

@@ -7,12 +7,15 @@ import optax
 import pytest
 
 from jaxmodels import create
-from jaxmodels.config import OptimConfig
+from jaxmodels.config import SGD, Adafactor, Adam, AdamW, Constant, Linear, Muon
 from jaxmodels.errors import UserError
-from jaxmodels.train import optim
+from jaxmodels.train import adafactor, groups
+from jaxmodels.train.optim import OPTIMIZERS
+from jaxmodels.train.schedules import SCHEDULES
+from tests.quick import kind
 from tests.zoo import ZOO
 
-NAMES = ("adamw", "adam", "sgd", "momentum", "rmsprop", "adafactor", "lion", "muon")
+NAMES = tuple(OPTIMIZERS.builtin)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,13 @@ RATES = {
 @pytest.mark.parametrize(("shape", "warmup"), RATES)
 def test_each_schedule_begins_and_ends_where_it_should(shape, warmup):
     """The first step moves, the peak is reached with the last step of warm-up, the last step has its share."""
-    cfg = OptimConfig(peak_lr=2.0, schedule=shape, warmup_steps=warmup, decay_fraction=0.4, final_lr_fraction=0.1)
+    cfg = AdamW(
+        peak_lr=2.0,
+        schedule=kind(SCHEDULES, shape, decay_fraction=0.4, final_lr_fraction=0.1),
+        warmup_steps=warmup,
+    )
     wanted = RATES[shape, warmup]
-    rate = optim.schedule(cfg, len(wanted))
+    rate = cfg.rate(len(wanted))
     assert [float(rate(step)) / 2 for step in range(len(wanted))] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -52,8 +59,8 @@ def test_each_schedule_begins_and_ends_where_it_should(shape, warmup):
 @pytest.mark.parametrize(("steps", "warmup"), [(1000, 0), (1000, 100), (7, 6), (2, 0), (2, 1)])
 @pytest.mark.parametrize("final", [0.0, 0.1])
 def test_the_last_step_has_the_final_share_whatever_the_length(shape, steps, warmup, final):
-    cfg = OptimConfig(peak_lr=1.0, schedule=shape, warmup_steps=warmup, final_lr_fraction=final)
-    rates = [float(optim.schedule(cfg, steps)(step)) for step in range(steps)]
+    cfg = AdamW(peak_lr=1.0, schedule=kind(SCHEDULES, shape, final_lr_fraction=final), warmup_steps=warmup)
+    rates = [float(cfg.rate(steps)(step)) for step in range(steps)]
     assert rates[-1] == pytest.approx(final, abs=1e-7) and max(rates) == pytest.approx(1)
     assert rates[0] == pytest.approx(1 / warmup if warmup else 1)
     top = rates.index(max(rates))
@@ -62,18 +69,18 @@ def test_the_last_step_has_the_final_share_whatever_the_length(shape, steps, war
 
 def test_the_only_step_of_a_run_has_the_peak():
     for shape in ("linear", "cosine", "wsd", "constant"):
-        assert float(optim.schedule(OptimConfig(peak_lr=0.5, schedule=shape), 1)(0)) == pytest.approx(0.5)
+        assert float(AdamW(peak_lr=0.5, schedule=kind(SCHEDULES, shape)).rate(1)(0)) == pytest.approx(0.5)
 
 
 def test_a_run_may_end_within_its_warm_up():
-    rate = optim.schedule(OptimConfig(peak_lr=1.0, warmup_steps=50), 40)
+    rate = AdamW(peak_lr=1.0, warmup_steps=50).rate(40)
     assert [float(rate(s)) for s in (0, 24, 39)] == pytest.approx([0.02, 0.5, 0.8])
 
 
 def test_all_updates_of_a_step_have_the_step_s_rate(model, params):
     """A critic with three updates a step comes down with the generator, not three times as fast."""
-    cfg = OptimConfig(name="sgd", peak_lr=1.0, schedule="linear", weight_decay=0.0, clip_norm=None)
-    tx = optim.build(cfg, 5, model.axes(), updates=3)
+    cfg = SGD(peak_lr=1.0, weight_decay=0.0, clip_norm=None, schedule=Linear())
+    tx = cfg.build(5, model.axes(), updates=3)
     ones, opt_state, seen = jax.tree.map(jnp.ones_like, params), tx.init(params), []
     update = jax.jit(tx.update)
     for _ in range(15):
@@ -83,7 +90,7 @@ def test_all_updates_of_a_step_have_the_step_s_rate(model, params):
 
 
 def test_kinds_come_from_names_and_axes(model):
-    kinds = optim.kinds(model.axes())
+    kinds = groups.kinds(model.axes())
     assert kinds["embed"]["w"] == kinds["positions"]["w"] == "embedding"
     assert kinds["layers"]["attn"]["q"] == {"b": "bias", "w": "matrix"}
     assert kinds["layers"]["attn_norm"] == {"bias": "norm", "scale": "norm"}
@@ -91,26 +98,23 @@ def test_kinds_come_from_names_and_axes(model):
 
 @pytest.mark.parametrize("decayed", [("matrix",), ("matrix", "embedding"), ("bias", "norm")])
 def test_weight_decay_touches_the_chosen_kinds_alone(model, params, decayed):
-    cfg = OptimConfig(
-        name="adamw", peak_lr=1.0, weight_decay=0.5, decay_on=decayed, clip_norm=None, schedule="constant"
-    )
-    tx = optim.build(cfg, 10, model.axes())
+    cfg = AdamW(peak_lr=1.0, weight_decay=0.5, decay_on=decayed, clip_norm=None, schedule=Constant())
+    tx = cfg.build(10, model.axes())
     ones = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), ones)
     got = jax.tree.map(lambda u: float(u.max()), updates)
-    want = jax.tree.map(lambda kind: -0.5 if kind in decayed else 0.0, optim.kinds(model.axes()))
+    want = jax.tree.map(lambda kind: -0.5 if kind in decayed else 0.0, groups.kinds(model.axes()))
     assert got == want
 
 
 def test_adam_never_decays(model, params):
-    tx = optim.build(OptimConfig(name="adam", weight_decay=0.5, clip_norm=None), 10, model.axes())
+    tx = Adam(clip_norm=None).build(10, model.axes())
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert all(float(jnp.abs(u).max()) == 0 for u in jax.tree.leaves(updates))
 
 
 def test_adamw_is_the_published_rule(model, params):
-    cfg = OptimConfig(
-        name="adamw",
+    cfg = AdamW(
         peak_lr=0.1,
         b1=0.8,
         b2=0.9,
@@ -118,9 +122,9 @@ def test_adamw_is_the_published_rule(model, params):
         weight_decay=0.3,
         decay_on=("matrix",),
         clip_norm=1.0,
-        schedule="constant",
+        schedule=Constant(),
     )
-    tx = optim.build(cfg, 10, model.axes())
+    tx = cfg.build(10, model.axes())
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -155,10 +159,10 @@ def reference(name, grads, cfg):
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "momentum", "lion", "sgd"])
 def test_ten_updates_are_those_of_the_published_rule(name):
     """With an epsilon as large as the gradients, so that it matters where it stands."""
-    cfg = OptimConfig(
-        name=name, peak_lr=0.1, b1=0.8, b2=0.9, eps=0.01, weight_decay=0.0, clip_norm=None, schedule="constant"
+    cfg = kind(
+        OPTIMIZERS, name, peak_lr=0.1, b1=0.8, b2=0.9, eps=0.01, weight_decay=0.0, clip_norm=None, schedule=Constant()
     )
-    tx = optim.build(cfg, 10, {"w": ("embed", "mlp")})
+    tx = cfg.build(10, {"w": ("embed", "mlp")})
     grads = (0.01 * np.random.default_rng(0).normal(size=(10, 4, 3))).astype(np.float32)
     params = {"w": jnp.zeros((4, 3))}
     opt_state, update = tx.init(params), jax.jit(tx.update)
@@ -179,7 +183,7 @@ def test_adafactor_is_optax_s_of_each_layer_s_matrix_by_itself():
         q, o, norm = tree["q"]["w"], tree["o"]["w"], tree["norm"]["scale"]
         return [q[0].reshape(128, 256), q[1].reshape(128, 256), o.reshape(256, 128), norm[0], norm[1]]
 
-    own = optim.scale_by_adafactor(axes)
+    own = adafactor.scale_by_adafactor(axes)
     other = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     mine, theirs = own.init(params), other.init(apart(params))
     for key in jax.random.split(jax.random.key(0), 3):
@@ -195,7 +199,7 @@ def test_adafactor_keeps_rows_and_columns_of_64_wide_heads_and_of_embeddings():
     """Less than a fiftieth of the parameters' bytes, where Adam keeps twice of them."""
     model = create("gpt2", layers=2, width=256, heads=4, vocab_size=1024, context=256, attention="xla")
     shapes = model.shapes()
-    opt_state = jax.eval_shape(optim.build(OptimConfig(name="adafactor"), 1, model.axes()).init, shapes)
+    opt_state = jax.eval_shape(Adafactor().build(1, model.axes()).init, shapes)
     kept, whole = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (opt_state, shapes))
     assert kept < whole / 50
     rows, columns = (optax.tree.get(opt_state, name)["layers"]["attn"]["q"]["w"] for name in ("rows", "columns"))
@@ -205,7 +209,7 @@ def test_adafactor_keeps_rows_and_columns_of_64_wide_heads_and_of_embeddings():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rule_lowers_the_loss(model, params, name):
     rates = {"sgd": 0.5, "momentum": 0.1, "adafactor": 0.05, "lion": 3e-3}
-    tx = optim.build(OptimConfig(name=name, peak_lr=rates.get(name, 1e-2), schedule="constant"), 60, model.axes())
+    tx = kind(OPTIMIZERS, name, peak_lr=rates.get(name, 1e-2), schedule=Constant()).build(60, model.axes())
     tokens = jnp.arange(32).reshape(4, 8) % 11
 
     @jax.jit
@@ -225,8 +229,8 @@ def test_every_rule_lowers_the_loss(model, params, name):
 
 
 def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adam(model, params):
-    cfg = OptimConfig(name="muon", peak_lr=1.0, weight_decay=0.0, clip_norm=None, schedule="constant")
-    tx = optim.build(cfg, 10, model.axes())
+    cfg = Muon(peak_lr=1.0, weight_decay=0.0, clip_norm=None, schedule=Constant())
+    tx = cfg.build(10, model.axes())
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     matrix = np.asarray(updates["layers"]["attn"]["o"]["w"]).reshape(2, 16, 16)  # layers are a batch
@@ -247,7 +251,7 @@ def named(tree):
 
 def steps(model, params, cfg, count=2):
     """Parameters by name before and after so many steps along random gradients."""
-    tx = optim.build(cfg, count, model.axes(), model.shapes())
+    tx = cfg.build(count, model.axes(), model.shapes())
 
     @jax.jit
     def run(params):
@@ -264,7 +268,7 @@ def steps(model, params, cfg, count=2):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_what_is_frozen_keeps_its_bits(model, params, name):
-    cfg = OptimConfig(name=name, peak_lr=0.1, weight_decay=0.5, freeze=("embed/*", "layers[:1]/*", "norm/bias"))
+    cfg = kind(OPTIMIZERS, name, peak_lr=0.1, weight_decay=0.5, freeze=("embed/*", "layers[:1]/*", "norm/bias"))
     before, after = steps(model, params, cfg)
     for path in before:
         moved = before[path] != after[path]
@@ -278,14 +282,14 @@ def test_what_is_frozen_keeps_its_bits(model, params, name):
 
 def test_frozen_layers_are_counted_as_in_a_slice():
     for pattern, expected in (("[:2]", "1100"), ("[2:]", "0011"), ("[-1:]", "0001"), ("[1:3]", "0110"), ("", "1111")):
-        hold = optim.frozen((f"layers{pattern}/*",), "layers/attn/q/w", 4)
+        hold = groups.frozen((f"layers{pattern}/*",), "layers/attn/q/w", 4)
         assert "".join(str(int(h)) for h in hold) == expected
-    assert not optim.frozen(("layers[:2]/mlp/*",), "layers/attn/q/w", 4).any()
+    assert not groups.frozen(("layers[:2]/mlp/*",), "layers/attn/q/w", 4).any()
 
 
 def test_what_is_frozen_has_no_part_in_the_norm_that_is_clipped(model, params):
-    fields = {"name": "sgd", "peak_lr": 1.0, "weight_decay": 0.0, "schedule": "constant", "clip_norm": 1.0}
-    tx = optim.build(OptimConfig(**fields, freeze=("embed/*",)), 1, model.axes(), model.shapes())
+    sgd = SGD(peak_lr=1.0, weight_decay=0.0, schedule=Constant(), clip_norm=1.0, freeze=("embed/*",))
+    tx = sgd.build(1, model.axes(), model.shapes())
     grads = jax.tree.map(jnp.ones_like, params)
     grads["embed"]["w"] *= 1e6
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -295,21 +299,21 @@ def test_what_is_frozen_has_no_part_in_the_norm_that_is_clipped(model, params):
 @pytest.mark.parametrize("patterns", [("layer/*",), ("embed/*", "head[:2]/*"), ("embed/*", "layers[2:]/*")])
 def test_a_pattern_of_nothing_is_refused_by_name(model, patterns):
     with pytest.raises(UserError, match=r"which is no parameter, expected some of embed") as caught:
-        optim.check_freeze(patterns, {"model": model.shapes()})
+        groups.check_freeze(patterns, {"model": model.shapes()})
     assert f"got optim.freeze {patterns[-1]!r}" in str(caught.value)
 
 
 def test_a_pattern_may_hold_one_of_two_networks_but_not_all_of_both():
     networks = {name: create(config).shapes() for name, (_, config) in ZOO.items() if name.startswith("dcgan")}
     assert len(networks) == 2
-    optim.check_freeze(("head/*",), networks)
+    groups.check_freeze(("head/*",), networks)
     with pytest.raises(UserError, match="which is every parameter, expected some left to train"):
-        optim.check_freeze(("head/*", "*"), networks)
+        groups.check_freeze(("head/*", "*"), networks)
 
 
 def test_each_layer_moves_less_than_the_one_above_and_embeddings_least(model, params):
-    cfg = OptimConfig(name="sgd", peak_lr=1.0, weight_decay=0.0, schedule="constant", clip_norm=None, layer_decay=0.5)
-    tx = optim.build(cfg, 1, model.axes(), model.shapes())
+    cfg = SGD(peak_lr=1.0, weight_decay=0.0, clip_norm=None, layer_decay=0.5, schedule=Constant())
+    tx = cfg.build(1, model.axes(), model.shapes())
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     for path, update in named(updates).items():
         if path.startswith("layers/"):
@@ -330,7 +334,7 @@ def test_each_layer_moves_less_than_the_one_above_and_embeddings_least(model, pa
 )
 def test_all_that_comes_before_the_layers_moves_least_and_the_head_in_full(family, lowest):
     model = create(ZOO[family][1])
-    scales = named(optim.factors(OptimConfig(layer_decay=0.5), model.shapes(), model.axes()))
+    scales = named(groups.factors((), 0.5, model.shapes(), model.axes()))
     for path, scale in scales.items():
         if "layers/" in path:
             np.testing.assert_array_equal(scale.reshape(-1), [0.5, 1.0], err_msg=path)
@@ -340,14 +344,14 @@ def test_all_that_comes_before_the_layers_moves_least_and_the_head_in_full(famil
 
 def test_towers_have_depths_of_their_own():
     model = create(ZOO["clip"][1], image_layers=3)
-    scales = named(optim.factors(OptimConfig(layer_decay=0.5), model.shapes(), model.axes()))
+    scales = named(groups.factors((), 0.5, model.shapes(), model.axes()))
     assert scales["image/patches/w"] == scales["image/embed_norm/bias"] == 0.125 and scales["text/embed/w"] == 0.25
     assert scales["scale/log"] == scales["text/projection/w"] == scales["image/norm/scale"] == 1
 
 
 def test_a_single_number_is_frozen_too():
     model = create(ZOO["clip"][1])
-    cfg = OptimConfig(name="sgd", freeze=("scale/*", "image/*"), weight_decay=0.0)
+    cfg = SGD(freeze=("scale/*", "image/*"), weight_decay=0.0)
     before, after = steps(model, model.init(jax.random.key(0)), cfg, 1)
     assert all(before[path].shape == after[path].shape for path in before)
     for path in before:
@@ -357,4 +361,4 @@ def test_a_single_number_is_frozen_too():
 def test_layers_decay_is_refused_where_there_are_no_layers():
     model = create("mlp")
     with pytest.raises(UserError, match="got optim.layer_decay 0.5 for a model without a stack of layers, expected 1"):
-        optim.build(OptimConfig(layer_decay=0.5), 1, model.axes(), model.shapes())
+        AdamW(layer_decay=0.5).build(1, model.axes(), model.shapes())

@@ -39,10 +39,10 @@ def get_config():
         model=GPT2Config(vocab_size=256, context=32, layers=1, heads=2, width=16, dropout=0.1),
         data=DataConfig(source="text", path=(str(Path(__file__).parent / "corpus.txt"),), seq_len=32, batch_size=8),
         optim=OptimConfig(peak_lr=3e-3, schedule="constant"),
-        train=TrainConfig(steps={STEPS}, ema=0.9),
-        eval=EvalConfig(every=10, batches=2),
-        checkpoint=CheckpointConfig(every=5, keep=3),
-        metrics=MetricsConfig(every=1, tensorboard=False, progress="plain"),
+        train=Train(steps={STEPS}, ema=0.9),
+        eval=Eval(every=10, batches=2),
+        checkpoint=Checkpoint(every=5, keep=3),
+        metrics=Metrics(every=1, tensorboard=False, progress="plain"),
     )
 """
 
@@ -281,7 +281,7 @@ def test_must_wants_a_checkpoint_and_never_moves_the_run_aside(
 def test_a_loss_that_is_not_finite_stops_the_run(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, wild = tmp_path / "run", ("--optim.name", "sgd", "--optim.clip-norm", "None", "--optim.peak-lr", "1e30")
+    run, wild = tmp_path / "run", ("--optim", "sgd", "--optim.clip-norm", "None", "--optim.peak-lr", "1e30")
     assert train(config, run, *wild, "--checkpoint.every", "1", "--train.ema", "None") == 1
     message = capsys.readouterr().err
     found = re.search(r"loss (\S+) at step (\d+), on examples ([\d, ]+); last good checkpoint: step (\d+);", message)

@@ -9,7 +9,7 @@ import pytest
 import jaxmodels
 from jaxmodels import config as configs
 from jaxmodels.cli import main
-from jaxmodels.config import Config, DataConfig, MetricsConfig, OptimConfig, TaskConfig, TrainConfig
+from jaxmodels.config import AdamW, Config, DataConfig, Metrics, TaskConfig, Train
 from jaxmodels.data.build import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -42,9 +42,9 @@ def texts(tmp_path_factory):
         data=DataConfig(
             source="table", path=(csv(folder / "train.csv", rows(80)),), tokenizer="words:64", seq_len=8, batch_size=8
         ),
-        optim=OptimConfig(peak_lr=3e-2),
-        train=TrainConfig(steps=30),
-        metrics=MetricsConfig(every=10, progress="none", tensorboard=False),
+        optim=AdamW(peak_lr=3e-2),
+        train=Train(steps=30),
+        metrics=Metrics(every=10, progress="none", tensorboard=False),
     )
     runs.train(cfg, folder / "run")
     return folder
@@ -140,8 +140,8 @@ def test_sample_says_what_fits(tmp_path, capsys):
     cfg = Config(
         model=GPT2Config(vocab_size=256, context=16, layers=1, heads=2, width=8),
         data=DataConfig(source="text", path=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=8, eval_fraction=0.25),
-        train=TrainConfig(steps=1),
-        metrics=MetricsConfig(progress="none", tensorboard=False),
+        train=Train(steps=1),
+        metrics=Metrics(progress="none", tensorboard=False),
     )
     runs.train(cfg, tmp_path / "run")
     run = str(tmp_path / "run")

@@ -16,7 +16,7 @@ from jaxmodels import cli
 from jaxmodels import config as configs
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import Config, OptimConfig
+from jaxmodels.config import Config, Muon
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import tune
@@ -34,10 +34,10 @@ def get_config():
         task=TaskConfig(name="classification"),
         data=DataConfig(source="synthetic", batch_size=16),
         optim=OptimConfig(name="sgd", schedule="constant", weight_decay=0.0),
-        train=TrainConfig(steps=6),
-        eval=EvalConfig(every=2),
-        checkpoint=CheckpointConfig(every=0),
-        metrics=MetricsConfig(tensorboard=False),
+        train=Train(steps=6),
+        eval=Eval(every=2),
+        checkpoint=Checkpoint(every=0),
+        metrics=Metrics(tensorboard=False),
     )
 """
 
@@ -220,7 +220,7 @@ def test_the_command_for_the_best_one_has_all_that_the_search_was_given(file):
     argv = [str(file), "--space", "optim.peak_lr=1e-7,1e-1", "data.pack=True,False", "--data.path", "a b.txt",
             "c'd.txt", "--trials", "3", "--optim.peak-lr", "0.5", "--out=x", "--eval.metric", "eval/accuracy",
             "--eval.mode=max", "--workers", "2", "--data.pack", "True"]  # fmt: skip
-    chosen = {"optim.peak_lr": 1e-7, "data.pack": False, "optim.clip_norm": None, "optim.name": "muon"}
+    chosen = {"optim.peak_lr": 1e-7, "data.pack": False, "optim.clip_norm": None, "optim": "muon"}
     words = shlex.split(tune.again(str(file), argv, chosen))
     assert words[:3] == ["jaxmodels", "train", str(file)] and "--space" not in words
     cfg, _ = configured(words[2:], "jaxmodels train", RunOptions)
@@ -270,10 +270,10 @@ def test_workers_are_told_to_stop_when_the_search_is(played, tmp_path, monkeypat
 def test_a_field_s_values_are_read_as_its_type():
     assert tune.parse("--optim.peak-lr=1e-4:1e-1:log", CFG) == tune.Choice("optim.peak_lr", 1e-4, 0.1, log=True)
     assert tune.parse("data.batch_size=8:64", CFG).whole
-    assert tune.parse("optim.name=adamw,muon", CFG).values == ("adamw", "muon")
+    assert tune.parse("optim=adamw,muon", CFG).values == ("adamw", "muon")
     assert tune.parse("optim.clip_norm=None,1.0", CFG).values == (None, 1.0)
     assert tune.parse("data.pack=True,False", CFG).values == (True, False)
-    assert tune.replaced(CFG, "optim.name", "muon") == replace(CFG, optim=OptimConfig(name="muon"))
+    assert configs.replaced(CFG, "optim", "muon") == replace(CFG, optim=Muon())
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,8 @@ def test_a_field_s_values_are_read_as_its_type():
         ("optim.peak_lr=a:b", "expected numbers from low to high"),
         ("optim.peak_lr=1:2:lin", "expected numbers from low to high"),
         ("optim.peak_lr=0:1:log", "expected a low end above 0 for log"),
-        ("optim.name=1:2", "expected numbers from low to high"),
-        ("optim.name=adamw,adafactr", "got 'adafactr' in --space .*, expected one of .*did you mean 'adafactor'"),
+        ("optim=1:2", "got optimizer '1:2', expected one of adamw, "),
+        ("optim=adamw,adafactr", "got optimizer 'adafactr', expected one of .*did you mean 'adafactor'"),
         ("optim.peak_lr=high,low", "got 'high' in --space .*, expected a value of"),
         ("data.batch_size=1.5,2", "got '1.5' in --space .*, expected a value of"),
     ],

@@ -1,0 +1,73 @@
+"""Sections that come in several kinds: their names, and how one kind takes the place of another."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jaxmodels.config.sections import Config
+from jaxmodels.errors import UserError
+from jaxmodels.registry import Registry
+
+
+def kinds_of(section: Any) -> Registry | None:
+    """The registry of a section's kinds; None where it has only one."""
+    return getattr(section, "kinds", None)
+
+
+def kind_name(section: Any) -> str:
+    """The name of the kind that a section is of.
+
+    Raises:
+        UserError: another process could not import it.
+    """
+    kinds = kinds_of(section)
+    return kinds.name_of(type(section)) if kinds is not None else ""
+
+
+def with_kinds(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The sections that come in several kinds by their dotted names, outer ones first."""
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        if dataclasses.is_dataclass(value):
+            if kinds_of(value) is not None:
+                yield prefix + field.name, value
+            yield from with_kinds(value, f"{prefix}{field.name}.")
+
+
+def of_kind(section: Any, name: str) -> Any:
+    """A section of the kind of that name, with the fields that both kinds have and that `section` has set.
+
+    Raises:
+        UserError: no such kind, or it is none of this section's.
+    """
+    kinds = kinds_of(section)
+    assert kinds is not None
+    kind = kinds.find(name)
+    base = next(cls for cls in type(section).__mro__ if "kinds" in vars(cls))
+    if not isinstance(kind, type) or not issubclass(kind, base) or not dataclasses.is_dataclass(kind):
+        raise UserError(f"got {kinds.what} {name!r}, expected a frozen dataclass that derives from {base.__name__}")
+    if kind is type(section):
+        return section
+    usual = {field.name: field.default for field in dataclasses.fields(section)}
+    shared = {field.name for field in dataclasses.fields(kind)} & set(usual)
+    values = {field: getattr(section, field) for field in shared}
+    return kind(**{field: value for field, value in values.items() if value != usual[field]})
+
+
+def replaced(owner: Any, field: str, value: Any) -> Any:
+    """A config with one field, by its dotted name, of another value; for a section, of another kind by its name."""
+    name, _, rest = field.partition(".")
+    inner = getattr(owner, name)
+    if rest:
+        value = replaced(inner, rest, value)
+    elif dataclasses.is_dataclass(inner) and isinstance(value, str):
+        value = of_kind(inner, value)
+    return dataclasses.replace(owner, **{name: value})
+
+
+def check_kinds(config: Config) -> None:
+    """Raises UserError where a section is of a kind that other processes cannot import."""
+    for _, section in with_kinds(config):
+        kind_name(section)

@@ -1,0 +1,32 @@
+"""The section `model` of an experiment: the config of a family, found by the family's name."""
+
+from __future__ import annotations
+
+from jaxmodels.fields import Section
+from jaxmodels.registry import Registry
+
+FAMILIES = Registry(
+    "model family",
+    "jaxmodels.models",
+    {
+        "gpt2": "jaxmodels.models.gpt2:GPT2Config",
+        "llama": "jaxmodels.models.llama:LlamaConfig",
+        "mixtral": "jaxmodels.models.mixtral:MixtralConfig",
+        "mlp": "jaxmodels.models.mlp:MLPConfig",
+        "transformer": "jaxmodels.models.transformer:TransformerConfig",
+        "cnn": "jaxmodels.models.cnn:CNNConfig",
+        "resnet": "jaxmodels.models.resnet:ResNetConfig",
+        "vgg": "jaxmodels.models.vgg:VGGConfig",
+        "lstm": "jaxmodels.models.lstm:LSTMConfig",
+        "vae": "jaxmodels.models.vae:VAEConfig",
+        "gan": "jaxmodels.models.gan:GANConfig",
+        "bert": "jaxmodels.models.bert:BERTConfig",
+        "vit": "jaxmodels.models.vit:ViTConfig",
+        "clip": "jaxmodels.models.clip:CLIPConfig",
+    },
+)
+"""The config of each family, whose module registers the family when it is imported."""
+
+
+class ModelConfig(Section, section="model", kinds=FAMILIES):
+    """The sizes and choices of a model; each family has its own."""

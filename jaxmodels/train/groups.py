@@ -1,0 +1,131 @@
+"""Which parameters are treated alike: by kind, by the matrix that they are, by layer, and those that are frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import numpy as np
+from optax import contrib
+
+from jaxmodels.errors import UserError
+
+_BEFORE = ("embed", "patches", "positions", "relative", "types", "class_token")
+"""How the names of parameters begin that come before a stack of layers."""
+STACKED = ("layers", "expert", "gates")
+"""Logical axes along which parameters of their own lie."""
+
+
+def kinds(axes: Any) -> Any:
+    """The kind of each parameter, from its name and logical axes: matrix, embedding, bias or norm."""
+
+    def kind(path: tuple[Any, ...], names: tuple[str | None, ...]) -> str:
+        leaf = path[-1].key
+        if leaf == "b":
+            return "bias"
+        if leaf != "w":
+            return "norm"
+        return "embedding" if {"vocab", "positions"} & set(names) else "matrix"
+
+    return jax.tree_util.tree_map_with_path(kind, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def matrices(axes: Any, *kind_names: str) -> Any:
+    """Which dimensions of each parameter of these kinds are its matrix's inputs and which its outputs; None elsewhere.
+
+    Stacked layers, experts and gates are a batch of matrices; heads and their width are one dimension of a matrix.
+    """
+
+    def dims(kind: str, names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers | None:
+        if kind not in kind_names:
+            return None
+        used = [i for i, name in enumerate(names) if name not in STACKED]
+        outputs = used[-2:] if names[-1] == "head_dim" else used[-1:]
+        return contrib.MuonDimensionNumbers(tuple(i for i in used if i not in outputs), tuple(outputs))
+
+    return jax.tree.map(dims, kinds(axes), axes)
+
+
+def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -> Any:
+    """What each parameter's updates are multiplied by: arrays that broadcast to them; None where it is 1 for all.
+
+    0 for what `optim.freeze` names. `optim.layer_decay` to the power of the layers above: none for what comes behind
+    the stack of layers (head, norm, pooler, …), all of them for embeddings before it.
+
+    Raises:
+        UserError: a layer decay for a model without a stack of layers.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): axis for path, axis in leaves}
+    sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    stacks = {
+        name.partition("layers/")[0]: shape[0]
+        for (name, axis), shape in zip(names.items(), sizes, strict=True)
+        if axis[:1] == ("layers",)
+    }
+    if layer_decay != 1 and not stacks:
+        raise UserError(
+            f"got optim.layer_decay {layer_decay} for a model without a stack of layers, expected 1, "
+            "try --optim.layer-decay 1"
+        )
+
+    def above(name: str) -> int:
+        # of its own tower, or of the deepest one that it feeds
+        return max([depth for tower, depth in stacks.items() if name.startswith(tower)] or stacks.values())
+
+    def factor(name: str, axis: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
+        stacked = axis[:1] == ("layers",)
+        scale = np.ones(shape[0] if stacked else 1)
+        if layer_decay != 1:
+            if stacked:
+                scale = layer_decay ** np.arange(shape[0] - 1, -1, -1.0)
+            elif any(part.startswith(_BEFORE) for part in name.split("/")[:-1]):
+                scale = np.array([layer_decay ** above(name)])
+        hold = frozen(freeze, name, len(scale))
+        scale = np.where(hold, 0.0, scale)
+        return scale.astype(np.float32).reshape((-1, *(1,) * (len(shape) - 1)) if shape else ())
+
+    if not freeze and layer_decay == 1:
+        return None
+    found = [factor(name, axis, shape) for (name, axis), shape in zip(names.items(), sizes, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def check_freeze(patterns: Sequence[str], networks: Mapping[str, Any]) -> None:
+    """Refuse patterns that hold nothing, and those that leave nothing to train, of all networks' shapes together.
+
+    Raises:
+        UserError: there are such.
+    """
+    held: dict[str, np.ndarray] = {}
+    for network, tree in networks.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            held[f"{network}/{name}"] = np.stack([frozen([p], name, (*leaf.shape, 1)[0]) for p in patterns])
+    for index, pattern in enumerate(patterns):
+        if not any(each[index].any() for each in held.values()):
+            tops = list(dict.fromkeys(name.split("/")[1] for name in held))
+            raise UserError(
+                f"got optim.freeze {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
+                f"try --optim.freeze '{tops[0]}/*'"
+            )
+    if all(each.any(0).all() for each in held.values()):
+        raise UserError(
+            f"got optim.freeze {' '.join(map(repr, patterns))}, which is every parameter, expected some left to train, "
+            "try without it"
+        )
+
+
+def frozen(patterns: Sequence[str], name: str, layers: int) -> np.ndarray:
+    """Which layers of a stack (or the one parameter) patterns such as embed/* and layers[:6]/* hold, bool (layers,)."""
+    hold = np.zeros(layers, bool)
+    for pattern in patterns:
+        if cut := re.fullmatch(r"([^\[]*)\[(-?\d*):(-?\d*)\](.*)", pattern):
+            if fnmatchcase(name, cut[1] + cut[4]):
+                hold[slice(*(int(end) if end else None for end in cut.group(2, 3)))] = True
+        elif fnmatchcase(name, pattern):
+            hold[:] = True
+    return hold
