@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jaxmodels import config
 from jaxmodels.fields import ranges
-from jaxmodels.models import families
+from jaxmodels.models.families import FAMILIES, family
+from jaxmodels.registry import Registry
 
 HERE = Path(__file__).parent
 
@@ -31,24 +33,51 @@ def typename(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def table(kind: type, section: str) -> list[str]:
-    """One row a field."""
-    hints, docs, default = get_type_hints(kind, include_extras=True), config.docs(kind), kind()
-    rows = ["| option | type | default | |", "| --- | --- | --- | --- |"]
+def table(kind: type, section: str, without: Collection[str] = ()) -> list[str]:
+    """One row a field, but for those of a base class that stand elsewhere; none, no table."""
+    hints, docs = get_type_hints(kind, include_extras=True), config.docs(kind)
+    rows = []
     for f in dataclasses.fields(kind):
-        value = getattr(default, f.name)
-        if dataclasses.is_dataclass(value):
-            inner = config.docs(type(value))
-            for g in dataclasses.fields(value):
-                option = f"--{section}.{f.name}.{g.name}".replace("_", "-")
-                kind_of = typename(get_type_hints(type(value), include_extras=True)[g.name])
-                rows.append(f"| `{option}` | {kind_of} | `{getattr(value, g.name)}` | {inner[g.name]} |")
+        if f.name in without:
             continue
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        option = f"--{section}.{f.name}".replace("_", "-")
+        option, hint = f"--{section}.{f.name}".replace("_", "-"), hints[f.name]
+        if dataclasses.is_dataclass(f.default) and config.kinds_of(f.default) is None:
+            inner = type(f.default)
+            rows += table(inner, f"{section}.{f.name}")[2:]
+            continue
+        if (kinds := config.kinds_of(f.default)) is not None:
+            typed, shown = "one of those below", kinds.name_of(type(f.default))
+        else:
+            typed, shown = typename(hint), f.default
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else str(shown)
         shown = f"`{shown}`" if shown else ""
-        rows.append(f"| `{option}` | {typename(hints[f.name])} | {shown} | {docs[f.name].replace('|', '/')} |")
-    return rows
+        rows.append(f"| `{option}` | {typed} | {shown} | {docs[f.name].replace('|', '/')} |")
+    return ["| option | type | default | |", "| --- | --- | --- | --- |", *rows] if rows else []
+
+
+def about(kind: type) -> str:
+    """The first sentence of a class's documentation."""
+    return (kind.__doc__ or "").splitlines()[0]
+
+
+def by_kind(base: type, kinds: Registry, section: str) -> list[str]:
+    """What all kinds of a section share, then what is each one's own."""
+    shared = [f.name for f in dataclasses.fields(base)]
+    option = f"--{section}".replace("_", "-")
+    lines = [
+        f"## {section}", "", about(base), "",
+        f"`{option} KIND` chooses the {kinds.what}: {', '.join(f'`{name}`' for name in kinds.builtin)}, or one from "
+        "outside, `package.module:Name`.", "", *(table(base, section) or ["No field is common to all."]), "",
+    ]  # fmt: skip
+    for name in kinds.builtin:
+        kind = kinds.find(name)
+        rows = table(kind, section, shared) or ["It has no fields of its own."]
+        lines += [f"### `{option} {name}`: {kind.__name__}", "", about(kind), "", *rows, ""]
+    hints = get_type_hints(base)
+    for f in dataclasses.fields(base):
+        if (inner := config.kinds_of(f.default)) is not None:
+            lines += by_kind(hints[f.name], inner, f"{section}.{f.name}")
+    return lines
 
 
 def page() -> str:
@@ -62,20 +91,23 @@ def page() -> str:
     ]
     hints = get_type_hints(config.Config)
     for f in dataclasses.fields(config.Config):
-        if f.name != "model":
-            kind = hints[f.name]
-            lines += [f"## {f.name}", "", (kind.__doc__ or "").splitlines()[0], "", *table(kind, f.name), ""]
+        if f.name == "model":
+            continue
+        if (registry := config.kinds_of(hints[f.name])) is not None:
+            lines += by_kind(hints[f.name], registry, f.name)
+        else:
+            lines += [f"## {f.name}", "", about(hints[f.name]), "", *table(hints[f.name], f.name), ""]
     lines += ["# Models", "", "`model` is a family's config; its fields are `--model.…`.", ""]
-    for name in families.FAMILIES.names():
-        family = families.family(name)
+    for name in FAMILIES.builtin:
+        found = family(name)
         lines += [
-            f"## {name}: {family.config.__name__}",
+            f"## {name}: {found.config.__name__}",
             "",
-            (family.config.__doc__ or "").splitlines()[0],
+            about(found.config),
             "",
-            *table(family.config, "model"),
+            *table(found.config, "model"),
             "",
-            "Presets: " + ", ".join(f"`{p}`" for p in family.presets) + ".",
+            "Presets: " + ", ".join(f"`{p}`" for p in found.presets) + ".",
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"

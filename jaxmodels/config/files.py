@@ -18,6 +18,8 @@ from jaxmodels.fields import checked, shown
 
 FORMAT = 2
 """The version of what `to_json` writes."""
+KIND = "class"
+"""The name of a section's kind in JSON, which no field can have."""
 
 
 def load(path: str | Path) -> Config:
@@ -69,7 +71,7 @@ def to_json(config: Config) -> dict[str, Any]:
 def _encoded(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
-    kind = {"kind": kind_name(value)} if kinds_of(value) is not None else {}
+    kind = {KIND: kind_name(value)} if kinds_of(value) is not None else {}
     return {**kind, **{f.name: _encoded(getattr(value, f.name)) for f in dataclasses.fields(value)}}
 
 
@@ -101,9 +103,8 @@ def _decoded(hint: Any, usual: Any, value: Any, name: str) -> Any:
     if usual is not None and dataclasses.is_dataclass(usual) and isinstance(value, Mapping):
         kind = type(usual)
         if kinds_of(usual) is not None:
-            said = checked(str, value.get("kind"), "kind", name)
-            kind = type(of_kind(usual, said))
-            value = {key: item for key, item in value.items() if key != "kind"}
+            kind = type(of_kind(usual, checked(str, value.get(KIND), KIND, name)))
+            value = {key: item for key, item in value.items() if key != KIND}
     if kind is None or not isinstance(value, Mapping):
         return tuple(_decoded(None, None, item, name) for item in value) if isinstance(value, list) else value
     hints = get_type_hints(kind)
