@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
-from jaxmodels.config import Config, DataConfig, MeshConfig, used
+from jaxmodels.config import Config, DataConfig, Mesh, used
 from jaxmodels.data import idx, special
 from jaxmodels.data.contract import check_batch
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
@@ -186,9 +186,7 @@ def read_run(directory: str | Path, *, best: bool = False) -> Run:
     # what its training accepted, however long ago, is no one's mistake now
     cfg = used.needed(cfg, kept(directory).kind)
     # the result does not depend on how the work was shared out
-    cfg = dataclasses.replace(
-        cfg, mesh=MeshConfig(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1)
-    )
+    cfg = dataclasses.replace(cfg, mesh=Mesh(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1))
     networks = {"model": create(cfg.model)} if _without_task(directory, cfg) else _task(cfg).networks
     checkpointer = Checkpointer(directory / "checkpoints")
     shapes = {name: model.shapes() for name, model in networks.items()}
@@ -217,13 +215,13 @@ class Evaluation(Run):
 
     def measure(self) -> dict[str, float]:
         """The metrics of the whole evaluation set."""
-        where = mesh.make_mesh(MeshConfig())
+        where = mesh.make_mesh(Mesh())
         everywhere = NamedSharding(where, PartitionSpec())
         params, stats = jax.device_put((self.params, self.stats), everywhere)
         found = evaluate.build(self.task, where, classes=self.source.class_names, groups=self.source.groups)
         return found(params, stats, self._loader(where).once()) or {}
 
-    def _loader(self, where: Mesh) -> data.Loader:
+    def _loader(self, where: jax.sharding.Mesh) -> data.Loader:
         size = self.config.eval.batch_size or self.config.data.batch_size
         if self.config.task.name != "contrastive":  # its loss depends on the batch, that of all others does not
             size = -(-size // where.size) * where.size

@@ -16,7 +16,7 @@ import jaxmodels
 from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run, size
 from jaxmodels.commands.import_ import import_run
-from jaxmodels.config import CheckpointConfig, Config, DataConfig, EvalConfig, InitConfig, MetricsConfig, TrainConfig
+from jaxmodels.config import Checkpoint, Config, DataConfig, Eval, Init, Metrics, Train
 from jaxmodels.data import texts
 from jaxmodels.data.tokenizer import Bytes, Chars
 from jaxmodels.errors import UserError
@@ -176,11 +176,11 @@ def test_a_training_starts_from_an_imported_run_and_its_average_is_exported(impo
         data=DataConfig(
             source="text", path=(str(text),), tokenizer=str(imported / "tokenizer.json"), seq_len=8, batch_size=8
         ),
-        train=TrainConfig(steps=2, ema=0.5),
-        eval=EvalConfig(batches=1),
-        checkpoint=CheckpointConfig(every=0),
-        metrics=MetricsConfig(progress="none"),
-        init=InitConfig(source=str(imported)),
+        train=Train(steps=2, ema=0.5),
+        eval=Eval(batches=1),
+        checkpoint=Checkpoint(every=0),
+        metrics=Metrics(progress="none"),
+        init=Init(source=str(imported)),
     )
     _, result = runs.train(cfg, tmp_path / "run")
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--shard-size", "20KB"]) == 0
