@@ -105,7 +105,7 @@ def kinds_of(command, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS.builtin)
 def test_every_number_of_every_command_has_a_range(command, monkeypatch):
     kinds = kinds_of(command, monkeypatch)
     assert kinds
@@ -165,7 +165,7 @@ def test_the_list_of_commands_is_read_without_loading_them():
     listed = "import sys; from jaxmodels.cli import main; main([]); print('loaded', {'jax', 'tyro'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout
     assert "loaded set()" in shown
-    for name in COMMANDS:
+    for name in COMMANDS.builtin:
         line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
         assert len(line) <= 88 and line.strip().count("  "), line  # what it takes, and what it is for
 
