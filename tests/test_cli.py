@@ -16,7 +16,7 @@ from jaxmodels.cli import explain, main
 from jaxmodels.commands import COMMANDS
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, DataConfig, Eval, Mesh, Train
+from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
 from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
 from jaxmodels.models.functional import FAMILIES, create
@@ -60,8 +60,8 @@ def at_root(root, monkeypatch):
         (Train, "steps", 1e3, "expected a whole number, try --train.steps 1000"),
         (Train, "steps", True, "expected a whole number"),
         (Checkpoint, "best", 1, "expected True or False"),
-        (DataConfig, "path", "a.txt", "expected several values"),
-        (DataConfig, "threads", 10**9, "expected at most 1024"),
+        (Text, "path", "a.txt", "expected several values"),
+        (Table, "threads", 10**9, "expected at most 1024"),
         (Mesh, "fsdp", 0, "expected at least 1, or -1"),
         (GPT2Config, "layers", 0, "got model.layers 0, expected at least 1, try --model.layers 1"),
         (GPT2Config, "layers", 2**31, "expected at most 16384"),
@@ -83,7 +83,7 @@ def test_a_value_is_what_its_field_says_or_refused(kind, field, value, said):
 
 def test_numbers_and_lists_become_what_the_field_says():
     assert type(AdamW(peak_lr=1).peak_lr) is float
-    assert DataConfig(path=["a"]).path == ("a",)
+    assert Text(path=["a"]).path == ("a",)
     assert AdamW(clip_norm=None).clip_norm is None
 
 
