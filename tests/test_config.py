@@ -56,14 +56,14 @@ def test_options_override_fields_of_every_section():
         "--data.path",
         "a",
         "b",
-        "--metrics.tensorboard",
-        "False",
+        "--metrics.loggers",
+        "a.b:C",
         "--optim.clip_norm",
         "None",
     ]
     cfg, where = configured(argv, "jaxmodels train", RunOptions)
     assert (cfg.optim.peak_lr, cfg.mesh.fsdp, cfg.model.layers, cfg.train.ema) == (1e-4, 4, 2, 0.99)
-    assert cfg.data.path == ("a", "b") and cfg.metrics.tensorboard is False and cfg.optim.clip_norm is None
+    assert cfg.data.path == ("a", "b") and cfg.metrics.loggers == ("a.b:C",) and cfg.optim.clip_norm is None
     assert where == RunOptions("x", "must")
 
 
@@ -164,12 +164,12 @@ def run(*argv, **env):
     [
         (["--data.batch-size", "12", "--mesh.fsdp", "8"], "got data.batch_size 12, expected a multiple of 8"),
         (["--model.vocab-size", "100"], "got model.vocab_size 100, expected at least the tokenizer's 256"),
-        (["--data", "text", "--data.path", "no/such/*.txt"], "no/such/*.txt"),
+        (["--data.source", "text", "--data.path", "no/such/*.txt"], "no/such/*.txt"),
         (["--mesh.data", "3"], "expected 8"),
         (["--data.seq-len", "4096"], "got data.seq_len 4096, expected at most model.context"),
         (["--train.strategy", "pmap", "--mesh.data", "4", "--mesh.tensor", "2"], "expected data only"),
         (["--model.attention", "flash"], "flash"),
-        (["--task", "classification"], "expected a classifier"),
+        (["--task.name", "classification"], "expected a classifier"),
         (["--profile.steps", "9:3"], "got profile.steps '9:3'"),
     ],
 )

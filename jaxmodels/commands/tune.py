@@ -16,7 +16,7 @@ def tune(given: Configured, options: TuneOptions) -> None:
 
     compilation_cache()
     cfg, file, argv = given.config, given.file, [given.file, *given.overrides]
-    cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", tensorboard=False))
+    cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", loggers=()))
     out = searching.search(cfg, options, file, argv)
     trials = searching.tried(cfg, options, out)
     choices = [searching.parse(text, cfg) for text in options.space]

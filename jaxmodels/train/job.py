@@ -116,7 +116,7 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
     shapes = task.batch_spec(cfg.data.batch_size)
     sources: dict[data.Split, data.Source] = {}
     if opened:
-        sources = {split: data.open_for(cfg, split, task.fields) for split in ("train", "eval")}
+        sources = {"train": data.open_for(cfg, "train"), "eval": data.open_for(cfg, "eval")}
         shapes = data.spec(sources["train"], cfg.data.batch_size)
         check_batch(task.fields, shapes)
     mesh = meshes.make_mesh(cfg.mesh, devices)
@@ -153,7 +153,7 @@ def check_options(cfg: Config) -> None:
         ),
         "init.fresh": (
             bool(cfg.init.fresh) and cfg.init.source is None,
-            "no init.source, without which all parameters start at random, try --init.source DIR",
+            "no init.source, expected one for the parameters that are not fresh, try --init.source DIR",
         ),
         "mesh.sequence": (
             cfg.mesh.sequence and cfg.mesh.tensor == 1,

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxmodels.errors import UserError
+from jaxmodels.registry import Registry
+
 if TYPE_CHECKING:
     from jaxmodels.config import Config
     from jaxmodels.train.display import Display
     from jaxmodels.train.metrics import Record
 
 log = logging.getLogger("jaxmodels")
+
+LOGGERS = Registry("logger", "jaxmodels.loggers", {"tensorboard": "jaxmodels.train.loggers:TensorBoard"})
 
 _EVENTS_SECONDS = 30  # how old the events may be that a running TensorBoard reads
 
@@ -100,10 +105,30 @@ def guarded(name: str, call: Callable[[], Any]) -> bool:
     return True
 
 
-def opened(classes: Iterable[tuple[str, Callable[[], Logger]]]) -> dict[str, Logger]:
+def find_loggers(names: Iterable[str]) -> dict[str, type[Logger]]:
+    """The classes of `metrics.loggers` by their names.
+
+    Raises:
+        UserError: there is no such logger, or it is not a `Logger`.
+    """
+    found: dict[str, type[Logger]] = {}
+    for name in names:
+        if name in found:
+            raise UserError(f"got metrics.loggers {name} twice, expected each once, try --metrics.loggers {name}")
+        kind = LOGGERS.find(name)
+        if not (isinstance(kind, type) and issubclass(kind, Logger)):
+            raise UserError(
+                f"got metrics.loggers {name}, which is no Logger, expected a subclass of jaxmodels.Logger, "
+                "try `class Mine(jaxmodels.Logger)`"
+            )
+        found[name] = kind
+    return found
+
+
+def opened(classes: Mapping[str, Callable[[], Logger]]) -> dict[str, Logger]:
     """Make the loggers of a run, without those that fail."""
     found: dict[str, Logger] = {}
-    for name, make in classes:
+    for name, make in classes.items():
         guarded(name, lambda name=name, make=make: found.update({name: make()}))
     return found
 

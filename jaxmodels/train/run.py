@@ -58,6 +58,7 @@ def train(
     main = distributed.is_main()
     if main:
         directory.check(run)
+    chosen = loggers.find_loggers(cfg.metrics.loggers)
     job = assemble(cfg)
     job.check_metric()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
@@ -79,8 +80,7 @@ def train(
             saved.keep(run, job.sources["train"], job.sources["eval"])
             if cfg.init.source is not None and not start.step:
                 beside.carry(Path(cfg.init.source), run, cfg.init.fresh)
-            chosen = {"tensorboard": loggers.TensorBoard} if cfg.metrics.tensorboard else {}
-            report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen.items()))
+            report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen))
         stack.callback(report.close)  # also after an error: its last line explains it
         report.start(run, cfg, start.step)
         return job, loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, watch))

@@ -78,8 +78,9 @@ class Metrics(Section, section="metrics"):
 
     every: Count = 10
     """Steps between lines in metrics.jsonl."""
-    tensorboard: bool = True
-    """Write TensorBoard events too."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl, which is always written: tensorboard, or package.module:Class of your own
+    `Logger`."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """live: a display that redraws; plain: a line each `every` steps; auto: live on a terminal."""
 

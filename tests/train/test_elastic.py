@@ -31,7 +31,7 @@ def experiment(root, mesh, strategy, steps):
         optim=dataclasses.replace(cfg.optim, schedule="constant", warmup_steps=2),
         train=dataclasses.replace(cfg.train, steps=steps, strategy=strategy),
         eval=dataclasses.replace(cfg.eval, every=100, batches=1),
-        metrics=dataclasses.replace(cfg.metrics, every=1, progress="none", tensorboard=False),
+        metrics=dataclasses.replace(cfg.metrics, every=1, progress="none", loggers=()),
         mesh=mesh,
     )
 

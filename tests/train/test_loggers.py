@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxmodels import cli
 from jaxmodels.config import Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train.display import Display
@@ -131,5 +133,61 @@ def test_a_logger_that_cannot_be_made_is_named_and_the_others_are(caplog: pytest
         def __init__(self) -> None:
             raise OSError("no account")
 
-    assert list(opened([("broken", Broken), ("kept", Kept)])) == ["kept"]
+    assert list(opened({"broken": Broken, "kept": Kept})) == ["kept"]
     assert "logger broken failed (OSError: no account)" in caplog.text
+
+
+OUTSIDE = """
+import json
+import jaxmodels
+
+class Lines(jaxmodels.Logger):
+    def start(self, run, config, step):
+        self.file = (run / "lines.txt").open("a")
+        print("start", step, type(config.model).__name__, file=self.file)
+
+    def scalars(self, step, values):
+        print(step, *sorted(name for name in values if name.endswith("/loss")), file=self.file)
+
+    def close(self):
+        print("close", file=self.file)
+        self.file.close()
+
+NONE = 5
+"""
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a logger in a package that is not this one."""
+    (tmp_path / "package/my_logs").mkdir(parents=True)
+    (tmp_path / "package/my_logs/__init__.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path / "package"))
+    return "my_logs:Lines"
+
+
+def test_a_logger_of_another_package_is_told_all_and_goes_on_with_a_resumed_run(
+    tmp_path: Path, root: Path, outside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--model.layers 1 --model.width 16 --model.heads 2 --model.context 16 --data.seq-len 16 --data.batch-size 8"
+    options = f"{small} --metrics.every 1 --eval.batches 1 --metrics.progress none --optim.warmup-steps 0"
+    command = ["train", str(root / "configs/gpt_stdlib.py"), "--run-dir", str(tmp_path / "run"), *options.split()]
+    assert cli.main([*command, "--metrics.loggers", outside, "--train.steps", "2"]) == 0
+    resumed = [*command, "--metrics.loggers", outside, "--train.steps", "3", "--resume", "must"]
+    assert cli.main(resumed) == 0
+    assert (tmp_path / "run/lines.txt").read_text().splitlines() == [
+        "start 0 GPT2Config", "1 train/loss", "2 train/loss", "2 eval/loss", "close",
+        "start 2 GPT2Config", "3 train/loss", "3 eval/loss", "close",
+    ]  # fmt: skip
+    assert not (tmp_path / "run/tensorboard").exists()
+    assert json.loads((tmp_path / "run/config.json").read_text())["metrics"]["loggers"] == [outside]
+    assert [row["step"] for row in read(tmp_path / "run")] == [1, 2, 3]
+    capsys.readouterr()
+    for name, said in (
+        ("my_logs:NONE", "got metrics.loggers my_logs:NONE, which is no Logger"),
+        ("tensorbord", "did you mean 'tensorboard'?"),
+        ("not_there:Lines", "not_there"),
+    ):
+        assert cli.main([*command, "--metrics.loggers", name, "--train.steps", "4", "--resume", "must"]) == 2
+        errors = capsys.readouterr().err
+        assert said in errors and errors.count("\n") == 1

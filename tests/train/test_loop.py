@@ -125,7 +125,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
                 eval=eval_ or Eval(every=3),
                 checkpoint=checkpoint or Checkpoint(every=2),
                 profile=Profile(steps=profile),
-                metrics=Metrics(every=every, tensorboard=False),
+                metrics=Metrics(every=every, loggers=()),
             ),
         )
 
