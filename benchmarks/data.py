@@ -36,7 +36,7 @@ def run(options: Options) -> None:
     fields = [options.config, *shlex.split(options.override)]
     with tempfile.TemporaryDirectory() as folder:
         real = enter("engine", fields, Path(folder))
-        synthetic = enter("engine", [*fields, "--data.source", "synthetic"], Path(folder))
+        synthetic = enter("engine", [*fields, "--data", "synthetic"], Path(folder))
         for contestant in (real, synthetic):
             contestant.ask(str(options.steps))  # warm
         for number in range(options.rounds):

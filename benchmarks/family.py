@@ -23,11 +23,11 @@ Run = Callable[[], Any]
 def arrays(size: Size) -> dict[str, np.ndarray]:
     """Return a batch of token ids, classes, or numbers in [0, 1)."""
     from jaxmodels import tasks
-    from jaxmodels.config import DataConfig, TaskConfig
+    from jaxmodels.config import Stdlib
 
     config, rng = size.config, np.random.default_rng(0)
-    data = DataConfig(seq_len=size.length, batch_size=size.batch)
-    spec = tasks.build(TaskConfig(name=size.task), config, data).batch_spec(size.batch)  # pyright: ignore
+    data = Stdlib(seq_len=size.length, batch_size=size.batch)
+    spec = tasks.build(tasks.TASKS.find(size.task)(), config, data).batch_spec(size.batch)  # pyright: ignore
     found: dict[str, np.ndarray] = {}
     for name, leaf in spec.items():
         whole = np.issubdtype(leaf.dtype, np.integer)
@@ -44,15 +44,15 @@ def ours(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
     import jax.numpy as jnp
 
     from jaxmodels import tasks
-    from jaxmodels.config import AdamW, Constant, DataConfig, TaskConfig
+    from jaxmodels.config import AdamW, Constant, Stdlib
     from jaxmodels.models.functional import create
     from jaxmodels.train import state, step
 
     adamw = AdamW(b2=0.999, decay_on=("matrix", "embedding", "bias", "norm"), clip_norm=None, schedule=Constant())
     task = tasks.build(
-        TaskConfig(name=size.task),  # pyright: ignore
+        tasks.TASKS.find(size.task)(),  # pyright: ignore
         size.config,
-        DataConfig(seq_len=size.length, batch_size=size.batch),
+        Stdlib(seq_len=size.length, batch_size=size.batch),
     )
     optimizers = {loss.name: adamw.build(1000, task.axes()[loss.trains]) for loss in task.losses}
     take = jax.jit(

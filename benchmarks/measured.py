@@ -74,7 +74,7 @@ def measure(name: str, on: str) -> dict[str, Any]:
         answer, folder = Path(place) / "plan.json", Path(place) / "run"
         command("plan", *job, "--on", on, "--json", str(answer))
         command(
-            "train", *job, "--data.source", "synthetic", "--run-dir", str(folder), "--train.steps", str(STEPS),
+            "train", *job, "--data", "synthetic", "--run-dir", str(folder), "--train.steps", str(STEPS),
             "--metrics.every", str(EVERY), "--eval.every", str(STEPS), "--eval.batches", "1",
         )  # fmt: skip
         (plan,) = json.loads(answer.read_text())

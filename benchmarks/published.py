@@ -13,7 +13,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from benchmarks import record
-from jaxmodels.config import AdamW, Augment, Config, DataConfig, Mesh, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Augment, Classification, Config, Mesh, Tokens, Train
 from jaxmodels.models.families import preset
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
@@ -49,7 +49,7 @@ def language(model: Any, rows: int, length: int, mesh: Mesh, **train: Any) -> Co
     """A step of a language model in bfloat16 on tokens that are there."""
     return Config(
         model=dataclasses.replace(model, dtype="bfloat16"),
-        data=DataConfig(source="tokens", path=("train.bin", "eval.bin"), seq_len=length, batch_size=rows),
+        data=Tokens(path=("train.bin", "eval.bin"), seq_len=length, batch_size=rows),
         train=Train(**train),
         mesh=mesh,
     )
@@ -238,8 +238,8 @@ ROWS = {
         "h100:1x8",
         Config(
             model=ViTConfig(dtype="bfloat16"),
-            task=TaskConfig(name="classification"),
-            data=DataConfig(source="tfds", name="imagenet2012", batch_size=512 * 8),
+            task=Classification(),
+            data=TFDS(name="imagenet2012", batch_size=512 * 8),
             augment=Augment(),
             optim=AdamW(),
             mesh=Mesh(data=8),
@@ -340,7 +340,7 @@ def changed(made: compiling.Compiled, factors: Sequence[tuple[str, float]]) -> c
 def settings(cfg: Config) -> str:
     """Batch, length, mesh and what is computed again."""
     mesh = " ".join(f"{axis}={size}" for axis, size in vars(cfg.mesh).items() if isinstance(size, int) and size > 1)
-    length = f" x {cfg.data.seq_len}" if cfg.task.name == "causal_lm" else ""
+    length = f" x {cfg.data.seq_len}" if cfg.task.answers == "continuation" else ""
     again = getattr(cfg.model, "remat", "none")
     again += ", layers unrolled" if getattr(cfg.model, "unroll", 1) > 1 else ""
     accumulate = f", accumulate {cfg.train.accumulate}" if cfg.train.accumulate > 1 else ""

@@ -5,16 +5,15 @@
 Not yet run. The tokenizer is that of bert-base-uncased: 101, 102 and 0 are [CLS], [SEP] and [PAD], 103 is [MASK].
 """
 
-from jaxmodels.config import AdamW, Config, DataConfig, Eval, Linear, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Config, Eval, Linear, MaskedLM, Train
 from jaxmodels.models.bert import BERTConfig
 
 
 def get_config() -> Config:
     return Config(
         model=BERTConfig(vocab_size=30522, dtype="bfloat16"),
-        task=TaskConfig(name="masked_lm", mask_token=103, keep=(0, 101, 102)),
-        data=DataConfig(
-            source="tfds",
+        task=MaskedLM(mask_token=103, keep=(0, 101, 102)),
+        data=TFDS(
             name="wikipedia/20230601.en",
             input_field="text",
             train_split="train[:99%]",

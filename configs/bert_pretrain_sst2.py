@@ -6,7 +6,7 @@ Reached on held-out sentences: a loss of 3.12 nats a masked word, 47.7 % of them
 cores; benchmarks/results/quality.md.
 """
 
-from jaxmodels.config import Config, DataConfig, Eval, Linear, Muon, TaskConfig, Train
+from jaxmodels.config import TFDS, Config, Eval, Linear, MaskedLM, Muon, Train
 from jaxmodels.models.bert import BERTConfig
 
 MODEL = BERTConfig(
@@ -18,9 +18,8 @@ def get_config() -> Config:
     return Config(
         model=MODEL,
         # the last id of the vocabulary, which the tokenizer does not use, stands for what is masked; id 0 begins a text
-        task=TaskConfig(name="masked_lm", mask_fraction=0.2, keep=(0,)),
-        data=DataConfig(
-            source="tfds",
+        task=MaskedLM(mask_fraction=0.2, keep=(0,)),
+        data=TFDS(
             name="sst2+multi30k",
             input_field="sentence+en",
             tokenizer="words:8000",

@@ -12,14 +12,14 @@ import dataclasses
 
 from bert_pretrain_sst2 import MODEL
 
-from jaxmodels.config import AdamW, Checkpoint, Config, DataConfig, Eval, Init, Linear, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Checkpoint, Classification, Config, Eval, Init, Linear, Train
 
 
 def get_config() -> Config:
     return Config(
         model=dataclasses.replace(MODEL, head="classification", classes=2, pool="mean", dropout=0.2),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(source="tfds", name="sst2", tokenizer="runs/bert_pretrain_sst2", seq_len=40, batch_size=32),
+        task=Classification(),
+        data=TFDS(name="sst2", tokenizer="runs/bert_pretrain_sst2", seq_len=40, batch_size=32),
         optim=AdamW(peak_lr=8e-4, b2=0.99, warmup_steps=60, layer_decay=0.95, schedule=Linear(final_lr_fraction=0.01)),
         train=Train(steps=432),
         eval=Eval(every=72, batch_size=128, metric="eval/accuracy", mode="max"),

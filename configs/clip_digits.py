@@ -6,7 +6,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 in 1.4 minutes, on two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import Augment, Config, Cosine, DataConfig, Eval, Muon, TaskConfig, Train
+from jaxmodels.config import TFDS, Augment, Config, Contrastive, Cosine, Eval, Muon, Train
 from jaxmodels.models.clip import CLIPConfig
 
 
@@ -28,9 +28,8 @@ def get_config() -> Config:
             text_mlp_width=128,
             embedding=32,
         ),
-        task=TaskConfig(name="contrastive"),
-        data=DataConfig(
-            source="tfds",
+        task=Contrastive(),
+        data=TFDS(
             name="mnist",
             eval_split="test",
             tokenizer="words:32",

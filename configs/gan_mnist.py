@@ -9,15 +9,15 @@ hidden layer, and with wider convolutions, 6.69: parts of digits were right, and
 run.
 """
 
-from jaxmodels.config import Adam, Augment, Config, DataConfig, Eval, Linear, TaskConfig, Train
+from jaxmodels.config import GAN, TFDS, Adam, Augment, Config, Eval, Linear, Train
 from jaxmodels.models.gan import GANConfig
 
 
 def get_config() -> Config:
     return Config(
         model=GANConfig(channels=(16, 32), hidden=256),
-        task=TaskConfig(name="gan"),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=64),
+        task=GAN(),
+        data=TFDS(name="mnist", eval_split="test", batch_size=64),
         augment=Augment(),
         optim=Adam(peak_lr=5e-4, b1=0.5, b2=0.999, clip_norm=None, schedule=Linear()),
         train=Train(steps=4000, ema=0.998),

@@ -7,15 +7,14 @@ nanoGPT does; its README reports a loss of 1.88 there. Reached: 1.767 in 1.5 min
 peak learning rate of 3e-3 (1.900 with nanoGPT's 1e-3, 1.615 with --optim muon); benchmarks/results/quality.md.
 """
 
-from jaxmodels.config import AdamW, Config, DataConfig, Eval, Train
+from jaxmodels.config import TFDS, AdamW, Config, Eval, Train
 from jaxmodels.models.gpt2 import GPT2Config
 
 
 def get_config() -> Config:
     return Config(
         model=GPT2Config(vocab_size=65, context=64, layers=4, heads=4, width=128),
-        data=DataConfig(
-            source="tfds",
+        data=TFDS(
             name="tiny_shakespeare",
             eval_split="validation+test",
             tokenizer="chars",

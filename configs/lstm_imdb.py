@@ -5,7 +5,7 @@
 Not yet run.
 """
 
-from jaxmodels.config import AdamW, Checkpoint, Config, DataConfig, Eval, Linear, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Checkpoint, Classification, Config, Eval, Linear, Train
 from jaxmodels.models.lstm import LSTMConfig
 
 
@@ -14,10 +14,8 @@ def get_config() -> Config:
         model=LSTMConfig(
             vocab_size=20_000, width=256, hidden=256, layers=1, bidirectional=True, classes=2, dropout=0.5
         ),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(
-            source="tfds", name="imdb_reviews", eval_split="test", tokenizer="words:20000", seq_len=400, batch_size=128
-        ),
+        task=Classification(),
+        data=TFDS(name="imdb_reviews", eval_split="test", tokenizer="words:20000", seq_len=400, batch_size=128),
         optim=AdamW(peak_lr=1e-3, b2=0.999, warmup_steps=100, schedule=Linear(final_lr_fraction=0.01)),
         train=Train(steps=2000, ema=0.99),
         eval=Eval(every=200, metric="eval/accuracy", mode="max"),

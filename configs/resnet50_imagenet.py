@@ -5,16 +5,15 @@
 Not yet run. Published with these settings: 76.3 % (top-1, one central crop).
 """
 
-from jaxmodels.config import Augment, Config, Cosine, DataConfig, Eval, Momentum, TaskConfig, Train
+from jaxmodels.config import TFDS, Augment, Classification, Config, Cosine, Eval, Momentum, Train
 from jaxmodels.models.resnet import ResNetConfig
 
 
 def get_config() -> Config:
     return Config(
         model=ResNetConfig(dtype="bfloat16"),
-        task=TaskConfig(name="classification", label_smoothing=0.1),
-        data=DataConfig(
-            source="tfds",
+        task=Classification(label_smoothing=0.1),
+        data=TFDS(
             name="imagenet2012",
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),

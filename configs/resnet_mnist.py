@@ -7,7 +7,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 two CPU cores that did nothing else; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import AdamW, Augment, Config, Cosine, DataConfig, Eval, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Augment, Classification, Config, Cosine, Eval, Train
 from jaxmodels.models.resnet import ResNetConfig
 
 
@@ -22,8 +22,8 @@ def get_config() -> Config:
             stem="small",
             stem_width=16,
         ),
-        task=TaskConfig(name="classification", label_smoothing=0.1),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        task=Classification(label_smoothing=0.1),
+        data=TFDS(name="mnist", eval_split="test", batch_size=128),
         augment=Augment(shift=2, rotate=10),
         optim=AdamW(peak_lr=4e-3, warmup_steps=100, schedule=Cosine(final_lr_fraction=0.01)),
         train=Train(steps=660),

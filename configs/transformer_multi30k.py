@@ -7,7 +7,7 @@ Reached on Multi30k's 29,000 pairs, tested on test_2016_flickr: sacreBLEU 39.17 
 benchmarks/results/quality.md.
 """
 
-from jaxmodels.config import Checkpoint, Config, DataConfig, Eval, Linear, Muon, TaskConfig, Train
+from jaxmodels.config import TFDS, Checkpoint, Config, Eval, Linear, Muon, Seq2Seq, Train
 from jaxmodels.models.transformer import TransformerConfig
 
 
@@ -16,9 +16,8 @@ def get_config() -> Config:
         model=TransformerConfig(
             vocab_size=8000, layers=3, width=128, heads=4, mlp_width=384, norm="pre", dropout=0.1, unroll=3
         ),
-        task=TaskConfig(name="seq2seq", label_smoothing=0.1),
-        data=DataConfig(
-            source="tfds",
+        task=Seq2Seq(label_smoothing=0.1),
+        data=TFDS(
             name="multi30k",
             input_field="en",
             target_field="de",

@@ -8,16 +8,15 @@ Not yet run. Published: BLEU 27.3 on newstest2014 after 100,000 steps. The learn
 
 import dataclasses
 
-from jaxmodels.config import AdamW, Config, DataConfig, Eval, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Config, Eval, Seq2Seq, Train
 from jaxmodels.models.functional import preset
 
 
 def get_config() -> Config:
     return Config(
         model=dataclasses.replace(preset("transformer-base"), vocab_size=37_000, dtype="bfloat16"),
-        task=TaskConfig(name="seq2seq", label_smoothing=0.1),
-        data=DataConfig(
-            source="tfds",
+        task=Seq2Seq(label_smoothing=0.1),
+        data=TFDS(
             name="wmt14_translate/de-en",
             input_field="en",
             target_field="de",

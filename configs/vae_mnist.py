@@ -7,15 +7,15 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import AdamW, Augment, Config, Cosine, DataConfig, Eval, TaskConfig, Train
+from jaxmodels.config import TFDS, VAE, AdamW, Augment, Config, Cosine, Eval, Train
 from jaxmodels.models.vae import VAEConfig
 
 
 def get_config() -> Config:
     return Config(
         model=VAEConfig(hidden=(512, 256), latents=20),
-        task=TaskConfig(name="vae", binarise=True, beta_warmup_steps=1000),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128),
+        task=VAE(binarise=True, beta_warmup_steps=1000),
+        data=TFDS(name="mnist", eval_split="test", batch_size=128),
         augment=Augment(shift=1, rotate=8),
         optim=AdamW(
             peak_lr=1e-3, b2=0.999, warmup_steps=200, weight_decay=0.01, schedule=Cosine(final_lr_fraction=0.02)

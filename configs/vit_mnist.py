@@ -7,7 +7,7 @@ Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: 
 two CPU cores that did little else; benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import Augment, Config, Cosine, DataConfig, Eval, Muon, TaskConfig, Train
+from jaxmodels.config import TFDS, Augment, Classification, Config, Cosine, Eval, Muon, Train
 from jaxmodels.models.vit import ViTConfig
 
 
@@ -24,8 +24,8 @@ def get_config() -> Config:
             pool="mean",
             unroll=4,
         ),
-        task=TaskConfig(name="classification", label_smoothing=0.1),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=128, mean=(0.13,), std=(0.31,)),
+        task=Classification(label_smoothing=0.1),
+        data=TFDS(name="mnist", eval_split="test", batch_size=128, mean=(0.13,), std=(0.31,)),
         augment=Augment(shift=2, rotate=10),
         optim=Muon(peak_lr=3e-3, warmup_steps=100, schedule=Cosine(final_lr_fraction=0.01)),
         train=Train(steps=1200),

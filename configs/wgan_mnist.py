@@ -8,15 +8,15 @@ Reached (the aim is ≥ 8.00) on 8,500 training and 1,500 test digits, cut from 
 benchmarks/results/quality.md. On a full set: not run.
 """
 
-from jaxmodels.config import Adam, Augment, Config, DataConfig, Eval, Linear, TaskConfig, Train
+from jaxmodels.config import GAN, TFDS, Adam, Augment, Config, Eval, Linear, Train
 from jaxmodels.models.gan import GANConfig
 
 
 def get_config() -> Config:
     return Config(
         model=GANConfig(kind="wgan-gp", latents=128, channels=(16, 32), hidden=256),
-        task=TaskConfig(name="gan", critic_steps=5),
-        data=DataConfig(source="tfds", name="mnist", eval_split="test", batch_size=160),
+        task=GAN(critic_steps=5),
+        data=TFDS(name="mnist", eval_split="test", batch_size=160),
         augment=Augment(),
         optim=Adam(peak_lr=1e-3, b1=0.0, b2=0.9, clip_norm=None, schedule=Linear()),
         train=Train(steps=2000, ema=0.995),

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxmodels import commands
-from jaxmodels.errors import UserError, nearest, printable
+from jaxmodels.errors import UserError, printable
 
 HELP = ("-h", "--help")
 
@@ -181,17 +181,7 @@ def dispatch(argv: list[str]) -> int:
 
         print(f"jaxmodels {__version__}")
         return 0
-    members = [known.partition(" ")[2] for known in commands.COMMANDS if known.startswith(f"{name} ")]
-    if members:
-        if not rest or rest[0] in HELP:
-            print(f"usage: jaxmodels {name} COMMAND [--help]\n\n{commands.listed(f'{name} ')}")
-            return 0
-        if rest[0] not in members:
-            raise UserError(
-                f"got jaxmodels {name} {rest[0]}, expected one of {', '.join(members)}{nearest(rest[0], members)}"
-            )
-        name, rest = f"{name} {rest[0]}", rest[1:]
-    elif name not in commands.COMMANDS:
-        known = list(dict.fromkeys(each.partition(" ")[0] for each in commands.COMMANDS))
-        raise UserError(f"got command {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
-    return commands.run(name, rest)
+    if (not rest or rest[0] in HELP) and name not in commands.COMMANDS.builtin and commands.members(name):
+        print(f"usage: jaxmodels {name} COMMAND [--help]\n\n{commands.listed(f'{name} ')}")
+        return 0
+    return commands.run(*commands.split(argv))

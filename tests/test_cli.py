@@ -16,7 +16,7 @@ from jaxmodels.cli import explain, main
 from jaxmodels.commands import COMMANDS
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, DataConfig, Eval, Mesh, Train
+from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
 from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
 from jaxmodels.models.functional import FAMILIES, create
@@ -60,8 +60,8 @@ def at_root(root, monkeypatch):
         (Train, "steps", 1e3, "expected a whole number, try --train.steps 1000"),
         (Train, "steps", True, "expected a whole number"),
         (Checkpoint, "best", 1, "expected True or False"),
-        (DataConfig, "path", "a.txt", "expected several values"),
-        (DataConfig, "threads", 10**9, "expected at most 1024"),
+        (Text, "path", "a.txt", "expected several values"),
+        (Table, "threads", 10**9, "expected at most 1024"),
         (Mesh, "fsdp", 0, "expected at least 1, or -1"),
         (GPT2Config, "layers", 0, "got model.layers 0, expected at least 1, try --model.layers 1"),
         (GPT2Config, "layers", 2**31, "expected at most 16384"),
@@ -83,7 +83,7 @@ def test_a_value_is_what_its_field_says_or_refused(kind, field, value, said):
 
 def test_numbers_and_lists_become_what_the_field_says():
     assert type(AdamW(peak_lr=1).peak_lr) is float
-    assert DataConfig(path=["a"]).path == ("a",)
+    assert Text(path=["a"]).path == ("a",)
     assert AdamW(clip_norm=None).clip_norm is None
 
 
@@ -105,7 +105,7 @@ def kinds_of(command, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS.builtin)
 def test_every_number_of_every_command_has_a_range(command, monkeypatch):
     kinds = kinds_of(command, monkeypatch)
     assert kinds
@@ -165,7 +165,7 @@ def test_the_list_of_commands_is_read_without_loading_them():
     listed = "import sys; from jaxmodels.cli import main; main([]); print('loaded', {'jax', 'tyro'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout
     assert "loaded set()" in shown
-    for name in COMMANDS:
+    for name in COMMANDS.builtin:
         line = next(line for line in shown.splitlines() if line.startswith(f"  {name} "))
         assert len(line) <= 88 and line.strip().count("  "), line  # what it takes, and what it is for
 

@@ -15,13 +15,13 @@ from jaxmodels.generate.texts import opening
 from jaxmodels.train.checkpoint import CheckpointError
 
 CONFIG = """
-from jaxmodels.config import Config, DataConfig
+from jaxmodels.config import Config, Text
 from jaxmodels.models.gpt2 import GPT2Config
 
 
 def get_config() -> Config:
     model = GPT2Config(layers=1, width=16, heads=2, vocab_size=32, context=16)
-    return Config(model=model, data=DataConfig(source="text", seq_len=16, batch_size=8))
+    return Config(model=model, data=Text(seq_len=16, batch_size=8))
 """
 
 

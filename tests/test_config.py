@@ -164,12 +164,12 @@ def run(*argv, **env):
     [
         (["--data.batch-size", "12", "--mesh.fsdp", "8"], "got data.batch_size 12, expected a multiple of 8"),
         (["--model.vocab-size", "100"], "got model.vocab_size 100, expected at least the tokenizer's 256"),
-        (["--data.source", "text", "--data.path", "no/such/*.txt"], "no/such/*.txt"),
+        (["--data", "text", "--data.path", "no/such/*.txt"], "no/such/*.txt"),
         (["--mesh.data", "3"], "expected 8"),
         (["--data.seq-len", "4096"], "got data.seq_len 4096, expected at most model.context"),
         (["--train.strategy", "pmap", "--mesh.data", "4", "--mesh.tensor", "2"], "expected data only"),
         (["--model.attention", "flash"], "flash"),
-        (["--task.name", "classification"], "expected a classifier"),
+        (["--task", "classification"], "expected a classifier"),
         (["--profile.steps", "9:3"], "got profile.steps '9:3'"),
     ],
 )

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxmodels import data as sets
-from jaxmodels.config import DataConfig
 from jaxmodels.data import given as files
 from jaxmodels.data.tokenizer import Bytes
 from jaxmodels.hf import beside, load
@@ -20,6 +19,7 @@ from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.llama import LlamaConfig
 from tests.fuzzing import damaged, drawn, taken_or_refused, tree
 from tests.hf.small import saved
+from tests.sections import data_of, task_of
 
 ROWS = [{"text": f'word {i}, "said"', "label": "ab"[i % 2], "x": [i / 9, 1.0]} for i in range(24)]
 
@@ -45,8 +45,8 @@ def picture(i, kind):
 
 def read_all(source, path, task, split, **model):
     """Every example of a split, as training takes them."""
-    cfg = DataConfig(source=source, path=(str(path),), seq_len=8, eval_fraction=0.3)
-    made = sets.open_source(cfg, split, task, **model)
+    cfg = data_of(source, path=(str(path),), seq_len=8, eval_fraction=0.3)
+    made = sets.open_source(cfg, split, task_of(task), **model)
     if len(made):
         made.batch(np.arange(len(made)), np.zeros(len(made), np.int64))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxmodels.config import Checkpoint, Config, DataConfig, Metrics, TaskConfig, Train
+from jaxmodels.config import Checkpoint, Classification, Config, Metrics, Table, Train
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import metrics
 from jaxmodels.train import run as runs
@@ -26,8 +26,8 @@ def made(tmp_path_factory):
     (folder / "new.csv").write_text("sentence\none two\nsix\n")
     cfg = Config(
         model=LSTMConfig(vocab_size=64, width=8, hidden=8, layers=1, classes=2, dropout=0.0),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(source="table", path=(str(folder / "a.csv"),), tokenizer="words:64", seq_len=8, batch_size=8),
+        task=Classification(),
+        data=Table(path=(str(folder / "a.csv"),), tokenizer="words:64", seq_len=8, batch_size=8),
         train=Train(steps=4),
         checkpoint=Checkpoint(every=2),
         metrics=Metrics(every=1, progress="none", loggers=()),

@@ -28,12 +28,10 @@ LEVELS = (
 
 UPWARD = {
     # what is left to mend, as MODULE -> ROOM; remove a line with its import, and add none
-    "data -> config",
     "hf -> config",
     "hf -> data",
     "hf -> train",
     "parallel -> config",
-    "tasks -> config",
     "train -> generate",
     "train.optim -> config",
 }

@@ -11,7 +11,18 @@ from PIL import Image
 
 import jaxmodels
 from jaxmodels.cli import main
-from jaxmodels.config import AdamW, Config, DataConfig, Metrics, TaskConfig, Train
+from jaxmodels.config import (
+    VAE,
+    AdamW,
+    CausalLM,
+    Classification,
+    Config,
+    Contrastive,
+    MaskedLM,
+    Metrics,
+    Seq2Seq,
+    Train,
+)
 from jaxmodels.data import texts as rows_of_texts
 from jaxmodels.data.records import distinct
 from jaxmodels.generate import predict, sample, translate_texts
@@ -24,6 +35,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.train import run as runs
+from tests.sections import data_of
 
 QUICK = Metrics(every=100, progress="none", loggers=())
 WORDS = "one two three four five six seven eight nine ten".split()
@@ -33,7 +45,7 @@ def trained(folder, model, task, data, steps=1):
     cfg = Config(
         model=model,
         task=task,
-        data=DataConfig(batch_size=8, **data),
+        data=data_of(batch_size=8, **data),
         optim=AdamW(peak_lr=3e-2),
         train=Train(steps=steps),
         metrics=QUICK,
@@ -58,7 +70,7 @@ def texts(tmp_path_factory):
     (folder / "a.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
     model = LSTMConfig(vocab_size=64, width=8, hidden=8, layers=1, classes=2, dropout=0.0)
     data = {"source": "table", "path": (str(folder / "a.csv"),), "tokenizer": "words:64", "seq_len": 8}
-    run = trained(folder, model, TaskConfig(name="classification"), data, 30)
+    run = trained(folder, model, Classification(), data, 30)
     (folder / "a.csv").unlink()
     return run
 
@@ -150,7 +162,7 @@ def test_images_of_a_folder_and_by_path(tmp_path, capsys):
             image.save(tmp_path / "set" / name / f"{i}.png")
     model = CNNConfig(input_shape=(8, 8, 3), classes=2, widths=(4,), hidden=(8,))
     data = {"source": "images", "path": (str(tmp_path / "set"),)}
-    run = trained(tmp_path, model, TaskConfig(name="classification"), data, 30)
+    run = trained(tmp_path, model, Classification(), data, 30)
     new = tmp_path / "new"
     (tmp_path / "set").rename(new)
     (new / "light" / "a.png").write_bytes(b"no image")
@@ -175,7 +187,7 @@ def test_arrays_and_several_labels(tmp_path, several, capsys):
     rows = [{"x": [float(v), 1.0], "label": label(v)} for v in np.linspace(-3, 3, 61) if label(v)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = MLPConfig(input_shape=(2,), classes=2, hidden=(8,))
-    task = TaskConfig(name="classification", multi_label=several)
+    task = Classification(multi_label=several)
     run = trained(tmp_path, model, task, {"source": "table", "path": (str(tmp_path / "a.jsonl"),)}, 100)
     (tmp_path / "new.jsonl").write_text('{"x": [-2, 1]}\n{"x": [3.0, 1]}\n{"x": [1]}\n{"x": [NaN, 1]}\n[\n')
     found, _ = lines(capsys, run, tmp_path / "new.jsonl")
@@ -190,7 +202,7 @@ def test_translations_are_those_of_the_library(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     data = {"source": "table", "path": (str(tmp_path / "a.jsonl"),), "input_field": "en", "target_field": "de"}
     model = TransformerConfig(vocab_size=32, layers=1, decoder_layers=1, width=16, heads=2, mlp_width=16)
-    run = trained(tmp_path, model, TaskConfig(name="seq2seq"), {**data, "tokenizer": "words:32", "seq_len": 8}, 2)
+    run = trained(tmp_path, model, Seq2Seq(), {**data, "tokenizer": "words:32", "seq_len": 8}, 2)
     given = ["one two", "nine", "three four five six"]
     (tmp_path / "new.txt").write_text("\n".join(given))
     found, _ = lines(capsys, run, tmp_path / "new.txt")
@@ -203,7 +215,7 @@ def test_prompts_go_on_as_each_does_alone(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("to be or not to be, that is the question.\n" * 20)
     model = GPT2Config(vocab_size=256, context=32, layers=1, heads=2, width=8)
     data = {"source": "text", "path": (str(tmp_path / "a.txt"),), "seq_len": 16}
-    run = trained(tmp_path, model, TaskConfig(), data)
+    run = trained(tmp_path, model, CausalLM(), data)
     (tmp_path / "new.txt").write_text("to be\nthat\n" + "x" * 40 + "\n")
     found, _ = lines(capsys, run, tmp_path / "new.txt", "--tokens", "6")
     opened = jaxmodels.load_run(run)
@@ -218,7 +230,7 @@ def test_gaps_are_filled(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abababababababab" * 60)
     model = BERTConfig(vocab_size=300, context=16, layers=1, heads=2, width=32, mlp_width=32, dropout=0.0)
     data = {"source": "text", "path": (str(tmp_path / "a.txt"),), "seq_len": 16}
-    run = trained(tmp_path, model, TaskConfig(name="masked_lm"), data, 60)
+    run = trained(tmp_path, model, MaskedLM(), data, 60)
     (tmp_path / "new.txt").write_text("abab[MASK]bab[MASK]bababab\nabab\n")
     found, _ = lines(capsys, run, tmp_path / "new.txt")
     assert found[0]["filled"] == "ab" * 8 and len(found[0]["masks"]) == 2
@@ -236,7 +248,7 @@ def test_images_are_matched_with_the_captions_of_the_classes(tmp_path, capsys):
         vocab_size=256, text_layers=1, text_heads=2, text_width=16, text_mlp_width=16, embedding=8,
     )  # fmt: skip
     data = {"source": "images", "path": (str(tmp_path / "set"),), "captions": ("a {label} one",), "seq_len": 24}
-    run = trained(tmp_path, model, TaskConfig(name="contrastive"), data, 40)
+    run = trained(tmp_path, model, Contrastive(), data, 40)
     found, _ = lines(capsys, run, tmp_path / "set")
     assert [each["label"] for each in found] == ["dark"] * 12 + ["light"] * 12
     again, _ = lines(capsys, run, tmp_path / "set", "--class-names", "light", "dark", "--captions", "a {label} one")
@@ -249,7 +261,7 @@ def test_images_are_matched_with_the_captions_of_the_classes(tmp_path, capsys):
 
 def test_what_only_makes_images_is_told_where_they_are_shown(tmp_path, capsys):
     model = VAEConfig(input_shape=(4, 4, 1), hidden=(8,), latents=2)
-    run = trained(tmp_path, model, TaskConfig(name="vae"), {"source": "synthetic"})
+    run = trained(tmp_path, model, VAE(), {"source": "synthetic"})
     assert main(["predict", str(run), "x.png"]) == 2
     assert f"try jaxmodels report {run}" in capsys.readouterr().err
 

@@ -29,26 +29,24 @@ Epoch = Callable[[int], Iterator[Any]]
 
 
 def ours_images(path: str, settings: dict[str, Any]) -> Epoch:
-    from jaxmodels.config import Augment, DataConfig
+    from jaxmodels.config import Augment, Classification, Images
     from jaxmodels.data import Loader, Order, open_source
 
-    cfg = DataConfig(
-        source="images", path=(path,), eval_fraction=0.0, threads=settings["threads"], pixels=settings["pixels"]
-    )
+    cfg = Images(path=(path,), eval_fraction=0.0, threads=settings["threads"], pixels=settings["pixels"])
     augment = Augment(crop=CROP, flip=True)
     shape = (SIDE, SIDE, 3)
-    source = open_source(cfg, "train", "classification", inputs_shape=shape, num_classes=8, augment=augment)
+    source = open_source(cfg, "train", Classification(), inputs_shape=shape, num_classes=8, augment=augment)
     loader = Loader(source, Order(len(source), IMAGES, 0), prefetch=settings["prefetch"])
     steps = len(source) // IMAGES
     return lambda epoch: loader.iterate(epoch * steps, (epoch + 1) * steps)
 
 
 def ours_tokens(path: str, settings: dict[str, Any]) -> Epoch:
-    from jaxmodels.config import DataConfig
+    from jaxmodels.config import CausalLM, Tokens
     from jaxmodels.data import Loader, Order, open_source
 
-    cfg = DataConfig(source="tokens", path=(path,), eval_path=(path,), seq_len=WINDOW)
-    source = open_source(cfg, "train", "causal_lm", vocab_size=50_257)
+    cfg = Tokens(path=(path,), eval_path=(path,), seq_len=WINDOW)
+    source = open_source(cfg, "train", CausalLM(), vocab_size=50_257)
     loader = Loader(source, Order(len(source), ROWS, 0), prefetch=settings["prefetch"])
     steps = len(source) // ROWS
     return lambda epoch: loader.iterate(epoch * steps, (epoch + 1) * steps)

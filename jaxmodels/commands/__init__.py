@@ -9,38 +9,67 @@ for; `jaxmodels --help` reads that line without importing the module.
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.abc
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any, get_type_hints
+from importlib import metadata
+from typing import get_type_hints
 
-COMMANDS = {
-    "train": "jaxmodels.commands.train:train",
-    "eval": "jaxmodels.commands.eval:evaluate",
-    "tune": "jaxmodels.commands.tune:tune",
-    "plan": "jaxmodels.commands.plan:plan",
-    "predict": "jaxmodels.commands.predict:predict",
-    "sample": "jaxmodels.commands.sample:sample",
-    "models": "jaxmodels.commands.models:models",
-    "report": "jaxmodels.commands.report:report",
-    "import": "jaxmodels.commands.import_:import_run",
-    "export": "jaxmodels.commands.export:export_run",
-    "data inspect": "jaxmodels.commands.data_inspect:inspect",
-    "data prepare": "jaxmodels.commands.data_prepare:prepare",
-    "data clean": "jaxmodels.commands.data_clean:clean",
-    "data train-tokenizer": "jaxmodels.commands.data_train_tokenizer:train_tokenizer",
-    "config explain": "jaxmodels.commands.config_explain:explain",
-    "config diff": "jaxmodels.commands.config_diff:diff",
-}
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.registry import OUTSIDE, Registry
+
+COMMANDS = Registry(
+    "command",
+    "jaxmodels.commands",
+    {
+        "train": "jaxmodels.commands.train:train",
+        "eval": "jaxmodels.commands.eval:evaluate",
+        "tune": "jaxmodels.commands.tune:tune",
+        "plan": "jaxmodels.commands.plan:plan",
+        "predict": "jaxmodels.commands.predict:predict",
+        "sample": "jaxmodels.commands.sample:sample",
+        "models": "jaxmodels.commands.models:models",
+        "report": "jaxmodels.commands.report:report",
+        "import": "jaxmodels.commands.import_:import_run",
+        "export": "jaxmodels.commands.export:export_run",
+        "data inspect": "jaxmodels.commands.data_inspect:inspect",
+        "data prepare": "jaxmodels.commands.data_prepare:prepare",
+        "data clean": "jaxmodels.commands.data_clean:clean",
+        "data train-tokenizer": "jaxmodels.commands.data_train_tokenizer:train_tokenizer",
+        "config explain": "jaxmodels.commands.config_explain:explain",
+        "config diff": "jaxmodels.commands.config_diff:diff",
+    },
+)
+"""A name of two words is a command of a group. Installed packages add theirs by entry points."""
 
 
-def find(name: str) -> Callable[..., Any]:
-    """The function of a command."""
-    module, _, attribute = COMMANDS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def split(argv: list[str]) -> tuple[str, list[str]]:
+    """The name of the command that arguments begin with, of one word or two, and the rest of them.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    heads = [(" ".join(argv[:words]), argv[words:]) for words in (2, 1)]
+    for name, rest in heads:
+        if name in COMMANDS.builtin or OUTSIDE.fullmatch(name):
+            return name, rest
+    known = COMMANDS.names()
+    for name, rest in heads:
+        if name in known:
+            return name, rest
+    word, group = argv[0], members(argv[0])
+    if group:
+        raise UserError(
+            f"got jaxmodels {' '.join(argv[:2])}, expected one of {', '.join(group)}{nearest(argv[1], group)}"
+        )
+    words = list(dict.fromkeys(name.partition(" ")[0] for name in known))
+    raise UserError(f"got command {word!r}, expected one of {', '.join(words)}{nearest(word, words)}")
+
+
+def members(group: str) -> list[str]:
+    """The commands of a group such as `data`, without its name."""
+    return [name.partition(" ")[2] for name in COMMANDS.names() if name.startswith(f"{group} ")]
 
 
 def run(name: str, argv: list[str]) -> int:
@@ -51,7 +80,7 @@ def run(name: str, argv: list[str]) -> int:
     """
     from jaxmodels.commands.options import Configured, NoOptions, configured, parse
 
-    function, prog = find(name), f"jaxmodels {name}"
+    function, prog = COMMANDS.find(name), f"jaxmodels {name}"
     kinds = [get_type_hints(function)[each] for each in inspect.signature(function).parameters]
     if kinds[:1] != [Configured]:
         return parse(function, argv, prog) or 0
@@ -63,15 +92,19 @@ def run(name: str, argv: list[str]) -> int:
 
 def listed(group: str = "") -> str:
     """The commands, or those of a group such as `data`, with what each is for, as lines of text."""
-    rows = [summary(name) for name in COMMANDS if name.startswith(group)]
+    rows = [summary(name) for name in COMMANDS.names() if name.startswith(group)]
     width = max(len(form) for form, _ in rows if len(form) <= 32)
     return "\n".join(f"  {form:{width}}  {purpose}".rstrip() for form, purpose in rows)
 
 
 def summary(name: str) -> tuple[str, str]:
     """How a command is called and what it is for, as its module says in its first line."""
-    module = COMMANDS[name].partition(":")[0]
-    spec = importlib.util.find_spec(module)
+    outside = {entry.name: entry.value for entry in metadata.entry_points(group=COMMANDS.group)}
+    module = COMMANDS.builtin.get(name, outside.get(name, "")).partition(":")[0]
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception as error:  # another's package, whatever it does
+        return name, f"cannot be imported: {error}"
     source = spec.loader.get_source(module) if spec and isinstance(spec.loader, importlib.abc.InspectLoader) else None
     first = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0]
     found = re.fullmatch(r"`jaxmodels (.*?)`: (.*?)\.?", first)

@@ -30,12 +30,14 @@ def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
     """
     import numpy as np
 
+    from jaxmodels import tasks
     from jaxmodels.data import Loader, Order, open_for, preview
     from jaxmodels.data.source import Source, Split, Windows, unigram_loss
 
+    fields = tasks.build(cfg.task, cfg.model, cfg.data).fields
     sources: dict[Split, Source] = {}
     for split in ("train", "eval"):
-        source = sources[split] = open_for(cfg, split)
+        source = sources[split] = open_for(cfg, split, fields)
         size = cfg.data.batch_size if split == "train" else cfg.eval.batch_size or cfg.data.batch_size
         print(f"{split}: {source.describe()}")
         print(f"    {-(-len(source) // size):,} batches of {size}, fingerprint {source.fingerprint}")

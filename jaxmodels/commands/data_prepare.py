@@ -24,11 +24,11 @@ def prepare(given: Configured, options: PrepareOptions) -> None:
 
 
 def write(data: DataConfig, out: Path) -> None:
-    """Tokenise the texts of a source once, into train.bin and val.bin for `--data.source tokens`."""
-    from jaxmodels.data import corpus, open_corpus, tokens
+    """Tokenise the texts of a source once, into train.bin and val.bin for `--data tokens`."""
+    from jaxmodels.data import corpus, tokens
     from jaxmodels.data.source import Split
 
-    texts = open_corpus(data)
+    texts = data.corpus()
     tokenizer = corpus.build_tokenizer(texts, data, None)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
@@ -36,4 +36,4 @@ def write(data: DataConfig, out: Path) -> None:
     for split, name in splits:
         count = tokens.write(out / name, corpus.encode(texts, split, tokenizer), tokenizer, texts.label)
         print(f"{out / name}: {count:,} tokens, tokenizer {tokenizer}")
-    print(f"Train on them with --data.source tokens --data.path {out / 'train.bin'} {out / 'val.bin'}")
+    print(f"Train on them with --data tokens --data.path {out / 'train.bin'} {out / 'val.bin'}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
+
+import tyro
 
 from jaxmodels.errors import UserError, printable
 from jaxmodels.fields import Beams, Natural, Section
@@ -15,8 +17,8 @@ from jaxmodels.fields import Beams, Natural, Section
 class EvalData(Section, section="data"):
     """What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."""
 
-    source: Literal["table", "images", "text", "tokens", "tfds", "huggingface"] | None = None
-    """Another kind of data than the run's, as in training."""
+    source: Annotated[str | None, tyro.conf.arg(name="data", prefix_name=False)] = None
+    """Another kind of data than the run's, as in training: table, images, text, tokens, tfds, huggingface."""
     path: tuple[str, ...] = ()
     """Files, globs or a folder, all of which is evaluated on (table, images, text, tokens)."""
     dir: str | None = None
@@ -82,9 +84,9 @@ def evaluate(
         name: value for name, value in (("eval_split", split), ("dir", data_dir)) if value is not None
     }
     opened = load_run(run, best=best).evaluation(given)
-    translates = opened.config.task.name == "seq2seq" and opened.config.data.source != "synthetic"
+    translates = opened.config.task.answers == "translation" and opened.config.data.real
     if beams is not None and not translates:
-        raise UserError(f"got --beams {beams} for a run of task {opened.config.task.name}, try it without")
+        raise UserError(f"got --beams {beams} for a run of task {opened.config.task.kind}, try it without")
     judged = judge.judged(opened, classifier) if classifier is not None else {}
     found = opened.measure()
     if translates:

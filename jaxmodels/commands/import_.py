@@ -10,11 +10,15 @@ from typing import Any
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.commands.progress import progress
-from jaxmodels.config import Config, DataConfig, TaskConfig
+from jaxmodels.config import Config
+from jaxmodels.data.corpus import Stdlib
+from jaxmodels.data.section import DataConfig
 from jaxmodels.data.special import text_of
+from jaxmodels.data.synthetic import Synthetic
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.hf import beside, load, pixels, save
 from jaxmodels.models.functional import family_of
+from jaxmodels.tasks import TaskConfig
 
 log = logging.getLogger("jaxmodels")
 
@@ -53,7 +57,7 @@ def import_run(directory: Path, /, out: Path) -> None:
             )
         if names := pixels.names(directory, getattr(config, "classes", 0) or 0):
             saved.write(part, saved.Kept(classes=names))
-        if tokenizer is not None and cfg.task.name == "masked_lm":
+        if tokenizer is not None and cfg.task.answers == "gaps":
             cfg = replace(cfg, task=masking(cfg.task, directory, tokenizer))
         meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}
         checkpointer = Checkpointer(part / "checkpoints")
@@ -67,13 +71,14 @@ def import_run(directory: Path, /, out: Path) -> None:
 
 def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
     """The config of an imported run: its model, and data that the model can take."""
-    if task not in tasks.TASKS:
+    if task not in tasks.TASKS.names():
         return Config(model=model)  # to be exported again; there is no task that trains it
-    named: dict[str, Any] = {"tokenizer": str(tokenizer / FILE)} if tokenizer else {}
-    named["seq_len"] = min(DataConfig().seq_len, getattr(model, "context", DataConfig().seq_len))
-    real = task == "causal_lm" or (task == "masked_lm" and tokenizer)
-    section = DataConfig(**named) if real else DataConfig(source="synthetic", **named)
-    return Config(model=model, task=TaskConfig(name=task), data=section)  # type: ignore[arg-type]
+    made = tasks.TASKS.find(task)()
+    data: DataConfig = Synthetic()
+    if made.answers == "continuation" or (made.answers == "gaps" and tokenizer):
+        data = Stdlib(tokenizer=str(tokenizer / FILE)) if tokenizer else Stdlib()
+    length = min(data.seq_len, getattr(model, "context", data.seq_len))
+    return Config(model=model, task=made, data=replace(data, seq_len=length))
 
 
 def masking(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer) -> TaskConfig:

@@ -48,21 +48,26 @@ def predict(
 
     compilation_cache()
     opened = load_run(run, best=best)
-    own = opened.config.task.name
-    options: dict[str, dict[str, Any]] = {
-        "causal_lm": {"tokens": tokens},
-        "seq2seq": {"beams": beams},
-        "contrastive": {"captions": " ".join(captions) or None, "class-names": " ".join(class_names) or None},
+    own = opened.config.task
+    options: dict[tuple[str, str], dict[str, Any]] = {
+        ("causal_lm", "continuation"): {"tokens": tokens},
+        ("seq2seq", "translation"): {"beams": beams},
+        ("contrastive", "caption"): {
+            "captions": " ".join(captions) or None,
+            "class-names": " ".join(class_names) or None,
+        },
     }
-    for task, given_here in options.items():
+    for (task, answer), given_here in options.items():
         for name, value in given_here.items():
-            if value is not None and own != task:
+            if value is not None and own.answers != answer:
                 raise UserError(
-                    f"got --{name} {value} for a run of {own}, expected it for {task} alone, try it without"
+                    f"got --{name} {value} for a run of {own.kind}, expected it for {task} alone, try it without"
                 )
-    own_data = opened.config.data
-    seen = replace(own_data, captions=captions or own_data.captions, class_names=class_names or own_data.class_names)
-    opened = replace(opened, config=replace(opened.config, data=seen))
+    if captions or class_names:
+        section: Any = opened.config.data
+        section = section if section.real else section.of_kind("images")  # an imported model has no data of its own
+        seen = {"captions": captions or section.captions, "class_names": class_names or section.class_names}
+        opened = replace(opened, config=replace(opened.config, data=replace(section, **seen)))
     ready, answers = predictor(opened, tokens or 100, beams or 4)
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmodels import config as configs
-from jaxmodels.config import used
 from jaxmodels.errors import UserError
 
 
@@ -28,9 +27,9 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
         raise UserError("got no run, expected one or more run directories, try jaxmodels report runs/NAME")
     for run in runs:
         cfg, _ = configs.read(run)  # whether it is one
-        if split is not None and cfg.data.source not in (used.DATA["eval_split"].sources or ()):
+        if split is not None and not hasattr(cfg.data, "eval_split"):
             raise UserError(
-                f"got --split {split!r} for {run}, whose data of source {cfg.data.source} has no splits, "
+                f"got --split {split!r} for {run}, whose data {cfg.data.kind} has no splits, "
                 "expected runs of tfds or huggingface, try it without"
             )
     found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)

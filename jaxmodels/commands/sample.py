@@ -41,13 +41,13 @@ def sample(
     options = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     cfg, _ = configs.read(run)
-    if cfg.task.name not in ("causal_lm", "seq2seq"):
-        instead = {"gan": "report", "vae": "report"}.get(cfg.task.name, "predict")
+    if cfg.task.answers not in ("continuation", "translation"):
+        instead = "predict" if cfg.task.answers else "report"
         files = " FILE" if instead == "predict" else ""
         raise UserError(
-            f"got a run of task {cfg.task.name}, expected causal_lm or seq2seq, try jaxmodels {instead} {run}{files}"
+            f"got a run of task {cfg.task.kind}, expected causal_lm or seq2seq, try jaxmodels {instead} {run}{files}"
         )
-    if cfg.task.name == "seq2seq":
+    if cfg.task.answers == "translation":
         if given:
             flag = next(iter(given)).replace("_", "-")
             raise UserError(f"got --{flag} for a translator, expected a --prompt alone, try it without --{flag}")
@@ -59,7 +59,7 @@ def sample(
         raise UserError(f"got {run} without a tokenizer, expected a run that was trained on texts, try another run")
     model, params = opened.model, opened.params["model"]
     prompt = None if prompt is None else prompt.removeprefix("\ufeff")  # a byte order mark is no part of a text
-    if cfg.task.name == "seq2seq":
+    if cfg.task.answers == "translation":
         from jaxmodels.generate import translate_texts
 
         assert prompt is not None

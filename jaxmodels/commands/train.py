@@ -71,9 +71,9 @@ def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
     curves.draw(run, run / "curves.png", baseline)
     name = f"./{run}" if str(run).startswith("-") else str(run)
     more = ["jaxmodels", "eval", name]
-    if job.config.task.name == "causal_lm" and tokenizer is not None and jax.process_count() == 1:
+    if job.config.task.answers == "continuation" and tokenizer is not None and jax.process_count() == 1:
         params, model = result.state.averaged["model"], job.task.networks["model"]
-        prompt = opening(tokenizer, "def " if job.config.data.source == "stdlib" else "\n")
+        prompt = opening(tokenizer, job.config.data.prompt)
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
         room = 400 if model.longest is None else min(400, model.longest - taken)
         if room > 0:

@@ -9,15 +9,33 @@ from __future__ import annotations
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance
 from jaxmodels.config.files import from_json, load, read, save, to_json
 from jaxmodels.config.kinds import kind_name, kinds_of, of_kind, replaced, with_kinds
-from jaxmodels.config.sections import AnyModel, Augment, Config, DataConfig, TaskConfig
+from jaxmodels.config.sections import AnyModel, Config
+from jaxmodels.data.corpus import Stdlib, Text
+from jaxmodels.data.folders import Images
+from jaxmodels.data.huggingface import HuggingFace
+from jaxmodels.data.section import Augment, DataConfig
+from jaxmodels.data.synthetic import Synthetic
+from jaxmodels.data.tables import Table
+from jaxmodels.data.tfds import TFDS
+from jaxmodels.data.tokens import Tokens
 from jaxmodels.parallel.mesh import Mesh
+from jaxmodels.tasks.causal_lm import CausalLM
+from jaxmodels.tasks.classification import Classification
+from jaxmodels.tasks.contrastive import Contrastive
+from jaxmodels.tasks.gan import GAN
+from jaxmodels.tasks.masked_lm import MaskedLM
+from jaxmodels.tasks.seq2seq import Seq2Seq
+from jaxmodels.tasks.task import TaskConfig
+from jaxmodels.tasks.vae import VAE
 from jaxmodels.train.optim import SGD, Adafactor, Adam, AdamW, Lion, Momentum, Muon, OptimConfig, RMSprop
 from jaxmodels.train.schedules import WSD, Constant, Cosine, Linear, ScheduleConfig
 from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, Train
 
 __all__ = [
-    "SGD", "WSD", "Adafactor", "Adam", "AdamW", "AnyModel", "Augment", "Checkpoint", "Config", "Constant", "Cosine",
-    "DataConfig", "Eval", "Init", "Linear", "Lion", "Mesh", "Metrics", "Momentum", "Muon", "OptimConfig", "Profile",
-    "RMSprop", "ScheduleConfig", "TaskConfig", "Train", "differences", "docs", "documentation", "flatten", "from_json",
-    "kind_name", "kinds_of", "load", "of_kind", "provenance", "read", "replaced", "save", "to_json", "with_kinds",
+    "GAN", "SGD", "TFDS", "VAE", "WSD", "Adafactor", "Adam", "AdamW", "AnyModel", "Augment", "CausalLM",
+    "Checkpoint", "Classification", "Config", "Constant", "Contrastive", "Cosine", "DataConfig", "Eval",
+    "HuggingFace", "Images", "Init", "Linear", "Lion", "MaskedLM", "Mesh", "Metrics", "Momentum", "Muon",
+    "OptimConfig", "Profile", "RMSprop", "ScheduleConfig", "Seq2Seq", "Stdlib", "Synthetic", "Table", "TaskConfig",
+    "Text", "Tokens", "Train", "differences", "docs", "documentation", "flatten", "from_json", "kind_name",
+    "kinds_of", "load", "of_kind", "provenance", "read", "replaced", "save", "to_json", "with_kinds",
 ]  # fmt: skip

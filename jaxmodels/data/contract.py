@@ -50,8 +50,7 @@ def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
             if want.optional:
                 continue
             raise UserError(
-                f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data.source "
-                "or --task.name"
+                f"got batches of {', '.join(batch)}, expected a field {name!r}, try another --data or --task"
             )
         got = batch[name]
         kinds = (got.dtype.kind, np.dtype(want.dtype).kind)

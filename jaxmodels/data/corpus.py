@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.data.files import BOM, not_text
 from jaxmodels.data.records import check_fraction, place
-from jaxmodels.data.source import Split
+from jaxmodels.data.section import DataConfig, FilesConfig, TextsConfig
+from jaxmodels.data.source import Split, Windows
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Dropped
 
 # Besides tests and installed packages: tables that a script generated (encodings, pydoc_data: a quarter of the text,
 # which no one wrote), and packages whose data files only look like Python.
@@ -43,7 +44,27 @@ class Corpus:
         return chain(self.documents("train"), self.documents("eval"), ("\n",))
 
 
-def stdlib(cfg: DataConfig) -> Corpus:
+@dataclass(frozen=True)
+class Stdlib(TextsConfig):
+    """The source code of Python's standard library, split by file."""
+
+    eval_fraction: Dropped = 0.1
+    """Share held out for evaluation, by a hash of the file, so that none ever changes side."""
+    prompt = "def "
+
+    def corpus(self) -> Corpus:
+        return stdlib(self)
+
+
+@dataclass(frozen=True)
+class Text(TextsConfig, FilesConfig):
+    """Files of text: several are split by file, one by its last part, unless `eval_path` names others."""
+
+    def corpus(self) -> Corpus:
+        return text(self)
+
+
+def stdlib(cfg: Stdlib) -> Corpus:
     """The source code of Python's standard library, split by file."""
     root = Path(sysconfig.get_path("stdlib"))
     files: list[Path] = []
@@ -51,12 +72,12 @@ def stdlib(cfg: DataConfig) -> Corpus:
         inner[:] = sorted(set(inner) - _NOT_STDLIB)
         files += [Path(directory, name) for name in sorted(names) if name.endswith(".py")]
     if not files:
-        raise UserError(f"got no .py files in {root}, expected Python's standard library there, try --data.source text")
+        raise UserError(f"got no .py files in {root}, expected Python's standard library there, try --data text")
     parts = split_files(files, root, cfg.eval_fraction)
     return Corpus(f"stdlib, {len(files)} files of {root}", lambda split: read(parts[split], strict=False))
 
 
-def text(cfg: DataConfig) -> Corpus:
+def text(cfg: Text) -> Corpus:
     """Files of text: several are split by file, one by its last part, unless `data.eval_path` names others."""
     files = expand(cfg.path, "text")
     if cfg.eval_path:
@@ -86,7 +107,7 @@ def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> l
     """
     flag, named = (f"--{option.replace('_', '-')} ", f"{option} ") if option else ("", "")
     if not patterns:
-        got = f"data.source {source} without {option}" if option else "no files"
+        got = f"data {source} without {option}" if option else "no files"
         raise UserError(f"got {got}, expected files or globs, try {flag}'data/*'")
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -151,6 +172,20 @@ def _part(file: Path, split: Split, eval_fraction: float) -> str:
     whole = next(read([file], strict=True))
     cut = int(len(whole) * (1 - eval_fraction))
     return whole[:cut] if split == "train" else whole[cut:]
+
+
+def windows(corpus: Corpus, cfg: DataConfig, split: Split, vocab_size: int | None) -> Windows:
+    """The windows of a corpus, whose texts are joined."""
+    tokenizer = build_tokenizer(corpus, cfg, vocab_size)
+    encoded = [*encode(corpus, split, tokenizer), np.array([], smallest_dtype(tokenizer.vocab_size))]
+    return Windows(
+        [np.concatenate(encoded)],
+        cfg.seq_len,
+        split=split,
+        label=corpus.label,
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def build_tokenizer(corpus: Corpus, cfg: DataConfig, vocab_size: int | None) -> Tokenizer:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data.records import Field, Joined, Kind, Records
+from jaxmodels.data.section import RecordsConfig
 from jaxmodels.errors import UserError
 
 
-def input_field(records: Records, cfg: DataConfig, kinds: Sequence[Kind]) -> str:
+def input_field(records: Records, cfg: RecordsConfig, kinds: Sequence[Kind]) -> str:
     """The field that `data.input_field` names or, without it, the only one of the first of `kinds` that there is.
 
     Raises: UserError with the fields that could be meant.
@@ -28,7 +28,7 @@ def input_field(records: Records, cfg: DataConfig, kinds: Sequence[Kind]) -> str
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        tasks = "--task.name classification or " if tuple(kinds) == ("text",) else ""
+        tasks = "--task classification or " if tuple(kinds) == ("text",) else ""
         raise UserError(
             f"got {records.label} with the fields {', '.join(sorted(records.fields))}, "
             f"expected {_article(kinds)} field, try {tasks}another --data.name or --data.path"
@@ -52,10 +52,10 @@ def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind],
         known = ", ".join(sorted(records.fields)) or "no field that can be used"
         raise UserError(
             f"got data.{option} {name!r} for {records.label}, which has {known}, expected {_article(kinds)} field, "
-            "try another set, or another task.name"
+            "try another set, or another task"
         )
     if (kind := records.fields[name].kind) not in kinds:
-        hint = f"{flag} {candidates[0]}" if candidates else "another set, or another task.name"
+        hint = f"{flag} {candidates[0]}" if candidates else "another set, or another task"
         numbers = " (numbers that are not whole)" if kind == "array" and option == "label_field" else ""
         raise UserError(
             f"got data.{option} {name!r}, which is {_article([kind])}{numbers}, not {_article(kinds)}, "

@@ -7,15 +7,16 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data import idx
 from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, check_unused_fraction, digest, place
+from jaxmodels.data.section import DataConfig, FilesConfig, RecordsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError, nearest
 
@@ -27,7 +28,22 @@ HELD_OUT = ("val", "validation", "test")
 _log = logging.getLogger("jaxmodels")
 
 
-def records(cfg: DataConfig, split: Split) -> Records:
+@dataclass(frozen=True)
+class Images(RecordsConfig, FilesConfig):
+    """A folder with one folder of images a class, or with MNIST's own files."""
+
+    instead: ClassVar[str] = "--data.path FOLDER"
+
+    def records(self, split: Split) -> Records:
+        return records(self, split)
+
+    def evaluated_on(self, fields: Mapping[str, Any]) -> DataConfig:
+        if any(Path(each).is_dir() and idx.found(Path(each)) for each in fields.get("path", ())):
+            fields = {"eval_path": (), **fields}  # such a set says itself what is held out
+        return super().evaluated_on(fields)
+
+
+def records(cfg: Images, split: Split) -> Records:
     """The images of `data.path`, `root/<class>/…/<image>`: fields image and label, classes in the order of their names.
 
     What lies there and is no image is counted by its kind, once. A folder of MNIST's own files is read too (`idx`).

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad, Field, Records, digest
+from jaxmodels.data.section import RecordsConfig, SplitsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.data.tables import in_order, listed, name_of
 from jaxmodels.errors import UserError
@@ -21,7 +22,15 @@ from jaxmodels.errors import UserError
 _SAMPLED = 256
 
 
-def records(cfg: DataConfig, split: Split) -> Records:
+@dataclass(frozen=True)
+class HuggingFace(RecordsConfig, SplitsConfig):
+    """Sets of Hugging Face's `datasets` library."""
+
+    def records(self, split: Split) -> Records:
+        return records(self, split)
+
+
+def records(cfg: HuggingFace, split: Split) -> Records:
     """The records of a set of the hub, `name` or `name:config`, or of a folder that `save_to_disk` has written.
 
     Splits are in the notation of the library, which is TFDS's: train, train[:90%], train+test.
@@ -32,14 +41,12 @@ def records(cfg: DataConfig, split: Split) -> Records:
         datasets: Any = import_module("datasets")  # not installed to check types
     except ImportError:
         raise UserError(
-            "got data.source huggingface without the library datasets, expected it installed, "
+            "got data huggingface without the library datasets, expected it installed, "
             "try pip install 'jaxmodels[huggingface]'"
         ) from None
     wanted, option = (cfg.train_split, "train_split") if split == "train" else (cfg.eval_split, "eval_split")
     if not cfg.name:
-        raise UserError(
-            "got data.source huggingface without data.name, expected a set or a folder, try --data.name mnist"
-        )
+        raise UserError("got data huggingface without data.name, expected a set or a folder, try --data.name mnist")
     folder = Path(cfg.name).expanduser()
 
     def load(wanted: str, option: str) -> Any:

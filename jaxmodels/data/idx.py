@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data.records import (
     Bad,
     Field,
@@ -22,6 +21,7 @@ from jaxmodels.data.records import (
     digest,
     place,
 )  # fmt: skip
+from jaxmodels.data.section import FilesConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 
@@ -33,7 +33,7 @@ def found(root: Path) -> bool:
     return any(_NAME.fullmatch(path.name) for path in root.iterdir())
 
 
-def records(root: Path, cfg: DataConfig, split: Split) -> Records:
+def records(root: Path, cfg: FilesConfig, split: Split) -> Records:
     """The images to train on, or those of the files t10k or test; without them, those that a hash holds out.
 
     Raises: UserError where a file is none, or images and labels do not belong together.

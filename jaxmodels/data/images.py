@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import Augment, DataConfig
 from jaxmodels.data import pixels, transforms
 from jaxmodels.data.fields import named_field, named_groups, numbered
+from jaxmodels.data.opening import Opening
 from jaxmodels.data.records import Reader, Records, Row
-from jaxmodels.data.source import Source, Split, fingerprint
+from jaxmodels.data.section import Augment
+from jaxmodels.data.source import Source, fingerprint
 from jaxmodels.errors import UserError
 
 IN_MEMORY = 1 << 30
@@ -24,7 +25,7 @@ _SMALL = 64 * 64
 _AT_ONCE = 8  # few, so that the first are decoded while the others are read
 
 
-class Images(Source):
+class Pictures(Source):
     """Images of one size, uint8, with their labels; in training, as the epoch changes them.
 
     Where all pixels of a set fit into 1 GiB they are kept once decoded: at the model's size, or, where training crops,
@@ -32,30 +33,19 @@ class Images(Source):
     place to the next good one; in evaluation the label there is -1.
     """
 
-    def __init__(
-        self,
-        records: Records,
-        cfg: DataConfig,
-        augment: Augment,
-        split: Split,
-        *,
-        field: str,
-        label: str | None,
-        shape: tuple[int, ...] | None = None,
-        classes: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        """`field` and `label` name the image and its class or classes (None: all labels are 0); `shape` is (H, W, C)
-        and `classes` the number of classes of the model, as far as it has them; `seed` is the run's.
+    def __init__(self, records: Records, opening: Opening, *, field: str, label: str | None) -> None:
+        """`field` and `label` name the image and its class or classes (None: all labels are 0).
 
-        Raises: UserError where the images can't be given that shape or be changed as asked for.
+        Raises: UserError where the images can't be given the model's shape or be changed as asked for.
         """
-        self.split, self.shape = split, model_shape(records, field, shape)
+        cfg: Any = opening.data
+        augment, split = opening.augment, opening.split
+        self.split, self.shape = split, model_shape(records, field, opening.inputs_shape)
         transforms.check(augment, self.shape[2])
         pixels.check(cfg.pixels)
         self._cfg = augment if split == "train" else Augment(crop=augment.crop)
         self._changed = split == "train" and bool(transforms.describe(augment))
-        self._records, self._seed, self._threads, self._limit = records, seed, cfg.threads, cfg.bad_records
+        self._records, self._seed, self._threads, self._limit = records, opening.seed, cfg.threads, cfg.bad_records
         self._library: pixels.Library = cfg.pixels
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="jaxmodels-images")
         self._field, self._label, self._group = field, label, cfg.group_field
@@ -67,7 +57,7 @@ class Images(Source):
         self._several = label is not None and records.fields[label].kind == "labels"
         self.class_names = records.fields[label].names if label is not None else ()
         self.num_classes = len(self.class_names) or (self._number(label) if label is not None else None)
-        self._width = max(classes or 0, self.num_classes or 0)
+        self._width = max(opening.num_classes or 0, self.num_classes or 0)
         self.groups, self._group_of = self._name_groups()
         self._kept = self._keep()
         library = () if self._library == "pillow" else (self._library,)

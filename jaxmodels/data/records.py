@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data.files import shown
+from jaxmodels.data.section import FilesConfig, default
 from jaxmodels.errors import UserError
 
 Kind = Literal["image", "text", "label", "labels", "array"]
@@ -329,9 +329,9 @@ def check_fraction(eval_fraction: float) -> None:
         )
 
 
-def check_unused_fraction(cfg: DataConfig, why: str) -> None:
+def check_unused_fraction(cfg: FilesConfig, why: str) -> None:
     """Raises UserError where `data.eval_fraction` was set and says nothing, because of something else."""
-    if cfg.eval_fraction != (usual := DataConfig().eval_fraction):
+    if cfg.eval_fraction != (usual := default(cfg, "eval_fraction")):
         raise UserError(
             f"got data.eval_fraction {cfg.eval_fraction} although {why}, expected one of them, "
             f"try --data.eval-fraction {usual}"

@@ -3,77 +3,89 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
+from jaxmodels.data.contract import BatchField, Contract
+from jaxmodels.data.opening import Opening
 from jaxmodels.data.order import mix
+from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source, Split, fingerprint
 from jaxmodels.errors import UserError
 
 _TRAIN_EXAMPLES, _EVAL_BATCHES = 1 << 20, 4
 
 
-class Synthetic(Source):
-    """Examples that are a function of their index: tokens, images (three dimensions: uint8) or vectors (float32)."""
+@dataclass(frozen=True)
+class Synthetic(DataConfig):
+    """Random batches, drawn from what the task says of them."""
 
-    def __init__(
-        self,
-        cfg: DataConfig,
-        split: Split,
-        task: str,
-        *,
-        vocab_size: int | None,
-        inputs_shape: tuple[int, ...] | None,
-        num_classes: int | None,
-    ) -> None:
-        texts = {"causal_lm": cfg.seq_len + 1, "masked_lm": cfg.seq_len + 1, "seq2seq": 2 * cfg.seq_len + 1}
-        if task in (*texts, "contrastive") and not vocab_size:
-            raise UserError(
-                "got data.source synthetic and no vocabulary, expected its size, try --model.vocab-size 256"
-            )
-        if task == "classification" and not ((inputs_shape or vocab_size) and num_classes):
-            raise UserError(
-                "got data.source synthetic for a model that states no shape of its inputs or no number of classes, "
-                "expected both, try --data.source tfds"
-            )
-        if task in ("vae", "gan", "contrastive") and not inputs_shape:
-            raise UserError(f"got a model for {task} that states no shape of its inputs, expected a model of images")
-        self._task, self._length = task, cfg.seq_len
-        self._shape = () if task in texts else tuple(inputs_shape or ())
-        self._tokens = texts.get(task, cfg.seq_len if task == "contrastive" or not self._shape else 0)
-        self.vocab_size = vocab_size if self._tokens else None
-        self.num_classes = None if task in texts else num_classes
-        self._n = _TRAIN_EXAMPLES if split == "train" else _EVAL_BATCHES * cfg.batch_size
+    real: ClassVar[bool] = False
+
+    def examples(self, opening: Opening, task: Any) -> Source:
+        if opening.fields is None:
+            raise ValueError("got no contract of the task's batches, expected one to draw them from")
+        fields = {name: field for name, field in opening.fields.items() if not field.optional}
+        used = [*(opening.reads if any(_drawn(field) in "uf" for field in fields.values()) else ())]
+        if any("seq" in field.axes for field in fields.values()):
+            used.append("seq_len")
+        opening.check(used, "random examples")
+        size = _TRAIN_EXAMPLES if opening.split == "train" else _EVAL_BATCHES * self.batch_size
+        return Drawn(fields, opening.split, size)
+
+
+class Drawn(Source):
+    """Examples that are a function of their index, of the fields of a contract."""
+
+    def __init__(self, fields: Contract, split: Split, size: int) -> None:
+        """Raises UserError where nothing says how many things a field's numbers count."""
+        for name, field in fields.items():
+            if field.below is None and _drawn(field) == "i":
+                raise UserError(
+                    f"got data synthetic for a task whose {name} has no bound, expected one to draw numbers below, "
+                    "try a model with a vocabulary, or another --data"
+                )
+        self._fields, self._split, self._n = dict(fields), split, size
         self._key = np.uint64(0 if split == "train" else 1 << 62)
-        self._split = split
-        self.fingerprint = fingerprint(
-            [], "synthetic", split, self._shape + (self._tokens,) * bool(self._tokens), vocab_size, num_classes
-        )
+        facts = [(name, field.shape, np.dtype(_dtype(field)).name, field.below) for name, field in fields.items()]
+        self.fingerprint = fingerprint([], "synthetic", split, facts)
 
     def __len__(self) -> int:
         return self._n
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        size = math.prod(self._shape) if self._shape else 0
-        keys = mix(indices.astype(np.uint64) + self._key)
-        noise = mix(keys[:, None] + np.arange(size + self._tokens, dtype=np.uint64))
-        rows = (noise[:, size:] % np.uint64(self.vocab_size or 1)).astype(np.int32)
-        if self._task == "seq2seq":
-            sources, rows = np.split(rows, [self._length], axis=1)
-            return {"inputs": sources.copy(), "tokens": rows[:, :-1].copy(), "targets": rows[:, 1:].copy()}
-        if self._task in ("causal_lm", "masked_lm"):
-            return {"tokens": rows[:, :-1].copy(), "targets": rows[:, 1:].copy()}
-        labels = (keys % np.uint64(self.num_classes or 1)).astype(np.int32)
-        if not self._shape:
-            return {"inputs": rows, "labels": labels}
-        values = (noise[:, :size] >> np.uint64(56)).astype(np.uint8).reshape(len(indices), *self._shape)
-        inputs = values if len(self._shape) == 3 else values.astype(np.float32) / 255
-        if self._task == "contrastive":
-            return {"images": inputs, "tokens": rows, "labels": labels}
-        return {"inputs": inputs, "labels": labels}
+        keys = mix(indices.astype(np.uint64) + self._key)[:, None]
+        found, used = {}, 0
+        for name, field in self._fields.items():
+            shape = field.shape or ()
+            size = math.prod(shape)
+            noise = mix(keys + np.arange(used, used + size, dtype=np.uint64)).reshape(len(indices), *shape)
+            used += size
+            found[name] = _values(field, noise)
+        return found
 
     def describe(self) -> str:
-        tokens = f"{self._length} tokens" + (" to as many" if self._task == "seq2seq" else "")
-        parts = ["x".join(map(str, self._shape))] * bool(self._shape) + [tokens] * bool(self._tokens)
-        return f"synthetic: {self._n:,} random examples of {' with '.join(parts)} ({self._split})"
+        shapes = {name: "x".join(map(str, field.shape or ())) for name, field in self._fields.items()}
+        parts = (f"{name} {shape}".rstrip() for name, shape in shapes.items())
+        return f"synthetic: {self._n:,} random examples of {', '.join(parts)} ({self._split})"
+
+
+def _dtype(field: BatchField) -> Any:
+    return field.dtype if field.stored is None else field.stored
+
+
+def _drawn(field: BatchField) -> str:
+    """How numbers of a field are drawn: i: whole ones below a bound, u: bytes, f: from 0 to 1."""
+    kind = np.dtype(_dtype(field)).kind
+    return "u" if np.dtype(_dtype(field)) == np.uint8 else "i" if kind in "iu" or field.below else "f"
+
+
+def _values(field: BatchField, noise: np.ndarray) -> np.ndarray:
+    """Numbers as a field has them, from evenly spread uint64."""
+    how, dtype = _drawn(field), _dtype(field)
+    if how == "i":
+        return (noise % np.uint64(field.below or 1)).astype(dtype)
+    top = (noise >> np.uint64(56)).astype(np.uint8)
+    return top if how == "u" else (top / np.float32(255)).astype(dtype)

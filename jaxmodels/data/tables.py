@@ -8,15 +8,16 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data import corpus
 from jaxmodels.data.files import File, open_file, shown
 from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, place
+from jaxmodels.data.section import FilesConfig, RecordsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 
@@ -30,7 +31,15 @@ _NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*")
 _EXACT = 2**53
 
 
-def records(cfg: DataConfig, split: Split) -> Records:
+@dataclass(frozen=True)
+class Table(RecordsConfig, FilesConfig):
+    """Tables: CSV, JSON lines or Parquet."""
+
+    def records(self, split: Split) -> Records:
+        return records(self, split)
+
+
+def records(cfg: Table, split: Split) -> Records:
     """The rows of the tables that `data.path` names.
 
     Whole numbers are the numbers of classes, from 0 on; others (-1 and 1, say) and names are classes in their order.
@@ -49,12 +58,12 @@ def records(cfg: DataConfig, split: Split) -> Records:
     else:
         check_fraction(cfg.eval_fraction)
         here, chosen = train, np.flatnonzero((train.places < cfg.eval_fraction) == (split == "eval"))
-    found = Table(here, train.fields, chosen)
+    found = _Rows(here, train.fields, chosen)
     check_some(found, split)
     return found
 
 
-def _check_names(train: _Scan, here: _Scan, cfg: DataConfig) -> None:
+def _check_names(train: _Scan, here: _Scan, cfg: Table) -> None:
     """Raises UserError where a class or group that comes again and again in evaluation is none that is trained on."""
     for name in (cfg.label_field, cfg.group_field):
         if name in train.fields and name in here.fields:
@@ -68,7 +77,7 @@ def _check_names(train: _Scan, here: _Scan, cfg: DataConfig) -> None:
                     )
 
 
-class Table(Records):
+class _Rows(Records):
     """Some rows of files, read where they lie."""
 
     def __init__(self, scan: _Scan, fields: Mapping[str, Field], chosen: np.ndarray) -> None:

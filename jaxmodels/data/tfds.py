@@ -7,22 +7,33 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data.fields import input_field, unknown
 from jaxmodels.data.records import Bad, Field, Joined, Records, digest
+from jaxmodels.data.section import RecordsConfig, SplitsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 
 _SAMPLED = 256
 
 
-def records(cfg: DataConfig, split: Split) -> Records:
+@dataclass(frozen=True)
+class TFDS(RecordsConfig, SplitsConfig):
+    """Sets of TensorFlow Datasets, read without TensorFlow."""
+
+    dir: str | None = None
+    """TFDS data directory; TFDS's own default when not given."""
+
+    def records(self, split: Split) -> Records:
+        return records(self, split)
+
+
+def records(cfg: TFDS, split: Split) -> Records:
     """The records of a set, or the texts of several, whose names and fields are joined by +.
 
     Images are given as the bytes that the set holds, for others to decode.
@@ -46,7 +57,7 @@ def records(cfg: DataConfig, split: Split) -> Records:
 class _Set(Records):
     """One split of a set."""
 
-    def __init__(self, cfg: DataConfig, split: Split) -> None:
+    def __init__(self, cfg: TFDS, split: Split) -> None:
         import tensorflow_datasets as tfds
 
         place = prepared(cfg)
@@ -148,7 +159,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _open(builder: Any, cfg: DataConfig, split: Split) -> Any:
+def _open(builder: Any, cfg: TFDS, split: Split) -> Any:
     field, wanted = f"{split}_split", cfg.train_split if split == "train" else cfg.eval_split
     known = list(builder.info.splits)
     for name in re.findall(r"[^+\[\]]+(?=\[|\+|$)", wanted.replace(" ", "")):
@@ -179,7 +190,7 @@ def _damaged(place: object, error: Exception) -> UserError:
     )
 
 
-def prepared(cfg: DataConfig) -> Path:
+def prepared(cfg: TFDS) -> Path:
     """The directory of the set that `data.dir` and `data.name` name: its newest version where none is given.
 
     Raises: UserError with the sets that lie there.

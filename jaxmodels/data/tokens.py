@@ -6,15 +6,16 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data import corpus as corpora
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import check_unused_fraction
+from jaxmodels.data.section import FilesConfig, default
 from jaxmodels.data.source import Split, Windows, blocks, check_tokens
 from jaxmodels.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from jaxmodels.errors import UserError
@@ -27,7 +28,18 @@ _LLM_C = (20240520, 20240801)
 """The numbers that its token files begin with."""
 
 
-def open_tokens(cfg: DataConfig, split: Split, vocab_size: int | None) -> Windows:
+@dataclass(frozen=True)
+class Tokens(FilesConfig):
+    """Files of tokens, read through a memory map."""
+
+    tokenizer: str = "bytes"
+    """The path of the Hugging Face tokenizer.json that made them, where no description beside a file names it."""
+
+    def windows(self, split: Split, vocab_size: int | None) -> Windows:
+        return open_tokens(self, split, vocab_size)
+
+
+def open_tokens(cfg: Tokens, split: Split, vocab_size: int | None) -> Windows:
     """The windows of token files.
 
     The evaluation split is `data.eval_path`; else the files named val* or eval*; else each file's last `eval_fraction`.
@@ -154,7 +166,7 @@ def _no_uint16(beginning: bytes) -> str:
     if int.from_bytes(beginning[:4], "little") in _LLM_C:
         return "begins with the header of llm.c (try tail -c +1025)"
     if len(beginning) >= 64 and beginning.isascii() and all(b >= 32 or b in b"\t\n\r" for b in beginning):
-        return "is text (try --data.source text or table)"
+        return "is text (try --data text or table)"
     even, odd = np.frombuffer(beginning[: len(beginning) // 4 * 4], "<u2").reshape(-1, 2).T
     # no text has tokens of two kinds in turn: these are the upper halves of larger numbers
     if len(odd) and int(odd.max()) < min(16, int(even.max())):
@@ -168,7 +180,7 @@ def _part(array: np.ndarray, split: Split, eval_fraction: float) -> np.ndarray:
     return array[:cut] if split == "train" else array[cut:]
 
 
-def _tokenizer(file: Path, facts: dict[str, Any], cfg: DataConfig) -> Tokenizer | None:
+def _tokenizer(file: Path, facts: dict[str, Any], cfg: Tokens) -> Tokenizer | None:
     if facts["tokenizer"]:
         tokenizer = load_tokenizer(file.parent / facts["tokenizer"])
         if facts["vocab_size"] is not None and tokenizer.vocab_size > facts["vocab_size"]:
@@ -176,7 +188,7 @@ def _tokenizer(file: Path, facts: dict[str, Any], cfg: DataConfig) -> Tokenizer 
                 f"got vocab_size {facts['vocab_size']:,} in {_sidecar(file)} and a tokenizer of "
                 f"{tokenizer.vocab_size:,}, expected room for all of its tokens, try preparing the file again"
             )
-        if cfg.tokenizer != DataConfig().tokenizer:
+        if cfg.tokenizer != default(cfg, "tokenizer"):
             raise UserError(
                 f"got data.tokenizer {cfg.tokenizer!r} for {file}, which was made with {facts['tokenizer']} beside it, "
                 "expected that one, try without --data.tokenizer"

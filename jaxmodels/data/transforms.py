@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from jaxmodels.config import Augment
 from jaxmodels.data.order import mix
 from jaxmodels.data.pixels import BILINEAR, Jpeg, Library, Size, as_array, as_image, mirrored, resized
+from jaxmodels.data.section import Augment
 from jaxmodels.errors import UserError
 
 CENTRE = 7 / 8
@@ -51,8 +51,6 @@ def needed(cfg: Augment) -> int:
 
 def check(cfg: Augment, channels: int) -> None:
     """Raises UserError where images of so many channels can't be changed so."""
-    if cfg.randaugment and cfg.magnitude > 10:
-        raise UserError(f"got augment.magnitude {cfg.magnitude}, expected at most 10, try --augment.magnitude 9")
     if channels not in (1, 3) and describe(cfg):
         raise UserError(
             f"got a model of images of {channels} channels to augment, expected 1 (grey) or 3 (RGB), "

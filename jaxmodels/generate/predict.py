@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.config import Augment
 from jaxmodels.data import given, pixels, texts, transforms
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad, distinct
+from jaxmodels.data.section import Augment
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 from jaxmodels.generate.sample import sample
@@ -71,22 +71,22 @@ def kind_of(run: Run) -> given.Kind:
 
 def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
     """What makes a value ready, and what answers to a batch of them."""
-    task = run.config.task.name
-    if task in ("vae", "gan"):
+    answers = run.config.task.answers
+    if not answers:
         raise UserError(
-            f"got a run of task {task}, expected one that says something of a record, try jaxmodels report "
-            f"{run.directory}, which shows the images that it makes"
+            f"got a run of task {run.config.task.kind}, expected one that says something of a record, "
+            f"try jaxmodels report {run.directory}, which shows the images that it makes"
         )
     if kind_of(run) == "text" and run.tokenizer is None:
         raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
-    if task == "classification":
+    if answers in ("class", "classes"):
         return _inputs(run), _classifier(run)
-    if task == "contrastive":
+    if answers == "caption":
         return _images(run), _captioned(run)
     assert run.tokenizer is not None
-    if task == "seq2seq":
+    if answers == "translation":
         return _source(run, run.tokenizer), _translator(run, run.tokenizer, beams)
-    if task == "causal_lm":
+    if answers == "continuation":
         return _prompt(run, run.tokenizer, tokens), _writer(run, run.tokenizer, tokens)
     return _gaps(run, run.tokenizer), _filler(run, run.tokenizer)
 
@@ -147,7 +147,10 @@ def _shape(run: Run) -> tuple[int, ...]:
 
 
 def _classifier(run: Run) -> Answers:
-    names, several = distinct([run.class_name(i) for i in range(run.model.config.classes)]), run.config.task.multi_label
+    names, several = (
+        distinct([run.class_name(i) for i in range(run.model.config.classes)]),
+        run.config.task.answers == "classes",
+    )
 
     @jax.jit
     def shares(params: Any, batch: Any) -> jax.Array:
@@ -271,7 +274,7 @@ def _writer(run: Run, tokenizer: Tokenizer, tokens: int) -> Answers:
 def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
     """A text as its row of tokens, with the places of `[MASK]`."""
     section, gap = run.config.data, _gap(run, tokenizer)
-    special = section.pack or section.source == "synthetic"  # whole texts; windows of joined ones have none
+    special = section.pack or not section.real  # whole texts; windows of joined ones have none
 
     def encode(text: str) -> np.ndarray:
         if list(tokenizer.encode(MASK)) == [gap]:

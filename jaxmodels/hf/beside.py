@@ -93,9 +93,10 @@ def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
         settings = {name: value for name, value in special.objects(kept / "config.json").items() if name not in how}
     settings |= _of_images(run, part, cfg)
     if own and tokenizer is not None:
-        tokenizers.save(tokenizer, part, cfg.task.name)
-        return settings | tokenizers.ids(tokenizer, cfg.task.name)
-    if not kept.is_dir() and cfg.task.name in ("causal_lm", "seq2seq"):
+        translates = cfg.task.answers == "translation"
+        tokenizers.save(tokenizer, part, translates)
+        return settings | tokenizers.ids(tokenizer, translates)
+    if not kept.is_dir() and cfg.task.answers in ("continuation", "translation"):
         return dict.fromkeys(special.NAMES)  # otherwise transformers would take its defaults
     return settings
 

@@ -9,7 +9,7 @@ from typing import Any
 from jaxmodels.data.tokenizer import FILE, Bytes, Chars, HuggingFace, Tokenizer
 
 
-def save(tokenizer: Tokenizer, directory: Path, task: str = "causal_lm") -> None:
+def save(tokenizer: Tokenizer, directory: Path, translates: bool = False) -> None:
     """Write tokenizer.json, and a tokenizer_config.json with which AutoTokenizer uses it unchanged.
 
     The tokenizer puts around a text the tokens that a run of this task was trained with.
@@ -31,7 +31,7 @@ def save(tokenizer: Tokenizer, directory: Path, task: str = "causal_lm") -> None
         assert isinstance(tokenizer, HuggingFace)
         whole = HuggingFace(tokenizer.to_json())
         end = None if tokenizer.end is None else Rust.from_str(tokenizer.to_json()).id_to_token(tokenizer.end)
-        if task == "seq2seq" and end is not None:
+        if translates and end is not None:
             whole.wrap("", end)  # as a source ends
         (directory / FILE).write_text(whole.to_json(), encoding="utf-8")
         if end is not None:
@@ -39,7 +39,7 @@ def save(tokenizer: Tokenizer, directory: Path, task: str = "causal_lm") -> None
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def ids(tokenizer: Tokenizer, task: str) -> dict[str, Any]:
+def ids(tokenizer: Tokenizer, translates: bool) -> dict[str, Any]:
     """Return the ids in config.json with which transformers begins, ends and pads texts; None where there is none."""
     end, ends = tokenizer.special.end, list(tokenizer.special.ends)
     start = tokenizer.special.start if tokenizer.special.start is not None else end
@@ -47,7 +47,7 @@ def ids(tokenizer: Tokenizer, task: str) -> dict[str, Any]:
         "bos_token_id": tokenizer.before[-1] if tokenizer.before else end,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": end,
-        **({"decoder_start_token_id": start} if task == "seq2seq" else {}),
+        **({"decoder_start_token_id": start} if translates else {}),
     }
 
 

@@ -272,7 +272,7 @@ def _language_model(config: LSTMConfig) -> None:
     if config.classes is not None:
         raise UserError(
             f"got an LSTM with classes {config.classes}, expected a language model, "
-            "try --task.name classification or classes None"
+            "try --task classification or classes None"
         )
 
 

@@ -261,13 +261,3 @@ def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
         return placed
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes, is_leaf=lambda x: x is None)
-
-
-def batch_names(rank: int) -> Names:
-    """Logical axes of a batch field: (B, T) are tokens, anything else is whole along all but its rows."""
-    return ("batch", "seq") if rank == 2 else ("batch", *(None,) * (rank - 1))
-
-
-def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """Sharding of a batch field."""
-    return sharding(mesh, batch_names(rank))

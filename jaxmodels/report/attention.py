@@ -27,10 +27,10 @@ def pieces(saved: Evaluation) -> list[Piece]:
     """Maps of each layer's mean over heads and of the last layer's heads, for one example; nothing if it has none."""
     if "model" not in saved.networks:
         return []
-    batch, name = saved.examples(0, LOOKED_AT), saved.config.task.name
-    if name == "seq2seq":
+    batch, answers = saved.examples(0, LOOKED_AT), saved.config.task.answers
+    if answers == "translation":
         return cross(saved, batch)
-    if name == "contrastive":
+    if answers == "caption":
         seen = of_images(saved, batch["images"], lambda x: saved.apply(x, None))
         return seen + of_texts(saved, batch, "tokens", lambda tokens, **named: saved.apply(None, tokens, **named))
     tokens = "tokens" if "tokens" in batch else "inputs"

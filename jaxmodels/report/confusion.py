@@ -18,7 +18,7 @@ LISTED = 40
 
 def pieces(saved: Evaluation) -> list[Piece]:
     """The confusion matrix of a classifier of one class, and what it got wrong with the highest confidence."""
-    if saved.config.task.name != "classification" or saved.config.task.multi_label:
+    if saved.config.task.answers != "class":
         return []
     labels, predicted, confidence = predictions(saved)
     classes = saved.model.config.classes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +17,16 @@ LOOKED_AT = 1000
 
 def pieces(saved: Evaluation) -> list[Piece]:
     """A grid over two latents, and originals above their reconstructions."""
-    if saved.config.task.name != "vae":
+    if (task := saved.task.autoencoder) is None:
         return []
     inputs = saved.examples(0, LOOKED_AT)["inputs"]
     images = pixels(inputs)
-    seen = (images > 0.5).astype(np.float32) if saved.config.task.binarise else images
+    seen = np.asarray(task.seen(jnp.asarray(images)))
     outputs, mean, log_variance = saved.apply(jnp.asarray(seen))
     size = mean.shape[-1]
     used = np.asarray(gaussian_kl(mean[..., None], log_variance[..., None]).mean(0))
     axes = (0, 1) if size == 2 else tuple(int(i) for i in np.argsort(-used)[:2])
-    decoded = shown(saved, saved.apply(latents=jnp.asarray(codes(size, axes))))
+    decoded = np.asarray(task.shown(saved.apply(latents=jnp.asarray(codes(size, axes)))))
     caption = (
         f"{SIDE}×{SIDE} codes at equal shares of the prior, by the inverse of its distribution: "
         f"latent {axes[0]} grows to the right, latent {axes[-1]} upwards."
@@ -39,7 +37,7 @@ def pieces(saved: Evaluation) -> list[Piece]:
             f" Of {size} latents these two are used most ({nats} nats an image of {used.sum():.2f} in all); "
             "the others are 0, the prior's mean."
         )
-    pairs = np.concatenate([seen[:PAIRS], shown(saved, outputs[:PAIRS])])
+    pairs = np.concatenate([seen[:PAIRS], np.asarray(task.shown(outputs[:PAIRS]))])
     return [
         Picture("latents", sheet(decoded, SIDE, 7.0, gap=0), caption),
         Picture(
@@ -58,11 +56,6 @@ def codes(size: int, axes: tuple[int, ...], side: int = SIDE) -> np.ndarray:
     found[:, :, axes[-1]] = steps[::-1, None]
     found[:, :, axes[0]] = steps[None, :]
     return found.reshape(side * side, size)
-
-
-def shown(saved: Evaluation, outputs: Any) -> np.ndarray:
-    """Images in [0, 1] that the decoder's outputs stand for."""
-    return np.asarray(jax.nn.sigmoid(outputs) if saved.config.task.pixels == "bernoulli" else jnp.clip(outputs, 0, 1))
 
 
 def beside(pairs: np.ndarray, columns: int) -> np.ndarray:

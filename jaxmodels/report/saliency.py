@@ -20,7 +20,7 @@ IMAGES, TEXTS, LONGEST = 10, 8, 60
 
 def pieces(saved: Evaluation) -> list[Piece]:
     """The part that each pixel or token has in the logit of the class that a classifier chooses."""
-    if saved.config.task.name != "classification":
+    if saved.config.task.answers not in ("class", "classes"):
         return []
     batch = saved.examples(0, LOOKED_AT)
     inputs = batch["inputs"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 from jaxmodels.report.pieces import Picture, Piece, grid, sheet, show, tile
@@ -28,10 +26,8 @@ def pieces(saved: Evaluation) -> list[Piece]:
             show(axis, tile(images[:16], 4, 1))
             axis.set_title(f"step {step:,}", fontsize=10)
         found.append(Picture("samples", figure, "Images from the same latents after so many steps."))
-    if saved.config.task.name == "gan":
-        config: Any = saved.networks["generator"].config
-        z = jax.random.normal(jax.random.key(SEED), (SIDE * SIDE, config.latents))
-        images = (np.asarray(saved.apply(z, network="generator")) + 1) / 2
+    if saved.task.samples is not None and saved.task.autoencoder is None:  # of codes there is a picture of its own
+        images = np.asarray(saved.task.samples(saved.params, saved.stats, SIDE * SIDE, SEED))
         found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, not chosen."))
     return found
 

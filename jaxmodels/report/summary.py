@@ -69,11 +69,11 @@ def described(c: Column) -> dict[str, str]:
     steps = f"{int(c.rows[-1]['step']):,} of {c.cfg.train.steps:,}" if c.rows else f"{c.cfg.train.steps:,}"
     minutes = training_minutes(c.rows)
     versions = ", ".join(f"{name} {version}" for name, version in c.origin.get("versions", {}).items())
-    source = f"{c.cfg.data.source} {c.cfg.data.name}".strip()
+    source = f"{c.cfg.data.kind} {c.cfg.data.name}".strip()
     return {
         "model": family_of(c.cfg.model).name,
         "parameters": ", ".join(sizes),
-        "task": c.cfg.task.name,
+        "task": c.cfg.task.kind,
         "trained on": c.kept.train or source,
         "evaluated on": c.saved.source.describe() if c.saved else c.kept.eval or source,
         "steps": f"{steps}, batches of {c.cfg.data.batch_size}",

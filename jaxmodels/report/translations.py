@@ -13,7 +13,7 @@ BEAMS = 4
 def pieces(saved: Evaluation) -> list[Piece]:
     """Source, reference and hypothesis of the first pairs that are held out."""
     tokenizer = saved.source.tokenizer
-    if saved.config.task.name != "seq2seq" or tokenizer is None:
+    if saved.config.task.answers != "translation" or tokenizer is None:
         return []
     from jaxmodels.generate.translation import translate_texts
 

@@ -2,98 +2,141 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data import examples
 from jaxmodels.data.contract import BatchField
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Weight
 from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.tasks import metrics as measures
 from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, counted, forward, normalised, numbers, tokens
+from jaxmodels.tasks.task import (
+    Answers,
+    Aux,
+    Batch,
+    Loss,
+    Params,
+    ScoredConfig,
+    Sums,
+    Task,
+    counted,
+    forward,
+    normalised,
+    numbers,
+    tokens,
+)
 
 
-def classification(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+@dataclass(frozen=True)
+class Classification(ScoredConfig):
     """Train a classifier on `inputs` (B, …) and `labels` (B,), ignored below 0; with `task.multi_label` (B, classes).
 
     Images of bytes are scaled to [0, 1] and normalised. Inputs of a classifier of texts are tokens (B, T); a batch may
     have their `segment_ids` and `types` (B, T) then. Images may be blended in training (`task.mixup`, `task.cutmix`):
     which, and by how much, is a function of the seed and the step.
     """
-    classes = getattr(model.config, "classes", None)
-    if classes is None:
-        raise UserError(
-            f"got task classification with {type(model.config).__name__}, expected a classifier, "
-            "try --task.name causal_lm"
-        )
-    if model.longest is not None and data.seq_len > model.longest:
-        raise UserError(
-            f"got data.seq_len {data.seq_len}, expected at most model.context {model.longest}, "
-            f"try --model.context {data.seq_len}"
-        )
-    blends = bool(cfg.mixup or cfg.cutmix)
-    if blends and len(model.inputs(1)[0].shape) != 4:
-        raise UserError(
-            f"got task.mixup {cfg.mixup} and task.cutmix {cfg.cutmix} for {type(model.config).__name__}, expected a "
-            "model of images, try --task.mixup 0 --task.cutmix 0"
-        )
-    if cfg.multi_label and (cfg.label_smoothing or cfg.z_loss):
-        raise UserError(
-            "got task.multi_label with label smoothing or z-loss, expected neither, "
-            "try --task.label-smoothing 0 --task.z-loss 0"
-        )
 
-    def scores(logits: jax.Array, labels: jax.Array) -> Scores:
-        if not cfg.multi_label:
-            return cross_entropy(logits, labels, cfg.label_smoothing, cfg.z_loss)
-        found = measures.multiple(logits, labels)
-        each = (binary_cross_entropy(logits, jnp.maximum(labels, 0)) * (labels >= 0)).sum(-1)
-        return Scores(each.sum(), each.sum(), *found["accuracy"])
+    multi_label: bool = False
+    """Whether an example may have any number of classes, each judged by itself."""
+    mixup: Weight = 0.0
+    """Images are blended in pairs, by shares of Beta(mixup, mixup) (Zhang et al. 2018); 0: never."""
+    cutmix: Weight = 0.0
+    """A rectangle of each image is another's, of a share of Beta(cutmix, cutmix) (Yun et al. 2019); 0: never. With
+    mixup too, each batch has one of them."""
+    reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
-    def apply(params: Params, stats: Params, batch: Batch, inputs: jax.Array, **kwargs: Any) -> tuple[Any, Params]:
-        packed = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
-        return forward(("model", model), params, stats, inputs, **packed, **kwargs)
+    @property
+    def answers(self) -> Answers:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "classes" if self.multi_label else "class"
 
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-        inputs, labels = normalised(batch["inputs"], data), counted(batch, batch["labels"])
-        if not blends:
-            logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
+    def examples(self, opening: Opening) -> Source:
+        kinds = ("image", "array") if opening.inputs_shape else ("text",)
+        source = examples.labelled(opening, kinds)
+        examples.check_classes(source, opening.num_classes)
+        return source
+
+    def build(self, model: Model, data: DataConfig) -> Task:
+        classes = getattr(model.config, "classes", None)
+        if classes is None:
+            raise UserError(
+                f"got task classification with {type(model.config).__name__}, expected a classifier, "
+                "try --task causal_lm"
+            )
+        if model.longest is not None and data.seq_len > model.longest:
+            raise UserError(
+                f"got data.seq_len {data.seq_len}, expected at most model.context {model.longest}, "
+                f"try --model.context {data.seq_len}"
+            )
+        blends = bool(self.mixup or self.cutmix)
+        if blends and len(model.inputs(1)[0].shape) != 4:
+            raise UserError(
+                f"got task.mixup {self.mixup} and task.cutmix {self.cutmix} for {type(model.config).__name__}, "
+                "expected a model of images, try --task.mixup 0 --task.cutmix 0"
+            )
+        if self.multi_label and (self.label_smoothing or self.z_loss):
+            raise UserError(
+                "got task.multi_label with label smoothing or z-loss, expected neither, "
+                "try --task.label-smoothing 0 --task.z-loss 0"
+            )
+
+        def scores(logits: jax.Array, labels: jax.Array) -> Scores:
+            if not self.multi_label:
+                return cross_entropy(logits, labels, self.label_smoothing, self.z_loss)
+            found = measures.multiple(logits, labels)
+            each = (binary_cross_entropy(logits, jnp.maximum(labels, 0)) * (labels >= 0)).sum(-1)
+            return Scores(each.sum(), each.sum(), *found["accuracy"])
+
+        def apply(params: Params, stats: Params, batch: Batch, inputs: jax.Array, **kwargs: Any) -> tuple[Any, Params]:
+            packed = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
+            return forward(("model", model), params, stats, inputs, **packed, **kwargs)
+
+        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+            inputs, labels = normalised(batch["inputs"], data), counted(batch, batch["labels"])
+            if not blends:
+                logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
+                s = scores(logits, labels)
+            else:
+                rng, own = jax.random.split(rng)
+                inputs, share = blend(own, inputs, self.mixup, self.cutmix)
+                logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
+                a, b = scores(logits, labels), scores(logits, labels[::-1])
+                s = Scores(*(share * x + (1 - share) * y for x, y in zip(a, b, strict=True)))
+            return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            logits, _ = apply(params, stats, batch, normalised(batch["inputs"], data))
+            labels = counted(batch, batch["labels"])
             s = scores(logits, labels)
+            measure = measures.multiple if self.multi_label else measures.single
+            return {"loss": (s.loss, s.count), **measure(logits, labels)}
+
+        (inputs,), whole = model.inputs(1, data.seq_len), tokens(data, optional=True)
+        reads_text = jnp.issubdtype(inputs.dtype, jnp.integer)
+        label = BatchField((classes,), np.float32, below=2) if self.multi_label else BatchField((), below=classes)
+        if reads_text:
+            ids = tokens(data, getattr(model.config, "vocab_size", None))
+            fields = {"inputs": ids, "labels": label, "segment_ids": whole, "types": whole}
         else:
-            rng, own = jax.random.split(rng)
-            inputs, share = blend(own, inputs, cfg.mixup, cfg.cutmix)
-            logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
-            a, b = scores(logits, labels), scores(logits, labels[::-1])
-            s = Scores(*(share * x + (1 - share) * y for x, y in zip(a, b, strict=True)))
-        return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
+            fields = {"inputs": numbers(inputs.shape[1:]), "labels": label}
 
-    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-        logits, _ = apply(params, stats, batch, normalised(batch["inputs"], data))
-        labels = counted(batch, batch["labels"])
-        s = scores(logits, labels)
-        measure = measures.multiple if cfg.multi_label else measures.single
-        return {"loss": (s.loss, s.count), **measure(logits, labels)}
-
-    (inputs,), whole = model.inputs(1, data.seq_len), tokens(data, optional=True)
-    reads_text = jnp.issubdtype(inputs.dtype, jnp.integer)
-    fields = {
-        "inputs": tokens(data, getattr(model.config, "vocab_size", None)) if reads_text else numbers(inputs.shape[1:]),
-        "labels": BatchField((classes,), np.float32, below=2) if cfg.multi_label else BatchField((), below=classes),
-        **({"segment_ids": whole, "types": whole} if reads_text else {}),
-    }
-    return Task(
-        {"model": model},
-        (Loss("loss", "model", loss),),
-        metrics,
-        fields,
-        needs="a label of 0 or above",
-        summarise=measures.summarise,
-    )
+        return Task(
+            {"model": model},
+            (Loss("loss", "model", loss),),
+            metrics,
+            fields,
+            needs="a label of 0 or above",
+            summarise=measures.summarise,
+        )
 
 
 def blend(key: jax.Array, images: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data import examples
 from jaxmodels.data.contract import BatchField
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel.rules import REPLICAS
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, Whole, forward, normalised, numbers, rows, tokens
+from jaxmodels.tasks.task import (
+    Answers,
+    Aux,
+    Batch,
+    Loss,
+    Params,
+    Sums,
+    Task,
+    TaskConfig,
+    Whole,
+    forward,
+    normalised,
+    numbers,
+    rows,
+    tokens,
+)
 
 LARGEST = 100.0
 """Bound of what similarities are multiplied by (Radford et al. 2021, section 2.5)."""
 
 
-def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+@dataclass(frozen=True)
+class Contrastive(TaskConfig):
     """Train two towers on `images` (B, H, W, C) and their `tokens` (B, T); pairs with a label below 0 are ignored.
 
     Cross-entropy of each image over the texts of the global batch, and of each text over its images, halved and added.
@@ -32,73 +52,81 @@ def contrastive(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     With train.accumulate above 1 the others are those of a microbatch, and in evaluation those of the whole set: the
     loss depends on their number, so it is higher there. A batch may have `segment_ids` (B, T).
     """
-    if not isinstance(model.config, CLIPConfig):
-        raise UserError(
-            f"got task contrastive with {type(model.config).__name__}, expected a model of images and texts, "
-            "try CLIPConfig or another --task.name"
-        )
-    if data.seq_len > model.config.context:
-        raise UserError(
-            f"got data.seq_len {data.seq_len}, expected at most model.context {model.config.context}, "
-            f"try --data.seq-len {model.config.context}"
-        )
 
-    def embed(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
-        images, texts = normalised(batch["images"], data), batch["tokens"]
-        packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-        return forward(("model", model), params, stats, images, texts, **packed, **how)
+    answers: ClassVar[Answers] = "caption"
+    reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
-    def score(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Scores, Scores, Params]:
-        (seen, read, scale), stats = embed(params, stats, batch, **how)
-        counts = rows(batch) > 0
-        others, targets = everywhere(counts), jnp.where(counts, first(len(counts)) + jnp.arange(len(counts)), -1)
-        classes = batch.get("classes")
-        same = None if classes is None else others & (classes[:, None] == everywhere(classes)[None])
+    def examples(self, opening: Opening) -> Source:
+        return examples.captioned(opening)
 
-        def choose(mine: jax.Array, all_of_theirs: jax.Array) -> Scores:
-            logits = jnp.minimum(scale, LARGEST) * mine @ all_of_theirs.T
-            least = jnp.finfo(logits.dtype).min
-            logits = shard(jnp.where(others, logits, least), "batch", None)
-            return cross_entropy(logits, targets) if same is None else any_of(logits, same & counts[:, None])
+    def build(self, model: Model, data: DataConfig) -> Task:
+        if not isinstance(model.config, CLIPConfig):
+            raise UserError(
+                f"got task contrastive with {type(model.config).__name__}, expected a model of images and texts, "
+                "try CLIPConfig or another --task"
+            )
+        if data.seq_len > model.config.context:
+            raise UserError(
+                f"got data.seq_len {data.seq_len}, expected at most model.context {model.config.context}, "
+                f"try --data.seq-len {model.config.context}"
+            )
 
-        return choose(seen, everywhere(read)), choose(read, everywhere(seen)), stats
+        def embed(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
+            images, texts = normalised(batch["images"], data), batch["tokens"]
+            packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+            return forward(("model", model), params, stats, images, texts, **packed, **how)
 
-    def sums(image: Scores, text: Scores) -> Sums:
-        return {
-            "loss": ((image.loss + text.loss) / 2, image.count),
-            "image_to_text": (image.correct, image.count),
-            "text_to_image": (text.correct, text.count),
+        def score(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Scores, Scores, Params]:
+            (seen, read, scale), stats = embed(params, stats, batch, **how)
+            counts = rows(batch) > 0
+            others, targets = everywhere(counts), jnp.where(counts, first(len(counts)) + jnp.arange(len(counts)), -1)
+            classes = batch.get("classes")
+            same = None if classes is None else others & (classes[:, None] == everywhere(classes)[None])
+
+            def choose(mine: jax.Array, all_of_theirs: jax.Array) -> Scores:
+                logits = jnp.minimum(scale, LARGEST) * mine @ all_of_theirs.T
+                least = jnp.finfo(logits.dtype).min
+                logits = shard(jnp.where(others, logits, least), "batch", None)
+                return cross_entropy(logits, targets) if same is None else any_of(logits, same & counts[:, None])
+
+            return choose(seen, everywhere(read)), choose(read, everywhere(seen)), stats
+
+        def sums(image: Scores, text: Scores) -> Sums:
+            return {
+                "loss": ((image.loss + text.loss) / 2, image.count),
+                "image_to_text": (image.correct, image.count),
+                "text_to_image": (text.correct, text.count),
+            }
+
+        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+            image, text, stats = score(params, stats, batch, train=True, rng=rng)
+            found = sums(image, text)
+            return found["loss"][0], Aux(image.count, found, stats)
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            return sums(*score(params, stats, batch)[:2])
+
+        def keep(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
+            (seen, read, scale), _ = embed(params, stats, batch)
+            own = {"classes": batch["classes"]} if "classes" in batch else {}
+            return {"images": jnp.minimum(scale, LARGEST) * seen, "texts": read, "weight": rows(batch), **own}
+
+        label = BatchField((), optional=True)
+        fields = {
+            "images": numbers(model.config.input_shape),
+            "tokens": tokens(data, model.config.vocab_size),
+            "segment_ids": tokens(data, optional=True),
+            "labels": label,
+            "classes": label,
         }
-
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-        image, text, stats = score(params, stats, batch, train=True, rng=rng)
-        found = sums(image, text)
-        return found["loss"][0], Aux(image.count, found, stats)
-
-    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-        return sums(*score(params, stats, batch)[:2])
-
-    def keep(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
-        (seen, read, scale), _ = embed(params, stats, batch)
-        own = {"classes": batch["classes"]} if "classes" in batch else {}
-        return {"images": jnp.minimum(scale, LARGEST) * seen, "texts": read, "weight": rows(batch), **own}
-
-    label = BatchField((), optional=True)
-    fields = {
-        "images": numbers(model.config.input_shape),
-        "tokens": tokens(data, model.config.vocab_size),
-        "segment_ids": tokens(data, optional=True),
-        "labels": label,
-        "classes": label,
-    }
-    return Task(
-        {"model": model},
-        (Loss("loss", "model", loss),),
-        metrics,
-        fields,
-        needs="a pair, with a label of 0 or above if it has one",
-        whole=Whole(keep, retrieval),
-    )
+        return Task(
+            {"model": model},
+            (Loss("loss", "model", loss),),
+            metrics,
+            fields,
+            needs="a pair, with a label of 0 or above if it has one",
+            whole=Whole(keep, retrieval),
+        )
 
 
 def retrieval(kept: Mapping[str, np.ndarray], rows: int = 1024) -> dict[str, tuple[float, float]]:

@@ -8,10 +8,11 @@ import jax
 from jax.interpreters import partial_eval
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data.section import DataConfig
 from jaxmodels.models.flops import plain, products
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.tasks import losses
+from jaxmodels.tasks.task import TaskConfig
 
 
 class Step(NamedTuple):

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data import examples
 from jaxmodels.data.contract import BatchField
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig, default
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Range, Weight
 from jaxmodels.models.functional import Model, create
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.layers import shard
-from jaxmodels.tasks.losses import gradient_penalty
-from jaxmodels.tasks.task import Aux, Batch, Loss, Params, Sums, Task, floats, forward, noise_of, numbers, rows
+from jaxmodels.tasks import losses as objectives
+from jaxmodels.tasks.task import (
+    Aux,
+    Batch,
+    Loss,
+    Params,
+    Sums,
+    Task,
+    TaskConfig,
+    floats,
+    forward,
+    noise_of,
+    numbers,
+    rows,
+)
 
 SAMPLES = 64
 
 
-def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+@dataclass(frozen=True)
+class GAN(TaskConfig):
     """Train both networks of a GAN on `inputs` (B, H, W, C) in [0, 1]; rows with a label below 0 are ignored.
 
     A step updates the discriminator, `task.critic_steps` times and each time on its own share of the batch, then the
@@ -28,71 +47,86 @@ def gan(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     Wasserstein distance with gradient penalty (Gulrajani et al. 2017, equation 3). Evaluation gives the discriminator's
     loss (without penalty) and the generator's, from latents that are a function of the example.
     """
-    config = model.config
-    if not isinstance(config, GANConfig):
-        raise UserError(f"got task gan with {type(config).__name__}, expected a GAN, try --task.name classification")
-    wasserstein = config.kind == "wgan-gp"
-    generator = ("generator", create(config, network="generator"))
-    discriminator = ("discriminator", create(config, network="discriminator"))
 
-    def scale(batch: Batch) -> jax.Array:
-        return 2 * floats(batch["inputs"]) - 1
+    critic_steps: Annotated[int, Range(1, 1000)] = 1
+    """Updates of the discriminator for each one of the generator, each on its own share of the batch."""
+    gradient_penalty: Weight = 10.0
+    """Weight of the penalty on the critic's gradient (a GAN of kind wgan-gp; Gulrajani et al. 2017)."""
 
-    def latents(key: jax.Array, batch: Batch) -> jax.Array:
-        # the same whatever the number of devices, and on each device those of its rows
-        return shard(jax.random.normal(key, (len(batch["inputs"]), config.latents)), "batch", None)
+    def examples(self, opening: Opening) -> Source:
+        return examples.labelled(opening, ("image", "array"), optional=True)
 
-    def judged(real: jax.Array, fake: jax.Array) -> jax.Array:
-        return fake - real if wasserstein else jax.nn.softplus(-real) + jax.nn.softplus(fake)
-
-    def fooled(fake: jax.Array) -> jax.Array:
-        return -fake if wasserstein else jax.nn.softplus(-fake)
-
-    def total(each: Mapping[str, jax.Array], batch: Batch) -> Sums:
-        counts = rows(batch)
-        return {name: ((counts * values).sum(), counts.sum()) for name, values in each.items()}
-
-    def train_discriminator(
-        params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0
-    ) -> tuple[jax.Array, Aux]:
-        keys = jax.random.split(rng, 2)
-        real = scale(batch)
-        fake, _ = forward(generator, params, stats, latents(keys[0], batch), train=True)
-        on_real, stats = forward(discriminator, params, stats, real, train=True)
-        on_fake, stats = forward(discriminator, params, stats, fake, train=True)
-        each = {"loss": judged(on_real, on_fake), "real": on_real, "fake": on_fake}
-        if wasserstein:
-            share = shard(jax.random.uniform(keys[1], (len(real),)), "batch")
-            each["penalty"] = gradient_penalty(
-                lambda x: forward(discriminator, params, stats, x, train=True)[0], real, fake, share
+    def build(self, model: Model, data: DataConfig) -> Task:
+        config = model.config
+        if not isinstance(config, GANConfig):
+            raise UserError(f"got task gan with {type(config).__name__}, expected a GAN, try --task classification")
+        wasserstein = config.kind == "wgan-gp"
+        if not wasserstein and self.gradient_penalty != (usual := default(self, "gradient_penalty")):
+            raise UserError(
+                f"got task.gradient_penalty {self.gradient_penalty} for a GAN of kind {config.kind}, expected wgan-gp, "
+                f"try --model.kind wgan-gp or --task.gradient-penalty {usual}"
             )
-            each["loss"] += cfg.gradient_penalty * each["penalty"]
-        sums = total(each, batch)
-        return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
+        generator = ("generator", create(config, network="generator"))
+        discriminator = ("discriminator", create(config, network="discriminator"))
 
-    def train_generator(
-        params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0
-    ) -> tuple[jax.Array, Aux]:
-        batch = {name: x[:: cfg.critic_steps] for name, x in batch.items()}  # strided: rows of every device
-        fake, stats = forward(generator, params, stats, latents(rng, batch), train=True)
-        on_fake, _ = forward(discriminator, params, stats, fake, train=True)
-        sums = total({"loss": fooled(on_fake)}, batch)
-        return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
+        def scale(batch: Batch) -> jax.Array:
+            return 2 * floats(batch["inputs"]) - 1
 
-    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-        fake, _ = forward(generator, params, stats, noise_of(batch["inputs"], config.latents))
-        on_real, on_fake = (forward(discriminator, params, stats, x)[0] for x in (scale(batch), fake))
-        return total({"loss": judged(on_real, on_fake), "generator": fooled(on_fake)}, batch)
+        def latents(key: jax.Array, batch: Batch) -> jax.Array:
+            # the same whatever the number of devices, and on each device those of its rows
+            return shard(jax.random.normal(key, (len(batch["inputs"]), config.latents)), "batch", None)
 
-    fields = {"inputs": numbers(config.input_shape), "labels": BatchField(None, optional=True)}
+        def judged(real: jax.Array, fake: jax.Array) -> jax.Array:
+            return fake - real if wasserstein else jax.nn.softplus(-real) + jax.nn.softplus(fake)
 
-    def samples(params: Params, stats: Params, count: int = SAMPLES) -> jax.Array:
-        z = jax.random.normal(jax.random.key(0), (count, config.latents))
-        return (forward(generator, params, stats, z)[0] + 1) / 2
+        def fooled(fake: jax.Array) -> jax.Array:
+            return -fake if wasserstein else jax.nn.softplus(-fake)
 
-    losses = (
-        Loss("discriminator", "discriminator", train_discriminator, cfg.critic_steps),
-        Loss("generator", "generator", train_generator),
-    )
-    needs = "an image, with a label of 0 or above if it has one"
-    return Task(dict((generator, discriminator)), losses, metrics, fields, needs=needs, samples=samples)
+        def total(each: Mapping[str, jax.Array], batch: Batch) -> Sums:
+            counts = rows(batch)
+            return {name: ((counts * values).sum(), counts.sum()) for name, values in each.items()}
+
+        def train_discriminator(
+            params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0
+        ) -> tuple[jax.Array, Aux]:
+            keys = jax.random.split(rng, 2)
+            real = scale(batch)
+            fake, _ = forward(generator, params, stats, latents(keys[0], batch), train=True)
+            on_real, stats = forward(discriminator, params, stats, real, train=True)
+            on_fake, stats = forward(discriminator, params, stats, fake, train=True)
+            each = {"loss": judged(on_real, on_fake), "real": on_real, "fake": on_fake}
+            if wasserstein:
+                share = shard(jax.random.uniform(keys[1], (len(real),)), "batch")
+                each["penalty"] = objectives.gradient_penalty(
+                    lambda x: forward(discriminator, params, stats, x, train=True)[0], real, fake, share
+                )
+                each["loss"] += self.gradient_penalty * each["penalty"]
+            sums = total(each, batch)
+            return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
+
+        def train_generator(
+            params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0
+        ) -> tuple[jax.Array, Aux]:
+            batch = {name: x[:: self.critic_steps] for name, x in batch.items()}  # strided: rows of every device
+            fake, stats = forward(generator, params, stats, latents(rng, batch), train=True)
+            on_fake, _ = forward(discriminator, params, stats, fake, train=True)
+            sums = total({"loss": fooled(on_fake)}, batch)
+            return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            fake, _ = forward(generator, params, stats, noise_of(batch["inputs"], config.latents))
+            on_real, on_fake = (forward(discriminator, params, stats, x)[0] for x in (scale(batch), fake))
+            return total({"loss": judged(on_real, on_fake), "generator": fooled(on_fake)}, batch)
+
+        fields = {"inputs": numbers(config.input_shape), "labels": BatchField(None, optional=True)}
+
+        def samples(params: Params, stats: Params, count: int = SAMPLES, seed: int = 0) -> jax.Array:
+            z = jax.random.normal(jax.random.key(seed), (count, config.latents))
+            return (forward(generator, params, stats, z)[0] + 1) / 2
+
+        losses = (
+            Loss("discriminator", "discriminator", train_discriminator, self.critic_steps),
+            Loss("generator", "generator", train_generator),
+        )
+        needs = "an image, with a label of 0 or above if it has one"
+        return Task(dict((generator, discriminator)), losses, metrics, fields, needs=needs, samples=samples)

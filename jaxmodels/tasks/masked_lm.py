@@ -3,78 +3,112 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data import examples
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Natural, Range
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, packed, perplexity, scored, seeds, tokens
+from jaxmodels.tasks.task import (
+    Answers,
+    Batch,
+    Loss,
+    Params,
+    ScoredConfig,
+    Task,
+    counted,
+    forward,
+    packed,
+    perplexity,
+    scored,
+    seeds,
+    tokens,
+)
 
 
-def masked_lm(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+@dataclass(frozen=True)
+class MaskedLM(ScoredConfig):
     """Train an encoder on texts `tokens` (B, T), of which it takes a share out itself.
 
     Never taken: places where `segment_ids` are 0 or `targets` (used for nothing else) below 0, and ids of `task.keep`.
     In training the choice is another at each step (Liu et al. 2019, section 4.1); in evaluation it is a function of the
     tokens. A batch may have `types` and `positions` (B, T) too.
     """
-    config = model.config
-    if not isinstance(config, BERTConfig) or config.head != "masked_lm":
-        head = f" with head {config.head}" if isinstance(config, BERTConfig) else ""
-        raise UserError(
-            f"got task masked_lm with {type(config).__name__}{head}, expected an encoder that gives logits of each "
-            "token, try BERTConfig with head masked_lm or another --task.name"
-        )
-    if data.seq_len > config.context:
-        raise UserError(
-            f"got data.seq_len {data.seq_len}, expected at most model.context {config.context}, "
-            f"try --model.context {data.seq_len}"
-        )
-    gap = config.vocab_size - 1 if cfg.mask_token is None else cfg.mask_token
-    if not 0 <= gap < config.vocab_size:
-        raise UserError(
-            f"got task.mask_token {gap}, expected an id below model.vocab_size {config.vocab_size}, "
-            f"try --task.mask-token {config.vocab_size - 1}"
-        )
-    if wrong := [token for token in cfg.keep if not 0 <= token < config.vocab_size]:
-        raise UserError(
-            f"got {wrong[0]} in task.keep, expected ids below model.vocab_size {config.vocab_size}, try without it"
-        )
-    if len(set(cfg.keep)) == config.vocab_size:
-        raise UserError(
-            f"got task.keep of all {config.vocab_size} ids, expected some that may be taken out, "
-            "try those of [PAD], [CLS] and [SEP] alone"
-        )
 
-    def score(
-        params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
-    ) -> tuple[Scores, Params]:
-        ids = batch["tokens"]
-        free = ~jnp.isin(ids, jnp.array(cfg.keep, ids.dtype)) if cfg.keep else jnp.ones(ids.shape, bool)
-        for name, least in (("segment_ids", 1), ("targets", 0)):
-            if name in batch:
-                free &= batch[name] >= least
-        if rng is None:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds(ids))
-        else:
-            rng, own = jax.random.split(rng)
-            keys = jax.random.split(own, len(ids))
-        hide = functools.partial(mask, fraction=cfg.mask_fraction, gap=gap, vocab_size=config.vocab_size)
-        hidden, at, targets = jax.vmap(hide)(keys, ids, free)
-        given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
-        logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
-        return cross_entropy(logits, counted(batch, targets), cfg.label_smoothing, cfg.z_loss), stats
+    mask_fraction: Annotated[float, Range(above=0, below=1)] = 0.15
+    """Share of a text's tokens that are taken out (Devlin et al. 2018)."""
+    mask_token: Natural | None = None
+    """Id that stands in their places; None: the last of the vocabulary."""
+    keep: tuple[Natural, ...] = ()
+    """Ids that are never taken out, such as those of [PAD], [CLS] and [SEP]."""
+    answers: ClassVar[Answers] = "gaps"
 
-    fields = {"tokens": tokens(data, config.vocab_size), "targets": tokens(data, config.vocab_size, not data.pack)}
-    fields |= {**packed(data), "types": tokens(data, optional=True)}
-    loss, metrics = scored(score)
-    needs = "a token that may be taken out: no padding, none of task.keep"
-    losses = (Loss("loss", "model", loss),)
-    return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity)
+    def examples(self, opening: Opening) -> Source:
+        return examples.language(opening, masked=True)
+
+    def build(self, model: Model, data: DataConfig) -> Task:
+        config = model.config
+        if not isinstance(config, BERTConfig) or config.head != "masked_lm":
+            head = f" with head {config.head}" if isinstance(config, BERTConfig) else ""
+            raise UserError(
+                f"got task masked_lm with {type(config).__name__}{head}, expected an encoder that gives logits of each "
+                "token, try BERTConfig with head masked_lm or another --task"
+            )
+        if data.seq_len > config.context:
+            raise UserError(
+                f"got data.seq_len {data.seq_len}, expected at most model.context {config.context}, "
+                f"try --model.context {data.seq_len}"
+            )
+        gap = config.vocab_size - 1 if self.mask_token is None else self.mask_token
+        if not 0 <= gap < config.vocab_size:
+            raise UserError(
+                f"got task.mask_token {gap}, expected an id below model.vocab_size {config.vocab_size}, "
+                f"try --task.mask-token {config.vocab_size - 1}"
+            )
+        if wrong := [token for token in self.keep if not 0 <= token < config.vocab_size]:
+            raise UserError(
+                f"got {wrong[0]} in task.keep, expected ids below model.vocab_size {config.vocab_size}, try without it"
+            )
+        if len(set(self.keep)) == config.vocab_size:
+            raise UserError(
+                f"got task.keep of all {config.vocab_size} ids, expected some that may be taken out, "
+                "try those of [PAD], [CLS] and [SEP] alone"
+            )
+
+        def score(
+            params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
+        ) -> tuple[Scores, Params]:
+            ids = batch["tokens"]
+            free = ~jnp.isin(ids, jnp.array(self.keep, ids.dtype)) if self.keep else jnp.ones(ids.shape, bool)
+            for name, least in (("segment_ids", 1), ("targets", 0)):
+                if name in batch:
+                    free &= batch[name] >= least
+            if rng is None:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds(ids))
+            else:
+                rng, own = jax.random.split(rng)
+                keys = jax.random.split(own, len(ids))
+            hide = functools.partial(mask, fraction=self.mask_fraction, gap=gap, vocab_size=config.vocab_size)
+            hidden, at, targets = jax.vmap(hide)(keys, ids, free)
+            given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
+            logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
+            return cross_entropy(logits, counted(batch, targets), self.label_smoothing, self.z_loss), stats
+
+        fields = {"tokens": tokens(data, config.vocab_size), "targets": tokens(data, config.vocab_size, not data.pack)}
+        fields |= {**packed(data), "types": tokens(data, optional=True)}
+        loss, metrics = scored(score)
+        needs = "a token that may be taken out: no padding, none of task.keep"
+        losses = (Loss("loss", "model", loss),)
+        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity)
 
 
 def mask(

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data import examples
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.models.functional import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
-from jaxmodels.tasks.task import Batch, Loss, Params, Task, counted, forward, perplexity, scored, tokens
+from jaxmodels.tasks.task import (
+    Answers,
+    Batch,
+    Loss,
+    Params,
+    ScoredConfig,
+    Task,
+    counted,
+    forward,
+    perplexity,
+    scored,
+    tokens,
+)
 
 
-def seq2seq(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+@dataclass(frozen=True)
+class Seq2Seq(ScoredConfig):
     """Train an encoder-decoder on sources `inputs` (B, S), decoder inputs `tokens` (B, T) and `targets` (B, T).
 
     Targets, the tokens that follow, are ignored below 0. A batch may have `segment_ids` (B, S) and
     `target_segment_ids` (B, T), for padding and packing.
     """
-    unembedding = model.unembedding
-    if unembedding is None or len(model.inputs(1)) != 2:
-        raise UserError(
-            f"got task seq2seq with {type(model.config).__name__}, expected an encoder-decoder, "
-            "try TransformerConfig or another --task.name"
-        )
 
-    def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
-        packed = {name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch}
-        inputs = (batch["inputs"], batch["tokens"])
-        features, stats = forward(("model", model), params, stats, *inputs, head=False, **packed, **kwargs)
-        output = unembedding(params["model"])
-        targets = counted(batch, batch["targets"])
-        return language_cross_entropy(features, output, targets, cfg.label_smoothing, cfg.z_loss), stats
+    answers: ClassVar[Answers] = "translation"
 
-    ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True)
-    fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
-    loss, metrics = scored(score)
-    losses = (Loss("loss", "model", loss),)
-    return Task({"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity)
+    def examples(self, opening: Opening) -> Source:
+        return examples.pairs(opening)
+
+    def build(self, model: Model, data: DataConfig) -> Task:
+        unembedding = model.unembedding
+        if unembedding is None or len(model.inputs(1)) != 2:
+            raise UserError(
+                f"got task seq2seq with {type(model.config).__name__}, expected an encoder-decoder, "
+                "try TransformerConfig or another --task"
+            )
+
+        def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
+            packed = {name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch}
+            inputs = (batch["inputs"], batch["tokens"])
+            features, stats = forward(("model", model), params, stats, *inputs, head=False, **packed, **kwargs)
+            output = unembedding(params["model"])
+            targets = counted(batch, batch["targets"])
+            return language_cross_entropy(features, output, targets, self.label_smoothing, self.z_loss), stats
+
+        ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True)
+        fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
+        loss, metrics = scored(score)
+        losses = (Loss("loss", "model", loss),)
+        return Task({"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity)

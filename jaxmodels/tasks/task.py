@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxmodels.config import DataConfig
 from jaxmodels.data.contract import BatchField, Contract
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
+from jaxmodels.fields import Dropped, Section, Weight
 from jaxmodels.models.functional import Model
 from jaxmodels.parallel import rules
+from jaxmodels.registry import Registry
 from jaxmodels.tasks.losses import Scores
 
 Params = dict[str, Any]
@@ -60,6 +64,15 @@ class Whole(NamedTuple):
     """The metrics' sums, from what was kept of all examples."""
 
 
+class Autoencoder(NamedTuple):
+    """What stands around a model that makes codes of images and images of codes."""
+
+    seen: Callable[[jax.Array], jax.Array]
+    """The images in [0, 1] that the model is given for those in [0, 1]."""
+    shown: Callable[[jax.Array], jax.Array]
+    """The images in [0, 1] that the decoder's outputs stand for."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Networks by name, the ordered losses that train them, and what is measured on held-out data."""
@@ -79,8 +92,10 @@ class Task:
     whole: Whole | None = None
     """How a whole set is measured, where sums over its batches would depend on their size."""
     samples: Callable[..., jax.Array] | None = None
-    """`samples(params, stats, count=64)`: images (N, H, W, C) in [0, 1] that a generative model makes, of the same
-    latents each time."""
+    """`samples(params, stats, count=64, seed=0)`: images (N, H, W, C) in [0, 1] that a generative model makes, of the
+    same latents for the same seed."""
+    autoencoder: Autoencoder | None = None
+    """What an autoencoder of images sees and shows."""
 
     @property
     def updates(self) -> int:
@@ -122,6 +137,65 @@ class Task:
         """Initial batch statistics of the networks that have them."""
         stats = {name: model.stats() for name, model in self.networks.items()}
         return {name: tree for name, tree in stats.items() if tree}
+
+
+TASKS = Registry(
+    "task",
+    "jaxmodels.tasks",
+    {
+        "causal_lm": "jaxmodels.tasks.causal_lm:CausalLM",
+        "masked_lm": "jaxmodels.tasks.masked_lm:MaskedLM",
+        "classification": "jaxmodels.tasks.classification:Classification",
+        "seq2seq": "jaxmodels.tasks.seq2seq:Seq2Seq",
+        "contrastive": "jaxmodels.tasks.contrastive:Contrastive",
+        "vae": "jaxmodels.tasks.vae:VAE",
+        "gan": "jaxmodels.tasks.gan:GAN",
+    },
+)
+
+Answers = Literal["", "class", "classes", "caption", "continuation", "translation", "gaps"]
+"""What a trained model says of a record: its class, or several; the caption that fits; the text that goes on; its
+translation; the tokens that are missing; nothing."""
+
+
+@dataclass(frozen=True)
+class TaskConfig(Section, section="task", kinds=TASKS):
+    """What a model is trained to do; a task of one's own derives from this and has `build` and `examples`."""
+
+    answers: ClassVar[Answers] = ""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Fields of `data` that its losses read themselves."""
+
+    @property
+    def kind(self) -> str:
+        """The task's name, such as vae."""
+        return TASKS.name_of(type(self))
+
+    def build(self, model: Model, data: DataConfig) -> Task:
+        """Join the model with its losses, metrics and batches.
+
+        Raises:
+            UserError: the model is none that this task trains.
+        """
+        raise NotImplementedError
+
+    def examples(self, opening: Opening) -> Source:
+        """Make examples of what a source gives, most often by one of the functions of `data.examples`.
+
+        Raises:
+            UserError: the source does not give what the task needs.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ScoredConfig(TaskConfig):
+    """A task whose loss is the cross-entropy of classes or tokens."""
+
+    label_smoothing: Dropped = 0.0
+    """Share of the target's probability spread over all classes (Szegedy et al. 2016)."""
+    z_loss: Weight = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
 
 
 def forward(

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.data import examples
 from jaxmodels.data.contract import BatchField
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Natural, Weight
 from jaxmodels.models.functional import Model
 from jaxmodels.models.vae import VAEConfig, reparameterise
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl
 from jaxmodels.tasks.task import (
+    Autoencoder,
     Aux,
     Batch,
     Loss,
     Params,
     Sums,
     Task,
+    TaskConfig,
     Totals,
     divide,
     floats,
@@ -35,7 +42,8 @@ from jaxmodels.tasks.task import (
 SAMPLES = 64
 
 
-def vae(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
+@dataclass(frozen=True)
+class VAE(TaskConfig):
     """Train a variational autoencoder on `inputs` (B, H, W, C) in [0, 1]; rows with a label below 0 are ignored.
 
     The loss is the negative evidence lower bound in nats an example, with the divergence weighted by `task.beta`, to
@@ -43,67 +51,91 @@ def vae(cfg: TaskConfig, model: Model, data: DataConfig) -> Task:
     example, and gives the bound too (`elbo`). With `task.binarise` each pixel is 1 with its brightness as the
     probability, drawn anew at each step (Salakhutdinov & Murray 2008), in evaluation as a function of the example.
     """
-    if not isinstance(model.config, VAEConfig):
-        raise UserError(
-            f"got task vae with {type(model.config).__name__}, expected a variational autoencoder, "
-            "try --task.name classification"
+
+    pixels: Literal["bernoulli", "gaussian"] = "bernoulli"
+    """How pixels spread around what is decoded: bernoulli: cross-entropy; gaussian, of variance 1: half the squared
+    error and a constant."""
+    binarise: bool = False
+    """Whether each pixel is seen as 0 or 1, drawn anew with its brightness as the probability."""
+    beta: Weight = 1.0
+    """Weight of the divergence of the codes from the prior (Higgins et al. 2017)."""
+    beta_warmup_steps: Natural = 0
+    """Steps over which that weight grows from 0 (Bowman et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.binarise and self.pixels != "bernoulli":
+            raise UserError("got task.binarise with task.pixels gaussian, expected one, try --task.pixels bernoulli")
+
+    def examples(self, opening: Opening) -> Source:
+        return examples.labelled(opening, ("image", "array"), optional=True)
+
+    def build(self, model: Model, data: DataConfig) -> Task:
+        if not isinstance(model.config, VAEConfig):
+            raise UserError(
+                f"got task vae with {type(model.config).__name__}, expected a variational autoencoder, "
+                "try --task classification"
+            )
+
+        def spread(outputs: jax.Array, images: jax.Array) -> jax.Array:
+            if self.pixels == "bernoulli":
+                return binary_cross_entropy(outputs, images)
+            return 0.5 * jnp.square(outputs - images) + 0.5 * math.log(2 * math.pi)
+
+        def sums(
+            outputs: jax.Array, images: jax.Array, batch: Batch, mean: jax.Array, log_variance: jax.Array, beta: Any
+        ) -> Sums:
+            counts = rows(batch)
+            pixels = spread(outputs, images).sum((1, 2, 3))
+            divergence = gaussian_kl(mean, log_variance)
+            found = {"loss": pixels + beta * divergence, "reconstruction": pixels, "kl": divergence}
+            return {name: ((counts * each).sum(), counts.sum()) for name, each in found.items()}
+
+        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+            images = floats(batch["inputs"])
+            if self.binarise:
+                rng, own = jax.random.split(rng)
+                images = jax.random.bernoulli(own, images).astype(jnp.float32)
+            outputs, stats = forward(("model", model), params, stats, images, train=True, rng=rng)
+            beta = self.beta
+            if self.beta_warmup_steps:
+                beta = self.beta * jnp.minimum(1.0, step / self.beta_warmup_steps)
+            logits, mean, log_variance = outputs
+            found = sums(logits, images, batch, mean, log_variance, beta)
+            total, weight = found["loss"]
+            return total, Aux(weight, found, stats)
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            images = floats(batch["inputs"])
+            if self.binarise:
+                images = (uniform_of(batch["inputs"], images.shape[1:]) < images).astype(jnp.float32)
+            (_, mean, log_variance), _ = forward(("model", model), params, stats, images)
+            z = reparameterise(mean, log_variance, noise_of(batch["inputs"], mean.shape[-1]))
+            outputs, _ = forward(("model", model), params, stats, latents=z)
+            return sums(outputs, images, batch, mean, log_variance, 1.0)
+
+        def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
+            values = divide(totals)
+            return {**values, "elbo": -values["loss"]} if "loss" in values else values
+
+        def seen(images: jax.Array) -> jax.Array:
+            return (images > 0.5).astype(jnp.float32) if self.binarise else images
+
+        def shown(outputs: jax.Array) -> jax.Array:
+            return jax.nn.sigmoid(outputs) if self.pixels == "bernoulli" else jnp.clip(outputs, 0, 1)
+
+        def samples(params: Params, stats: Params, count: int = SAMPLES, seed: int = 0) -> jax.Array:
+            z = jax.random.normal(jax.random.key(seed), (count, model.config.latents))
+            return shown(forward(("model", model), params, stats, latents=z)[0])
+
+        fields = {"inputs": numbers(model.config.input_shape), "labels": BatchField(None, optional=True)}
+        return Task(
+            {"model": model},
+            (Loss("loss", "model", loss),),
+            metrics,
+            fields,
+            needs="an image, with a label of 0 or above if it has one",
+            summarise=summarise,
+            samples=samples,
+            autoencoder=Autoencoder(seen, shown),
         )
-    if cfg.binarise and cfg.pixels != "bernoulli":
-        raise UserError("got task.binarise with task.pixels gaussian, expected one, try --task.pixels bernoulli")
-
-    def spread(outputs: jax.Array, images: jax.Array) -> jax.Array:
-        if cfg.pixels == "bernoulli":
-            return binary_cross_entropy(outputs, images)
-        return 0.5 * jnp.square(outputs - images) + 0.5 * math.log(2 * math.pi)
-
-    def sums(
-        outputs: jax.Array, images: jax.Array, batch: Batch, mean: jax.Array, log_variance: jax.Array, beta: Any
-    ) -> Sums:
-        counts = rows(batch)
-        pixels = spread(outputs, images).sum((1, 2, 3))
-        divergence = gaussian_kl(mean, log_variance)
-        found = {"loss": pixels + beta * divergence, "reconstruction": pixels, "kl": divergence}
-        return {name: ((counts * each).sum(), counts.sum()) for name, each in found.items()}
-
-    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-        images = floats(batch["inputs"])
-        if cfg.binarise:
-            rng, own = jax.random.split(rng)
-            images = jax.random.bernoulli(own, images).astype(jnp.float32)
-        outputs, stats = forward(("model", model), params, stats, images, train=True, rng=rng)
-        beta = cfg.beta
-        if cfg.beta_warmup_steps:
-            beta = cfg.beta * jnp.minimum(1.0, step / cfg.beta_warmup_steps)
-        logits, mean, log_variance = outputs
-        found = sums(logits, images, batch, mean, log_variance, beta)
-        total, weight = found["loss"]
-        return total, Aux(weight, found, stats)
-
-    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-        images = floats(batch["inputs"])
-        if cfg.binarise:
-            images = (uniform_of(batch["inputs"], images.shape[1:]) < images).astype(jnp.float32)
-        (_, mean, log_variance), _ = forward(("model", model), params, stats, images)
-        z = reparameterise(mean, log_variance, noise_of(batch["inputs"], mean.shape[-1]))
-        outputs, _ = forward(("model", model), params, stats, latents=z)
-        return sums(outputs, images, batch, mean, log_variance, 1.0)
-
-    def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
-        values = divide(totals)
-        return {**values, "elbo": -values["loss"]} if "loss" in values else values
-
-    def samples(params: Params, stats: Params, count: int = SAMPLES) -> jax.Array:
-        z = jax.random.normal(jax.random.key(0), (count, model.config.latents))
-        outputs, _ = forward(("model", model), params, stats, latents=z)
-        return jax.nn.sigmoid(outputs) if cfg.pixels == "bernoulli" else jnp.clip(outputs, 0, 1)
-
-    fields = {"inputs": numbers(model.config.input_shape), "labels": BatchField(None, optional=True)}
-    return Task(
-        {"model": model},
-        (Loss("loss", "model", loss),),
-        metrics,
-        fields,
-        needs="an image, with a label of 0 or above if it has one",
-        summarise=summarise,
-        samples=samples,
-    )

@@ -130,7 +130,7 @@ def agree(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
 def compare_pixels(cfg: Config, source: Path) -> None:
     """Say where a model of images gets pixels on another scale than its source's: training may adapt to that."""
     family = family_of(cfg.model).name
-    if not pixels.known(family) or cfg.data.source == "synthetic":
+    if not pixels.known(family) or not cfg.data.real:
         return
     if is_published(source):
         theirs = pixels.read(source, family, cfg.model.input_shape)  # pyright: ignore

@@ -116,7 +116,7 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
     shapes = task.batch_spec(cfg.data.batch_size)
     sources: dict[data.Split, data.Source] = {}
     if opened:
-        sources = {"train": data.open_for(cfg, "train"), "eval": data.open_for(cfg, "eval")}
+        sources = {split: data.open_for(cfg, split, task.fields) for split in ("train", "eval")}
         shapes = data.spec(sources["train"], cfg.data.batch_size)
         check_batch(task.fields, shapes)
     mesh = meshes.make_mesh(cfg.mesh, devices)

@@ -35,12 +35,12 @@ def judged(run: Run, classifier: Path, count: int = 1000) -> dict[str, float]:
     samples = run.task.samples
     if samples is None:
         raise UserError(
-            f"got --classifier for a run of task {run.config.task.name}, expected a vae or a gan, try it without"
+            f"got --classifier for a run of task {run.config.task.kind}, expected a vae or a gan, try it without"
         )
     judge = load_run(classifier)
-    if judge.config.task.name != "classification":
+    if judge.config.task.answers not in ("class", "classes"):
         raise UserError(
-            f"got classifier {classifier} of task {judge.config.task.name}, expected classification, "
+            f"got classifier {classifier} of task {judge.config.task.kind}, expected classification, "
             "try the run of a classifier"
         )
     made, seen_as = jax.eval_shape(lambda: samples(run.params, run.stats, 1)), judge.model.inputs(1)[0]

@@ -17,9 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
-from jaxmodels.config import Config, DataConfig, Mesh, used
-from jaxmodels.data import idx, special
+from jaxmodels.config import Config, Mesh
+from jaxmodels.data import special
 from jaxmodels.data.contract import check_batch
+from jaxmodels.data.section import DataConfig
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
 from jaxmodels.hf import format_of
@@ -183,8 +184,6 @@ def read_run(directory: str | Path, *, best: bool = False) -> Run:
     """
     directory = Path(directory)
     cfg, _ = configs.read(directory)
-    # what its training accepted, however long ago, is no one's mistake now
-    cfg = used.needed(cfg, kept(directory).kind)
     # the result does not depend on how the work was shared out
     cfg = dataclasses.replace(cfg, mesh=Mesh(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1))
     networks = {"model": create(cfg.model)} if _without_task(directory, cfg) else _task(cfg).networks
@@ -223,7 +222,7 @@ class Evaluation(Run):
 
     def _loader(self, where: jax.sharding.Mesh) -> data.Loader:
         size = self.config.eval.batch_size or self.config.data.batch_size
-        if self.config.task.name != "contrastive":  # its loss depends on the batch, that of all others does not
+        if self.task.whole is None:  # else pairs are compared, and those that fill up a batch too
             size = -(-size // where.size) * where.size
         shardings = self.task.shardings(where, data.spec(self.source, size))
         order = data.Order(len(self.source), size, self.config.train.seed)
@@ -252,62 +251,43 @@ def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
     task, section = run.task, elsewhere(run, given)
     cfg = dataclasses.replace(run.config, data=section)
     try:
-        source = data.open_for(cfg, "eval", classes=run.kept.classes)
+        source = data.open_for(cfg, "eval", task.fields, run.kept.classes)
     except UserError as error:
         if given:
             raise
-        raise UserError(f"{error}, or other data than the run's own with {_instead(section.source)}") from error
+        raise UserError(f"{error}, or other data than the run's own with {section.instead}") from error
     check_batch(task.fields, data.spec(source, section.batch_size))
     known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     return Evaluation(**{**known, "config": cfg}, source=source)
 
 
 def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
-    """The section `data` of a run with what it is evaluated on changed.
+    """The section `data` of a run with what it is evaluated on changed; `source` names another kind.
 
     Raises:
-        UserError: a field that makes no difference for this source or this task.
+        UserError: such data have no such field.
     """
-    own = run.config.data
-    source = given.get("source", own.source)
+    own, answers = run.config.data, run.config.task.answers
     fields = {name: value for name, value in given.items() if name != "source"}
-    for name, value in fields.items():
-        use, task = used.DATA[name], run.config.task.name
-        if source not in (use.sources or (source,)):
-            raise UserError(
-                f"got {_flag(name)} {_shown(value)} for data of source {source}, which has no use for it, "
-                f"expected it for {', '.join(use.sources or ())} alone, try {_instead(source)}"
-            )
-        if task not in (use.tasks or (task,)):
-            raise UserError(
-                f"got {_flag(name)} {_shown(value)} for a run of task {task}, which has no use for it, "
-                f"expected it for {', '.join(use.tasks or ())} alone, try without it"
-            )
-    if source != own.source:  # what told where the other data lie says nothing of these
-        own = dataclasses.replace(DataConfig(source=source), **{name: getattr(own, name) for name in _OF_MODEL})
+    section = own.of_kind(given["source"]) if given.get("source", own.kind) != own.kind else own
+    known = {field.name for field in dataclasses.fields(section)}
+    if wrong := [name for name in fields if name not in known]:
+        raise UserError(
+            f"got {_flag(wrong[0])} {_shown(fields[wrong[0]])} for data {section.kind}, which have no use for it, "
+            f"expected it for data that have, try {section.instead}"
+        )
     imported = (run.directory / "pretrained").is_dir() and not run.kept.train
-    if own.source == "synthetic" and not given and imported:
-        kind = "table" if run.config.task.name in ("classification", "seq2seq") else "text"
-        texts = run.tokenizer is not None and run.config.task.name != "contrastive"
-        captions = " --data.captions 'a photo of a {label}'" if run.config.task.name == "contrastive" else ""
+    if not own.real and not given and imported:
+        kind = "table" if answers in ("class", "classes", "translation") else "text"
+        texts = run.tokenizer is not None and answers != "caption"
+        captions = " --data.captions 'a photo of a {label}'" if answers == "caption" else ""
         raise UserError(
             f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
-            f"try --data.source {f'{kind} --data.path FILE' if texts else f'images --data.path FOLDER{captions}'}"
+            f"try --data {f'{kind} --data.path FILE' if texts else f'images --data.path FOLDER{captions}'}"
         )
-    if "path" in fields:
-        # all of it is evaluated on, but for the files of a set that hold what is held out themselves
-        whole = source != "images" or not any(Path(each).is_dir() and idx.found(Path(each)) for each in fields["path"])
-        fields |= {"eval_path": fields["path"] if whole else (), "eval_fraction": DataConfig().eval_fraction}
-    if {"name", "eval_split", "dir"} & set(fields):
-        # a set that is evaluated on need not have the split that was trained on
-        fields["train_split"] = fields.get("eval_split", own.eval_split)
-    if run.tokenizer is not None and source != "synthetic":
+    if run.tokenizer is not None and "tokenizer" in known:
         fields["tokenizer"] = str(run.directory)
-    return dataclasses.replace(own, **fields)
-
-
-_OF_MODEL = ("seq_len", "pack", "mean", "std", "batch_size", "prefetch", "threads", "pixels", "captions", "class_names")
-"""Fields of `data` that say how the model sees what it is given, wherever that lies."""
+    return section.evaluated_on(fields)
 
 
 def _flag(name: str) -> str:
@@ -316,9 +296,3 @@ def _flag(name: str) -> str:
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
-
-
-def _instead(source: str) -> str:
-    if source in (used.DATA["path"].sources or ()):
-        return "--data.path FILE" if source != "images" else "--data.path FOLDER"
-    return "--split test" if source in used.RECORDS else "--data.source table --data.path FILE"

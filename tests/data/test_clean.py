@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxmodels.cli import main
-from jaxmodels.config import DataConfig
+from jaxmodels.config import TFDS
 from jaxmodels.data import clean as cleaning
 from jaxmodels.data import tfds
 from jaxmodels.data.clean import Duplicates, Report, Rules, bands
@@ -39,7 +39,7 @@ def removed(report: Report) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def sentences(shared_data) -> list[str]:
-    cfg = DataConfig(dir=str(shared_data / "tfds"), name="multi30k", train_split="train[:400]")
+    cfg = TFDS(dir=str(shared_data / "tfds"), name="multi30k", train_split="train[:400]")
     return [row["en"] for rows in Reader(tfds.records(cfg, "train"), ["en"], 0).all() for row in rows]
 
 

@@ -11,7 +11,18 @@ from PIL import Image
 from jaxmodels.commands.data_inspect import show
 from jaxmodels.commands.data_prepare import write
 from jaxmodels.commands.data_train_tokenizer import train_tokenizer
-from jaxmodels.config import Augment, Config, DataConfig, TaskConfig
+from jaxmodels.config import (
+    TFDS,
+    Augment,
+    CausalLM,
+    Classification,
+    Config,
+    Contrastive,
+    Seq2Seq,
+    Synthetic,
+    Text,
+    Tokens,
+)
 from jaxmodels.data import Windows, load_tokenizer, open_source, preview
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
@@ -33,14 +44,14 @@ def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsy
         train_tokenizer((f"{folder}/*.txt",), 280, folder / "bpe.json")
         assert "280 tokens" in capsys.readouterr().out
         tokenizer = str(folder / "bpe.json")
-    text = DataConfig(source="text", path=(f"{folder}/*.txt",), tokenizer=tokenizer, seq_len=16)
+    text = Text(path=(f"{folder}/*.txt",), tokenizer=tokenizer, seq_len=16)
     out = folder / "out"
     write(text, out)
     assert "train.bin" in capsys.readouterr().out and not list(out.glob("*.part"))
     files = (f"{out}/train.bin", f"{out}/val.bin")
     prepared = dataclasses.replace(text, source="tokens", path=files, tokenizer="bytes")
     for split in ("train", "eval"):
-        a, b = open_source(text, split, "causal_lm"), open_source(prepared, split, "causal_lm")
+        a, b = open_source(text, split, CausalLM()), open_source(prepared, split, CausalLM())
         assert isinstance(a, Windows) and isinstance(b, Windows) and a.tokenizer and b.tokenizer
         assert np.array_equal(np.concatenate(a.arrays), np.concatenate(b.arrays))
         assert a.fingerprint == b.fingerprint and b.vocab_size == a.vocab_size
@@ -50,12 +61,12 @@ def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsy
 
 
 def test_only_texts_can_be_prepared(tmp_path):
-    with pytest.raises(UserError, match="got data.source synthetic, expected a source of texts: stdlib, text"):
-        write(DataConfig(source="synthetic"), tmp_path)
+    with pytest.raises(UserError, match="got data synthetic, expected a source of texts"):
+        write(Synthetic(), tmp_path)
 
 
 def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
-    data = DataConfig(source="text", path=(f"{folder}/*.txt",), seq_len=64, batch_size=2)
+    data = Text(path=(f"{folder}/*.txt",), seq_len=64, batch_size=2)
     show(Config(GPT2Config(vocab_size=256), data=data))
     shown = capsys.readouterr().out
     assert shown.count("Batch ") == 3 and "Batch 1, row 0" in shown and "says hello" in shown
@@ -66,16 +77,16 @@ def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
 def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
     model = CNNConfig(input_shape=(28, 28, 1), classes=10)
-    data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
+    data = TFDS(dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     augment = Augment(shift=2, cutout=6)
     picture = tmp_path / "new" / "digits.png"
-    show(Config(model, task=TaskConfig("classification"), data=data, augment=augment), n=2, out=picture)
+    show(Config(model, task=Classification(), data=data, augment=augment), n=2, out=picture)
     shown = capsys.readouterr().out
     assert str(picture) in shown and "shift 2, cutout 6" in shown
     assert shown.count("Batch ") == 2 and shown.count("    | ") >= 20 and "@" in shown and "    label " in shown
-    data = DataConfig(source="tfds", dir=place, name="sst2", train_split="train[:50]")
+    data = TFDS(dir=place, name="sst2", train_split="train[:50]")
     show(
-        Config(BERTConfig(head="classification", classes=2), task=TaskConfig("classification"), data=data),
+        Config(BERTConfig(head="classification", classes=2), task=Classification(), data=data),
         out=tmp_path / "no.png",
     )
     assert "(positive)" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
@@ -83,9 +94,9 @@ def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
 
 def test_the_picture_shows_each_image_as_several_epochs_change_it(shared_data, tmp_path):
     place = str(shared_data / "tfds")
-    data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]")
+    data = TFDS(dir=place, name="mnist", train_split="train[:50]")
     shape = {"inputs_shape": (28, 28, 1), "num_classes": 10}
-    source = open_source(data, "train", "classification", augment=Augment(shift=4), **shape)
+    source = open_source(data, "train", Classification(), augment=Augment(shift=4), **shape)
     assert preview.grid(source, [7, 3, 30], tmp_path / "grid.png")
     page = np.asarray(Image.open(tmp_path / "grid.png"))
     for row, index in enumerate([7, 3, 30]):
@@ -99,9 +110,9 @@ def test_the_picture_shows_each_image_as_several_epochs_change_it(shared_data, t
 
 def test_inspect_shows_both_sides_of_pairs_and_each_text_of_a_row(shared_data, capsys):
     place = str(shared_data / "tfds")
-    data = DataConfig(source="tfds", dir=place, name="multi30k", train_split="train[:200]", seq_len=128)
+    data = TFDS(dir=place, name="multi30k", train_split="train[:200]", seq_len=128)
     data = dataclasses.replace(data, tokenizer="bpe:500", input_field="en", target_field="de", pack=True)
-    show(Config(GPT2Config(vocab_size=500), task=TaskConfig("seq2seq"), data=data), n=1)
+    show(Config(GPT2Config(vocab_size=500), task=Seq2Seq(), data=data), n=1)
     shown = capsys.readouterr().out.split("source:")[1]
     source, target = shown.split("target:")
     assert "  1 | " in source and "  2 | " in source and "  2 | " in target
@@ -110,10 +121,10 @@ def test_inspect_shows_both_sides_of_pairs_and_each_text_of_a_row(shared_data, c
 
 def test_inspect_shows_captions(shared_data, capsys, tmp_path):
     place = str(shared_data / "tfds")
-    data = DataConfig(source="tfds", dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
+    data = TFDS(dir=place, name="mnist", train_split="train[:50]", eval_split="test[:50]")
     data = dataclasses.replace(data, captions=("the digit {label}",), tokenizer="bytes", seq_len=16)
     model = CLIPConfig((28, 28, 1), 4, vocab_size=256)
-    show(Config(model, task=TaskConfig("contrastive"), data=data), n=1, out=tmp_path / "digits.png")
+    show(Config(model, task=Contrastive(), data=data), n=1, out=tmp_path / "digits.png")
     assert "    | the digit " in capsys.readouterr().out and (tmp_path / "digits.png").exists()
 
 
@@ -128,6 +139,6 @@ def test_labels_and_groups_are_shown_by_name():
 
 def test_inspect_shows_the_numbers_where_there_is_no_text(capsys, tmp_path):
     np.arange(2000, dtype=np.uint16).tofile(tmp_path / "a.bin")
-    data = DataConfig(source="tokens", path=(f"{tmp_path}/a.bin",), seq_len=64)
+    data = Tokens(path=(f"{tmp_path}/a.bin",), seq_len=64)
     show(Config(GPT2Config(vocab_size=50_257), data=data), n=1)
     assert "(64,) int32: " in capsys.readouterr().out

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.config import DataConfig
+from jaxmodels.config import TFDS, Classification, DataConfig, Images
 from jaxmodels.data import folders, open_source, tfds
 from jaxmodels.data.records import Reader, Records
 from jaxmodels.errors import UserError
 
 
 def images(root: Path, **fields: Any) -> DataConfig:
-    return DataConfig(source="images", path=(str(root),), **fields)
+    return Images(path=(str(root),), **fields)
 
 
 def both(cfg: DataConfig) -> tuple[Records, Records]:
@@ -30,7 +30,7 @@ def names(records: Records) -> list[str]:
 
 @pytest.fixture(scope="module")
 def digits(shared_data) -> list[dict[str, Any]]:
-    cfg = DataConfig(source="tfds", dir=str(shared_data / "tfds"), name="mnist", train_split="train[:300]")
+    cfg = TFDS(dir=str(shared_data / "tfds"), name="mnist", train_split="train[:300]")
     return [row for rows in Reader(tfds.records(cfg, "train"), ["image", "label"], 0).all() for row in rows]
 
 
@@ -109,7 +109,7 @@ def test_a_folder_without_classes_is_refused(tmp_path):
     with pytest.raises(UserError, match="which is no folder, expected one"):
         folders.records(images(tmp_path / "nowhere"), "train")
     with pytest.raises(UserError, match="got 0 folders in data.path, expected one"):
-        folders.records(DataConfig(source="images"), "train")
+        folders.records(Images(), "train")
     (tmp_path / "cats").mkdir()
     with pytest.raises(UserError, match="got no image in .*cats, expected some of every class"):
         folders.records(images(tmp_path), "train")
@@ -163,7 +163,7 @@ def mnist(tmp_path) -> Path:
 
 def test_a_folder_of_idx_files_is_a_set(mnist):
     for split, n in (("train", 40), ("eval", 10)):
-        source = open_source(images(mnist), split, "classification", inputs_shape=(6, 5, 1), num_classes=4)
+        source = open_source(images(mnist), split, Classification(), inputs_shape=(6, 5, 1), num_classes=4)
         batch = source.batch(np.arange(n), np.zeros(n, np.int64))
         assert len(source) == n and source.class_names == ("0", "1", "2", "3")
         assert batch["labels"].tolist() == [i % 4 for i in range(n)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.config import DataConfig
+from jaxmodels.config import TFDS, Classification, HuggingFace
 from jaxmodels.data import huggingface, open_source
 from jaxmodels.errors import UserError
 
@@ -44,7 +44,7 @@ def saved(tmp_path):
 
 
 def test_features_become_fields_and_values(saved):
-    cfg = DataConfig(source="huggingface", name=str(saved / "set"), eval_split="test")
+    cfg = HuggingFace(name=str(saved / "set"), eval_split="test")
     train, held_out = huggingface.records(cfg, "train"), huggingface.records(cfg, "eval")
     assert (len(train), len(held_out)) == (20, 6) and train.fingerprint != held_out.fingerprint
     assert {name: field.kind for name, field in train.fields.items()} == {
@@ -59,16 +59,16 @@ def test_features_become_fields_and_values(saved):
 
 
 def test_splits_are_in_the_library_s_notation(saved):
-    cfg = DataConfig(name=str(saved / "set"), train_split="train[:90%]+test[2:]", eval_split="train[90%:]")
+    cfg = TFDS(name=str(saved / "set"), train_split="train[:90%]+test[2:]", eval_split="train[90%:]")
     train, held_out = huggingface.records(cfg, "train"), huggingface.records(cfg, "eval")
     assert (len(train), len(held_out)) == (22, 2)
     assert held_out.read([0], ["text"]) == [{"text": "text 18"}] and train.read([18], ["label"]) == [{"label": 0}]
-    alone = DataConfig(name=str(saved / "alone"), train_split="train[:8]", eval_split="train[8:]")
+    alone = TFDS(name=str(saved / "alone"), train_split="train[:8]", eval_split="train[8:]")
     assert [len(huggingface.records(alone, split)) for split in ("train", "eval")] == [8, 2]
 
 
 def test_a_wrong_split_is_answered_with_those_there_are(saved):
-    cfg = DataConfig(name=str(saved / "set"), eval_split="tets")
+    cfg = TFDS(name=str(saved / "set"), eval_split="tets")
     with pytest.raises(UserError, match="'tets', expected one of train, test, try --data.eval-split test"):
         huggingface.records(cfg, "eval")
 
@@ -83,7 +83,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
     monkeypatch.setattr(huggingface, "import_module", without)
     with pytest.raises(UserError, match=r"try pip install 'jaxmodels\[huggingface\]'"):
-        huggingface.records(DataConfig(name="mnist"), "train")
+        huggingface.records(TFDS(name="mnist"), "train")
 
 
 def test_labels_that_are_not_known_are_ignored_and_those_below_0_without_names_refused(tmp_path, caplog):
@@ -94,8 +94,8 @@ def test_labels_that_are_not_known_are_ignored_and_those_below_0_without_names_r
         datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / type(kind).__name__))
 
     def opened(name: str) -> np.ndarray:
-        cfg = DataConfig(source="huggingface", name=str(tmp_path / name), seq_len=8)
-        return open_source(cfg, "train", "classification", vocab_size=256).batch(np.arange(8), np.zeros(8))["labels"]
+        cfg = HuggingFace(name=str(tmp_path / name), seq_len=8)
+        return open_source(cfg, "train", Classification(), vocab_size=256).batch(np.arange(8), np.zeros(8))["labels"]
 
     assert opened("ClassLabel").tolist() == rows["label"]
     assert "2 of 8 examples of huggingface" in caplog.messages[0] and "have no label (-1)" in caplog.messages[0]
@@ -115,7 +115,7 @@ def test_texts_that_are_labels_are_classes_of_the_training_split(tmp_path, sever
         {"train": part(["pos", "neg", "so so"] * 4), "validation": part(["so so", "new", "neg"])}
     )
     whole.save_to_disk(str(tmp_path / "set"))
-    cfg = DataConfig(source="huggingface", name=str(tmp_path / "set"), train_split="train", eval_split="validation")
+    cfg = HuggingFace(name=str(tmp_path / "set"), train_split="train", eval_split="validation")
     train, held_out = (huggingface.records(cfg, split) for split in ("train", "eval"))
     assert train.fields["label"] == held_out.fields["label"]
     assert train.fields["label"].names == ("neg", "pos", "so so")

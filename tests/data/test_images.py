@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels.config import Augment, DataConfig
-from jaxmodels.data import Loader, Order, images
+from jaxmodels.config import TFDS, Augment, Classification, Images
+from jaxmodels.data import Loader, Opening, Order, images
 from jaxmodels.data.balance import Balanced
-from jaxmodels.data.images import Images
+from jaxmodels.data.images import Pictures
 from jaxmodels.data.records import Bad, Field, Records
 from jaxmodels.errors import UserError
 
@@ -60,8 +60,9 @@ def digits(n=50, shape=(16, 16, 1)):
 
 
 def source(records, augment=EVERYTHING, split="train", shape=(20, 24, 3), seed=0, **data):
-    cfg = DataConfig(source="images", **data)
-    return Images(records, cfg, augment, split, field="image", label="label", shape=shape, seed=seed)
+    cfg = Images(**data)
+    opening = Opening(cfg, split, "classification", inputs_shape=shape, augment=augment, seed=seed)
+    return Pictures(records, opening, field="image", label="label")
 
 
 def whole(source, epoch=0):
@@ -202,7 +203,7 @@ def test_images_that_cannot_be_given_the_models_shape_are_refused():
     with pytest.raises(UserError, match="got a model without an input shape for the images of in memory"):
         source(photos(), shape=None)
     with pytest.raises(UserError, match="got data.label_field 'image', which is an image"):
-        Images(photos(), DataConfig(), Augment(), "train", field="image", label="image", shape=(8, 8, 3))
+        Pictures(photos(), Opening(Images(), "train", "vae", inputs_shape=(8, 8, 3)), field="image", label="image")
 
 
 def unequal():
@@ -223,8 +224,8 @@ def test_photos_of_a_folder_are_seen_upright(tmp_path):
         exif = Image.Exif()
         exif[0x0112] = number
         Image.fromarray(stored).save(tmp_path / "cat" / f"{name}.jpg", quality=98, exif=exif)
-    cfg = DataConfig(source="images", path=(str(tmp_path),), eval_path=(str(tmp_path),))
-    seen = whole(open_source(cfg, "eval", "classification", inputs_shape=(30, 40, 3)))["inputs"].astype(int)
+    cfg = Images(path=(str(tmp_path),), eval_path=(str(tmp_path),))
+    seen = whole(open_source(cfg, "eval", Classification(), inputs_shape=(30, 40, 3)))["inputs"].astype(int)
     assert np.abs(seen - pixels).max((1, 2, 3)).max() < 40 and np.abs(seen - pixels).mean() < 3
 
 
@@ -261,13 +262,13 @@ def test_a_balanced_source_is_a_function_of_the_index():
 def test_real_digits_are_those_that_are_stored(shared_data):
     from jaxmodels.data import open_source
 
-    cfg = DataConfig(source="tfds", dir=str(shared_data / "tfds"), name="mnist", eval_split="test")
-    train = open_source(cfg, "train", "classification", inputs_shape=(28, 28, 1), augment=Augment(), num_classes=10)
+    cfg = TFDS(dir=str(shared_data / "tfds"), name="mnist", eval_split="test")
+    train = open_source(cfg, "train", Classification(), inputs_shape=(28, 28, 1), augment=Augment(), num_classes=10)
     assert len(train) == 8500 and train.num_classes == 10
     got = train.batch(np.arange(200), np.zeros(200, int))
     moved = dataclasses.replace(cfg, train_split="train[:200]")
     augmented = open_source(
-        moved, "train", "classification", inputs_shape=(28, 28, 1), augment=Augment(shift=2), num_classes=10
+        moved, "train", Classification(), inputs_shape=(28, 28, 1), augment=Augment(shift=2), num_classes=10
     ).batch(np.arange(200), np.zeros(200, int))
     assert np.array_equal(got["labels"], augmented["labels"])
     ink = [x.astype(int).sum((1, 2, 3)) for x in (got["inputs"], augmented["inputs"])]

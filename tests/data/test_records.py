@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmodels.config import DataConfig
+from jaxmodels.config import Table
 from jaxmodels.data.fields import input_field, named_field
 from jaxmodels.data.records import Bad, Field, Joined, Reader, Records, place
 from jaxmodels.errors import UserError
@@ -117,16 +117,16 @@ def test_joined_sets_read_as_one():
 def test_the_input_field_is_found_or_asked_for():
     records = Numbers(3)
     records.fields = {"en": Field("text"), "de": Field("text"), "picture": Field("image"), "label": Field("label")}
-    assert input_field(records, DataConfig(target_field="de"), ("text",)) == "en"
-    assert input_field(records, DataConfig(), ("image", "text")) == "picture"
+    assert input_field(records, Table(target_field="de"), ("text",)) == "en"
+    assert input_field(records, Table(), ("image", "text")) == "picture"
     with pytest.raises(UserError, match="got no data.input_field, expected one of de, en, try --data.input-field de"):
-        input_field(records, DataConfig(), ("text",))
+        input_field(records, Table(), ("text",))
     with pytest.raises(UserError, match="got data.input_field 'picture', which is an image, not a text, .* de, en"):
-        input_field(records, DataConfig(input_field="picture"), ("text",))
+        input_field(records, Table(input_field="picture"), ("text",))
     with pytest.raises(UserError, match="'labl', expected one of label, try --data.label-field label"):
         named_field(records, "label_field", "labl", ("label",))
     with pytest.raises(UserError, match="with the fields de, en, label, picture, expected an array field"):
-        input_field(records, DataConfig(), ("array",))
+        input_field(records, Table(), ("array",))
 
 
 def test_places_are_even_and_a_function_of_the_content():

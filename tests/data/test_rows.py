@@ -9,7 +9,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.config import TFDS, CausalLM, Classification, MaskedLM, Stdlib, Table
 from jaxmodels.data import open_pairs, open_source, texts
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.errors import UserError
@@ -64,7 +64,7 @@ def test_a_plan_is_the_best_fit_the_longest_first_and_always_the_same():
 
 
 def test_a_plan_fills_the_rows_of_real_sentences(shared_data):
-    cfg = DataConfig(source="tfds", name="multi30k", dir=str(shared_data / "tfds"), input_field="en", target_field="de")
+    cfg = TFDS(name="multi30k", dir=str(shared_data / "tfds"), input_field="en", target_field="de")
     lengths = np.array([len(text.split()) + 1 for text in open_pairs(cfg, "eval")[0]])
     rows = texts.plan(lengths, 64)
     sums = [lengths[row].sum() for row in rows]
@@ -130,7 +130,7 @@ def test_no_pair_has_a_gradient_at_another_one_s_embeddings():
 
 def test_the_loss_of_a_packed_row_is_that_of_its_texts_alone():
     config = jaxmodels.create("gpt2", vocab_size=40, context=T, layers=2, width=16, heads=2, dropout=0.0).config
-    task = tasks.build(TaskConfig(), config, DataConfig(seq_len=T))
+    task = tasks.build(CausalLM(), config, Stdlib(seq_len=T))
     params = {"model": task.networks["model"].init(jax.random.key(0))}
     measure = jax.jit(task.metrics)
     ids = [x[:4] for x in some(count=4)]
@@ -147,20 +147,18 @@ def test_packed_texts_to_evaluate_on_know_the_bytes_that_their_targets_stand_for
     for i, text in enumerate(["the cat sat on the mat"] * 3 + held_out):
         (tmp_path / f"{i}.jsonl").write_text(json.dumps({"text": text}) + "\n")
     paths = [str(tmp_path / f"{i}.jsonl") for i in range(5)]
-    cfg = DataConfig(
-        source="table", path=tuple(paths[:3]), eval_path=tuple(paths[3:]), tokenizer="bpe:270", pack=True, seq_len=T
-    )
-    opened = {split: open_source(cfg, split, "causal_lm", vocab_size=270) for split in ("train", "eval")}
+    cfg = Table(path=tuple(paths[:3]), eval_path=tuple(paths[3:]), tokenizer="bpe:270", pack=True, seq_len=T)
+    opened = {split: open_source(cfg, split, CausalLM(), vocab_size=270) for split in ("train", "eval")}
     rows = opened["eval"].batch(np.arange(len(opened["eval"])), np.zeros(len(opened["eval"]), int))
     real = rows["targets"] >= 0
     assert rows["bytes"][real].sum() == sum(len(text.encode()) for text in held_out) < real.size * 2
     config = jaxmodels.create("gpt2", vocab_size=270, context=T, layers=1, width=16, heads=2, dropout=0.0).config
-    task = tasks.build(TaskConfig(), config, cfg)
+    task = tasks.build(CausalLM(), config, cfg)
     found = jax.jit(task.metrics)({"model": task.networks["model"].init(jax.random.key(0))}, {}, rows)
     bits, counted = map(float, found["bits_per_byte"])
     assert bits == pytest.approx(float(found["loss"][0]) / np.log(2)) and counted == rows["bytes"][real].sum()
     assert "bytes" not in opened["train"].batch(np.arange(1), np.zeros(1, int))
-    masked = open_source(cfg, "eval", "masked_lm", vocab_size=270)
+    masked = open_source(cfg, "eval", MaskedLM(), vocab_size=270)
     assert "bytes" not in masked.batch(np.arange(1), np.zeros(1, int)), "only what predicts every byte has bits a byte"
 
 
@@ -168,8 +166,8 @@ def test_texts_are_balanced_in_training_alone_and_only_where_they_have_labels(tm
     file = tmp_path / "some.jsonl"
     rows = [{"text": f"text {i}", "label": "rare" if i < 4 else "common"} for i in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = DataConfig(source="table", path=(str(file),), eval_fraction=0.3, balance=True, seq_len=8)
-    train, held_out = (open_source(cfg, split, "classification", vocab_size=256) for split in ("train", "eval"))
+    cfg = Table(path=(str(file),), eval_fraction=0.3, balance=True, seq_len=8)
+    train, held_out = (open_source(cfg, split, Classification(), vocab_size=256) for split in ("train", "eval"))
     labels = train.batch(np.arange(len(train)), np.zeros(len(train), int))["labels"]
     assert np.ptp(np.bincount(labels)) == 0 and len(train) + len(held_out) > 40
     assert isinstance(held_out, texts.Rows)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmodels.config import DataConfig
+from jaxmodels.config import TFDS, DataConfig, Table
 from jaxmodels.data import tables, tfds
 from jaxmodels.data.fields import named_field
 from jaxmodels.data.records import Reader, Records
@@ -34,7 +34,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def table(*paths: Path, **fields: Any) -> DataConfig:
-    return DataConfig(source="table", path=tuple(map(str, paths)), **fields)
+    return Table(path=tuple(map(str, paths)), **fields)
 
 
 def both(cfg: DataConfig) -> tuple[Records, Records]:
@@ -47,7 +47,7 @@ def values(records: Records, *fields: str, limit: int = 0) -> list[tuple[Any, ..
 
 @pytest.fixture(scope="module")
 def sentences(shared_data) -> list[dict[str, Any]]:
-    cfg = DataConfig(source="tfds", dir=str(shared_data / "tfds"), name="sst2", train_split="train[:2000]")
+    cfg = TFDS(dir=str(shared_data / "tfds"), name="sst2", train_split="train[:2000]")
     rows = values(tfds.records(cfg, "train"), "sentence", "label")
     odd = [
         'a "quoted", comma',

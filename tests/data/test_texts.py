@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmodels.config import DataConfig
+from jaxmodels.config import CausalLM, Classification, Stdlib
 from jaxmodels.data import Windows, corpus, open_source
 from jaxmodels.data.tokenizer import Bytes
 from jaxmodels.errors import UserError
+from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
+from tests.sections import data_of, drawn
 
 
 def open_lm(split: Any = "train", vocab_size: int | None = None, **fields: Any) -> Any:
-    return open_source(DataConfig(**fields), split, "causal_lm", vocab_size=vocab_size)
+    return open_source(data_of(**fields), split, CausalLM(), vocab_size=vocab_size)
 
 
 def text_of(source: Windows) -> str:
@@ -36,7 +39,7 @@ def test_stdlib_is_python_and_opens_at_once():
 
 
 def test_no_line_of_a_held_out_file_is_trained_on():
-    parts = {split: list(corpus.stdlib(DataConfig()).documents(split)) for split in ("train", "eval")}
+    parts = {split: list(corpus.stdlib(Stdlib()).documents(split)) for split in ("train", "eval")}
     real = {split: {d for d in parts[split] if len(d) > 500} for split in parts}
     assert len(real["eval"]) > 20 and not real["train"] & real["eval"]
 
@@ -115,7 +118,7 @@ def test_the_glob_that_is_offered_for_a_folder_finds_files_of_the_source(tmp_pat
 
 
 def test_no_path_bad_text_and_bad_fractions_are_refused(folder):
-    with pytest.raises(UserError, match="got data.source text without data.path"):
+    with pytest.raises(UserError, match="got data text without data.path"):
         open_lm(source="text")
     with pytest.raises(UserError, match="got data.eval_fraction 1.0, expected below 1"):
         open_lm(source="text", path=(f"{folder}/*.txt",), eval_fraction=1.0)
@@ -139,10 +142,8 @@ def test_a_vocabulary_below_the_tokenizer_s_is_refused():
 
 
 def test_texts_have_no_classes():
-    with pytest.raises(
-        UserError, match="got data.source stdlib for classification, expected one of tfds, .* or synthetic"
-    ):
-        open_source(DataConfig(), "train", "classification")
+    with pytest.raises(UserError, match="got data stdlib, expected a source of records"):
+        open_source(Stdlib(), "train", Classification())
 
 
 def write_tokens(file: Any, n: int, dtype: str = "uint16", **facts: Any) -> np.ndarray:
@@ -201,25 +202,29 @@ def test_a_token_too_large_that_the_opening_missed_is_caught_in_its_batch(tmp_pa
 
 
 def test_synthetic_batches_have_the_shape_and_depend_on_the_index_alone():
-    source = open_lm(source="synthetic", vocab_size=65, seq_len=32)
+    model = GPT2Config(vocab_size=65, context=32, layers=1, heads=1, width=8)
+    source = drawn(CausalLM(), model, seq_len=32)
     a, b = source.batch(np.array([5, 9, 5]), np.array([0, 0, 1])), source.batch(np.array([9]), np.array([0]))
     assert a["tokens"].shape == a["targets"].shape == (3, 32) and a["tokens"].dtype == np.int32
     assert np.array_equal(a["tokens"][0], a["tokens"][2]) and np.array_equal(a["tokens"][1], b["tokens"][0])
-    assert np.array_equal(a["tokens"][:, 1:], a["targets"][:, :-1])
     many = source.batch(np.arange(500), np.zeros(500))["tokens"]
     assert many.min() == 0 and many.max() == 64 and np.bincount(many.ravel()).std() < 0.1 * many.size / 65
-    other = open_lm("eval", source="synthetic", vocab_size=65, seq_len=32).batch(np.array([5]), np.array([0]))
+    other = drawn(CausalLM(), model, "eval", seq_len=32).batch(np.array([5]), np.array([0]))
     assert not np.array_equal(other["tokens"][0], a["tokens"][0])
+    assert source.describe() == "synthetic: 1,048,576 random examples of tokens 32, targets 32 (train)"
 
 
 @pytest.mark.parametrize("shape, dtype", [((28, 28, 1), np.uint8), ((7,), np.float32)])
 def test_synthetic_examples_have_classes(shape, dtype):
-    source = open_source(DataConfig(source="synthetic"), "train", "classification", inputs_shape=shape, num_classes=10)
+    source = drawn(Classification(), MLPConfig(input_shape=shape, hidden=(4,)), mean=(0.5,), std=(0.5,))
     batch = source.batch(np.arange(200), np.zeros(200, np.int64))
     assert batch["inputs"].shape == (200, *shape) and batch["inputs"].dtype == dtype
     assert batch["labels"].dtype == np.int32 and sorted(set(batch["labels"].tolist())) == list(range(10))
-    with pytest.raises(UserError, match="got data.source synthetic"):
-        open_source(DataConfig(source="synthetic"), "train", "classification")
+    several = drawn(Classification(multi_label=True), MLPConfig(input_shape=shape, hidden=(4,)))
+    labels = several.batch(np.arange(50), np.zeros(50))["labels"]
+    assert labels.shape == (50, 10) and labels.dtype == np.float32 and set(labels.ravel().tolist()) == {0.0, 1.0}
+    with pytest.raises(UserError, match="got data.seq_len 8, which classification of random examples from synthetic"):
+        drawn(Classification(), MLPConfig(input_shape=shape, hidden=(4,)), seq_len=8)
 
 
 def test_files_of_their_own_are_evaluated_on(tmp_path):

@@ -11,29 +11,30 @@ import numpy as np
 import pytest
 
 from jaxmodels import data
-from jaxmodels.config import DataConfig
+from jaxmodels.config import TFDS, CausalLM, Classification, DataConfig
 from jaxmodels.data import Loader, Order, tfds
 from jaxmodels.data.records import Reader
 from jaxmodels.errors import UserError
+from tests.sections import task_of
 
 
 def open_source(cfg: DataConfig, split: Any, task: str, **kwargs: Any) -> Any:
     if cfg.name.startswith("mn"):
         kwargs["inputs_shape"] = (28, 28, 1)
-    return data.open_source(cfg, split, task, **kwargs)
+    return data.open_source(cfg, split, task_of(task), **kwargs)
 
 
 @pytest.fixture
 def sets(shared_data):
     def make(name: str, **fields: Any) -> DataConfig:
-        return DataConfig(source="tfds", dir=str(shared_data / "tfds"), name=name, **fields)
+        return TFDS(dir=str(shared_data / "tfds"), name=name, **fields)
 
     return make
 
 
 def test_tiny_shakespeare_is_nanogpt_s(sets, shared_data):
     cfg = sets("tiny_shakespeare", eval_split="validation+test", tokenizer="chars", seq_len=64)
-    train, held_out = (open_source(cfg, split, "causal_lm", vocab_size=65) for split in ("train", "eval"))
+    train, held_out = (open_source(cfg, split, CausalLM(), vocab_size=65) for split in ("train", "eval"))
     assert train.vocab_size == held_out.vocab_size == 65
     whole = (shared_data / "raw" / "tinyshakespeare" / "input.txt").read_text()
     cut = int(len(whole) * 0.9)
@@ -45,9 +46,9 @@ def test_tiny_shakespeare_is_nanogpt_s(sets, shared_data):
 
 def test_mnist_opens_quickly_and_is_the_digits(sets, shared_data):
     begin = time.process_time()
-    train = open_source(sets("mnist"), "train", "classification", num_classes=10)
+    train = open_source(sets("mnist"), "train", Classification(), num_classes=10)
     assert time.process_time() - begin < 3
-    held_out = open_source(sets("mnist/3.0.1", eval_split="test"), "eval", "classification")
+    held_out = open_source(sets("mnist/3.0.1", eval_split="test"), "eval", Classification())
     assert (len(train), len(held_out)) == (8500, 1500) and train.num_classes == 10
     batch = train.batch(np.arange(8500), np.zeros(8500, np.int64))
     assert batch["inputs"].shape == (8500, 28, 28, 1) and batch["inputs"].dtype == np.uint8
@@ -80,8 +81,8 @@ def test_records_are_what_the_set_holds_in_any_order(sets):
 
 def test_the_fingerprint_is_the_same_in_another_process(sets, root):
     command = (
-        "from jaxmodels.config import DataConfig\nfrom jaxmodels.data import tfds\n"
-        f"print(tfds.records(DataConfig(dir={sets('sst2').dir!r}, name='sst2'), 'train').fingerprint)"
+        "from jaxmodels.config import TFDS\nfrom jaxmodels.data import tfds\n"
+        f"print(tfds.records(TFDS(dir={sets('sst2').dir!r}, name='sst2'), 'train').fingerprint)"
     )
     found = {
         subprocess.run(
@@ -128,14 +129,14 @@ def test_a_damaged_record_is_left_out_by_name(sets, caplog):
 
 def test_splits_are_in_tfds_s_notation(sets):
     sizes = {"train[:90%]": 6228, "train[90%:]": 692, "train[:10]+test[-20:]": 30}
-    made = [open_source(sets("sst2", seq_len=16, train_split=split), "train", "classification") for split in sizes]
+    made = [open_source(sets("sst2", seq_len=16, train_split=split), "train", Classification()) for split in sizes]
     assert [len(source) for source in made] == list(sizes.values())
     assert len({source.fingerprint for source in made}) == 3
 
 
 def test_sentences_become_padded_tokens(sets):
     cfg = sets("sst2", seq_len=64, tokenizer="chars")
-    train, held_out = (open_source(cfg, split, "classification") for split in ("train", "eval"))
+    train, held_out = (open_source(cfg, split, Classification()) for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (6920, 872) and train.num_classes == 2
     assert train.class_names == ("negative", "positive")
     batch = train.batch(np.array([0]), np.array([0]))
@@ -147,13 +148,13 @@ def test_sentences_become_padded_tokens(sets):
 
 
 def test_sentences_are_a_text_too(sets):
-    train = open_source(sets("sst2", seq_len=64), "train", "causal_lm")
+    train = open_source(sets("sst2", seq_len=64), "train", CausalLM())
     text = train.tokenizer.decode(train.arrays[0])
     assert text.count("\n") == 6920 and text.startswith("a stirring , funny")
 
 
 def test_reading_needs_no_tensorflow(sets):
-    open_source(sets("sst2"), "eval", "causal_lm")
+    open_source(sets("sst2"), "eval", CausalLM())
     assert "tensorflow" not in sys.modules
 
 
@@ -187,23 +188,23 @@ LM, CLASSES = "causal_lm", "classification"
 )
 def test_mistakes_are_answered_with_what_is_there(sets, task, name, fields, message):
     with pytest.raises(UserError, match=message):
-        open_source(sets(name, **fields), "train", task)
+        open_source(sets(name, **fields), "train", task_of(task))
 
 
 def test_a_wrong_evaluation_split_names_those_not_trained_on(sets):
     with pytest.raises(UserError, match="'validation', expected one of test, try --data.eval-split test"):
-        open_source(sets("mnist"), "eval", "classification")
+        open_source(sets("mnist"), "eval", Classification())
 
 
 def test_an_empty_directory_says_so(tmp_path):
     with pytest.raises(UserError, match="expected a prepared set in .*, where none lies, try --data.dir"):
-        open_source(DataConfig(source="tfds", dir=str(tmp_path), name="mnist"), "train", "classification")
+        open_source(TFDS(dir=str(tmp_path), name="mnist"), "train", Classification())
 
 
 def test_a_prepared_directory_can_be_named_itself(sets, shared_data):
     place = shared_data / "tfds" / "sst2" / "1.0.0"
-    assert tfds.prepared(DataConfig(dir=str(place))) == place
-    assert tfds.prepared(DataConfig(dir="/elsewhere", name=str(place))) == place
+    assert tfds.prepared(TFDS(dir=str(place))) == place
+    assert tfds.prepared(TFDS(dir="/elsewhere", name=str(place))) == place
     assert tfds.prepared(sets("sst2:1.0.0")) == tfds.prepared(sets("sst2")) == place
 
 
@@ -211,12 +212,12 @@ def test_the_newest_version_is_taken(tmp_path):
     for version in ("1.9.0", "1.10.0", "1.2.0"):
         (tmp_path / "set" / version).mkdir(parents=True)
         (tmp_path / "set" / version / "features.json").write_text("{}")
-    assert tfds.prepared(DataConfig(dir=str(tmp_path), name="set")).name == "1.10.0"
+    assert tfds.prepared(TFDS(dir=str(tmp_path), name="set")).name == "1.10.0"
 
 
 def test_more_classes_than_the_model_has_are_refused(sets):
     with pytest.raises(UserError, match="got a model of 2 classes, expected .* 10 .*, try --model.classes 10"):
-        open_source(sets("mnist", train_split="train[:50]"), "train", "classification", num_classes=2)
+        open_source(sets("mnist", train_split="train[:50]"), "train", Classification(), num_classes=2)
 
 
 @pytest.mark.parametrize("name", ["train.array_record-00000-of-00001", "dataset_info.json", "features.json"])
@@ -229,4 +230,4 @@ def test_a_set_that_is_half_there_is_refused(shared_data, tmp_path, name, left):
         raw = file.read_bytes()
         (here / file.name).write_bytes(raw[: int(len(raw) * left)] if file.name.endswith(name) else raw)
     with pytest.raises(UserError, match="got the set in .*, which cannot be read whole"):
-        open_source(DataConfig(source="tfds", dir=str(tmp_path), name="sst2"), "train", "causal_lm", vocab_size=256)
+        open_source(TFDS(dir=str(tmp_path), name="sst2"), "train", CausalLM(), vocab_size=256)

@@ -16,7 +16,7 @@ import jaxmodels
 from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run, size
 from jaxmodels.commands.import_ import import_run
-from jaxmodels.config import Checkpoint, Config, DataConfig, Eval, Init, Metrics, Train
+from jaxmodels.config import Checkpoint, Config, Eval, Init, Metrics, Text, Train
 from jaxmodels.data import texts
 from jaxmodels.data.tokenizer import Bytes, Chars
 from jaxmodels.errors import UserError
@@ -79,9 +79,9 @@ def test_a_classifier_of_a_short_context_is_evaluated_once_imported(tmp_path, ca
     save.save_pretrained(folder, model, filled(model))
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
-    assert "no data of its own, expected some to evaluate on, try --data.source table" in capsys.readouterr().err
+    assert "no data of its own, expected some to evaluate on, try --data table" in capsys.readouterr().err
     (tmp_path / "new.csv").write_text("text,label\nf(x),0\nreturn x,1\n")
-    other = ["--data.source", "table", "--data.path", str(tmp_path / "new.csv")]
+    other = ["--data", "table", "--data.path", str(tmp_path / "new.csv")]
     assert cli.main(["eval", str(tmp_path / "run"), *other]) == 0
     assert "accuracy" in capsys.readouterr().out
 
@@ -103,8 +103,8 @@ def test_an_imported_clip_is_evaluated_and_classifies_by_captions(tmp_path, caps
     assert cli.main(["import", str(folder), "--out", run]) == 0
     assert cli.main(["eval", run]) == 2
     captions = "--data.captions 'a photo of a {label}'"
-    assert f"try --data.source images --data.path FOLDER {captions}" in capsys.readouterr().err
-    advised = shlex.split(f"--data.source images --data.path {images} {captions}")
+    assert f"try --data images --data.path FOLDER {captions}" in capsys.readouterr().err
+    advised = shlex.split(f"--data images --data.path {images} {captions}")
     assert cli.main(["eval", run, *advised]) == 0
     assert "2 images of 8x8x3, 2 classes (eval), 2 captions" in capsys.readouterr().out
     assert cli.main(["eval", run, *advised, "--data.class-names", "night"]) == 2
@@ -173,9 +173,7 @@ def test_a_training_starts_from_an_imported_run_and_its_average_is_exported(impo
     text.write_text(TEXT)
     cfg = Config(
         model=jaxmodels.config.read(imported)[0].model,
-        data=DataConfig(
-            source="text", path=(str(text),), tokenizer=str(imported / "tokenizer.json"), seq_len=8, batch_size=8
-        ),
+        data=Text(path=(str(text),), tokenizer=str(imported / "tokenizer.json"), seq_len=8, batch_size=8),
         train=Train(steps=2, ema=0.5),
         eval=Eval(batches=1),
         checkpoint=Checkpoint(every=0),
@@ -202,12 +200,12 @@ def test_a_classifier_keeps_its_statistics_and_the_names_of_its_classes(tmp_path
     save.save_pretrained(tmp_path / "in", model, filled(model), stats, more=names)
     import_run(tmp_path / "in", tmp_path / "run")
     cfg, _ = jaxmodels.config.read(tmp_path / "run")
-    assert (cfg.task.name, cfg.model) == ("classification", config)
+    assert (cfg.task.kind, cfg.model) == ("classification", config)
     export_run(tmp_path / "run", tmp_path / "out")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "in" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
-    assert "no data of its own, expected some to evaluate on, try --data.source images" in capsys.readouterr().err
+    assert "no data of its own, expected some to evaluate on, try --data images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), Chars("abc defnrtuxï\n#():")], ids=["bytes", "chars"])

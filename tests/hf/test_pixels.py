@@ -10,7 +10,7 @@ from PIL import Image
 import jaxmodels
 from jaxmodels import cli
 from jaxmodels import config as configs
-from jaxmodels.config import Augment, Config, DataConfig, TaskConfig
+from jaxmodels.config import Augment, Classification, Config, Images, Stdlib
 from jaxmodels.errors import UserError
 from jaxmodels.hf import pixels
 from jaxmodels.models.vit import ViTConfig
@@ -114,17 +114,17 @@ def test_numbers_that_are_none_are_refused(settings, tmp_path):
 
 
 def test_a_start_with_pixels_of_another_scale_is_said(given, caplog):
-    other = Config(model=VIT, task=TaskConfig("classification"), data=DataConfig(source="images"))
+    other = Config(model=VIT, task=Classification(), data=Images())
     compare_pixels(other, given)
     assert "--data.mean 0.1 0.2 0.3 --data.std 0.4 0.5 0.6" in caplog.text
     caplog.clear()
-    same = DataConfig(source="images", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    same = Images(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     compare_pixels(Config(model=VIT, task=other.task, data=same), given)
     assert not caplog.text
 
 
 def test_a_description_is_read_as_it_was(tmp_path):
-    section = DataConfig(mean=(0.5,), std=(0.25,))
+    section = Stdlib(mean=(0.5,), std=(0.25,))
     for crop in (None, 0.3):
         cfg = Config(model=VIT, data=section, augment=Augment(crop=crop))
         write(tmp_path, **pixels.describe(cfg, (224, 224, 3)))

@@ -10,7 +10,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.config import Classification, Stdlib
 from jaxmodels.errors import UserError
 from jaxmodels.generate.sample import sample
 from jaxmodels.models.lstm import LSTMConfig, Marks, State, cell, recur
@@ -216,4 +216,4 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(UserError, match="classes 4, expected a language model"):
         model.unembedding(params)
     with pytest.raises(UserError, match="task classification with LSTMConfig, expected a classifier"):
-        tasks.build(TaskConfig(name="classification"), LM, DataConfig())
+        tasks.build(Classification(), LM, Stdlib())

@@ -11,7 +11,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import SGD, Constant, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import SGD, CausalLM, Constant, Mesh, Stdlib
 from jaxmodels.errors import UserError
 from jaxmodels.generate.sample import sample
 from jaxmodels.models import mixtral
@@ -289,7 +289,7 @@ def test_configs_that_cannot_be_are_refused(changes, message):
 
 def test_the_objective_has_the_auxiliary_losses_once_and_evaluation_has_none():
     model = jaxmodels.create(BASE)
-    task = tasks.build(TaskConfig(), BASE, DataConfig(seq_len=T, batch_size=B))
+    task = tasks.build(CausalLM(), BASE, Stdlib(seq_len=T, batch_size=B))
     params = {"model": invent(model)}
     tokens = np.random.default_rng(0).integers(0, V, (B, T + 1)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": np.where(np.arange(T) < 7, tokens[:, 1:], -1)}
@@ -323,7 +323,7 @@ def one_step(routing, mesh):
     """Parameters after one step, metrics, and the share of each parameter that a device holds."""
     config = dataclasses.replace(TIGHT, vocab_size=64, layers=1, routing=routing)
     devices = make_mesh(MESHES[mesh] if mesh else Mesh(), jax.devices()[: 8 if mesh else 1])
-    task = tasks.build(TaskConfig(), config, DataConfig(seq_len=T, batch_size=16))
+    task = tasks.build(CausalLM(), config, Stdlib(seq_len=T, batch_size=16))
     optimizers = {loss.name: DESCENT.build(1, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, devices)
     params = {"model": invent(jaxmodels.create(config))}

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import DataConfig, Mesh, TaskConfig, Train
+from jaxmodels.config import CausalLM, Mesh, Stdlib, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models import functional
 from jaxmodels.models.gpt2 import GPT2Config
@@ -201,7 +201,7 @@ def test_text_is_learned_as_well_as_in_float32():
 
 def test_the_task_of_an_experiment_is_quantized():
     assert Train().quantize_axes == quantized.AXES
-    task = tasks.build(TaskConfig(), LLAMA, DataConfig(seq_len=T), Train(quantize="int8"))
+    task = tasks.build(CausalLM(), LLAMA, Stdlib(seq_len=T), Train(quantize="int8"))
     batch = {"tokens": TOKENS, "targets": TOKENS}
     shapes = {"model": task.networks["model"].shapes()}
     found = products(jax.make_jaxpr(lambda p: task.metrics(p, {}, batch))(shapes).jaxpr)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxmodels import tasks
-from jaxmodels.config import AdamW, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import AdamW, CausalLM, Mesh, Stdlib
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
@@ -43,7 +43,7 @@ def prepare(model, mesh_cfg, **options):
     """The compiled step, its layout's state and the mesh, from a config of a model and of a mesh."""
     devices = int(np.prod([getattr(mesh_cfg, axis) for axis in rules.AXES]))
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
-    task = tasks.build(TaskConfig(), model, DataConfig(seq_len=T, batch_size=B))
+    task = tasks.build(CausalLM(), model, Stdlib(seq_len=T, batch_size=B))
     cfg = AdamW(peak_lr=1e-2, warmup_steps=1)
     optimizers = {loss.name: cfg.build(STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import create, tasks
-from jaxmodels.config import DataConfig, Mesh, TaskConfig
+from jaxmodels.config import CausalLM, Classification, Mesh, Stdlib
 from jaxmodels.data.contract import BatchField, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -99,10 +99,10 @@ def test_sequence_sharding_gathers_and_keeps_half_of_each_block_s_input():
 def test_fields_of_tokens_are_cut_and_images_are_whole_on_all_devices_of_a_row():
     placed = make_mesh(mesh(data=2, context=4))
     tokens, images = np.zeros((4, 8), np.int32), np.zeros((4, 8, 8, 3), np.float32)
-    data = DataConfig(seq_len=8)
-    text = tasks.build(TaskConfig(), GPT2Config(vocab_size=48, context=8, layers=1, width=8, heads=2), data)
-    image = tasks.build(TaskConfig("classification"), MLPConfig(input_shape=(8, 8, 3), hidden=(4,)), data)
-    vectors = tasks.build(TaskConfig("classification"), MLPConfig(input_shape=(8,), hidden=(4,)), data)
+    data = Stdlib(seq_len=8)
+    text = tasks.build(CausalLM(), GPT2Config(vocab_size=48, context=8, layers=1, width=8, heads=2), data)
+    image = tasks.build(Classification(), MLPConfig(input_shape=(8, 8, 3), hidden=(4,)), data)
+    vectors = tasks.build(Classification(), MLPConfig(input_shape=(8,), hidden=(4,)), data)
     held = [
         jax.device_put(x, task.shardings(placed, {name: x})[name]).addressable_shards[0].data.shape
         for task, name, x in ((text, "tokens", tokens), (image, "inputs", images), (vectors, "inputs", tokens))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, Mesh, TaskConfig
+from jaxmodels.config import CausalLM, Mesh, Stdlib
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.parallel import rules
@@ -33,7 +33,7 @@ def batches():
 
 def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="adamw"):
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
-    task = tasks.build(TaskConfig(), model, DataConfig(seq_len=16))
+    task = tasks.build(CausalLM(), model, Stdlib(seq_len=16))
     cfg = OPTIMIZERS.find(optimizer)(peak_lr=1e-2, warmup_steps=5)
     optimizers = {loss.name: cfg.build(STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh, ema=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import create, tasks
-from jaxmodels.config import AdamW, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import AdamW, CausalLM, Mesh, Stdlib
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models.pipeline import Stack
@@ -199,7 +199,7 @@ def test_a_stage_works_for_so_many_ticks_as_theory_says_and_sends_to_its_neighbo
 
 
 def test_a_device_holds_its_stages_share_of_layers_and_their_optimizer():
-    task = tasks.build(TaskConfig(), MODELS["gpt2"], DataConfig(seq_len=T, batch_size=B))
+    task = tasks.build(CausalLM(), MODELS["gpt2"], Stdlib(seq_len=T, batch_size=B))
     optimizers = {"loss": AdamW().build(1, task.axes()["model"])}
 
     def held(cfg):

@@ -32,14 +32,14 @@ FIELDS = [
 
 
 MIXTRAL = """
-from jaxmodels.config import AdamW, Config, DataConfig, Train
+from jaxmodels.config import AdamW, Config, Stdlib, Train
 from jaxmodels.models.mixtral import MixtralConfig
 
 
 def get_config() -> Config:
     return Config(
         model=MixtralConfig(vocab_size=256, width=32, heads=4, kv_heads=2, mlp_width=64, experts=4),
-        data=DataConfig(source="stdlib"),
+        data=Stdlib(),
         optim=AdamW(peak_lr=4e-3, warmup_steps=2),
         train=Train(),
     )

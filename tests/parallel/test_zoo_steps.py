@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import SGD, Constant, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import SGD, Constant, Mesh, Stdlib
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train import state, step
+from tests.sections import task_of
 from tests.zoo import ZOO, B, T, fill
 
 ELSEWHERE = {"llama", "mistral", "qwen", "mixtral-capacity", "bert-classifier", "dcgan-discriminator"}
@@ -20,7 +21,7 @@ def train(name, mesh_cfg, devices, **options):
     """State and metrics after one step, and the parameters before it."""
     kind, config = ZOO[name]
     mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
-    task = tasks.build(TaskConfig(name=kind), config, DataConfig(seq_len=T, batch_size=B))
+    task = tasks.build(task_of(kind), config, Stdlib(seq_len=T, batch_size=B))
     optimizers = {loss.name: DESCENT.build(1, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)

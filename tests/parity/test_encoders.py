@@ -11,7 +11,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, TaskConfig
+from jaxmodels.config import Contrastive, Stdlib
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.vit import ViTConfig
@@ -315,7 +315,7 @@ def test_contrastive_loss_and_gradients_are_those_of_transformers():
     params, x, (tokens, *_) = ours(model, reference), images(CLIP), texts()
     out = reference(tensor(tokens), tensor(x).permute(0, 3, 1, 2), return_loss=True)
     out.loss.backward()
-    task = tasks.build(TaskConfig(name="contrastive"), CLIP, DataConfig(seq_len=T, batch_size=B))
+    task = tasks.build(Contrastive(), CLIP, Stdlib(seq_len=T, batch_size=B))
 
     @jit
     @jax.value_and_grad

@@ -10,17 +10,7 @@ import jaxmodels
 from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run
 from jaxmodels.commands.import_ import import_run
-from jaxmodels.config import (
-    AdamW,
-    Checkpoint,
-    Config,
-    DataConfig,
-    Eval,
-    Init,
-    Metrics,
-    TaskConfig,
-    Train,
-)  # fmt: skip
+from jaxmodels.config import AdamW, Checkpoint, Config, Eval, Init, Metrics, Seq2Seq, Table, Text, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.train import load_run
@@ -142,7 +132,7 @@ def test_a_llama_that_was_trained_on_goes_out_with_its_ids_template_and_generati
     model, _ = jaxmodels.load_pretrained(source)
     cfg = Config(
         model=model.config,
-        data=DataConfig(source="text", path=(str(tmp_path / "text.txt"),), tokenizer=str(source), seq_len=8),
+        data=Text(path=(str(tmp_path / "text.txt"),), tokenizer=str(source), seq_len=8),
         train=Train(steps=2),
         eval=Eval(batches=1),
         checkpoint=Checkpoint(every=0),
@@ -172,9 +162,7 @@ def pairs(folder):
     rows = [{"en": " ".join(text), "de": " ".join(reversed(text))} for text in ("abc", "dab", "cab", "bad", "ad", "db")]
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
-    return rows, DataConfig(
-        source="table", path=(str(path),), input_field="en", target_field="de", seq_len=8, batch_size=16
-    )
+    return rows, Table(path=(str(path),), input_field="en", target_field="de", seq_len=8, batch_size=16)
 
 
 def translated(run, texts):
@@ -196,7 +184,7 @@ def test_an_imported_t5_translates_as_in_transformers_and_learns_behind_its_star
     _, section = pairs(tmp_path)
     section = replace(section, tokenizer=str(tmp_path / "run"))
     model = jaxmodels.config.read(tmp_path / "run")[0].model
-    source = data.open_for(Config(model=model, task=TaskConfig(name="seq2seq"), data=section), "train")
+    source = data.open_for(Config(model=model, task=Seq2Seq(), data=section), "train")
     batch = source.batch(np.arange(4), np.zeros(4, int))
     assert (batch["tokens"][:, 0] == 4).all()
     for row in range(4):
@@ -224,7 +212,7 @@ def test_a_translator_that_was_trained_here_translates_alike_in_transformers(tmp
             variant="t5", norm="pre", vocab_size=40, layers=1, heads=2, width=16, mlp_width=32, dropout=0.0,
             relative_buckets=8, relative_distance=16,
         ),
-        task=TaskConfig(name="seq2seq"),
+        task=Seq2Seq(),
         data=replace(section, tokenizer="words:40"),
         optim=AdamW(peak_lr=2e-2),
         train=Train(steps=60),

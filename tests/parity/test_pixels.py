@@ -24,14 +24,14 @@ CASES = {
 
 
 EXPERIMENT = """
-from jaxmodels.config import Config, DataConfig, TaskConfig, Train
+from jaxmodels.config import Classification, Config, Images, Train
 from jaxmodels.models.vit import ViTConfig
 
 def get_config():
     return Config(
         model=ViTConfig((16, 16, 3), 8, classes=3, layers=1, heads=2, width=8, mlp_width=8),
-        task=TaskConfig("classification"),
-        data=DataConfig(source="images", mean=(0.3,), std=(0.2,), batch_size=8, eval_fraction=0.3),
+        task=Classification(),
+        data=Images(mean=(0.3,), std=(0.2,), batch_size=8, eval_fraction=0.3),
         train=Train(steps=1),
     )
 """

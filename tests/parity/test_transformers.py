@@ -9,12 +9,13 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import AdamW, Constant, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import AdamW, Constant, Mesh, Stdlib
 from jaxmodels.models import layers
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.task import Loss, Task, forward, scored
 from jaxmodels.train import state, step
+from tests.sections import task_of
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
@@ -148,13 +149,13 @@ def restoring(model):
 
 def train_ours(reference, model, params, lr, decay):
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    section = DataConfig(seq_len=T, batch_size=B)
+    section = Stdlib(seq_len=T, batch_size=B)
     kind = reference.config.model_type
     names = ("inputs", "labels") if kind == "vit" else ("tokens", "targets")
     if kind == "bert":
         task = restoring(model)
     else:
-        task = tasks.build(TaskConfig("classification" if kind == "vit" else "causal_lm"), model.config, section)
+        task = tasks.build(task_of("classification" if kind == "vit" else "causal_lm"), model.config, section)
     cfg = AdamW(peak_lr=lr, b1=0.9, b2=0.95, eps=1e-8, weight_decay=decay, clip_norm=1.0, schedule=Constant())
     optimizers = {loss.name: cfg.build(STEPS, task.axes()[loss.trains]) for loss in task.losses}
     layout = state.layout(task, optimizers, mesh)

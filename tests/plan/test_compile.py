@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from jaxmodels import cli
-from jaxmodels.config import AdamW, Config, DataConfig, Mesh, TaskConfig, Train
+from jaxmodels.config import GAN, AdamW, Classification, Config, MaskedLM, Mesh, Synthetic, Tokens, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.gan import GANConfig
@@ -28,7 +28,7 @@ CONFIG = Config(
     model=LlamaConfig(
         vocab_size=4096, context=512, layers=2, heads=4, kv_heads=2, width=512, mlp_width=1024, dtype="bfloat16"
     ),
-    data=DataConfig(source="tokens", seq_len=512, batch_size=64),
+    data=Tokens(seq_len=512, batch_size=64),
     mesh=Mesh(data=1, fsdp=8),
 )
 PARAMETERS = 2 * 4096 * 512 + 2 * (512 * (4 + 2 + 2 + 4) * 128 + 3 * 512 * 1024 + 2 * 512) + 512
@@ -186,7 +186,7 @@ def test_an_optimizer_with_the_host_is_copied_from_there_and_back(planned, on):
     assert plan["step_seconds"] > planned(on)["step_seconds"]
 
 
-IMAGES = {"task": TaskConfig(name="classification"), "data": DataConfig(source="synthetic", batch_size=64)}
+IMAGES = {"task": Classification(), "data": Synthetic(batch_size=64)}
 ONE_LAYER = {"vocab_size": 1024, "layers": 1, "heads": 4, "kv_heads": 2, "width": 512, "mlp_width": 512}
 FAMILIES = {
     "mixture": (MixtralConfig(**ONE_LAYER, experts=8, dtype="bfloat16"), {"data": CONFIG.data}),
@@ -198,10 +198,10 @@ FAMILIES = {
         BERTConfig(
             vocab_size=1024, context=512, layers=1, width=512, heads=4, mlp_width=512, dropout=0.0, dtype="bfloat16"
         ),
-        {"task": TaskConfig(name="masked_lm"), "data": DataConfig(source="synthetic", seq_len=512, batch_size=64)},
+        {"task": MaskedLM(), "data": Synthetic(seq_len=512, batch_size=64)},
     ),
     "convolutions": (ResNetConfig(input_shape=(32, 32, 3), depths=(1, 1), widths=(64, 128), dtype="bfloat16"), IMAGES),
-    "gan": (GANConfig(), {"task": TaskConfig(name="gan"), "data": IMAGES["data"]}),
+    "gan": (GANConfig(), {"task": GAN(), "data": IMAGES["data"]}),
 }
 """A model and its config's other sections; of the kernels that decide what is counted."""
 

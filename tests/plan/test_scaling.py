@@ -8,7 +8,7 @@ import pytest
 from matplotlib import image
 
 from jaxmodels.commands.plan import PlanOptions, asked, planned
-from jaxmodels.config import Config, DataConfig, Mesh, Train
+from jaxmodels.config import Config, Mesh, Tokens, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.plan import arithmetic, roofline, scaling, topology
@@ -16,7 +16,7 @@ from jaxmodels.plan import compile as compiling
 
 CONFIG = Config(
     model=LlamaConfig(vocab_size=512, context=512, layers=4, heads=8, kv_heads=2, width=64, mlp_width=128),
-    data=DataConfig(source="tokens", seq_len=512, batch_size=64),
+    data=Tokens(seq_len=512, batch_size=64),
     mesh=Mesh(data=1, fsdp=-1),
 )
 ON = [topology.parse(f"h100:{shape}") for shape in ("1x8", "2x8", "8x8")]

@@ -14,7 +14,7 @@ from jaxmodels import cli
 from jaxmodels import config as configs
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.plan import PlanOptions, asked, planned
-from jaxmodels.config import SGD, Config, DataConfig, Mesh
+from jaxmodels.config import SGD, Classification, Config, Mesh, Stdlib, Tokens
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
@@ -27,8 +27,8 @@ from jaxmodels.plan import compile as compiling
 LLAMA = LlamaConfig(
     vocab_size=4096, context=8192, layers=4, heads=16, kv_heads=8, width=512, mlp_width=1024, dtype="bfloat16"
 )
-CONFIG = Config(model=LLAMA, data=DataConfig(source="tokens", seq_len=8192, batch_size=64), mesh=Mesh(data=1, fsdp=-1))
-IMAGES = Config(MLPConfig((8, 8, 1), 10, (64,)), configs.TaskConfig(name="classification"), DataConfig())
+CONFIG = Config(model=LLAMA, data=Tokens(seq_len=8192, batch_size=64), mesh=Mesh(data=1, fsdp=-1))
+IMAGES = Config(MLPConfig((8, 8, 1), 10, (64,)), Classification(), Stdlib())
 ON = topology.parse("h100:4x8")
 EXPERT = [
     dict(data=1, fsdp=32),

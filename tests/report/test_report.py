@@ -16,13 +16,15 @@ import pytest
 
 from jaxmodels import config as configs
 from jaxmodels.cli import main
-from jaxmodels.config import AdamW, Config, DataConfig, Eval, Metrics, TaskConfig, Train
+from jaxmodels.config import TFDS, AdamW, Classification, Config, Eval, Metrics, Table, Train
 from jaxmodels.models.functional import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, build, confusion, curves, latents, page, saliency, samples, summary
-from jaxmodels.report.pieces import Picture, Table, tile
+from jaxmodels.report.pieces import Picture, tile
+from jaxmodels.report.pieces import Table as Cells
 from jaxmodels.train import run as runs
 from jaxmodels.train.saved import Evaluation, load_run
+from tests.sections import task_of
 from tests.zoo import ZOO, arrays, example
 
 
@@ -33,10 +35,8 @@ def trained(tmp_path_factory, shared_data):
     for name, rate in (("fast", 3e-3), ("slow", 1e-4)):
         cfg = Config(
             model=MLPConfig(hidden=(32,)),
-            task=TaskConfig(name="classification"),
-            data=DataConfig(
-                source="tfds", dir=str(shared_data / "tfds"), name="mnist", eval_split="test[:600]", batch_size=64
-            ),
+            task=Classification(),
+            data=TFDS(dir=str(shared_data / "tfds"), name="mnist", eval_split="test[:600]", batch_size=64),
             optim=AdamW(peak_lr=rate),
             train=Train(steps=40),
             eval=Eval(every=20, batch_size=256),
@@ -191,7 +191,7 @@ def test_saliency_of_a_linear_model_is_weight_times_input():
 def stand_in(name, params):
     """A model of the zoo as a saved run has it."""
     task, config = ZOO[name]
-    cfg = SimpleNamespace(task=TaskConfig(name=task))
+    cfg = SimpleNamespace(task=task_of(task))
     source = SimpleNamespace(tokenizer=None)
     return Evaluation(None, cfg, {"model": create(config)}, {"model": params}, {}, 0, source=source)
 
@@ -312,7 +312,7 @@ def test_groups_have_a_table_with_the_largest_difference():
 
 
 def test_what_the_data_says_is_text_on_the_page():
-    table = Table(("<b>", "n"), [("</table><script>", "1,000"), ("x", "–")])
+    table = Cells(("<b>", "n"), [("</table><script>", "1,000"), ("x", "–")])
     found = page.html(table, {})
     assert "<script" not in found and "&lt;/table&gt;" in found and found.count('class="number"') == 3
 
@@ -336,7 +336,7 @@ def test_runs_with_odd_names_stay_apart_and_are_named_as_they_are(tmp_path):
 
 
 def test_a_split_of_what_has_none_is_refused(tmp_path, capsys):
-    cfg = Config(model=MLPConfig(), data=DataConfig(source="table", path=("a.csv",)))
+    cfg = Config(model=MLPConfig(), data=Table(path=("a.csv",)))
     configs.save(cfg, tmp_path / "config.json", {})
     assert main(["report", str(tmp_path), "--split", "nonsense"]) == 2
     assert "got --split 'nonsense'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import DataConfig, Mesh, TaskConfig
+from jaxmodels.config import Classification, Mesh, Stdlib
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.mlp import MLPConfig
@@ -62,7 +62,7 @@ def batch(seed=0):
 
 
 def built(kind):
-    task = tasks.build(TaskConfig(name="classification", **KINDS[kind]), MODEL, DataConfig())
+    task = tasks.build(Classification(**KINDS[kind]), MODEL, Stdlib())
     return task, {"model": task.networks["model"].init(jax.random.key(0))}
 
 
@@ -98,7 +98,7 @@ def test_blends_on_eight_devices_are_those_on_one(kind):
 
 def test_evaluation_blends_nothing():
     task, params = built("both")
-    plain = tasks.build(TaskConfig(name="classification"), MODEL, DataConfig())
+    plain = tasks.build(Classification(), MODEL, Stdlib())
     a, b = (each.metrics(params, {}, batch())["loss"][0] for each in (task, plain))
     assert float(a) == float(b)
 
@@ -117,11 +117,11 @@ def test_evaluation_blends_nothing():
 )
 def test_what_cannot_be_blended_or_smoothed_is_refused(fields, config, message):
     with pytest.raises(UserError, match=message):
-        tasks.build(TaskConfig(name="classification", **fields), config, DataConfig(seq_len=8))
+        tasks.build(Classification(**fields), config, Stdlib(seq_len=8))
 
 
 def test_several_labels_have_a_loss_of_each_class_by_itself():
-    task = tasks.build(TaskConfig(name="classification", multi_label=True), MODEL, DataConfig())
+    task = tasks.build(Classification(multi_label=True), MODEL, Stdlib())
     params = {"model": task.networks["model"].init(jax.random.key(0))}
     rows = batch()
     rows["labels"] = (np.random.default_rng(2).random((B, CLASSES)) < 0.4).astype(np.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmodels
-from jaxmodels.config import Config, DataConfig, TaskConfig
+from jaxmodels.config import GAN, Classification, Config, Stdlib, Synthetic
 from jaxmodels.models import families, layers
 from jaxmodels.models.flops import forward
 from jaxmodels.models.gan import GANConfig
@@ -25,7 +25,7 @@ def per_step(cfg):
 def test_a_step_is_three_forwards_whatever_is_recomputed_or_skipped(change):
     for config, by_hand in ((GPT2, gpt2_by_hand), (LLAMA, llama_by_hand)):
         long = dataclasses.replace(config, context=1000)  # so long that a kernel in blocks skips some
-        cfg = Config(model=dataclasses.replace(long, **change), data=DataConfig(seq_len=1000, batch_size=B))
+        cfg = Config(model=dataclasses.replace(long, **change), data=Stdlib(seq_len=1000, batch_size=B))
         assert per_step(cfg).model == 3 * by_hand(long, 1000)
 
 
@@ -33,7 +33,7 @@ def test_a_step_is_three_forwards_whatever_is_recomputed_or_skipped(change):
 def test_of_attention_only_what_masks_show_must_be_computed(window, band):
     T, seen = 1000, sum(min(t + 1, window or 1000) for t in range(1000))
     long = dataclasses.replace(LLAMA, context=T, window=window)
-    step = per_step(Config(model=long, data=DataConfig(seq_len=T, batch_size=B)))
+    step = per_step(Config(model=long, data=Stdlib(seq_len=T, batch_size=B)))
     each = 3 * B * long.layers * 4 * long.heads * long.head_size  # FLOPs of a pair: two products, there and twice back
     assert step.attention == each * T * band
     assert step.model == 3 * llama_by_hand(long, T) - each * T * (T - band)
@@ -43,14 +43,14 @@ def test_of_attention_only_what_masks_show_must_be_computed(window, band):
 def test_a_step_of_a_classifier_has_no_gradient_at_its_inputs():
     cfg = Config(
         model=MLPConfig((3, 3, 1), 4, (5,)),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(source="synthetic", batch_size=6),
+        task=Classification(),
+        data=Synthetic(batch_size=6),
     )
     assert per_step(cfg).model == 2 * 6 * (2 * 9 * 5 + 3 * 5 * 4)
 
 
 def test_a_step_of_a_mixture_counts_the_experts_of_a_token_three_times():
-    cfg = Config(model=MIXTRAL, data=DataConfig(seq_len=T, batch_size=B))
+    cfg = Config(model=MIXTRAL, data=Stdlib(seq_len=T, batch_size=B))
     dense = dataclasses.replace(LLAMA, mlp_width=MIXTRAL.experts_per_token * MIXTRAL.mlp_width)
     router = 2 * B * T * MIXTRAL.layers * MIXTRAL.width * MIXTRAL.experts
     balance = 2 * 2 * MIXTRAL.experts  # the product of two vectors, and its gradient
@@ -59,7 +59,7 @@ def test_a_step_of_a_mixture_counts_the_experts_of_a_token_three_times():
 
 def test_a_step_of_a_gan_counts_all_that_its_losses_need():
     config = GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))
-    cfg = Config(model=config, task=TaskConfig(name="gan"), data=DataConfig(source="synthetic", batch_size=6))
+    cfg = Config(model=config, task=GAN(), data=Synthetic(batch_size=6))
     generator, discriminator = (
         forward(jaxmodels.create(config, network=name), 6) for name in ("generator", "discriminator")
     )
@@ -89,7 +89,5 @@ def test_a_step_of_a_model_with_batch_statistics(monkeypatch):
     monkeypatch.setattr(families.FAMILIES, "_registered", {})
     spec = lambda c, batch, length: (jax.ShapeDtypeStruct((batch, 3), jnp.float32),)  # noqa: E731
     families.register(families.Family("net", NetConfig, Net, spec, {}))
-    cfg = Config(
-        model=NetConfig(), task=TaskConfig(name="classification"), data=DataConfig(source="synthetic", batch_size=6)
-    )
+    cfg = Config(model=NetConfig(), task=Classification(), data=Synthetic(batch_size=6))
     assert per_step(cfg).model == 2 * 6 * (2 * 3 * 5 + 3 * 5 * 4)

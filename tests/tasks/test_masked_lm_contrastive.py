@@ -10,8 +10,20 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import SGD, AdamW, Constant, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import (
+    SGD,
+    AdamW,
+    CausalLM,
+    Classification,
+    Constant,
+    Contrastive,
+    MaskedLM,
+    Mesh,
+    Stdlib,
+    Synthetic,
+)
 from jaxmodels.data import open_source
+from jaxmodels.data.contract import check_batch
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
@@ -23,27 +35,21 @@ from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.masked_lm import mask
 from jaxmodels.tasks.task import divide
 from jaxmodels.train import state, step
+from tests.sections import drawn, task_of
 
 B, T, V = 8, 12, 48
 SIZE = {"layers": 2, "heads": 4, "width": 32, "mlp_width": 48}
 BERT = BERTConfig(vocab_size=V, context=16, **SIZE)
 VIT = ViTConfig((8, 8, 3), 4, 5, **SIZE, dropout=0.1)
 CLIP = CLIPConfig((8, 8, 3), 4, 2, 4, 32, 48, V, 16, 2, 2, 24, 40, embedding=20)
-DATA = DataConfig(source="synthetic", seq_len=T, batch_size=B)
-MLM = TaskConfig(name="masked_lm", mask_fraction=0.3)
-PAIRS = TaskConfig(name="contrastive")
+DATA = Synthetic(seq_len=T, batch_size=B)
+MLM = MaskedLM(mask_fraction=0.3)
+PAIRS = Contrastive()
 
 
 def synthetic(task, config, seed=0, rows=B):
     text = hasattr(config, "vocab_size")  # what reads no text has no length of texts
-    source = open_source(
-        DATA if text else DataConfig(source="synthetic", batch_size=B),
-        "train",
-        task,
-        vocab_size=getattr(config, "vocab_size", None),
-        inputs_shape=getattr(config, "input_shape", None),
-        num_classes=getattr(config, "classes", None),
-    )
+    source = drawn(task_of(task), config, batch_size=B, **({"seq_len": T} if text else {}))
     return source.batch(np.arange(rows) + seed * rows, np.zeros(rows, np.int64))
 
 
@@ -190,7 +196,7 @@ def learn(task, params, optimizer, rows, steps):
 def test_a_hidden_token_is_learned_from_the_others():
     """Texts of one token over and over: what is hidden is what stands beside it."""
     config = jaxmodels.create(BERT, layers=1, vocab_size=12, dropout=0.0).config
-    task = tasks.build(TaskConfig(name="masked_lm"), config, DATA)
+    task = tasks.build(MaskedLM(), config, DATA)
     optimizer = AdamW(peak_lr=3e-3, weight_decay=0.0).build(120, task.axes()["model"])
 
     def rows(key):
@@ -282,8 +288,8 @@ def test_pairs_are_learned(paired):
 
 CASES = {
     "masked_lm": (MLM, BERT),
-    "vit": (TaskConfig(name="classification"), VIT),
-    "bert": (TaskConfig(name="classification"), dataclasses.replace(BERT, head="classification", classes=5, layers=1)),
+    "vit": (Classification(), VIT),
+    "bert": (Classification(), dataclasses.replace(BERT, head="classification", classes=5, layers=1)),
     "contrastive": (PAIRS, CLIP),
 }
 # plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
@@ -342,9 +348,9 @@ def test_a_step_on_eight_devices_is_that_of_one(alone, name, mesh, strategy):
     ids=["bert", "clip", "vit", "bert-classes", "lstm-classes"],
 )
 def test_synthetic_examples_are_what_the_task_takes(task, config):
-    built = tasks.build(TaskConfig(name=task), config, DATA)
+    built = tasks.build(task_of(task), config, DATA)
     batch = synthetic(task, config)
-    tasks.task.check_batch(built.batch_spec(B), batch)
+    check_batch(built.fields, batch)
     again = synthetic(task, config, rows=1)
     for name, x in again.items():
         np.testing.assert_array_equal(x[0], batch[name][0])
@@ -353,7 +359,7 @@ def test_synthetic_examples_are_what_the_task_takes(task, config):
 
 def test_a_classifier_of_texts_sees_segment_ids_and_types():
     config = dataclasses.replace(BERT, head="classification", classes=5, dropout=0.0)
-    task = tasks.build(TaskConfig(name="classification"), config, DATA)
+    task = tasks.build(Classification(), config, DATA)
     params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
     batch = synthetic("classification", config)
     ids = padded()["segment_ids"]
@@ -373,18 +379,18 @@ def test_a_classifier_of_texts_sees_segment_ids_and_types():
     [
         (MLM, GPT2Config(), DATA, "got task masked_lm with GPT2Config, expected an encoder"),
         (MLM, BERTConfig(head="none"), DATA, "got task masked_lm with BERTConfig with head none"),
-        (MLM, BERT, DataConfig(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
-        (TaskConfig(name="masked_lm", mask_token=V), BERT, DATA, "got task.mask_token 48, .*try --task.mask-token 47"),
+        (MLM, BERT, Stdlib(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
+        (MaskedLM(mask_token=V), BERT, DATA, "got task.mask_token 48, .*try --task.mask-token 47"),
         (PAIRS, VIT, DATA, "got task contrastive with ViTConfig, expected a model of images and texts"),
-        (PAIRS, CLIP, DataConfig(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
+        (PAIRS, CLIP, Stdlib(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
         (
             dataclasses.replace(PAIRS, z_loss=1e-4),
             CLIP,
             DATA,
             "got task.z_loss 0.0001, which task contrastive",
         ),
-        (TaskConfig(name="classification"), BERT, DATA, "classification with BERTConfig, expected a classifier"),
-        (TaskConfig(), BERT, DATA, "got task causal_lm with BERTConfig"),
+        (Classification(), BERT, DATA, "classification with BERTConfig, expected a classifier"),
+        (CausalLM(), BERT, DATA, "got task causal_lm with BERTConfig"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(task, config, data, message):
@@ -395,11 +401,9 @@ def test_what_does_not_fit_together_is_refused(task, config, data, message):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_of_nothing_or_of_all_is_refused(share):
     with pytest.raises(UserError, match="got task.mask_fraction .*, expected (above 0|below 1)"):
-        TaskConfig(mask_fraction=share)
+        CausalLM(mask_fraction=share)
 
 
 def test_pairs_do_not_come_from_a_text():
-    with pytest.raises(
-        UserError, match="got data.source stdlib for contrastive, expected one of tfds, .* or synthetic"
-    ):
-        open_source(DataConfig(), "train", "contrastive")
+    with pytest.raises(UserError, match="got data stdlib, expected a source of records"):
+        open_source(Stdlib(), "train", Contrastive())

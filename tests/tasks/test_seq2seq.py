@@ -10,7 +10,7 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import AdamW, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import AdamW, CausalLM, Mesh, Seq2Seq, Stdlib, Synthetic
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -20,16 +20,17 @@ from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import FEW, cross_entropy
 from jaxmodels.train import state, step
+from tests.sections import drawn
 
 B, T, V = 8, 12, 48
 POST = TransformerConfig(vocab_size=V, layers=2, heads=8, width=32, mlp_width=48)
 T5 = dataclasses.replace(POST, variant="t5", norm="pre", activation="gated_gelu", head_dim=8)
-DATA = DataConfig(source="synthetic", seq_len=T, batch_size=B)
-TASK = TaskConfig(name="seq2seq", label_smoothing=0.1, z_loss=1e-3)
+DATA = Synthetic(seq_len=T, batch_size=B)
+TASK = Seq2Seq(label_smoothing=0.1, z_loss=1e-3)
 
 
 def batch(vocab_size=V, seed=0):
-    source = open_source(DATA, "train", "seq2seq", vocab_size=vocab_size)
+    source = open_source(DATA, "train", Seq2Seq(), vocab_size=vocab_size)
     rows = source.batch(np.arange(B) + seed * B, np.zeros(B, np.int64))
     lengths = np.random.default_rng(seed).integers(2, T + 1, (B, 1))  # devices hold different numbers of targets
     rows["targets"] = np.where(np.arange(T) < lengths, rows["targets"], -1)
@@ -40,16 +41,15 @@ def batch(vocab_size=V, seed=0):
 
 def test_synthetic_pairs_have_the_shapes_that_the_task_takes():
     spec = tasks.build(TASK, POST, DATA).batch_spec(B)
-    source = open_source(DATA, "train", "seq2seq", vocab_size=V)
+    source = drawn(TASK, POST, seq_len=T, batch_size=B)
     rows = source.batch(np.array([3, 7, 3]), np.zeros(3, np.int64))
     assert set(rows) == set(spec) == {"inputs", "tokens", "targets"}
     assert all(x.shape == (3, T) and x.dtype == spec[name].dtype for name, x in rows.items())
-    np.testing.assert_array_equal(rows["tokens"][:, 1:], rows["targets"][:, :-1])
     assert not np.array_equal(rows["inputs"], rows["tokens"])
     np.testing.assert_array_equal(rows["inputs"][0], rows["inputs"][2])
-    assert f"{T} tokens to as many" in source.describe()
-    with pytest.raises(UserError, match="got data.source stdlib for seq2seq, expected one of tfds, .* or synthetic"):
-        open_source(DataConfig(), "train", "seq2seq")
+    assert f"inputs {T}, tokens {T}, targets {T}" in source.describe()
+    with pytest.raises(UserError, match="got data stdlib, expected a source of records"):
+        open_source(Stdlib(), "train", Seq2Seq())
 
 
 @pytest.mark.parametrize("vocab_size", [V, FEW + 8])
@@ -126,7 +126,7 @@ def test_steps_on_eight_devices_are_those_of_one(alone, config, mesh):
 def test_a_reversal_is_learned_only_with_the_source():
     """Teacher forcing: targets are the source backwards, so that their loss can fall below the entropy of a token."""
     model = jaxmodels.create(T5, layers=1, heads=4, dropout=0.0, vocab_size=8)
-    task = tasks.build(TaskConfig(name="seq2seq"), model.config, DATA)
+    task = tasks.build(Seq2Seq(), model.config, DATA)
     optimizer = AdamW(peak_lr=1e-2, warmup_steps=10, weight_decay=0.0).build(200, task.axes()["model"])
     params = {"model": jax.jit(model.init)(jax.random.key(0))}
 
@@ -161,4 +161,4 @@ def test_only_an_encoder_decoder_is_taken(config):
 
 def test_an_encoder_decoder_is_no_causal_language_model():
     with pytest.raises(UserError, match="got task causal_lm with TransformerConfig, expected .* of one text"):
-        tasks.build(TaskConfig(), POST, DATA)
+        tasks.build(CausalLM(), POST, DATA)

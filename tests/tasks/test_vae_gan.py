@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import SGD, Config, Constant, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import GAN, SGD, Config, Constant, Mesh, Stdlib, Synthetic, Text
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gan import GANConfig
@@ -17,7 +17,8 @@ from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl, gradient_penalty
 from jaxmodels.tasks.task import noise_of, uniform_of
-from jaxmodels.train import run, state, step
+from jaxmodels.train import job, state, step
+from tests.sections import drawn, task_of
 
 # at these shapes LLVM's optimisations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -37,8 +38,8 @@ def batch(rows=16, seed=0):
 
 
 def build(name, **fields):
-    return tasks.build(TaskConfig(name=name.split("-")[0].replace("dc", "").replace("w", ""), **fields), CONFIGS[name],
-                       DataConfig())  # fmt: skip
+    return tasks.build(task_of(name.split("-")[0].replace("dc", "").replace("w", ""), **fields), CONFIGS[name],
+                       Stdlib())  # fmt: skip
 
 
 def still(tree):
@@ -184,18 +185,17 @@ def test_steps_on_eight_devices_are_those_on_one(name):
 
 @pytest.mark.parametrize("name", ["vae", "gan"])
 def test_synthetic_images_are_what_the_task_takes(name):
-    source = open_source(DataConfig(source="synthetic"), "train", name, inputs_shape=SHAPE)
+    config = VAEConfig(input_shape=SHAPE) if name == "vae" else GANConfig(input_shape=SHAPE, channels=(8,))
+    source = drawn(task_of(name), config)
     assert source.batch(np.arange(4), np.zeros(4, np.int64))["inputs"].shape == (4, *SHAPE)
-    with pytest.raises(UserError, match="states no shape of its inputs"):
-        open_source(DataConfig(source="synthetic"), "train", name)
-    with pytest.raises(UserError, match=f"got data.source text for {name}, expected one of tfds, .* or synthetic"):
-        open_source(DataConfig(source="text"), "train", name, inputs_shape=SHAPE)
+    with pytest.raises(UserError, match="got data text, expected a source of records"):
+        open_source(Text(), "train", task_of(name), inputs_shape=SHAPE)
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("vae", "a variational autoencoder"), ("gan", "a GAN")])
 def test_another_model_is_refused(name, wanted):
     with pytest.raises(UserError, match=f"got task {name} with MLPConfig, expected {wanted}"):
-        tasks.build(TaskConfig(name=name), MLPConfig(), DataConfig())
+        tasks.build(task_of(name), MLPConfig(), Stdlib())
 
 
 def test_binarised_evaluation_is_a_function_of_the_example_and_training_draws_anew():
@@ -284,7 +284,7 @@ def test_three_updates_of_the_critic_are_of_three_shares_of_the_batch_and_then_o
 
 
 def test_a_batch_that_has_no_such_shares_is_refused():
-    data = DataConfig(source="synthetic", batch_size=16)
-    cfg = Config(CONFIGS["wgan-gp"], task=TaskConfig(name="gan", critic_steps=3), data=data, mesh=Mesh(data=8))
+    data = Synthetic(batch_size=16)
+    cfg = Config(CONFIGS["wgan-gp"], task=GAN(critic_steps=3), data=data, mesh=Mesh(data=8))
     with pytest.raises(UserError, match="got data.batch_size 16, expected a multiple of 24 .*try --data.batch-size 24"):
-        run.setup(cfg)
+        job.assemble(cfg)

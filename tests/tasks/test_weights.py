@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from jaxmodels import tasks
-from jaxmodels.config import SGD, Checkpoint, Config, Constant, DataConfig, Eval, Mesh, Metrics, TaskConfig, Train
+from jaxmodels.config import (
+    SGD,
+    Checkpoint,
+    Classification,
+    Config,
+    Constant,
+    Eval,
+    MaskedLM,
+    Mesh,
+    Metrics,
+    Stdlib,
+    Train,
+)
 from jaxmodels.data import Loader, Order
 from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
@@ -23,6 +35,7 @@ from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train import evaluate, state, step
 from jaxmodels.train import run as runs
+from tests.sections import task_of
 
 N, T, V = 10, 6, 24
 IMAGE = (4, 4, 1)
@@ -43,8 +56,8 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def built(name):
-    kind = TaskConfig(name="classification", multi_label=True) if name == "multi_label" else TaskConfig(name=name)
-    task = tasks.build(kind, CASES[name], DataConfig(seq_len=T))
+    kind = Classification(multi_label=True) if name == "multi_label" else task_of(name)
+    task = tasks.build(kind, CASES[name], Stdlib(seq_len=T))
     return task, jit(task.init)(jax.random.key(0)), task.stats()
 
 
@@ -127,7 +140,7 @@ def test_a_step_in_which_nothing_counts_moves_nothing_and_has_no_loss():
 
 def test_a_share_of_a_label_weighs_as_much_as_it_is():
     """Blended images of which one alone has a label: the mean is over that label's share, be it below 1."""
-    task = tasks.build(TaskConfig(name="classification", mixup=0.4), CASES["classification"], DataConfig())
+    task = tasks.build(Classification(mixup=0.4), CASES["classification"], Stdlib())
     batch = examples(task, "classification", 2)
     batch["labels"][1] = -1
     params = jit(task.init)(jax.random.key(0))
@@ -166,16 +179,16 @@ def test_a_set_of_which_nothing_counts_is_refused_and_never_the_best(name, field
 )
 def test_ids_to_keep_are_some_of_the_vocabulary_s(keep, message):
     with pytest.raises(UserError, match=message):
-        tasks.build(TaskConfig(name="masked_lm", keep=keep), CASES["masked_lm"], DataConfig(seq_len=T))
+        tasks.build(MaskedLM(keep=keep), CASES["masked_lm"], Stdlib(seq_len=T))
 
 
 def test_a_run_on_labels_that_are_all_ignored_ends_with_one_line_and_without_a_best_checkpoint(tmp_path, monkeypatch):
     arrays = {"inputs": np.zeros((40, *IMAGE), np.float32), "labels": np.full(40, -1, np.int32)}
-    monkeypatch.setattr(runs.data, "open_for", lambda cfg, split: Rows(arrays, split=split, label="unlabelled"))
+    monkeypatch.setattr(runs.data, "open_for", lambda cfg, split, *_: Rows(arrays, split=split, label="unlabelled"))
     cfg = Config(
         CASES["classification"],
-        task=TaskConfig(name="classification"),
-        data=DataConfig(batch_size=8),
+        task=Classification(),
+        data=Stdlib(batch_size=8),
         train=Train(steps=2),
         eval=Eval(every=1),
         metrics=Metrics(loggers=(), progress="none"),

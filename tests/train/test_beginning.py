@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmodels import create, list_models
-from jaxmodels.config import Checkpoint, Config, DataConfig, Init, Metrics, TaskConfig, Train
+from jaxmodels.config import Checkpoint, Classification, Config, Init, MaskedLM, Metrics, Synthetic, Train
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
 from jaxmodels.hf.save import save_pretrained
@@ -30,8 +30,8 @@ from jaxmodels.train.job import assemble
 BERT = BERTConfig(vocab_size=23, context=9, layers=1, heads=2, width=8, mlp_width=12)
 MASKED = Config(
     model=BERT,
-    task=TaskConfig(name="masked_lm"),
-    data=DataConfig(source="synthetic", seq_len=8, batch_size=8),
+    task=MaskedLM(),
+    data=Synthetic(seq_len=8, batch_size=8),
     train=Train(steps=2, ema=0.5),
     checkpoint=Checkpoint(every=0),
     metrics=Metrics(progress="none", loggers=()),
@@ -50,7 +50,7 @@ def classifier(where, *fresh, config=BERT, ema=None):
     return replace(
         MASKED,
         model=replace(config, head="classification", classes=3),
-        task=TaskConfig(name="classification"),
+        task=Classification(),
         train=Train(steps=2, ema=ema, seed=5),
         init=Init(source=None if where is None else str(where), fresh=fresh),
     )
@@ -155,8 +155,8 @@ def test_a_published_body_begins_a_classifier_whose_head_is_new(tmp_path):
     cfg = replace(
         MASKED,
         model=replace(VIT, classes=5, dropout=0.1),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(source="synthetic", batch_size=8),
+        task=Classification(),
+        data=Synthetic(batch_size=8),
         init=Init(source=str(tmp_path), fresh=("head/*",)),
     )
     _, found = begin(cfg)

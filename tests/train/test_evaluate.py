@@ -9,7 +9,21 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import Checkpoint, Config, DataConfig, Eval, Mesh, Metrics, TaskConfig, Train
+from jaxmodels.config import (
+    VAE,
+    CausalLM,
+    Checkpoint,
+    Classification,
+    Config,
+    Eval,
+    MaskedLM,
+    Mesh,
+    Metrics,
+    Stdlib,
+    Synthetic,
+    Text,
+    Train,
+)
 from jaxmodels.data import Loader, Order, open_source
 from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
@@ -37,7 +51,7 @@ def examples(rows=slice(None), group=True):
 
 @pytest.fixture(scope="module")
 def classifier():
-    task = tasks.build(TaskConfig(name="classification"), MLPConfig((4,), CLASSES, ()), DataConfig())
+    task = tasks.build(Classification(), MLPConfig((4,), CLASSES, ()), Stdlib())
     params = {"model": task.networks["model"].init(jax.random.key(0))}
     return task, params
 
@@ -102,9 +116,9 @@ TEXT = "the cat sat on the mat, and the café was full of other cats.\n" * 30
 def test_bits_a_byte_are_the_loss_by_the_bytes_that_targets_stand_for(tmp_path, tokenizer):
     (tmp_path / "text.txt").write_text(TEXT)
     fields = {"path": (str(tmp_path / "text.txt"),), "tokenizer": tokenizer, "seq_len": 16, "eval_fraction": 0.5}
-    cfg = DataConfig(source="text", **fields)
-    source = open_source(cfg, "eval", "causal_lm", vocab_size=280)
-    task = tasks.build(TaskConfig(), GPT2Config(280, 16, layers=1, heads=2, width=8), cfg)
+    cfg = Text(**fields)
+    source = open_source(cfg, "eval", CausalLM(), vocab_size=280)
+    task = tasks.build(CausalLM(), GPT2Config(280, 16, layers=1, heads=2, width=8), cfg)
     params = {"model": task.networks["model"].init(jax.random.key(0))}
     measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]))
     found = measure(params, {}, Loader(source, Order(len(source), 64, 0)).once())
@@ -114,7 +128,7 @@ def test_bits_a_byte_are_the_loss_by_the_bytes_that_targets_stand_for(tmp_path, 
     assert len(ids) == source.tokens and (len(ids) == len(text.encode())) == (tokenizer == "bytes")
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * (len(ids) - 1) / counted / math.log(2), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-    masked = tasks.build(TaskConfig(name="masked_lm"), "bert", DataConfig(seq_len=16))
+    masked = tasks.build(MaskedLM(), "bert", Stdlib(seq_len=16))
     assert "bits_per_byte" not in jax.eval_shape(
         masked.metrics, {"model": masked.networks["model"].shapes()}, {}, source.batch(np.arange(2), np.zeros(2, int))
     ), "only what predicts every byte has bits a byte"
@@ -125,8 +139,8 @@ SHAPE = (4, 4, 1)
 
 BASE = Config(
     model=MLPConfig(SHAPE, 5, ()),
-    task=TaskConfig(name="classification"),
-    data=DataConfig(source="synthetic", batch_size=8),
+    task=Classification(),
+    data=Synthetic(batch_size=8),
     train=Train(steps=2),
     eval=Eval(every=1),
     checkpoint=Checkpoint(best=True, every=0),
@@ -137,7 +151,7 @@ BASE = Config(
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
     """Runs of two steps of a classifier and of an autoencoder of small random images."""
-    vae = replace(BASE, model=VAEConfig(input_shape=SHAPE, hidden=(8,), latents=2), task=TaskConfig(name="vae"))
+    vae = replace(BASE, model=VAEConfig(input_shape=SHAPE, hidden=(8,), latents=2), task=VAE())
     folder = tmp_path_factory.mktemp("runs")
     for name, cfg in (("classifier", BASE), ("vae", vae)):
         runs.train(cfg, folder / name)

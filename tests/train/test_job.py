@@ -8,7 +8,7 @@ import pytest
 
 from jaxmodels import cli
 from jaxmodels import config as configs
-from jaxmodels.config import DataConfig
+from jaxmodels.config import Text
 from jaxmodels.train.job import assemble
 
 SMALL = (
@@ -17,12 +17,12 @@ SMALL = (
 )
 
 
-def gpt(root, **data):
+def gpt(root):
     cfg = configs.load(root / "configs" / "gpt_stdlib.py")
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, layers=1, width=16, heads=2, context=16),
-        data=dataclasses.replace(cfg.data, seq_len=16, batch_size=8, **data),
+        data=dataclasses.replace(cfg.data, seq_len=16, batch_size=8),
     )
 
 
@@ -42,7 +42,7 @@ def test_a_plan_of_packed_texts_has_the_fields_that_a_run_has(root, tmp_path):
     cfg = dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, vocab_size=300),
-        data=DataConfig(source="text", path=paths, tokenizer="bpe:300", pack=True, seq_len=16, batch_size=8),
+        data=Text(path=paths, tokenizer="bpe:300", pack=True, seq_len=16, batch_size=8),
     )
     runs, planned = assemble(cfg), assemble(cfg, opened=False)
     assert runs.batch == planned.batch and "segment_ids" in planned.batch

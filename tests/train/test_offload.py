@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import AdamW, Config, DataConfig, Mesh, TaskConfig
+from jaxmodels.config import AdamW, CausalLM, Config, Mesh, Stdlib
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.parallel import rules
@@ -23,7 +23,7 @@ MODEL = GPT2Config(layers=2, width=16, heads=2, vocab_size=64, context=16)
 def train(offload, steps=3):
     """The state after some steps on two devices."""
     mesh = make_mesh(Mesh(data=1, fsdp=2), jax.devices()[:2])
-    task = tasks.build(TaskConfig(), MODEL, DataConfig(seq_len=16, batch_size=4))
+    task = tasks.build(CausalLM(), MODEL, Stdlib(seq_len=16, batch_size=4))
     optimizers = {"loss": AdamW(peak_lr=1e-2).build(steps, task.axes()["model"])}
     layout = state.layout(task, optimizers, mesh, offload=offload)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)

@@ -9,13 +9,14 @@ import pytest
 import jaxmodels
 from jaxmodels import config as configs
 from jaxmodels.cli import main
-from jaxmodels.config import AdamW, Config, DataConfig, Metrics, TaskConfig, Train
-from jaxmodels.data.build import open_source
+from jaxmodels.config import AdamW, Classification, Config, Metrics, Table, Text, Train
+from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import run as runs
 from jaxmodels.train.saved import kept, load_run
+from tests.sections import data_of
 
 WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
 
@@ -38,10 +39,8 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     cfg = Config(
         model=LSTMConfig(vocab_size=64, width=8, hidden=8, layers=1, classes=2, dropout=0.0),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(
-            source="table", path=(csv(folder / "train.csv", rows(80)),), tokenizer="words:64", seq_len=8, batch_size=8
-        ),
+        task=Classification(),
+        data=Table(path=(csv(folder / "train.csv", rows(80)),), tokenizer="words:64", seq_len=8, batch_size=8),
         optim=AdamW(peak_lr=3e-2),
         train=Train(steps=30),
         metrics=Metrics(every=10, progress="none", loggers=()),
@@ -94,7 +93,7 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
         (["--data.name", "mnist"], "got --data.name 'mnist' for data of source table"),
         (["--data.target-field", "label"], "got --data.target-field 'label' for a run of task classification"),
         (["--data.path", "nothing.csv"], "got data.path 'nothing.csv', which does not exist"),
-        (["--data.source", "text", "--data.input-field", "x"], "for data of source text, which has no use for it"),
+        (["--data", "text", "--data.input-field", "x"], "for data of source text, which has no use for it"),
         (["--beams", "4"], "got --beams 4 for a run of task classification"),
         (["--json", "no/where.json"], "whose folder does not exist"),
     ],
@@ -117,7 +116,7 @@ def test_a_run_whose_config_sets_what_it_does_not_use_is_read_all_the_same(texts
     assert main(["eval", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.split(", step", 1)[1] == expected
     with pytest.raises(UserError, match="got data.mean"):
-        open_source(DataConfig(**{**saved["data"], "dir": None, "threads": 4}), "train", "classification")
+        open_source(data_of(**{**saved["data"], "dir": None, "threads": 4}), "train", Classification())
 
 
 def test_a_run_whose_data_is_gone_is_told_an_option_that_eval_has(moved, capsys):
@@ -139,7 +138,7 @@ def test_sample_says_what_fits(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("to be or not to be, that is the question.\n" * 20)
     cfg = Config(
         model=GPT2Config(vocab_size=256, context=16, layers=1, heads=2, width=8),
-        data=DataConfig(source="text", path=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=8, eval_fraction=0.25),
+        data=Text(path=(str(tmp_path / "a.txt"),), seq_len=16, batch_size=8, eval_fraction=0.25),
         train=Train(steps=1),
         metrics=Metrics(progress="none", loggers=()),
     )
@@ -193,7 +192,7 @@ def test_the_metrics_of_a_run_are_its_lines_and_a_hole_is_told(texts, tmp_path, 
 def test_a_run_that_was_imported_says_its_own_mistake(tmp_path):
     """A task that does not fit is not taken for a model that no task trains."""
     (tmp_path / "pretrained").mkdir()
-    cfg = Config(model=GPT2Config(layers=1, width=8, heads=2), task=TaskConfig(name="classification"))
+    cfg = Config(model=GPT2Config(layers=1, width=8, heads=2), task=Classification())
     configs.save(cfg, tmp_path / "config.json", {})
     with pytest.raises(UserError) as refused:
         jaxmodels.load_run(tmp_path)

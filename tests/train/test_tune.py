@@ -31,8 +31,8 @@ from jaxmodels.models.mlp import MLPConfig
 def get_config():
     return Config(
         model=MLPConfig((2, 2, 1), 2, ()),
-        task=TaskConfig(name="classification"),
-        data=DataConfig(source="synthetic", batch_size=16),
+        task=Classification(),
+        data=Synthetic(batch_size=16),
         optim=OptimConfig(name="sgd", schedule="constant", weight_decay=0.0),
         train=Train(steps=6),
         eval=Eval(every=2),

@@ -1,0 +1,293 @@
+"""What tasks make their examples by: rows of texts, pairs, images and arrays with labels, of what a source gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.data import corpus as corpora
+from jaxmodels.data import records as recorded
+from jaxmodels.data import texts
+from jaxmodels.data.balance import Balanced
+from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.records import Kind, Reader, Records, Row
+from jaxmodels.data.section import DataConfig, default
+from jaxmodels.data.source import Source, Split
+from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.errors import UserError
+
+_log = logging.getLogger("jaxmodels")
+
+_learned: dict[tuple[str, str, tuple[str, ...]], Tokenizer] = {}
+"""The last tokenizer learned from texts, by what it was learned from: the splits of a set are opened one by one."""
+
+
+_RECORDS = ("input_field", "bad_records")
+_TEXT = ("tokenizer", "seq_len")
+_LANGUAGE = (*_TEXT, "pack", *_RECORDS)
+_LABELLED = (*_RECORDS, "label_field", "group_field", "balance")
+_IMAGE = ("threads", "pixels", "augment")
+"""Fields that examples of each sort depend on; "augment" stands for that whole section."""
+
+
+def open_records(data: DataConfig, split: Split, classes: Sequence[str] = ()) -> Records:
+    """Open the records of a split; `classes` are what its labels count, where not the data's own."""
+    found = data.records(split)
+    label = getattr(data, "label_field", "")
+    return recorded.Known(found, label, classes) if classes and label in found.fields else found
+
+
+def corpus_of(data: DataConfig) -> corpora.Corpus:
+    """Join the texts of records to a corpus."""
+    train = open_records(data, "train")
+    field = input_field(train, data, ("text",))
+    return _Readers(data, train, (field,)).corpus(field)
+
+
+class _Readers:
+    """A set's reader for each split, opened once, so that a bad record is named once."""
+
+    def __init__(self, cfg: Any, train: Records, fields: Sequence[str], classes: Sequence[str] = ()) -> None:
+        self.cfg, self.train, self.fields, self.classes = cfg, train, tuple(dict.fromkeys(fields)), classes
+        self._opened: dict[Split, Reader] = {}
+
+    def of(self, split: Split) -> Reader:
+        if split not in self._opened:
+            records = self.train if split == "train" else open_records(self.cfg, split, self.classes)
+            self._opened[split] = Reader(records, self.fields, self.cfg.bad_records)
+        return self._opened[split]
+
+    def label(self, split: Split) -> str:
+        """What a split and the fields are, in a few words."""
+        return f"{self.of(split).records.label} {' and '.join(self.fields)}"
+
+    def rows(self, split: Split) -> list[Row]:
+        """Every good record."""
+        return [row for rows in self.of(split).all() for row in rows]
+
+    def tokenizer(self, vocab_size: int | None, *texts: str) -> Tokenizer:
+        """The tokenizer that the config names; one learned from these fields is learned once for both splits."""
+        if ":" not in self.cfg.tokenizer:
+            return corpora.build_tokenizer(self.corpus(*texts), self.cfg, vocab_size)
+        key = (self.cfg.tokenizer, self.train.fingerprint, texts)
+        if key not in _learned:
+            _learned.clear()
+            _learned[key] = corpora.build_tokenizer(self.corpus(*texts), self.cfg, None)
+        corpora.check_vocab(_learned[key].vocab_size, vocab_size)
+        return _learned[key]
+
+    def corpus(self, *texts: str) -> corpora.Corpus:
+        """The texts of these fields, one field after the other."""
+
+        def documents(split: Split) -> Iterator[str]:
+            for field in texts:
+                for rows in self.of(split).all():
+                    yield from (row[field] for row in rows)
+
+        return corpora.Corpus(f"{self.train.label} {' and '.join(texts)}", documents, self.train.whole)
+
+
+def language(opening: Opening, masked: bool = False) -> Source:
+    """Make examples for a language model: windows of all texts joined, or rows of whole texts.
+
+    With `masked` a row's targets are its own tokens, and else the tokens that follow.
+    """
+    data, split = opening.data, opening.split
+    opening.check(_LANGUAGE, "texts")
+    if not data.pack:
+        return data.windows(split, opening.vocab_size)
+    corpus = data.corpus()
+    tokenizer = corpora.build_tokenizer(corpus, data, opening.vocab_size)
+    ids = [x for x in tokenizer.encode_many(list(corpus.documents(split))) if len(x)]
+    parts = texts.wrapped(ids, data.seq_len, tokenizer) if masked else ids
+    rows = texts.packed(parts, data.seq_len, None if masked else _end(tokenizer), tokenizer.before)
+    if split == "eval" and not masked and (sizes := tokenizer.sizes()) is not None:
+        rows["bytes"] = sizes[np.maximum(rows["targets"], 0)]
+    what = f"rows of {data.seq_len} tokens with {len(ids):,} texts"
+    return texts.Rows(rows, split=split, label=corpus.label, tokenizer=tokenizer, what=what)
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    if tokenizer.end is None:
+        raise UserError(
+            f"got tokenizer {tokenizer} without a token that ends a text, expected one, try --data.tokenizer bpe:8000"
+        )
+    return tokenizer.end
+
+
+def pairs(opening: Opening) -> Source:
+    """Make pairs of texts and their translations, one a row or as many as fit."""
+    cfg: Any = opening.data
+    split = opening.split
+    opening.check((*_LANGUAGE, "target_field"), "pairs of texts")
+    train = open_records(cfg, "train")
+    if not cfg.input_field or not cfg.target_field:
+        known = sorted(name for name, field in train.fields.items() if field.kind == "text")
+        a, b = (*(name for name in known if name not in (cfg.input_field, cfg.target_field)), "SOURCE", "TARGET")[:2]
+        source = cfg.input_field or a
+        raise UserError(
+            f"got no data.input_field or no data.target_field for {opening.task}, expected the fields of the source "
+            f"and of the translation, of {', '.join(known)}, "
+            f"try --data.input-field {source} --data.target-field {cfg.target_field or (a if cfg.input_field else b)}"
+        )
+    fields = [
+        named_field(train, "input_field", cfg.input_field, ("text",), [cfg.target_field]),
+        named_field(train, "target_field", cfg.target_field, ("text",), [cfg.input_field]),
+    ]
+    if cfg.input_field == cfg.target_field:
+        raise UserError(
+            f"got {cfg.input_field!r} for data.input_field and for data.target_field, expected two fields, "
+            "try another --data.target-field"
+        )
+    readers = _Readers(cfg, train, fields)
+    tokenizer = readers.tokenizer(opening.vocab_size, *fields)
+    rows = readers.rows(split)
+    sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
+    arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack, tokenizer.special.start)
+    what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
+    return texts.Rows(arrays, split=split, label=readers.label(split), tokenizer=tokenizer, what=what)
+
+
+def open_pairs(data: Any, split: Split) -> tuple[list[str], list[str]]:
+    """Read the sources and the translations of a split, as texts."""
+    fields = (data.input_field, data.target_field)
+    rows = [row for some in Reader(open_records(data, split), fields, data.bad_records).all() for row in some]
+    return [row[data.input_field] for row in rows], [row[data.target_field] for row in rows]
+
+
+def captioned(opening: Opening) -> Source:
+    """Make pairs of an image and a caption of its class."""
+    cfg: Any = opening.data
+    images = labelled(
+        dataclasses.replace(opening, num_classes=None), ("image", "array"), more=("captions", "class_names", *_TEXT)
+    )
+    if not cfg.captions:
+        raise UserError(
+            f"got no data.captions for {opening.task}, expected captions of a class, "
+            "try --data.captions 'a photo of a {label}'"
+        )
+    names = cfg.class_names or images.class_names or tuple(map(str, range(images.num_classes or 0)))
+    if len(names) != (images.num_classes or 0):
+        raise UserError(f"got {len(names)} data.class_names, expected one for each of {images.num_classes} classes")
+    captions = [template.replace("{label}", name) for name in names for template in cfg.captions]
+    corpus = corpora.Corpus("captions", lambda split: captions)
+    tokenizer = corpora.build_tokenizer(corpus, cfg, opening.vocab_size)
+    return texts.Captioned(images, captions, tokenizer, cfg.seq_len)
+
+
+def labelled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, more: Sequence[str] = ()) -> Source:
+    """Make examples of images, arrays or texts with their labels, in training as balanced as asked for.
+
+    `kinds` are those that the model reads, likeliest first. With `optional` a set may be without labels. `more` are
+    fields that the caller reads.
+    """
+    cfg: Any = opening.data
+    split, shape = opening.split, opening.inputs_shape
+    opening.check(_used(opening, kinds, more), " or ".join(f"{kind}s" for kind in kinds))
+    train = open_records(cfg, "train", opening.classes)
+    field = input_field(train, cfg, kinds)
+    label: str | None = cfg.label_field
+    if label not in train.fields and optional and label == default(cfg, "label_field"):
+        label = None
+    if label is not None:
+        named_field(train, "label_field", label, ("label", "labels"))
+    if cfg.group_field:
+        named_field(train, "group_field", cfg.group_field, ("label", "labels", "text"), [field])
+    kind = train.fields[field].kind
+    opening.check(_used(opening, (kind,), more), f"{kind}s")
+    if shape and len(cfg.mean) not in (0, 1, shape[-1]):
+        raise UserError(
+            f"got data.mean {cfg.mean} for a model of inputs {shape}, expected one number or {shape[-1]}, one for each "
+            "channel, try --data.mean 0.5 --data.std 0.5"
+        )
+    if kind == "image":
+        from jaxmodels.data import images
+
+        records = train if split == "train" else open_records(cfg, split, opening.classes)
+        source = images.Pictures(records, opening, field=field, label=label)
+    else:
+        source = _rows(opening, train, field, label)
+    source.field, source.kind = field, kind
+    return Balanced(source, source.labels()) if cfg.balance and split == "train" else source
+
+
+def _used(opening: Opening, kinds: Sequence[Kind], more: Sequence[str]) -> list[str]:
+    """The shared fields that labelled examples of these kinds depend on."""
+    used = [*_LABELLED, *more]
+    for kind in kinds:
+        used += _TEXT if kind == "text" else [*opening.reads, *(_IMAGE if kind == "image" else ())]
+    return used
+
+
+def _rows(opening: Opening, train: Records, field: str, label: str | None) -> texts.Rows:
+    """Texts or arrays with their labels, which count the classes `opening.classes`, where there are any."""
+    cfg: Any = opening.data
+    split, num_classes = opening.split, opening.num_classes
+    readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name], opening.classes)
+    tokenizer = readers.tokenizer(opening.vocab_size, field) if train.fields[field].kind == "text" else None
+    rows = readers.rows(split)
+    values = [row[field] for row in rows]
+    arrays: dict[str, np.ndarray]
+    if tokenizer is not None:
+        ids = tokenizer.encode_many(values, special=True, length=cfg.seq_len)
+        if blank := sum(not len(x) for x in ids):  # a mean over no token would be no number
+            _log.warning("left out %s texts of %s without a token", f"{blank:,}", train.label)
+            rows = [row for row, x in zip(rows, ids, strict=True) if len(x)]
+        arrays = texts.single([x for x in ids if len(x)], cfg.seq_len)
+    else:
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise UserError(
+                f"got arrays of the shapes {', '.join(map(str, shapes[:3]))} in {train.label} {field}, expected all of "
+                "one shape, try filling them up or --data.input-field with another field"
+            )
+        arrays = {"inputs": np.array(values, np.float32)}
+    classes: tuple[str, ...] | int = train.fields[label].names if label else ()
+    if label and not classes:
+        classes = numbered(train, label, (row[label] for row in rows))
+    if label:
+        width = max(num_classes or 0, classes if isinstance(classes, int) else len(classes))
+        arrays["labels"] = labels_of(rows, label, train.fields[label].kind == "labels", width)
+        if missing := int((arrays["labels"] < 0).sum()):
+            _log.warning("%s of %s examples of %s have no label (-1)", f"{missing:,}", f"{len(rows):,}", train.label)
+    groups: tuple[str, ...] = ()
+    if cfg.group_field:
+        values = [row[cfg.group_field] for row in rows]
+        groups, place = named_groups(train.fields[cfg.group_field], lambda: values)
+        arrays["group"] = np.array([place(value) for value in values], np.int32)
+    what = "texts" if tokenizer else "arrays"
+    return texts.Rows(
+        arrays,
+        split=split,
+        label=f"{readers.of(split).records.label} {field}",
+        originals=[row[field] for row in rows] if tokenizer and split == "eval" else (),
+        tokenizer=tokenizer,
+        classes=classes,
+        groups=groups,
+        what=what,
+    )
+
+
+def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> np.ndarray:
+    """Labels of records: int32 (N,), or float32 (N, classes) of 0 and 1 where a record may have several."""
+    if not several:
+        return np.array([row[label] for row in rows], np.int32)
+    out = np.zeros((len(rows), classes), np.float32)
+    for at, row in zip(out, rows, strict=True):
+        at[list(row[label])] = 1
+    return out
+
+
+def check_classes(source: Source, num_classes: int | None) -> None:
+    """Raises UserError where the data has more classes than the model."""
+    if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
+        names = f" ({', '.join(source.class_names[:5])}, ...)" if source.class_names else ""
+        raise UserError(
+            f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}{names}, "
+            f"try --model.classes {source.num_classes}"
+        )

@@ -1,0 +1,106 @@
+"""A split of a source, opened for a task: what is asked for, and the check that every field set has a use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxmodels.data.contract import Contract
+from jaxmodels.data.section import SHARED, Augment, DataConfig, default
+from jaxmodels.data.source import Source, Split
+from jaxmodels.errors import UserError
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What examples are made of, and what is known of the model that they are for."""
+
+    data: DataConfig
+    split: Split
+    task: str
+    """The task's name, for messages."""
+    reads: tuple[str, ...] = ()
+    """Fields of `data` that the task itself reads, such as the mean that it takes from pixels."""
+    vocab_size: int | None = None
+    inputs_shape: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    augment: Augment = field(default_factory=Augment)
+    """How images of the training split are changed."""
+    seed: int = 0
+    classes: Sequence[str] = ()
+    """Names of the classes that a model was trained on, where labels are to count those and not the data's own."""
+    fields: Contract | None = None
+    """What the task's batches hold."""
+
+    def check(self, used: Sequence[str], kinds: str) -> None:
+        """Refuse what was set and has no use: `used` are the shared fields of `data` that these examples depend on.
+
+        "augment" among them stands for the whole section; `kinds` says what the examples are, for the message.
+
+        Raises:
+            UserError: a field was set that changes nothing here.
+        """
+        here = {item.name for item in dataclasses.fields(self.data)}
+        unused = [("data", self.data, name) for name in SHARED if name in here and name not in used]
+        if "augment" not in used:
+            unused += [("augment", self.augment, item.name) for item in dataclasses.fields(self.augment)]
+        for section, owner, name in unused:
+            if (value := getattr(owner, name)) != default(owner, name):
+                raise UserError(
+                    f"got {section}.{name} {value!r}, which {self.task} of {kinds} from {self.data.kind} does not use, "
+                    f"expected it left as it is, try without --{section}.{name.replace('_', '-')}"
+                )
+
+
+def open_source(
+    data: DataConfig,
+    split: Split,
+    task: Any,
+    *,
+    vocab_size: int | None = None,
+    inputs_shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+    augment: Augment | None = None,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    fields: Contract | None = None,
+) -> Source:
+    """Open the examples of a split for a task, given as its section.
+
+    `vocab_size`, `inputs_shape` and `num_classes` are the model's, against which the data are checked; synthetic data
+    are drawn from `fields`, the contract of the task's batches. `augment`, `seed` and `classes` as in `Opening`.
+
+    Raises: UserError.
+    """
+    opening = Opening(
+        data,
+        split,
+        task.kind,
+        task.reads,
+        vocab_size,
+        inputs_shape,
+        num_classes,
+        augment or Augment(),
+        seed,
+        tuple(classes),
+        fields,
+    )
+    return data.examples(opening, task)
+
+
+def open_for(cfg: Any, split: Split, fields: Contract | None = None, classes: Sequence[str] = ()) -> Source:
+    """Open the examples of a whole experiment; `fields` is what its task's batches hold, `classes` as in `Opening`."""
+    return open_source(
+        cfg.data,
+        split,
+        cfg.task,
+        vocab_size=getattr(cfg.model, "vocab_size", None),
+        inputs_shape=getattr(cfg.model, "input_shape", None),
+        num_classes=getattr(cfg.model, "classes", None),
+        augment=cfg.augment,
+        seed=cfg.train.seed,
+        classes=classes,
+        fields=fields,
+    )
