@@ -1,0 +1,45 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.data import BatchField, examples
+from jaxmodels.fields import Weight
+from jaxmodels.tasks.task import Aux, Loss, Task, TaskConfig, forward, normalised, rows
+
+
+@dataclass(frozen=True)
+class Regression(TaskConfig):
+    """Predict the number of an image's class, by the mean of |error| ** power."""
+
+    power: Weight = 1.0
+    """Exponent of the error."""
+    reads: ClassVar[tuple[str, ...]] = ("mean", "std")
+
+    def examples(self, opening):
+        return examples.labelled(opening, ("image",))
+
+    def build(self, model, data):
+        def sums(params, stats, batch, **how):
+            inputs = normalised(batch["inputs"], data)
+            outputs, stats = forward(("model", model), params, stats, inputs, **how)
+            error = jnp.abs(outputs[:, 0] - batch["labels"])
+            counts = rows(batch)  # 0 for rows that fill up a batch
+            found = {"loss": error**self.power, "error": error}
+            return {name: ((counts * each).sum(), counts.sum()) for name, each in found.items()}, stats
+
+        def loss(params, stats, batch, rng, step=0):
+            found, stats = sums(params, stats, batch, train=True, rng=rng)
+            total, count = found["loss"]
+            return total, Aux(count, found, stats)
+
+        def metrics(params, stats, batch):
+            return sums(params, stats, batch)[0]
+
+        (inputs,) = model.inputs(1)
+        fields = {
+            "inputs": BatchField(inputs.shape[1:], np.float32, stored=np.uint8),
+            "labels": BatchField((), below=data.batch_size),
+        }
+        return Task({"model": model}, (Loss("loss", "model", loss),), metrics, fields)
