@@ -11,7 +11,7 @@ from jaxmodels.tasks.task import Aux, Loss, Task, TaskConfig, forward, normalise
 
 @dataclass(frozen=True)
 class Regression(TaskConfig):
-    """Predict the number of an image's class, by the mean of |error| ** power."""
+    """Predict a number below 100 from an image, by the mean of |error| ** power."""
 
     power: Weight = 1.0
     """Exponent of the error."""
@@ -40,6 +40,6 @@ class Regression(TaskConfig):
         (inputs,) = model.inputs(1)
         fields = {
             "inputs": BatchField(inputs.shape[1:], np.float32, stored=np.uint8),
-            "labels": BatchField((), below=data.batch_size),
+            "labels": BatchField((), below=100),
         }
         return Task({"model": model}, (Loss("loss", "model", loss),), metrics, fields)
