@@ -153,21 +153,47 @@ def values(kind: Any) -> st.SearchStrategy:
     return known[kind]
 
 
+BASE = Config(model=GPT2Config(layers=1, width=8, heads=2))
+
+
+@st.composite
+def changed(draw: Any, section: Any) -> Any:
+    """A section, perhaps of another kind, with any values that its fields may hold and that fit together."""
+    if (kinds := configs.kinds_of(section)) is not None and section is not BASE.model:
+        section = configs.of_kind(section, draw(st.sampled_from(sorted(kinds.builtin))))
+    hints, values_by_name = get_type_hints(type(section), include_extras=True), {}
+    for name in draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(section)] or [""]), max_size=4)):
+        inner = getattr(section, name, None)
+        if dataclasses.is_dataclass(inner):
+            values_by_name[name] = draw(changed(inner))
+        elif name:
+            values_by_name[name] = draw(values(hints[name]))
+    try:
+        return dataclasses.replace(section, **values_by_name)
+    except UserError:
+        assume(False)
+
+
 @st.composite
 def experiments(draw: Any) -> Config:
-    """A config whose sections have any values that fit together."""
-    base = Config(model=GPT2Config(layers=1, width=8, heads=2))
-    changed = {}
-    for section in draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(Config)]), max_size=3)):
-        before = getattr(base, section)
-        hints = get_type_hints(type(before), include_extras=True)
-        plain = [f.name for f in dataclasses.fields(before) if not dataclasses.is_dataclass(getattr(before, f.name))]
-        fields = draw(st.lists(st.sampled_from(plain), max_size=4))
-        try:
-            changed[section] = dataclasses.replace(before, **{name: draw(values(hints[name])) for name in fields})
-        except UserError:
-            assume(False)
-    return dataclasses.replace(base, **changed)
+    """A config some of whose sections are changed."""
+    names = draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(Config)]), max_size=3, unique=True))
+    return dataclasses.replace(BASE, **{name: draw(changed(getattr(BASE, name))) for name in names})
+
+
+def options(before: Config, after: Config) -> list[str]:
+    """The options that make one config of another."""
+    old, argv, other_kinds = configs.flatten(before), [], []
+    for name, value in configs.flatten(after).items():
+        if value != old.get(name) or name.startswith(tuple(other_kinds)):
+            argv += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
+        if name in kind_names(after) and value != old.get(name):
+            other_kinds.append(name + ".")  # whose defaults may be others
+    return argv
+
+
+def kind_names(cfg: Config) -> set[str]:
+    return {name for name, _ in configs.with_kinds(cfg)}
 
 
 @SAME
@@ -184,8 +210,5 @@ def test_any_config_can_be_given_as_options(tmp_path, cfg):
         "from jaxmodels.config import Config\nfrom jaxmodels.models.gpt2 import GPT2Config\n\n\n"
         "def get_config():\n    return Config(model=GPT2Config(layers=1, width=8, heads=2))\n"
     )
-    before, argv = configs.flatten(configs.load(file)), []
-    for name, value in configs.flatten(cfg).items():
-        if value != before[name]:
-            argv += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, tuple) else [value])]
+    argv = options(configs.load(file), cfg)
     assert configured([str(file), *argv], "jaxmodels train", RunOptions)[0] == cfg
