@@ -194,7 +194,7 @@ def test_help_of_a_section_is_its_fields(capsys):
 
 
 def test_an_option_given_twice_counts_twice_or_is_refused():
-    argv = [FILE, "--data.path", "a", "b", "--train.steps", "3", "--data.path=c"]
+    argv = [FILE, "--data", "text", "--data.path", "a", "b", "--train.steps", "3", "--data.path=c"]
     cfg, _ = configured(argv, "jaxmodels train", RunOptions)
     assert cfg.data.path == ("a", "b", "c") and cfg.train.steps == 3
     _, options = configured([FILE, "--space", "x=1:2", "--space", "y=1:2"], "jaxmodels tune", TuneOptions)

@@ -29,6 +29,7 @@ from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.transformer import TransformerConfig
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsy
     write(text, out)
     assert "train.bin" in capsys.readouterr().out and not list(out.glob("*.part"))
     files = (f"{out}/train.bin", f"{out}/val.bin")
-    prepared = dataclasses.replace(text, source="tokens", path=files, tokenizer="bytes")
+    prepared = Tokens(path=files, seq_len=text.seq_len, batch_size=text.batch_size)
     for split in ("train", "eval"):
         a, b = open_source(text, split, CausalLM()), open_source(prepared, split, CausalLM())
         assert isinstance(a, Windows) and isinstance(b, Windows) and a.tokenizer and b.tokenizer
@@ -112,7 +113,7 @@ def test_inspect_shows_both_sides_of_pairs_and_each_text_of_a_row(shared_data, c
     place = str(shared_data / "tfds")
     data = TFDS(dir=place, name="multi30k", train_split="train[:200]", seq_len=128)
     data = dataclasses.replace(data, tokenizer="bpe:500", input_field="en", target_field="de", pack=True)
-    show(Config(GPT2Config(vocab_size=500), task=Seq2Seq(), data=data), n=1)
+    show(Config(TransformerConfig(vocab_size=500), task=Seq2Seq(), data=data), n=1)
     shown = capsys.readouterr().out.split("source:")[1]
     source, target = shown.split("target:")
     assert "  1 | " in source and "  2 | " in source and "  2 | " in target

@@ -1,6 +1,5 @@
 """Runs opened again: without their data, on other data, and with options that take effect or are refused."""
 
-import json
 import shutil
 
 import numpy as np
@@ -10,13 +9,11 @@ import jaxmodels
 from jaxmodels import config as configs
 from jaxmodels.cli import main
 from jaxmodels.config import AdamW, Classification, Config, Metrics, Table, Text, Train
-from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import run as runs
 from jaxmodels.train.saved import kept, load_run
-from tests.sections import data_of
 
 WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
 
@@ -88,12 +85,15 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--split", "nonsense"], "got --split 'nonsense' for data of source table, which has no use for it"),
+        (["--split", "nonsense"], "got --split 'nonsense' for data table, which have no use for it"),
         (["--data-dir", "/nowhere"], "try --data.path FILE"),
-        (["--data.name", "mnist"], "got --data.name 'mnist' for data of source table"),
-        (["--data.target-field", "label"], "got --data.target-field 'label' for a run of task classification"),
+        (["--data.name", "mnist"], "got --data.name 'mnist' for data table"),
+        (
+            ["--data.target-field", "label"],
+            "got data.target_field 'label', which classification of texts from table does not use",
+        ),
         (["--data.path", "nothing.csv"], "got data.path 'nothing.csv', which does not exist"),
-        (["--data", "text", "--data.input-field", "x"], "for data of source text, which has no use for it"),
+        (["--data", "text", "--data.input-field", "x"], "for data text, which have no use for it"),
         (["--beams", "4"], "got --beams 4 for a run of task classification"),
         (["--json", "no/where.json"], "whose folder does not exist"),
     ],
@@ -101,22 +101,6 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
 def test_an_option_of_eval_takes_effect_or_is_refused(texts, argv, said, capsys):
     assert main(["eval", str(texts / "run"), *argv]) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_run_whose_config_sets_what_it_does_not_use_is_read_all_the_same(texts, tmp_path, capsys):
-    """Its training accepted that once; a command that says so now is refused."""
-    shutil.copytree(texts / "run", tmp_path / "run")
-    path = tmp_path / "run" / "config.json"
-    saved = json.loads(path.read_text())
-    saved["data"] |= {"mean": [0.5], "std": [0.5], "dir": "/nowhere", "threads": 9}
-    saved["augment"]["flip"], saved["task"]["beta"] = True, 2.0
-    path.write_text(json.dumps(saved))
-    assert main(["eval", str(texts / "run")]) == 0
-    expected = capsys.readouterr().out.split(", step", 1)[1]
-    assert main(["eval", str(tmp_path / "run")]) == 0
-    assert capsys.readouterr().out.split(", step", 1)[1] == expected
-    with pytest.raises(UserError, match="got data.mean"):
-        open_source(data_of(**{**saved["data"], "dir": None, "threads": 4}), "train", Classification())
 
 
 def test_a_run_whose_data_is_gone_is_told_an_option_that_eval_has(moved, capsys):
