@@ -13,11 +13,15 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.models.attention import attention, choose, describe
-from jaxmodels.models.kernels.contract import CONTRACT, Call, absence, refusal
+from jaxmodels.models.attention import attention, choose, describe_call
+from jaxmodels.models.kernels.kernel import BUILTIN, Call, kernel_of
 from jaxmodels.parallel.platform import platform
 
 Array = jax.Array
+
+
+LOCAL = tuple(name for name in BUILTIN if name not in ("ring", "ulysses"))
+"""The kernels that one device can run."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Options:
 
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
     """Sequence lengths (T); there are as many queries as keys."""
-    kernels: tuple[str, ...] = tuple(CONTRACT)
+    kernels: tuple[str, ...] = LOCAL
     """Kernels; those that refuse or are not available are listed with the reason."""
     batch: int = 4
     """Examples (B)."""
@@ -58,8 +62,8 @@ def flops(options: Options, T: int, backward: bool) -> float:
 def run(options: Options) -> Path:
     """Measure, write the results and print the table; return the table's path."""
     for name in options.kernels:
-        if name not in CONTRACT:
-            raise UserError(f"got kernel {name!r}, expected some of {', '.join(CONTRACT)}{nearest(name, CONTRACT)}")
+        if name not in LOCAL:
+            raise UserError(f"got kernel {name!r}, expected some of {', '.join(LOCAL)}{nearest(name, LOCAL)}")
     if options.heads % (options.kv_heads or options.heads):
         raise UserError(f"got {options.heads} heads and {options.kv_heads} of keys, expected a divisor")
     rows, refused = [], {}
@@ -135,14 +139,14 @@ def call_of(options: Options, inputs: Sequence[Array]) -> Call:
         "softcap": None,
         "scale": options.head_dim**-0.5,
     }
-    return describe({"q": q, "k": k, "segments": None, "bias": None, "q_offset": 0, "kv_length": None}, asked)
+    return describe_call({"q": q, "k": k, "segments": None, "bias": None, "q_offset": 0, "kv_length": None}, asked)
 
 
 def absent_or_refused(name: str, call: Call) -> str | None:
     """Return why a kernel is not measured, or None."""
     if name == "splash" and platform() == "cpu":
         return "runs on TPU; on CPU it is only interpreted"
-    return absence(name, platform()) or refusal(name, call)
+    return kernel_of(name).absence(platform()) or kernel_of(name).refusal(call)
 
 
 def program(options: Options, kernel: str, backward: bool) -> Callable[..., Any]:
@@ -199,9 +203,9 @@ def error(got: Any, expected: Any) -> float:
 
 def plot(figure: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Plot the times of forward and forward+backward, and the memory, over the length."""
-    kernels = [name for name in CONTRACT if any(row["kernel"] == name for row in rows)]
-    colors = dict(zip(CONTRACT, ("#5b6770", "#d1495b", "#2e8b57", "#2a6fbb", "#8e5ea2"), strict=True))
-    marks = dict(zip(CONTRACT, "osD^v", strict=True))
+    kernels = [name for name in LOCAL if any(row["kernel"] == name for row in rows)]
+    colors = dict(zip(LOCAL, ("#5b6770", "#d1495b", "#2e8b57", "#2a6fbb", "#8e5ea2"), strict=True))
+    marks = dict(zip(LOCAL, "osD^v", strict=True))
     panels = [
         ("forward", "ms", "milliseconds"),
         ("forward+backward", "ms", "milliseconds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from jaxmodels.errors import UserError, printable
@@ -17,6 +18,7 @@ def sample(
     temperature: Annotated[float, Range(0)] | None = None,
     top_k: Count | None = None,
     top_p: Annotated[float, Range(above=0, most=1)] | None = None,
+    repetition_penalty: Annotated[float, Range(above=0)] | None = None,
     seed: Seed | None = None,
     best: bool = False,
 ) -> None:
@@ -29,16 +31,20 @@ def sample(
         temperature: 0 takes the likeliest token each time; higher is more varied; 0.8 when not given.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the likeliest tokens that together have this probability.
+        repetition_penalty: above 1 makes tokens that the text has already less likely; what the files of an imported
+            model ask for, else 1, when not given.
         seed: the same seed gives the same text; 0 when not given.
         best: the best checkpoint instead of the newest.
     """
     from jaxmodels import config as configs
+    from jaxmodels.generate import asked
     from jaxmodels.generate.texts import continued, opening
     from jaxmodels.train import load_run
     from jaxmodels.train.run import compilation_cache
 
     compilation_cache()
     options = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options |= {"repetition_penalty": repetition_penalty}
     given = {name: value for name, value in options.items() if value is not None}
     cfg, _ = configs.read(run)
     if cfg.task.answers not in ("continuation", "translation"):
@@ -63,6 +69,7 @@ def sample(
         from jaxmodels.generate import translate_texts
 
         assert prompt is not None
+        asked.say_what_is_left_out(Path(run), asked.asked_of(Path(run)))
         _show(translate_texts(model, params, tokenizer, [prompt])[0])
         return
     prompt = opening(tokenizer) if prompt is None else prompt
@@ -70,6 +77,8 @@ def sample(
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
         room = 200 if model.longest is None else model.longest - taken
         given["tokens"] = max(min(200, room), 1)
+    penalty = asked.repetition_penalty(Path(run))
+    given.setdefault("repetition_penalty", penalty)
     _show(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
 
 

@@ -1,4 +1,4 @@
-"""Text from a trained model: sampling and translation, with a key-value cache."""
+"""Generate text with a trained model: sampling and translation, with a key-value cache."""
 
 from jaxmodels.generate.beam import Decoded, decode
 from jaxmodels.generate.sample import sample

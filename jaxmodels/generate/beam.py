@@ -1,4 +1,4 @@
-"""Targets of an encoder-decoder: greedy and beam search, as one compiled loop.
+"""Greedy and beam search for the targets of an encoder-decoder, as one compiled loop.
 
 Dims: B sources, S their length, K beams, T the most tokens of a target, V vocabulary.
 """
@@ -20,9 +20,9 @@ class Decoded(NamedTuple):
     """The best target of each source."""
 
     tokens: np.ndarray
-    """(B, T), up to and with the end token; behind it the end token again."""
+    """(B, T): each row up to its end token, which fills the rest of it."""
     scores: np.ndarray
-    """(B,), the log-probability of the tokens with their end, in nats."""
+    """(B,): the log-probability of the tokens and their end, in nats."""
 
 
 def decode(
@@ -39,12 +39,12 @@ def decode(
 ) -> Decoded:
     """The target with the highest log-probability / ((5 + length) / 6)^alpha that beam search finds.
 
-    A target begins behind the token `start` (`end` where not given), ends with `end`, and has at most `limit` tokens:
-    the last one is made the end.
-    A row is done when as many targets have ended as there are beams, or when no beam can overtake the best that has;
-    so one beam is greedy. With the paper's alpha of 0.6 a model of smoothed labels, which gives each token some share,
-    ends the targets of long sources before they begin; 1 divides by nearly the length.
-    A source whose `segment_ids` are all 0 fills up a batch and gets end tokens alone.
+    A target follows the token `start` (`end` when not given), ends with `end`, and has at most `limit` tokens, the last
+    of which is forced to be the end.
+    A row is done when as many targets have ended as there are beams, or when no beam can overtake the best of those;
+    with one beam the search is greedy. With the paper's alpha of 0.6, a model trained with label smoothing, which gives
+    each token some probability, ends the targets of long sources at once; an alpha of 1 nearly divides by the length.
+    A source whose `segment_ids` are all 0 fills up a batch, and gets end tokens alone.
     Shapes: sources and segment_ids (B, S) integers, 0 for padding; limit () or (B,).
     Source: Wu et al. 2016, section 7 (without the coverage penalty).
 
@@ -66,19 +66,19 @@ def decode(
 
 
 class Search(NamedTuple):
-    """Where a search stands after `at` tokens."""
+    """The state of a search after `at` tokens."""
 
     at: jax.Array
     tokens: jax.Array
-    """Of beams that go on, (B, K, T)."""
+    """The beams that go on, (B, K, T)."""
     scores: jax.Array
-    """Their log-probabilities, (B, K); -inf for a beam that is none."""
+    """Their log-probabilities, (B, K); -inf for an empty beam."""
     best: jax.Array
-    """Of the best target that has ended, (B, T)."""
+    """The best target that has ended, (B, T)."""
     best_score: jax.Array
     """Its log-probability, (B,)."""
     rank: jax.Array
-    """What it is the best by, (B,)."""
+    """Its score after the length penalty, (B,)."""
     ended: jax.Array
     """How many targets have ended, (B,)."""
     done: jax.Array
@@ -86,15 +86,15 @@ class Search(NamedTuple):
 
 
 def penalty(length: Any, alpha: jax.Array) -> jax.Array:
-    """What a log-probability is divided by, so that targets of several lengths compare."""
+    """The divisor of a log-probability, by which targets of different lengths compare."""
     return ((5 + length) / 6) ** alpha
 
 
 def grow(s: Search, logits: jax.Array, end: jax.Array, limits: jax.Array, alpha: jax.Array) -> tuple[Search, jax.Array]:
-    """One token more for each beam, from logits (B, K, V); also the beams that the new ones go on from, (B, K)."""
+    """Extend each beam by one token, from logits (B, K, V); also returns the parents of the new beams, (B, K)."""
     (B, K, V), count = logits.shape, s.at + 1
     last = (count >= limits)[:, None, None] & (jnp.arange(V) != end)
-    # a beam has at most one way to end, so that 2K candidates hold K that go on; no more than 2K are of one beam
+    # each beam can end in one way only, so 2K candidates include K that go on, and at most 2K come from one beam
     width = min(2 * K, V)
     kept, token = jax.lax.top_k(jnp.where(last, -jnp.inf, logits), width)
     total = s.scores[..., None] + kept - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -103,7 +103,7 @@ def grow(s: Search, logits: jax.Array, end: jax.Array, limits: jax.Array, alpha:
     tokens = jnp.take_along_axis(s.tokens, parent[..., None], axis=1).at[:, :, s.at].set(token)
     ends = token == end
 
-    # only an end that is among the K best candidates is one, or else one beam would not be greedy
+    # an end counts only among the K best candidates, or one beam would not be greedy
     counts = ends & (jnp.arange(score.shape[1]) < K) & jnp.isfinite(score)
     rank = jnp.where(counts, score / penalty(count, alpha), -jnp.inf)
     top = rank.argmax(1, keepdims=True)
@@ -152,7 +152,7 @@ def _decode(
     logits, cache = model.apply(params, sources, first, segment_ids=ids, cache=model.cache(B, T))
     repeat = functools.partial(jnp.repeat, repeats=K)
     stacked = {name: jax.tree.map(lambda leaf: repeat(leaf, axis=1), cache[name]) for name in ("layers", "cross")}
-    cache = {**cache, **stacked, "segment_ids": repeat(cache["segment_ids"], axis=0)}
+    cache = stacked | {name: repeat(cache[name], axis=0) for name in ("segment_ids", "length")}
     none = jnp.full((B,), -jnp.inf)
     s = Search(
         at=jnp.int32(0),

@@ -20,6 +20,7 @@ from jaxmodels.data.records import Bad, distinct
 from jaxmodels.data.section import Augment
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
+from jaxmodels.generate import asked
 from jaxmodels.generate.sample import sample
 from jaxmodels.generate.translation import translate_texts
 from jaxmodels.train.saved import Run
@@ -237,6 +238,8 @@ def _source(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
 
 
 def _translator(run: Run, tokenizer: Tokenizer, beams: int) -> Answers:
+    asked.say_what_is_left_out(run.directory, asked.asked_of(run.directory))
+
     def answers(ready: Sequence[Any]) -> list[Answer]:
         found = translate_texts(run.model, run.params["model"], tokenizer, ready, beams=beams, batch_size=len(ready))
         return [{"translation": text} for text in found]
@@ -261,10 +264,11 @@ def _prompt(run: Run, tokenizer: Tokenizer, tokens: int) -> Callable[[Any], Any]
 
 def _writer(run: Run, tokenizer: Tokenizer, tokens: int) -> Answers:
     tokens = tokens if run.model.longest is None else min(tokens, run.model.longest - 1)
+    how = {"temperature": 0, "repetition_penalty": asked.repetition_penalty(run.directory)}
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
         ends = tokenizer.special.ends
-        rows = sample(run.model, run.params["model"], ready, tokens, temperature=0, ends=ends)
+        rows = sample(run.model, run.params["model"], ready, tokens, ends=ends, **how)
         new = [row[len(ids) :] for row, ids in zip(rows, ready, strict=True)]
         return [{"continuation": tokenizer.decode(row[: np.append(np.isin(row, ends), True).argmax()])} for row in new]
 

@@ -1,10 +1,13 @@
-"""Sampling token by token, as one compiled loop."""
+"""Sampling token by token, as one compiled loop.
+
+Dims: B rows, P tokens of a prompt, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,26 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.models.model import Model
 
-How = tuple[float, int | None, float]
-"""Temperature, top_k, top_p: known when the loop is compiled."""
+
+class How(NamedTuple):
+    """How a token is drawn from logits: known when the loop is compiled."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class Prompts(NamedTuple):
+    """What the loop is told of a batch, beside its tokens; arrays, so that none of it compiles anew."""
+
+    lengths: jax.Array
+    """(B,), of each prompt."""
+    count: jax.Array
+    """(), how many tokens each row gets."""
+    ends: jax.Array
+    """The ids that end a row."""
+    key: jax.Array
 
 
 def sample(
@@ -26,15 +47,18 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     cached: bool = True,
     ends: Sequence[int] = (),
 ) -> np.ndarray | list[np.ndarray]:
     """Continue prompts by `tokens` tokens, or up to one of the tokens `ends`, which then fills the rest of its row.
 
-    Prompts may differ in length: each then goes on as it would alone, and a list of arrays comes back. `temperature` 0
-    takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much
-    probability (Holtzman et al. 2020). `cached=False` computes all tokens anew for each one, with the same result.
+    Prompts may differ in length: each goes on from its own end, and a list of arrays comes back. `temperature` 0 takes
+    the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much probability
+    (Holtzman et al. 2020). A `repetition_penalty` above 1 makes tokens that a row already has less likely: it divides
+    their positive logits and multiplies their negative ones (Keskar et al. 2019, section 4.1). `cached=False` computes
+    all tokens anew for each one, with the same result.
     Shapes: prompt (B, P) integers, P ≥ 1, or B sequences of integers; returns (B, P + tokens), or B arrays.
 
     Raises:
@@ -42,20 +66,24 @@ def sample(
     """
     rows = _rows(prompt)
     lengths = np.array([len(row) for row in rows], np.int32)
-    _check(model, lengths, tokens)
+    _check_room(model, lengths, tokens)
     if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise UserError(
             f"got temperature {temperature}, top_k {top_k}, top_p {top_p}, expected temperature >= 0, "
             "top_k >= 1, 0 < top_p <= 1, try temperature 0.8, top_k 50, top_p 0.9"
         )
+    if not repetition_penalty > 0:
+        raise UserError(
+            f"got repetition_penalty {repetition_penalty}, expected a number above 0, try 1.2, or 1 for no penalty"
+        )
     run, longest = _cached if cached else _uncached, int(lengths.max()) + tokens
     # lengths are rounded up, so that prompts of similar length share a compiled program
     room = -(-longest // 64) * 64 if model.longest is None else min(-(-longest // 64) * 64, model.longest)
     padded = np.zeros((len(rows), room), np.int32)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
-    numbers = (jnp.asarray(lengths), jnp.int32(longest), jnp.asarray(ends, jnp.int32))
-    out = run(model, params, jnp.asarray(padded), *numbers, jax.random.key(seed), (temperature, top_k, top_p))
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    told = Prompts(jnp.asarray(lengths), jnp.int32(tokens), jnp.asarray(ends, jnp.int32), jax.random.key(seed))
+    out = run(model, params, jnp.asarray(padded), told, How(temperature, top_k, top_p, repetition_penalty))
     found = [row[: length + tokens] for row, length in zip(np.array(out), lengths, strict=True)]
     for row, length in zip(found, lengths, strict=True):
         if (stops := np.flatnonzero(np.isin(row[length:], ends))).size:
@@ -70,7 +98,7 @@ def _rows(prompt: Any) -> list[np.ndarray]:
     return [np.asarray(row, np.int32).reshape(-1) for row in prompt]
 
 
-def _check(model: Model, lengths: np.ndarray, tokens: int) -> None:
+def _check_room(model: Model, lengths: np.ndarray, tokens: int) -> None:
     """Raises UserError where a prompt has no token, none is to be added, or the model does not take so many."""
     if lengths.min() < 1 or tokens < 1:
         raise UserError(
@@ -89,8 +117,9 @@ def _check(model: Model, lengths: np.ndarray, tokens: int) -> None:
         )
 
 
-def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | None, top_p: float) -> jax.Array:
+def choose(logits: jax.Array, key: jax.Array, how: How) -> jax.Array:
     """One token a row from logits (B, V)."""
+    temperature, top_k, top_p, _ = how
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -107,71 +136,63 @@ def choose(logits: jax.Array, key: jax.Array, temperature: float, top_k: int | N
     return jax.random.categorical(key, logits)
 
 
-def _ended(tokens: jax.Array, at: Any, prompts: jax.Array, ends: jax.Array) -> jax.Array:
-    """Rows (B,) that have an end at position `at`, behind their prompt."""
-    last = jax.lax.dynamic_index_in_dim(tokens, at, axis=1, keepdims=False)
-    return (at >= prompts) & (last[:, None] == ends).any(1)
+def penalise(logits: jax.Array, tokens: jax.Array, at: jax.Array, penalty: float) -> jax.Array:
+    """Logits (B, V) with those of the tokens that a row has up to its position `at` (B,) made less likely."""
+    real = jnp.arange(tokens.shape[1]) <= at[:, None]
+    had = jnp.zeros(logits.shape, bool).at[jnp.arange(len(tokens))[:, None], tokens].max(real)
+    return jnp.where(had, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _put(
-    tokens: jax.Array, at: Any, logits: jax.Array, prompts: jax.Array, ends: jax.Array, key: jax.Array, how: How
-) -> jax.Array:
-    """Tokens with the one behind position `at` drawn from its logits (B, V).
+def _ended(tokens: jax.Array, at: jax.Array, told: Prompts) -> jax.Array:
+    """Rows (B,) whose token at their position `at` is an end that stands behind the prompt."""
+    last = jnp.take_along_axis(tokens, at[:, None], axis=1)
+    return (at >= told.lengths) & (last == told.ends).any(1)
 
-    A row whose prompt has it keeps it, and one that has ended has its end again.
+
+def _put(tokens: jax.Array, at: jax.Array, logits: jax.Array, step: Any, told: Prompts, how: How) -> jax.Array:
+    """Tokens with each row's next one, drawn from the logits (B, V) of its position `at` (B,).
+
+    A row that has ended gets its end again.
     """
-    new = choose(logits, jax.random.fold_in(key, at), *how).astype(tokens.dtype)
-    last, own = (jax.lax.dynamic_index_in_dim(tokens, i, axis=1, keepdims=False) for i in (at, at + 1))
-    new = jnp.where(at + 1 < prompts, own, jnp.where(_ended(tokens, at, prompts, ends), last, new))
-    return jax.lax.dynamic_update_slice(tokens, new[:, None], (0, at + 1))
+    if how.repetition_penalty != 1:
+        logits = penalise(logits, tokens, at, how.repetition_penalty)
+    key = jax.random.fold_in(told.key, told.lengths.min() - 1 + step)
+    new = choose(logits, key, how).astype(tokens.dtype)
+    rows = jnp.arange(len(tokens))
+    new = jnp.where(_ended(tokens, at, told), tokens[rows, at], new)
+    return tokens.at[rows, at + 1].set(new)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _cached(
-    model: Model,
-    params: Any,
-    tokens: jax.Array,
-    prompts: jax.Array,
-    length: Any,
-    ends: jax.Array,
-    key: jax.Array,
-    how: How,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _cached(model: Model, params: Any, tokens: jax.Array, told: Prompts, how: How) -> jax.Array:
     B, room = tokens.shape
-    first = prompts.min()
-
-    def body(carry: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, Any, jax.Array]:
-        tokens, cache, at = carry
-        logits, cache = model.apply(params, jax.lax.dynamic_slice(tokens, (0, at), (B, 1)), cache=cache)
-        return _put(tokens, at, logits[:, -1], prompts, ends, key, how), cache, at + 1
-
-    # What all prompts have goes through at once, the rest of the longer ones token by token. What lies behind is
-    # padding here: it leaves a recurrent state as it is, and keys are overwritten before they are ever attended to.
-    real = jnp.broadcast_to(jnp.arange(room) < first, (B, room)).astype(jnp.int32)
-    logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
-    last = jax.lax.dynamic_index_in_dim(logits, first - 1, axis=1, keepdims=False)
-    start = (_put(tokens, first - 1, last, prompts, ends, key, how), {**cache, "length": first}, first)
 
     def goes_on(carry: tuple[jax.Array, Any, jax.Array]) -> jax.Array:
-        tokens, _, at = carry
-        return (at + 1 < length) & ~_ended(tokens, at, prompts, ends).all()
+        tokens, _, step = carry
+        return (step < told.count) & ~_ended(tokens, told.lengths + step - 1, told).all()
 
+    def body(carry: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, Any, jax.Array]:
+        tokens, cache, step = carry
+        at = told.lengths + step - 1
+        last = jnp.take_along_axis(tokens, at[:, None], axis=1)
+        logits, cache = model.apply(params, last, cache=cache)
+        return _put(tokens, at, logits[:, -1], step, told, how), cache, step + 1
+
+    # All prompts go through at once, each to its own length. What lies behind is padding here: it leaves a recurrent
+    # state as it is, and with the length set back its keys are overwritten before they are ever attended to.
+    real = (jnp.arange(room) < told.lengths[:, None]).astype(jnp.int32)
+    logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
+    last = logits[jnp.arange(B), told.lengths - 1]
+    tokens = _put(tokens, told.lengths - 1, last, 0, told, how)
+    start = (tokens, {**cache, "length": told.lengths}, jnp.int32(1))
     return jax.lax.while_loop(goes_on, body, start)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _uncached(
-    model: Model,
-    params: Any,
-    tokens: jax.Array,
-    prompts: jax.Array,
-    length: Any,
-    ends: jax.Array,
-    key: jax.Array,
-    how: How,
-) -> jax.Array:
-    def body(at: jax.Array, tokens: jax.Array) -> jax.Array:
-        logits = jax.lax.dynamic_index_in_dim(model.apply(params, tokens), at, axis=1, keepdims=False)
-        return _put(tokens, at, logits, prompts, ends, key, how)
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _uncached(model: Model, params: Any, tokens: jax.Array, told: Prompts, how: How) -> jax.Array:
+    def body(step: jax.Array, tokens: jax.Array) -> jax.Array:
+        at = told.lengths + step - 1
+        logits = model.apply(params, tokens)[jnp.arange(len(tokens)), at]
+        return _put(tokens, at, logits, step, told, how)
 
-    return jax.lax.fori_loop(prompts.min() - 1, length - 1, body, tokens)
+    return jax.lax.fori_loop(0, told.count, body, tokens)

@@ -1,4 +1,4 @@
-"""Texts translated by a trained encoder-decoder, and how close they come to given translations."""
+"""Translate texts with a trained encoder-decoder, and compare translations with references."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jaxmodels.generate.beam import decode
 from jaxmodels.models.model import Model
 
 MULTIPLE = 8
-"""Sources are padded to a multiple of so many tokens, so that few programs are compiled."""
+"""Sources are padded to a multiple of this many tokens, so that few programs are compiled."""
 SHORTEST = 16
-"""A translation may have as many tokens, however short its source."""
+"""A translation may have this many tokens, however short its source."""
 
 
 def translate_texts(
@@ -30,7 +30,7 @@ def translate_texts(
     batch_size: int = 64,
     max_ratio: float = 2.0,
 ) -> list[str]:
-    """Translations of texts, in their order; `max_ratio` is the most tokens of one for each token of its source.
+    """Translate texts, in their order; `max_ratio` is the most tokens of a translation for each token of its source.
 
     Raises:
         UserError: the tokenizer has no end token, or an option is out of range.
@@ -70,7 +70,7 @@ def translate_texts(
 
 
 def limit(length: int, max_ratio: float) -> int:
-    """The most tokens of a translation, its end included, for a source of so many tokens."""
+    """The most tokens of a translation, its end included, for a source of `length` tokens."""
     return max(ceil(max_ratio * length), SHORTEST)
 
 
@@ -81,7 +81,7 @@ def upto(tokens: np.ndarray, end: int) -> np.ndarray:
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of a whole set from 0 to 100, one reference each, as sacreBLEU has it by default (13a, mixed case).
+    """BLEU of a whole set from 0 to 100, with one reference each, by sacreBLEU's defaults (13a, mixed case).
 
     Source: Papineni et al. 2002; Post 2018.
 

@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError
 from jaxmodels.models.kernels import partition, xla
-from jaxmodels.models.kernels.contract import ACROSS, KERNELS, Call, absence, refusal
+from jaxmodels.models.kernels.kernel import BUILTIN, Attend, Call, Kernel, kernel_of
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.platform import platform
 
 Array = jax.Array
-FUSED = ("cudnn", "splash", "tokamax")
-"""Kernels that XLA cannot partition by itself, or not in every case."""
-SHORT = 48
-"""Below so many queries or keys one pass is as fast as blocks on CPU, forward and backward."""
+AUTO = ("ring", "ulysses", "cudnn", "splash", "blockwise", "xla")
+"""The kernels of which `auto` takes the first that prefers a call and can compute it."""
 
 log = logging.getLogger("jaxmodels")
 
@@ -64,7 +61,7 @@ def attention(
     if bias is not None:
         bias = jnp.asarray(bias)
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    check(q, k, v, window, segments, bias, dropout, rng)
+    check_arguments(q, k, v, window, segments, bias, dropout, rng)
     arrays = {
         "q": q,
         "k": k,
@@ -83,27 +80,25 @@ def attention(
         "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
     }
     if _kept is not None:
-        keep(_kept, arrays, options)
-    call, place = describe(arrays, options), platform()
+        record_weights(_kept, arrays, options)
+    call, place = describe_call(arrays, options), platform()
     devices = max(1, jax.sharding.get_abstract_mesh().size)
-    if kernel == "auto":
-        kernel, reason = choose(place, call, devices)
-        say(kernel, reason)
-    else:
-        insist(kernel, place, call)
-    attend = bind(kernel, options, place)
-    if kernel == "ulysses":
-        local, reason = choose(place, call._replace(pieces=1), devices)
-        say(local, f"for whole sequences, {reason}")
-        attend = functools.partial(attend, local=bind(local, {}, place))
-    with jax.named_scope(Mask(call.T, call.S, causal, window).scope), jax.named_scope(kernel):
-        return partition.shard(attend, arrays, kernel in ACROSS) if kernel in (*FUSED, *ACROSS) else attend(**arrays)
 
+    def automatic(call: Call, prefix: str = "") -> tuple[str, Kernel]:
+        name, reason = choose(place, call, devices)
+        log_choice(name, prefix + reason)
+        return name, kernel_of(name)
 
-def bind(kernel: str, options: dict[str, Any], platform: str) -> Callable[..., Array]:
-    """A kernel's function of arrays."""
-    attend = importlib.import_module(f"jaxmodels.models.kernels.{kernel}").attend
-    return functools.partial(attend, **options, **({"interpret": platform == "cpu"} if kernel == "splash" else {}))
+    def whole(call: Call) -> Attend:
+        _, chosen = automatic(call, "for whole sequences, ")
+        return chosen.function(call, whole)
+
+    name, chosen = automatic(call) if kernel == "auto" else (kernel, require(kernel, place, call))
+    attend = functools.partial(chosen.function(call, whole), **options)
+    with jax.named_scope(Mask(call.T, call.S, causal, window).scope), jax.named_scope(name):
+        if chosen.partition == "compiler":
+            return attend(**arrays)
+        return partition.run_sharded(attend, arrays, chosen.partition == "tokens")
 
 
 _kept: list[Array] | None = None
@@ -111,9 +106,10 @@ _kept: list[Array] | None = None
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Array]]:
-    """The weights (B, H, T, S) of all calls made under it, in the order in which they are computed; on one device.
+    """A context that collects the weights (B, H, T, S) of all calls, in the order of their computation, on one device.
 
-    The list is whole when the context is left. What is compiled before has no part in it, so apply a model as it is.
+    The list is complete when the context is left. Calls that were compiled before are not recorded, so apply the model
+    without `jit`.
     """
     global _kept
     before, _kept = _kept, []
@@ -124,16 +120,16 @@ def recording() -> Iterator[list[Array]]:
         _kept = before
 
 
-def keep(kept: list[Array], arrays: dict[str, Any], options: dict[str, Any]) -> None:
-    """Add the weights of a call to a recording, from wherever it is traced, such as a scan over layers."""
+def record_weights(kept: list[Array], arrays: dict[str, Any], options: dict[str, Any]) -> None:
+    """Add the weights of a call to a recording, wherever it is traced, such as in a scan over layers."""
     given = {name: x for name, x in (arrays | options).items() if name not in ("v", "rng", "dropout")}
     p = xla.weights(**given)
     B, G, R, T, S = p.shape
     jax.debug.callback(kept.append, p.reshape(B, G * R, T, S), ordered=True)
 
 
-def describe(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
-    """What a kernel is chosen by."""
+def describe_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
+    """The call, as a kernel is chosen by it."""
     q, k, offset = arrays["q"], arrays["k"], arrays["q_offset"]
     whole, windowed = isinstance(offset, int), options["window"] is not None
     asked = {
@@ -159,48 +155,42 @@ def describe(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
 
 def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:
     """The kernel that `auto` takes for a call spread over so many devices, and why."""
-    best = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
-    prefix = ""
-    for kernel in ACROSS if call.pieces > 1 else ():
-        reason = refusal(kernel, call)
-        if reason is None:
-            return kernel, f"{prefix}the mesh cuts tokens into {call.pieces} pieces"
-        prefix += f"{kernel} {reason}; "
-    if best is not None:
-        reason = refusal(best, call) or absence(best, platform)
-        if reason is None:
-            return best, f"{prefix}the fused kernel of {platform}"
-        prefix += f"{best} {reason}; "
-    reason = refusal("blockwise", call)
-    if reason is not None:
-        return "xla", f"{prefix}blockwise {reason}"
-    if platform == "cpu":
-        short = min(call.T, call.S) < SHORT
-        return "xla" if short else "blockwise", f"{prefix}fastest on cpu for T={call.T}, S={call.S}"
-    gigabytes = call.B * call.H * call.T * call.S * 4 / 2**30 / devices
-    return "blockwise" if gigabytes > 1 else "xla", f"{prefix}the scores take {gigabytes:.2g} GiB a device"
+    passed = ""
+    for name in AUTO:
+        kernel = kernel_of(name)
+        wanted = kernel.preferred(call, platform, devices)
+        if wanted is None:
+            continue
+        against = kernel.refusal(call) or kernel.absence(platform)
+        if against is None:
+            return name, passed + wanted
+        passed += f"{name} {against}; "
+    raise AssertionError("the reference refuses no call")
 
 
 @functools.cache
-def say(kernel: str, reason: str) -> None:
+def log_choice(kernel: str, reason: str) -> None:
     """Log a choice, each once."""
     log.info("attention: kernel %s: %s", kernel, reason)
 
 
-def insist(kernel: str, platform: str, call: Call) -> None:
-    """Refuse a kernel, asked for by name, that cannot compute the call."""
-    if kernel not in KERNELS:
-        raise UserError(
-            f"got attention kernel {kernel!r}, expected auto, {', '.join(KERNELS)}{nearest(kernel, ['auto', *KERNELS])}"
-        )
-    if reason := refusal(kernel, call):
-        able = [name for name in KERNELS if not (refusal(name, call) or absence(name, platform))]
-        raise UserError(f"kernel {kernel!r} {reason}; kernels that do: {', '.join(able)}; try kernel='auto'")
-    if reason := absence(kernel, platform):
-        raise UserError(f"kernel {kernel!r} {reason}; try kernel='auto'")
+def require(name: str, platform: str, call: Call) -> Kernel:
+    """The kernel that was asked for by name.
+
+    Raises:
+        UserError: there is none of that name, or it cannot compute the call.
+    """
+    kernel = kernel_of(name)
+    if reason := kernel.refusal(call):
+        others = ((other, kernel_of(other)) for other in BUILTIN)
+        able = [other for other, each in others if not (each.refusal(call) or each.absence(platform))]
+        raise UserError(f"kernel {name!r} {reason}; kernels that do: {', '.join(able)}; try kernel='auto'")
+    if reason := kernel.absence(platform):
+        raise UserError(f"kernel {name!r} {reason}; try kernel='auto'")
+    return kernel
 
 
-def check(
+def check_arguments(
     q: Array,
     k: Array,
     v: Array,
@@ -210,7 +200,7 @@ def check(
     dropout: float,
     rng: Array | None,
 ) -> None:
-    """Refuse shapes and values that cannot be meant."""
+    """Refuse shapes that do not fit together, and values out of range."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise UserError(f"got q {q.shape}, k {k.shape}, v {v.shape}, expected (B, T, H, K), (B, S, G, K), (B, S, G, K)")
     (B, T, H, _), (S, G) = q.shape, k.shape[1:3]

@@ -18,6 +18,7 @@ from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context, KeyValues
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import context_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
@@ -45,8 +46,8 @@ class BERTConfig(ModelConfig):
     classes: Dim | None = None
     """Outputs of the classification head; None for other heads."""
     pool: Literal["first", "mean"] = "first"
-    """What of a text its pooled features come from: the first token, as published, or the mean of all tokens, which are
-    the ones that masked language modelling alone has taught."""
+    """What pooled features are computed from: the first token, as published, or the mean of all tokens, which
+    masked language modelling alone trains better."""
     norm_eps: Positive = 1e-12
     """Added to the variance in LayerNorm."""
     dropout: Dropped = 0.1
@@ -95,19 +96,19 @@ class Block(nn.Module):
 
 
 class Bias(nn.Module):
-    """x (…, V) and a learned number for each token of the vocabulary, in float32."""
+    """x (…, V) plus a learned bias for each token of the vocabulary, in float32."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x + layers.parameter(self, "b", layers.zeros, ("vocab",), x.shape[-1:])
+        return x + layers.parameter(self, "b", layers.zeros, ("vocab",), x.shape[-1:], "bias")
 
 
 class BERT(nn.Module):
-    """Tokens (B, T) to what the head gives, in float32, or with `head=False` to features (B, T, D).
+    """Tokens (B, T) to the head's outputs in float32, or with `head=False` to features (B, T, D).
 
-    masked_lm: logits (B, T, V), or (B, P, V) `at` places (B, P) alone; classification: logits (B, classes);
-    pretraining: logits as of masked_lm and (B, 2); none: features (B, T, D) and pooled features (B, D). `types` (B, T)
-    are the token types, 0 where not given.
+    masked_lm: logits (B, T, V), or those of the places `at` (B, P) alone, (B, P, V); classification: logits
+    (B, classes); pretraining: logits as with masked_lm, and (B, 2); none: features (B, T, D) and pooled features
+    (B, D). `types` (B, T) are the token types, 0 when not given.
     """
 
     config: BERTConfig
@@ -126,11 +127,13 @@ class BERT(nn.Module):
     ) -> Any:
         c, drop = self.config, layers.Dropout(self.config.dropout)
         ctx = Context.of(tokens, None, positions, segment_ids, longest=c.context)
-        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
-        places = layers.Embed(c.context, c.width, ("positions", "embed"), dtype=c.dtype, name="positions")
-        parts = layers.Embed(c.types, c.width, ("positions", "embed"), dtype=c.dtype, name="types")
+        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, before_stack=True, name="embed")
+        places = layers.Embed(
+            c.context, c.width, ("positions", "embed"), dtype=c.dtype, before_stack=True, name="positions"
+        )
+        parts = layers.Embed(c.types, c.width, ("positions", "embed"), dtype=c.dtype, before_stack=True, name="types")
         x = embed(tokens) + places(ctx.positions) + parts(jnp.zeros((1, 1), jnp.int32) if types is None else types)
-        x = drop(layers.LayerNorm(c.norm_eps, name="embed_norm")(x), train)
+        x = drop(layers.LayerNorm(c.norm_eps, before_stack=True, name="embed_norm")(x), train)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
         x, _ = blocks(layers.shard(x, "batch", "seq", None), None, ctx)
         if not head:
@@ -173,7 +176,7 @@ register(
         name="bert",
         config=BERTConfig,
         network=BERT,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, min(length, c.context)), jnp.int32),),
+        inputs=context_inputs,
         longest=lambda c: c.context,
         presets={
             "bert-base": base,

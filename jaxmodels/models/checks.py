@@ -23,6 +23,19 @@ def divide(config: Any, whole: str, parts: str) -> None:
         )
 
 
+def check_rotary_heads(config: Any) -> None:
+    """Refuse heads that do not fit together, or that rotary positions cannot pair; call it in `__post_init__`."""
+    if config.head_dim is None:
+        divide(config, "width", "heads")
+    if config.kv_heads is not None:
+        divide(config, "heads", "kv_heads")
+    if config.head_size % 2:
+        raise UserError(
+            f"got head size {config.head_size}, expected an even number for rotary positions, "
+            f"try head_dim {config.head_size + 1}"
+        )
+
+
 def halvings(input_shape: tuple[int, int, int], channels: tuple[int, ...], field: str) -> tuple[int, int]:
     """Height and width of an image after it is halved once for each entry of `channels`.
 

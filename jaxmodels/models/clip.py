@@ -17,6 +17,7 @@ from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import context_inputs, image_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
@@ -49,7 +50,8 @@ class CLIPConfig(ModelConfig):
     text_mlp_width: Dim = 2048
     """Hidden units of its MLPs."""
     end_token: Natural | None = None
-    """The id at whose first place a text is read out; None: the highest id of each text, as OpenAI's code does it."""
+    """The id where a text's features are read out, at its first occurrence; None: the highest id of each text, as in
+    OpenAI's code."""
     embedding: Dim = 512
     """Size of the space where images and texts meet (E)."""
     norm_eps: Positive = 1e-5
@@ -76,7 +78,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 class Size(NamedTuple):
-    """Of one tower."""
+    """The size of one tower."""
 
     depth: int
     heads: int
@@ -114,13 +116,13 @@ class Block(nn.Module):
 
 
 def encode(c: CLIPConfig, size: Size, x: jax.Array, ctx: Context, *, causal: bool) -> jax.Array:
-    """x (B, T, D) through a tower's blocks."""
+    """Run x (B, T, D) through a tower's blocks."""
     blocks = layers.scan_layers(Block, size.depth, c.remat, c.unroll)(c, size, causal, name="layers")
     return blocks(x, None, ctx)[0]
 
 
 def project(c: CLIPConfig, x: jax.Array) -> jax.Array:
-    """Features (B, D) to unit vectors (B, E) in float32."""
+    """Project features (B, D) to unit vectors (B, E) in float32."""
     x = layers.LayerNorm(c.norm_eps, name="norm")(x)
     init = layers.normal(x.shape[-1] ** -0.5)
     linear = layers.Linear((c.embedding,), ("embed", "features"), False, init, c.dtype, name="projection")
@@ -140,7 +142,7 @@ class Images(nn.Module):
         token = layers.normal(size.width**-0.5)
         check_shape(images, c.input_shape)
         x = layers.embed_patches(images, c.patch, size.width, token=token, bias=False, dtype=c.dtype)
-        x = layers.LayerNorm(c.norm_eps, name="embed_norm")(x)
+        x = layers.LayerNorm(c.norm_eps, before_stack=True, name="embed_norm")(x)
         return project(c, encode(c, size, x, Context(), causal=False)[:, 0])
 
 
@@ -154,8 +156,10 @@ class Texts(nn.Module):
         c = self.config
         size = Size(c.text_layers, c.text_heads, c.text_width, c.text_mlp_width)
         ctx = Context.of(tokens, None, None, segment_ids, longest=c.context)
-        embed = layers.Embed(c.vocab_size, size.width, dtype=c.dtype, name="embed")
-        places = layers.Embed(c.context, size.width, ("positions", "embed"), dtype=c.dtype, name="positions")
+        embed = layers.Embed(c.vocab_size, size.width, dtype=c.dtype, before_stack=True, name="embed")
+        places = layers.Embed(
+            c.context, size.width, ("positions", "embed"), dtype=c.dtype, before_stack=True, name="positions"
+        )
         x = layers.shard(embed(tokens) + places(ctx.positions), "batch", "seq", None)
         x = encode(c, size, x, ctx, causal=True)
         end = jnp.argmax(tokens if c.end_token is None else tokens == c.end_token, axis=1)
@@ -163,19 +167,18 @@ class Texts(nn.Module):
 
 
 class Scale(nn.Module):
-    """What similarities are multiplied by; its logarithm is learned."""
+    """The factor of similarities; its logarithm is learned."""
 
     @nn.compact
     def __call__(self) -> jax.Array:
         # Radford et al. 2021, section 2.5: a temperature of 0.07 at first, as transformers rounds its logarithm
-        return jnp.exp(layers.parameter(self, "log", nn.initializers.constant(2.6592), (), ()))
+        return jnp.exp(layers.parameter(self, "log", nn.initializers.constant(2.6592), (), (), "norm"))
 
 
 class CLIP(nn.Module):
     """Images (B, H, W, C) and tokens (B, T) to (unit vectors (B, E), unit vectors (B, E), scale), in float32.
 
-    Without images or without tokens, None stands in their place and their tower is not run. `segment_ids` are those of
-    the tokens.
+    Either input may be None: its tower is not run, and its output is None. `segment_ids` belong to the tokens.
     """
 
     config: CLIPConfig
@@ -202,10 +205,7 @@ register(
         name="clip",
         config=CLIPConfig,
         network=CLIP,
-        inputs=lambda c, batch, length: (
-            jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),
-            jax.ShapeDtypeStruct((batch, min(length, c.context)), jnp.int32),
-        ),
+        inputs=lambda c, batch, length: image_inputs(c, batch, length) + context_inputs(c, batch, length),
         longest=lambda c: c.context,
         presets={
             # Radford et al. 2021, table 20

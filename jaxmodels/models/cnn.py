@@ -14,6 +14,7 @@ from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape
 from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
+from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.model import Dtype, Family
 
 
@@ -75,7 +76,7 @@ register(
         name="cnn",
         config=CNNConfig,
         network=CNN,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        inputs=image_inputs,
         presets={"cnn-mnist": CNNConfig()},
     )
 )

@@ -1,7 +1,7 @@
-"""Products of tokens with the weights of the experts that they are sent to.
+"""Send tokens to their experts, multiply them by the experts' weights, and bring the results back.
 
-Dims: B rows, T tokens, k experts a token, E experts, D and F widths; C places of an expert, or of a pair of devices; N
-tokens of a device, R = N · k rows that it sends, S devices that share the experts.
+Dims: B rows, T tokens, k experts of a token, E experts, D and F widths; C places of an expert, or from one device to
+another; N tokens of a device, R = N · k rows that it sends, S devices that share the experts.
 """
 
 from __future__ import annotations
@@ -25,107 +25,107 @@ Activation = Callable[[Array], Array]
 Weights = tuple[Array, Array, Array]
 """Gate and up (E, D, F), and down (E, F, D), of gated MLPs."""
 How = tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]
-"""What multiplies inputs by weights, and what makes hidden units of the products with gate and up."""
+"""How inputs are multiplied by weights, and how the products with gate and up become hidden units."""
 Kept = tuple[Array, Array, Array]
-"""Inputs, and their products with gate and up: from these the backward pass computes the rest again."""
+"""Inputs, and their products with gate and up, from which the backward pass recomputes the rest."""
 
 WIDE, NARROW = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 AXES = WIDE, WIDE, NARROW
 """Logical axes of the weights."""
 SLACK = 1.25
-"""Places of a pair of devices, over those that it needs if experts are chosen alike."""
+"""Places from one device to another, as a multiple of what is needed if all experts are chosen equally often."""
 
 FURTHER = loop(0)
-"""The name of the loop over further rounds, of which there are none if experts are chosen about evenly."""
+"""The scope of the loop over further rounds; there are none if experts are chosen about equally often."""
 
 _named = partial(checkpoint_name, name=PRODUCT)
 
 
-class Axes(NamedTuple):
-    """Mesh axes of the devices that work on a batch; one device alone has none."""
+class MeshAxes(NamedTuple):
+    """The mesh axes of the devices that work on a batch; a single device has none."""
 
     expert: tuple[str, ...] = ()
-    """Those that cut the experts."""
+    """Those over which experts are sharded."""
     fsdp: tuple[str, ...] = ()
-    """Those along which weights are gathered."""
+    """Those over which weights are gathered."""
     every: tuple[str, ...] = ()
 
 
 class Exchange(NamedTuple):
-    """How devices send each other rows."""
+    """How devices exchange rows."""
 
-    axes: Axes
+    axes: MeshAxes
     places: int
-    """C: rows that one sends to another at a time."""
+    """C: the rows that one device sends to another in a round."""
     most: int
-    """Rounds, if all tokens choose the experts of one device."""
+    """The rounds that are needed if all tokens choose the experts of one device."""
     k: int
 
 
 class Route(NamedTuple):
-    """Which rows go from a device to which others, and come to it."""
+    """The rows that a device sends to each other device, and those that it receives."""
 
     order: Array
-    """(R,): the rows by expert, and so by device."""
+    """(R,): the rows sorted by expert, and so by device."""
     device: Array
-    """(R,): where a row's expert is."""
+    """(R,): the device that holds a row's expert."""
     rank: Array
-    """(R,): how many rows go there before it."""
+    """(R,): a row's place among those for its device."""
     sent: Array
-    """(S,): rows to each device."""
+    """(S,): the number of rows for each device."""
     received: Array
-    """(S, E / S): rows from each device for each expert here."""
+    """(S, E / S): the number of rows from each device for each expert here."""
     rounds: Array
-    """(): those that the mesh needs."""
+    """(): the rounds that the whole mesh needs."""
 
 
 class Round(NamedTuple):
-    """Rows on their way, at most C from each device to each other."""
+    """One exchange of at most C rows from each device to each other device."""
 
     sizes: Array
-    """(E / S,): rows that come to each expert here."""
+    """(E / S,): the number of rows that each expert here receives."""
     send: Callable[[Array], Array]
-    """(N or R, D) -> (S · C, D): rows to their experts' devices, sorted by expert, before those that mean nothing."""
+    """(N or R, D) -> (S · C, D): send rows to their experts; returns those received by expert, unused places last."""
     bring: Callable[[Array, Array], Array]
-    """(S · C, D), (R, D) -> (R, D): rows back to where they come from, put in among those of other rounds."""
+    """(S · C, D), (R, D) -> (R, D): send results back, and put them among those of other rounds."""
 
 
 def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation: Activation) -> Array:
-    """Each token through all experts chosen for it, however unevenly they are chosen.
+    """Apply to each token all experts chosen for it, however uneven the choices are.
 
-    On a mesh tokens go to the devices that have their experts, and back, in rounds of a fixed buffer: one if experts
-    are chosen about evenly, and as many as it takes if they are not. The parts that F is cut into are added up, and
-    scattered where the residual stream is cut alike.
+    On a mesh, tokens travel to the devices that hold their experts, and back, in rounds of a fixed buffer: one round if
+    experts are chosen about equally often, and as many as it takes if they are not. Where F is sharded, its partial
+    sums are added up, and scattered where the residual stream is sharded over the same axes.
     Shapes: x (B, T, D), chosen and share (B, T, k), returns (B, T, D).
     """
     mesh, split, tokens = rules.ambient(), rules.RULES["mlp"], ("batch", "seq")
 
-    def local(axes: Axes, x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
+    def local(axes: MeshAxes, x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
         k, D = chosen.shape[-1], x.shape[-1]
         exchange, route = _route(axes, chosen.reshape(-1, k), len(weights[0]))
-        y: Any = _through(exchange, activation, x.reshape(-1, D), route, weights)
+        y: Any = _apply_experts(exchange, activation, x.reshape(-1, D), route, weights)
         return (y.reshape(*chosen.shape, D) * share.astype(y.dtype)[..., None]).sum(-2)
 
     if mesh is None or any(x.shape[i] % rules.pieces(name) for i, name in enumerate(tokens)):
-        return local(Axes(), x, chosen, share, weights)
+        return local(MeshAxes(), x, chosen, share, weights)
     table = rules.table(mesh.shape)
     scattered = set(split) <= set(table["residual"]) and x.shape[1] % rules.pieces("residual") == 0
     expert, fsdp = (tuple(axis for axis in rules.RULES[name] if mesh.shape[axis] > 1) for name in ("expert", "embed"))
 
     def add(*given: Any) -> Array:
-        y = local(Axes(expert, fsdp, mesh.axis_names), *given)
+        y = local(MeshAxes(expert, fsdp, mesh.axis_names), *given)
         return jax.lax.psum_scatter(y, split, scatter_dimension=1, tiled=True) if scattered else y[None]
 
     rows = rules.spec((*tokens, None), table)
     out = rules.spec(("batch", "residual", None), table) if scattered else rules.spec(("mlp", *tokens, None), table)
     specs = (rows, rows, rows, tuple(map(rules.spec, AXES)))
     y = jax.shard_map(add, in_specs=specs, out_specs=out, check_vma=False)(x, chosen, share, weights)
-    # out here, where the gradient of a sum is no sum
+    # outside of the shard_map, where the gradient of this sum needs no sum
     return y if scattered else jax.lax.reduce_sum(y, (0,))
 
 
-def _route(axes: Axes, chosen: Array, here: int) -> tuple[Exchange, Route]:
-    """The ways of rows to their experts, of which so many are here. Shapes: chosen (N, k)."""
+def _route(axes: MeshAxes, chosen: Array, here: int) -> tuple[Exchange, Route]:
+    """Route each row to the device that holds its expert; each device holds `here` experts. Shapes: chosen (N, k)."""
     (N, k), expert, S = chosen.shape, chosen.ravel(), jax.lax.axis_size(axes.expert) if axes.expert else 1
     R, most = N * k, N * min(k, here)
     C = min(-(-math.ceil(SLACK * R / S) // 8) * 8, most) if axes.expert else R
@@ -137,13 +137,13 @@ def _route(axes: Axes, chosen: Array, here: int) -> tuple[Exchange, Route]:
     rounds = -(-sent.max() // C)
     if axes.expert:
         counts = jax.lax.all_to_all(counts, axes.expert, 0, 0, tiled=True)
-        # of all devices, or some would wait in a collective for others that are through
+        # the maximum over all devices, or some would wait in a collective for others that have finished
         rounds = jax.lax.pmax(rounds, axes.every)
     return Exchange(axes, C, -(-most // C), k), Route(order, device, rank, sent, counts, rounds)
 
 
-def _round(exchange: Exchange, route: Route, number: Any) -> Round:
-    """Of the rows from each device to each other, those from `number` · C on."""
+def _exchange_of(exchange: Exchange, route: Route, number: Any) -> Round:
+    """Round `number`: of the rows from each device to each other, C from `number` · C on."""
     (axes, C, most, k), S = exchange, len(route.sent)
     at = number * C + jnp.arange(C)
     source = route.order.at[((jnp.cumsum(route.sent) - route.sent)[:, None] + at).ravel()].get(mode="clip")
@@ -156,7 +156,7 @@ def _round(exchange: Exchange, route: Route, number: Any) -> Round:
     move = partial(jax.lax.all_to_all, axis_name=axes.expert, split_axis=0, concat_axis=0, tiled=True)
 
     def take(rows: Array, at: Array) -> Array:
-        return rows.at[at].get(mode="clip")  # places that are not of this round point anywhere
+        return rows.at[at].get(mode="clip")  # places outside of this round may point anywhere
 
     def send(rows: Array) -> Array:
         rows = take(rows, source if len(rows) == len(slot) else source // k)
@@ -170,22 +170,22 @@ def _round(exchange: Exchange, route: Route, number: Any) -> Round:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _through(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Array:
-    """Each row through its expert; a token has k rows, one behind the other.
+def _apply_experts(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Array:
+    """Apply to each row its expert; the k rows of a token follow each other.
 
-    The backward pass gathers weights again, and keeps the rows of the first round only: others are sent again. Further
-    rounds are as many as it takes, so that even choices pay nothing for uneven ones. A loop of unknown length has no
-    gradient, hence this one by hand. Bringing back is the transpose of sending, so no pass scatters rows.
+    The backward pass gathers weights again, and has saved the rows of the first round only: others are sent again.
+    There are as many further rounds as it takes, so that even choices pay nothing for uneven ones. A loop of unknown
+    length has no automatic gradient, hence this one. Bringing back is the transpose of sending, so no pass scatters.
     Shapes: x (N, D), returns (R, D).
     """
-    return _through_forward(exchange, activation, x, route, weights)[0]
+    return _experts_forward(exchange, activation, x, route, weights)[0]
 
 
-def _through_forward(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Any:
-    whole = _whole(weights, x.dtype, exchange.axes.fsdp)
+def _experts_forward(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Any:
+    whole = _gathered(weights, x.dtype, exchange.axes.fsdp)
 
     def go(number: Any, y: Array) -> tuple[Array, Any]:
-        now = _round(exchange, route, number)
+        now = _exchange_of(exchange, route, number)
         rows, kept = _gated(_ragged(now.sizes, activation), now.send(x), whole)
         return now.bring(rows, y), kept
 
@@ -196,12 +196,12 @@ def _through_forward(exchange: Exchange, activation: Activation, x: Array, route
     return _named(y), (x if exchange.most > 1 else None, route, weights, first)
 
 
-def _through_backward(exchange: Exchange, activation: Activation, saved: Any, dy: Array) -> tuple[Array, None, Weights]:
+def _experts_backward(exchange: Exchange, activation: Activation, saved: Any, dy: Array) -> tuple[Array, None, Weights]:
     x, route, weights, first = saved
-    whole, scatter = jax.vjp(lambda weights: _whole(weights, dy.dtype, exchange.axes.fsdp), weights)
+    whole, scatter = jax.vjp(lambda weights: _gathered(weights, dy.dtype, exchange.axes.fsdp), weights)
 
     def go(number: Any, dx: Array, kept: Kept | None = None) -> tuple[Array, Weights]:
-        now = _round(exchange, route, number)
+        now = _exchange_of(exchange, route, number)
         how = _ragged(now.sizes, activation)
         rows, dweights = _gated_gradients(how, kept or _gated(how, now.send(x), whole)[1], whole, now.send(dy))
         return now.bring(rows, dx), dweights
@@ -217,11 +217,11 @@ def _through_backward(exchange: Exchange, activation: Activation, saved: Any, dy
     return dx.reshape(-1, exchange.k, dx.shape[1]).sum(1), None, *scatter(dweights)
 
 
-_through.defvjp(_through_forward, _through_backward)
+_apply_experts.defvjp(_experts_forward, _experts_backward)
 
 
-def _whole(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
-    """Weights in the compute dtype, and whole along what fsdp cuts: within a `shard_map`, these axes."""
+def _gathered(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
+    """Weights in the compute dtype, gathered over fsdp; within a `shard_map`, over the mesh axes `fsdp`."""
 
     def one(w: Array, names: tuple[str, ...]) -> Array:
         w = rules.gather(w.astype(dtype), names)
@@ -231,7 +231,7 @@ def _whole(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
 
 
 def _ragged(sizes: Array, activation: Activation) -> How:
-    """Of rows sorted by expert; those beyond the last expert's may not even be numbers, and stop here."""
+    """How rows sorted by expert are computed; those beyond the last expert's may be nan, and are set to 0 here."""
 
     def hidden(gate: Array, up: Array) -> Array:
         return jnp.where((jnp.arange(len(gate)) < sizes.sum())[:, None], activation(gate) * up, 0)
@@ -240,7 +240,7 @@ def _ragged(sizes: Array, activation: Activation) -> How:
 
 
 def _padded(activation: Activation) -> How:
-    """Of a buffer for each expert."""
+    """How a buffer for each expert is computed."""
 
     def hidden(gate: Array, up: Array) -> Array:
         return shard(activation(gate) * up, "expert", "expert_batch", None, "mlp")
@@ -249,7 +249,7 @@ def _padded(activation: Activation) -> How:
 
 
 def _gated(how: How, x: Array, weights: Weights) -> tuple[Array, Kept]:
-    """Gated MLPs, and what their gradients need."""
+    """Gated MLPs: their outputs, and what their gradients need."""
     (multiply, hidden), (gate, up, down) = how, weights
     products = _named(multiply(x, gate)), _named(multiply(x, up))
     return multiply(hidden(*products), down), (x, *products)
@@ -265,11 +265,11 @@ def _gated_gradients(how: How, kept: Kept, weights: Weights, dy: Array) -> tuple
     return dx + more, (dgate, dup, ddown)
 
 
-def places(chosen: Array, real: Array | None, experts: int, capacity: int) -> Array:
-    """Where each token goes in its experts' buffers, expert · capacity + place, or experts · capacity if it is full.
+def assign_places(chosen: Array, real: Array | None, experts: int, capacity: int) -> Array:
+    """Each token's place in its experts' buffers, expert · capacity + place, or experts · capacity if they are full.
 
-    Tokens queue in their order, each with all its choices at once: all first choices before any second one, as GShard
-    has it, would let a later token take an earlier one's place. Those that are not `real` take none.
+    Tokens queue in their order, each with all its choices at once. GShard's order, all first choices before any second
+    one, would let a later token take an earlier one's place. Tokens that are not `real` take no place.
     Shapes: chosen (B, T, k), real (B, T), returns (B, T, k).
     """
     asked = jax.nn.one_hot(chosen, experts, dtype=jnp.int32).sum(-2)
@@ -283,10 +283,10 @@ def places(chosen: Array, real: Array | None, experts: int, capacity: int) -> Ar
 
 
 def limited(x: Array, places: Array, share: Array, weights: Weights, activation: Activation, capacity: int) -> Array:
-    """Each token through those of its experts that have a place for it.
+    """Apply to each token those of its experts that have a place for it.
 
-    On a mesh the buffers are cut by expert: they go to the experts' devices and back by an all-to-all.
-    Shapes: x (B, T, D), places (of `places`) and share (B, T, k), returns (B, T, D).
+    On a mesh, buffers are sharded by expert: an all-to-all takes them to the experts' devices, and another one back.
+    Shapes: x (B, T, D), places (of `assign_places`) and share (B, T, k), returns (B, T, D).
     """
     (B, T, k), (E, D) = places.shape, weights[0].shape[:2]
     size, flat = E * capacity, places.reshape(B, T * k)
@@ -306,18 +306,18 @@ def limited(x: Array, places: Array, share: Array, weights: Weights, activation:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _buffered(activation: Activation, x: Array, weights: Weights) -> Array:
-    """Each expert's buffer through it; the backward pass gathers weights again. Shapes: x (E, B, C, D)."""
+    """Apply each expert to its buffer; the backward pass gathers weights again. Shapes: x (E, B, C, D)."""
     return _buffered_forward(activation, x, weights)[0]
 
 
 def _buffered_forward(activation: Activation, x: Array, weights: Weights) -> tuple[Array, Any]:
-    y, kept = _gated(_padded(activation), x, _whole(weights, x.dtype))
+    y, kept = _gated(_padded(activation), x, _gathered(weights, x.dtype))
     return y, (weights, kept)
 
 
 def _buffered_backward(activation: Activation, saved: tuple[Weights, Kept], dy: Array) -> tuple[Array, Weights]:
     weights, kept = saved
-    whole, scatter = jax.vjp(lambda weights: _whole(weights, dy.dtype), weights)
+    whole, scatter = jax.vjp(lambda weights: _gathered(weights, dy.dtype), weights)
     dx, dweights = _gated_gradients(_padded(activation), kept, whole, dy)
     return dx, *scatter(dweights)
 

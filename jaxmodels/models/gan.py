@@ -1,7 +1,7 @@
 """Generative adversarial networks: DCGAN (Radford et al. 2015) and WGAN-GP (Gulrajani et al. 2017) for small images.
 
 Generator and discriminator are models of their own, each with its parameters and statistics; `network` says which one a
-config is. A critic that is trained with a gradient penalty has no batch normalisation: the penalty is each example's.
+config is. A critic trained with a gradient penalty has no batch normalisation, since the penalty is for each example.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class GAN(nn.Module):
 
     def judge(self, x: jax.Array, train: bool) -> jax.Array:
         c = self.config
-        # where nothing normalises, DCGAN's small weights let so little through that a critic learns hardly anything
+        # without normalisation, DCGAN's small weights let so little through that a critic hardly learns
         init = layers.normal(0.02) if c.kind == "dcgan" else he
         for i, width in enumerate(c.channels):
             normal = c.kind == "dcgan" and i > 0

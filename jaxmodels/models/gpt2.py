@@ -11,15 +11,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxmodels.fields import Depth, Dim, Dropped
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
 from jaxmodels.models.config import ModelConfig
+from jaxmodels.models.decoder import Decoder
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import context_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
+    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> Any:
         c = self.config
         drop, init = layers.Dropout(c.dropout), layers.normal(0.02)
         residual = layers.normal(0.02 / (2 * c.layers) ** 0.5)
@@ -85,36 +86,31 @@ class Block(nn.Module):
         y, kv = attn(layers.LayerNorm(name="attn_norm")(x), ctx, kv)
         x = x + drop(y, self.train)
         x = x + drop(mlp(layers.LayerNorm(name="mlp_norm")(x)), self.train)
-        return layers.shard(x, "batch", "residual", None), kv
+        return layers.shard(x, "batch", "residual", None), (kv, None)
 
 
-class GPT2(nn.Module):
-    """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D)."""
+class GPT2(Decoder):
+    """A decoder with learned positions, whose output layer is the embedding."""
 
     config: GPT2Config
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
-        train: bool = False,
-        head: bool = True,
-    ) -> Any:
-        c = self.config
-        ctx = Context.of(tokens, cache, positions, segment_ids, longest=c.context)
-        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
-        places = layers.Embed(c.context, c.width, ("positions", "embed"), dtype=c.dtype, name="positions")
-        x = layers.shard(embed(tokens) + places(ctx.positions), "batch", "residual", None)
-        x = layers.Dropout(c.dropout if c.embed_dropout is None else c.embed_dropout)(x, train)
-        blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
-        x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
-        x = layers.shard(layers.LayerNorm(name="norm")(x), "batch", "seq", None)
-        y = embed.logits(x) if head else x
-        return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})
+    def longest(self) -> int:
+        return self.config.context
+
+    def output(self, embed: layers.Embed) -> layers.Embed:
+        return embed
+
+    def enter(self, x: jax.Array, ctx: Context, train: bool) -> jax.Array:
+        c, axes = self.config, ("positions", "embed")
+        places = layers.Embed(c.context, c.width, axes, dtype=c.dtype, before_stack=True, name="positions")
+        x = layers.shard(x + places(ctx.positions), "batch", "residual", None)
+        return layers.Dropout(c.dropout if c.embed_dropout is None else c.embed_dropout)(x, train)
+
+    def blocks(self, train: bool) -> tuple[Any, ...]:
+        return Block, train
+
+    def norm(self) -> layers.LayerNorm:
+        return layers.LayerNorm(name="norm")
 
 
 small = GPT2Config()
@@ -128,7 +124,7 @@ register(
         name="gpt2",
         config=GPT2Config,
         network=GPT2,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, min(length, c.context)), jnp.int32),),
+        inputs=context_inputs,
         cache=lambda c, batch, length: empty_cache(c.layers, batch, length, c.heads, c.width // c.heads, c.dtype),
         unembedding=lambda c, params: params["embed"]["w"],
         longest=lambda c: c.context,

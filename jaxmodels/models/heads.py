@@ -19,8 +19,9 @@ Array = jax.Array
 class MultiHead(nn.Module):
     """Attention between projections of x (B, T, D), with grouped heads, rotary positions and QK-norm where asked for.
 
-    Keys and values come from `memory` (B, S, D'), or from x where there is none. Returns (B, T, D) and the new cache,
-    which with memory is its keys and values: given as `memory` of a later call, they are not computed again.
+    Keys and values come from `memory` (B, S, D'), or from x where there is none. Returns (B, T, D) and the new cache.
+    With memory, the new cache is the memory's keys and values; a later call can take them as `memory`, and then does
+    not compute them again.
     Source: Vaswani et al. 2017; grouped heads, Ainslie et al. 2023; QK-norm as in Qwen3: before the rotation, over
     each head.
     """
@@ -32,14 +33,14 @@ class MultiHead(nn.Module):
     window: int | None = None
     scale: float | None = None
     bias: bool = True
-    """Whether the projections of queries, keys and values have one."""
+    """Whether the projections of queries, keys and values have a bias."""
     out_bias: bool = True
     norm_eps: float | None = None
-    """RMSNorm of queries and keys with this eps; None: none."""
+    """The eps of RMSNorm on queries and keys; None: no norm there."""
     dropout: float = 0.0
     train: bool = False
     initializers: tuple[layers.Init, ...] = (layers.normal(0.02),) * 4
-    """Of q, k, v and o."""
+    """Initializers of q, k, v and o."""
     dtype: str = "float32"
     kernel: str = "auto"
 
@@ -91,6 +92,6 @@ class MultiHead(nn.Module):
             kernel=self.kernel,
             **ctx.masks(),
         )
-        y = layers.shard(y, "batch", "seq", "heads", None)  # so is its gradient
+        y = layers.shard(y, "batch", "seq", "heads", None)  # which pins its gradient too
         axes, init = ("heads", "head_dim", "embed"), self.initializers[3]
         return layers.Linear(x.shape[-1:], axes, self.out_bias, init, self.dtype, name="o")(y), kv

@@ -1,4 +1,4 @@
-"""The leaf layers: the only code that creates a parameter and names its logical axes.
+"""The layers that families are built of; each says of its parameters what `parameters` asks for.
 
 Parameters are float32; each layer casts its inputs and weights to its compute `dtype`. Normalisation is computed in
 float32. Dims: B batch, T tokens, D width, H heads, K head size, F hidden, V vocabulary, C channels.
@@ -24,25 +24,12 @@ from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
 from jaxmodels.models.kernels.quantized import kind_of, quantized_product
-from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
+from jaxmodels.models.parameters import Init, parameter, weight
+from jaxmodels.parallel.rules import REPLICAS, constrain, pieces
 
-Init = Callable[..., jax.Array]
 normal = nn.initializers.normal
 zeros = nn.initializers.zeros
 ones = nn.initializers.ones
-
-
-def parameter(module: nn.Module, name: str, initializer: Init, axes: Sequence[str], shape: Sequence[int]) -> jax.Array:
-    """A float32 parameter of a module, with a logical axis name for each dimension."""
-    value: Any = module.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(shape))
-    return value
-
-
-def weight(
-    module: nn.Module, name: str, initializer: Init, axes: Sequence[str], shape: Sequence[int], dtype: str
-) -> jax.Array:
-    """A parameter as a product takes it: in the compute dtype, and whole along what fsdp cuts."""
-    return gather(parameter(module, name, initializer, axes, shape).astype(dtype), tuple(axes))
 
 
 class Linear(nn.Module):
@@ -57,18 +44,21 @@ class Linear(nn.Module):
     initializer: Init = normal(0.02)
     dtype: str = "float32"
     bias_initializer: Init = zeros
+    before_stack: bool = False
+    """Whether it comes before the stack of layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = len(self.axes) - len(self.shape)
         inputs = x.shape[x.ndim - contracted :]
-        w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape)
+        w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
         multiply = gathered_product if pieces("embed") > 1 else product
         y: Any = multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)
         y = checkpoint_name(y, PRODUCT)
         if self.bias:
-            b = parameter(self, "b", self.bias_initializer, self.axes[contracted:], self.shape)
+            axes = self.axes[contracted:]
+            b = parameter(self, "b", self.bias_initializer, axes, self.shape, "bias", self.before_stack)
             y = y + b.astype(self.dtype)
         return y
 
@@ -81,9 +71,12 @@ class Embed(nn.Module):
     axes: tuple[str, str] = ("vocab", "embed")
     initializer: Init = normal(0.02)
     dtype: str = "float32"
+    before_stack: bool = False
+    """Whether it comes before the stack of layers: an embedding of inputs does, an output layer does not."""
 
     def setup(self) -> None:
-        self.w = weight(self, "w", self.initializer, self.axes, (self.count, self.width), self.dtype)
+        shape = (self.count, self.width)
+        self.w = weight(self, "w", self.initializer, self.axes, shape, self.dtype, "embedding", self.before_stack)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         return lookup(self.w, ids, self.axes)
@@ -103,7 +96,7 @@ class MLP(nn.Module):
     """Share of hidden units dropped while training."""
     train: bool = False
     initializers: tuple[Init, Init] = (normal(0.02), normal(0.02))
-    """Of up (and gate), and of down."""
+    """Initializers of up (and gate) and of down."""
     dtype: str = "float32"
 
     @nn.compact
@@ -115,12 +108,12 @@ class MLP(nn.Module):
             return shard(linear(x), "batch", "seq", "mlp")
 
         y = self.activation(project("gate")) * project("up") if self.gated else self.activation(project("up"))
-        y = shard(Dropout(self.dropout)(y, self.train), "batch", "seq", "mlp")  # so is its gradient
+        y = shard(Dropout(self.dropout)(y, self.train), "batch", "seq", "mlp")  # which pins its gradient too
         return Linear(x.shape[-1:], ("mlp", "embed"), self.bias, last, self.dtype, name="down")(y)
 
 
 class Experts(nn.Module):
-    """The parameters of a product that each expert has its own of, w[expert, inputs, outputs]; see `experts`."""
+    """A weight matrix for each expert, w[expert, inputs, outputs]; `experts` multiplies by them."""
 
     shape: tuple[int, int, int]
     axes: tuple[str, str, str]
@@ -128,7 +121,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return parameter(self, "w", self.initializer, self.axes, self.shape)
+        return parameter(self, "w", self.initializer, self.axes, self.shape, "matrix")
 
 
 def embed_patches(
@@ -140,20 +133,21 @@ def embed_patches(
     bias: bool = True,
     dtype: str = "float32",
 ) -> jax.Array:
-    """Patches of images (B, H, W, C), row by row, with their positions, (B, N, D); for use inside a network.
+    """Embed the patches of images (B, H, W, C), row by row, and their positions: (B, N, D); call it inside a network.
 
-    With `token`, the initializer of a learned class token, that one is in front of them.
+    With `token`, the initializer of a learned class token, that token comes first.
     """
     B, height, breadth, C = images.shape
     rows, columns = height // patch, breadth // patch
     x = images.reshape(B, rows, patch, columns, patch, C).swapaxes(2, 3).reshape(B, rows * columns, patch, patch, C)
     # a product, which on a CPU is faster than a convolution with stride and window the same
     axes = ("window", "window", "features", "embed")
-    x = Linear((width,), axes, bias, dtype=dtype, name="patches")(x)
+    x = Linear((width,), axes, bias, dtype=dtype, before_stack=True, name="patches")(x)
     if token is not None:
-        first = Embed(1, width, ("positions", "embed"), token, dtype, name="class_token")
+        first = Embed(1, width, ("positions", "embed"), token, dtype, before_stack=True, name="class_token")
         x = jnp.concatenate([jnp.broadcast_to(first(jnp.zeros((1, 1), jnp.int32)), (B, 1, width)), x], axis=1)
-    places = Embed(x.shape[1], width, ("positions", "embed"), dtype=dtype, name="positions")
+    axes = ("positions", "embed")
+    places = Embed(x.shape[1], width, axes, dtype=dtype, before_stack=True, name="positions")
     return shard(x + places(jnp.arange(x.shape[1])[None]), "batch", "seq", None)
 
 
@@ -162,11 +156,14 @@ class LayerNorm(nn.Module):
 
     eps: float = 1e-5
     bias: bool = True
+    before_stack: bool = False
+    """Whether it comes before the stack of layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = parameter(self, "scale", ones, ("norm",), x.shape[-1:])
-        bias = parameter(self, "bias", zeros, ("norm",), x.shape[-1:]) if self.bias else None
+        said: Any = (("norm",), x.shape[-1:], "norm", self.before_stack)
+        scale = parameter(self, "scale", ones, *said)
+        bias = parameter(self, "bias", zeros, *said) if self.bias else None
         return layer_norm(x, scale, bias, self.eps)
 
 
@@ -177,7 +174,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, parameter(self, "scale", ones, ("norm",), x.shape[-1:]), self.eps)
+        return rms_norm(x, parameter(self, "scale", ones, ("norm",), x.shape[-1:], "norm"), self.eps)
 
 
 class Conv(nn.Module):
@@ -199,7 +196,7 @@ class Conv(nn.Module):
         spatial = len(self.window)
         axes = ("window",) * spatial + self.axes
         shape = (*self.window, x.shape[-1] // self.groups, self.features)
-        w = weight(self, "w", self.initializer, axes, shape, self.dtype)
+        w = weight(self, "w", self.initializer, axes, shape, self.dtype, "matrix")
         letters = "".join(map(chr, range(ord("0"), ord("0") + spatial)))
         layout = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
         y = jax.lax.conv_general_dilated(
@@ -211,7 +208,7 @@ class Conv(nn.Module):
             feature_group_count=self.groups,
         )
         if self.bias:
-            y = y + parameter(self, "b", zeros, axes[-1:], (self.features,)).astype(self.dtype)
+            y = y + parameter(self, "b", zeros, axes[-1:], (self.features,), "bias").astype(self.dtype)
         return y
 
 
@@ -236,7 +233,7 @@ class ConvTranspose(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         spatial = len(self.window)
         shape, axes = (*self.window, x.shape[-1], self.features), ("window",) * spatial + self.axes
-        w = weight(self, "w", self.initializer, axes, shape, self.dtype)
+        w = weight(self, "w", self.initializer, axes, shape, self.dtype, "matrix")
         y = jnp.tensordot(x.astype(self.dtype), w, ((-1,), (spatial,)))
         for i, (size, stride) in enumerate(zip(self.window, self.strides, strict=True)):
             if isinstance(self.padding, str):
@@ -246,12 +243,12 @@ class ConvTranspose(nn.Module):
                 cut = self.padding[i]
             y = _overlap(jnp.moveaxis(y, 1 + spatial, 2 + i), 1 + i, stride, cut)
         if self.bias:
-            y = y + parameter(self, "b", zeros, axes[-1:], (self.features,)).astype(self.dtype)
+            y = y + parameter(self, "b", zeros, axes[-1:], (self.features,), "bias").astype(self.dtype)
         return y
 
 
 def _overlap(y: jax.Array, axis: int, stride: int, cut: Sequence[int]) -> jax.Array:
-    """Sum windows that lie `stride` apart: dimensions n and window, at `axis` and behind it, become one."""
+    """Sum windows that lie `stride` apart: the dimensions n and window, at `axis` and after it, become one."""
     n, size = y.shape[axis : axis + 2]
     pieces = -(-size // stride)
 
@@ -266,8 +263,8 @@ def _overlap(y: jax.Array, axis: int, stride: int, cut: Sequence[int]) -> jax.Ar
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:
-    """The greatest of each window of (B, H, W, C); as in PyTorch, a rest that fills no window is left out."""
-    # a chain of maxima of slices and not reduce_window, whose gradient took 3 to 10 times as long on a CPU
+    """The maximum of each window of (B, H, W, C); like PyTorch's, it drops rows and columns that fill no window."""
+    # maxima of slices, because the gradient of reduce_window took 3 to 10 times as long on a CPU
     for axis in (1, 2):
         if padding:
             around = [(0, 0, 0)] * x.ndim
@@ -288,7 +285,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     eps: float = 1e-5
     initializer: Init = ones
-    """Of the scale."""
+    """Initializer of the scale."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -298,8 +295,8 @@ class BatchNorm(nn.Module):
                 "which gives (outputs, new statistics)"
             )
         width = x.shape[-1:]
-        scale = parameter(self, "scale", self.initializer, ("norm",), width)
-        bias = parameter(self, "bias", zeros, ("norm",), width)
+        scale = parameter(self, "scale", self.initializer, ("norm",), width, "norm")
+        bias = parameter(self, "bias", zeros, ("norm",), width, "norm")
         running_mean = self.variable("stats", "mean", jnp.zeros, width)
         running_var = self.variable("stats", "var", jnp.ones, width)
         y = x.astype(jnp.float32)
@@ -311,10 +308,10 @@ class BatchNorm(nn.Module):
         try:
             count *= jax.lax.axis_size(REPLICAS)
             average = functools.partial(jax.lax.pmean, axis_name=REPLICAS)
-        except NameError:  # no replicas: a mean is already over the global batch
+        except NameError:  # without replicas, a mean is over the global batch already
             average = jnp.asarray
-        # mean(y²) - mean² takes one pass, but cancels where the mean is large, down to below 0; so the mean of one
-        # example is taken away first. The result does not depend on it, hence no gradient
+        # mean(y²) - mean² needs one pass, but cancels where the mean is large, even to below 0; so the mean of one
+        # example is subtracted first. The result does not depend on that mean, so it needs no gradient
         near = jax.lax.stop_gradient(average(y[:1].mean(over)))
         y = y - near
         mean, square = average(y.mean(over)), average(jnp.square(y).mean(over))
@@ -323,7 +320,7 @@ class BatchNorm(nn.Module):
             keep = self.momentum
             running_mean.value = keep * running_mean.value + (1 - keep) * (near + mean)
             running_var.value = keep * running_var.value + (1 - keep) * var * count / max(count - 1, 1)
-        # y as it stands and not less its mean, so that the backward pass has two sums over it and no more
+        # y and not y - mean, so that the backward pass sums over y twice and no more
         factor = jax.lax.rsqrt(var + self.eps) * scale
         return (y * factor + (bias - mean * factor)).astype(x.dtype)
 
@@ -341,9 +338,9 @@ class Dropout(nn.Module):
 
 
 class StochasticDepth(nn.Module):
-    """Leave out what a layer adds, for a share `rate` of the examples while training, and scale the rest.
+    """Drop a layer's residual branch for a share `rate` of the examples while training, and scale it for the others.
 
-    Source: Huang et al. 2016; the rate, which may be an array, grows with the depth there.
+    The rate may be an array. Source: Huang et al. 2016, where it grows with the depth.
     """
 
     @nn.compact

@@ -12,16 +12,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Positive
 from jaxmodels.models import layers
-from jaxmodels.models.checks import divide
+from jaxmodels.models.checks import check_rotary_heads
 from jaxmodels.models.config import ModelConfig
+from jaxmodels.models.decoder import Decoder, output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import token_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 from jaxmodels.models.rotary import RopeScaling, rotary_frequencies
 
@@ -71,15 +71,7 @@ class LlamaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None:
-            divide(self, "width", "heads")
-        if self.kv_heads is not None:
-            divide(self, "heads", "kv_heads")
-        if self.head_size % 2:
-            raise UserError(
-                f"got head size {self.head_size}, expected an even number for rotary positions, "
-                f"try head_dim {self.head_size + 1}"
-            )
+        check_rotary_heads(self)
 
     @property
     def head_size(self) -> int:
@@ -90,7 +82,7 @@ class Block(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> tuple[jax.Array, KeyValues | None]:
+    def __call__(self, x: jax.Array, kv: KeyValues | None, ctx: Context) -> Any:
         c = self.config
         attn = MultiHead(
             c.heads,
@@ -110,35 +102,16 @@ class Block(nn.Module):
         y, kv = attn(layers.RMSNorm(c.norm_eps, name="attn_norm")(x), ctx, kv, frequencies=freq)
         x = x + y
         x = x + mlp(layers.RMSNorm(c.norm_eps, name="mlp_norm")(x))
-        return layers.shard(x, "batch", "residual", None), kv
+        return layers.shard(x, "batch", "residual", None), (kv, None)
 
 
-class Llama(nn.Module):
-    """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D)."""
+class Llama(Decoder):
+    """A decoder with rotary positions."""
 
     config: LlamaConfig
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
-        train: bool = False,
-        head: bool = True,
-    ) -> Any:
-        c = self.config
-        ctx = Context.of(tokens, cache, positions, segment_ids)
-        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
-        output = embed if c.tied else layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="head")
-        x = layers.shard(embed(tokens), "batch", "residual", None)
-        blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, name="layers")
-        x, kv = blocks(x, None if cache is None else cache["layers"], ctx)
-        x = layers.shard(layers.RMSNorm(c.norm_eps, name="norm")(x), "batch", "seq", None)
-        y = output.logits(x) if head else x
-        return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})
+    def blocks(self, train: bool) -> tuple[Any, ...]:
+        return (Block,)
 
 
 base = LlamaConfig(norm_eps=1e-6)
@@ -170,11 +143,11 @@ register(
         name="llama",
         config=LlamaConfig,
         network=Llama,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, length), jnp.int32),),
+        inputs=token_inputs,
         cache=lambda c, batch, length: empty_cache(
             c.layers, batch, length, c.kv_heads or c.heads, c.head_size, c.dtype
         ),
-        unembedding=lambda c, params: params["embed" if c.tied else "head"]["w"],
+        unembedding=output_table,
         presets={
             "llama-7b": base,
             "llama-13b": dataclasses.replace(base, layers=40, heads=40, width=5120, mlp_width=13824),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Dropped
 from jaxmodels.models import layers
 from jaxmodels.models.config import ModelConfig
+from jaxmodels.models.decoder import Body, Decoder
+from jaxmodels.models.decoding import Context
 from jaxmodels.models.families import register
+from jaxmodels.models.inputs import token_inputs
 from jaxmodels.models.model import Dtype, Family, Params
 
 
@@ -56,23 +60,23 @@ class LSTMConfig(ModelConfig):
 
 
 class State(NamedTuple):
-    """What passes from one time step to the next: outputs h in the compute type and cells c in float32, (B, H)."""
+    """The state between time steps, (B, H): outputs h in the compute dtype and cells c in float32."""
 
     h: jax.Array
     c: jax.Array
 
 
 class Marks(NamedTuple):
-    """Where tokens are, (T, B): `real` ones, and those that are `fresh`, the first of another segment."""
+    """Masks over tokens, (T, B): `real` ones, and `fresh` ones, which begin another segment."""
 
     real: jax.Array
     fresh: jax.Array
 
     @staticmethod
     def of(ids: jax.Array) -> Marks:
-        """The marks of segment ids (T, B), 0 for padding; a first token goes on from the state it is given."""
+        """The masks for segment ids (T, B), 0 for padding; the first token continues from the state it is given."""
         at = jnp.where(ids != 0, jnp.arange(len(ids))[:, None], -1)
-        last = jnp.roll(jax.lax.cummax(at, axis=0), 1, axis=0).at[0].set(-1)  # where the token before is
+        last = jnp.roll(jax.lax.cummax(at, axis=0), 1, axis=0).at[0].set(-1)  # the index of the real token before
         before = jnp.take_along_axis(ids, jnp.maximum(last, 0), axis=0)
         return Marks(ids != 0, (ids != 0) & (last >= 0) & (before != ids))
 
@@ -86,10 +90,10 @@ def cell(gates: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def recur(w: jax.Array, inputs: jax.Array, state: State, marks: Marks | None, unroll: int) -> tuple[jax.Array, State]:
-    """Outputs of all time steps and the last state; padding leaves the state as it is, a fresh token starts from 0.
+    """Outputs of all time steps and the last state; padding keeps the state, and a fresh token starts from zeros.
 
-    The backward pass makes the gradient of w as one product over all time steps; the transposed scan would add up one
-    matrix at each.
+    The backward pass computes the gradient of w as one product over all time steps, where the transposed scan would add
+    a matrix at each.
     Shapes: w (H, 4, H), inputs (T, B, 4, H), returns outputs (T, B, H).
     """
     return _forward(w, inputs, state, marks, unroll)[0]
@@ -135,14 +139,14 @@ recur.defvjp(_forward, _backward)
 
 
 def _where(marks: Marks | None, name: str, chosen: Any, other: Any) -> Any:
-    """`chosen` where a mark is set, else `other`; without marks all tokens are real and none is fresh."""
+    """`chosen` where a mask is set, else `other`; without masks all tokens are real and none is fresh."""
     if marks is None:
         return chosen if name == "real" else other
     return jnp.where(getattr(marks, name)[:, None], chosen, other)
 
 
 def uniform(bound: float, draws: int = 1) -> layers.Init:
-    """Uniform in ±bound; of several draws, their sum."""
+    """Uniform in ±bound; the sum of several draws."""
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, (draws, *shape), dtype, -bound, bound).sum(0)
@@ -151,7 +155,7 @@ def uniform(bound: float, draws: int = 1) -> layers.Init:
 
 
 class Recurrent(nn.Module):
-    """The matrix w[H, 4, H] from a step's outputs to the next one's gates."""
+    """The matrix w[H, 4, H] from one step's outputs to the next one's gates."""
 
     hidden: int
     dtype: str
@@ -159,11 +163,11 @@ class Recurrent(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         shape, axes = (self.hidden, 4, self.hidden), ("embed", "gates", "mlp")
-        return layers.weight(self, "w", uniform(self.hidden**-0.5), axes, shape, self.dtype)
+        return layers.weight(self, "w", uniform(self.hidden**-0.5), axes, shape, self.dtype, "matrix")
 
 
 class Direction(nn.Module):
-    """One LSTM on x (T, B, D), from the first or from the last time step: outputs (T, B, H) and the last state."""
+    """One direction of a layer, on x (T, B, D): outputs (T, B, H) and the last state."""
 
     config: LSTMConfig
     reverse: bool = False
@@ -193,7 +197,7 @@ class Direction(nn.Module):
 
 
 class Layer(nn.Module):
-    """The directions of one layer, their outputs and last states side by side."""
+    """One layer in its one or two directions, whose outputs and last states are concatenated."""
 
     config: LSTMConfig
 
@@ -207,12 +211,49 @@ class Layer(nn.Module):
         return layers.shard(y, "seq", "batch", None), last
 
 
-class LSTM(nn.Module):
-    """Tokens (B, T) to logits in float32: (B, T, V) of a language model, (B, classes) of a classifier.
+def run_layers(
+    c: LSTMConfig,
+    drop: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    ids: jax.Array | None,
+    cache: dict[str, Any] | None = None,
+) -> tuple[jax.Array, list[State]]:
+    """Embedded tokens (B, T, D) through all layers: the last one's outputs (T, B, H), and each one's last state."""
+    ids, states = None if ids is None else ids.T, []
+    x = layers.shard(jnp.swapaxes(x, 0, 1), "seq", "batch", None)
+    for i in range(c.layers):
+        before = None if cache is None else State(cache["h"][i], cache["c"][i])
+        x, state = Layer(c, name=f"layer{i}")(drop(x), ids, before)
+        states.append(state)
+    return x, states
 
-    `head=False` gives a language model's features (B, T, H), or a classifier's last outputs (B, H or 2H). Positions are
-    taken, as other language models take them, and mean nothing here.
-    """
+
+class LSTM(Decoder):
+    """A language model. It takes positions, as other language models do, and ignores them."""
+
+    config: LSTMConfig
+
+    def token_embedding(self, name: str) -> layers.Embed:
+        c = self.config
+        width = c.width if name == "embed" else c.hidden
+        bound, first = uniform(c.hidden**-0.5), name == "embed"
+        return layers.Embed(c.vocab_size, width, initializer=bound, dtype=c.dtype, before_stack=first, name=name)
+
+    def output(self, embed: layers.Embed) -> layers.Embed:
+        return self.token_embedding("head")
+
+    def enter(self, x: jax.Array, ctx: Context, train: bool) -> jax.Array:
+        return x
+
+    def body(self, x: jax.Array, ctx: Context, cache: dict[str, Any] | None, train: bool) -> Body:
+        drop = functools.partial(layers.Dropout(self.config.dropout), train=train)
+        x, states = run_layers(self.config, drop, x, ctx.segment_ids, cache)
+        h, cells = (jnp.stack(parts) for parts in zip(*states, strict=True))
+        return Body(layers.shard(jnp.swapaxes(drop(x), 0, 1), "batch", "seq", None), {"h": h, "c": cells})
+
+
+class Classifier(nn.Module):
+    """Tokens (B, T) to logits (B, classes) in float32, or with `head=False` to the last outputs (B, H or 2H)."""
 
     config: LSTMConfig
 
@@ -223,43 +264,26 @@ class LSTM(nn.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
         train: bool = False,
         head: bool = True,
-    ) -> Any:
-        c = self.config
-        drop = layers.Dropout(c.dropout)
-        bound = uniform(c.hidden**-0.5)
-        ids = None if segment_ids is None else segment_ids.T
-        x = layers.Embed(c.vocab_size, c.width, initializer=bound, dtype=c.dtype, name="embed")(tokens)
-        x = layers.shard(jnp.swapaxes(x, 0, 1), "seq", "batch", None)
-        states = []
-        for i in range(c.layers):
-            before = None if cache is None else State(cache["h"][i], cache["c"][i])
-            x, state = Layer(c, name=f"layer{i}")(drop(x, train), ids, before)
-            states.append(state)
-        if c.classes is not None:
-            x = drop(states[-1].h, train)
-            if not head:
-                return x
-            axes = ("embed", "classes")
-            return layers.Linear((c.classes,), axes, initializer=bound, dtype=c.dtype, name="head")(x).astype(
-                jnp.float32
-            )
-        output = layers.Embed(c.vocab_size, c.hidden, initializer=bound, dtype=c.dtype, name="head")
-        x = layers.shard(jnp.swapaxes(drop(x, train), 0, 1), "batch", "seq", None)
-        y = output.logits(x) if head else x
-        if cache is None:
-            return y
-        h, cells = (jnp.stack(parts) for parts in zip(*states, strict=True))
-        return y, {"h": h, "c": cells, "length": cache["length"] + tokens.shape[1]}
+    ) -> jax.Array:
+        c, bound = self.config, uniform(self.config.hidden**-0.5)
+        embed = layers.Embed(c.vocab_size, c.width, initializer=bound, dtype=c.dtype, before_stack=True, name="embed")
+        drop = functools.partial(layers.Dropout(c.dropout), train=train)
+        _, states = run_layers(c, drop, embed(tokens), segment_ids)
+        x = drop(states[-1].h)
+        if not head:
+            return x
+        axes = ("embed", "classes")
+        y = layers.Linear((c.classes or 0,), axes, initializer=bound, dtype=c.dtype, name="head")(x)
+        return y.astype(jnp.float32)
 
 
 def empty_cache(config: LSTMConfig, batch: int, length: int) -> dict[str, jax.Array]:
-    """States of all layers (L, B, H), whatever the length, and how many tokens went in."""
+    """States of all layers (L, B, H), whatever the length, and how many tokens each row has taken (B,)."""
     _language_model(config)
     c = jnp.zeros((config.layers, batch, config.hidden), jnp.float32)
-    return {"h": c.astype(config.dtype), "c": c, "length": jnp.zeros((), jnp.int32)}
+    return {"h": c.astype(config.dtype), "c": c, "length": jnp.zeros((batch,), jnp.int32)}
 
 
 def unembedding(config: LSTMConfig, params: Params) -> jax.Array:
@@ -282,8 +306,8 @@ register(
     Family(
         name="lstm",
         config=LSTMConfig,
-        network=LSTM,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, length), jnp.int32),),
+        network=lambda c: LSTM(c) if c.classes is None else Classifier(c),
+        inputs=token_inputs,
         cache=empty_cache,
         unembedding=unembedding,
         presets={

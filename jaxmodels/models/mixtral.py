@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Positive, Weight
 from jaxmodels.models import experts, layers
-from jaxmodels.models.checks import divide
+from jaxmodels.models.checks import check_rotary_heads
 from jaxmodels.models.config import ModelConfig
+from jaxmodels.models.decoder import Decoder, output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import token_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 from jaxmodels.models.rotary import rotary_frequencies
 from jaxmodels.parallel import rules
@@ -52,13 +54,13 @@ class MixtralConfig(ModelConfig):
     experts: Depth = 8
     """Experts of a block (E)."""
     experts_per_token: Depth = 2
-    """Experts that a token goes through (k), weighted by a softmax over their scores."""
+    """Experts of a token (k), weighted by a softmax over their scores."""
     routing: Literal["dropless", "capacity"] = "dropless"
-    """Whether a token goes through all its experts, or through those that have a place left for it."""
+    """dropless: a token goes through all its experts; capacity: through those that have a place left for it."""
     capacity_factor: Positive = 1.25
-    """With `capacity`: an expert's places in a row, over those that it needs if all experts are chosen alike."""
+    """With `capacity`: an expert's places for a row, as a multiple of what it needs if all are chosen equally often."""
     balance_loss: Weight = 0.02
-    """Weight of the loss that is least when experts are chosen alike."""
+    """Weight of the loss that is least when all experts are chosen equally often."""
     z_loss: Weight = 0.0
     """Weight of the router's mean squared log partition function."""
     window: Dim | None = None
@@ -80,15 +82,7 @@ class MixtralConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None:
-            divide(self, "width", "heads")
-        if self.kv_heads is not None:
-            divide(self, "heads", "kv_heads")
-        if self.head_size % 2:
-            raise UserError(
-                f"got head size {self.head_size}, expected an even number for rotary positions, "
-                f"try head_dim {self.head_size + 1}"
-            )
+        check_rotary_heads(self)
         if not 1 <= self.experts_per_token <= self.experts:
             raise UserError(
                 f"got experts_per_token {self.experts_per_token}, expected from 1 to all {self.experts} experts, "
@@ -100,12 +94,12 @@ class MixtralConfig(ModelConfig):
         return self.head_dim or self.width // self.heads
 
     def capacity(self, tokens: int) -> int:
-        """Places that an expert has for so many tokens of a row."""
+        """The places that an expert has for this many tokens of a row."""
         return min(tokens, math.ceil(self.capacity_factor * self.experts_per_token * tokens / self.experts))
 
 
 class MoE(nn.Module):
-    """Gated MLPs of which each token goes through k: (B, T, D) to the same, and sums for the router's losses."""
+    """Gated MLPs, of which each token uses k: (B, T, D) to the same, and sums for the router's losses."""
 
     config: MixtralConfig
 
@@ -124,13 +118,13 @@ class MoE(nn.Module):
             y = experts.dropless(x, chosen, share, weights, nn.silu)
         else:
             capacity = c.capacity(x.shape[1])
-            places = experts.places(chosen, real, E, capacity)
+            places = experts.assign_places(chosen, real, E, capacity)
             y = experts.limited(x, places, share, weights, nn.silu, capacity)
-        return y, sums(logits, chosen, real)
+        return y, router_sums(logits, chosen, real)
 
 
 def greatest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` by k maxima: for a sort, XLA's partitioner gathers the scores of all tokens on every device.
+    """`jax.lax.top_k` as k maxima: to sort, XLA's partitioner would gather the scores of all tokens on every device.
 
     Shapes: scores (…, E), returns values and places (…, k).
     """
@@ -144,8 +138,8 @@ def greatest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(values, -1), jnp.stack(places, -1)
 
 
-def sums(logits: jax.Array, chosen: jax.Array, real: jax.Array | None) -> Sums:
-    """What the losses of the router are means of, over the tokens that are no padding.
+def router_sums(logits: jax.Array, chosen: jax.Array, real: jax.Array | None) -> Sums:
+    """The sums over real tokens from which the losses of the router are computed.
 
     Shapes: logits (B, T, E), chosen (B, T, k), real (B, T).
     """
@@ -160,10 +154,10 @@ def sums(logits: jax.Array, chosen: jax.Array, real: jax.Array | None) -> Sums:
     }
 
 
-def losses(c: MixtralConfig, sums: Sums) -> dict[str, jax.Array]:
-    """The weighted losses of the router from the sums of all layers.
+def router_losses(c: MixtralConfig, sums: Sums) -> dict[str, jax.Array]:
+    """The weighted losses of the router, from the sums of all layers.
 
-    The balance loss is as that of transformers (`load_balancing_loss_func`): shares over all layers together.
+    The balance loss is that of transformers (`load_balancing_loss_func`), over all layers together.
     """
     total = rules.add_replicas(jax.tree.map(lambda x: x.sum(0), sums))
     tokens = jnp.maximum(total["tokens"], 1)
@@ -198,38 +192,20 @@ class Block(nn.Module):
         return layers.shard(x + y, "batch", "residual", None), (kv, routed)
 
 
-class Mixtral(nn.Module):
-    """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D).
+class Mixtral(Decoder):
+    """A decoder whose blocks have experts; with `auxiliary` it gives the router's weighted losses beside its outputs.
 
-    With `auxiliary`, (outputs, {name: weighted loss of the router}). With `capacity`, places are counted in the tokens
-    of a call: what is decoded token by token through a cache always finds one.
+    With `capacity`, places are counted in the tokens of a call: what is decoded token by token through a cache always
+    finds one.
     """
 
     config: MixtralConfig
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        cache: dict[str, Any] | None = None,
-        train: bool = False,
-        head: bool = True,
-        auxiliary: bool = False,
-    ) -> Any:
-        c = self.config
-        ctx = Context.of(tokens, cache, positions, segment_ids)
-        embed = layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="embed")
-        output = embed if c.tied else layers.Embed(c.vocab_size, c.width, dtype=c.dtype, name="head")
-        x = layers.shard(embed(tokens), "batch", "residual", None)
-        blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, name="layers")
-        x, (kv, routed) = blocks(x, None if cache is None else cache["layers"], ctx)
-        x = layers.shard(layers.RMSNorm(c.norm_eps, name="norm")(x), "batch", "seq", None)
-        y: Any = output.logits(x) if head else x
-        y = (y, losses(c, routed)) if auxiliary else y
-        return y if cache is None else (y, {"layers": kv, "length": cache["length"] + tokens.shape[1]})
+    def blocks(self, train: bool) -> tuple[Any, ...]:
+        return (Block,)
+
+    def losses(self, sums: Sums) -> dict[str, jax.Array]:
+        return router_losses(self.config, sums)
 
 
 register(
@@ -237,11 +213,11 @@ register(
         name="mixtral",
         config=MixtralConfig,
         network=Mixtral,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, length), jnp.int32),),
+        inputs=token_inputs,
         cache=lambda c, batch, length: empty_cache(
             c.layers, batch, length, c.kv_heads or c.heads, c.head_size, c.dtype
         ),
-        unembedding=lambda c, params: params["embed" if c.tied else "head"]["w"],
+        unembedding=output_table,
         presets={
             "mixtral-8x7b": MixtralConfig(),
             "mixtral-8x22b": MixtralConfig(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels import quantized as quantization
+from jaxmodels.models.parameters import declared_axes
 
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -71,7 +72,7 @@ class Model:
     init: Callable[[jax.Array], Params]
     apply: Apply
     axes: Callable[[], Params]
-    """The tree of params with logical axis names for arrays."""
+    """The tree of params with `Axes` for arrays: the logical axes of each, and its kind."""
     shapes: Callable[[], Params]
     """The tree of params as `jax.ShapeDtypeStruct`, computed from shapes alone."""
     stats: Callable[[], Params]
@@ -131,10 +132,7 @@ def functional(config: Any, family: Family) -> Model:
         return nn.unbox(variables(key))["params"]
 
     def axes() -> Params:
-        def names(leaf: Any) -> tuple[str | None, ...]:
-            return leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
-
-        return jax.tree.map(names, boxed()["params"], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+        return declared_axes(boxed()["params"])
 
     def shapes() -> Params:
         return nn.unbox(boxed())["params"]
@@ -182,9 +180,9 @@ def quantized(model: Model, rule: quantization.Rule) -> Model:
     Raises:
         UserError: the rule covers none of its products.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    weights = [[name for name in axes if name != "layers"] for path, axes in leaves if path[-1].key == "w"]
-    if not any(rule.covers(axes) for axes in weights if len(axes) > 1):
+    leaves = jax.tree.leaves(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
+    matrices = [[name for name in axes if name != "layers"] for axes in leaves if axes.kind == "matrix"]
+    if not any(map(rule.covers, matrices)):
         raise UserError(
             f"got quantization to {rule.kind} for {type(model.config).__name__}, expected a model with weights of the "
             f"axes {', '.join(rule.axes)} alone, try --train.quantize none"

@@ -1,10 +1,10 @@
-"""A stack of layers over the stages of a mesh: microbatches follow each other through them.
+"""Pipeline parallelism: microbatches follow each other through a stack of layers that is cut into stages.
 
-All stages are computed at once, as one array with a dimension of stages that the mesh cuts: in each tick every stage
-takes its layers a step further on the microbatch that it has, then the array is rolled by one stage, which sends. With
-S stages, R rounds and M microbatches, M · R + S - 1 ticks do the work of M · R: what a stage computes before its first
-microbatch and behind its last one reaches nothing. With one round this is GPipe; with more, a stage has R slices of
-layers, S microbatches at a time go round all stages R times, and the bubble is R times shorter.
+All stages are computed at once, as one array with a dimension of stages that is sharded over the mesh: in each tick,
+every stage applies its layers to the microbatch that it has, then a roll of the array by one stage sends the results
+on. With S stages, R rounds and M microbatches, M · R + S - 1 ticks do the work of M · R: what a stage computes before
+its first microbatch and after its last one is discarded. With one round this is GPipe; with more, a stage has R slices
+of layers, groups of S microbatches pass through all stages R times, and the bubble is R times shorter.
 Source: Huang et al. 2018; slices of layers, Narayanan et al. 2021, section 2.2; stages as a dimension, Xu et al. 2021.
 Dims: S stages, N = M / S microbatches of each stage, B rows, b = B / M of a microbatch.
 """
@@ -30,28 +30,28 @@ from jaxmodels.parallel.rules import Stages, constrain, pin
 Array = jax.Array
 
 CHOSEN = 4
-"""Microbatches to a stage where no number is asked for, if the batch divides."""
+"""Microbatches for each stage where no number is asked for, if the batch divides."""
 MOVES = frozenset(
     {"broadcast_in_dim", "convert_element_type", "custom_vjp_call", "dynamic_slice", "gather"}
     | {"reshape", "sharding_constraint", "squeeze", "transpose"}
 )
-"""Primitives that only move or cast, as far as weights go through them before a product (`rules.gather` is one)."""
+"""Primitives that only move or cast weights on their way to a product (`rules.gather` is a custom_vjp_call)."""
 
 log = logging.getLogger("jaxmodels")
 
 
 class Stack(NamedTuple):
-    """Layers that are alike, each with its own parameters."""
+    """Layers of one kind, each with its own parameters."""
 
     block: Callable[[Any, Array, Any, Any, Array | None], tuple[Array, Any]]
-    """(parameters, x, carried, shared, key) -> (x, outputs), of one layer."""
+    """(parameters, x, carried, shared, key) -> (x, outputs), for one layer."""
     layers: int
     remat: str = "none"
     unroll: int = 1
 
 
 def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Callable[..., Any]:
-    """What makes a stack of so many blocks: the scan of them, or where the mesh has stages, a pipeline."""
+    """A function that makes the stack of blocks: a scan over them, or a pipeline where the mesh has stages."""
 
     def make(*args: Any, name: str | None = None) -> Callable[..., Any]:
         scan = scanned(*args, name=name)
@@ -70,11 +70,11 @@ def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Ca
             return block(*args, parent=None).apply({"params": params}, x, carried, *shared, rngs=rngs)
 
         def run(x: Array, carried: Any, *shared: Any) -> tuple[Array, Any]:
-            if any(leaf.ndim > 1 for leaf in jax.tree.leaves(carried)):  # a cache, which stays with its layers
+            if any(leaf.ndim > 1 for leaf in jax.tree.leaves(carried)):  # a cache, which stays where its layers are
                 return scan(x, carried, *shared)
             key = scan.make_rng("dropout") if scan.has_rng("dropout") else None
             stack = Stack(one, layers, remat, unroll)
-            return through(stack, stages, scan.variables["params"], x, carried, shared, key)
+            return run_pipeline(stack, stages, scan.variables["params"], x, carried, shared, key)
 
         return run
 
@@ -82,20 +82,21 @@ def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Ca
 
 
 def microbatches(stages: Stages, rows: int, shards: int) -> int | None:
-    """Into how many microbatches so many rows are cut, each of them over `shards`; None: they do not divide."""
+    """The number of microbatches for so many rows, each of them sharded over `shards`; None if rows do not divide."""
     chosen = [stages.stages * n for n in range(CHOSEN, 0, -1)]
     asked = [stages.microbatches] if stages.microbatches else chosen
     return next((count for count in asked if rows % (count * shards) == 0), None)
 
 
-def through(
+def run_pipeline(
     stack: Stack, stages: Stages, params: Any, x: Array, carried: Any, shared: Any, key: Array | None = None
 ) -> tuple[Array, Any]:
-    """x (B, …) through all layers, and the blocks' outputs, stacked by layer and added up over microbatches.
+    """Run x (B, …) through all layers; also the blocks' outputs, stacked by layer and summed over microbatches.
 
-    Equal to a scan of the block over `params` and `carried` (L, …), if its outputs are sums over rows. What in `shared`
-    has B in front goes with its rows; the rest is the same for all. Dropout's masks differ from the scan's: `key` is
-    folded by layer, then by microbatch. What the backward pass keeps of a block (`remat`) is what it keeps in a scan.
+    This equals a scan of the block over `params` and `carried` (L, …), if its outputs are sums over rows. Arrays in
+    `shared` whose first dimension is B travel with their rows; all others are the same for all rows. Dropout's masks
+    differ from the scan's: `key` is folded by layer, then by microbatch. `remat` keeps of a block what it keeps in a
+    scan.
 
     Raises:
         UserError: the batch does not divide.
@@ -107,12 +108,12 @@ def through(
         least = (stages.microbatches or S) * shards
         better = -(-B // least) * least
         raise UserError(f"got {B} rows for {S} stages, expected a multiple of {least}, try --data.batch-size {better}")
-    say(S, R, M, stack.layers // (S * R), B // M)
+    log_schedule(S, R, M, stack.layers // (S * R), B // M)
     with rules.inside(rules.STAGE):
-        return _through(stack, Stages(S, R, M), params, x, carried, shared, key)
+        return _run_pipeline(stack, Stages(S, R, M), params, x, carried, shared, key)
 
 
-def _through(
+def _run_pipeline(
     stack: Stack, stages: Stages, params: Any, x: Array, carried: Any, shared: Any, key: Array | None
 ) -> tuple[Array, Any]:
     (S, R, M), B = stages, x.shape[0]
@@ -125,7 +126,7 @@ def _through(
     numbers = pin(jnp.arange(S), "layers")
 
     def stage(slices: Any, fixed: list[Array], number: Array, tick: Array, given: Any) -> tuple[Array, Any]:
-        """What one stage makes in a tick of the x and the rest that it is given."""
+        """One stage in one tick: its layers applied to the x that it is given."""
         x, travelling = given
         turn = tick - number
         rounds, microbatch = turn // S % R, turn // (S * R) * S + turn % S
@@ -146,20 +147,20 @@ def _through(
         return jax.lax.scan(named, x, (held, jnp.arange(size)), unroll=min(stack.unroll, size))
 
     if R > 1:
-        # a slice of the weights, and what is made of it, would else be kept for each tick
+        # otherwise a slice of the weights, and what is computed from it, would be saved for each tick
         stage = jax.checkpoint(stage, policy=_kept(stack.remat), prevent_cse=False)
     stage = jax.vmap(stage, in_axes=(0, 0, 0, None, 0), spmd_axis_name=rules.STAGE)
 
     def compute(tick: Array, state: Any) -> tuple[Any, Any]:
-        """What stages have after a tick, each from the one before it, and the outputs (S, R, L / (S R), …)."""
+        """What each stage has received from the one before it after a tick, and the outputs (S, R, L / (S R), …)."""
         y, outputs = stage(slices, fixed, numbers, tick, state)
         turn = tick - numbers[:, None]
         at = (turn // S % R == jnp.arange(R)) & (turn >= 0) & (turn < M * R)
-        # not a product, which would hand on what is not a number
+        # `where` and not a product, which would pass on nan
         outputs = jax.tree.map(lambda y: jnp.where(_beside(at, y.ndim + 1), y[:, None], 0), outputs)
         return jax.tree.map(lambda x: _staged(_turn(x, 1)), (y, state[1])), outputs
 
-    # computed again in the backward pass, or its masks would be kept for each tick
+    # recomputed in the backward pass, or its masks would be saved for each tick
     exchange = jax.checkpoint(functools.partial(_exchange, rounds=R), prevent_cse=False)
 
     def tick(carry: Any, tick: Array) -> tuple[Any, None]:
@@ -178,11 +179,11 @@ def _through(
 
 
 def _exchange(tick: Array, state: Any, flow: Any, rounds: int) -> tuple[Any, Any]:
-    """The first stage takes the microbatch that is due in a tick, and gives away the one that has come from the last.
+    """Give the first stage the microbatch that is due in a tick, and store the one that the last stage has finished.
 
-    `flow` (S, N + 1, b, …) holds, by stage, what waits and what is done: group g of S microbatches lies at g until it
-    is taken, and then at g + 1. While a group is taken its row turns below the first stage, so that each microbatch
-    comes by once, and is back on its own stage when the group is through.
+    `flow` (S, N + 1, b, …) holds, by stage, the microbatches that wait and those that are done: group g of S
+    microbatches lies at g until it is taken, and then at g + 1. While a group is taken, its row rotates past the first
+    stage, so that each microbatch passes once, and is back on its own stage when the group is finished.
     """
 
     def one(state: Array, flow: Array) -> tuple[Array, Array]:
@@ -201,7 +202,7 @@ def _exchange(tick: Array, state: Any, flow: Any, rounds: int) -> tuple[Any, Any
 
 
 def _turn(x: Array, by: int) -> Array:
-    """Roll over the stages, backwards too: the gradient of `jnp.roll` sends in two pieces what is one."""
+    """Roll over the stages; its gradient is a roll too, where that of `jnp.roll` sends one array in two pieces."""
     return _rolled(x, by) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.roll(x, by, 0)
 
 
@@ -214,7 +215,7 @@ _rolled.defvjp(lambda x, by: (_rolled(x, by), None), lambda by, _, dx: (_rolled(
 
 
 def _slices(w: Array, stages: int, rounds: int) -> Array:
-    """(L, …) as (S, R, L / (S R), …): layers follow each other through the stages, round by round."""
+    """(L, …) as (S, R, L / (S R), …): consecutive layers lie on consecutive stages, round by round."""
     w = w.reshape(rounds, stages, -1, *w.shape[1:])
     return pin(jnp.swapaxes(w, 0, 1), "layers")
 
@@ -224,7 +225,7 @@ def _pick(w: Array, index: Array) -> Array:
 
 
 def _flow(x: Array, stages: int, microbatches: int) -> Array:
-    """(B, …) as (S, N + 1, b, …), the last of them free; rows are strided, so that none leaves its device."""
+    """(B, …) as (S, N + 1, b, …), the last place free; rows are strided, so that none leaves its device."""
     rows = x.shape[0] // microbatches
     x = jnp.moveaxis(x.reshape(stages, rows, -1, *x.shape[1:]), 2, 1)
     x = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], 1)
@@ -232,12 +233,12 @@ def _flow(x: Array, stages: int, microbatches: int) -> Array:
 
 
 def _staged(x: Array) -> Array:
-    """Pin (S, b, …), what each stage has in a tick."""
+    """Pin the sharding of (S, b, …), what each stage has in a tick."""
     return constrain(x, ("layers", *_names(x.ndim - 1)))
 
 
 def _names(rank: int) -> rules.Names:
-    """Logical axes of what has rows: the residual stream, or what goes with it."""
+    """Logical axes of an array with rows: the residual stream, or what travels with it."""
     return ("batch", "residual", *(None,) * (rank - 2)) if rank > 2 else ("batch", "seq")[:rank]
 
 
@@ -246,15 +247,15 @@ def _beside(x: Array, rank: int) -> Array:
 
 
 def _kept(remat: str) -> Callable[..., Any]:
-    """What of a stage whose weights change from tick to tick is kept for the backward pass."""
+    """The policy for what is saved of a stage whose weights change from tick to tick."""
     if remat == "none":
         return lambda primitive, *_, **__: primitive.name not in MOVES
     return jax.checkpoint_policies.save_only_these_names(INPUT, *[PRODUCT] * (remat == "dots"))
 
 
 @functools.cache
-def say(stages: int, rounds: int, microbatches: int, layers: int, rows: int) -> None:
-    """Log how a stack is run, each way once."""
+def log_schedule(stages: int, rounds: int, microbatches: int, layers: int, rows: int) -> None:
+    """Log how a stack is run, once for each way."""
     idle = (stages - 1) / (microbatches * rounds + stages - 1)
     log.info(
         "pipeline: microbatches %d (rows %d), stages %d, rounds %d, layers at a time %d; bubble %.1f %% of the time",

@@ -1,6 +1,6 @@
 """ResNet v1.5: residual convolutions with batch normalisation (He et al. 2015).
 
-v1.5 is how PyTorch and NVIDIA have it: the stride of a bottleneck is in its 3×3 convolution, not in the first 1×1.
+v1.5 is the variant of PyTorch and NVIDIA: a bottleneck's stride is in its 3×3 convolution, not in the first 1×1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape
 from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
+from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.model import Dtype, Family
 
 
@@ -35,9 +36,9 @@ class ResNetConfig(ModelConfig):
     widths: tuple[Dim, ...] = (256, 512, 1024, 2048)
     """Channels that each stage gives; inside a bottleneck there are a quarter of them."""
     bottleneck: bool = True
-    """Blocks of 1×1, 3×3 and 1×1 convolutions, or else of two 3×3."""
+    """Whether blocks are 1×1, 3×3 and 1×1 convolutions, or else two 3×3."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    """7×7 with stride 2 and a pooling, or for images such as 32×32 a 3×3 convolution alone."""
+    """imagenet: a 7×7 convolution with stride 2 and a pooling; small: a 3×3 convolution, for images such as 32×32."""
     stem_width: Dim = 64
     """Channels that the stem gives."""
     stochastic_depth: Dropped = 0.0
@@ -118,7 +119,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, of which the first has the stride."""
+    """Blocks of one width; the first one has the stride."""
 
     config: ResNetConfig
     index: int
@@ -181,7 +182,7 @@ register(
         name="resnet",
         config=ResNetConfig,
         network=ResNet,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        inputs=image_inputs,
         presets={
             # He et al. 2015, table 1
             "resnet-18": basic,

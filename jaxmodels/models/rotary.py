@@ -39,7 +39,7 @@ def rotary_frequencies(size: int, theta: float, scaling: RopeScaling = RopeScali
 
 
 def rotate(x: Array, positions: Array, freq: Array) -> Array:
-    """Rotary positions (Su et al. 2021) on x (B, T, H, K), pairing dimension i with i + K/2."""
+    """Apply rotary positions (Su et al. 2021) to x (B, T, H, K), pairing dimension i with i + K/2."""
     angle = positions[:, :, None, None].astype(jnp.float32) * freq
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -17,9 +17,11 @@ from jaxmodels.fields import Depth, Dim, Dropped, Positive
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
 from jaxmodels.models.config import ModelConfig
+from jaxmodels.models.decoder import output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import token_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu, "gated_gelu": layers.gelu}
@@ -53,9 +55,9 @@ class TransformerConfig(ModelConfig):
     activation: Literal["relu", "gelu", "gated_gelu"] = "relu"
     """Of the MLP; GELU in its tanh form."""
     relative_buckets: Dim = 32
-    """Distances that t5 tells apart; in the encoder half of them to each side."""
+    """Buckets of distances, each with a bias (t5); in the encoder half of them for each direction."""
     relative_distance: Dim = 128
-    """From so many tokens on, t5 tells distances apart no more."""
+    """Distances from this many tokens on share the last bucket (t5)."""
     tied: bool = True
     """Whether the output layer is the embedding."""
     dropout: Dropped = 0.1
@@ -96,7 +98,7 @@ def xavier(inputs: int, outputs: int) -> layers.Init:
 
 
 class Initializers(NamedTuple):
-    """Of attention's q, k, v and o, and of the MLP's up and down."""
+    """Initializers of attention's q, k, v and o, and of the MLP's up and down."""
 
     attn: tuple[layers.Init, ...]
     mlp: tuple[layers.Init, layers.Init]
@@ -113,15 +115,15 @@ class Initializers(NamedTuple):
 
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:
-    """Positions (…) as (…, D) float32: sin and cos by turns, wavelengths from 2π to 10000·2π (section 3.5)."""
+    """Positions (…) as (…, D) float32: alternating sin and cos, of wavelengths from 2π to 10000·2π (section 3.5)."""
     freq = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions[..., None].astype(jnp.float32) * freq
     waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
     return waves.reshape(*positions.shape, -1)[..., :width]
 
 
-def places(segment_ids: jax.Array) -> jax.Array:
-    """Positions that start from 0 with each run of equal segment ids, (B, T)."""
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions (B, T) that start at 0 in each run of equal segment ids."""
     index = jnp.arange(segment_ids.shape[1])[None]
     fresh = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     return index - jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
@@ -143,35 +145,39 @@ def bucket(buckets: int, distance: int, both: bool) -> np.ndarray:
 
 
 def relative_bias(c: TransformerConfig, table: layers.Embed, T: int, S: int, offset: Any, both: bool) -> jax.Array:
-    """T5's bias of the scores, (1, H, T, S) float32, of queries from `offset` on and keys from 0 on."""
+    """T5's bias of the scores, in float32, for queries from position `offset` on and keys from 0 on.
+
+    Shapes: offset (), or (B,) where each row has its own; returns (1, H, T, S), or (B, H, T, S).
+    """
     far = c.relative_distance
-    ahead = jnp.clip(jnp.arange(1 - T, S + 1) - offset, -far, far)
-    line = table(jnp.asarray(bucket(c.relative_buckets, far, both))[ahead + far]).T  # (H, T + S), one for each distance
-    # row t is line[T-1-t:][:S]: the line written T times over, read in rows one shorter than it, so that the gradient
-    # is a sum and no scatter of T·S values into a few buckets
+    ahead = jnp.clip(jnp.arange(1 - T, S + 1) - jnp.asarray(offset)[..., None], -far, far)
+    line = table(jnp.asarray(bucket(c.relative_buckets, far, both))[ahead + far])
+    line = jnp.moveaxis(line, -1, -2)  # (…, H, T + S), one number for each distance
+    # row t is line[T-1-t:][:S]: the line is written T times over and read in rows one shorter than it, so that the
+    # gradient is a sum and not a scatter of T·S values into a few buckets
     N = T + S - 1
-    rows = jnp.tile(line, (1, T))[:, T - 1 : T - 1 + T * N].reshape(1, c.heads, T, N)
-    return layers.shard(rows[..., :S], None, "heads", None, None)
+    rows = jnp.tile(line, T)[..., T - 1 : T - 1 + T * N].reshape(-1, c.heads, T, N)
+    return layers.shard(rows[..., :S], None if rows.shape[0] == 1 else "batch", "heads", None, None)
 
 
 class Shared(NamedTuple):
-    """What all blocks of a stack are given."""
+    """The inputs that all blocks of a stack share."""
 
     ctx: Context
     bias: jax.Array | None = None
     memory: jax.Array | None = None
-    """What the encoder made, (B, S, D); None in the encoder, and where the cache has its keys and values."""
+    """The encoder's output, (B, S, D); None in the encoder, and where the cache holds its keys and values."""
     cross: Context = Context()
-    """Of targets and sources."""
+    """Masks between targets and sources."""
 
 
 def norm(c: TransformerConfig, name: str) -> nn.Module:
-    """The kind of norm that the variant has."""
+    """The variant's norm."""
     return layers.RMSNorm(c.norm_eps, name=name) if c.t5 else layers.LayerNorm(c.norm_eps, name=name)
 
 
 Caches = dict[str, KeyValues | None]
-"""Of a block, or stacked of all: "attn", what came before; "cross", the keys and values of the sources, once made."""
+"""Keys and values of a block, or stacked over all: "attn", of the targets so far; "cross", of the sources."""
 
 
 class Block(nn.Module):
@@ -226,12 +232,12 @@ class Block(nn.Module):
             name="mlp",
         )
         x, _ = add("mlp", x, lambda y: (mlp(y), None))
-        # what was in the cache already is not handed on, since a scan over layers would copy it
+        # keys and values that the cache has already are not returned, since a scan over layers would copy them
         return x, None if kv is None else {"attn": now, "cross": None if shared.memory is None else made}
 
 
 class Stack(nn.Module):
-    """Embeddings (B, T, D) through the blocks of the encoder or of the decoder."""
+    """The encoder or the decoder: embeddings (B, T, D) through its blocks."""
 
     config: TransformerConfig
     depth: int
@@ -254,7 +260,9 @@ class Stack(nn.Module):
             past = None if kv is None else kv["attn"]
             S, offset = (T, 0) if past is None or ctx.offset is None else (past["k"].shape[2], ctx.offset)
             init = layers.normal(c.width**-0.5)
-            table = layers.Embed(c.relative_buckets, c.heads, ("positions", "heads"), init, name="relative")
+            table = layers.Embed(
+                c.relative_buckets, c.heads, ("positions", "heads"), init, before_stack=True, name="relative"
+            )
             bias = relative_bias(c, table, T, S, offset, both=not self.decoder)
         else:
             x = x * c.width**0.5 + sinusoids(ctx.positions, c.width).astype(x.dtype)
@@ -270,10 +278,10 @@ class Stack(nn.Module):
 class Transformer(nn.Module):
     """Sources (B, S) and the targets so far (B, T) to logits (B, T, V) in float32.
 
-    With `head=False` features (B, T, D); with no targets what the encoder makes, (B, S, D), which is `memory` in a call
-    with no sources. `segment_ids` are those of the sources; where only one of the two is given, the other is all ones.
-    A target attends to sources of its own id. A call with a cache puts into it what the decoder needs of the sources
-    ("cross" and "segment_ids"), so that later calls need the new targets alone.
+    With `head=False` it returns features (B, T, D); without targets the encoder's output (B, S, D), which a call
+    without sources takes as `memory`. `segment_ids` belong to the sources, `target_segment_ids` to the targets; where
+    only one of the two is given, the other is all ones. A target attends to sources of its own id. A call with a cache
+    stores what the decoder needs of the sources ("cross" and "segment_ids"): later calls take the new targets alone.
     """
 
     config: TransformerConfig
@@ -305,10 +313,12 @@ class Transformer(nn.Module):
                 "got segment_ids and no sources, expected those that came with the sources, try leaving them out"
             )
         init = layers.normal(1.0 if c.t5 else c.width**-0.5)
-        embed = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, name="embed")
+        embed = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, before_stack=True, name="embed")
 
         def begin(tokens: jax.Array, ids: jax.Array | None, cache: Any = None) -> tuple[jax.Array, Context]:
-            return embed(tokens), Context.of(tokens, cache, None if ids is None or c.t5 else places(ids), ids)
+            return embed(tokens), Context.of(
+                tokens, cache, None if ids is None or c.t5 else segment_positions(ids), ids
+            )
 
         if inputs is not None:
             memory, _ = Stack(c, c.layers, False, train, name="encoder")(*begin(inputs, segment_ids))
@@ -355,11 +365,11 @@ register(
         name="transformer",
         config=TransformerConfig,
         network=Transformer,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, length), jnp.int32),) * 2,
+        inputs=lambda c, batch, length: token_inputs(c, batch, length) * 2,
         cache=lambda c, batch, length: empty_cache(
             c.decoder_layers or c.layers, batch, length, c.heads, c.head_size, c.dtype
         ),
-        unembedding=lambda c, params: params["embed" if c.tied else "head"]["w"],
+        unembedding=output_table,
         presets={
             # Vaswani et al. 2017, table 3
             "transformer-base": base,

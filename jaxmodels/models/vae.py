@@ -19,6 +19,7 @@ from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape, halvings
 from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
+from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.model import Dtype, Family
 
 
@@ -104,8 +105,8 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images (B, H, W, C) to logits of pixels, and the mean and log-variance (B, Z) of their codes; in float32.
 
-    The code is drawn where a key is given (`rng=`), and is the mean where none is. `latents=` (B, Z) instead of images
-    gives logits alone.
+    The code is sampled if a key is given (`rng=`), else it is the mean. With `latents=` (B, Z) in place of images, it
+    returns logits alone.
     """
 
     config: VAEConfig
@@ -131,7 +132,7 @@ class VAE(nn.Module):
 
 
 def reparameterise(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
-    """The code that standard normal noise stands for (Kingma & Welling 2013, section 2.4)."""
+    """The code for standard normal noise (Kingma & Welling 2013, section 2.4)."""
     return mean + jnp.exp(0.5 * log_variance) * noise
 
 
@@ -140,7 +141,7 @@ lecun = nn.initializers.lecun_normal()
 
 
 def codes(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """He et al.'s initialisation of w (Z, H, W, C), whose inputs are the codes alone."""
+    """He et al.'s initialisation of w (Z, H, W, C), of which Z alone are inputs."""
     return math.sqrt(2 / shape[0]) * jax.random.normal(key, shape, dtype)
 
 
@@ -149,7 +150,7 @@ register(
         name="vae",
         config=VAEConfig,
         network=VAE,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        inputs=image_inputs,
         presets={
             # one hidden layer of 500, Kingma & Welling 2013, section 5
             "vae-mnist": VAEConfig(),

@@ -1,7 +1,7 @@
 """VGG: stages of 3×3 convolutions, each with a pooling, and a classifier of wide layers (Simonyan & Zisserman 2014).
 
-The classifier is as large as what the poolings leave of the image; there is no adaptive pooling before it. At 224×224
-this is PyTorch's VGG to the last weight, but that the classifier's inputs are flattened in the order H, W, C.
+The classifier takes what the poolings leave of the image; there is no adaptive pooling before it. At 224×224 this is
+PyTorch's VGG weight for weight, except that the classifier's inputs are flattened in the order H, W, C.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxmodels.models import layers
 from jaxmodels.models.checks import check_shape
 from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import register
+from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.model import Dtype, Family
 
 
@@ -114,7 +115,7 @@ class VGG(nn.Module):
         x = x.reshape(x.shape[0], -1)
         init = layers.normal(0.01)
         for i, width in enumerate(c.hidden):
-            # the second takes what the first gives as it is split, as an MLP's two products do
+            # as in an MLP, the second one takes the first one's outputs as they are sharded
             axes = ("mlp", "embed") if i % 2 else ("embed", "mlp")
             x = nn.relu(layers.Linear((width,), axes, initializer=init, dtype=c.dtype, name=f"hidden{i}")(x))
             x = layers.Dropout(c.dropout)(x, train)
@@ -134,7 +135,7 @@ register(
         name="vgg",
         config=VGGConfig,
         network=VGG,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        inputs=image_inputs,
         # Simonyan & Zisserman 2014, table 1: A, B, D, E
         presets=plain | {f"{name}-bn": dataclasses.replace(c, batch_norm=True) for name, c in plain.items()},
     )

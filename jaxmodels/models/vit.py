@@ -17,6 +17,7 @@ from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
+from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.model import Attention, Dtype, Family, Remat
 
 
@@ -103,7 +104,7 @@ class ViT(nn.Module):
 
 
 def depths(most: float, layers: int) -> jax.Array:
-    """The share of examples that skip each block, (L,): in proportion to its number, `most` the last one."""
+    """The share of examples that skip each block, (L,): it grows linearly with the depth, up to `most`."""
     return most * jnp.arange(1, layers + 1) / layers
 
 
@@ -121,7 +122,7 @@ register(
         name="vit",
         config=ViTConfig,
         network=ViT,
-        inputs=lambda c, batch, length: (jax.ShapeDtypeStruct((batch, *c.input_shape), jnp.float32),),
+        inputs=image_inputs,
         presets={
             f"vit-{size}{patch}": dataclasses.replace(config, patch=patch)
             for patch in (16, 32)

@@ -26,14 +26,14 @@ class Toy:
         self.vocab, self.hurry, self.calls = vocab, hurry, []
 
     def cache(self, batch, length):
-        return {"layers": {"past": jnp.zeros((1, batch, length))}, "length": jnp.int32(0)}
+        return {"layers": {"past": jnp.zeros((1, batch, length))}, "length": jnp.zeros(batch, jnp.int32)}
 
     def apply(self, params, sources, targets, *, segment_ids=None, cache=None):
         jax.debug.callback(lambda: self.calls.append(targets.shape))
         if sources is not None:
             codes = (sources * (segment_ids > 0) * 3 ** jnp.arange(sources.shape[1])).sum(1)
             cache = {**cache, "cross": codes[None], "segment_ids": segment_ids}
-        past = jax.lax.dynamic_update_slice(cache["layers"]["past"], targets[None] + 1.0, (0, 0, cache["length"]))
+        past = jax.lax.dynamic_update_slice(cache["layers"]["past"], targets[None] + 1.0, (0, 0, cache["length"][0]))
         code = (past[0] * (self.vocab + 1) ** jnp.arange(past.shape[2])).sum(1).astype(jnp.int32) + cache["cross"][0]
         logits = params[code % len(params)][:, None].at[..., END].add(self.hurry)
         return logits, {**cache, "layers": {"past": past}, "length": cache["length"] + 1}

@@ -1,5 +1,6 @@
 """Sampling: the cache changes nothing, the seed decides, and each option keeps what it says."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.generate import sample as public
-from jaxmodels.generate.sample import choose, sample
+from jaxmodels.generate.sample import How, _cached, choose, penalise, sample
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.lstm import LSTMConfig
@@ -98,6 +99,43 @@ def test_prompts_of_different_lengths_go_on_as_each_does_alone(name):
             np.testing.assert_array_equal(row, sample(model, params, own, 12, temperature=0)[0])
 
 
+def test_prompts_of_other_lengths_take_no_other_program_and_no_more_steps():
+    """A batch of any lengths up to 64 tokens compiles once, and each row's first token comes from one pass."""
+    model, params = load("llama")
+    sample(model, params, [prompt(length, 1)[0] for length in (2, 7)], 5, temperature=0)
+    before = _cached._cache_size()
+    sample(model, params, [prompt(length, 1)[0] for length in (30, 1)], 9, temperature=0)
+    assert _cached._cache_size() == before
+    steps = []
+    watched = dataclasses.replace(
+        model, apply=lambda *a, **k: (jax.debug.callback(lambda: steps.append(1)), model.apply(*a, **k))[1]
+    )
+    sample(watched, params, [prompt(length, 1)[0] for length in (30, 1)], 4, temperature=0)
+    jax.effects_barrier()
+    assert len(steps) == 4, "the prompts at once, and one more pass for each token but the first"
+
+
+def test_a_penalty_makes_what_a_row_has_less_likely_and_nothing_else():
+    logits = jnp.array([[2.0, -1.0, 0.5, 3.0], [2.0, -1.0, 0.5, 3.0]])
+    tokens = jnp.array([[0, 1, 3, 3], [2, 2, 2, 0]])  # what lies behind `at` is no part of the row
+    got = penalise(logits, tokens, jnp.array([1, 2]), 2.0)
+    np.testing.assert_allclose(got, [[1.0, -2.0, 0.5, 3.0], [2.0, -1.0, 0.25, 3.0]])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "lstm"])
+def test_a_strong_penalty_repeats_no_token(name):
+    model, params = load(name)
+    prompts = [prompt(length, 1)[0] for length in (3, 1)]
+    for cached in (True, False):
+        for row, own in zip(
+            sample(model, params, prompts, 8, temperature=0, repetition_penalty=1e9, cached=cached),
+            prompts,
+            strict=True,
+        ):
+            new = row[len(own) :]
+            assert len(set(new)) == len(new) and not set(new) & set(own)
+
+
 def test_prompts_of_one_length_may_be_a_list_and_give_an_array():
     model, params = load("gpt2")
     given = prompt(4)
@@ -110,7 +148,7 @@ def test_prompts_of_one_length_may_be_a_list_and_give_an_array():
 def drawn(shares, **options):
     """How often each token is chosen from these shares, out of 4000."""
     logits = jnp.log(jnp.array(shares))[None].repeat(4000, 0)
-    tokens = choose(logits, jax.random.key(0), **{"temperature": 1.0, "top_k": None, "top_p": 1.0, **options})
+    tokens = choose(logits, jax.random.key(0), How(**options))
     return np.bincount(np.asarray(tokens), minlength=len(shares)) / 4000
 
 
@@ -166,6 +204,7 @@ def test_tokens_are_drawn_from_the_right_set_by_their_shares(options, kept):
         (3, 3, {"top_k": 0}, "top_k 0"),
         (3, 3, {"top_p": 0.0}, "top_p 0.0"),
         (3, 3, {"top_p": 1.5}, "top_p 1.5"),
+        (3, 3, {"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
     ],
 )
 def test_a_mistake_is_refused(length, tokens, options, message):

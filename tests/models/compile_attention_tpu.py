@@ -39,7 +39,7 @@ def main() -> None:
 
 def compile_cases(mesh: jax.sharding.Mesh, platform: str, custom_call: str, cases: dict[str, dict[str, Any]]) -> None:
     taken = []
-    module.say = lambda kernel, reason: taken.append(kernel)
+    module.log_choice = lambda kernel, reason: taken.append(kernel)
     rows, by_head = rules.spec(("batch",)), rules.spec(("batch", "seq", "heads"))
 
     def abstract(shape, dtype, spec):

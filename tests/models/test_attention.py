@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -12,12 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-import jaxmodels.models.attention as module
 from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
-from jaxmodels.models.attention import attention, describe
+from jaxmodels.models.attention import attention, describe_call
 from jaxmodels.models.kernels import blocks, blockwise, cudnn, looped, partition
-from jaxmodels.models.kernels.contract import CONTRACT, FEATURES, refusal, table
+from jaxmodels.models.kernels.kernel import BUILTIN, FEATURES, feature_table, kernel_of, no_reason
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 
@@ -110,18 +110,17 @@ def call_of(case, dtype):
     q, k, _, _ = arrays(dtype=dtype, **{n: x for n, x in CASES[case].items() if n in ("T", "S", "G")})
     given = {"window": None, "causal": False, "dropout": 0.0, "softcap": None, "scale": K**-0.5, **options(case)}
     full = {"segments": given.get("segment_ids"), "bias": None, "kv_length": None, "q_offset": 0, **given}
-    return describe({"q": q, "k": k, **full}, given)
+    return describe_call({"q": q, "k": k, **full}, given)
 
 
 @pytest.fixture
 def cudnn_as_xla(monkeypatch):
     """The arguments that cuDNN would get, given to jax.nn's own formulation."""
-    absent = module.absence
-    monkeypatch.setattr(module, "absence", lambda name, place: None if name == "cudnn" else absent(name, place))
-    monkeypatch.setattr(cudnn, "attend", functools.partial(cudnn.attend, implementation="xla"))
+    attend = functools.partial(cudnn.attend, implementation="xla")
+    monkeypatch.setattr(cudnn, "KERNEL", dataclasses.replace(cudnn.KERNEL, attend=attend, absent=no_reason))
 
 
-KERNELS = [(kernel, "float32") for kernel in CONTRACT if kernel not in ("xla", "cudnn")] + [("cudnn", "bfloat16")]
+KERNELS = [*((kernel, "float32") for kernel in ("blockwise", "splash", "tokamax")), ("cudnn", "bfloat16")]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -129,7 +128,7 @@ KERNELS = [(kernel, "float32") for kernel in CONTRACT if kernel not in ("xla", "
 def test_each_kernel_equals_the_reference_or_refuses_by_name(kernel, dtype, case, cudnn_as_xla):
     if kernel == "tokamax" and importlib.util.find_spec("tokamax") is None:
         pytest.skip("the package tokamax is not installed")
-    if reason := refusal(kernel, call_of(case, dtype)):
+    if reason := kernel_of(kernel).refusal(call_of(case, dtype)):
         with pytest.raises(UserError, match=f"kernel '{kernel}' {re.escape(reason)}; kernels that do: xla") as error:
             outcome(case, kernel, dtype)
         assert "\n" not in str(error.value)
@@ -176,7 +175,7 @@ def compare(got, expected, tolerance):
 
 def test_the_cases_cover_the_contract():
     asked = frozenset().union(*(call_of(case, "float32").features for case in CASES))
-    assert asked == frozenset(FEATURES) and set(CONTRACT) <= set(re.findall(r"\w+", table()))
+    assert asked == frozenset(FEATURES) and set(BUILTIN) <= set(re.findall(r"\w+", feature_table()))
 
 
 def test_the_reference_is_the_textbook_formula():
@@ -321,7 +320,9 @@ def test_fused_kernels_get_only_their_devices_examples_and_heads():
     q, k, v, _ = arrays(T=128, S=128, G=2)
     ids = jnp.asarray(SEGMENTS[:, :128])
     with jax.set_mesh(mesh):
-        jax.eval_shape(lambda: partition.shard(attend, {"q": q, "k": k, "v": v, "segments": (ids, ids), "bias": None}))
+        jax.eval_shape(
+            lambda: partition.run_sharded(attend, {"q": q, "k": k, "v": v, "segments": (ids, ids), "bias": None})
+        )
     assert seen == {"q": (1, 128, 1, K), "k": (1, 128, 1, K), "ids": (1, 128), "same": True}
 
 

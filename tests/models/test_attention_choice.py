@@ -17,7 +17,7 @@ import pytest
 import jaxmodels.models.attention as module
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, choose
-from jaxmodels.models.kernels.contract import Call
+from jaxmodels.models.kernels.kernel import Call, Kernel
 from jaxmodels.parallel.platform import platform
 
 B, H, K = 2, 4, 16
@@ -45,7 +45,7 @@ LONG = Call(8, 2048, 2048, 16, 16, 128, "bfloat16", frozenset({"causal"}))
     ],
 )
 def test_auto_picks_by_hardware_and_shapes(place, call, kernel, why, monkeypatch):
-    monkeypatch.setattr(module, "absence", lambda name, place: None)
+    monkeypatch.setattr(Kernel, "absence", lambda self, place: None)
     got, reason = choose(place, call)
     assert got == kernel and why in reason
 
@@ -57,7 +57,7 @@ def test_auto_takes_no_kernel_that_is_not_installed():
 
 
 def test_auto_says_which_kernel_it_took_and_says_it_once(caplog):
-    module.say.cache_clear()
+    module.log_choice.cache_clear()
     q, k, v = arrays(9, 9)
     with caplog.at_level(logging.INFO, "jaxmodels"):
         for _ in range(2):
@@ -77,7 +77,7 @@ def test_the_platform_is_the_ambient_meshs():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kernel": "splach"}, "got attention kernel 'splach', expected auto, xla, .* did you mean 'splash'"),
+        ({"kernel": "splach"}, "got attention kernel 'splach', expected one of xla, .* did you mean 'splash'"),
         (
             {"kernel": "splash", "bias": np.ones(256)},
             "kernel 'splash' does not support bias; kernels that do: xla, block",

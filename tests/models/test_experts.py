@@ -77,7 +77,7 @@ def test_every_token_gets_all_its_experts_however_unbalanced(sent):
 def test_places_are_given_in_the_order_of_tokens_until_there_are_none():
     chosen = jnp.array([[[0, 1], [1, 0], [0, 2], [0, 1], [2, 1]], [[2, 1], [2, 1], [2, 1], [2, 0], [0, 1]]])
     full = 3 * 2
-    places = experts.places(chosen, None, 3, 2)
+    places = experts.assign_places(chosen, None, 3, 2)
     expected = [
         [[0, 2], [3, 1], [full, 4], [full, full], [5, full]],
         [[4, 2], [5, 3], [full, full], [full, 0], [1, full]],
@@ -85,7 +85,7 @@ def test_places_are_given_in_the_order_of_tokens_until_there_are_none():
     np.testing.assert_array_equal(places, expected)
     real = jnp.array([[False, True, True, True, True], [True] * 5])
     np.testing.assert_array_equal(
-        experts.places(chosen, real, 3, 2)[0], [[full, full], [2, 0], [1, 4], [full, 3], [5, full]]
+        experts.assign_places(chosen, real, 3, 2)[0], [[full, full], [2, 0], [1, 4], [full, 3], [5, full]]
     )
 
 
@@ -96,7 +96,7 @@ def test_dropped_choices_are_those_beyond_the_capacity(factor):
     chosen = np.argsort(rng.normal(size=(3, length, E)) + np.arange(E) / 4, -1)[..., :k]
     capacity = MixtralConfig(routing="capacity", capacity_factor=factor).capacity(length)
     assert capacity == int(np.ceil(factor * k * length / E))
-    dropped = np.asarray(experts.places(jnp.asarray(chosen), None, E, capacity) == E * capacity).sum((1, 2))
+    dropped = np.asarray(experts.assign_places(jnp.asarray(chosen), None, E, capacity) == E * capacity).sum((1, 2))
     counts = np.stack([np.bincount(row.ravel(), minlength=E) for row in chosen])
     np.testing.assert_array_equal(dropped, np.maximum(counts - capacity, 0).sum(1))
     assert dropped.min() > 0
@@ -109,7 +109,7 @@ def test_a_token_that_finds_no_room_passes_by():
         jax.random.normal(key, shape) for key, shape in zip(keys, ((2, 8, 4), (2, 8, 4), (2, 4, 8)), strict=True)
     )
     chosen = jnp.zeros((1, 6, 1), jnp.int32)
-    y = experts.limited(x, experts.places(chosen, None, 2, 4), jnp.ones((1, 6, 1)), weights, jax.nn.silu, 4)
+    y = experts.limited(x, experts.assign_places(chosen, None, 2, 4), jnp.ones((1, 6, 1)), weights, jax.nn.silu, 4)
     assert np.all(np.abs(np.asarray(y[0, :4])).max(-1) > 1e-2)
     np.testing.assert_array_equal(y[0, 4:], 0)
 

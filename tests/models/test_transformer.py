@@ -13,7 +13,7 @@ import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers
 from jaxmodels.models.families import family
-from jaxmodels.models.transformer import TransformerConfig, bucket, places, relative_bias, sinusoids
+from jaxmodels.models.transformer import TransformerConfig, bucket, relative_bias, segment_positions, sinusoids
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, S, T, V = 2, 11, 9, 53
@@ -109,7 +109,7 @@ def test_pieces_through_the_cache_equal_the_whole(case, pieces):
             got.append(logits)
             start += n
         close(jnp.concatenate(got, axis=1), whole)
-        assert int(cache["length"]) == T
+        assert cache["length"].tolist() == [T] * len(cache["length"])
         assert cache["layers"]["k"].shape == (case.config.decoder_layers, B, T + 3, 4, case.config.head_size)
         assert cache["cross"]["k"].shape == (case.config.decoder_layers, B, S, 4, case.config.head_size)
 
@@ -232,7 +232,7 @@ def test_sinusoids_are_the_papers():
 
 def test_positions_start_again_with_each_segment():
     ids = jnp.asarray([[1, 1, 1, 2, 2, 0, 0], [0, 0, 5, 5, 5, 5, 1]])
-    np.testing.assert_array_equal(places(ids), [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 0]])
+    np.testing.assert_array_equal(segment_positions(ids), [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 0]])
 
 
 @pytest.mark.parametrize("name", ["post", "t5-v1.1"])

@@ -104,7 +104,7 @@ def test_even_choices_take_one_round_and_others_as_many_as_they_need():
     rows = rules.spec(("batch", None, None))
 
     def rounds(chosen):
-        axes = experts.Axes(expert=("expert",), every=mesh.axis_names)
+        axes = experts.MeshAxes(expert=("expert",), every=mesh.axis_names)
         exchange, route = experts._route(axes, chosen.reshape(-1, K), E // 4)
         return jnp.full((1, 1, 1), route.rounds), jnp.full((1, 1, 1), exchange.most)
 

@@ -108,7 +108,7 @@ def test_any_schedule_equals_a_scan_with_its_gradient(stages, unroll):
 
     expected = total(scan)
     with jax.set_mesh(place(mesh(stage=stages.stages, rounds=stages.rounds, microbatches=stages.microbatches))):
-        got = total(functools.partial(pipeline.through, Stack(block, L, "none", unroll), stages))
+        got = total(functools.partial(pipeline.run_pipeline, Stack(block, L, "none", unroll), stages))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, expected)
     assert (got[0][1][1]["rows"] == rows).all(), "nothing of the bubble is counted"
 
@@ -117,7 +117,7 @@ def test_dropout_has_a_key_of_its_own_for_each_layer_and_microbatch():
     stages, L, key = Stages(2, 2, 4), 8, jax.random.key(3)
     args = {"w": np.zeros((L, 1, 1), np.float32)}, np.ones((8, 1, 1), np.float32), np.zeros(L, np.float32)
     with jax.set_mesh(place(mesh(stage=2, rounds=2, microbatches=4))):
-        run = jax.jit(functools.partial(pipeline.through, Stack(block, L), stages))
+        run = jax.jit(functools.partial(pipeline.run_pipeline, Stack(block, L), stages))
         _, outputs = run(*args, (np.zeros(8, np.float32), np.float32(0)), key)
     keys = [[jax.random.fold_in(jax.random.fold_in(key, layer), m) for m in range(4)] for layer in range(L)]
     expected = [sum(float(jax.random.uniform(k)) for k in row) for row in keys]
@@ -129,7 +129,7 @@ def test_what_is_not_a_number_in_the_bubble_reaches_nothing():
         return x * params, {"root": jnp.log(x).sum()}  # -inf of the zeros before the first microbatch
 
     with jax.set_mesh(place(mesh(stage=4))):
-        run = jax.jit(functools.partial(pipeline.through, Stack(block, 4), Stages(4)))
+        run = jax.jit(functools.partial(pipeline.run_pipeline, Stack(block, 4), Stages(4)))
         y, outputs = run(np.ones(4, np.float32), np.full((16, 2), 2.0, np.float32), None, ())
     np.testing.assert_array_equal(y, 2)
     np.testing.assert_allclose(outputs["root"], 32 * np.log(2), rtol=1e-5)

@@ -12,7 +12,7 @@ from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, choose
 from jaxmodels.models.kernels.blocks import Plan
-from jaxmodels.models.kernels.contract import Call
+from jaxmodels.models.kernels.kernel import Call
 from jaxmodels.models.kernels.ring import Ring, collect, deal, pairs
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh

@@ -90,8 +90,9 @@ def text_of(ids, ends):
         ({}, {"eos_token_id": [7, 2]}, (7, 2)),
         ({"eos_token_id": 9}, {"max_length": 50}, ()),
         ({"eos_token_id": [11, 5]}, None, (11, 5)),
+        ({}, {"eos_token_id": 2, "repetition_penalty": 1.8}, (2,)),
     ],
-    ids=["config", "generation-config-list", "generation-config-without", "config-list"],
+    ids=["config", "generation-config-list", "generation-config-without", "config-list", "repetition-penalty"],
 )
 def test_an_imported_llama_begins_and_stops_as_in_transformers(ids, generation, ends, tmp_path, capsys):
     tokenizer(tmp_path / "in", "<s> $A", bos_token="<s>")

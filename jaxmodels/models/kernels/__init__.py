@@ -1,1 +1,1 @@
-"""The kernels of attention: one module each, `attend(q, k, v, ...)`, all of the same signature."""
+"""Kernels of attention, a module each with a `KERNEL`; and products, norms and lookups with their own gradients."""

@@ -1,4 +1,4 @@
-"""What one block of attention is, forward and backward; `unrolled` and `looped` put blocks together.
+"""One block of attention, forward and backward; `unrolled` and `looped` combine blocks.
 
 Dims: Q queries of a block, M = R·Q its rows, R heads of queries to a head of keys.
 """
@@ -19,7 +19,7 @@ einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Plan(NamedTuple):
-    """What is known before tracing: Q and S are the lengths of blocks; offset the first query's position, if known."""
+    """What is known before tracing: Q and S are lengths of blocks, offset is the first query's position, if known."""
 
     causal: bool
     window: int | None
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Integers that decide what is visible: positions, the number of keys, segments (cut in blocks for `looped`)."""
+    """Integers that decide what is visible: positions, the number of keys, segments (in blocks for `looped`)."""
 
     q_offset: Array
     kv_length: Array | None
@@ -53,7 +53,7 @@ def score(plan: Plan, q, k, bias, t, s, segments, kv_length):
 
 
 def normalise(top, total):
-    """What a row is divided by, and its log-sum-exp: 1 and inf where nothing is seen, so that its weights are 0."""
+    """The divisor of a row and its log-sum-exp: 1 and inf where nothing is seen, so that the weights are 0."""
     safe = jnp.where(total == 0, 1.0, total)
     return safe, jnp.where(total == 0, jnp.inf, top + jnp.log(safe))
 
@@ -74,5 +74,5 @@ def pull(plan: Plan, q, k, v, d_out, delta, lse, raw, x):
 
 
 def fold(dx, shape):
-    """The sum of a gradient over the dimensions in which the bias was broadcast."""
+    """Sum a gradient over the dimensions in which the bias was broadcast."""
     return dx.sum(tuple(a for a in range(5) if shape[a] < dx.shape[a]), keepdims=True)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxmodels.models.kernels import looped, unrolled
 from jaxmodels.models.kernels.blocks import Hidden, Plan
+from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
+from jaxmodels.models.kernels.xla import SHORT, score_bytes
 
 ROWS = 64
 """Queries in an unrolled block, the fastest on CPU."""
@@ -23,7 +25,7 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
 
     Shapes: as `xla.attend`.
     """
-    del dropout, rng  # refused by the contract
+    del dropout, rng  # never asked for: not among its features
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     R = H // G
     # Heads before positions, so that every product is a plain batched matrix product.
@@ -43,5 +45,16 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
 
 
 def equal(n: int) -> int:
-    """Length of a looped block: up to 128, the fastest on CPU, in equal parts so that little is padding."""
+    """The length of a looped block: at most 128, the fastest on CPU, and equal parts, so that little is padding."""
     return n if n <= 128 else -(-n // -(-n // 128) // 8) * 8
+
+
+def preferred(call: Call, platform: str, devices: int) -> str | None:
+    """On CPU for all but short calls; elsewhere where the whole matrix of scores would be large."""
+    if platform == "cpu":
+        return None if min(call.T, call.S) < SHORT else f"fastest on cpu for T={call.T}, S={call.S}"
+    gigabytes = score_bytes(call, devices)
+    return f"the scores take {gigabytes:.2g} GiB a device" if gigabytes > 1 else None
+
+
+KERNEL = Kernel(attend, EVERYTHING - {"dropout"}, preferred=preferred, partition="compiler")

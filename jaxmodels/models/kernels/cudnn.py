@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
 from jaxmodels.models.kernels.visibility import full_mask, zero_blind
 
 
@@ -31,7 +33,7 @@ def attend(
 
     Shapes: as `xla.attend`.
     """
-    del dropout, rng, softcap  # refused by the contract
+    del dropout, rng, softcap  # never asked for: not among its features
     (B, T, H, _), S = q.shape, k.shape[1]
     seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
     options = {}
@@ -62,3 +64,35 @@ def attend(
 
 def _lengthen(x, more):
     return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+
+
+def refuses(call: Call) -> str | None:
+    """What cuDNN needs of types and shapes."""
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"needs bfloat16 or float16, got {call.dtype}"
+    if call.K % 8 or call.K > 256:
+        return f"needs a head size that 8 divides, up to 256, got {call.K}"
+    if "bias" in call.features and (call.T % 2 or call.S % 2):
+        return f"needs even lengths with a bias, got {call.T} and {call.S}"
+    return None
+
+
+def absent(platform: str) -> str | None:
+    """cuDNN comes with JAX's plugin for NVIDIA GPUs."""
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        return "needs JAX's CUDA plugin, which is not installed"
+    return None
+
+
+def preferred(call: Call, platform: str, devices: int) -> str | None:
+    """Wherever there are GPUs."""
+    return "the fused kernel of gpu" if platform == "gpu" else None
+
+
+KERNEL = Kernel(
+    attend,
+    EVERYTHING - {"two-sided window", "dropout", "softcap", "float32"},
+    refuses=refuses,
+    absent=absent,
+    preferred=preferred,
+)

@@ -1,4 +1,4 @@
-"""Dropout by half the random bits that a number for each element would take."""
+"""Dropout from 16 random bits an element, half of what a random number for each would take."""
 
 from __future__ import annotations
 

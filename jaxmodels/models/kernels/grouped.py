@@ -1,4 +1,4 @@
-"""Products of rows, sorted by expert, with the weights of their experts.
+"""Multiply rows, sorted by expert, by the weights of their experts.
 
 Dims: N rows, E experts, D and F widths.
 """
@@ -20,7 +20,7 @@ RAGGED_OUTER = jax.__version_info__ >= (0, 12)
 
 
 def loop(trips: float) -> str:
-    """The name of a loop whose length is known at run time only: how often its body is expected to run."""
+    """A scope's name for a loop whose length is known only at run time: it states how often the body should run."""
     return f"trips[{trips:g}]"
 
 
@@ -60,8 +60,8 @@ def _outer_product(x: Array, dy: Array, sizes: Array) -> Array:
 
 
 def _cut(rows: int, sizes: Array) -> tuple[int, Array, str, Array, Array, Array]:
-    """Rows of a block, how many blocks there are, their loop's name, and each one's expert, first row, and end of the
-    expert's rows.
+    """The blocks of a loop: their size, their number, the loop's name; and of each, its expert, its first row, and
+    where the expert's rows end.
     """
     E = len(sizes)
     size = 2 ** max(3, min(9, round(math.log2(max(1, rows / E / 4)))))
@@ -85,7 +85,7 @@ def _blocks(x: Array, w: Array, sizes: Array) -> Array:
     x = _pad(x, size)
 
     def body(i: Array, y: Array) -> Array:
-        # what a block computes behind its expert's last row, the next expert's first block replaces
+        # rows that a block computes beyond its expert's last one are replaced by the next expert's first block
         part = jax.lax.dynamic_slice_in_dim(x, first[i], size) @ w[expert[i]]
         return jax.lax.dynamic_update_slice_in_dim(y, part, first[i], 0)
 

@@ -1,4 +1,4 @@
-"""Rows of a table that a mesh cuts over fsdp (ZeRO-3)."""
+"""Embedding lookup in a table that the mesh shards over fsdp (ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Table = tuple[tuple[int, ...], str, tuple[str, ...]]
 def lookup(w: Array, ids: Array, axes: tuple[str, ...]) -> Array:
     """w[ids], whose gradient is added up in float32.
 
-    Each device adds up that of its own rows and tokens, and these are joined once, scattered; left to choose, XLA's
-    partitioner may gather the gradients of all tokens on every device.
+    Each device adds up the gradient of its own rows and tokens, and one reduce-scatter joins them. Left to choose,
+    XLA's partitioner may gather the gradients of all tokens on every device.
     Shapes: w (V, D), ids (…), returns (…, D).
     """
     return _lookup(w, ids, (w.shape, w.dtype.name, axes))

@@ -35,13 +35,13 @@ def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
 
 
 def cut(x, axis: int, n: int, size: int):
-    """An axis cut into n blocks, padded, in front: (n, ..., size, ...)."""
+    """Split an axis into n padded blocks, which become the first axis: (n, ..., size, ...)."""
     x = jnp.pad(x, [(0, n * size - x.shape[a] if a == axis else 0) for a in range(x.ndim)])
     return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def join(blocks, axis: int):
-    """What `cut` cut, with its padding."""
+    """Undo `cut`, but for its padding."""
     x = jnp.moveaxis(blocks, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
@@ -73,7 +73,7 @@ def queries_of(plan: Plan, hidden: Hidden, j, nq):
 
 
 def ahead(plan: Plan) -> int:
-    """How far beyond its own position a query sees, where that is limited."""
+    """How far beyond its own position a query sees, where there is a limit."""
     return 0 if plan.causal else (plan.window or 1) - 1
 
 
@@ -82,18 +82,18 @@ def at(blocks, i):
 
 
 def corner(plan: Plan, bias, i, j):
-    """Where the bias of a block begins."""
+    """Where the bias of block (i, j) begins."""
     return 0, 0, 0, i * plan.Q if bias.shape[3] > 1 else 0, j * plan.S if bias.shape[4] > 1 else 0
 
 
 def part_of(plan: Plan, bias, i, j):
-    """The bias of a block."""
+    """The bias of block (i, j)."""
     size = plan.Q if bias.shape[3] > 1 else 1, plan.S if bias.shape[4] > 1 else 1
     return lax.dynamic_slice(bias, corner(plan, bias, i, j), (*bias.shape[:3], *size))
 
 
 def scores(plan: Plan, hidden: Hidden, q, k, bias, i, j):
-    """`score` of the block at (i, j)."""
+    """`score` of block (i, j)."""
     segments = None if hidden.q_segments is None else (at(hidden.q_segments, i), at(hidden.kv_segments, j))
     t, s = hidden.q_offset[:, None] + i * plan.Q + jnp.arange(plan.Q), j * plan.S + jnp.arange(plan.S)
     part = None if bias is None else part_of(plan, bias, i, j)
@@ -106,7 +106,7 @@ def over_blocks(plan: Plan, q, k, v, bias, hidden: Hidden):
 
 
 def attended(plan: Plan, q, k, v, bias, hidden: Hidden, dtype):
-    """Outputs, in `dtype`, and log-sum-exps of the scores, which are inf where nothing is seen.
+    """Outputs in `dtype`, and the log-sum-exps of the scores, which are inf where nothing is seen.
 
     Shapes: q (nq, B, G, R, Q, K), k and v (nk, B, G, S, K); returns q's and, without K, the same.
     """

@@ -1,7 +1,7 @@
-"""Normalisation over the last dimension that keeps its input for the backward pass, and nothing else of its size.
+"""Normalisation over the last dimension that saves only its input for the backward pass.
 
-Left to differentiate, JAX keeps float32 copies of the centred and of the normalised input: of a block in bfloat16 more
-than all its products together.
+JAX's own gradient saves float32 copies of the centred and of the normalised input, which in a bfloat16 block take more
+memory than all its products.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def _normal(x: Array, eps: float, centred: bool) -> tuple[Array, Array]:
-    """x normalised in float32, and by what it was multiplied."""
+    """x normalised in float32, and the factor that it was multiplied by."""
     y = x.astype(jnp.float32)
     if centred:
         y = y - y.mean(-1, keepdims=True)
@@ -47,7 +47,7 @@ def _normal(x: Array, eps: float, centred: bool) -> tuple[Array, Array]:
 
 
 def _gradients(x: Array, scale: Array, dy: Array, eps: float, centred: bool) -> tuple[Array, Array, Array]:
-    """Gradients of x and scale, and that of the result in float32."""
+    """The gradients of x and scale, and dy in float32."""
     normal, rate = _normal(x, eps, centred)
     dy = dy.astype(jnp.float32)
     slope = dy * scale

@@ -1,4 +1,4 @@
-"""Kernels that XLA cannot partition run on each device's own examples and heads, some on its own tokens too."""
+"""Run a kernel that XLA cannot partition on each device's own rows and heads, and some on its own tokens too."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jaxmodels.parallel import rules
 Array = jax.Array
 
 
-def shard(attend: Callable[..., Array], inputs: dict[str, Any], tokens: bool = False) -> Array:
-    """`attend(**inputs)` under the ambient mesh: examples and heads are split as the table of axes says.
+def run_sharded(attend: Callable[..., Array], inputs: dict[str, Any], tokens: bool = False) -> Array:
+    """Call `attend(**inputs)` under the ambient mesh, with rows and heads sharded as the rules say.
 
-    With `tokens` they are split too, and `attend` is told by `axis` over which mesh axes, if there are any.
+    With `tokens`, tokens are sharded too, and `attend` is given their mesh axes as `axis`, if there are any.
     """
     mesh = rules.ambient()
     if mesh is None:

@@ -1,4 +1,4 @@
-"""Products with parameters that a mesh cuts over fsdp (ZeRO-3)."""
+"""Products with parameters that the mesh shards over fsdp (ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from jaxmodels.parallel.rules import gather
 
 Array = jax.Array
 PRODUCT = "product"
-"""The name by which a policy of `jax.checkpoint` knows the results of products with weights, whatever computes them."""
+"""The name by which a policy of `jax.checkpoint` finds the results of products with weights, whatever computes them."""
 
 
 def product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str) -> Array:
-    """x · w over the last dimensions of x and the first of w, whose logical axes these are, in the compute dtype."""
+    """x · w in the compute dtype, over the last `contracted` dimensions of x and the first of w; w has these axes."""
     return jnp.tensordot(x.astype(dtype), gather(w.astype(dtype), axes), contracted)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def gathered_product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str) -> Array:
-    """`product` whose backward pass gathers w again: kept from the forward pass, a device would hold all layers'."""
+    """`product`, whose backward pass gathers w again: a device that kept it would hold the weights of all layers."""
     return product(x, w, axes, contracted, dtype)
 
 

@@ -1,10 +1,10 @@
-"""Products with weights in eight bits, forward and backward, beside parameters in float32.
+"""Products with weights in eight bits, forward and backward; parameters stay float32.
 
-Each factor is divided by a scale that takes its largest value to the largest of its type, and rounded; the product is
-summed up in more bits and multiplied by both scales. Scales are those of the arrays at hand. float8 has one for a whole
-array, E4M3 for activations and weights and E5M2 for gradients (Micikevicius et al. 2022, section 3); int8, which has no
-exponents, one for each row of the left and each column of the right (Dettmers et al. 2022, section 2.1). What fsdp cuts
-is rounded before it is gathered, so that links carry eight bits too.
+Each factor is divided by a scale that maps its largest value to the largest one of its type, and rounded; the product
+is accumulated in more bits and multiplied by both scales, which are computed anew for each array. float8 has one scale
+for a whole array, with E4M3 for activations and weights and E5M2 for gradients (Micikevicius et al. 2022, section 3);
+int8, which has no exponents, has one for each row of the left factor and each column of the right one (Dettmers et al.
+2022, section 2.1). Weights sharded over fsdp are rounded before they are gathered, so that links carry eight bits too.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Kind(NamedTuple):
     backward: str
     """Type of gradients."""
     sums: str | None
-    """Type that products are summed up to; None: the compute dtype, rounded to once."""
+    """Type in which products are accumulated; None: the compute dtype."""
     vectors: bool
     """Whether each row and column has a scale of its own."""
 
     def shared(self, contracted: Sequence[int]) -> Sequence[int] | None:
-        """Dimensions along which numbers share a scale, in a product that contracts these; None: all."""
+        """The dimensions along which numbers share a scale, in a product that contracts these; None: all."""
         return contracted if self.vectors else None
 
 
@@ -49,7 +49,7 @@ KINDS = {
 
 
 class Rule(NamedTuple):
-    """Which products are quantized: those with weights that have none but these logical axes."""
+    """Which products are quantized: those with weights whose logical axes are all among these."""
 
     kind: str
     axes: tuple[str, ...] = AXES
@@ -59,7 +59,7 @@ class Rule(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """values · scale; the scale has a 1 for each dimension that shares it."""
+    """An array as values · scale; the scale has size 1 in each dimension that shares it."""
 
     values: Array
     scale: Array
@@ -70,7 +70,7 @@ _ambient: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule of 
 
 @contextlib.contextmanager
 def ambient(rule: Rule) -> Iterator[None]:
-    """While a model is traced: its layers quantize by this rule."""
+    """A context in which a traced model's layers quantize by this rule."""
     token = _ambient.set(rule)
     try:
         yield
@@ -79,24 +79,24 @@ def ambient(rule: Rule) -> Iterator[None]:
 
 
 def kind_of(axes: Sequence[str]) -> Kind | None:
-    """How products with weights of these logical axes are quantized; None: they are not."""
+    """How products with weights of these logical axes are quantized; None if they are not."""
     rule = _ambient.get()
     return KINDS[rule.kind] if rule is not None and rule.covers(axes) else None
 
 
 def quantize(x: Array, dtype: str, shared: Sequence[int] | None) -> Scaled:
-    """An array in eight bits, with one scale for all that lies along the dimensions `shared` (None: all)."""
+    """An array in eight bits, with one scale along the dimensions `shared` (None: along all)."""
     whole = jnp.issubdtype(dtype, jnp.integer)
     top = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
-    # what is not a number goes through the maximum, and with the scale into all that it has a part in
+    # nan passes through the maximum, and by the scale into every product that it has a part in
     largest = jnp.maximum(jnp.abs(x).max(shared, keepdims=True).astype(jnp.float32), 1e-30)
     values = jnp.clip(x.astype(jnp.float32) * (top / largest), -top, top)
     return Scaled((jnp.round(values) if whole else values).astype(dtype), largest / top)
 
 
 def gathered(x: Scaled, axes: tuple[str, ...]) -> Scaled:
-    """Weights of these logical axes, whole along what fsdp cuts."""
-    # cut until they are rounded: the partitioner would gather first, and send float32
+    """Weights of these logical axes, gathered over fsdp."""
+    # sharded until they are rounded: the partitioner would gather first, and send float32
     return x._replace(values=gather(constrain(x.values, axes), axes))
 
 
@@ -111,7 +111,7 @@ def multiply(a: Scaled, b: Scaled, left: Sequence[int], right: Sequence[int], ki
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def quantized_product(x: Array, w: Array, axes: tuple[str, ...], contracted: int, dtype: str, kind: Kind) -> Array:
-    """`product.product` in eight bits, and so are both products of its backward pass, which gathers w again."""
+    """`product.product` in eight bits, as are both products of its backward pass, which gathers w again."""
     last, first = range(x.ndim - contracted, x.ndim), range(contracted)
     a = quantize(x, kind.forward, kind.shared(last))
     b = gathered(quantize(w, kind.forward, kind.shared(first)), axes)

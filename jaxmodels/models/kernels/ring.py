@@ -1,10 +1,10 @@
-"""Ring attention: queries stay on their devices, keys and values go round.
+"""Ring attention: queries stay on their devices, and keys and values travel around the ring.
 
-Each device holds a piece of every sequence. While it attends to the keys it has, they are on their way to the next
-device, so that sending and computing can overlap; the backward pass sends the gradients of keys and values round with
-them. Causal attention is dealt out in zigzag: of 2n chunks, device i takes i and 2n - 1 - i, which is the same work for
-all. Dealing them costs two half-pieces of q, k, v and the output, sent once each; the ring itself sends n - 1 pieces of
-k and v forwards, and n of k, v and their float32 gradients backwards.
+Each device holds a piece of every sequence. While it attends to the keys that it has, they are on their way to the next
+device, so that communication overlaps computation; in the backward pass the gradients of keys and values travel with
+them. A causal sequence is distributed in zigzag: of 2n chunks, device i takes i and 2n - 1 - i, so that all devices do
+the same work. That costs two half-pieces of q, k, v and the output, sent once each; the ring itself sends n - 1 pieces
+of k and v in the forward pass, and n of k, v and their float32 gradients in the backward pass.
 Source: Liu et al. 2023; the zigzag, Llama team 2024, section 3.3.2.
 """
 
@@ -19,13 +19,14 @@ from jax import lax
 
 from jaxmodels.models.kernels import blockwise
 from jaxmodels.models.kernels.blocks import Hidden, Plan
+from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
 from jaxmodels.models.kernels.looped import attended, cut, gradients, join
 
 Array = jax.Array
 
 
 class Ring(NamedTuple):
-    """What is known before tracing: `chunk` is the length of each of the chunks that a device holds."""
+    """What is known before tracing; `chunk` is the length of one of the chunks that a device holds."""
 
     plan: Plan
     axis: Any
@@ -36,13 +37,13 @@ class Ring(NamedTuple):
         return (device, 2 * lax.axis_size(self.axis) - 1 - device) if self.plan.causal else (device,)
 
     def send(self, x: Any) -> Any:
-        """What the device before this one has."""
+        """Send x to the next device; returns what the device before this one has sent."""
         n = lax.axis_size(self.axis)
         return lax.ppermute(x, self.axis, [(i, (i + 1) % n) for i in range(n)])
 
 
 def attend(q, k, v, *, segments, bias, dropout, rng, q_offset, kv_length, axis=None, **how):
-    """Attention around the mesh axis that cuts tokens; of one piece, without an axis, `blockwise`.
+    """Attention around the mesh axis that tokens are sharded over; without such an axis, `blockwise`.
 
     Shapes: as `xla.attend`, of a device's own tokens.
     """
@@ -67,14 +68,14 @@ def attend(q, k, v, *, segments, bias, dropout, rng, q_offset, kv_length, axis=N
 
 
 def _home(n: int) -> list[int]:
-    """The device that takes each chunk."""
+    """The device of each chunk, in zigzag."""
     return [min(c, 2 * n - 1 - c) for c in range(2 * n)]
 
 
 def deal(x: Array, axis: Any) -> Array:
-    """A device's chunks of (B, T, …) in zigzag: i and 2n - 1 - i instead of 2i and 2i + 1."""
+    """Exchange a device's chunks of (B, T, …), 2i and 2i + 1, for those of the zigzag, i and 2n - 1 - i."""
     home, odd = _home(lax.axis_size(axis)), lax.axis_index(axis) % 2 == 1
-    # chunks of even number all go to different devices, and so do those of odd number
+    # all even chunks go to different devices, and so do all odd ones
     a, b = (
         lax.ppermute(half, axis, list(enumerate(home[parity::2]))) for parity, half in enumerate(jnp.split(x, 2, 1))
     )
@@ -82,7 +83,7 @@ def deal(x: Array, axis: Any) -> Array:
 
 
 def collect(x: Array, axis: Any) -> Array:
-    """What `deal` dealt, back in order."""
+    """Undo `deal`."""
     home, odd = _home(lax.axis_size(axis)), lax.axis_index(axis) % 2 == 1
     low, high = jnp.split(x, 2, 1)
     held = jnp.where(odd, high, low), jnp.where(odd, low, high)
@@ -92,13 +93,13 @@ def collect(x: Array, axis: Any) -> Array:
 
 
 def blocks(ring: Ring, x: Array, dimension: int) -> tuple[Array, ...]:
-    """The chunks of x, each cut into blocks."""
+    """Split x into chunks, and each chunk into blocks."""
     parts = jnp.split(x, x.shape[dimension] // ring.chunk, dimension)
     return tuple(cut(part, dimension, -(-ring.chunk // ring.plan.Q), ring.plan.Q) for part in parts)
 
 
 def pairs(ring: Ring, step: Any, q_segments: Any, kv_segments: Any):
-    """For each chunk of queries and of the keys held at a step: its numbers, whether any is seen, and what is hidden.
+    """For each pair of a chunk of queries and one of keys at a step: their numbers, whether any key is seen, the masks.
 
     At step r a device holds the keys of the r-th device before it.
     """
@@ -117,7 +118,7 @@ def pairs(ring: Ring, step: Any, q_segments: Any, kv_segments: Any):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def around(ring: Ring, q, kv, q_segments, kv_segments):
-    """Outputs by chunk and block, from those of q, k and v. Shapes: as in `looped`."""
+    """Outputs by chunk and block, from chunks and blocks of q, k and v. Shapes: as in `looped`."""
     return forward(ring, q, kv, q_segments, kv_segments)[0]
 
 
@@ -149,7 +150,7 @@ def forward(ring: Ring, q, kv, q_segments, kv_segments):
 
 
 def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Outputs over two sets of keys as one over both; a log-sum-exp of -inf says that none is seen."""
+    """Merge the outputs over two sets of keys; a log-sum-exp of -inf says that no key is seen."""
     lse = jnp.logaddexp(a[1], b[1])
     safe = jnp.where(lse == -jnp.inf, 0.0, lse)
     one, other = (out * jnp.exp(part - safe)[..., None] for out, part in (a, b))
@@ -174,7 +175,7 @@ def backward(ring: Ring, saved: Any, d_out):
 
     def step(carry, r):
         held, dq, d_kv = carry
-        # both are sent before this step's part is computed, and neither waits for it
+        # both are sent before this step's gradients are computed, so that neither waits for them
         coming, d_kv = ring.send((held, d_kv))
         dq, d_kv = pull(dq, d_kv, held, r)
         return (coming, dq, d_kv), None
@@ -189,3 +190,36 @@ def backward(ring: Ring, saved: Any, d_out):
 
 
 around.defvjp(forward, backward)
+
+
+FEATURES = EVERYTHING - {"bias", "dropout", "q_offset", "q_offset array", "kv_length"}
+"""What it supports where the mesh cuts tokens."""
+
+
+def refuses(call: Call) -> str | None:
+    """Each device holds as many tokens, in two chunks where the ring is causal."""
+    return uneven(call, call.pieces * (2 if "causal" in call.features else 1))
+
+
+def uneven(call: Call, parts: int) -> str | None:
+    """Why a call's tokens cannot be cut into equal parts, of queries and keys alike; None if they can."""
+    if call.pieces == 1:
+        return None
+    if call.T != call.S:
+        return f"needs as many queries as keys, got {call.T} and {call.S}"
+    return f"needs a length that {parts} divides on this mesh, got {call.T}" if call.T % parts else None
+
+
+def preferred(call: Call, platform: str, devices: int) -> str | None:
+    """Wherever a mesh cuts tokens."""
+    return f"the mesh cuts tokens into {call.pieces} pieces" if call.pieces > 1 else None
+
+
+KERNEL = Kernel(
+    attend,
+    FEATURES,
+    refuses=refuses,
+    preferred=preferred,
+    partition="tokens",
+    uncut=blockwise.KERNEL.features,
+)

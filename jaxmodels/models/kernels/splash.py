@@ -1,15 +1,20 @@
-"""Splash attention: JAX's Pallas kernel for TPU, which skips blocks that the mask hides."""
+"""Splash attention: JAX's Pallas kernel for TPUs, which skips blocks that the mask hides."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.models.kernels.contract import LANES
+from jaxmodels.models.kernels.kernel import EVERYTHING, Attend, Call, Choose, Kernel
 from jaxmodels.models.kernels.visibility import zero_blind
+from jaxmodels.parallel.platform import platform
 
+LANES = 128
+"""Blocks are multiples of so many positions."""
 PADDING = jnp.iinfo(jnp.int32).min
-"""Segment of the keys beyond `kv_length`."""
+"""Segment id of the keys beyond `kv_length`."""
 
 
 def attend(
@@ -21,7 +26,7 @@ def attend(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    del bias, dropout, rng  # refused by the contract
+    del bias, dropout, rng  # never asked for: not among its features
     (B, T, H, _), S = q.shape, k.shape[1]
     seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
     if window is not None:
@@ -50,5 +55,40 @@ def attend(
 
 
 def block_length(n: int) -> int:
-    """The longest block that divides n and that the kernel's scratch memory holds."""
+    """The longest block that divides n and fits the kernel's scratch memory."""
     return next(size for size in (512, 384, 256, LANES) if n % size == 0)
+
+
+def bind(call: Call, choose: Choose) -> Attend:
+    """Interpreted where there is no TPU to compile for."""
+    return functools.partial(attend, interpret=platform() == "cpu")
+
+
+def refuses(call: Call) -> str | None:
+    """What the kernel's blocks need of lengths, and its masks of positions."""
+    if call.T % LANES or call.S % LANES:
+        return f"needs lengths that {LANES} divides, got {call.T} and {call.S}"
+    windowed = call.features & {"window", "two-sided window"}
+    if call.offset < 0 or (windowed and call.T + call.offset > call.S):
+        return "needs a key at each query's own position"
+    return None
+
+
+def absent(platform: str) -> str | None:
+    """Pallas compiles it for TPUs, and interprets it on CPUs."""
+    return None if platform in ("tpu", "cpu") else f"runs on TPU (and, interpreted, on CPU), got {platform}"
+
+
+def preferred(call: Call, platform: str, devices: int) -> str | None:
+    """Wherever there are TPUs."""
+    return "the fused kernel of tpu" if platform == "tpu" else None
+
+
+KERNEL = Kernel(
+    attend,
+    EVERYTHING - {"bias", "dropout", "q_offset array"},
+    refuses=refuses,
+    absent=absent,
+    preferred=preferred,
+    bind=bind,
+)

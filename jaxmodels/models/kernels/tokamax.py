@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax.numpy as jnp
 
+from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
 from jaxmodels.models.kernels.visibility import full_mask, zero_blind
 
 
@@ -17,7 +20,7 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["tokamax"])  # else it would parse this program's command line
-    del dropout, rng  # refused by the contract
+    del dropout, rng  # never asked for: not among its features
     (B, T, H, _), S = q.shape, k.shape[1]
     seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
     options = {}
@@ -31,3 +34,17 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
     compute = tokamax.dot_product_attention  # pyright: ignore[reportAttributeAccessIssue]
     out = compute(q, k, v, bias, scale=scale, logits_soft_cap=softcap, **options)
     return zero_blind(out, S, q_offset, **seen)
+
+
+def refuses(call: Call) -> str | None:
+    """Tokamax caps the sum of scores and bias, where the reference caps the scores alone."""
+    return "does not support bias with softcap" if {"bias", "softcap"} <= call.features else None
+
+
+def absent(platform: str) -> str | None:
+    """A package of its own."""
+    missing = importlib.util.find_spec("tokamax") is None
+    return "needs the package tokamax, which is not installed" if missing else None
+
+
+KERNEL = Kernel(attend, EVERYTHING - {"dropout"}, refuses=refuses, absent=absent)

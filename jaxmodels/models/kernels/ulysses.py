@@ -1,6 +1,6 @@
-"""Attention by all-to-all: each device takes whole sequences of its share of the heads, and gives its tokens back.
+"""Attention by all-to-all: each device computes its share of the heads for whole sequences.
 
-Four exchanges a call, of the device's own pieces of q, k, v and the output. Where there are fewer heads of keys than
+A call exchanges four arrays: a device's pieces of q, k, v and the output. Where there are fewer heads of keys than
 devices, they are repeated as often as needed. Source: Jacobs et al. 2023, DeepSpeed-Ulysses.
 """
 
@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmodels.models.kernels import blockwise, ring
+from jaxmodels.models.kernels.kernel import Attend, Call, Choose, Kernel
+
 
 def attend(q, k, v, *, local, segments, axis=None, **given):
-    """The kernel `local` on whole sequences; without an axis that cuts tokens, that kernel alone.
+    """The kernel `local` on whole sequences; without an axis that tokens are sharded over, that kernel alone.
 
     Shapes: as `xla.attend`, of a device's own tokens.
     """
@@ -31,3 +34,29 @@ def attend(q, k, v, *, local, segments, axis=None, **given):
         segments = (ids, ids if segments[1] is segments[0] else whole(segments[1]))
     out: jax.Array = local(q=q, k=k, v=v, segments=segments, **given)
     return lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)
+
+
+def refuses(call: Call) -> str | None:
+    """Each device takes as many heads."""
+    if reason := ring.uneven(call, call.pieces):
+        return reason
+    shares = call.pieces * call.shares
+    if call.pieces > 1 and call.H % shares:
+        return f"needs heads that {shares} divides on this mesh, got {call.H}"
+    return None
+
+
+def bind(call: Call, choose: Choose) -> Attend:
+    """The exchange around the kernel that is best for whole sequences."""
+    return partial(attend, local=choose(call._replace(pieces=1)))
+
+
+KERNEL = Kernel(
+    attend,
+    ring.FEATURES,
+    refuses=refuses,
+    preferred=ring.preferred,
+    partition="tokens",
+    uncut=blockwise.KERNEL.features,  # or another kernel, which takes at least as much
+    bind=bind,
+)

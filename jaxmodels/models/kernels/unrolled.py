@@ -1,4 +1,4 @@
-"""Blockwise attention for few blocks of queries, each with all keys it can see; positions are known before tracing."""
+"""Blockwise attention over a few blocks of queries, each with all keys it can see; positions are static."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def blocks(plan: Plan, T: int, S: int) -> Iterator[tuple[slice, slice]]:
         yield slice(a, b), slice(first, max(first, min(S, high + ahead)))
 
 
-def cut(plan: Plan, rows: slice, keys: slice, q, k, bias, hidden: Hidden):
-    """The arguments of `score` for a block of an unrolled call."""
+def block_arguments(plan: Plan, rows: slice, keys: slice, q, k, bias, hidden: Hidden):
+    """The arguments of `score` for one block."""
     if bias is not None:
         bias = bias[:, :, :, rows if bias.shape[3] > 1 else slice(None), keys if bias.shape[4] > 1 else slice(None)]
     segments = None
@@ -43,7 +43,7 @@ def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
 def forward(plan: Plan, q, k, v, bias, hidden: Hidden):
     outs, lses = [], []
     for rows, keys in blocks(plan, q.shape[3], k.shape[2]):
-        _, x = score(*cut(plan, rows, keys, q, k, bias, hidden))
+        _, x = score(*block_arguments(plan, rows, keys, q, k, bias, hidden))
         top = jnp.maximum(x.max(-1, initial=FLOOR), FLOOR)
         p = jnp.exp(x - top[..., None])
         total, lse = normalise(top, p.sum(-1))
@@ -62,7 +62,7 @@ def backward(plan: Plan, saved: Any, d_out):
     dk, dv = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     d_bias = None if bias is None else jnp.zeros_like(bias)
     for rows, keys in blocks(plan, q.shape[3], k.shape[2]):
-        arguments = cut(plan, rows, keys, q, k, bias, hidden)
+        arguments = block_arguments(plan, rows, keys, q, k, bias, hidden)
         _, q_part, k_part, bias_part, *_ = arguments
         at = (slice(None),) * 3 + (rows,)
         dq, dk_part, dv_part, dx = pull(

@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 class Mask(NamedTuple):
-    """What all queries of a call may see, as its shapes and options say."""
+    """Which keys the queries of a call may see, as far as its shapes and options say."""
 
     queries: int
     keys: int
@@ -22,13 +22,13 @@ class Mask(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """The name under which a call is traced: in a compiled program a kernel says by it what it computes."""
+        """The scope under which a call is traced, by which a compiled program says what its kernels compute."""
         options = ["causal"] * self.causal + ([] if self.window is None else [f"window={self.window}"])
         return f"attend[{','.join([f'{self.queries}x{self.keys}', *options])}]"
 
     @classmethod
     def of(cls, name: str) -> Mask | None:
-        """The mask in the name of an instruction; None where it is of no call."""
+        """The mask in the name of an instruction; None if it belongs to no call."""
         found = re.search(r"attend\[(\d+)x(\d+)(,causal)?(?:,window=(\d+))?\]", name)
         if found is None:
             return None
@@ -36,7 +36,7 @@ class Mask(NamedTuple):
         return cls(int(queries), int(keys), causal is not None, None if window is None else int(window))
 
     def pairs(self, block: tuple[int, int] = (1, 1)) -> int:
-        """Pairs of a query and a key that it sees; in whole blocks where a kernel computes those that have any."""
+        """The number of pairs of a query and a key that it sees, counted in whole blocks of (queries, keys)."""
         first = np.arange(0, self.queries, block[0])
         last = np.minimum(first + block[0], self.queries) - 1
         ahead = 0 if self.causal else self.keys if self.window is None else self.window - 1
@@ -47,12 +47,12 @@ class Mask(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of all pairs, those that are seen."""
+        """The share of all pairs that are seen."""
         return self.pairs() / (self.queries * self.keys)
 
     @property
     def band(self) -> float:
-        """Of all pairs, those that a window reaches if it is counted in full, whether the call is causal or not."""
+        """The share of all pairs that a window reaches if it is counted in full, whether the call is causal or not."""
         if self.window is None or not self.causal:
             return 1.0 if self.window is None else self.share
         return min(self.window, self.keys) / self.keys
@@ -102,7 +102,7 @@ def full_mask(T: int, S: int, q_offset: int | Array, **conditions) -> Array | No
 
 
 def zero_blind(out: Array, S: int, q_offset: int | Array, *, causal, window, segments, kv_length) -> Array:
-    """Zeros where a query sees no key, for kernels that give an average there."""
+    """Set the output to zero where a query sees no key, for kernels that give an average there."""
     T = out.shape[1]
     itself = (segments is None or segments[0] is segments[1]) and isinstance(q_offset, int) and q_offset == 0
     if itself and kv_length is None and T <= S:

@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.models.kernels.dropout import drop
+from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
 from jaxmodels.models.kernels.visibility import full_mask
 
 FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Least maximum of a row of scores: finite, so that a row of -inf (nothing visible) has weights 0, not nan."""
+"""Lower bound on a row's maximum: finite, so that a row of -inf (nothing visible) has weights of 0 and not nan."""
+
+
+SHORT = 48
+"""Below so many queries or keys, one pass is as fast on CPU as blocks are, forward and backward."""
 
 
 def attend(q, k, v, *, dropout, rng, **how):
@@ -26,7 +31,7 @@ def attend(q, k, v, *, dropout, rng, **how):
 
 
 def weights(q, k, *, causal, window, segments, bias, scale, softcap, q_offset, kv_length):
-    """What each query takes of each key: rows that add up to 1, or to 0 where nothing is visible.
+    """The attention weights of each query over the keys: rows that sum to 1, or to 0 where nothing is visible.
 
     Shapes: as in `attend`; returns (B, G, H / G, T, S) in float32.
     """
@@ -47,3 +52,19 @@ def weights(q, k, *, causal, window, segments, bias, scale, softcap, q_offset, k
     p = jnp.exp(scores - top)
     total = p.sum(-1, keepdims=True)
     return p / jnp.where(total == 0, 1.0, total)
+
+
+def preferred(call: Call, platform: str, devices: int) -> str:
+    """The last choice of `auto`, for every call that no other kernel has taken."""
+    if platform == "cpu":
+        short = min(call.T, call.S) < SHORT
+        return f"fastest on cpu for T={call.T}, S={call.S}" if short else "the reference computes every call"
+    return f"the scores take {score_bytes(call, devices):.2g} GiB a device"
+
+
+def score_bytes(call: Call, devices: int) -> float:
+    """GiB of each device that the scores of a call take in float32."""
+    return call.B * call.H * call.T * call.S * 4 / 2**30 / devices
+
+
+KERNEL = Kernel(attend, EVERYTHING, preferred=preferred, partition="compiler")

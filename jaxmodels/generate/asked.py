@@ -1,0 +1,77 @@
+"""What the files of an imported model ask of text generation: transformers' generation_config.json."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.data import special
+from jaxmodels.errors import UserError
+from jaxmodels.hf.beside import KEPT
+
+log = logging.getLogger("jaxmodels")
+
+PENALTY = "repetition_penalty"
+"""The one setting that `sample` applies."""
+_NEUTRAL: dict[str, Any] = {
+    PENALTY: 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "bad_words_ids": [],
+    "force_words_ids": [],
+    "sequence_bias": {},
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None,
+    "typical_p": 1,
+    "min_p": 0,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "penalty_alpha": 0,
+    "guidance_scale": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0,
+    "stop_strings": [],
+}
+"""Settings that change which tokens are generated, and the values (None too) with which they change nothing."""
+
+
+def asked_of(run: Path) -> dict[str, Any]:
+    """The settings with an effect that an imported run's files ask for, by their names in transformers.
+
+    As there, those of config.json count where generation_config.json is missing.
+
+    Raises:
+        UserError: a file is damaged, or its repetition penalty is not a positive number.
+    """
+    files = (run / KEPT / name for name in ("generation_config.json", "config.json"))
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
+        return {}
+    told = special.objects(path)
+    found = {name: told[name] for name, neutral in _NEUTRAL.items() if told.get(name) not in (None, neutral)}
+    penalty = found.get(PENALTY, 1)
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+        raise UserError(f"got {PENALTY} {penalty!r} in {path}, expected a number above 0, try 1 for no penalty")
+    return found
+
+
+def repetition_penalty(run: Path) -> float:
+    """The penalty that an imported run's files ask of `sample`; says in one line what they ask that is not applied."""
+    found = asked_of(run)
+    penalty = float(found.pop(PENALTY, 1))
+    say_what_is_left_out(run, found)
+    return penalty
+
+
+def say_what_is_left_out(run: Path, settings: dict[str, Any]) -> None:
+    """Log the settings that are asked for and not applied, in one line."""
+    if settings:
+        asked = ", ".join(f"{name} {value}" for name, value in settings.items())
+        log.warning("%s: not applied, though the files of the imported model ask for it: %s", run, asked)

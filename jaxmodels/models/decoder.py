@@ -1,0 +1,99 @@
+"""What language models have around their blocks: embedding, stack, last norm, output layer and cache.
+
+Dims: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from jaxmodels.models import layers
+from jaxmodels.models.decoding import Context
+from jaxmodels.models.model import Params
+
+
+class Body(NamedTuple):
+    """What a decoder's blocks make of the embedded tokens."""
+
+    features: jax.Array
+    """(B, T, D)."""
+    cache: dict[str, Any]
+    """The new cache but for its length; of no meaning in a call without one."""
+    sums: Any = None
+    """What the losses of `auxiliary` are computed from."""
+
+
+class Decoder(nn.Module):
+    """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D).
+
+    A family says what its blocks are (`blocks`) and what normalises their result (`norm`), and replaces what it does
+    in another way. With `auxiliary`, `(outputs, {name: weighted loss})`.
+    """
+
+    config: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: dict[str, Any] | None = None,
+        train: bool = False,
+        head: bool = True,
+        auxiliary: bool = False,
+    ) -> Any:
+        ctx = Context.of(tokens, cache, positions, segment_ids, longest=self.longest())
+        embed = self.token_embedding("embed")
+        body = self.body(self.enter(embed(tokens), ctx, train), ctx, cache, train)
+        y: Any = self.output(embed).logits(body.features) if head else body.features
+        if auxiliary:
+            y = (y, self.losses(body.sums))
+        return y if cache is None else (y, {**body.cache, "length": cache["length"] + tokens.shape[1]})
+
+    def longest(self) -> int | None:
+        """The most tokens of a call; None: no limit."""
+        return None
+
+    def token_embedding(self, name: str) -> layers.Embed:
+        """The embedding, or an output layer of its own."""
+        c = self.config
+        return layers.Embed(c.vocab_size, c.width, dtype=c.dtype, before_stack=name == "embed", name=name)
+
+    def output(self, embed: layers.Embed) -> layers.Embed:
+        """The output layer, whose `logits` turn features into logits."""
+        return embed if self.config.tied else self.token_embedding("head")
+
+    def enter(self, x: jax.Array, ctx: Context, train: bool) -> jax.Array:
+        """The residual stream before the first block, from the embedded tokens (B, T, D)."""
+        return layers.shard(x, "batch", "residual", None)
+
+    def body(self, x: jax.Array, ctx: Context, cache: dict[str, Any] | None, train: bool) -> Body:
+        """x through all blocks and the last norm."""
+        c = self.config
+        block, *given = self.blocks(train)
+        stack = layers.scan_layers(block, c.layers, c.remat, c.unroll)(c, *given, name="layers")
+        x, (kv, sums) = stack(x, None if cache is None else cache["layers"], ctx)
+        return Body(layers.shard(self.norm()(x), "batch", "seq", None), {"layers": kv}, sums)
+
+    def blocks(self, train: bool) -> tuple[Any, ...]:
+        """The class of the blocks, and what it takes beside the config; a block returns (x, (kv, sums))."""
+        raise NotImplementedError
+
+    def norm(self) -> Callable[[jax.Array], jax.Array]:
+        """The last norm."""
+        return layers.RMSNorm(self.config.norm_eps, name="norm")
+
+    def losses(self, sums: Any) -> dict[str, jax.Array]:
+        """Weighted losses to add to the mean, from what all blocks gave beside the residual stream."""
+        return {}
+
+
+def output_table(c: Any, params: Params) -> jax.Array:
+    """The output layer (V, D) of a model whose output layer may be its embedding."""
+    return params["embed" if c.tied else "head"]["w"]

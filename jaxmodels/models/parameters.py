@@ -1,0 +1,95 @@
+"""Parameters, and what is said of each where it is made: logical axes, kind, and whether it comes before the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from flax import struct
+
+from jaxmodels.errors import UserError
+from jaxmodels.parallel.rules import gather
+
+Init = Callable[..., jax.Array]
+Kind = Literal["matrix", "embedding", "bias", "norm"]
+"""matrix: multiplied with activations; embedding: looked up; bias: added; norm: scales and shifts of a normalisation,
+and single numbers."""
+
+
+class Axes(tuple[str | None, ...]):
+    """Logical axes of a parameter, one name a dimension, and what an optimizer must know of it."""
+
+    kind: Kind
+    before_stack: bool
+    """Whether it is used before the stack of layers, as embeddings are, so that all layers lie above it."""
+
+    def __new__(cls, names: Iterable[str | None], kind: Kind, before_stack: bool = False) -> Axes:
+        axes = super().__new__(cls, names)
+        axes.kind, axes.before_stack = kind, before_stack
+        return axes
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self.kind, self.before_stack
+
+
+@struct.dataclass
+class Declared(nn.LogicallyPartitioned):
+    """Flax's box around a parameter with its logical axes; a scan over layers puts `layers` before them."""
+
+    kind: Kind = struct.field(default="matrix", pytree_node=False)
+    before_stack: bool = struct.field(default=False, pytree_node=False)
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    initializer: Init,
+    axes: Sequence[str],
+    shape: Sequence[int],
+    kind: Kind,
+    before_stack: bool = False,
+) -> jax.Array:
+    """A float32 parameter of a module, with a logical axis name for each dimension."""
+
+    def make(*args: Any) -> Declared:
+        value: Any = initializer(*args)
+        return Declared(value, tuple(axes), kind=kind, before_stack=before_stack)
+
+    value: Any = module.param(name, make, tuple(shape))
+    return value
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    initializer: Init,
+    axes: Sequence[str],
+    shape: Sequence[int],
+    dtype: str,
+    kind: Kind,
+    before_stack: bool = False,
+) -> jax.Array:
+    """A parameter as a product takes it: in the compute dtype, and whole along what fsdp cuts."""
+    value = parameter(module, name, initializer, axes, shape, kind, before_stack)
+    return gather(value.astype(dtype), tuple(axes))
+
+
+def declared_axes(boxed: Any) -> Any:
+    """The tree of `Axes` of a network's parameters, as `init` gives them in their boxes.
+
+    Raises:
+        UserError: a parameter was not made by `parameter`, so that its axes and kind are unknown.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Axes:
+        if not isinstance(leaf, Declared):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"got parameter {name} without logical axes and kind, expected one made by a layer of "
+                "jaxmodels.models.layers, try jaxmodels.models.parameters.parameter"
+            )
+        return Axes(leaf.names, leaf.kind, leaf.before_stack)
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
