@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jaxmodels import config
-from jaxmodels.fields import ranges
+from jaxmodels.fields import Named, ranges
 from jaxmodels.models.families import FAMILIES, family
 from jaxmodels.registry import Registry
 
@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 def typename(kind: Any) -> str:
     """A type as a reader writes it, with the range of a number."""
     if get_origin(kind) is Annotated:
+        if named := [str(note) for note in kind.__metadata__ if isinstance(note, Named)]:
+            return named[0]
         said = str(ranges(kind)[0])
         return f"{typename(get_args(kind)[0])} {said}".strip()
     if kind is type(None):

@@ -53,6 +53,26 @@ class Range:
         return said if self.also is None else f"{said}, or {self.also}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """The names that a field takes: those of a registry, `package.module:Name` among them, and those in `also`."""
+
+    registry: Registry
+    also: tuple[str, ...] = ()
+
+    def check(self, name: str) -> None:
+        """Refuse a name that stands for nothing; what `package.module:Name` names is imported."""
+        if name in self.also or name in self.registry.builtin:
+            return
+        known = [*self.also, *self.registry.names()]
+        if ":" not in name and name not in known:
+            raise _Misfit(f"one of {', '.join(known)}, or package.module:Name", near=nearest(name, known))
+        self.registry.find(name)
+
+    def __str__(self) -> str:
+        return " ".join(f"`{name}`" for name in (*self.also, *self.registry.builtin)) + " or package.module:Name"
+
+
 Count = Annotated[int, Range(1, MOST)]
 Natural = Annotated[int, Range(0, MOST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
@@ -177,6 +197,8 @@ def _fit(kind: Any, value: Any) -> Any:
                 expected, bound = note.refusal(value)
                 if expected:
                     raise _Misfit(expected, "" if bound is None else str(type(value)(bound)))
+            elif isinstance(note, Named):
+                note.check(value)
         return value
     if origin in (Union, types.UnionType):
         return _fit_one(args, value)

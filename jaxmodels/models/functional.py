@@ -10,4 +10,4 @@ from jaxmodels.models.families import (  # noqa: F401
     preset,
     register,
 )
-from jaxmodels.models.model import Attention, Dtype, Family, Model, Params, Remat, functional, quantized  # noqa: F401
+from jaxmodels.models.model import Dtype, Family, Model, Params, Remat, functional, quantized  # noqa: F401

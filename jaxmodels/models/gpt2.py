@@ -21,7 +21,8 @@ from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import context_inputs
-from jaxmodels.models.model import Attention, Dtype, Family, Remat
+from jaxmodels.models.kernels.kernel import Attention
+from jaxmodels.models.model import Dtype, Family, Remat
 
 
 @dataclass(frozen=True)

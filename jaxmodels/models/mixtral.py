@@ -24,7 +24,8 @@ from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import token_inputs
-from jaxmodels.models.model import Attention, Dtype, Family, Remat
+from jaxmodels.models.kernels.kernel import Attention
+from jaxmodels.models.model import Dtype, Family, Remat
 from jaxmodels.models.rotary import rotary_frequencies
 from jaxmodels.parallel import rules
 

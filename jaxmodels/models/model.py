@@ -23,7 +23,6 @@ from jaxmodels.models.parameters import declared_axes
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full", "offload"]
-Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash", "tokamax", "ring", "ulysses"]
 Inputs = tuple[jax.ShapeDtypeStruct, ...]
 """Shapes and dtypes of what `apply` takes."""
 

@@ -13,24 +13,13 @@ from optax import contrib
 
 from jaxmodels.errors import UserError
 
-_BEFORE = ("embed", "patches", "positions", "relative", "types", "class_token")
-"""How the names of parameters begin that come before a stack of layers."""
 STACKED = ("layers", "expert", "gates")
 """Logical axes along which parameters of their own lie."""
 
 
 def kinds(axes: Any) -> Any:
-    """The kind of each parameter, from its name and logical axes: matrix, embedding, bias or norm."""
-
-    def kind(path: tuple[Any, ...], names: tuple[str | None, ...]) -> str:
-        leaf = path[-1].key
-        if leaf == "b":
-            return "bias"
-        if leaf != "w":
-            return "norm"
-        return "embedding" if {"vocab", "positions"} & set(names) else "matrix"
-
-    return jax.tree_util.tree_map_with_path(kind, axes, is_leaf=lambda x: isinstance(x, tuple))
+    """The kind of each parameter, as it says where it is made: matrix, embedding, bias or norm."""
+    return jax.tree.map(lambda each: each.kind, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def matrices(axes: Any, *kind_names: str) -> Any:
@@ -52,8 +41,8 @@ def matrices(axes: Any, *kind_names: str) -> Any:
 def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -> Any:
     """What each parameter's updates are multiplied by: arrays that broadcast to them; None where it is 1 for all.
 
-    0 for what `optim.freeze` names. `optim.layer_decay` to the power of the layers above: none for what comes behind
-    the stack of layers (head, norm, pooler, …), all of them for embeddings before it.
+    0 for what `optim.freeze` names. `optim.layer_decay` to the power of the layers above: none for what comes after the
+    stack of layers (head, norm, pooler, …), all of them for what comes before it (embeddings).
 
     Raises:
         UserError: a layer decay for a model without a stack of layers.
@@ -76,13 +65,13 @@ def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -
         # of its own tower, or of the deepest one that it feeds
         return max([depth for tower, depth in stacks.items() if name.startswith(tower)] or stacks.values())
 
-    def factor(name: str, axis: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
+    def factor(name: str, axis: Any, shape: tuple[int, ...]) -> Any:
         stacked = axis[:1] == ("layers",)
         scale = np.ones(shape[0] if stacked else 1)
         if layer_decay != 1:
             if stacked:
                 scale = layer_decay ** np.arange(shape[0] - 1, -1, -1.0)
-            elif any(part.startswith(_BEFORE) for part in name.split("/")[:-1]):
+            elif axis.before_stack:
                 scale = np.array([layer_decay ** above(name)])
         hold = frozen(freeze, name, len(scale))
         scale = np.where(hold, 0.0, scale)

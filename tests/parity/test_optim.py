@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxmodels.config import Constant
+from jaxmodels.models.parameters import Axes
 from jaxmodels.train.optim import OPTIMIZERS
 from tests.quick import kind
 
@@ -32,7 +33,7 @@ def test_ten_steps_equal_torch(name):
     start, grads = rng.normal(size=(4, 3)).astype(np.float32), (0.01 * rng.normal(size=(10, 4, 3))).astype(np.float32)
     theirs = torch.tensor(start, requires_grad=True)
     rule = THEIRS[name]([theirs], cfg)
-    tx, params = cfg.build(10, {"w": ("embed", "mlp")}), {"w": jnp.asarray(start)}
+    tx, params = cfg.build(10, {"w": Axes(("embed", "mlp"), "matrix")}), {"w": jnp.asarray(start)}
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for g in grads:
         theirs.grad = torch.tensor(g)

@@ -9,6 +9,7 @@ import pytest
 from jaxmodels import create
 from jaxmodels.config import SGD, Adafactor, Adam, AdamW, Constant, Linear, Muon
 from jaxmodels.errors import UserError
+from jaxmodels.models.parameters import Axes
 from jaxmodels.train import adafactor, groups
 from jaxmodels.train.optim import OPTIMIZERS
 from jaxmodels.train.schedules import SCHEDULES
@@ -89,7 +90,7 @@ def test_all_updates_of_a_step_have_the_step_s_rate(model, params):
     assert seen == pytest.approx(np.repeat(LINE, 3), rel=1e-5)
 
 
-def test_kinds_come_from_names_and_axes(model):
+def test_kinds_are_those_that_parameters_say(model):
     kinds = groups.kinds(model.axes())
     assert kinds["embed"]["w"] == kinds["positions"]["w"] == "embedding"
     assert kinds["layers"]["attn"]["q"] == {"b": "bias", "w": "matrix"}
@@ -162,7 +163,7 @@ def test_ten_updates_are_those_of_the_published_rule(name):
     cfg = kind(
         OPTIMIZERS, name, peak_lr=0.1, b1=0.8, b2=0.9, eps=0.01, weight_decay=0.0, clip_norm=None, schedule=Constant()
     )
-    tx = cfg.build(10, {"w": ("embed", "mlp")})
+    tx = cfg.build(10, {"w": Axes(("embed", "mlp"), "matrix")})
     grads = (0.01 * np.random.default_rng(0).normal(size=(10, 4, 3))).astype(np.float32)
     params = {"w": jnp.zeros((4, 3))}
     opt_state, update = tx.init(params), jax.jit(tx.update)
@@ -173,8 +174,11 @@ def test_ten_updates_are_those_of_the_published_rule(name):
 
 
 def test_adafactor_is_optax_s_of_each_layer_s_matrix_by_itself():
-    axes = {"q": {"w": ("layers", "embed", "heads", "head_dim")}, "o": {"w": ("heads", "head_dim", "embed")},
-            "norm": {"scale": ("layers", "embed")}}  # fmt: skip
+    axes = {
+        "q": {"w": Axes(("layers", "embed", "heads", "head_dim"), "matrix")},
+        "o": {"w": Axes(("heads", "head_dim", "embed"), "matrix")},
+        "norm": {"scale": Axes(("layers", "embed"), "norm")},
+    }
     shapes = {"q": {"w": (2, 128, 4, 64)}, "o": {"w": (4, 64, 128)}, "norm": {"scale": (2, 8)}}
     params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
 

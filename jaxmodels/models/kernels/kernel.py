@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import jax
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import Named
 from jaxmodels.registry import Registry
 
 FEATURES: Mapping[str, str] = {
@@ -140,6 +141,9 @@ BUILTIN = ("xla", "blockwise", "cudnn", "splash", "tokamax", "ring", "ulysses")
 KERNELS = Registry(
     "attention kernel", "jaxmodels.kernels", {name: f"jaxmodels.models.kernels.{name}:KERNEL" for name in BUILTIN}
 )
+
+Attention = Annotated[str, Named(KERNELS, also=("auto",))]
+"""A config's field for the kernel of attention."""
 
 
 def kernel_of(name: str) -> Kernel:
