@@ -190,6 +190,17 @@ def test_pieces_through_the_cache_equal_the_whole(case, pieces):
     assert cache["layers"]["k"].shape[:4] == (case.config.layers, B, T + 3, heads)
 
 
+def test_rows_of_a_cache_go_on_each_from_its_own_length(case):
+    """A row whose length is set back goes on from there; what it had beyond, such as padding, is not attended to."""
+    rows, lengths = np.arange(B), np.array([3, 7])
+    _, cache = case.apply(case.params, case.tokens[:, :7], cache=case.model.cache(B, T + 3))
+    cache = {**cache, "length": jnp.asarray(lengths)}
+    for at in (lengths, lengths + 1, lengths + 2):
+        logits, cache = case.apply(case.params, case.tokens[rows, at][:, None], cache=cache)
+        close(logits[:, 0], case.logits[rows, at])
+    np.testing.assert_array_equal(cache["length"], lengths + 3)
+
+
 def test_the_cache_has_the_compute_dtype(case):
     cache = jaxmodels.create(case.config, dtype="bfloat16").cache(1, 4)
     assert cache["layers"]["k"].dtype == cache["layers"]["v"].dtype == jnp.bfloat16

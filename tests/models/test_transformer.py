@@ -114,6 +114,17 @@ def test_pieces_through_the_cache_equal_the_whole(case, pieces):
         assert cache["cross"]["k"].shape == (case.config.decoder_layers, B, S, 4, case.config.head_size)
 
 
+def test_rows_of_a_cache_go_on_each_from_its_own_length(case):
+    """T5's bias by distance too is that of each row's own position."""
+    rows, lengths = np.arange(B), np.arange(2, 2 + 3 * B, 3)
+    cache = case.model.cache(B, T + 3)
+    _, cache = case.apply(case.params, case.inputs, case.targets[:, : lengths.max()], cache=cache)
+    cache = {**cache, "length": jnp.asarray(lengths)}
+    for at in (lengths, lengths + 1):
+        logits, cache = case.apply(case.params, None, case.targets[rows, at][:, None], cache=cache)
+        close(logits[:, 0], np.asarray(case.logits)[rows, at])
+
+
 def test_what_the_decoder_needs_of_the_sources_is_computed_once(case):
     first, cache = case.apply(case.params, case.inputs, case.targets[:, :4], cache=case.model.cache(B, T))
     close(first, case.logits[:, :4])
