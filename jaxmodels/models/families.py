@@ -20,9 +20,9 @@ def register(family: Family) -> None:
     """
     if not issubclass(family.config, ModelConfig):
         raise UserError(f"got {family.config.__name__} for model family {family.name!r}, expected a ModelConfig")
-    _registered[family.config] = family
-    if family.name not in FAMILIES.builtin:
+    if FAMILIES.builtin.get(family.name) != f"{family.config.__module__}:{family.config.__qualname__}":
         FAMILIES.register(family.name)(family.config)
+    _registered[family.config] = family
 
 
 def family(name: str) -> Family:

@@ -86,6 +86,13 @@ def package(tmp_path, monkeypatch):
 ADDRESS = "outside_package.models:LinearConfig"
 
 
+def test_a_family_does_not_take_the_name_of_another(package):
+    (package / "outside_package" / "taken.py").write_text(FAMILY.replace("outside-linear", "gpt2"))
+    with pytest.raises(UserError, match="got a second model family 'gpt2', expected a name that is free"):
+        jaxmodels.create("outside_package.taken:LinearConfig")
+    assert family("gpt2").config is GPT2Config
+
+
 def test_a_family_is_created_by_its_address_and_then_by_its_names(package):
     model = jaxmodels.create(ADDRESS, classes=4)
     x = jnp.ones((2, 2, 2, 1))
