@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import record
 from jaxmodels.errors import UserError
 from jaxmodels.hf import save
-from jaxmodels.models.functional import create
+from jaxmodels.models.families import create
 from jaxmodels.models.llama import LlamaConfig
 
 _SMALL = LlamaConfig(vocab_size=97, layers=1, heads=2, width=16, mlp_width=32)

@@ -19,7 +19,8 @@ from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
 from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
-from jaxmodels.models.functional import FAMILIES, create
+from jaxmodels.models.config import FAMILIES
+from jaxmodels.models.families import create
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train.optim import OPTIMIZERS

@@ -22,7 +22,7 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
     """
 
     from jaxmodels.hf import beside, save
-    from jaxmodels.models.functional import create, family_of
+    from jaxmodels.models.families import create, family_of
     from jaxmodels.train.saved import read_run
 
     limit = size(shard_size)

@@ -17,7 +17,7 @@ def models(name: str | None = None, /) -> None:
 
     from jaxmodels import hf
     from jaxmodels.models import flops
-    from jaxmodels.models.functional import create, list_models
+    from jaxmodels.models.families import create, list_models
 
     jax.config.update("jax_platforms", "cpu")  # shapes are all there is: no accelerator is looked for
     if name is None:

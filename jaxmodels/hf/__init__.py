@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxmodels.hf.table import Format
-    from jaxmodels.models.functional import Model
+    from jaxmodels.models.model import Model
 
 TYPES: Mapping[str, tuple[str, ...]] = {
     "gpt2": ("gpt2",),

@@ -19,7 +19,8 @@ from jaxmodels import hf
 from jaxmodels.errors import UserError
 from jaxmodels.hf import files
 from jaxmodels.hf.table import Format, Settings, Slot
-from jaxmodels.models.functional import Model, create
+from jaxmodels.models.families import create
+from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
 
 log = logging.getLogger("jaxmodels")

@@ -17,7 +17,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf import files
 from jaxmodels.hf.load import flatten, leaves_of
 from jaxmodels.models.families import family_of
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 
 SHARD = 5_000_000_000
 """The largest file of weights in bytes, as in transformers."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from jaxmodels.models.functional import Model, create
+from jaxmodels.models.families import create
 from jaxmodels.models.kernels.visibility import Mask
+from jaxmodels.models.model import Model
 
 PLAIN = {"attention": "xla", "routing": "dropless", "remat": "none"}
 """Fields of a model by which it has the reference attention, whose products the walk can see, no free places, and

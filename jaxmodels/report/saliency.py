@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.models.functional import create
+from jaxmodels.models.families import create
 from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, length, pieces_of, pixels, show
 from jaxmodels.train.saved import Evaluation
 

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmodels.errors import UserError
-from jaxmodels.models import families, functional, layers
+from jaxmodels.models import families, layers
+from jaxmodels.models import model as models
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
 from jaxmodels.parallel import rules
@@ -214,7 +215,7 @@ FAMILY = families.Family(
 
 @pytest.fixture(scope="module")
 def net():
-    model = functional.functional(NetConfig(), FAMILY)
+    model = models.functional(NetConfig(), FAMILY)
     return model, model.init(jax.random.key(0)), jnp.asarray(rand(16, 4, 4, 2, seed=3))
 
 
@@ -222,9 +223,9 @@ def test_a_registered_family_is_known_by_its_config(monkeypatch):
     monkeypatch.setattr(families, "_registered", dict(families._registered))
     monkeypatch.setattr(families.FAMILIES, "_registered", {})
     with pytest.raises(UserError, match="got model config NetConfig"):
-        functional.create(NetConfig())
+        families.create(NetConfig())
     families.register(FAMILY)
-    assert functional.create(NetConfig(), width=5).config == NetConfig(width=5)
+    assert families.create(NetConfig(), width=5).config == NetConfig(width=5)
 
 
 def test_statistics_are_a_tree_of_their_own(net):

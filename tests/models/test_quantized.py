@@ -16,7 +16,8 @@ import pytest
 from jaxmodels import cli, tasks
 from jaxmodels.config import CausalLM, Mesh, Stdlib, Train
 from jaxmodels.errors import UserError
-from jaxmodels.models import functional
+from jaxmodels.models import families
+from jaxmodels.models import model as models
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.kernels import quantized
 from jaxmodels.models.kernels.quantized import KINDS, Rule
@@ -68,15 +69,15 @@ def cosines(one, other):
 
 @pytest.fixture(scope="module")
 def params():
-    return functional.create(LLAMA).init(jax.random.key(0))
+    return families.create(LLAMA).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def alone(params):
     """On one device, by kind."""
-    plain = functional.create(LLAMA)
+    plain = families.create(LLAMA)
     return {"none": gradients(plain, params)} | {
-        kind: gradients(functional.quantized(plain, Rule(kind)), params) for kind in KINDS
+        kind: gradients(models.quantized(plain, Rule(kind)), params) for kind in KINDS
     }
 
 
@@ -96,7 +97,7 @@ def test_rounding_is_as_near_as_the_type_allows():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_products_with_weights_of_blocks_and_no_others_are_in_eight_bits(kind, params):
-    model = functional.quantized(functional.create(dataclasses.replace(LLAMA, remat="none")), Rule(kind))
+    model = models.quantized(families.create(dataclasses.replace(LLAMA, remat="none")), Rule(kind))
     found = products(jax.make_jaxpr(jax.grad(lambda p: model.apply(p, TOKENS).sum()))(params).jaxpr)
     inside = 7  # q, k, v, o, gate, up, down
     attention, output = 2, 1
@@ -110,7 +111,7 @@ def test_all_products_with_weights_of_blocks_and_no_others_are_in_eight_bits(kin
 
 
 def test_the_rule_may_leave_attention_out(params):
-    model = functional.quantized(functional.create(LLAMA), Rule("int8", ("embed", "mlp")))
+    model = models.quantized(families.create(LLAMA), Rule("int8", ("embed", "mlp")))
     found = products(jax.make_jaxpr(lambda p: model.apply(p, TOKENS))(params).jaxpr)
     assert found[FORWARD["int8"]] == 3
     assert found["float32", "float32"] == 4 + 2 + 1
@@ -131,7 +132,7 @@ def test_gradients_point_where_those_of_float32_do(kind, alone):
     ids=["fsdp", "tensor", "stage"],
 )
 def test_two_devices_compute_what_one_does(kind, mesh, params, alone):
-    model = functional.quantized(functional.create(LLAMA), Rule(kind))
+    model = models.quantized(families.create(LLAMA), Rule(kind))
     (exact, expected), (loss, found) = alone[kind], gradients(model, params, mesh)
     if mesh.stage == 1:
         # sums in another order; what lay between two roundings may then fall to the other side
@@ -146,7 +147,7 @@ def test_two_devices_compute_what_one_does(kind, mesh, params, alone):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_fsdp_gathers_is_in_eight_bits(kind, params):
-    model = functional.quantized(functional.create(LLAMA), Rule(kind))
+    model = models.quantized(families.create(LLAMA), Rule(kind))
     mesh = make_mesh(Mesh(data=1, fsdp=2), jax.devices()[:2])
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -175,7 +176,7 @@ def test_text_is_learned_as_well_as_in_float32():
     text = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int32)
     begins = np.random.default_rng(0).integers(0, len(text) - 32, (60, 16, 1))
     steps = text[begins + np.arange(33)]
-    plain = functional.create(GPT2)
+    plain = families.create(GPT2)
 
     def learn(model):
         tx = optax.adamw(1e-3)
@@ -196,7 +197,7 @@ def test_text_is_learned_as_well_as_in_float32():
     exact = learn(plain)
     assert exact[-16:].mean() < exact[0] - 2, "the model must have learned something for this to mean anything"
     for kind in KINDS:
-        assert abs(learn(functional.quantized(plain, Rule(kind)))[-16:].mean() / exact[-16:].mean() - 1) < 0.003
+        assert abs(learn(models.quantized(plain, Rule(kind)))[-16:].mean() / exact[-16:].mean() - 1) < 0.003
 
 
 def test_the_task_of_an_experiment_is_quantized():
@@ -213,4 +214,4 @@ def test_a_model_without_such_products_is_refused_in_one_line(root, capsys, tmp_
     assert cli.main(["train", str(root / "configs" / "wgan_mnist.py"), *arguments]) == 2
     assert "try --train.quantize none" in capsys.readouterr().err
     with pytest.raises(UserError, match="ResNetConfig"):
-        functional.quantized(functional.create("resnet"), Rule("int8"))
+        models.quantized(families.create("resnet"), Rule("int8"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.config import Mesh
-from jaxmodels.models import experts, functional
+from jaxmodels.models import experts, families
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.plan import program
@@ -146,7 +146,7 @@ def test_stages_whose_tokens_choose_differently_go_on_until_all_are_through():
 
 def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the_products():
     sizes = dict(experts=8, width=20, head_dim=6, mlp_width=28)  # as no other dimension
-    model = functional.create(dataclasses.replace(MODELS["mixtral"], layers=4, attention="xla", **sizes))
+    model = families.create(dataclasses.replace(MODELS["mixtral"], layers=4, attention="xla", **sizes))
     mesh = place(Mesh(data=1, stage=2, fsdp=2, expert=2, rounds=2, microbatches=4))
     with jax.set_mesh(mesh):
         gradient = jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum())

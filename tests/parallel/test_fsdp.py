@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels.config import Mesh
-from jaxmodels.models import functional
+from jaxmodels.models import families
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
@@ -40,7 +40,7 @@ def compiled(model, mesh):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_backward_pass_gathers_weights_again_and_keeps_none(name):
-    program, shapes = compiled(functional.create(MODELS[name]), make_mesh(Mesh(data=1, fsdp=8)))
+    program, shapes = compiled(families.create(MODELS[name]), make_mesh(Mesh(data=1, fsdp=8)))
     stack = sum(np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(shapes["layers"]))
     # its own gradients, an eighth, and a layer or two at a time
     assert program.memory_analysis().temp_size_in_bytes < 0.75 * stack

@@ -16,7 +16,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
 from jaxmodels.hf.save import save_pretrained
 from jaxmodels.models.bert import BERTConfig
-from jaxmodels.models.functional import family
+from jaxmodels.models.families import family
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.rotary import RopeScaling
