@@ -45,7 +45,7 @@ def ours(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
 
     from jaxmodels import tasks
     from jaxmodels.config import AdamW, Constant, Stdlib
-    from jaxmodels.models.functional import create
+    from jaxmodels.models.families import create
     from jaxmodels.train import state, step
 
     adamw = AdamW(b2=0.999, decay_on=("matrix", "embedding", "bias", "norm"), clip_norm=None, schedule=Constant())

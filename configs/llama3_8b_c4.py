@@ -10,7 +10,7 @@ Not yet run.
 import dataclasses
 
 from jaxmodels.config import AdamW, Config, Eval, Mesh, Tokens, Train
-from jaxmodels.models.functional import preset
+from jaxmodels.models.families import preset
 
 
 def get_config() -> Config:

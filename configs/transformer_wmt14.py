@@ -9,7 +9,7 @@ Not yet run. Published: BLEU 27.3 on newstest2014 after 100,000 steps. The learn
 import dataclasses
 
 from jaxmodels.config import TFDS, AdamW, Config, Eval, Seq2Seq, Train
-from jaxmodels.models.functional import preset
+from jaxmodels.models.families import preset
 
 
 def get_config() -> Config:

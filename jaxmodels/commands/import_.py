@@ -17,7 +17,7 @@ from jaxmodels.data.special import text_of
 from jaxmodels.data.synthetic import Synthetic
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.hf import beside, load, pixels, save
-from jaxmodels.models.functional import family_of
+from jaxmodels.models.families import family_of
 from jaxmodels.tasks import TaskConfig
 
 log = logging.getLogger("jaxmodels")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmodels.data.section import DataConfig
-from jaxmodels.models.functional import create, quantized
+from jaxmodels.models.families import create
 from jaxmodels.models.kernels.quantized import Rule
+from jaxmodels.models.model import quantized
 from jaxmodels.tasks.task import TASKS, Aux, Loss, Sums, Task, TaskConfig
 
 __all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "build"]

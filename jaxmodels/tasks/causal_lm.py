@@ -14,7 +14,7 @@ from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,

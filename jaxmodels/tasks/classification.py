@@ -16,8 +16,8 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Weight
-from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
+from jaxmodels.models.model import Model
 from jaxmodels.tasks import metrics as measures
 from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
 from jaxmodels.tasks.task import (

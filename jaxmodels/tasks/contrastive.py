@@ -17,8 +17,8 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.models.clip import CLIPConfig
-from jaxmodels.models.functional import Model
 from jaxmodels.models.layers import shard
+from jaxmodels.models.model import Model
 from jaxmodels.parallel.rules import REPLICAS
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.task import (

@@ -15,9 +15,10 @@ from jaxmodels.data.section import DataConfig, default
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Range, Weight
-from jaxmodels.models.functional import Model, create
+from jaxmodels.models.families import create
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.layers import shard
+from jaxmodels.models.model import Model
 from jaxmodels.tasks import losses as objectives
 from jaxmodels.tasks.task import (
     Aux,

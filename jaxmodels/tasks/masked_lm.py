@@ -16,7 +16,7 @@ from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Natural, Range
 from jaxmodels.models.bert import BERTConfig
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.task import (
     Answers,

@@ -17,7 +17,7 @@ from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.fields import Dropped, Section, Weight
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
 from jaxmodels.registry import Registry
 from jaxmodels.tasks.losses import Scores

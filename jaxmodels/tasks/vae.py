@@ -17,7 +17,7 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Natural, Weight
-from jaxmodels.models.functional import Model
+from jaxmodels.models.model import Model
 from jaxmodels.models.vae import VAEConfig, reparameterise
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl
 from jaxmodels.tasks.task import (

@@ -24,7 +24,8 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
 from jaxmodels.hf import format_of
-from jaxmodels.models.functional import Model, create, family_of
+from jaxmodels.models.families import create, family_of
+from jaxmodels.models.model import Model
 from jaxmodels.parallel import mesh
 from jaxmodels.tasks.task import Task, normalised
 from jaxmodels.train import evaluate, metrics

@@ -17,7 +17,7 @@ import pytest
 from jaxmodels import config as configs
 from jaxmodels.cli import main
 from jaxmodels.config import TFDS, AdamW, Classification, Config, Eval, Metrics, Table, Train
-from jaxmodels.models.functional import create
+from jaxmodels.models.families import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, build, confusion, curves, latents, page, saliency, samples, summary
 from jaxmodels.report.pieces import Picture, tile
