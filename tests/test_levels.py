@@ -15,7 +15,7 @@ LEVELS = (
     "hf",
     "data",
     "tasks",
-    "train.sections train.optim train.schedules",
+    "train.sections train.optim train.schedules train.groups train.adafactor",
     "config",
     "train",
     "generate",
@@ -27,13 +27,11 @@ LEVELS = (
 """From the bottom to the top; a name stands for its package too, and the longest name that fits a module counts."""
 
 UPWARD = {
-    # what is left to mend, as MODULE -> ROOM; remove a line with its import, and add none
+    # left to mend: what lies beside weights in Hugging Face's format is a tokenizer, and a run's; BLEU needs translations
     "hf -> config",
     "hf -> data",
     "hf -> train",
-    "parallel -> config",
     "train -> generate",
-    "train.optim -> config",
 }
 
 
@@ -76,6 +74,7 @@ def test_no_import_runs_upward(root):
                 found.setdefault(f"{name} -> {theirs}", set()).add(f"{module} imports {other}")
     new = {edge: sorted(lines) for edge, lines in found.items() if edge not in UPWARD}
     assert not new, new
+    assert not (mended := UPWARD - found.keys()), f"mended, so remove it from UPWARD: {sorted(mended)}"
 
 
 def test_only_config_knows_all_sections(root):
