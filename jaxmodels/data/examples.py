@@ -16,7 +16,7 @@ from jaxmodels.data.balance import Balanced
 from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.records import Kind, Reader, Records, Row
-from jaxmodels.data.section import DataConfig, default
+from jaxmodels.data.section import DataConfig, RecordsConfig, default
 from jaxmodels.data.source import Source, Split
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
@@ -42,7 +42,7 @@ def open_records(data: DataConfig, split: Split, classes: Sequence[str] = ()) ->
     return recorded.Known(found, label, classes) if classes and label in found.fields else found
 
 
-def corpus_of(data: DataConfig) -> corpora.Corpus:
+def corpus_of(data: RecordsConfig) -> corpora.Corpus:
     """Join the texts of records to a corpus."""
     train = open_records(data, "train")
     field = input_field(train, data, ("text",))
