@@ -22,6 +22,11 @@ from jaxmodels.plan import compile as compiling
 from jaxmodels.plan import figures, topology
 
 RECORD, TITLE = "plan_vs_published", "The plan against published throughput"
+COLUMNS = {
+    "name": "job", "on": "hardware", "settings": "settings", "measured": "measured", "predicted": "predicted",
+    "unit": "of", "percent": "error", "fitted": "chosen by it", "binds": "bound by", "peak": "GiB of a device",
+    "commit": "predicted at", "note": "what differs", "source": "source",
+}  # fmt: skip
 MAXTEXT = "AI-Hypercomputer/maxtext"
 RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
 TITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
@@ -266,17 +271,12 @@ def run(options: Options) -> None:
     record.check("row", names, ROWS)
     commit = record.git("rev-parse", "HEAD")[:12]
     found = {name: {**compare(name, ROWS[name]), "commit": commit} for name in names}
-    columns = {
-        "name": "job", "on": "hardware", "settings": "settings", "measured": "measured", "predicted": "predicted",
-        "unit": "of", "percent": "error", "fitted": "chosen by it", "binds": "bound by", "peak": "GiB of a device",
-        "commit": "predicted at", "note": "what differs", "source": "source",
-    }  # fmt: skip
-    shown = {key: columns[key] for key in ("name", "measured", "predicted", "percent", "binds")}
+    shown = {key: COLUMNS[key] for key in ("name", "measured", "predicted", "percent", "binds")}
     print(record.markdown(list(found.values()), shown))
     rows = merged(found, (options.out or record.RESULTS) / f"{RECORD}.json")
     notes = summary(rows)
     print("\n".join(notes))
-    print(record.write(RECORD, TITLE, rows, out=options.out, notes=notes, columns=columns))
+    print(record.write(RECORD, TITLE, rows, out=options.out, notes=notes, columns=COLUMNS))
 
 
 def merged(found: Mapping[str, dict[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -21,9 +21,11 @@ from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.plan import compile, figures, products, program, topology
+from tests.sections import task_of
+from tests.zoo import ZOO
 
 GIB = 2**30
-COMPILERS = {"h100": "jax_cuda12_plugin", "v5e": "libtpu", "v5p": "libtpu"}
+COMPILERS = {"h100": "jax_cuda12_plugin", **dict.fromkeys(("v5e", "v5p", "v6e", "v7"), "libtpu")}
 CONFIG = Config(
     model=LlamaConfig(
         vocab_size=4096, context=512, layers=2, heads=4, kv_heads=2, width=512, mlp_width=1024, dtype="bfloat16"
@@ -186,6 +188,21 @@ def test_an_optimizer_with_the_host_is_copied_from_there_and_back(planned, on):
     assert plan["step_seconds"] > planned(on)["step_seconds"]
 
 
+@pytest.mark.parametrize(("on", "layers", "length"), [("h100:1x8", 8, 512), ("v5e:2x4", 4, 2048)])
+def test_blocks_whose_inputs_are_on_the_host_need_less_of_the_device(planned, on, layers, length):
+    data = dataclasses.replace(CONFIG.data, seq_len=length)
+    plans = []
+    for remat in ("full", "offload"):
+        model = dataclasses.replace(CONFIG.model, context=length, layers=layers, remat=remat)
+        plans.append(planned(on, dataclasses.replace(CONFIG, model=model, data=data)))
+    inputs = layers * (64 // 8) * length * 512 * 2  # of all blocks, in bfloat16
+    # a few are still on the device: under way, or in use
+    assert inputs / 2 < plans[0]["memory"]["peak"] - plans[1]["memory"]["peak"] <= inputs
+    copied = sum(each["bytes"] for each in plans[1]["transfers"] if each["link"] == "host")
+    # there and back; a TPU's peeled loop copies one more
+    assert 2 * inputs <= copied <= 2 * inputs + inputs / layers
+
+
 IMAGES = {"task": Classification(), "data": Synthetic(batch_size=64)}
 ONE_LAYER = {"vocab_size": 1024, "layers": 1, "heads": 4, "kv_heads": 2, "width": 512, "mlp_width": 512}
 FAMILIES = {
@@ -231,6 +248,27 @@ def test_a_program_computes_its_model_and_little_more(planned, family, on):
     text = figures.figures_table(CONFIG, plan)
     assert f"TFLOP/s {'float32' if family == 'gan' else 'bfloat16'}" in text
     assert "launches" in text
+
+
+PAIRS = [
+    *[(name, "v5e:2x2") for name in ("vae", "t5")],
+    *[(name, "v5p:2x2x1") for name in ("cnn", "vgg", "gpt2")],
+    *[(name, "v6e:2x2") for name in ("mlp", "vit", "lstm")],
+    *[(name, "v7:2x2x1") for name in ("resnet", "clip", "transformer")],
+    ("bert-classifier", "h100:1x1"),
+]
+"""Families of the zoo, each on one kind of hardware; the others are in `FAMILIES`."""
+
+
+@pytest.mark.parametrize(("family", "on"), PAIRS)
+def test_every_family_s_products_are_counted_on_every_kind_of_hardware(planned, family, on):
+    task, model = ZOO[family]
+    change = {name: value for name, value in (("dtype", "bfloat16"), ("dropout", 0.0)) if hasattr(model, name)}
+    data = Synthetic(batch_size=64, seq_len=12)
+    plan = planned(on, Config(dataclasses.replace(model, **change), task_of(task), data, mesh=Mesh()))
+    assert plan["uncounted"] == []
+    assert figures.ENOUGH <= plan["hardware_flops"] / plan["model_flops_causal"] <= 1.3
+    assert 0 < plan["mfu_causal"] <= plan["mfu"] <= 1
 
 
 def test_a_reference_kernel_under_a_short_window_is_planned_and_the_table_says_what_it_computes(planned):

@@ -1,5 +1,7 @@
 """Programs read from their text: FLOPs, loops, groups of devices, and the time that a schedule takes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -395,3 +397,23 @@ ENTRY %main (a: f32[1024,1024]) -> f32[1024,1024] {
 def test_a_sum_that_begins_is_counted_once_whether_its_shape_names_what_it_takes(shape, size):
     each = hlo.Instruction("all-reduce-start", shape, "all-reduce-start", ["a"], "")
     assert roofline.payload(each, 4) == size
+
+
+HOSTED = "(bf16[8,4,64]{2,1,0:S(5)}, bf16[1,4,64]{2,1,0}, s32[])"
+
+
+@pytest.mark.parametrize(
+    ("opcode", "shape", "size"),
+    [
+        ("dynamic-update-slice-start", f"({HOSTED}, bf16[8,4,64]{{2,1,0:S(5)}}, u32[])", 512),  # TPUs
+        ("dynamic-slice-start", "((bf16[8,4,64]{2,1,0:S(5)}, s32[]), bf16[1,4,64]{2,1,0}, u32[])", 512),
+        ("fusion-start", "((bf16[8,4,64]{2,1,0:S(5)}, s32[]), bf16[1,4,64]{2,1,0}, u32[])", 512),  # GPUs
+        ("copy-start", "(bf16[4,64]{1,0}, bf16[4,64]{1,0:S(5)}, u32[])", 512),
+        ("copy", "bf16[4,64]{1,0:S(5)}", 512),
+    ],
+)
+def test_a_slice_that_goes_to_the_host_or_comes_from_there_is_a_transfer_of_the_slice(opcode, shape, size):
+    each = hlo.Instruction("x", shape, opcode, [], "")
+    assert each.kind == hlo.HOST
+    assert roofline.payload(each, 1) == size
+    assert dataclasses.replace(each, shape=shape.replace("S(5)", "S(1)")).kind is None
