@@ -88,13 +88,13 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
     Raises:
         UserError: the config does not fit the topology, or its compiler is not installed.
     """
-    for asked, remedy in (
+    for option, remedy in (
         (cfg.optim.offload and "optim.offload", "--optim.offload False"),
         (getattr(cfg.model, "remat", "") == "offload" and "model.remat offload", "--model.remat full"),
     ):
-        if asked and not topology.hardware.host:
+        if option and not topology.hardware.host:
             raise UserError(
-                f"got {asked} on {topology.hardware.name}, expected hardware whose link to its host is known, "
+                f"got {option} on {topology.hardware.name}, expected hardware whose link to its host is known, "
                 f"try {remedy}"
             )
     topologies.check_compiler(topology)
