@@ -27,7 +27,7 @@ LEVELS = (
 """From the bottom to the top; a name stands for its package too, and the longest name that fits a module counts."""
 
 UPWARD = {
-    # left to mend: what lies beside weights in Hugging Face's format is a tokenizer, and a run's; BLEU needs translations
+    # left to mend: a tokenizer and a run's files lie beside weights of Hugging Face's format; BLEU needs translations
     "hf -> config",
     "hf -> data",
     "hf -> train",
