@@ -16,7 +16,7 @@ from jaxmodels.cli import explain, main
 from jaxmodels.commands import COMMANDS
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
+from jaxmodels.config import Adam, AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
 from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
 from jaxmodels.models.config import FAMILIES
@@ -186,7 +186,9 @@ def test_help_is_short_and_fits_a_terminal(command, file, monkeypatch, capsys):
 def test_help_of_a_section_is_its_fields(capsys):
     assert main(["train", FILE, "--optim", "adam", "--help", "optim"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"--optim.{name}".replace("_", "-") in shown for name in configs.docs(AdamW))
+    assert all(f"--optim.{name}".replace("_", "-") in shown for name in configs.docs(Adam))
+    assert "--optim.weight-decay" not in shown, "a field that adam does not have"
+    assert "adam, of adamw, adam, sgd" in " ".join(shown.split())
     assert "--train.steps" not in shown and "--run-dir" not in shown
     assert main(["train", FILE, "--help", "optm"]) == 2
     assert "did you mean 'optim'?" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxmodels.commands import usage
-from jaxmodels.config import AnyModel, Config, load, replaced, with_kinds
+from jaxmodels.config import AnyModel, Config, kind_name, kinds_of, load, replaced, with_kinds
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import check_call
 
@@ -243,7 +243,9 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
         if topic not in names:
             raise UserError(f"got --help {topic}, expected all or one of {', '.join(names)}{nearest(topic, names)}")
         only = dataclasses.make_dataclass("Options", [fields[names.index(topic)]], frozen=True)
-        only.__doc__ = f"Options of the section {topic}."
+        kinds = kinds_of(getattr(config, topic))
+        of = f", here of the kind {kind_name(getattr(config, topic))}, of {', '.join(kinds.names())}" if kinds else ""
+        only.__doc__ = f"Options of the section {topic}{of}."
         parse(only, ["--help"], f"{prog} {file}", only())
     both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
     both.__doc__ = more.__doc__

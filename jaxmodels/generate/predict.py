@@ -304,7 +304,7 @@ def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
 
 def _gap(run: Run, tokenizer: Tokenizer) -> int:
     """The id that stands where a token was taken out."""
-    own = run.config.task.mask_token
+    own = getattr(run.config.task, "mask_token", None)
     if own is not None:
         return own
     ids = tokenizer.encode(MASK)

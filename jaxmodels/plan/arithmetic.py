@@ -178,7 +178,8 @@ class Arithmetic:
                 rows = any(size and size % _ROWS == 0 for size in leaf.shape)
                 cut = any(size in self.wide for size in leaf.shape)
                 found[2 * (not rows) + cut] += _bytes(leaf) / (_ROWS if rows else 1)
-        return Saved(*found, hosted)
+        rows, rows_cut, weights, weights_cut = found
+        return Saved(rows, rows_cut, weights, weights_cut, hosted)
 
     def guess(self, cfg: Config) -> Guess:
         """Guess the cost of a config's step.
