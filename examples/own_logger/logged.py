@@ -1,4 +1,4 @@
-from jaxmodels.config import Config, Metrics, Stdlib, Train
+from jaxmodels.config import Config, Eval, Metrics, Stdlib, Train
 from jaxmodels.models.gpt2 import GPT2Config
 
 
@@ -7,5 +7,6 @@ def get_config() -> Config:
         model=GPT2Config(vocab_size=256, context=16, layers=1, heads=2, width=16),
         data=Stdlib(seq_len=16, batch_size=8),
         train=Train(steps=4),
+        eval=Eval(batches=10),
         metrics=Metrics(every=1, loggers=("own_logger:Losses",)),
     )
