@@ -1,12 +1,14 @@
-"""`python -m benchmarks NAME [options]`: a benchmark is a module beside this file with `Options` and `run(options)`."""
+"""`python -m benchmarks NAME [options]`: a benchmark is a module beside this file with `Options` and `run(options)`, or
+any `package.module:run` of such a kind."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
+from typing import get_type_hints
 
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError
+from jaxmodels.registry import Registry
 
 BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
@@ -23,29 +25,26 @@ BENCHMARKS = {
     "weights": "import and export of a model of 1 GB: seconds and memory",
 }
 """One line of help for each module."""
+FOUND = Registry("benchmark", "jaxmodels.benchmarks", {name: f"benchmarks.{name}:run" for name in BENCHMARKS})
+"""The function that runs each, here or in another package; its parameter `options` is what it takes."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one benchmark, and return the exit code."""
     usage = "\n".join(
         ["usage: python -m benchmarks NAME [options]; NAME --help shows its options", ""]
-        + [f"  {name:<12} {text}" for name, text in BENCHMARKS.items()]
+        + [f"  {name:<12} {BENCHMARKS.get(name, '')}".rstrip() for name in FOUND.names()]
     )
     if not argv or argv[0] in ("-h", "--help"):
         print(usage)
         return 0 if argv else 2
     name, *rest = argv
     try:
-        if name not in BENCHMARKS:
-            raise UserError(
-                f"got benchmark {name!r}, expected one of {', '.join(BENCHMARKS)}{nearest(name, BENCHMARKS)}"
-            )
+        run = FOUND.find(name)
         import tyro
 
-        module = importlib.import_module(f"benchmarks.{name}")
-        module.run(
-            tyro.cli(module.Options, prog=f"python -m benchmarks {name}", description=BENCHMARKS[name], args=rest)
-        )
+        about = BENCHMARKS.get(name) or (run.__doc__ or "").partition("\n")[0]
+        run(tyro.cli(get_type_hints(run)["options"], prog=f"python -m benchmarks {name}", description=about, args=rest))
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

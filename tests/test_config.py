@@ -53,6 +53,8 @@ def test_options_override_fields_of_every_section():
         "must",
         "--train.ema",
         "0.99",
+        "--data",
+        "text",
         "--data.path",
         "a",
         "b",

@@ -78,14 +78,17 @@ class Pictures(Source):
 
         if self._kept is None:
             inputs, facts = self._read(indices, self.shape, change if self._changed else self._still)
-            return {"inputs": inputs, **facts}
+            return {"inputs": self._own(inputs, epochs, indices), **facts}
         inputs, facts = self._remembered(indices)
         if self._changed and transforms.together(self._cfg) and self.shape[0] * self.shape[1] <= _SMALL:
             inputs = transforms.augment_all(inputs, self._cfg, numbers)
         elif self._changed:
             kept, inputs = inputs, np.empty((len(indices), *self.shape), np.uint8)
             self._each(lambda k: np.copyto(inputs[k], change(kept[k], k)), range(len(indices)))
-        return {"inputs": inputs, **facts}
+        return {"inputs": self._own(inputs, epochs, indices), **facts}
+
+    def _own(self, images: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        return transforms.apply_own(images, self._cfg, self._seed, epochs, indices)
 
     def labels(self) -> np.ndarray:
         """The class of every record, int32 (N,), -1 where it can't be read.

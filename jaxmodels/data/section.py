@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Dim, Dropped, Natural, Positive, Range, Section, Share, Workers
+from jaxmodels.fields import Dim, Dropped, Named, Natural, Positive, Range, Section, Share, Workers
 from jaxmodels.registry import Registry
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ SOURCES = Registry(
         "synthetic": "jaxmodels.data.synthetic:Synthetic",
     },
 )
+TRANSFORMS = Registry("transform", "jaxmodels.transforms", {})
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class Augment(Section, section="augment"):
     """Strength of those operations, from 0 to 10."""
     cutout: Natural = 0
     """Side of a square that is blanked (DeVries & Taylor 2017)."""
+    transforms: tuple[Annotated[str, Named(TRANSFORMS)], ...] = ()
+    """Changes of your own behind all others, package.module:name: functions of an image, uint8 (H, W, C), and a
+    `numpy.random.Generator`, which give such an image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +159,7 @@ class TextsConfig(DataConfig):
 
     tokenizer: str = "bytes"
     """bytes, chars, the path of a Hugging Face tokenizer.json or of a folder with one; bpe:8000 or words:8000: a
-    vocabulary of at most that size, made from the texts to train on."""
+    vocabulary of at most that size, made from the texts to train on; package.module:Name: one of your own."""
     pack: bool = False
     """Whether rows hold as many whole texts as fit, kept apart by segment ids, instead of one text, or a window of all
     texts joined (causal_lm, masked_lm, seq2seq)."""

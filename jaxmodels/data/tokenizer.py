@@ -7,19 +7,23 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from jaxmodels.data import special
+from jaxmodels.data import special, vocabulary
 from jaxmodels.data.special import Special
 from jaxmodels.errors import UserError
+from jaxmodels.registry import OUTSIDE, Registry
 
 FILE = "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"
+TOKENIZERS = Registry(
+    "tokenizer",
+    "jaxmodels.tokenizers",
+    {"bytes": "jaxmodels.data.tokenizer:Bytes", "chars": "jaxmodels.data.tokenizer:Chars"},
+)
 
 _PIECE = 1 << 18
-_MOST = 4_000_000
 
 
 class Tokenizer(Protocol):
@@ -68,12 +72,26 @@ class Tokenizer(Protocol):
     def save(self, directory: Path) -> None: ...
 
 
-class _Saved(ABC):
-    """What all tokenizers do alike."""
+class BaseTokenizer(ABC):
+    """What tokenizers do alike. One of one's own derives from it, and is named `package.module:Name`.
 
+    It is made by `learn` for a set of texts, and again from its `settings`, which a run keeps: they are the arguments
+    of its class.
+    """
+
+    vocab_size: int
     special = Special()
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+
+    @classmethod
+    def learn(cls, documents: Callable[[], Iterable[str]]) -> Self:
+        """Make the tokenizer for these texts; by itself without looking at them."""
+        return cls()
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make it again, as JSON values."""
+        return {}
 
     @property
     def end(self) -> int | None:
@@ -83,7 +101,16 @@ class _Saved(ABC):
     def encode(self, text: str) -> np.ndarray: ...
 
     @abstractmethod
-    def to_json(self) -> str: ...
+    def decode(self, ids: Any) -> str: ...
+
+    def sizes(self) -> np.ndarray | None:
+        return None
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": TOKENIZERS.name_of(type(self)), **self.settings()})
+
+    def __str__(self) -> str:
+        return f"{TOKENIZERS.name_of(type(self))} ({self.vocab_size:,})"
 
     def ids(self, tokens: Sequence[str]) -> list[int | None]:
         return [None for _ in tokens]
@@ -100,7 +127,7 @@ class _Saved(ABC):
             self.special.save(directory)
 
 
-class Bytes(_Saved):
+class Bytes(BaseTokenizer):
     """The bytes of UTF-8."""
 
     vocab_size = 256
@@ -119,14 +146,8 @@ class Bytes(_Saved):
     def sizes(self) -> np.ndarray:
         return np.ones(self.vocab_size, np.int32)
 
-    def to_json(self) -> str:
-        return json.dumps({"kind": "bytes"})
 
-    def __str__(self) -> str:
-        return "bytes (256)"
-
-
-class Chars(_Saved):
+class Chars(BaseTokenizer):
     """The characters of a text, in the order of their code points."""
 
     def __init__(self, characters: str) -> None:
@@ -135,8 +156,15 @@ class Chars(_Saved):
         self._ids = np.full(int(codes.max(initial=0)) + 1, -1, np.int32)
         self._ids[codes] = np.arange(len(codes))
 
+    @classmethod
+    def learn(cls, documents: Callable[[], Iterable[str]]) -> Self:
+        found: set[str] = set()
+        for document in documents():
+            found.update(document)
+        return cls("".join(found))
+
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
@@ -156,11 +184,8 @@ class Chars(_Saved):
     def sizes(self) -> np.ndarray:
         return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], np.int32)
 
-    def to_json(self) -> str:
-        return json.dumps({"kind": "chars", "characters": self.characters})
-
-    def __str__(self) -> str:
-        return f"chars ({self.vocab_size})"
+    def settings(self) -> dict[str, Any]:
+        return {"characters": self.characters}
 
 
 def _no_text(texts: Sequence[str]) -> UserError:
@@ -175,7 +200,7 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-class HuggingFace(_Saved):
+class HuggingFace(BaseTokenizer):
     """A Hugging Face `tokenizer.json`, run by the `tokenizers` library."""
 
     def __init__(self, serialized: str, directory: Path | None = None) -> None:
@@ -286,19 +311,21 @@ def build(
     from them: chars holds all characters that there are, bpe and words know the texts to train on alone.
     """
     kind, _, size = name.partition(":")
-    if name == "bytes":
-        return Bytes()
-    if name == "chars":
-        found: set[str] = set()
-        for document in documents():
-            found.update(document)
-        return Chars("".join(found))
     if kind in ("bpe", "words") and size:
         if not size.isdecimal() or int(size) < 2:
             raise UserError(f"got data.tokenizer {name!r}, expected a number behind the colon, try {kind}:8000")
-        learn = bpe if kind == "bpe" else words
+        learn = vocabulary.bpe if kind == "bpe" else vocabulary.words
         return HuggingFace(learn((training or documents)(), int(size)).to_str())
+    if name in TOKENIZERS.names() or OUTSIDE.fullmatch(name):
+        return _kind(name).learn(documents)
     return load_tokenizer(Path(name).expanduser())
+
+
+def _kind(name: str) -> type[BaseTokenizer]:
+    found = TOKENIZERS.find(name)
+    if not (isinstance(found, type) and issubclass(found, BaseTokenizer)):
+        raise UserError(f"got tokenizer {name!r}, expected a class that derives from BaseTokenizer")
+    return found
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -312,10 +339,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"got tokenizer {str(path)!r}, expected {known}, try {near[0] if near else 'bytes'}")
     value = special.objects(file, "a Hugging Face tokenizer.json")
     try:
-        if value.get("kind") == "bytes":
-            return Bytes()
-        if value.get("kind") == "chars":
-            return Chars(value["characters"])
+        if isinstance(kind := value.pop("kind", None), str):
+            return _kind(kind)(**value)
         return HuggingFace(file.read_text(encoding="utf-8"), file.parent if file.name == FILE else None)
     except UserError:
         raise
@@ -328,62 +353,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
     """Trains a byte-level BPE and saves it to `out` as a tokenizer.json."""
-    rust = bpe(texts, vocab_size)
+    rust = vocabulary.bpe(texts, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     rust.save(str(out))
     return load_tokenizer(out)
-
-
-def bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE of the `tokenizers` library with one special token, `<|endoftext|>`, which begins a whole text.
-
-    Source: Sennrich et al. 2016; over bytes as in GPT-2 (Radford et al. 2019).
-    """
-    _check_size(vocab_size)
-    from tokenizers import Tokenizer as Rust
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 257:
-        raise UserError(f"got vocab_size {vocab_size}, expected at least 257 (256 bytes and {END_OF_TEXT}), try 4096")
-    rust = Rust(models.BPE())
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    rust.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    rust.train_from_iterator(texts, trainer)
-    return _begun(rust)
-
-
-def words(texts: Iterable[str], vocab_size: int) -> Any:
-    """Words in lower case and signs, the most frequent ones; all others are `[UNK]`. Begins a text as `bpe` does."""
-    _check_size(vocab_size)
-    from tokenizers import Tokenizer as Rust
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
-
-    rust = Rust(models.WordLevel(unk_token="[UNK]"))
-    rust.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
-    rust.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, "[UNK]"], show_progress=False
-    )
-    rust.train_from_iterator(texts, trainer)
-    return _begun(rust)
-
-
-def _check_size(vocab_size: int) -> None:
-    """Raises UserError where the library, which reserves room for all tokens at once, would end the process."""
-    if vocab_size > _MOST:
-        raise UserError(f"got a vocabulary of {vocab_size:,} tokens, expected at most {_MOST:,}, try 32000")
-
-
-def _begun(rust: Any) -> Any:
-    """The tokenizer with a whole text beginning with the end token, where a classifier's summary stands."""
-    from tokenizers import processors
-
-    end = (END_OF_TEXT, rust.token_to_id(END_OF_TEXT))
-    rust.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[end])
-    return rust

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from jaxmodels.data.order import mix
 from jaxmodels.data.pixels import BILINEAR, Jpeg, Library, Size, as_array, as_image, mirrored, resized
-from jaxmodels.data.section import Augment
+from jaxmodels.data.section import TRANSFORMS, Augment
 from jaxmodels.errors import UserError
 
 CENTRE = 7 / 8
@@ -51,7 +51,7 @@ def needed(cfg: Augment) -> int:
 
 def check(cfg: Augment, channels: int) -> None:
     """Raises UserError where images of so many channels can't be changed so."""
-    if channels not in (1, 3) and describe(cfg):
+    if channels not in (1, 3) and len(describe(cfg)) > len(cfg.transforms):
         raise UserError(
             f"got a model of images of {channels} channels to augment, expected 1 (grey) or 3 (RGB), "
             f"try without {', '.join(describe(cfg))}"
@@ -74,7 +74,25 @@ def describe(cfg: Augment) -> list[str]:
         f"randaugment {cfg.randaugment} of {cfg.magnitude:g}": cfg.randaugment,
         f"cutout {cfg.cutout}": cfg.cutout,
     }
-    return [text for text, on in said.items() if on]
+    return [text for text, on in said.items() if on] + list(cfg.transforms)
+
+
+def apply_own(images: np.ndarray, cfg: Augment, seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Change images (B, H, W, C) by the user's own functions, each with random numbers of (seed, epoch, index).
+
+    Raises:
+        UserError: one of them gives something else than such an image.
+    """
+    for name in cfg.transforms:
+        change, changed = TRANSFORMS.find(name), []
+        for image, epoch, index in zip(images, epochs.tolist(), indices.tolist(), strict=True):
+            out = change(image.copy(), np.random.default_rng([seed, epoch, index]))
+            if not isinstance(out, np.ndarray) or out.shape != image.shape or out.dtype != np.uint8:
+                got = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else f"a {type(out).__name__}"
+                raise UserError(f"got {got} from augment.transforms {name}, expected an image uint8 {image.shape}")
+            changed.append(out)
+        images = np.stack(changed)
+    return images
 
 
 def augment(

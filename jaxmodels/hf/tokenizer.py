@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.data.tokenizer import FILE, Bytes, Chars, HuggingFace, Tokenizer
+from jaxmodels.errors import UserError
 
 
 def save(tokenizer: Tokenizer, directory: Path, translates: bool = False) -> None:
@@ -28,7 +29,8 @@ def save(tokenizer: Tokenizer, directory: Path, translates: bool = False) -> Non
         rust.decoder = decoders.Fuse()  # type: ignore
         (directory / FILE).write_text(rust.to_str(), encoding="utf-8")
     else:
-        assert isinstance(tokenizer, HuggingFace)
+        if not isinstance(tokenizer, HuggingFace):
+            raise UserError(f"got tokenizer {tokenizer}, expected one of Hugging Face's library, bytes or chars")
         whole = HuggingFace(tokenizer.to_json())
         end = None if tokenizer.end is None else Rust.from_str(tokenizer.to_json()).id_to_token(tokenizer.end)
         if translates and end is not None:

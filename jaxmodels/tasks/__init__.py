@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxmodels.data.section import DataConfig
@@ -13,9 +14,12 @@ from jaxmodels.tasks.task import TASKS, Aux, Loss, Sums, Task, TaskConfig
 __all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "build"]
 
 
-def build(task: TaskConfig, model: Any, data: DataConfig, train: Any = None) -> Task:
-    """Build the task of an experiment: this training of this model on such batches, quantized as `train` says."""
+def build(task: TaskConfig, model: Any, data: DataConfig, train: Any = None, metrics: Sequence[str] = ()) -> Task:
+    """Build the task of an experiment: this training of this model on such batches, quantized as `train` says.
+
+    `metrics` are the names of those from outside.
+    """
     made = create(model)
     if train is not None and train.quantize != "none":
         made = quantized(made, Rule(train.quantize, train.quantize_axes))
-    return task.build(made, data)
+    return task.build(made, data).measured(metrics)

@@ -87,7 +87,13 @@ class CausalLM(ScoredConfig):
                 found["bits_per_byte"] = (s.loss / np.log(2), jnp.where(seen, batch["bytes"], 0).sum())
             return found
 
+        def outputs(params: Params, stats: Params, batch: Batch) -> jax.Array:
+            rows: dict[str, Any] = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+            return forward(("model", model), params, stats, batch["tokens"], **rows)[0]
+
         ids = tokens(data, getattr(model.config, "vocab_size", None))
         fields = {"tokens": ids, "targets": ids, **packed(data), "bytes": tokens(data, optional=True)}
         losses = (Loss("loss", "model", loss),)
-        return Task({"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity)
+        return Task(
+            {"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity, outputs=outputs
+        )

@@ -136,6 +136,7 @@ class Classification(ScoredConfig):
             fields,
             needs="a label of 0 or above",
             summarise=measures.summarise,
+            outputs=lambda params, stats, batch: apply(params, stats, batch, normalised(batch["inputs"], data))[0],
         )
 
 

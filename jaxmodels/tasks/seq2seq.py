@@ -56,8 +56,16 @@ class Seq2Seq(ScoredConfig):
             targets = counted(batch, batch["targets"])
             return language_cross_entropy(features, output, targets, self.label_smoothing, self.z_loss), stats
 
+        def outputs(params: Params, stats: Params, batch: Batch) -> Any:
+            packed: dict[str, Any] = {
+                name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch
+            }
+            return forward(("model", model), params, stats, batch["inputs"], batch["tokens"], **packed)[0]
+
         ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True)
         fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
         loss, metrics = scored(score)
         losses = (Loss("loss", "model", loss),)
-        return Task({"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity)
+        return Task(
+            {"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity, outputs=outputs
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jaxmodels.data.contract import BatchField, Contract
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
+from jaxmodels.errors import UserError
 from jaxmodels.fields import Dropped, Section, Weight
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
@@ -96,6 +98,38 @@ class Task:
     same latents for the same seed."""
     autoencoder: Autoencoder | None = None
     """What an autoencoder of images sees and shows."""
+    outputs: Callable[[Params, Params, Batch], Any] | None = None
+    """`outputs(params, stats, batch)`: what the model says of a batch in evaluation mode, such as logits; what metrics
+    from outside are made of."""
+
+    def measured(self, names: Sequence[str]) -> Task:
+        """The task with metrics from outside, each under the last part of its name.
+
+        Raises:
+            UserError: the task does not give its outputs, or has such a metric already.
+        """
+        outputs, whole = self.outputs, self.metrics
+        own = {name.rpartition(":")[2]: METRICS.find(name) for name in names}
+        if not own:
+            return self
+        if outputs is None:
+            raise UserError(
+                f"got eval.metrics {' '.join(names)} for a task that does not give its model's outputs, expected none, "
+                "try --task classification"
+            )
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            found = whole(params, stats, batch)
+            if taken := sorted(set(found) & set(own)):
+                raise UserError(f"got a metric {taken[0]!r}, which the task has already, expected another name")
+            said = outputs(params, stats, batch)
+            return {**found, **{name: mean_of(metric(said, batch), batch) for name, metric in own.items()}}
+
+        def summarise(totals: Totals, classes: Sequence[str]) -> dict[str, float]:
+            theirs = {name: total for name, total in totals.items() if name not in own}
+            return {**self.summarise(theirs, classes), **divide({name: totals[name] for name in own if name in totals})}
+
+        return dataclasses.replace(self, metrics=metrics, summarise=summarise)
 
     @property
     def updates(self) -> int:
@@ -139,6 +173,9 @@ class Task:
         return {name: tree for name, tree in stats.items() if tree}
 
 
+METRICS = Registry("metric", "jaxmodels.metrics", {})
+"""Metrics from outside: pure functions `metric(outputs, batch)` that give a value for each example, (B,), or values of
+its parts and their weights, both (B, …). Examples that do not count are left out of the mean here."""
 TASKS = Registry(
     "task",
     "jaxmodels.tasks",
@@ -260,6 +297,19 @@ def normalised(x: jax.Array, data: DataConfig) -> jax.Array:
     """Images (B, H, W, C) of bytes or in [0, 1], each channel less `data.mean`, divided by `data.std`."""
     x = floats(x)
     return (x - jnp.array(data.mean, x.dtype)) / jnp.array(data.std, x.dtype) if data.mean else x
+
+
+def mean_of(values: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The sum and the count of values (B, …), or of values and their weights, over the examples that count."""
+    values, weights = values if isinstance(values, tuple) else (values, jnp.ones_like(values))
+    counts = rows(batch)
+    if values.shape[:1] != counts.shape or weights.shape != values.shape:
+        raise UserError(
+            f"got a metric of shape {values.shape} and weights {weights.shape}, expected a value for each of the "
+            f"{len(counts)} examples, try a function of outputs and batch that gives one for each"
+        )
+    weights = weights * counts.reshape(-1, *(1,) * (values.ndim - 1))
+    return (jnp.where(weights > 0, values, 0) * weights).sum(), weights.sum()
 
 
 def rows(batch: Batch) -> jax.Array:

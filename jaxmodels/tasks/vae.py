@@ -138,4 +138,5 @@ class VAE(TaskConfig):
             summarise=summarise,
             samples=samples,
             autoencoder=Autoencoder(seen, shown),
+            outputs=lambda params, stats, batch: forward(("model", model), params, stats, floats(batch["inputs"]))[0],
         )

@@ -108,7 +108,7 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
     devices = jax.devices() if devices is None else devices
     sizes = meshes.sizes(cfg.mesh, len(devices))
     check_options(cfg)
-    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
+    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
     check_batch_size(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
     if cfg.eval.batch_size:
         check_batch_size(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")

@@ -204,7 +204,7 @@ def _without_task(directory: Path, cfg: Config) -> bool:
 
 
 def _task(cfg: Config) -> Task:
-    return tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
+    return tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Count, Dim, Dropped, Natural, Range, Section, Seed
+from jaxmodels.fields import Count, Dim, Dropped, Named, Natural, Range, Section, Seed
+from jaxmodels.tasks.task import METRICS
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Eval(Section, section="eval"):
     """What 'better' is judged by, for early stopping and for the best checkpoint."""
     mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `metric` is better."""
+    metrics: tuple[Annotated[str, Named(METRICS)], ...] = ()
+    """Metrics of your own beside the task's, package.module:name: functions of the model's outputs and a batch that
+    give a value for each example."""
 
 
 @dataclass(frozen=True)
