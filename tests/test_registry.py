@@ -169,6 +169,8 @@ def test_another_kind_keeps_what_was_set_and_both_have():
     assert (type(model).__name__, model.layers, model.width) == ("LlamaConfig", 3, 64)
     cfg = Config(model=MLPConfig(), optim=before, train=Train(steps=3))
     assert configs.replaced(cfg, "optim.schedule", "wsd").optim.schedule.decay_fraction == 0.2
+    with pytest.raises(UserError, match="got a value for weight_decay, which Adam does not have"):
+        configs.replaced(configs.replaced(cfg, "optim", "adam"), "optim.weight_decay", 0.1)
 
 
 def test_a_class_that_no_other_process_can_import_is_refused(tmp_path):

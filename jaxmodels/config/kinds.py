@@ -57,8 +57,14 @@ def of_kind(section: Any, name: str) -> Any:
 
 
 def replaced(owner: Any, field: str, value: Any) -> Any:
-    """A config with one field, by its dotted name, of another value; for a section, of another kind by its name."""
+    """A config with one field, by its dotted name, of another value; for a section, of another kind by its name.
+
+    Raises:
+        UserError: the section's kind has no such field.
+    """
     name, _, rest = field.partition(".")
+    if name not in {each.name for each in dataclasses.fields(owner)}:
+        raise UserError(f"got a value for {name}, which {type(owner).__name__} does not have, expected a field of it")
     inner = getattr(owner, name)
     if rest:
         value = replaced(inner, rest, value)

@@ -161,6 +161,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
 
     def objective(trial: Any) -> float:
         drawn = [(choice.field, choice.draw(trial)) for choice in choices]
+        drawn.sort(key=lambda pair: pair[0].count("."))  # a section's kind before its fields
 
         def watch(step: int, metrics: dict[str, float]) -> bool:
             value = metrics.get(cfg.eval.metric)

@@ -165,7 +165,7 @@ def train(name, mesh_cfg, devices, steps=3):
     take = step.build(task, optimizers, mesh, layout, abstract)
     seen = []
     for seed in range(steps):
-        now, metrics = take(now, jax.tree.map(place, batch(seed=seed)))
+        now, metrics = take(now, place(batch(seed=seed)))
         seen.append({key: float(value) for key, value in metrics.items()})
     return seen, first, jax.tree.map(np.asarray, (now.params, now.stats))
 

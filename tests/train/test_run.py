@@ -38,7 +38,7 @@ def get_config():
     return Config(
         model=GPT2Config(vocab_size=256, context=32, layers=1, heads=2, width=16, dropout=0.1),
         data=Text(path=(str(Path(__file__).parent / "corpus.txt"),), seq_len=32, batch_size=8),
-        optim=OptimConfig(peak_lr=3e-3, schedule="constant"),
+        optim=AdamW(peak_lr=3e-3, schedule=Constant()),
         train=Train(steps={STEPS}, ema=0.9),
         eval=Eval(every=10, batches=2),
         checkpoint=Checkpoint(every=5, keep=3),
