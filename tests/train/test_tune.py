@@ -218,8 +218,8 @@ def test_a_directory_s_name_may_have_any_character(played, tmp_path):
 
 def test_the_command_for_the_best_one_has_all_that_the_search_was_given(file):
     argv = [str(file), "--space", "optim.peak_lr=1e-7,1e-1", "data.pack=True,False", "--data", "text", "--data.path",
-            "a b.txt", "c'd.txt", "--trials", "3", "--optim.peak-lr", "0.5", "--out=x", "--eval.metric", "eval/accuracy",
-            "--eval.mode=max", "--workers", "2", "--data.pack", "True"]  # fmt: skip
+            "a b.txt", "c'd.txt", "--trials", "3", "--optim.peak-lr", "0.5", "--out=x", "--eval.metric",
+            "eval/accuracy", "--eval.mode=max", "--workers", "2", "--data.pack", "True"]  # fmt: skip
     chosen = {"optim.peak_lr": 1e-7, "data.pack": False, "optim.clip_norm": None, "optim": "muon"}
     words = shlex.split(tune.again(str(file), argv, chosen))
     assert words[:3] == ["jaxmodels", "train", str(file)] and "--space" not in words
