@@ -234,7 +234,9 @@ def test_captions_are_of_the_image_s_class_and_another_one_each_epoch():
 
 
 def test_captions_that_are_too_long_are_refused():
-    with pytest.raises(UserError, match="got captions of up to 4 tokens, expected at most data.seq_len 3, try --data"):
+    with pytest.raises(
+        UserError, match="got captions of up to 4 tokens, expected at most data.seq_len 3, try shorter ones"
+    ):
         captioned(3)
 
 

@@ -336,7 +336,10 @@ def test_the_peak_is_the_compiler_s(compiled, on, monkeypatch):
     monkeypatch.setattr(subprocess, "run", child)
     made = compiled(on, Config(MLPConfig(hidden=(64,)), **IMAGES))
     peak, total = map(int, re.search(r"peak (\d+) (\d+)", said[0].stdout).groups())
-    assert made.peak == (peak if on.startswith("v5e") else max(peak, total))
+    if on.startswith("v5e"):
+        assert made.peak == peak
+    else:  # and the step's metrics, some numbers
+        assert 0 <= made.peak - max(peak, total) < 1024
     assert made.fits and made.shortage == ""
 
 

@@ -33,7 +33,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.train import evaluate, state, step
+from jaxmodels.train import evaluate, job, state, step
 from jaxmodels.train import run as runs
 from tests.sections import task_of
 
@@ -184,7 +184,7 @@ def test_ids_to_keep_are_some_of_the_vocabulary_s(keep, message):
 
 def test_a_run_on_labels_that_are_all_ignored_ends_with_one_line_and_without_a_best_checkpoint(tmp_path, monkeypatch):
     arrays = {"inputs": np.zeros((40, *IMAGE), np.float32), "labels": np.full(40, -1, np.int32)}
-    monkeypatch.setattr(runs.data, "open_for", lambda cfg, split, *_: Rows(arrays, split=split, label="unlabelled"))
+    monkeypatch.setattr(job.data, "open_for", lambda cfg, split, *_: Rows(arrays, split=split, label="unlabelled"))
     cfg = Config(
         CASES["classification"],
         task=Classification(),
@@ -198,4 +198,4 @@ def test_a_run_on_labels_that_are_all_ignored_ends_with_one_line_and_without_a_b
         runs.train(cfg, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     with pytest.raises(UserError, match="got nothing to train on in 2 batches .*, expected a label of 0 or above"):
-        runs.train(replace(cfg, eval=Eval()), tmp_path / "other")
+        runs.train(replace(cfg, eval=Eval(), checkpoint=Checkpoint()), tmp_path / "other")
