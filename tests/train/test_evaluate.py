@@ -187,7 +187,7 @@ def test_a_run_opened_again_measures_what_it_measured(run_of):
     ],
 )
 def test_a_metric_to_judge_by_that_there_is_not_is_refused_before_anything_is_done(tmp_path, fields, message):
-    cfg = replace(BASE, eval=Eval(**fields))
+    cfg = replace(BASE, eval=Eval(every=1, **fields))
     with pytest.raises(UserError, match=message):
         runs.train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
