@@ -30,7 +30,7 @@ TASK = Seq2Seq(label_smoothing=0.1, z_loss=1e-3)
 
 
 def batch(vocab_size=V, seed=0):
-    source = open_source(DATA, "train", Seq2Seq(), vocab_size=vocab_size)
+    source = drawn(Seq2Seq(), dataclasses.replace(POST, vocab_size=vocab_size), seq_len=T, batch_size=B)
     rows = source.batch(np.arange(B) + seed * B, np.zeros(B, np.int64))
     lengths = np.random.default_rng(seed).integers(2, T + 1, (B, 1))  # devices hold different numbers of targets
     rows["targets"] = np.where(np.arange(T) < lengths, rows["targets"], -1)
