@@ -20,3 +20,8 @@ def drawn(task, model, split="train", **fields):
     data = Synthetic(**fields)
     contract = tasks.build(task, model, data).fields
     return open_source(data, split, task, inputs_shape=getattr(model, "input_shape", None), fields=contract)
+
+
+def inverted(image, rng):
+    """The negative of an image: a transform from outside of the package."""
+    return 255 - image

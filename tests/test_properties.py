@@ -19,7 +19,7 @@ from jaxmodels.data import Order, loader, texts
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Range
+from jaxmodels.fields import Named, Range
 from jaxmodels.models.gpt2 import GPT2Config
 
 SAME = settings(
@@ -130,6 +130,8 @@ def test_tokenizers_give_every_text_back(bpe, text):
 def values(kind: Any) -> st.SearchStrategy:
     """Values that a field of this type may hold."""
     origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated and (named := [note for note in args[1:] if isinstance(note, Named)]):
+        return st.sampled_from([*named[0].also, *named[0].registry.builtin] or ["tests.sections:inverted"])
     if origin is Annotated:
         (allowed,) = [note for note in args[1:] if isinstance(note, Range)]
         return values(args[0]).filter(lambda value: not allowed.refusal(value)[0])

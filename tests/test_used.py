@@ -45,6 +45,9 @@ SET = {"mean": {"mean": (0.5,), "std": (0.5,)}, "std": {"mean": (0.5,), "std": (
 RECORDS, NO_RECORDS = ("tfds", "images", "table", "huggingface"), ("stdlib", "text", "tokens")
 
 
+OWN = {"transforms": ("tests.sections:inverted",)}
+
+
 def other(value):
     """Another value of the same type as a field's usual one."""
     if isinstance(value, bool):
@@ -111,7 +114,7 @@ def test_a_field_that_a_task_does_not_use_is_refused(unread, source, task):
             else:
                 assert re.match(rf"got data.\w+ .* does not use, .* try without --data.{name[:3]}|got data.mean", found)
         for field in dataclasses.fields(Augment):
-            value = {"crop": 0.5, "randaugment": 1}.get(field.name, other(field.default))
+            value = {"crop": 0.5, "randaugment": 1, **OWN}.get(field.name, other(field.default))
             also = {"randaugment": 1} if field.name == "magnitude" else {}
             found = refused(source, task, shaped, Augment(**{field.name: value, **also}))
             if "image" in kinds(task, shaped) and source in RECORDS:
@@ -229,7 +232,7 @@ def test_a_field_that_is_used_changes_what_is_built(files, task, base, change):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Augment)])
 def test_a_change_of_images_changes_them(files, name):
     usual = {"randaugment": 2} if name == "magnitude" else {}
-    values = {"crop": 0.3, "flip": True, "colour": 0.5, "rotate": 30.0, "magnitude": 3.0}
+    values = {"crop": 0.3, "flip": True, "colour": 0.5, "rotate": 30.0, "magnitude": 3.0, **OWN}
     before = built(files, "classification", PICTURES, **usual)
     assert built(files, "classification", PICTURES, **usual, **{name: values.get(name, 2)}) != before
 

@@ -13,7 +13,7 @@ from launch.progress import Progress
 from launch.watch import Rank, judge
 
 MAIN = "0x00007f0000000001"
-PYTHON = '/home/me/own.py", line 7 in read'
+PYTHON = '/srv/own.py", line 7 in read'
 DEVICE = '/x/site-packages/jax/_src/array.py", line 9 in block_until_ready'
 BARRIER = '/x/jaxmodels/parallel/distributed.py", line 9 in barrier'
 
@@ -77,7 +77,7 @@ def test_a_stall_is_warned_of_once_and_names_each_rank_and_place(ranks: Any, tmp
     every, watched = ranks((20, PYTHON), (20, DEVICE), (20, PYTHON)), Progress(tmp_path, patience=0.0)
     assert watched.stall_warning(every) == ""  # it has just seen them for the first time
     said = watched.stall_warning(every)
-    assert "rank 0 is stuck at /home/me/own.py:7 in read" in said and "rank 2 is stuck at" in said
+    assert "rank 0 is stuck at /srv/own.py:7 in read" in said and "rank 2 is stuck at" in said
     assert said.endswith("and the others wait for them")
     assert watched.stall_warning(every) == ""
     (tmp_path / "0.count").write_text("21")
@@ -89,5 +89,5 @@ def test_all_of_several_stuck_ranks_are_in_the_last_message(ranks: Any, tmp_path
     Progress(tmp_path).find_stuck(every)
     code, said = judge(every, [[], [], []], "still running 6 s after it was told to stop", began=0.0)
     assert code == 1 and said.startswith("rank 0 failed first")
-    assert "told to stop, stuck at /home/me/own.py:7 in read" in said
-    assert "; rank 2 too: stuck at /home/me/own.py:7 in read" in said
+    assert "told to stop, stuck at /srv/own.py:7 in read" in said
+    assert "; rank 2 too: stuck at /srv/own.py:7 in read" in said
