@@ -4,6 +4,7 @@ By hand for longer: JAXMODELS_FUZZ=5000 pytest tests/test_fuzz.py.
 """
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -56,10 +57,14 @@ def test_options_are_taken_or_refused_in_one_line(root, argv):
 @settings(LONG, max_examples=5 * LONG.max_examples)
 @given(name=st.sampled_from(FIELDS), value=VALUES)
 def test_values_in_a_saved_config_are_taken_or_refused_in_one_line(name, value):
-    section, field = name.split(".", 1)
-    whole = configs.to_json(CONFIG)
+    whole = json.loads(json.dumps(configs.to_json(CONFIG)))
+    *path, last = name.split(".")
+    owner = functools.reduce(dict.__getitem__, path, whole)
+    if isinstance(owner[last], dict):  # a section of several kinds
+        owner, last = owner[last], "class"
+    owner[last] = value
     try:
-        cfg = configs.from_json({**whole, section: {**whole[section], field: value}})
+        cfg = configs.from_json(whole)
     except UserError as error:
         one_line(error)
     else:

@@ -10,6 +10,7 @@ import pytest
 import jaxmodels
 from jaxmodels import tasks
 from jaxmodels.config import AdamW, Constant, Mesh, Stdlib
+from jaxmodels.data.contract import BatchField
 from jaxmodels.models import layers
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
@@ -142,9 +143,9 @@ def restoring(model):
         logits, stats = forward(("model", model), params, stats, batch["tokens"], **kwargs)
         return cross_entropy(logits, batch["targets"]), stats
 
-    rows = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    rows = BatchField((T,), axes=("seq",))
     loss, metrics = scored(score)
-    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, lambda _: {"tokens": rows, "targets": rows})
+    return Task({"model": model}, (Loss("loss", "model", loss),), metrics, {"tokens": rows, "targets": rows})
 
 
 def train_ours(reference, model, params, lr, decay):

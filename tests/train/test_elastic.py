@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import config
-from jaxmodels.config import Mesh
+from jaxmodels.config import Constant, Mesh
 from jaxmodels.train import run
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import assemble
@@ -28,7 +28,7 @@ def experiment(root, mesh, strategy, steps):
         model=dataclasses.replace(cfg.model, layers=2, width=32, heads=8, attention="xla"),
         data=dataclasses.replace(cfg.data, seq_len=16, batch_size=16),
         # a schedule of its own length would change with the number of steps
-        optim=dataclasses.replace(cfg.optim, schedule="constant", warmup_steps=2),
+        optim=dataclasses.replace(cfg.optim, schedule=Constant(), warmup_steps=2),
         train=dataclasses.replace(cfg.train, steps=steps, strategy=strategy),
         eval=dataclasses.replace(cfg.eval, every=100, batches=1),
         metrics=dataclasses.replace(cfg.metrics, every=1, progress="none", loggers=()),
