@@ -6,9 +6,8 @@ By hand for longer: JAXMODELS_FUZZ=5000 pytest tests/test_fuzz.py.
 import dataclasses
 import functools
 import json
-import os
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmodels import config as configs
@@ -18,14 +17,9 @@ from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
+from tests.fuzzing import drawn
 
-LONG = settings(
-    max_examples=int(os.environ.get("JAXMODELS_FUZZ", "60")),
-    derandomize="JAXMODELS_FUZZ" not in os.environ,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+LONG = drawn(60)
 CONFIG = Config(model=GPT2Config(layers=1, width=8, heads=2))
 FIELDS = sorted(configs.flatten(CONFIG))
 WORDS = st.sampled_from(

@@ -129,18 +129,8 @@ class Adam(OptimConfig):
 
 
 @dataclass(frozen=True)
-class AdamW(DecayedConfig):
+class AdamW(DecayedConfig, Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-
-    b1: Dropped = 0.9
-    """First-moment decay."""
-    b2: Dropped = 0.95
-    """Second-moment decay."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-
-    def rule(self, axes: Any) -> optax.GradientTransformation:
-        return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
 
 @dataclass(frozen=True)
