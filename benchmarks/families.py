@@ -92,7 +92,7 @@ def measure(sides: list[Contestant], kind: str, options: Options) -> dict[str, A
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     peaks: dict[str, float] = {}
     for number in range(options.rounds):
-        # every other round backwards, so that nobody always follows the same neighbour
+        # every other round backwards, so that nobody always follows the same neighbor
         for side in sides if number % 2 == 0 else sides[::-1]:
             turn = side.ask(f"{kind} {counts[side.name]}")
             times[side.name].append(turn["seconds"] / counts[side.name])
@@ -111,12 +111,12 @@ def plot(figure: Any, rows: Any) -> None:
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("forward", "train"), strict=True):
         chosen = [row for row in rows if row["kind"] == kind]
         names = [row["family"] for row in chosen]
-        for offset, key, label, colour in (
+        for offset, key, label, color in (
             (-0.2, "ratio", "as installed", "C0"),
             (0.2, "ratio_avx512", "AVX-512", "C1"),
         ):
             values = [row.get(key) or 0 for row in chosen]
-            axes.barh([i + offset for i in range(len(names))], values, 0.38, label=label, color=colour)
+            axes.barh([i + offset for i in range(len(names))], values, 0.38, label=label, color=color)
         axes.axvline(1, color="0.3", linewidth=1)
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel(f"{kind}: PyTorch's time ÷ jaxmodels', above 1 is faster")

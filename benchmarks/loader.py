@@ -117,7 +117,7 @@ def compare(options: Options, kind: str, path: Path) -> list[dict[str, Any]]:
     for contestant in everyone:
         contestant.ask("1")  # warm
     for number in range(options.rounds):
-        # every other round backwards, so that nobody always follows the same neighbour
+        # every other round backwards, so that nobody always follows the same neighbor
         for contestant in everyone if number % 2 == 0 else everyone[::-1]:
             contestant.ask("1")
     for contestant in everyone:
@@ -153,8 +153,8 @@ def make_images(folder: Path, count: int) -> float:
         pen = ImageDraw.Draw(image)
         for _ in range(4):
             x, y = int(rng.integers(0, 400)), int(rng.integers(0, 300))
-            colour = "#" + rng.bytes(3).hex()
-            pen.ellipse((x, y, x + 90, y + 60), fill=colour)
+            color = "#" + rng.bytes(3).hex()
+            pen.ellipse((x, y, x + 90, y + 60), fill=color)
         file = place / f"{k}.jpg"
         image.save(file, quality=88)
         total += file.stat().st_size

@@ -110,12 +110,12 @@ def run(options: Options) -> None:
         for contestant in everyone:
             contestant.ask("1")  # warm
         for number in range(options.rounds):
-            # every other round backwards, so that nobody always follows the same neighbour
+            # every other round backwards, so that nobody always follows the same neighbor
             for contestant in everyone if number % 2 == 0 else everyone[::-1]:
                 contestant.ask(str(options.steps))
         for contestant in everyone:
             contestant.end()
-    rows = summarise(everyone, cfg.data.batch_size * cfg.data.seq_len, options.steps)
+    rows = summarize(everyone, cfg.data.batch_size * cfg.data.seq_len, options.steps)
     stem = options.name or f"step_{Path(options.config).stem}"
     title = f"Training step of {Path(options.config).stem}" + (f" with {options.override}" if options.override else "")
     path = record.write(
@@ -140,7 +140,7 @@ def run(options: Options) -> None:
     print(path.read_text())
 
 
-def summarise(everyone: list[Contestant], tokens: int, steps: int) -> list[dict[str, Any]]:
+def summarize(everyone: list[Contestant], tokens: int, steps: int) -> list[dict[str, Any]]:
     """Return one row per contestant."""
     engine = everyone[0]
     rows = []

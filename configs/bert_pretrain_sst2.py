@@ -1,4 +1,4 @@
-"""A small BERT that learns to restore masked words of SST-2's sentences, unlabelled, and of Multi30k's English.
+"""A small BERT that learns to restore masked words of SST-2's sentences, unlabeled, and of Multi30k's English.
 
     jaxmodels train configs/bert_pretrain_sst2.py --data.dir DIR     # a TFDS data directory
 

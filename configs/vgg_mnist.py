@@ -1,4 +1,4 @@
-"""A small VGG with batch normalisation on MNIST.
+"""A small VGG with batch normalization on MNIST.
 
     jaxmodels train configs/vgg_mnist.py
     jaxmodels train configs/vgg_mnist.py --data.dir DIR     # a TFDS data directory

@@ -179,13 +179,13 @@ def test_a_class_that_no_other_process_can_import_is_refused(tmp_path):
     file.write_text(OWN + body + "def get_config():\n    return Config(model=MLPConfig(), optim=Signs())\n")
     with pytest.raises(UserError, match=r"got optimizer Signs of experiment, which other processes cannot import"):
         configs.load(file)
-    (tmp_path / "neighbour.py").write_text(OWN)
+    (tmp_path / "neighbor.py").write_text(OWN)
     file.write_text(
-        "from neighbour import Signs\n" + body + "def get_config():\n    return Config(MLPConfig(), optim=Signs())\n"
+        "from neighbor import Signs\n" + body + "def get_config():\n    return Config(MLPConfig(), optim=Signs())\n"
     )
-    with pytest.raises(UserError, match=r"got optimizer Signs of neighbour, which other processes cannot import"):
+    with pytest.raises(UserError, match=r"got optimizer Signs of neighbor, which other processes cannot import"):
         configs.load(file)
-    del sys.modules["neighbour"]
+    del sys.modules["neighbor"]
 
 
 def test_a_name_is_given_once():
@@ -339,7 +339,7 @@ def test_a_metric_from_outside_is_a_mean_over_the_examples_that_count(pieces):
     total, count = found["margin"]
     assert float(count) == 2 and float(total) == pytest.approx(float((logits[:2, -1] - logits[:2, -2]).sum()), rel=1e-5)
     totals = {name: (jax.device_get(a), float(b)) for name, (a, b) in found.items()}
-    summary, theirs = task.summarise(totals, ("a", "b", "c")), plain.summarise(totals, ("a", "b", "c"))
+    summary, theirs = task.summarize(totals, ("a", "b", "c")), plain.summarize(totals, ("a", "b", "c"))
     assert summary["margin"] == pytest.approx(float(total) / 2)
     assert {name: value for name, value in summary.items() if name != "margin"} == {
         name: value for name, value in theirs.items() if name != "margin"

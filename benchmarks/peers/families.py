@@ -115,16 +115,16 @@ class GAN(nn.Module):
 
     def __init__(self, c: Any) -> None:
         super().__init__()
-        height, width, colours = c.input_shape
+        height, width, colors = c.input_shape
         times = 2 ** len(c.channels)
         self.first = (c.channels[-1], height // times, width // times)
         self.project = nn.Linear(c.latents, math.prod(self.first), bias=False)
         up: list[nn.Module] = []
         down: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(c.channels[::-1], (*c.channels[-2::-1], colours), strict=True)):
+        for i, (a, b) in enumerate(zip(c.channels[::-1], (*c.channels[-2::-1], colors), strict=True)):
             last = i == len(c.channels) - 1
             up += [nn.BatchNorm2d(a), nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1, bias=last)]
-        for i, (a, b) in enumerate(zip((colours, *c.channels), c.channels, strict=False)):
+        for i, (a, b) in enumerate(zip((colors, *c.channels), c.channels, strict=False)):
             down.append(nn.Conv2d(a, b, 4, 2, 1, bias=i == 0))
             down += [nn.BatchNorm2d(b)] if i else []
             down.append(nn.LeakyReLU(0.2))

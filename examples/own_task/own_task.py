@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmodels.data import BatchField, examples
 from jaxmodels.fields import Weight
-from jaxmodels.tasks.task import Aux, Loss, Task, TaskConfig, forward, normalised, rows
+from jaxmodels.tasks.task import Aux, Loss, Task, TaskConfig, forward, normalized, rows
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Regression(TaskConfig):
     reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
     def examples(self, opening):
-        return examples.labelled(opening, ("image",))
+        return examples.labeled(opening, ("image",))
 
     def build(self, model, data):
         def sums(params, stats, batch, **how):
-            inputs = normalised(batch["inputs"], data)
+            inputs = normalized(batch["inputs"], data)
             outputs, stats = forward(("model", model), params, stats, inputs, **how)
             error = jnp.abs(outputs[:, 0] - batch["labels"])
             counts = rows(batch)  # 0 for rows that fill up a batch

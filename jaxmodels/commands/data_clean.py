@@ -1,4 +1,4 @@
-"""`jaxmodels data clean FILE... --out FILE`: texts normalised, filtered, without duplicates."""
+"""`jaxmodels data clean FILE... --out FILE`: texts normalized, filtered, without duplicates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def clean(
     lines: bool = False,
     rules: Annotated[Rules, tyro.conf.arg(name="")] = DEFAULT,
 ) -> None:
-    """Normalise and filter texts, leave out duplicates, and say what went out and why.
+    """Normalize and filter texts, leave out duplicates, and say what went out and why.
 
     Args:
         paths: files or globs: CSV, JSON lines or Parquet; any other file is a text.

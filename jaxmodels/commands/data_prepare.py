@@ -1,4 +1,4 @@
-"""`jaxmodels data prepare CONFIG.py`: texts tokenised once, into files."""
+"""`jaxmodels data prepare CONFIG.py`: texts tokenized once, into files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class PrepareOptions(Section):
 
 
 def prepare(given: Configured, options: PrepareOptions) -> None:
-    """Tokenise the texts of a config's data once."""
+    """Tokenize the texts of a config's data once."""
     write(given.config.data, options.out)
 
 
 def write(data: DataConfig, out: Path) -> None:
-    """Tokenise the texts of a source once, into train.bin and val.bin for `--data tokens`."""
+    """Tokenize the texts of a source once, into train.bin and val.bin for `--data tokens`."""
     from jaxmodels.data import corpus, tokens
     from jaxmodels.data.source import Split
 

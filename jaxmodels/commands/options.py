@@ -153,7 +153,7 @@ def _help(prog: str, option: str) -> str:
 
 def _one_line(message: str, prog: str) -> str:
     """tyro's boxed error as one line: got, expected, try."""
-    # colours, and the box in either of the ways that tyro draws it
+    # colors, and the box in either of the ways that tyro draws it
     lines = [re.sub(r"\x1b\[[0-9;]*m|-{5,}", "", line).strip("│╭╮╰╯─| ") for line in message.splitlines()]
     lines = [
         line

@@ -25,7 +25,7 @@ class PlanOptions(Section):
     on: str = ""
     """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:4x4x4,8x8x8."""
     search: bool = False
-    """Try meshes, microbatches, rematerialisation and attention kernels: the fastest, and the least memory."""
+    """Try meshes, microbatches, rematerialization and attention kernels: the fastest, and the least memory."""
     scaling: bool = False
     """How the step scales over the sizes of --on, and along which axis of the mesh."""
     candidates: Count = 40

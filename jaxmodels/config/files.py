@@ -36,7 +36,7 @@ def load(path: str | Path) -> Config:
     if spec is None or spec.loader is None:
         raise UserError(f"got config {str(path)!r}, expected a Python file with get_config()")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # so that a config can build on its neighbour
+    sys.path.insert(0, str(path.resolve().parent))  # so that a config can build on its neighbor
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):

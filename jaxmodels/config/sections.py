@@ -35,7 +35,7 @@ class Config(Section):
     augment: Augment = Augment()
     """How images of the training set are changed at random."""
     optim: OptimConfig = AdamW()
-    """How the loss is minimised."""
+    """How the loss is minimized."""
     train: Train = Train()
     """Length, precision and strategy of training."""
     eval: Eval = Eval()

@@ -1,4 +1,4 @@
-"""Texts made fit to train on: normalised, filtered, without duplicates; and a report of what went out and why."""
+"""Texts made fit to train on: normalized, filtered, without duplicates; and a report of what went out and why."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rules(Section):
     """What a text must be to be kept, and how it is written then."""
 
     form: Literal["NFC", "NFKC", "none"] = "NFC"
-    """Unicode normalisation; NFKC also replaces ligatures, full-width letters and the like."""
+    """Unicode normalization; NFKC also replaces ligatures, full-width letters and the like."""
     collapse: bool = True
     """Whether runs of spaces become one; else only the ends of lines are trimmed (for code)."""
     min_characters: Natural = 1
@@ -69,8 +69,8 @@ class Rules(Section):
                 near = nearest(name.lower(), [s.lower() for s in _scripts()]) or ", try --script latin"
                 raise UserError(f"got --script {name!r}, expected a script of Unicode such as latin or cyrillic{near}")
 
-    def normalise(self, text: str) -> str:
-        """The text in one form, without characters that no one sees; what is normalised stays as it is."""
+    def normalize(self, text: str) -> str:
+        """The text in one form, without characters that no one sees; what is normalized stays as it is."""
         text = _LINE_ENDS.sub("\n", text)
         if not text.isascii() or not text.replace("\n", "").isprintable():
             text = "".join(c for c in text if c in "\n\t" or not _unseen(c))
@@ -80,7 +80,7 @@ class Rules(Section):
         return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n" if not self.collapse else None)
 
     def refuse(self, text: str) -> tuple[str, str] | None:
-        """Why a normalised text goes out, in general and in particular; None: it does not."""
+        """Why a normalized text goes out, in general and in particular; None: it does not."""
         words = len(text.split())
         if not words:
             return "empty", ""
@@ -283,7 +283,7 @@ class Report:
         lines = [
             f"read     {self.read:>10,}",
             f"kept     {self.kept:>10,}  {self.kept / max(self.read, 1):7.2%}, {share:.2%} of all characters",
-            f"changed  {self.changed:>10,}  of the kept ones, by normalisation",
+            f"changed  {self.changed:>10,}  of the kept ones, by normalization",
             f"left out {self.read - self.kept:>10,}",
         ]
         for reason, count in self.removed.most_common():
@@ -340,7 +340,7 @@ def _sift(
         if text.broken:
             report.remove(text, "unreadable", text.broken)
             continue
-        normal = rules.normalise(text.text)
+        normal = rules.normalize(text.text)
         if refused := rules.refuse(normal):
             report.remove(text, *refused)
         else:

@@ -163,7 +163,7 @@ def open_pairs(data: Any, split: Split) -> tuple[list[str], list[str]]:
 def captioned(opening: Opening) -> Source:
     """Make pairs of an image and a caption of its class."""
     cfg: Any = opening.data
-    images = labelled(
+    images = labeled(
         dataclasses.replace(opening, num_classes=None), ("image", "array"), more=("captions", "class_names", *_TEXT)
     )
     if not cfg.captions:
@@ -180,7 +180,7 @@ def captioned(opening: Opening) -> Source:
     return texts.Captioned(images, captions, tokenizer, cfg.seq_len)
 
 
-def labelled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, more: Sequence[str] = ()) -> Source:
+def labeled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, more: Sequence[str] = ()) -> Source:
     """Make examples of images, arrays or texts with their labels, in training as balanced as asked for.
 
     `kinds` are those that the model reads, likeliest first. With `optional` a set may be without labels. `more` are
@@ -217,7 +217,7 @@ def labelled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False,
 
 
 def _used(opening: Opening, kinds: Sequence[Kind], more: Sequence[str]) -> list[str]:
-    """The shared fields that labelled examples of these kinds depend on."""
+    """The shared fields that labeled examples of these kinds depend on."""
     used = [*_LABELLED, *more]
     for kind in kinds:
         used += _TEXT if kind == "text" else [*opening.reads, *(_IMAGE if kind == "image" else ())]

@@ -238,6 +238,6 @@ def model_shape(records: Records, field: str, shape: tuple[int, ...] | None) -> 
         sizes = "x".join("?" if n is None else str(n) for n in stored)
         raise UserError(
             f"got images of {sizes or 'any size'} in {records.label} for a model of {known}, "
-            "expected 1 (grey) or 3 (RGB) channels where their size has to change, try a model of their own shape"
+            "expected 1 (gray) or 3 (RGB) channels where their size has to change, try a model of their own shape"
         )
     return known[0], known[1], known[2]

@@ -82,7 +82,7 @@ def _feistel(x: np.ndarray, a: int, b: int, key: np.ndarray) -> np.ndarray:
 def mix(x: np.ndarray) -> np.ndarray:
     """A bijection of uint64 arrays that spreads every bit over all.
 
-    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+    Source: the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
     """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -22,7 +22,7 @@ Library = Literal["pillow", "opencv"]
 BILINEAR = Image.Resampling.BILINEAR
 
 _FRAMES = (0xC0, 0xC1, 0xC2)
-_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # and JFIF's own, and comments; not EXIF, several pictures, other colours
+_TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # and JFIF's own, and comments; not EXIF, several pictures, other colors
 
 
 class Unreadable(Exception):
@@ -41,7 +41,7 @@ def check(library: Library) -> None:
 
 
 class Jpeg(NamedTuple):
-    """A JPEG, grey or of three colours and stored upright, that Pillow need not open."""
+    """A JPEG, gray or of three colors and stored upright, that Pillow need not open."""
 
     data: bytes
     size: tuple[int, int]
@@ -69,7 +69,7 @@ def decode(value: bytes | np.ndarray, library: Library = "pillow") -> Image.Imag
 
 
 def _plain(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG of one or three colours in whose header nothing says how to show it.
+    """Width and height of a JPEG of one or three colors in whose header nothing says how to show it.
 
     Source: ITU-T T.81, annex B.
     """
@@ -151,7 +151,7 @@ def _read(image: Image.Image | Jpeg, mode: str, least: Size) -> np.ndarray:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """An image as L or RGB, of 8 bits: of 16 the upper ones, as Pillow itself reads colours of 16 bits.
+    """An image as L or RGB, of 8 bits: of 16 the upper ones, as Pillow itself reads colors of 16 bits.
 
     What covers what lies behind an image (alpha) is left out, not blended with a background that no one has named.
     Raises: Unreadable where nothing says which number is white.
@@ -200,6 +200,6 @@ def as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
 
 
 def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Of a grey or RGB image, uint8 (H, W, C)."""
+    """Of a gray or RGB image, uint8 (H, W, C)."""
     out = np.asarray(image)
     return out[..., None] if out.ndim == 2 else out

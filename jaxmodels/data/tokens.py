@@ -194,7 +194,7 @@ def _tokenizer(file: Path, facts: dict[str, Any], cfg: Tokens) -> Tokenizer | No
                 "expected that one, try without --data.tokenizer"
             )
         return tokenizer
-    # The field's default says nothing about a file that was tokenised elsewhere.
+    # The field's default says nothing about a file that was tokenized elsewhere.
     return load_tokenizer(Path(cfg.tokenizer).expanduser()) if cfg.tokenizer not in ("bytes", "chars") else None
 
 

@@ -15,7 +15,7 @@ from jaxmodels.data.pixels import BILINEAR, Jpeg, Library, Size, as_array, as_im
 from jaxmodels.data.section import TRANSFORMS, Augment
 from jaxmodels.errors import UserError
 
-CENTRE = 7 / 8
+CENTER = 7 / 8
 """Share of the sides that evaluation sees where training crops."""
 
 _AREA, _RATIO, _LEFT, _TOP, _FLIP, _DX, _DY, _TURN, _TINT, _HOLE_X, _HOLE_Y, _DRAWN = (
@@ -53,7 +53,7 @@ def check(cfg: Augment, channels: int) -> None:
     """Raises UserError where images of so many channels can't be changed so."""
     if channels not in (1, 3) and len(describe(cfg)) > len(cfg.transforms):
         raise UserError(
-            f"got a model of images of {channels} channels to augment, expected 1 (grey) or 3 (RGB), "
+            f"got a model of images of {channels} channels to augment, expected 1 (gray) or 3 (RGB), "
             f"try without {', '.join(describe(cfg))}"
         )
 
@@ -155,7 +155,7 @@ def center(
     box = None
     if cfg.crop is not None:
         full = image.size
-        scale = CENTRE * min(full[0] / width, full[1] / height)
+        scale = CENTER * min(full[0] / width, full[1] / height)
         w, h = width * scale, height * scale
         left, top = (full[0] - w) / 2, (full[1] - h) / 2
         box = (left, top, left + w, top + h)
@@ -245,12 +245,12 @@ class Operation:
 
     name: str
     apply: Callable[[Image.Image, float], Image.Image]
-    colour: bool = False
-    """Whether it does nothing to a grey image."""
+    color: bool = False
+    """Whether it does nothing to a gray image."""
 
 
-def _enhance(name: str, kind: Callable[[Image.Image], Any], colour: bool = False) -> Operation:
-    return Operation(name, lambda image, s: kind(image).enhance(1 + 0.9 * s), colour)
+def _enhance(name: str, kind: Callable[[Image.Image], Any], color: bool = False) -> Operation:
+    return Operation(name, lambda image, s: kind(image).enhance(1 + 0.9 * s), color)
 
 
 def _affine(name: str, matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
@@ -267,7 +267,7 @@ OPERATIONS = (
     Operation("rotate", lambda image, s: image.rotate(30 * s, BILINEAR)),
     Operation("solarize", lambda image, s: ImageOps.solarize(image, round(256 * (1 - abs(s))))),
     Operation("posterize", lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
-    _enhance("colour", ImageEnhance.Color, colour=True),
+    _enhance("color", ImageEnhance.Color, color=True),
     _enhance("contrast", ImageEnhance.Contrast),
     _enhance("brightness", ImageEnhance.Brightness),
     _enhance("sharpness", ImageEnhance.Sharpness),
@@ -278,11 +278,11 @@ OPERATIONS = (
 )
 """The 14 operations, with the ranges of AutoAugment (Cubuk et al. 2019, table 6); either sign where one has a sense."""
 
-_GREY = tuple(operation for operation in OPERATIONS if not operation.colour)
+_GRAY = tuple(operation for operation in OPERATIONS if not operation.color)
 
 
 def _randaugment(image: Image.Image, cfg: Augment, row: np.ndarray) -> Image.Image:
-    known = OPERATIONS if image.mode == "RGB" else _GREY
+    known = OPERATIONS if image.mode == "RGB" else _GRAY
     for which, sign in row.reshape(-1, 2)[: cfg.randaugment]:
         strength = cfg.magnitude / 10 * (1 if sign < 0.5 else -1)
         image = known[int(which * len(known))].apply(image, strength)

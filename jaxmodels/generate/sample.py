@@ -136,7 +136,7 @@ def choose(logits: jax.Array, key: jax.Array, how: How) -> jax.Array:
     return jax.random.categorical(key, logits)
 
 
-def penalise(logits: jax.Array, tokens: jax.Array, at: jax.Array, penalty: float) -> jax.Array:
+def penalize(logits: jax.Array, tokens: jax.Array, at: jax.Array, penalty: float) -> jax.Array:
     """Logits (B, V) with those of the tokens that a row has up to its position `at` (B,) made less likely."""
     real = jnp.arange(tokens.shape[1]) <= at[:, None]
     had = jnp.zeros(logits.shape, bool).at[jnp.arange(len(tokens))[:, None], tokens].max(real)
@@ -155,7 +155,7 @@ def _put(tokens: jax.Array, at: jax.Array, logits: jax.Array, step: Any, told: P
     A row that has ended gets its end again.
     """
     if how.repetition_penalty != 1:
-        logits = penalise(logits, tokens, at, how.repetition_penalty)
+        logits = penalize(logits, tokens, at, how.repetition_penalty)
     key = jax.random.fold_in(told.key, told.lengths.min() - 1 + step)
     new = choose(logits, key, how).astype(tokens.dtype)
     rows = jnp.arange(len(tokens))

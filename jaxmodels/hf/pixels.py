@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmodels.config import Config
 from jaxmodels.data.special import objects
-from jaxmodels.data.transforms import CENTRE
+from jaxmodels.data.transforms import CENTER
 from jaxmodels.errors import UserError
 
 FILE = "preprocessor_config.json"
@@ -23,7 +23,7 @@ _CLIP = {
 # for both ViT and ConvNeXT these are ImageNet's "standard" mean and deviation of transformers, which are 0.5
 _UNSAID: dict[str, dict[str, Any]] = {
     "vit": {**_STANDARD, "resample": 2},
-    "resnet": {**_STANDARD, "resample": 3, "crop_pct": CENTRE},
+    "resnet": {**_STANDARD, "resample": 3, "crop_pct": CENTER},
     "clip": {**_CLIP, "resample": 3, "do_center_crop": True},
 }
 _BILINEAR = 2
@@ -113,9 +113,9 @@ def _size(
         return False, [f"size {json.dumps(given)}, crop {json.dumps(own.get('crop_size'))} (here {seen})"]
     if warped:
         return False, []
-    if edge is not None and shape[0] == shape[1] and abs(shape[0] / edge - CENTRE) < 0.01:
+    if edge is not None and shape[0] == shape[1] and abs(shape[0] / edge - CENTER) < 0.01:
         return True, []
-    of = f"resized to {json.dumps(given)} and its centre cut out" if edge != shape[0] else "its central square"
+    of = f"resized to {json.dumps(given)} and its center cut out" if edge != shape[0] else "its central square"
     return False, [f"an image is {of} (here the whole is resized to {seen})"]
 
 
@@ -147,7 +147,7 @@ def flags(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
 
 
 def alike(pixels: Pixels, cfg: Config) -> bool:
-    """Say whether a run normalises its pixels in this way."""
+    """Say whether a run normalizes its pixels in this way."""
     ours, theirs = ((*(x.mean or (0.0,)), *(x.std or (1.0,))) for x in (cfg.data, pixels))
     wide = max(len(ours), len(theirs))
     ours, theirs = (row if len(row) == wide else [x for x in row for _ in range(wide // 2)] for row in (ours, theirs))
@@ -174,7 +174,7 @@ def describe(cfg: Config, shape: tuple[int, int, int]) -> dict[str, Any]:
     if cfg.augment.crop is not None and height == width:
         settings |= {
             "image_processor_type": "CLIPImageProcessor",
-            "size": {"shortest_edge": round(height / CENTRE)},
+            "size": {"shortest_edge": round(height / CENTER)},
             "do_center_crop": True,
             "crop_size": {"height": height, "width": width},
         }

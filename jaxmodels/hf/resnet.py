@@ -47,7 +47,7 @@ def describe(c: ResNetConfig) -> dict[str, Any]:
 
 
 def unit(theirs: str, ours: str) -> list[Weight]:
-    """Return the rows of a convolution and its normalisation."""
+    """Return the rows of a convolution and its normalization."""
     return [
         Weight(theirs + "convolution.weight", ours + "/conv/w", "o i h w -> h w i o"),
         Weight(theirs + "normalization.weight", ours + "/norm/scale"),

@@ -1,4 +1,4 @@
-"""BERT: an encoder of text with post-normalisation, and the heads it is published with (Devlin et al. 2018)."""
+"""BERT: an encoder of text with post-normalization, and the heads it is published with (Devlin et al. 2018)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BERTConfig(ModelConfig):
     """BERT; the defaults are BERT-base uncased (110M)."""
 
     vocab_size: Dim = 30522
-    """Rows of the embedding, which is also the output layer of masked language modelling (V)."""
+    """Rows of the embedding, which is also the output layer of masked language modeling (V)."""
     context: Dim = 512
     """Learned positions: the most tokens the model sees at once."""
     types: Dim = 2
@@ -48,7 +48,7 @@ class BERTConfig(ModelConfig):
     """Outputs of the classification head; None for other heads."""
     pool: Literal["first", "mean"] = "first"
     """What pooled features are computed from: the first token, as published, or the mean of all tokens, which
-    masked language modelling alone trains better."""
+    masked language modeling alone trains better."""
     norm_eps: Positive = 1e-12
     """Added to the variance in LayerNorm."""
     dropout: Dropped = 0.1

@@ -30,7 +30,7 @@ class Body(NamedTuple):
 class Decoder(nn.Module):
     """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D).
 
-    A family says what its blocks are (`blocks`) and what normalises their result (`norm`), and replaces what it does
+    A family says what its blocks are (`blocks`) and what normalizes their result (`norm`), and replaces what it does
     in another way. With `auxiliary`, `(outputs, {name: weighted loss})`.
     """
 

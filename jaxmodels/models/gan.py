@@ -1,7 +1,7 @@
 """Generative adversarial networks: DCGAN (Radford et al. 2015) and WGAN-GP (Gulrajani et al. 2017) for small images.
 
 Generator and discriminator are models of their own, each with its parameters and statistics; `network` says which one a
-config is. A critic trained with a gradient penalty has no batch normalisation, since the penalty is for each example.
+config is. A critic trained with a gradient penalty has no batch normalization, since the penalty is for each example.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GANConfig(ModelConfig):
     network: Literal["generator", "discriminator"] = "generator"
     """Which of the two networks this is: latents to images, or images to logits."""
     kind: Literal["dcgan", "wgan-gp"] = "dcgan"
-    """dcgan: batch normalisation in both networks, logistic loss; wgan-gp: a critic without, Wasserstein distance."""
+    """dcgan: batch normalization in both networks, logistic loss; wgan-gp: a critic without, Wasserstein distance."""
     input_shape: Shape = (28, 28, 1)
     """Height, width and channels of an image, with values in [-1, 1]."""
     latents: Dim = 100
@@ -81,7 +81,7 @@ class GAN(nn.Module):
 
     def judge(self, x: jax.Array, train: bool) -> jax.Array:
         c = self.config
-        # without normalisation, DCGAN's small weights let so little through that a critic hardly learns
+        # without normalization, DCGAN's small weights let so little through that a critic hardly learns
         init = layers.normal(0.02) if c.kind == "dcgan" else he
         for i, width in enumerate(c.channels):
             normal = c.kind == "dcgan" and i > 0
@@ -108,7 +108,7 @@ he = nn.initializers.he_normal()
 
 
 def scales(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """DCGAN's initial scales of batch normalisation: normal around 1."""
+    """DCGAN's initial scales of batch normalization: normal around 1."""
     return 1 + 0.02 * jax.random.normal(key, shape, dtype)
 
 

@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-3: a decoder with learned positions and pre-normalisation (Radford et al. 2019, Brown et al. 2020).
+"""GPT-2 and GPT-3: a decoder with learned positions and pre-normalization (Radford et al. 2019, Brown et al. 2020).
 
 GPT-3 is computed with dense attention in every layer; the paper alternates dense and banded sparse layers.
 """

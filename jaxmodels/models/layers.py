@@ -1,6 +1,6 @@
 """The layers that families are built of; each says of its parameters what `parameters` asks for.
 
-Parameters are float32; each layer casts its inputs and weights to its compute `dtype`. Normalisation is computed in
+Parameters are float32; each layer casts its inputs and weights to its compute `dtype`. Normalization is computed in
 float32. Dims: B batch, T tokens, D width, H heads, K head size, F hidden, V vocabulary, C channels.
 """
 
@@ -21,7 +21,7 @@ from jaxmodels.models import pipeline
 from jaxmodels.models import remat as remats
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
-from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
+from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
 from jaxmodels.models.kernels.quantized import kind_of, quantized_product
 from jaxmodels.models.parameters import Init, parameter, weight
@@ -152,7 +152,7 @@ def embed_patches(
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension."""
+    """Layer normalization over the last dimension."""
 
     eps: float = 1e-5
     bias: bool = True
@@ -276,7 +276,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Ar
 
 
 class BatchNorm(nn.Module):
-    """Normalisation by statistics of the global batch, with running averages in the explicit `stats` tree.
+    """Normalization by statistics of the global batch, with running averages in the explicit `stats` tree.
 
     Source: Ioffe & Szegedy 2015. `momentum` is the share of the old average kept; running variance is unbiased, as
     in PyTorch.

@@ -14,7 +14,7 @@ from jaxmodels.parallel.rules import gather
 
 Init = Callable[..., jax.Array]
 Kind = Literal["matrix", "embedding", "bias", "norm"]
-"""matrix: multiplied with activations; embedding: looked up; bias: added; norm: scales and shifts of a normalisation,
+"""matrix: multiplied with activations; embedding: looked up; bias: added; norm: scales and shifts of a normalization,
 and single numbers."""
 
 

@@ -127,11 +127,11 @@ def _run_pipeline(
 
     def stage(slices: Any, fixed: list[Array], number: Array, tick: Array, given: Any) -> tuple[Array, Any]:
         """One stage in one tick: its layers applied to the x that it is given."""
-        x, travelling = given
+        x, traveling = given
         turn = tick - number
         rounds, microbatch = turn // S % R, turn // (S * R) * S + turn % S
         held = jax.tree.map(lambda w: _pick(w, rounds), slices)
-        rest, rows = iter(fixed), iter(travelling)
+        rest, rows = iter(fixed), iter(traveling)
         shared = tree.unflatten([next(rows if travels else rest) for travels in own])
         size = stack.layers // (S * R)
         first = (rounds * S + number) * size

@@ -1,4 +1,4 @@
-"""ResNet v1.5: residual convolutions with batch normalisation (He et al. 2015).
+"""ResNet v1.5: residual convolutions with batch normalization (He et al. 2015).
 
 v1.5 is the variant of PyTorch and NVIDIA: a bottleneck's stride is in its 3×3 convolution, not in the first 1×1.
 """
@@ -64,7 +64,7 @@ class ResNetConfig(ModelConfig):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, padded to keep the size, and batch normalisation."""
+    """A convolution without bias, padded to keep the size, and batch normalization."""
 
     features: int
     window: int

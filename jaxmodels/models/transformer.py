@@ -208,10 +208,10 @@ class Block(nn.Module):
             )
 
         def add(name: str, x: jax.Array, sublayer: Any) -> tuple[jax.Array, KeyValues | None]:
-            normalise: Any = norm(c, f"{name}_norm")
-            y, kv = sublayer(normalise(x) if pre else x)
+            normalize: Any = norm(c, f"{name}_norm")
+            y, kv = sublayer(normalize(x) if pre else x)
             x = x + drop(y, self.train)
-            return layers.shard(x if pre else normalise(x), "batch", "seq", None), kv
+            return layers.shard(x if pre else normalize(x), "batch", "seq", None), kv
 
         attn = attention("attn", causal=self.decoder)
         given: Caches = kv or {"attn": None, "cross": None}

@@ -127,11 +127,11 @@ class VAE(nn.Module):
         mean, log_variance = Encoder(c, name="encoder")(images)
         z = mean
         if self.has_rng("latent"):
-            z = reparameterise(mean, log_variance, jax.random.normal(self.make_rng("latent"), mean.shape))
+            z = reparameterize(mean, log_variance, jax.random.normal(self.make_rng("latent"), mean.shape))
         return decoder(z), mean, log_variance
 
 
-def reparameterise(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
+def reparameterize(mean: jax.Array, log_variance: jax.Array, noise: jax.Array) -> jax.Array:
     """The code for standard normal noise (Kingma & Welling 2013, section 2.4)."""
     return mean + jnp.exp(0.5 * log_variance) * noise
 
@@ -141,7 +141,7 @@ lecun = nn.initializers.lecun_normal()
 
 
 def codes(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """He et al.'s initialisation of w (Z, H, W, C), of which Z alone are inputs."""
+    """He et al.'s initialization of w (Z, H, W, C), of which Z alone are inputs."""
     return math.sqrt(2 / shape[0]) * jax.random.normal(key, shape, dtype)
 
 

@@ -25,7 +25,7 @@ from jaxmodels.models.model import Dtype, Family
 
 @dataclass(frozen=True)
 class VGGConfig(ModelConfig):
-    """VGG; the defaults are VGG-16 without batch normalisation."""
+    """VGG; the defaults are VGG-16 without batch normalization."""
 
     input_shape: Shape = (224, 224, 3)
     """Height, width and channels of an image."""
@@ -38,7 +38,7 @@ class VGGConfig(ModelConfig):
     hidden: tuple[Dim, ...] = (4096, 4096)
     """Units of each hidden layer of the classifier."""
     batch_norm: bool = False
-    """Batch normalisation after each convolution."""
+    """Batch normalization after each convolution."""
     dropout: Dropped = 0.5
     """Share of the classifier's hidden units dropped while training."""
     dtype: Dtype = "float32"

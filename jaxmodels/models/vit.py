@@ -1,4 +1,4 @@
-"""Vision Transformer: an encoder of image patches with pre-normalisation (Dosovitskiy et al. 2020)."""
+"""Vision Transformer: an encoder of image patches with pre-normalization (Dosovitskiy et al. 2020)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images (B, H, W, C) to logits (B, classes) in float32, or with `head=False` to pooled features (B, D).
 
-    Source: mean pooling as in Google's big_vision: over normalised patches, with no class token.
+    Source: mean pooling as in Google's big_vision: over normalized patches, with no class token.
     """
 
     config: ViTConfig

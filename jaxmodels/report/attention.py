@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jaxmodels.models.attention import recording
 from jaxmodels.report.pieces import Picture, Piece, blank, grid, length, pieces_of, pixels, show
-from jaxmodels.tasks.task import normalised
+from jaxmodels.tasks.task import normalized
 from jaxmodels.train.saved import Evaluation
 
 LOOKED_AT = 64
@@ -53,7 +53,7 @@ def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) 
     """Patches that the output draws on, laid over their images."""
     config = saved.model.config
     inputs = inputs[:IMAGES]
-    kept = weights(apply, normalised(jnp.asarray(inputs), saved.config.data))
+    kept = weights(apply, normalized(jnp.asarray(inputs), saved.config.data))
     height, width, _ = config.input_shape
     rows, columns = height // config.patch, width // config.patch
     token = kept[0].shape[-1] > rows * columns
@@ -78,7 +78,7 @@ def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) 
     caption = (
         f"Attention of {whose} to each patch: through all layers (rollout: products of the means over heads with half "
         "of the identity; Abnar & Zuidema 2020), and of each layer, mean over heads. "
-        "Colour goes from the least to the most of each map."
+        "Color goes from the least to the most of each map."
     )
     found: list[Piece] = [Picture("attention-layers", figure, caption)]
     heads = kept[-1][0, :HEADS]
@@ -101,10 +101,10 @@ def overlay(axis: Any, image: np.ndarray, heat: np.ndarray) -> None:
     """A map (rows, columns) over its image, which shows through where the map has little."""
     show(axis, 0.6 * image)
     height, width = image.shape[:2]
-    colour = np.empty((*heat.shape, 4), np.float32)
-    colour[..., :3] = GLOW
-    colour[..., 3] = 0.85 * (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
-    axis.imshow(colour, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
+    color = np.empty((*heat.shape, 4), np.float32)
+    color[..., :3] = GLOW
+    color[..., 3] = 0.85 * (heat - heat.min()) / max(float(np.ptp(heat)), 1e-12)
+    axis.imshow(color, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
     blank(axis)
 
 

@@ -69,8 +69,8 @@ def draw(matrix: np.ndarray, names: list[str]) -> Figure:
         size = 9 if classes <= 20 else 6
         for row, column in np.argwhere(matrix):
             dark = shares[row, column] > 0.5
-            colour = "white" if dark else "0.15"
-            axis.text(column, row, f"{matrix[row, column]}", ha="center", va="center", fontsize=size, color=colour)
+            color = "white" if dark else "0.15"
+            axis.text(column, row, f"{matrix[row, column]}", ha="center", va="center", fontsize=size, color=color)
         long = max(map(len, names)) > 2
         axis.set_xticks(
             range(classes), names, parse_math=False, rotation=45 if long else 0, ha="right" if long else "center"

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from jaxmodels.report import pieces
-from jaxmodels.report.pieces import COLOURS
+from jaxmodels.report.pieces import COLORS
 from jaxmodels.train import metrics
 
 Series = tuple[list[float], list[float]]
@@ -33,7 +33,7 @@ def draw(run: Path, out: Path, lines: Mapping[str, float] | None = None) -> None
 def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) -> Figure:
     """Losses, metrics, learning rate, throughput and gradient norm over steps, those of all runs in one figure.
 
-    Thin lines are of training, thick ones with marks of held-out data; each run has a colour.
+    Thin lines are of training, thick ones with marks of held-out data; each run has a color.
     """
     rows = {name: metrics.read(run) for name, run in runs.items()}
     panels = chosen({name for each in rows.values() for row in each for name in row})
@@ -52,7 +52,7 @@ def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) 
                 look = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} if held_out else {"linewidth": 0.9}
                 if len(values) == 1 and not held_out:  # no line to be seen
                     look |= {"marker": ".", "markersize": 5}
-                axis.plot(steps, values, color=COLOURS[index % len(COLOURS)], alpha=1 if held_out else 0.75, **look)
+                axis.plot(steps, values, color=COLORS[index % len(COLORS)], alpha=1 if held_out else 0.75, **look)
         finish(axis, title)
         if title.startswith("loss") and lines:
             for label, value in lines.items():
@@ -60,13 +60,13 @@ def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) 
             axis.legend(frameon=False, fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
-    handles = [Line2D([], [], color=colour, linewidth=4) for colour in colours] if len(runs) > 1 else []
+    colors = [COLORS[i % len(COLORS)] for i in range(len(runs))]
+    handles = [Line2D([], [], color=color, linewidth=4) for color in colors] if len(runs) > 1 else []
     labels = [*(runs if len(runs) > 1 else ()), "training", "held out"]
-    grey = "0.35" if len(runs) > 1 else COLOURS[0]
+    gray = "0.35" if len(runs) > 1 else COLORS[0]
     handles += [
-        Line2D([], [], color=grey, linewidth=0.9),
-        Line2D([], [], color=grey, linewidth=1.8, marker="o", markersize=4),
+        Line2D([], [], color=gray, linewidth=0.9),
+        Line2D([], [], color=gray, linewidth=1.8, marker="o", markersize=4),
     ]
     legend = figure.legend(
         handles, [""] * len(labels), loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9

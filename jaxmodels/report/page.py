@@ -120,7 +120,7 @@ def numeric(cell: str) -> bool:
 
 
 def tokens(piece: Tokens) -> str:
-    """Texts, each token on its colour."""
+    """Texts, each token on its color."""
     out = []
     for heading, labels, values in piece.texts:
         spans = "".join(
@@ -133,5 +133,5 @@ def tokens(piece: Tokens) -> str:
 
 def tint(value: float) -> str:
     """Blue for what is above 0, red for what is below; see-through, so that it suits light and dark."""
-    colour = "31, 111, 214" if value > 0 else "214, 60, 31"
-    return f"rgba({colour}, {min(abs(value), 1) * 0.6:.2f})"
+    color = "31, 111, 214" if value > 0 else "214, 60, 31"
+    return f"rgba({color}, {min(abs(value), 1) * 0.6:.2f})"

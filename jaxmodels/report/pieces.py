@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from jaxmodels.tasks.task import floats
 
-COLOURS = ("#1f6fb4", "#d9541e", "#2a9d4e", "#8f4bb3", "#b8860b", "#17a0ad", "#d4418e", "#555555")
-"""Of runs and series: of different hue and lightness, so that most of them stay apart for the colour-blind too."""
+COLORS = ("#1f6fb4", "#d9541e", "#2a9d4e", "#8f4bb3", "#b8860b", "#17a0ad", "#d4418e", "#555555")
+"""Of runs and series: of different hue and lightness, so that most of them stay apart for the color-blind too."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts whose tokens are coloured by a number each, from -1 to 1, with a heading for each text."""
+    """Texts whose tokens are colored by a number each, from -1 to 1, with a heading for each text."""
 
     texts: Sequence[tuple[str, Sequence[str], np.ndarray]]
     caption: str = ""

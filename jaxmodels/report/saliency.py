@@ -87,7 +87,7 @@ def of_texts(saved: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
         texts.append((heading, pieces_of(saved.source.tokenizer, ids[:count]), found / max(np.abs(found).max(), 1e-12)))
     caption = (
         "Gradient × input of the predicted class, summed over each token's embedding: blue speaks for it, red against "
-        "it; the strongest of each text has the full colour."
+        "it; the strongest of each text has the full color."
     )
     return Tokens(texts, caption)
 

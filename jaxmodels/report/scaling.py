@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from jaxmodels.report import pieces
-from jaxmodels.report.pieces import COLOURS
+from jaxmodels.report.pieces import COLORS
 
 MARKS = "osD^vP"
 LINES = ("-", (0, (4, 2)))
@@ -37,7 +37,7 @@ def draw(
             where = [first[0], *(point["devices"] for point in some)]
             # curves that coincide are seen through each other
             size = max(4.0, 11 - 2.0 * index)
-            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "markersize": size}
+            look = {"color": COLORS[index % len(COLORS)], "marker": MARKS[index % len(MARKS)], "markersize": size}
             look |= {"fillstyle": "none" if index % 2 == 0 else "full", "linestyle": LINES[index % len(LINES)]}
             label = axis if some else f"{axis} (no larger size runs)"
             above.plot(where, [first[1], *(point["per_second"] for point in some)], label=label, alpha=0.85, **look)

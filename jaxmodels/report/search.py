@@ -30,10 +30,10 @@ def draw(
     groups = (("finished", False, "tab:blue", "o"), ("stopped early", True, "0.6", "x"))
 
     def scatter(axis: Any, name: str) -> None:
-        for label, pruned, colour, marker in groups:
+        for label, pruned, color, marker in groups:
             some = [trial for trial in known if trial["pruned"] == pruned]
             places = [trial[name] if isinstance(trial[name], int | float) else str(trial[name]) for trial in some]
-            axis.scatter(places, [trial["value"] for trial in some], label=label, color=colour, marker=marker, s=26)
+            axis.scatter(places, [trial["value"] for trial in some], label=label, color=color, marker=marker, s=26)
         axis.grid(alpha=0.3)
 
     scatter(first, "number")

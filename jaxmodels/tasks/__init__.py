@@ -1,4 +1,4 @@
-"""What is optimised: the losses, metrics and batch contract of each kind of training."""
+"""What is optimized: the losses, metrics and batch contract of each kind of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal language modelling: predict each next token."""
+"""Causal language modeling: predict each next token."""
 
 from __future__ import annotations
 

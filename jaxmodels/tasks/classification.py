@@ -31,7 +31,7 @@ from jaxmodels.tasks.task import (
     Task,
     counted,
     forward,
-    normalised,
+    normalized,
     numbers,
     tokens,
 )
@@ -41,7 +41,7 @@ from jaxmodels.tasks.task import (
 class Classification(ScoredConfig):
     """Train a classifier on `inputs` (B, …) and `labels` (B,), ignored below 0; with `task.multi_label` (B, classes).
 
-    Images of bytes are scaled to [0, 1] and normalised. Inputs of a classifier of texts are tokens (B, T); a batch may
+    Images of bytes are scaled to [0, 1] and normalized. Inputs of a classifier of texts are tokens (B, T); a batch may
     have their `segment_ids` and `types` (B, T) then. Images may be blended in training (`task.mixup`, `task.cutmix`):
     which, and by how much, is a function of the seed and the step.
     """
@@ -61,7 +61,7 @@ class Classification(ScoredConfig):
 
     def examples(self, opening: Opening) -> Source:
         kinds = ("image", "array") if opening.inputs_shape else ("text",)
-        source = examples.labelled(opening, kinds)
+        source = examples.labeled(opening, kinds)
         examples.check_classes(source, opening.num_classes)
         return source
 
@@ -101,7 +101,7 @@ class Classification(ScoredConfig):
             return forward(("model", model), params, stats, inputs, **packed, **kwargs)
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-            inputs, labels = normalised(batch["inputs"], data), counted(batch, batch["labels"])
+            inputs, labels = normalized(batch["inputs"], data), counted(batch, batch["labels"])
             if not blends:
                 logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
                 s = scores(logits, labels)
@@ -114,7 +114,7 @@ class Classification(ScoredConfig):
             return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-            logits, _ = apply(params, stats, batch, normalised(batch["inputs"], data))
+            logits, _ = apply(params, stats, batch, normalized(batch["inputs"], data))
             labels = counted(batch, batch["labels"])
             s = scores(logits, labels)
             measure = measures.multiple if self.multi_label else measures.single
@@ -135,8 +135,8 @@ class Classification(ScoredConfig):
             metrics,
             fields,
             needs="a label of 0 or above",
-            summarise=measures.summarise,
-            outputs=lambda params, stats, batch: apply(params, stats, batch, normalised(batch["inputs"], data))[0],
+            summarize=measures.summarize,
+            outputs=lambda params, stats, batch: apply(params, stats, batch, normalized(batch["inputs"], data))[0],
         )
 
 

@@ -32,7 +32,7 @@ from jaxmodels.tasks.task import (
     TaskConfig,
     Whole,
     forward,
-    normalised,
+    normalized,
     numbers,
     rows,
     tokens,
@@ -72,7 +72,7 @@ class Contrastive(TaskConfig):
             )
 
         def embed(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
-            images, texts = normalised(batch["images"], data), batch["tokens"]
+            images, texts = normalized(batch["images"], data), batch["tokens"]
             packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
             return forward(("model", model), params, stats, images, texts, **packed, **how)
 

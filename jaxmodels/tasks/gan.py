@@ -55,7 +55,7 @@ class GAN(TaskConfig):
     """Weight of the penalty on the critic's gradient (a GAN of kind wgan-gp; Gulrajani et al. 2017)."""
 
     def examples(self, opening: Opening) -> Source:
-        return examples.labelled(opening, ("image", "array"), optional=True)
+        return examples.labeled(opening, ("image", "array"), optional=True)
 
     def build(self, model: Model, data: DataConfig) -> Task:
         config = model.config

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
     """Sums over all targets that count."""
 
     objective: jax.Array
-    """What is minimised: cross-entropy with label smoothing, plus z-loss."""
+    """What is minimized: cross-entropy with label smoothing, plus z-loss."""
     loss: jax.Array
     """Cross-entropy in nats."""
     correct: jax.Array
@@ -215,7 +215,7 @@ def gradient_penalty(
 ) -> jax.Array:
     """Squared distance from 1 of the norm of the critic's gradient, at points between real and fake examples.
 
-    The critic maps each example by itself, so it has no batch normalisation.
+    The critic maps each example by itself, so it has no batch normalization.
     Shapes: real and fake (B, …), share (B,) of the way to fake, returns (B,).
     Source: Gulrajani et al. 2017, equation 3.
     """

@@ -1,4 +1,4 @@
-"""Masked language modelling: restore tokens that were taken out of a text."""
+"""Masked language modeling: restore tokens that were taken out of a text."""
 
 from __future__ import annotations
 

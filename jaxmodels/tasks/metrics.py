@@ -66,7 +66,7 @@ def confusions(chosen: jax.Array, actual: jax.Array) -> jax.Array:
     return jnp.stack([both, chosen.sum(0) - both, actual.sum(0) - both], -1)
 
 
-def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
+def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     """Precision, recall and F1 (macro, micro, of each class) and calibration error, with all that is only divided.
 
     The macro mean is over classes that occur or were chosen or, where each is judged by itself, over all; what has no

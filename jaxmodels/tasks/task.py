@@ -89,7 +89,7 @@ class Task:
     """What throughput counts."""
     needs: str = "an example"
     """What a set must have for anything of it to count, as the error says it where nothing does."""
-    summarise: Callable[[Totals, Sequence[str]], dict[str, float]] = lambda totals, classes: divide(totals)
+    summarize: Callable[[Totals, Sequence[str]], dict[str, float]] = lambda totals, classes: divide(totals)
     """The metrics that the sums over a whole set stand for, given the names of the classes, as far as they have any."""
     whole: Whole | None = None
     """How a whole set is measured, where sums over its batches would depend on their size."""
@@ -125,11 +125,11 @@ class Task:
             said = outputs(params, stats, batch)
             return {**found, **{name: mean_of(metric(said, batch), batch) for name, metric in own.items()}}
 
-        def summarise(totals: Totals, classes: Sequence[str]) -> dict[str, float]:
+        def summarize(totals: Totals, classes: Sequence[str]) -> dict[str, float]:
             theirs = {name: total for name, total in totals.items() if name not in own}
-            return {**self.summarise(theirs, classes), **divide({name: totals[name] for name in own if name in totals})}
+            return {**self.summarize(theirs, classes), **divide({name: totals[name] for name in own if name in totals})}
 
-        return dataclasses.replace(self, metrics=metrics, summarise=summarise)
+        return dataclasses.replace(self, metrics=metrics, summarize=summarize)
 
     @property
     def updates(self) -> int:
@@ -261,7 +261,7 @@ def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., A
 
 
 def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
-    """Metrics with the perplexity that their loss in nats means; for a language model's `summarise`."""
+    """Metrics with the perplexity that their loss in nats means; for a language model's `summarize`."""
     values = divide(totals)
     if values.get("loss", np.inf) < np.log(np.finfo(float).max):  # beyond, no number says it
         values["perplexity"] = float(np.exp(values["loss"]))
@@ -293,7 +293,7 @@ def floats(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
 
 
-def normalised(x: jax.Array, data: DataConfig) -> jax.Array:
+def normalized(x: jax.Array, data: DataConfig) -> jax.Array:
     """Images (B, H, W, C) of bytes or in [0, 1], each channel less `data.mean`, divided by `data.std`."""
     x = floats(x)
     return (x - jnp.array(data.mean, x.dtype)) / jnp.array(data.std, x.dtype) if data.mean else x

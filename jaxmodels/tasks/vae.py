@@ -18,7 +18,7 @@ from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Natural, Weight
 from jaxmodels.models.model import Model
-from jaxmodels.models.vae import VAEConfig, reparameterise
+from jaxmodels.models.vae import VAEConfig, reparameterize
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl
 from jaxmodels.tasks.task import (
     Autoencoder,
@@ -68,7 +68,7 @@ class VAE(TaskConfig):
             raise UserError("got task.binarise with task.pixels gaussian, expected one, try --task.pixels bernoulli")
 
     def examples(self, opening: Opening) -> Source:
-        return examples.labelled(opening, ("image", "array"), optional=True)
+        return examples.labeled(opening, ("image", "array"), optional=True)
 
     def build(self, model: Model, data: DataConfig) -> Task:
         if not isinstance(model.config, VAEConfig):
@@ -110,11 +110,11 @@ class VAE(TaskConfig):
             if self.binarise:
                 images = (uniform_of(batch["inputs"], images.shape[1:]) < images).astype(jnp.float32)
             (_, mean, log_variance), _ = forward(("model", model), params, stats, images)
-            z = reparameterise(mean, log_variance, noise_of(batch["inputs"], mean.shape[-1]))
+            z = reparameterize(mean, log_variance, noise_of(batch["inputs"], mean.shape[-1]))
             outputs, _ = forward(("model", model), params, stats, latents=z)
             return sums(outputs, images, batch, mean, log_variance, 1.0)
 
-        def summarise(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
+        def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
             values = divide(totals)
             return {**values, "elbo": -values["loss"]} if "loss" in values else values
 
@@ -135,7 +135,7 @@ class VAE(TaskConfig):
             metrics,
             fields,
             needs="an image, with a label of 0 or above if it has one",
-            summarise=summarise,
+            summarize=summarize,
             samples=samples,
             autoencoder=Autoencoder(seen, shown),
             outputs=lambda params, stats, batch: forward(("model", model), params, stats, floats(batch["inputs"]))[0],

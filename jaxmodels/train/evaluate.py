@@ -87,7 +87,7 @@ def build(
             raise UserError(
                 f"got nothing to evaluate, expected {task.needs} in the data, try jaxmodels data inspect to see it"
             )
-        found = task.summarise(totals[""], classes)
+        found = task.summarize(totals[""], classes)
         if "group" in totals:
             found |= compare(task, totals["group"], classes, groups)
         return {name: found[name] for name in _first(found)}
@@ -120,7 +120,7 @@ def compare(task: Task, totals: Mapping[str, Any], classes: Sequence[str], group
     for index, name in enumerate(groups):
         own = {metric: (total[index], count[index]) for metric, (total, count) in totals.items()}
         if any(count > 0 for _, count in own.values()):
-            each[name] = task.summarise(own, classes)
+            each[name] = task.summarize(own, classes)
     found = {f"group/{name}/{metric}": value for name, values in each.items() for metric, value in values.items()}
     for metric in next(iter(each.values()), {}):
         values = [value[metric] for value in each.values() if math.isfinite(value.get(metric, math.nan))]
@@ -142,7 +142,7 @@ def names(
     with jax.set_mesh(mesh):
         sums = jax.eval_shape(task.metrics, params, jax.eval_shape(task.stats), dict(batch))
     ones = {name: (np.ones(total.shape), 1.0) for name, (total, _) in sums.items()}
-    found = _first(task.summarise(ones, classes))
+    found = _first(task.summarize(ones, classes))
     if "group" in batch:
         each = [f"group/{group}/{name}" for group in unique(groups) for name in found]
         found += [*each, *(f"gap/{name}" for name in found)]

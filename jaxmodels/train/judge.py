@@ -11,7 +11,7 @@ import numpy as np
 from jaxmodels import data
 from jaxmodels.errors import UserError
 from jaxmodels.tasks.metrics import inception_score
-from jaxmodels.tasks.task import normalised
+from jaxmodels.tasks.task import normalized
 from jaxmodels.train.saved import Evaluation, Run, load_run
 
 _AT_ONCE = 100
@@ -52,7 +52,7 @@ def judged(run: Run, classifier: Path, count: int = 1000) -> dict[str, float]:
 
     @jax.jit
     def probabilities(images: jax.Array) -> jax.Array:
-        logits = judge.apply(normalised(images, judge.config.data))
+        logits = judge.apply(normalized(images, judge.config.data))
         return jax.nn.softmax(logits.astype(jnp.float32))
 
     images = samples(run.params, run.stats, count)

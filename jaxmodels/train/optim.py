@@ -35,7 +35,7 @@ OPTIMIZERS = Registry(
 
 @dataclass(frozen=True)
 class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
-    """How the loss is minimised (Optax)."""
+    """How the loss is minimized (Optax)."""
 
     peak_lr: Weight = 1e-3
     """Learning rate after the warm-up."""

@@ -27,7 +27,7 @@ from jaxmodels.hf import format_of
 from jaxmodels.models.families import create, family_of
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import mesh
-from jaxmodels.tasks.task import Task, normalised
+from jaxmodels.tasks.task import Task, normalized
 from jaxmodels.train import evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import whole
@@ -153,7 +153,7 @@ class Run:
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What a classifier is given of a batch of the data: the first argument, and those with names."""
         named = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
-        return normalised(jax.numpy.asarray(batch["inputs"]), self.config.data), named
+        return normalized(jax.numpy.asarray(batch["inputs"]), self.config.data), named
 
     def evaluation(self, data: Mapping[str, Any] | None = None) -> Evaluation:
         """Open the data that the run was evaluated on, or others: `data` names the fields of that section to change.

@@ -106,19 +106,19 @@ NASTY = [
 def test_a_normal_text_stays_as_it_is(form, collapse):
     rules = Rules(form=form, collapse=collapse)
     for text in NASTY + ["".join(pair) for pair in pairwise(NASTY)]:
-        normal = rules.normalise(text)
-        assert rules.normalise(normal) == normal
+        normal = rules.normalize(text)
+        assert rules.normalize(normal) == normal
         assert form == "none" or unicodedata.is_normalized(form, normal)
         assert not any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in normal)
 
 
-def test_normalising_does_what_it_says():
-    assert Rules().normalise("e\x00\u0301clair") == "éclair"
-    assert Rules().normalise(" a\r\n\tb \xa0 c\x0b\n\n\n\nd ") == "a\nb c\n\nd"
-    assert Rules(collapse=False).normalise("def f():\r\n\treturn  1 \n\n") == "def f():\n\treturn  1"
-    assert Rules(form="NFKC").normalise("ﬁｎｅ") == "fine" and Rules().normalise("ﬁ") == "ﬁ"
+def test_normalizing_does_what_it_says():
+    assert Rules().normalize("e\x00\u0301clair") == "éclair"
+    assert Rules().normalize(" a\r\n\tb \xa0 c\x0b\n\n\n\nd ") == "a\nb c\n\nd"
+    assert Rules(collapse=False).normalize("def f():\r\n\treturn  1 \n\n") == "def f():\n\treturn  1"
+    assert Rules(form="NFKC").normalize("ﬁｎｅ") == "fine" and Rules().normalize("ﬁ") == "ﬁ"
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
-    assert Rules().normalise(family) == family
+    assert Rules().normalize(family) == family
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_normalising_does_what_it_says():
 )
 def test_a_text_goes_out_for_the_reason_given(text, fields, reason):
     rules = Rules(**fields)
-    assert rules.refuse(rules.normalise(text)) == reason
+    assert rules.refuse(rules.normalize(text)) == reason
 
 
 @pytest.mark.parametrize(

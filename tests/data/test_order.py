@@ -45,7 +45,7 @@ def test_all_orders_of_a_few_examples_come_equally_often(n):
     assert chi_squared < kinds - 1 + 4 * math.sqrt(2 * (kinds - 1))
 
 
-def test_neighbours_are_unrelated():
+def test_neighbors_are_unrelated():
     x = permutation(100_000)
     assert abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(x, np.arange(len(x)))[0, 1]) < 0.02

@@ -75,7 +75,7 @@ class Offset(TaskConfig):
         return Task({"model": model}, (Loss("loss", "model", loss),), lambda p, s, b: {"loss": error(p, b)}, fields)
 
     def examples(self, opening):
-        return examples.labelled(opening, ("array",))
+        return examples.labeled(opening, ("array",))
 '''
 MODEL = MLPConfig(input_shape=(3,), classes=2, hidden=(4,))
 FACTS = {"inputs_shape": (3,), "num_classes": 2}

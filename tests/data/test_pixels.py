@@ -17,7 +17,7 @@ either = pytest.mark.parametrize("library", ["pillow", pytest.param("opencv", ma
 
 
 def smooth(size):
-    """An image of (width, height) in which neighbours differ little."""
+    """An image of (width, height) in which neighbors differ little."""
     small = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -76,7 +76,7 @@ def test_a_photo_whose_exif_says_nothing_stays_as_it_is_stored_and_is_not_read_t
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(7, 9), (5, 4)])
-def test_any_kind_of_image_becomes_grey_or_rgb(mode, channels, size, library):
+def test_any_kind_of_image_becomes_gray_or_rgb(mode, channels, size, library):
     file = io.BytesIO()
     Image.new(mode, (9, 7)).save(file, "JPEG" if mode == "CMYK" else "PNG")
     out = resized(file.getvalue(), size, channels, library=library)
@@ -194,7 +194,7 @@ RAMP = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
 
 @either
 @pytest.mark.parametrize("mode, kind", [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF")])
-def test_grey_of_16_bits_keeps_its_upper_ones(mode, kind, library):
+def test_gray_of_16_bits_keeps_its_upper_ones(mode, kind, library):
     for channels in (1, 3):
         found = resized(stored(mode, kind, RAMP), (16, 16), channels, library=library)
         np.testing.assert_array_equal(found, np.repeat((RAMP >> 8).astype(np.uint8)[..., None], channels, -1))
@@ -208,12 +208,12 @@ def test_an_image_that_does_not_say_what_white_is_cannot_be_read(dtype, mode):
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK"])
 def test_other_kinds_of_pixels_keep_their_brightness(mode):
-    grey = Image.fromarray(np.where(np.arange(64).reshape(8, 8) % 3, 255, 0).astype(np.uint8))
-    image, file = grey.convert("RGB").convert(mode) if mode != "LA" else grey.convert("LA"), io.BytesIO()
+    gray = Image.fromarray(np.where(np.arange(64).reshape(8, 8) % 3, 255, 0).astype(np.uint8))
+    image, file = gray.convert("RGB").convert(mode) if mode != "LA" else gray.convert("LA"), io.BytesIO()
     if mode in ("LA", "RGBA"):
         image.putalpha(7)  # what lies behind is not blended in
     image.save(file, "TIFF" if mode == "CMYK" else "PNG")
-    np.testing.assert_array_equal(resized(file.getvalue(), (8, 8), 1)[..., 0], np.asarray(grey))
+    np.testing.assert_array_equal(resized(file.getvalue(), (8, 8), 1)[..., 0], np.asarray(gray))
 
 
 def test_of_a_moving_picture_the_first_frame_is_read():

@@ -142,13 +142,13 @@ def test_evaluation_sees_the_central_seven_eighths_of_what_is_cropped():
     assert np.abs(out[:, 35, 1].astype(int) - np.arange(5, 75)).max() <= 1
 
 
-def test_colour_stays_within_its_bounds_and_grey_has_no_saturation():
+def test_colour_stays_within_its_bounds_and_gray_has_no_saturation():
     cfg = Augment(colour=0.4)
     image = picture(PHOTO) // 2 + 20
     brighter = [changed(image, cfg, row).mean() / image.mean() for row in numbers(cfg, 200)]
     assert 0.55 < min(brighter) < 0.7 and 1.3 < max(brighter) < 1.5
-    grey = np.repeat(picture(DIGIT), 3, -1)
-    assert np.ptp(changed(grey, cfg, numbers(cfg)[0]).astype(int), -1).max() <= 1
+    gray = np.repeat(picture(DIGIT), 3, -1)
+    assert np.ptp(changed(gray, cfg, numbers(cfg)[0]).astype(int), -1).max() <= 1
     assert changed(picture(DIGIT), cfg, numbers(cfg)[0]).shape == DIGIT
 
 
@@ -181,7 +181,7 @@ def test_randaugment_draws_each_operation_as_often_as_another(monkeypatch):
     assert {s for _, s in seen} == {0.5, -0.5}
 
 
-def test_randaugment_takes_grey_images():
+def test_randaugment_takes_gray_images():
     cfg = Augment(randaugment=3, magnitude=10.0)
     out = [changed(picture(DIGIT), cfg, row) for row in numbers(cfg, 100)]
     assert {x.shape for x in out} == {DIGIT} and len({x.tobytes() for x in out}) > 90

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     published(tmp_path / "bert-base-uncased")
     monkeypatch.chdir(tmp_path)
-    # what a reader has beside it is importable: a config's neighbours, and modules of tasks, models and sources
+    # what a reader has beside it is importable: a config's neighbors, and modules of tasks, models and sources
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     yield tmp_path

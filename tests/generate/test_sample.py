@@ -11,7 +11,7 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.generate import sample as public
-from jaxmodels.generate.sample import How, _cached, choose, penalise, sample
+from jaxmodels.generate.sample import How, _cached, choose, penalize, sample
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.lstm import LSTMConfig
@@ -118,7 +118,7 @@ def test_prompts_of_other_lengths_take_no_other_program_and_no_more_steps():
 def test_a_penalty_makes_what_a_row_has_less_likely_and_nothing_else():
     logits = jnp.array([[2.0, -1.0, 0.5, 3.0], [2.0, -1.0, 0.5, 3.0]])
     tokens = jnp.array([[0, 1, 3, 3], [2, 2, 2, 0]])  # what lies behind `at` is no part of the row
-    got = penalise(logits, tokens, jnp.array([1, 2]), 2.0)
+    got = penalize(logits, tokens, jnp.array([1, 2]), 2.0)
     np.testing.assert_allclose(got, [[1.0, -2.0, 0.5, 3.0], [2.0, -1.0, 0.25, 3.0]])
 
 

@@ -35,7 +35,7 @@ def given(tmp_path):
     return folder
 
 
-def test_an_import_takes_normalisation_and_names_and_predicts_with_them(given, tmp_path, capsys):
+def test_an_import_takes_normalization_and_names_and_predicts_with_them(given, tmp_path, capsys):
     run, image = tmp_path / "run", tmp_path / "x.png"
     assert cli.main(["import", str(given), "--out", str(run)]) == 0
     section = configs.read(run)[0].data

@@ -16,7 +16,7 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.rotary import RopeScaling, rotary_frequencies, rotate
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, T, V = 2, 12, 53
 LLAMA = LlamaConfig(layers=2, width=32, heads=4, mlp_width=40, vocab_size=V)

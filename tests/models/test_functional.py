@@ -78,7 +78,7 @@ NAMED = {
     "13b": 13e9,
     "175b": 175e9,
 }
-QUICK = {"xla_backend_optimization_level": 0}  # LLVM's optimisations take longer than all else here
+QUICK = {"xla_backend_optimization_level": 0}  # LLVM's optimizations take longer than all else here
 TINY = {
     "gpt2": GPT2Config(layers=2, width=16, heads=2, vocab_size=31, context=8),
     "llama": LlamaConfig(layers=2, width=16, heads=2, kv_heads=1, mlp_width=24, vocab_size=31),

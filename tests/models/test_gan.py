@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models import flops, layers
 from jaxmodels.models.gan import GANConfig
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B = 5
 SMALL = GANConfig(input_shape=(8, 12, 2), latents=6, channels=(4, 8))
@@ -78,13 +78,13 @@ def test_a_generator_makes_images_and_a_discriminator_logits(kind):
     assert logits.shape == (B,) and logits.dtype == jnp.float32 and np.std(logits) > 0.01
 
 
-def test_batch_normalisation_is_where_it_was_published():
-    def normalised(**fields):
+def test_batch_normalization_is_where_it_was_published():
+    def normalized(**fields):
         return sorted(jaxmodels.create("dcgan-mnist", **fields).stats())
 
-    assert normalised() == ["norm0", "norm1"]
-    assert normalised(network="discriminator") == ["norm1"], "none on the images"
-    assert normalised(network="discriminator", kind="wgan-gp") == []
+    assert normalized() == ["norm0", "norm1"]
+    assert normalized(network="discriminator") == ["norm1"], "none on the images"
+    assert normalized(network="discriminator", kind="wgan-gp") == []
     model, params, x = prepare(kind="wgan-gp", network="discriminator")
     together = model.apply(params, x, train=True)
     alone = jnp.concatenate([model.apply(params, row[None], train=True) for row in x])
@@ -106,7 +106,7 @@ def test_a_hidden_layer_sees_the_whole_image():
     assert "hidden" not in jaxmodels.create(SMALL).axes()
 
 
-def test_a_hidden_layer_is_normalised_where_the_others_are():
+def test_a_hidden_layer_is_normalized_where_the_others_are():
     def names(**fields):
         return sorted(jaxmodels.create(SMALL, hidden=6, **fields).stats())
 

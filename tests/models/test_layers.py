@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models import families, layers
 from jaxmodels.models import model as models
 from jaxmodels.models.kernels.dropout import drop
-from jaxmodels.models.kernels.normalise import layer_norm, rms_norm
+from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
 from jaxmodels.parallel import rules
 
 
@@ -71,34 +71,34 @@ def test_a_token_outside_the_table_gives_nan_and_not_some_other_row():
 
 def test_norms_equal_their_formulas():
     x, scale, bias = 3 + 2 * rand(2, 3, 8), rand(8, seed=1), rand(8, seed=2)
-    centred = x - x.mean(-1, keepdims=True)
-    unit = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.1)
+    centered = x - x.mean(-1, keepdims=True)
+    unit = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 0.1)
     close(run(layers.LayerNorm(0.1), x, scale=scale, bias=bias), unit * scale + bias)
     close(run(layers.LayerNorm(0.1, bias=False), x, scale=scale), unit * scale)
     close(run(layers.RMSNorm(0.1), x, scale=scale), x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * scale)
 
 
-def plain(x, scale, bias, centred):
-    """Normalisation as JAX differentiates it."""
+def plain(x, scale, bias, centered):
+    """Normalization as JAX differentiates it."""
     y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True) if centred else y
+    y = y - y.mean(-1, keepdims=True) if centered else y
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
-    return (y * scale + bias).astype(x.dtype) if centred else y.astype(x.dtype) * scale.astype(x.dtype)
+    return (y * scale + bias).astype(x.dtype) if centered else y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("centred", [True, False])
-def test_a_norm_has_the_gradients_of_its_formula_and_keeps_its_input_alone(centred, dtype):
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_norm_has_the_gradients_of_its_formula_and_keeps_its_input_alone(centered, dtype):
     x, scale, bias = 3 * rand(4, 5, 16) + 1, rand(16, seed=1), rand(16, seed=2)
     x, weights = jnp.asarray(x, dtype), rand(4, 5, 16, seed=3)
 
     def ours(x, scale, bias):
-        return layer_norm(x, scale, bias, 1e-5) if centred else rms_norm(x, scale, 1e-5)
+        return layer_norm(x, scale, bias, 1e-5) if centered else rms_norm(x, scale, 1e-5)
 
     def total(f):
         return jax.grad(lambda *args: (f(*args).astype("float32") * weights).sum(), (0, 1, 2))(x, scale, bias)
 
-    for got, expected in zip(total(ours), total(lambda *args: plain(*args, centred)), strict=True):
+    for got, expected in zip(total(ours), total(lambda *args: plain(*args, centered)), strict=True):
         largest = float(jnp.abs(expected).max())
         close(got.astype("float32"), expected.astype("float32"), (1e-5 if dtype == "float32" else 0.02) * largest)
     _, backward = jax.vjp(ours, x, scale, bias)
@@ -165,7 +165,7 @@ def test_dropout_keeps_the_mean_and_drops_its_share():
 
 
 @pytest.mark.parametrize("shape", [(3, 20_001), (60_000, 1)])
-def test_neighbours_are_dropped_apart_though_they_share_random_bits(shape):
+def test_neighbors_are_dropped_apart_though_they_share_random_bits(shape):
     kept = np.asarray(drop(jnp.ones(shape, jnp.bfloat16), 0.4, jax.random.key(1))) != 0
     assert kept.shape == shape and kept.mean() == pytest.approx(0.6, abs=0.01)
     kept = kept.reshape(len(kept), -1) if shape[-1] > 1 else kept.T
@@ -197,7 +197,7 @@ class NetConfig(families.ModelConfig):
 
 
 class Net(nn.Module):
-    """A convolution, batch normalisation, and a product: enough to have parameters beside statistics."""
+    """A convolution, batch normalization, and a product: enough to have parameters beside statistics."""
 
     config: NetConfig
 

@@ -15,7 +15,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.generate.sample import sample
 from jaxmodels.models.lstm import LSTMConfig, Marks, State, cell, recur
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, T, V = 3, 8, 29
 LM = LSTMConfig(vocab_size=V, width=6, hidden=5, layers=2)

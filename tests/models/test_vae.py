@@ -12,7 +12,7 @@ import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.models.vae import VAEConfig
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, Z = 3, 4
 CONFIGS = {

@@ -16,7 +16,7 @@ from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B = 4
 RESNET = ResNetConfig((8, 8, 2), 5, (1,), (6,), bottleneck=False, stem="small", stem_width=6)
@@ -104,7 +104,7 @@ def test_dropout_happens_in_training_only(config):
 
 
 def by_hand(x, params, stats):
-    """A convolution in a window of 3×3 with zeros around, and normalisation by running statistics."""
+    """A convolution in a window of 3×3 with zeros around, and normalization by running statistics."""
     x, w = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0))), np.asarray(params["conv"]["w"])
     height, width = x.shape[1] - 2, x.shape[2] - 2
     y = sum(x[:, i : i + height, j : j + width] @ w[i, j] for i in range(3) for j in range(3))

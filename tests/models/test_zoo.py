@@ -109,7 +109,7 @@ def test_every_parameter_matters(name):
         if not np.abs(np.asarray(leaf)).max() > 1e-6
     ]
     # keys' biases add the same to all of a query's scores, so softmax does not see them; a bias before batch
-    # normalisation is taken away with the mean
+    # normalization is taken away with the mean
     assert all(path.endswith(("/k/b", "conv/b")) for path in silent), silent
 
 

@@ -185,7 +185,7 @@ def work():
 
 
 @pytest.mark.parametrize(("rounds", "microbatches"), [(1, 8), (2, 4)], ids=str)
-def test_a_stage_works_for_so_many_ticks_as_theory_says_and_sends_to_its_neighbours(rounds, microbatches):
+def test_a_stage_works_for_so_many_ticks_as_theory_says_and_sends_to_its_neighbors(rounds, microbatches):
     text = compiled(mesh(stage=4, rounds=rounds, microbatches=microbatches)).as_text()
     turns = rounds * microbatches
     assert flops(text) == work() / 4 * (turns + 3) / turns

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, T, V = 4, 13, 37
 SIZE = {"layers": 2, "heads": 3, "width": 21, "mlp_width": 29}
@@ -47,7 +47,7 @@ def sizes(config, prefix=""):
     }
 
 
-def randomise(model):
+def randomize(model):
     """Weights of which each one matters."""
     torch.manual_seed(0)
     for name, p in model.named_parameters():
@@ -68,7 +68,7 @@ def bert(config, name):
         pad_token_id=None,
         **sizes(config),
     )
-    return randomise(getattr(transformers, name)(theirs))
+    return randomize(getattr(transformers, name)(theirs))
 
 
 def vit(config):
@@ -79,7 +79,7 @@ def vit(config):
         num_labels=config.classes,
         **sizes(config),
     )
-    return randomise(transformers.ViTForImageClassification(theirs))
+    return randomize(transformers.ViTForImageClassification(theirs))
 
 
 def clip(config):
@@ -91,7 +91,7 @@ def clip(config):
         text_config={**text, **sizes(config, "text_")},
         projection_dim=config.embedding,
     )
-    return randomise(transformers.CLIPModel(theirs))
+    return randomize(transformers.CLIPModel(theirs))
 
 
 BLOCKS = {
@@ -238,7 +238,7 @@ def test_bert_equals_transformers_with_padding_and_token_types(name, kernel):
         close(b, plain[key])
 
 
-def test_the_gradients_of_masked_language_modelling_are_those_of_transformers():
+def test_the_gradients_of_masked_language_modeling_are_those_of_transformers():
     reference, model = bert(BERT, "BertForMaskedLM"), jaxmodels.create(BERT)
     params, (tokens, ids, types) = ours(model, reference), texts()
     at = np.array([[0, 2], [1, 0], [2, 1], [0, 1]])

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 tf = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 V, B, T = 97, 3, 13  # a vocabulary that nothing divides
 EAGER = {"attn_implementation": "eager"}

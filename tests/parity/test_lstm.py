@@ -20,7 +20,7 @@ CASES = {
     "classifier": LSTMConfig(vocab_size=V, width=D, hidden=H, layers=2, classes=3),
     "bidirectional": LSTMConfig(vocab_size=V, width=D, hidden=H, layers=2, classes=3, bidirectional=True),
 }
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 

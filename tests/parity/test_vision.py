@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, CLASSES = 4, 7
 BASIC = ResNetConfig((32, 32, 3), CLASSES, (1, 2), (9, 14), bottleneck=False, stem_width=9)

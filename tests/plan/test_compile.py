@@ -313,9 +313,9 @@ import sys
 from pathlib import Path
 import jax
 from jaxmodels.plan import compile
-analyse = jax.stages.Compiled.memory_analysis
+analyze = jax.stages.Compiled.memory_analysis
 def reporting(self):
-    found = analyse(self)
+    found = analyze(self)
     print("peak", found.peak_memory_in_bytes, found.argument_size_in_bytes + found.temp_size_in_bytes)
     return found
 jax.stages.Compiled.memory_analysis = reporting

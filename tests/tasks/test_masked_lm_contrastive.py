@@ -1,4 +1,4 @@
-"""Masked language modelling and contrastive training: what is hidden, what counts, one device and eight."""
+"""Masked language modeling and contrastive training: what is hidden, what counts, one device and eight."""
 
 import dataclasses
 import functools
@@ -169,7 +169,7 @@ def test_training_hides_other_tokens_at_each_step_and_evaluation_always_the_same
         assert float(mixed[name][0]) == pytest.approx(float(total), rel=1e-5)
         assert sum(float(half[name][0]) for half in halves) == pytest.approx(float(total), rel=1e-5)
         assert sum(int(half[name][1]) for half in halves) == int(count) > B
-    assert task.summarise(whole, ())["perplexity"] == pytest.approx(np.exp(divide(whole)["loss"]))
+    assert task.summarize(whole, ())["perplexity"] == pytest.approx(np.exp(divide(whole)["loss"]))
 
 
 def learn(task, params, optimizer, rows, steps):

@@ -43,7 +43,7 @@ def whole(measure, logits, labels, size=None):
     for i in range(0, len(logits), size):
         sums = jax.tree.map(lambda x: np.asarray(x, np.float64), measure(logits[i : i + size], labels[i : i + size]))
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    return metrics.summarise(totals)
+    return metrics.summarize(totals)
 
 
 def judged(actual, chosen, classes=None):
@@ -125,13 +125,13 @@ def test_nothing_seen_is_0_and_names_of_classes_are_used():
     logits, labels = draw(rows=4)
     nothing = whole(single, logits, np.full(4, -1, np.int32))
     assert set(nothing.values()) == {0.0}
-    named = metrics.summarise(jax.tree.map(np.asarray, single(logits, labels)), ["cat", "dog"])
+    named = metrics.summarize(jax.tree.map(np.asarray, single(logits, labels)), ["cat", "dog"])
     assert {"f1/cat", "f1/dog", "f1/2"} <= set(named) and "f1/0" not in named
 
 
 def test_five_classes_have_no_top_five_and_a_thousand_no_metrics_of_single_ones():
     assert "top5" not in metrics.single(jnp.zeros((1, 5)), jnp.zeros(1, int))
-    many = metrics.summarise({"counts": (np.ones((1000, 3)), 1.0)})
+    many = metrics.summarize({"counts": (np.ones((1000, 3)), 1.0)})
     assert many["f1"] == pytest.approx(0.5) and not any("/" in name for name in many)
 
 
@@ -153,7 +153,7 @@ def test_the_inception_score_is_1_for_equal_rows_and_the_number_of_classes_for_a
 )
 def test_no_two_classes_share_a_metric(classes, names):
     counts = np.array([[1, 0, 0], [0, 1, 0], [2, 1, 1], [3, 0, 3]], float)
-    found = metrics.summarise({"loss": (8.0, 4.0), "counts": (counts, 4.0)}, classes)
+    found = metrics.summarize({"loss": (8.0, 4.0), "counts": (counts, 4.0)}, classes)
     assert [name.removeprefix("recall/") for name in found if name.startswith("recall/")] == names
     assert [found[f"recall/{name}"] for name in names] == [1, 0, 2 / 3, 0.5]
     assert found["loss"] == 2

@@ -66,7 +66,7 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(config, vocab_size):
     assert int(aux.weight) == (rows["targets"] >= 0).sum()
     found = tasks.task.divide(task.metrics(params, {}, rows))
     assert found["loss"] == pytest.approx(float(expected.loss / expected.count), rel=1e-5)
-    found = task.summarise(task.metrics(params, {}, rows), ())
+    found = task.summarize(task.metrics(params, {}, rows), ())
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
 
 

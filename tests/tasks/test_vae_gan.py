@@ -20,7 +20,7 @@ from jaxmodels.tasks.task import noise_of, uniform_of
 from jaxmodels.train import job, state, step
 from tests.sections import drawn, task_of
 
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SHAPE = (8, 8, 1)
 CONFIGS = {
@@ -241,7 +241,7 @@ def test_gaussian_pixels_cost_half_their_squared_error_and_a_constant():
     outputs, _, _ = task.networks["model"].apply(params["model"], jnp.asarray(x), rng=jax.random.key(1))
     expected = 0.5 * np.square(outputs - x).sum() + 0.5 * np.log(2 * np.pi) * x.size
     assert float(aux.sums["reconstruction"][0]) == pytest.approx(float(expected), rel=1e-5)
-    found = task.summarise(task.metrics(params, {}, rows), ())
+    found = task.summarize(task.metrics(params, {}, rows), ())
     assert found["elbo"] == -found["loss"] and found["loss"] == pytest.approx(found["reconstruction"] + found["kl"])
     with pytest.raises(UserError, match="got task.binarise with task.pixels gaussian"):
         build("vae-mlp", pixels="gaussian", binarise=True)

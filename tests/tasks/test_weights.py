@@ -51,7 +51,7 @@ CASES = {
     "vae": VAEConfig(input_shape=IMAGE, hidden=(8,), latents=2),
     "gan": GANConfig(input_shape=IMAGE, latents=3, channels=(4,)),
 }
-# at these shapes LLVM's optimisations take longer than all else
+# at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -184,7 +184,7 @@ def test_ids_to_keep_are_some_of_the_vocabulary_s(keep, message):
 
 def test_a_run_on_labels_that_are_all_ignored_ends_with_one_line_and_without_a_best_checkpoint(tmp_path, monkeypatch):
     arrays = {"inputs": np.zeros((40, *IMAGE), np.float32), "labels": np.full(40, -1, np.int32)}
-    monkeypatch.setattr(job.data, "open_for", lambda cfg, split, *_: Rows(arrays, split=split, label="unlabelled"))
+    monkeypatch.setattr(job.data, "open_for", lambda cfg, split, *_: Rows(arrays, split=split, label="unlabeled"))
     cfg = Config(
         CASES["classification"],
         task=Classification(),

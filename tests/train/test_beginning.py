@@ -40,7 +40,7 @@ MASKED = Config(
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A run of two steps of masked language modelling."""
+    """A run of two steps of masked language modeling."""
     run = tmp_path_factory.mktemp("source") / "run"
     runs.train(MASKED, run)
     return run
@@ -206,7 +206,7 @@ def test_every_field_of_a_model_is_told_by_the_shapes_or_free_or_compared(source
     other = replace(MASKED, model=GPT2Config(vocab_size=23, context=9, layers=1, heads=2, width=8))
     with pytest.raises(UserError, match="with a BERTConfig, expected a GPT2Config"):
         beginning.agree(other.model, source, {"model/embed/w": None})
-    # masked language modelling taught no pooler: what it reads is free as long as it is new
+    # masked language modeling taught no pooler: what it reads is free as long as it is new
     beginning.agree(replace(classifier(source).model, pool="mean"), source, {"model/embed/w": None})
     with pytest.raises(UserError, match="model.pool 'mean' for 'first'"):
         beginning.agree(replace(classifier(source).model, pool="mean"), source, {"model/pooler/w": None})

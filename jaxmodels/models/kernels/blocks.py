@@ -52,7 +52,7 @@ def score(plan: Plan, q, k, bias, t, s, segments, kv_length):
     return raw, x if mask is None else jnp.where(mask[:, None, None], x, -jnp.inf)
 
 
-def normalise(top, total):
+def normalize(top, total):
     """The divisor of a row and its log-sum-exp: 1 and inf where nothing is seen, so that the weights are 0."""
     safe = jnp.where(total == 0, 1.0, total)
     return safe, jnp.where(total == 0, jnp.inf, top + jnp.log(safe))

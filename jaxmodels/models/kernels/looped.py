@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmodels.models.kernels.blocks import Hidden, Plan, einsum, fold, normalise, pull, score
+from jaxmodels.models.kernels.blocks import Hidden, Plan, einsum, fold, normalize, pull, score
 from jaxmodels.models.kernels.xla import FLOOR
 
 
@@ -126,7 +126,7 @@ def attended(plan: Plan, q, k, v, bias, hidden: Hidden, dtype):
         zero = lax.full_like(q, 0.0, jnp.float32, (B, G, R, Q))
         start = lax.full_like(q, 0.0, jnp.float32, (B, G, R, Q, K)), zero + FLOOR, zero
         out, top, total = lax.fori_loop(*keys_of(plan, hidden, i, nk), step, start)
-        total, lse = normalise(top, total)
+        total, lse = normalize(top, total)
         return None, ((out / total[..., None]).astype(dtype), lse)
 
     return lax.scan(rows, None, jnp.arange(nq))[1]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmodels.models.kernels.blocks import Hidden, Plan, einsum, fold, normalise, pull, score
+from jaxmodels.models.kernels.blocks import Hidden, Plan, einsum, fold, normalize, pull, score
 from jaxmodels.models.kernels.xla import FLOOR
 
 
@@ -46,7 +46,7 @@ def forward(plan: Plan, q, k, v, bias, hidden: Hidden):
         _, x = score(*block_arguments(plan, rows, keys, q, k, bias, hidden))
         top = jnp.maximum(x.max(-1, initial=FLOOR), FLOOR)
         p = jnp.exp(x - top[..., None])
-        total, lse = normalise(top, p.sum(-1))
+        total, lse = normalize(top, p.sum(-1))
         B, G, R, Q, n = p.shape
         out = einsum("bgms,bgsk->bgmk", p.astype(v.dtype).reshape(B, G, R * Q, n), v[:, :, keys])
         outs.append(out.reshape(B, G, R, Q, -1) / total[..., None])
