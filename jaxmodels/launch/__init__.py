@@ -1,0 +1,1 @@
+"""Launch: one job, on this machine or a cluster, started, watched and started again."""
