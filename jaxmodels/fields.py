@@ -10,12 +10,13 @@ import numbers
 import os
 import reprlib
 import types
+from abc import ABC
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.registry import Registry
+from jaxmodels.registry import Registry, incomplete, subclass_of
 
 MOST = 2**31 - 1
 """What an index on a device holds."""
@@ -98,14 +99,15 @@ _REPR.maxstring = _REPR.maxother = 60
 _TINIEST, _GREATEST = 2.0**-126, 3.4e38  # of float32, in which it is computed
 
 
-class Section:
+class Section(ABC):  # noqa: B024
     """A dataclass whose fields are checked whenever one is made: from a file, the command line, JSON or in Python.
 
     Its fields are options `--SECTION.FIELD`. Numbers become their field's type (1 a float), lists tuples. A class
     whose values must fit each other too has a `__post_init__` of its own, which calls this one first.
 
     A section that comes in several kinds has a base class with `kinds`, the registry of its subclasses. The base has
-    the fields that all kinds share, and is no kind itself; `--SECTION NAME` takes another kind.
+    the fields that all kinds share, and is no kind itself; `--SECTION NAME` takes another kind. What each kind must
+    have is an abstract method of the base: a kind without it is refused when it is named or made.
     """
 
     section: ClassVar[str] = ""
@@ -115,14 +117,21 @@ class Section:
         if section is not None:
             cls.section = section
         if kinds is not None:
-            cls.kinds = kinds
+            cls.kinds, kinds.check = kinds, subclass_of(cls, kinds.what)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if "kinds" in vars(cls) and cls.kinds is not None:
+            raise UserError(
+                f"got {cls.__name__}, which every {cls.kinds.what} has in common, expected one of them: "
+                f"{', '.join(cls.kinds.names())}"
+            )
+        if lacking := incomplete(cls):
+            raise UserError(
+                f"got {cls.kinds.what if cls.kinds else cls.section} {cls.__module__}:{cls.__qualname__}, {lacking}"
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if "kinds" in vars(type(self)) and self.kinds is not None:
-            raise UserError(
-                f"got {type(self).__name__}, which every {self.kinds.what} has in common, expected one of them: "
-                f"{', '.join(self.kinds.names())}"
-            )
         fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         for name, kind in _hints(type(self)).items():
             if name in fields:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -16,6 +18,9 @@ T = TypeVar("T")
 OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """How something that has no short name is written: package.module:Name."""
 
+Check = Callable[[Any], str]
+"""What is wrong with something from outside, as the end of "got task my.tasks:Mine, …"; nothing, if it will do."""
+
 
 class Registry:
     """Classes or functions of one sort by their names; each is imported when it is asked for.
@@ -25,9 +30,12 @@ class Registry:
     finds them, so a run that names one can be read in any process that can import it.
     """
 
-    def __init__(self, what: str, group: str, builtin: Mapping[str, str]) -> None:
-        """`what` is how messages call one of them; `builtin` maps short names to `module:Name`."""
-        self.what, self.group, self.builtin = what, group, dict(builtin)
+    def __init__(self, what: str, group: str, builtin: Mapping[str, str], check: Check = lambda found: "") -> None:
+        """`what` is how messages call one of them; `builtin` maps short names to `module:Name`.
+
+        What comes from outside is held to `check` as soon as it is named, and not in the middle of work.
+        """
+        self.what, self.group, self.builtin, self.check = what, group, dict(builtin), check
         self._registered: dict[str, Any] = {}
 
     def names(self) -> list[str]:
@@ -54,16 +62,16 @@ class Registry:
         """What the name stands for, imported if need be.
 
         Raises:
-            UserError: there is no such name, or its module cannot be imported.
+            UserError: there is no such name, its module cannot be imported, or what it stands for will not do.
         """
         if name in self._registered:
-            return self._registered[name]
+            return self._checked(name, self._registered[name])
         if name in self.builtin:
             return self._load(self.builtin[name])
         if (entry := self._entry_points().get(name)) is not None:
-            return self._load(entry.value)
+            return self._checked(name, self._load(entry.value))
         if OUTSIDE.fullmatch(name):
-            return self._load(name)
+            return self._checked(name, self._load(name))
         known = self.names()
         raise UserError(
             f"got {self.what} {name!r}, expected one of {', '.join(known)}, or package.module:Name"
@@ -74,12 +82,13 @@ class Registry:
         """The name by which `find` gives this again in any process: a short one, or `package.module:Name`.
 
         Raises:
-            UserError: it lies where another process cannot import it.
+            UserError: it lies where another process cannot import it, or it will not do.
         """
         address = _address(found)
         for name, value in self.builtin.items():
             if value == address:
                 return name
+        self._checked(address, found)
         for name, entry in self._entry_points().items():
             if entry.value == address:
                 return name
@@ -90,6 +99,11 @@ class Registry:
                 "in a module of an installed package, or of a directory on PYTHONPATH, try moving it there"
             )
         return address
+
+    def _checked(self, name: str, found: Any) -> Any:
+        if wrong := self.check(found):
+            raise UserError(f"got {self.what} {name}, {wrong}")
+        return found
 
     def _entry_points(self) -> dict[str, metadata.EntryPoint]:
         return {entry.name: entry for entry in metadata.entry_points(group=self.group)}
@@ -123,6 +137,90 @@ class Registry:
                 )
             found = getattr(found, part)
         return found
+
+
+def subclass_of(base: type, what: str = "") -> Check:
+    """The check of classes that derive from `base` and have what its abstract methods ask for.
+
+    `base` itself will do where it is complete; one that all kinds of something have in common says of `what`.
+    """
+
+    def check(found: Any) -> str:
+        section = dataclasses.is_dataclass(base)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            return (
+                f"which is {_sort(found)}, expected a {'frozen dataclass' if section else 'class'} that derives from "
+                f"{base.__name__}, try class Mine({base.__name__})"
+            )
+        if what and found is base:
+            return f"which every {what} has in common, expected a class that derives from it"
+        own = [name for name, kind in inspect.get_annotations(found).items() if "ClassVar" not in str(kind)]
+        if section and own and "__dataclass_fields__" not in vars(found):
+            return f"whose {own[0]} is no field, expected a dataclass, try @dataclass(frozen=True) above class " + (
+                found.__name__
+            )
+        return incomplete(found) or _unlike(found, base)
+
+    return check
+
+
+def incomplete(kind: type) -> str:
+    """Which methods a class lacks that its bases ask for; nothing, if it has all of them."""
+    lacking = sorted(getattr(kind, "__abstractmethods__", ()))
+    if not lacking:
+        return ""
+    forms = [f"def {name}{_parameters(getattr(kind, name))}" for name in lacking]
+    return f"which has no method {' and none '.join(lacking)}, expected one, try {' and '.join(forms)}"
+
+
+def _unlike(kind: type, base: type) -> str:
+    """Which required method of a class cannot be called as that of its base is; nothing, if all can."""
+    for name in sorted(getattr(base, "__abstractmethods__", ())):
+        own, asked = getattr(kind, name), getattr(base, name)
+        if not _can_be_called(own, [each.name for each in inspect.signature(asked).parameters.values()]):
+            return f"whose {name} takes {_parameters(own)}, expected {name}{_parameters(asked)}"
+    return ""
+
+
+def instance_of(kind: type, form: str) -> Check:
+    """The check of objects of a class, which are made as `form` shows."""
+
+    def check(found: Any) -> str:
+        said = f"{kind.__module__}.{kind.__qualname__}"
+        return "" if isinstance(found, kind) else f"which is {_sort(found)}, expected a {said}, try {form}"
+
+    return check
+
+
+def function_of(*arguments: str) -> Check:
+    """The check of functions that are called with so many arguments."""
+
+    def check(found: Any) -> str:
+        form = f"function({', '.join(arguments)})"
+        if not callable(found):
+            return f"which is {_sort(found)}, expected a {form}"
+        return "" if _can_be_called(found, arguments) else f"which takes {_parameters(found)}, expected a {form}"
+
+    return check
+
+
+def _can_be_called(function: Callable[..., Any], arguments: Sequence[str]) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # one of another language, which does not say
+        return True
+    return True
+
+
+def _parameters(function: Callable[..., Any]) -> str:
+    return f"({', '.join(str(each).split(':')[0] for each in inspect.signature(function).parameters.values())})"
+
+
+def _sort(found: Any) -> str:
+    sort = "class" if isinstance(found, type) else type(found).__name__
+    return f"a{'n' if sort[0].lower() in 'aeiou' else ''} {sort}"
 
 
 def _address(found: Any) -> str:

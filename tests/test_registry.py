@@ -54,6 +54,21 @@ class Halves(ScheduleConfig):
 
 class Plain:
     pass
+
+
+@dataclass(frozen=True)
+class Ruleless(OptimConfig):
+    pass
+
+
+@dataclass(frozen=True)
+class Short(OptimConfig):
+    def rule(self):
+        return optax.identity()
+
+
+class Bare(Signs):
+    strength: float = 1.0
 '''
 
 
@@ -134,12 +149,84 @@ def test_an_installed_package_gives_short_names(package):
         ("own_rules.needy:Signs", "needs nothing_like_this, which is not there"),
         ("nothing_like_this:Signs", "whose module nothing_like_this is not there"),
         ("os:path", "expected a frozen dataclass"),
+        (
+            "own_rules:Ruleless",
+            r"got optimizer own_rules:Ruleless, which has no method rule, .* try def rule\(self, axes",
+        ),
+        ("own_rules:Short", r"whose rule takes \(self\), expected rule\(self, axes\)"),
+        ("own_rules:Bare", r"whose strength is no field, expected a dataclass, try @dataclass\(frozen=True\)"),
         ("../own:Signs", "got optimizer '../own:Signs', expected one of"),
     ],
 )
 def test_a_name_that_stands_for_nothing_gets_one_line(package, name, said):
     with pytest.raises(UserError, match=said):
         configured([FILE, "--optim", name], "jaxmodels train", RunOptions)
+
+
+UNFINISHED = '''
+from dataclasses import dataclass
+
+from jaxmodels import Logger
+from jaxmodels.data import RecordsConfig
+from jaxmodels.data.tokenizer import BaseTokenizer
+from jaxmodels.tasks.task import TaskConfig
+from jaxmodels.train.schedules import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class Task(TaskConfig):
+    def examples(self, opening): ...
+
+
+@dataclass(frozen=True)
+class Source(RecordsConfig):
+    pass
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduleConfig):
+    pass
+
+
+class Tokenizer(BaseTokenizer):
+    vocab_size = 3
+
+    def encode(self, text): ...
+
+
+def one(first):
+    """What takes one argument is neither a metric nor a transform."""
+
+
+kernel = one
+'''
+
+
+def test_what_is_not_finished_is_refused_when_it_is_named(package, tmp_path):
+    from jaxmodels.data.section import SOURCES, TRANSFORMS
+    from jaxmodels.data.tokenizer import TOKENIZERS
+    from jaxmodels.models.kernels.kernel import KERNELS
+    from jaxmodels.tasks.task import METRICS, TASKS
+    from jaxmodels.train.loggers import LOGGERS
+
+    (package / "own_rules" / "unfinished.py").write_text(UNFINISHED)
+    for registry, name, said in (
+        (TASKS, "Task", r"which has no method build, expected one, try def build\(self, model, data\)"),
+        (SOURCES, "Source", r"which has no method records, expected one, try def records\(self, split\)"),
+        (SCHEDULES, "Schedule", "which has no method share"),
+        (TOKENIZERS, "Tokenizer", "which has no method decode"),
+        (LOGGERS, "Tokenizer", "which is a class, expected a class that derives from Logger"),
+        (METRICS, "one", r"which takes \(first\), expected a function\(outputs, batch\)"),
+        (TRANSFORMS, "one", r"which takes \(first\), expected a function\(image, rng\)"),
+        (KERNELS, "kernel", r"which is a function, expected a .*Kernel, try mine = Kernel\(attend, features\)"),
+    ):
+        with pytest.raises(UserError, match=f"got {registry.what} own_rules.unfinished:{name}, {said}"):
+            registry.find(f"own_rules.unfinished:{name}")
+    # in a config file no name is looked up
+    made = "from own_rules.unfinished import Task\nfrom jaxmodels.config import Config\n"
+    (tmp_path / "made.py").write_text(f"{made}get_config = lambda: Config(0, Task())\n")
+    with pytest.raises(UserError, match="^got task own_rules.unfinished:Task, which has no method build"):
+        configs.load(tmp_path / "made.py")
 
 
 @pytest.mark.parametrize(

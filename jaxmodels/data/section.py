@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Dim, Dropped, Named, Natural, Positive, Range, Section, Share, Workers
-from jaxmodels.registry import Registry
+from jaxmodels.registry import Registry, function_of
 
 if TYPE_CHECKING:
     from jaxmodels.data.corpus import Corpus
@@ -31,7 +32,7 @@ SOURCES = Registry(
         "synthetic": "jaxmodels.data.synthetic:Synthetic",
     },
 )
-TRANSFORMS = Registry("transform", "jaxmodels.transforms", {})
+TRANSFORMS = Registry("transform", "jaxmodels.transforms", {}, function_of("image", "rng"))
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ class RecordsConfig(TextsConfig):
     """What decodes JPEG and resizes images: pillow, which averages all pixels that shrink into one; opencv (extra
     `opencv`), in half the time, from the four nearest pixels where an image shrinks to more than half."""
 
-    def records(self, split: Split) -> Records:
-        raise NotImplementedError
+    @abstractmethod
+    def records(self, split: Split) -> Records: ...
 
     def corpus(self) -> Corpus:
         from jaxmodels.data import examples

@@ -14,14 +14,9 @@ import numpy as np
 from jaxmodels.data import special, vocabulary
 from jaxmodels.data.special import Special
 from jaxmodels.errors import UserError
-from jaxmodels.registry import OUTSIDE, Registry
+from jaxmodels.registry import OUTSIDE, Registry, subclass_of
 
 FILE = "tokenizer.json"
-TOKENIZERS = Registry(
-    "tokenizer",
-    "jaxmodels.tokenizers",
-    {"bytes": "jaxmodels.data.tokenizer:Bytes", "chars": "jaxmodels.data.tokenizer:Chars"},
-)
 
 _PIECE = 1 << 18
 
@@ -125,6 +120,14 @@ class BaseTokenizer(ABC):
             (directory / special.FILE).unlink(missing_ok=True)
         else:
             self.special.save(directory)
+
+
+TOKENIZERS = Registry(
+    "tokenizer",
+    "jaxmodels.tokenizers",
+    {"bytes": "jaxmodels.data.tokenizer:Bytes", "chars": "jaxmodels.data.tokenizer:Chars"},
+    subclass_of(BaseTokenizer),
+)
 
 
 class Bytes(BaseTokenizer):
@@ -317,15 +320,8 @@ def build(
         learn = vocabulary.bpe if kind == "bpe" else vocabulary.words
         return HuggingFace(learn((training or documents)(), int(size)).to_str())
     if name in TOKENIZERS.names() or OUTSIDE.fullmatch(name):
-        return _kind(name).learn(documents)
+        return TOKENIZERS.find(name).learn(documents)
     return load_tokenizer(Path(name).expanduser())
-
-
-def _kind(name: str) -> type[BaseTokenizer]:
-    found = TOKENIZERS.find(name)
-    if not (isinstance(found, type) and issubclass(found, BaseTokenizer)):
-        raise UserError(f"got tokenizer {name!r}, expected a class that derives from BaseTokenizer")
-    return found
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -340,7 +336,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     value = special.objects(file, "a Hugging Face tokenizer.json")
     try:
         if isinstance(kind := value.pop("kind", None), str):
-            return _kind(kind)(**value)
+            return TOKENIZERS.find(kind)(**value)
         return HuggingFace(file.read_text(encoding="utf-8"), file.parent if file.name == FILE else None)
     except UserError:
         raise

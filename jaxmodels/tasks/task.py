@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,7 +22,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import Dropped, Section, Weight
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
-from jaxmodels.registry import Registry
+from jaxmodels.registry import Registry, function_of
 from jaxmodels.tasks.losses import Scores
 
 Params = dict[str, Any]
@@ -173,7 +174,7 @@ class Task:
         return {name: tree for name, tree in stats.items() if tree}
 
 
-METRICS = Registry("metric", "jaxmodels.metrics", {})
+METRICS = Registry("metric", "jaxmodels.metrics", {}, function_of("outputs", "batch"))
 """Metrics from outside: pure functions `metric(outputs, batch)` that give a value for each example, (B,), or values of
 its parts and their weights, both (B, …). Examples that do not count are left out of the mean here."""
 TASKS = Registry(
@@ -208,21 +209,21 @@ class TaskConfig(Section, section="task", kinds=TASKS):
         """The task's name, such as vae."""
         return TASKS.name_of(type(self))
 
+    @abstractmethod
     def build(self, model: Model, data: DataConfig) -> Task:
         """Join the model with its losses, metrics and batches.
 
         Raises:
             UserError: the model is none that this task trains.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def examples(self, opening: Opening) -> Source:
         """Make examples of what a source gives, most often by one of the functions of `data.examples`.
 
         Raises:
             UserError: the source does not give what the task needs.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.registry import Registry
+from jaxmodels.registry import Registry, subclass_of
 
 if TYPE_CHECKING:
     from jaxmodels.config import Config
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from jaxmodels.train.metrics import Record
 
 log = logging.getLogger("jaxmodels")
-
-LOGGERS = Registry("logger", "jaxmodels.loggers", {"tensorboard": "jaxmodels.train.loggers:TensorBoard"})
 
 _EVENTS_SECONDS = 30  # how old the events may be that a running TensorBoard reads
 
@@ -51,6 +49,11 @@ class Logger:
 
     def close(self) -> None:
         """Finish: the run has ended, normally or by an error."""
+
+
+LOGGERS = Registry(
+    "logger", "jaxmodels.loggers", {"tensorboard": "jaxmodels.train.loggers:TensorBoard"}, subclass_of(Logger)
+)
 
 
 class Report:
@@ -115,13 +118,7 @@ def find_loggers(names: Iterable[str]) -> dict[str, type[Logger]]:
     for name in names:
         if name in found:
             raise UserError(f"got metrics.loggers {name} twice, expected each once, try --metrics.loggers {name}")
-        kind = LOGGERS.find(name)
-        if not (isinstance(kind, type) and issubclass(kind, Logger)):
-            raise UserError(
-                f"got metrics.loggers {name}, which is no Logger, expected a subclass of jaxmodels.Logger, "
-                "try `class Mine(jaxmodels.Logger)`"
-            )
-        found[name] = kind
+        found[name] = LOGGERS.find(name)
     return found
 
 

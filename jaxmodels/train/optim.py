@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -52,12 +53,12 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
     offload: bool = False
     """Keep the optimizer's state in the hosts' memory; it comes to the devices for the update alone."""
 
+    @abstractmethod
     def rule(self, axes: Any) -> optax.GradientTransformation:
         """The update rule, without learning rate, clipping and decay, for params with these logical axes.
 
         Its updates point along the gradient: the learning rate turns them round.
         """
-        raise NotImplementedError
 
     def decay(self, axes: Any) -> optax.GradientTransformation:
         """What is added to the rule's updates to make the parameters smaller."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -27,13 +28,13 @@ SCHEDULES = Registry(
 class ScheduleConfig(Section, section="optim.schedule", kinds=SCHEDULES):
     """The learning rate after the warm-up, as a share of its peak."""
 
+    @abstractmethod
     def share(self, step: Any, first: int, last: int) -> Any:
         """The share of the peak that a step has, float32.
 
         Shapes: `step` is a float32 scalar, traced or not, counted from 0; the warm-up has reached the peak at step
         `first`, and `last` is the run's last step, which may come before `first`.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import Named
-from jaxmodels.registry import Registry
+from jaxmodels.registry import Registry, instance_of
 
 FEATURES: Mapping[str, str] = {
     "causal": "a query sees no later key",
@@ -139,7 +139,10 @@ BUILTIN = ("xla", "blockwise", "cudnn", "splash", "tokamax", "ring", "ulysses")
 """The kernels of this package, a module each; the reference first."""
 
 KERNELS = Registry(
-    "attention kernel", "jaxmodels.kernels", {name: f"jaxmodels.models.kernels.{name}:KERNEL" for name in BUILTIN}
+    "attention kernel",
+    "jaxmodels.kernels",
+    {name: f"jaxmodels.models.kernels.{name}:KERNEL" for name in BUILTIN},
+    instance_of(Kernel, "mine = Kernel(attend, features)"),
 )
 
 Attention = Annotated[str, Named(KERNELS, also=("auto",))]
@@ -152,13 +155,7 @@ def kernel_of(name: str) -> Kernel:
     Raises:
         UserError: there is none.
     """
-    found = KERNELS.find(name)
-    if not isinstance(found, Kernel):
-        raise UserError(
-            f"got attention kernel {name}, which is a {type(found).__name__}, expected a "
-            f"jaxmodels.models.kernels.kernel.Kernel, try {name.partition(':')[2]} = Kernel(attend, features)"
-        )
-    return found
+    return KERNELS.find(name)
 
 
 def feature_table() -> str:
