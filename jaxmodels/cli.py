@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 141  # as what ends by SIGPIPE
         message, code = explain(error)
+        if (progress := sys.modules.get("jaxmodels.parallel.progress")) is not None:
+            progress.failed(error, message)
         if traced or (message is None and _several()):
             raise
         if not getattr(error, "shown", False):  # the log of a run has said it already

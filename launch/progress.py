@@ -78,8 +78,8 @@ class Progress:
         return stuck
 
     def _count(self, rank: Rank) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / f"{rank.index}.count").read_text())
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return int((self.folder / f"{rank.index}.report").read_text().split()[0])
         return 0
 
     def _stacks(self, ranks: Sequence[Rank]) -> dict[int, list[Frame]]:

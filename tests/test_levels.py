@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 LEVELS = (
-    "errors fields registry",
+    "errors fields registry launch.events",
     "parallel",
     "models",
     "hf",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import faulthandler
 import importlib.util
 import logging
 import os
@@ -22,6 +21,7 @@ from jax._src.distributed import global_state as _state
 from jax.experimental import multihost_utils
 
 from jaxmodels.errors import UserError
+from jaxmodels.parallel import progress
 
 # A process silent for so long is taken for dead and ends the others (JAX's default is 100 s).
 _HEARTBEAT_SECONDS = 15
@@ -30,9 +30,6 @@ _SHUTDOWN_SECONDS = 20
 # A process that dies ends the wait of the others sooner.
 _BARRIER_SECONDS = 24 * 3600
 _barriers: collections.Counter[str] = collections.Counter()
-# The file in which a launcher sees how often this process has asked whether to stop, and how often that was.
-_progress: int | None = None
-_polled = 0
 # Pods and containers of one job start minutes apart; processes on one machine do not.
 _JOIN_SECONDS, _JOIN_LOCAL_SECONDS = 300, 60
 
@@ -47,6 +44,7 @@ def initialize() -> None:
     Raises: UserError where the variables contradict each other.
     """
     explicit = _explicit()
+    progress.begin()
     alone = not _clustered() if explicit is None else explicit[1] == 1
     if alone:
         return
@@ -68,7 +66,6 @@ def initialize() -> None:
             **timeouts,
         )
     sys.excepthook = _leave_at_once
-    _show_progress()
 
 
 def finalize(code: int) -> int:
@@ -141,7 +138,7 @@ class Preemption:
 
         Every process must ask equally often, in the same places: each step, and each batch of an evaluation.
         """
-        _note_progress()
+        progress.poll()
         if self.step is None:
             # JAX stops at one exact number, and an evaluation asks many times within a step: so polls are counted.
             self._polls += 1
@@ -160,29 +157,6 @@ class Preemption:
         self._signals.add(number)
         if jax.distributed.is_initialized():
             signal.raise_signal(signal.SIGTERM)
-
-
-def _show_progress() -> None:
-    """Let a launcher that gives a folder see how far this process is, and by SIGUSR1 where."""
-    global _progress
-    folder = os.environ.get("JAXMODELS_PROGRESS_DIR")
-    if not folder or _progress is not None:
-        return
-    base = os.path.join(folder, str(jax.process_index()))
-    # Open to the end of the process; the launcher takes the file for a sign that the handler is there.
-    stacks = os.open(base + ".part", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(stacks, f"0x{threading.main_thread().ident:016x}\n".encode())
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    os.rename(base + ".part", base + ".stack")
-    _progress = os.open(base + ".count", os.O_WRONLY | os.O_CREAT)
-
-
-def _note_progress() -> None:
-    global _polled
-    _polled += 1
-    if _progress is not None:
-        with contextlib.suppress(OSError):  # the launcher's disk is full
-            os.pwrite(_progress, f"{_polled:020d}".encode(), 0)
 
 
 def _leave_terminal() -> None:
@@ -273,6 +247,7 @@ def _check_name(local: bool) -> None:
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Excepthook: print, then end; an ordinary exit would wait for peers that wait for this process."""
     traceback.print_exception(kind, error, trace)
+    progress.failed(error)
     _exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
 

@@ -22,7 +22,7 @@ from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
-from jaxmodels.parallel import distributed, hardware
+from jaxmodels.parallel import distributed, hardware, progress
 from jaxmodels.train import beginning, directory, loggers, loop, saved
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
@@ -66,6 +66,7 @@ def train(
         if main:
             came_from = {**(origin or {}), "versions": versions(), "commit": commit()}
             stack.enter_context(directory.prepared(cfg, run, resume, came_from))
+            progress.run(run)
         distributed.barrier("run directory")
         display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps, job.task.unit))
         stack.enter_context(directory.logging_to(run / "log.txt" if main else None, display))

@@ -41,7 +41,7 @@ def ranks(tmp_path, monkeypatch):
     def make(*states: tuple[int, str]) -> list[Rank]:
         made = []
         for index, (count, frame) in enumerate(states):
-            (tmp_path / f"{index}.count").write_text(f"{count:020d}")
+            (tmp_path / f"{index}.report").write_text(f"{count:020d}")
             made.append(Rank(index, cast(Any, Process(tmp_path / f"{index}.stack", frame))))
         return made
 
@@ -80,7 +80,7 @@ def test_a_stall_is_warned_of_once_and_names_each_rank_and_place(ranks: Any, tmp
     assert "rank 0 is stuck at /srv/own.py:7 in read" in said and "rank 2 is stuck at" in said
     assert said.endswith("and the others wait for them")
     assert watched.stall_warning(every) == ""
-    (tmp_path / "0.count").write_text("21")
+    (tmp_path / "0.report").write_text("21")
     assert watched.stall_warning(every) == "" and not any(rank.stuck for rank in every)
 
 
