@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Iterable
+
+
+class ExitCode(enum.IntEnum):
+    """How a command, a rank, a supervisor or a whole job ended; schedulers act on it."""
+
+    DONE = 0
+    FAILED = 1
+    MISTAKE = 2
+    """Of the user: the same command would end so again."""
+    SAVED = 75
+    """Told to stop, and everything is saved: the same command goes on from there."""
 
 
 class UserError(ValueError):

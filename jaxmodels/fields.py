@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import os
 import reprlib
+import textwrap
 import types
 from abc import ABC
 from collections.abc import Callable, Mapping
@@ -180,6 +183,26 @@ def ranges(kind: Any) -> list[Range]:
     """The ranges in a field's type."""
     found = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, Range)]
     return found + [one for arg in get_args(kind) for one in ranges(arg)]
+
+
+def docs(kind: type) -> dict[str, str]:
+    """The documentation string under each field of a dataclass, inherited fields included."""
+    found: dict[str, str] = {}
+    for cls in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        except (OSError, TypeError):  # made without a file
+            continue
+        for node, after in itertools.pairwise(body):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return found
 
 
 class _Misfit(Exception):

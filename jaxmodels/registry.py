@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxmodels.errors import UserError, nearest
@@ -221,6 +224,47 @@ def _parameters(function: Callable[..., Any]) -> str:
 def _sort(found: Any) -> str:
     sort = "class" if isinstance(found, type) else type(found).__name__
     return f"a{'n' if sort[0].lower() in 'aeiou' else ''} {sort}"
+
+
+def given_by(path: str | Path, what: str, function: str, gives: str) -> Any:
+    """What a Python file's function returns: a config's `get_config()`, a place's `get_place()`.
+
+    Args:
+        path: the file; it can import its neighbors.
+        what: how messages call what it is: config.
+        function: the name of the function, which takes nothing.
+        gives: how messages call what it returns: a Config.
+
+    Raises:
+        UserError: no such file, no such function in it, or an error inside it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"got {what} {str(path)!r}, expected a Python file with {function}(){nearest(str(path), near)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"got {what} {str(path)!r}, expected a Python file with {function}()")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise UserError(
+                f"got {what} {str(path)!r} without {function}(), expected {function}() -> {gives.rpartition(' ')[2]}"
+            )
+        return getattr(module, function)()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a file of the user's does
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f" in line {lines[-1]}" if lines else ""
+        raise UserError(
+            f"got {what} {str(path)!r} that fails with {type(error).__name__}{where}: {error}, "
+            f"expected a Python file whose {function}() gives {gives}"
+        ) from error
+    finally:
+        sys.path.pop(0)
 
 
 def _address(found: Any) -> str:

@@ -101,8 +101,9 @@ def test_every_number_has_a_range():
 def kinds_of(command, monkeypatch):
     """What a command's arguments are parsed as."""
     found = []
-    monkeypatch.setattr("jaxmodels.commands.options.parse", lambda kind, *rest: found.append(kind) or exit(0))
-    main([*command.split(), FILE])
+    for module in ("parsing", "options", "places"):
+        monkeypatch.setattr(f"jaxmodels.commands.{module}.parse", lambda kind, *rest: found.append(kind) or exit(0))
+    main([*command.split(), "local" if command == "launch" else FILE])
     return found
 
 

@@ -39,6 +39,10 @@ COMMANDS = Registry(
         "data train-tokenizer": "jaxmodels.commands.data_train_tokenizer:train_tokenizer",
         "config explain": "jaxmodels.commands.config_explain:explain",
         "config diff": "jaxmodels.commands.config_diff:diff",
+        "launch": "jaxmodels.commands.launch:launch",
+        "launch status": "jaxmodels.commands.launch_status:status",
+        "launch logs": "jaxmodels.commands.launch_logs:logs",
+        "launch cancel": "jaxmodels.commands.launch_cancel:cancel",
     },
 )
 """A name of two words is a command of a group. Installed packages add theirs by entry points."""
@@ -78,12 +82,18 @@ def run(name: str, argv: list[str]) -> int:
     Raises:
         UserError: an argument that is wrong, or a mistake that the command finds.
     """
-    from jaxmodels.commands.options import Configured, NoOptions, configured, parse
+    from jaxmodels.commands.parsing import Configured, NoOptions, Placed, parse
 
     function, prog = COMMANDS.find(name), f"jaxmodels {name}"
     kinds = [get_type_hints(function)[each] for each in inspect.signature(function).parameters]
+    if kinds[:1] == [Placed]:
+        from jaxmodels.commands.places import placed
+
+        return function(*placed(argv, prog, kinds[1])) or 0
     if kinds[:1] != [Configured]:
         return parse(function, argv, prog) or 0
+    from jaxmodels.commands.options import configured
+
     more = kinds[1] if len(kinds) > 1 else NoOptions
     config, options = configured(argv, prog, more)
     given = Configured(config, argv[0], argv[1:])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import itertools
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 from jaxmodels.config.kinds import kind_name, kinds_of
 from jaxmodels.config.sections import Config
+from jaxmodels.fields import docs
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -57,23 +54,3 @@ def documentation(config: Config, name: str) -> str:
     for part in path:
         owner = getattr(owner, part)
     return docs(type(owner)).get(field, "")
-
-
-def docs(kind: type) -> dict[str, str]:
-    """The documentation string under each field of a dataclass, inherited fields included."""
-    found: dict[str, str] = {}
-    for cls in reversed(kind.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        except (OSError, TypeError):  # made without a file
-            continue
-        for node, after in itertools.pairwise(body):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return found

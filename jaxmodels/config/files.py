@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,6 +12,7 @@ from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of, of_kind
 from jaxmodels.config.sections import AnyModel, Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import checked, shown
+from jaxmodels.registry import given_by
 
 FORMAT = 2
 """The version of what `to_json` writes."""
@@ -28,31 +26,7 @@ def load(path: str | Path) -> Config:
     Raises:
         UserError: no such file, no `get_config`, or an error inside it.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UserError(f"got config {str(path)!r}, expected a Python file with get_config(){nearest(str(path), near)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"got config {str(path)!r}, expected a Python file with get_config()")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # so that a config can build on its neighbor
-    try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "get_config", None)):
-            raise UserError(f"got config {str(path)!r} without get_config(), expected get_config() -> Config")
-        config = module.get_config()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a file of the user's does
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f" in line {lines[-1]}" if lines else ""
-        raise UserError(
-            f"got config {str(path)!r} that fails with {type(error).__name__}{where}: {error}, "
-            "expected a Python file whose get_config() gives a Config"
-        ) from error
-    finally:
-        sys.path.pop(0)
+    config = given_by(path, "config", "get_config", "a Config")
     if not isinstance(config, Config):
         raise UserError(f"got {type(config).__name__} from get_config() in {path}, expected jaxmodels.config.Config")
     check_kinds(config)

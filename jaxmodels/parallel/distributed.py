@@ -177,13 +177,13 @@ def _explicit() -> tuple[str, int, int] | None:
     if missing:
         raise UserError(
             f"got a run of several processes without {' and '.join(missing)}, expected all of "
-            f"{', '.join(names)}, try python -m launch, which sets them"
+            f"{', '.join(names)}, try jaxmodels launch, which sets them"
         )
     count, index = _integer(names[1]), _integer(names[2])
     if not 0 <= index < count:
         raise UserError(
             f"got {names[2]}={index} with {names[1]}={count}, expected an index from 0 to {count - 1}, "
-            "try python -m launch, which sets them"
+            "try jaxmodels launch, which sets them"
         )
     return os.environ[names[0]], count, index
 

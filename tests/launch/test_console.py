@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.console import Console
+from jaxmodels.launch.console import Console
 
 
 def test_a_mistake_that_all_ranks_make_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:

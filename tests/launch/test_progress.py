@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from launch import progress
-from launch.progress import Progress
-from launch.watch import Rank, judge
+from jaxmodels.launch import progress
+from jaxmodels.launch.progress import Progress
+from jaxmodels.launch.watch import Rank, judge
 
 MAIN = "0x00007f0000000001"
 PYTHON = '/srv/own.py", line 7 in read'

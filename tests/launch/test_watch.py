@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from launch.watch import Events, Rank, judge, watch
+from jaxmodels.launch.watch import Events, Rank, judge, watch
 
 GLOO = "ValueError: UNKNOWN: Gloo all-reduce failed: pair.cc:538 Connection reset by peer"
 COORDINATOR = ["The following tasks are unhealthy (stopped sending heartbeats):", "1", "The tasks have crashed."]

@@ -1,4 +1,4 @@
-"""What one process does by itself; several real processes are in tests/launch/test_local.py."""
+"""What one process does by itself; several real processes are in tests/launch/test_node.py."""
 
 from __future__ import annotations
 

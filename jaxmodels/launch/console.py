@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sys
 import threading
 from collections import deque
+from pathlib import Path
 
 _COLOURS = (36, 33, 35, 32, 34, 31)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[\r\n]")
@@ -18,9 +20,10 @@ _GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to")
 
 
 class Console:
-    """Writes the ranks' output to standard output, and keeps the last lines of each."""
+    """Writes the ranks' output to standard output and to a file, and keeps the last lines of each."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, log: Path | None = None) -> None:
+        self._log = None if log is None else log.open("a")
         self.live = sys.stdout.isatty()
         self.tails: list[deque[str]] = [deque(maxlen=200) for _ in range(ranks)]
         self._digits = len(str(ranks - 1))
@@ -45,6 +48,12 @@ class Console:
             wipe = "" if self._at_line_start else "\r\x1b[2K"
             self._at_line_start = True
             self._write(f"{wipe}{self._prefix(rank)}{text}\n")
+            self._note(f"[{rank:>{self._digits}}] {text}")
+
+    def say(self, message: str) -> None:
+        """Write a message of the launcher's own to standard error."""
+        print(f"launch: {message}", file=sys.stderr, flush=True)
+        self._note(f"launch: {message}")
 
     def redraw(self, rank: int, chunk: str) -> None:
         """Write a chunk of a display that redraws itself, with the prefix at the start of each line."""
@@ -54,6 +63,7 @@ class Console:
             for piece in re.split(f"({_CONTROL.pattern})", chunk):
                 if piece in ("\r", "\n"):
                     if piece == "\n":
+                        self._note(f"[{rank:>{self._digits}}] {tail[-1] if tail else ''}")
                         tail.append("")
                     elif tail:
                         tail[-1] = ""
@@ -75,6 +85,12 @@ class Console:
     def _prefix(self, rank: int) -> str:
         prefix = f"[{rank:>{self._digits}}]"
         return f"\x1b[{_COLOURS[rank % len(_COLOURS)]}m{prefix}\x1b[0m " if self.live else f"{prefix} "
+
+    def _note(self, line: str) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # a full disk ends no run because of its output
+                self._log.write(f"{line}\n")
+                self._log.flush()
 
     def _write(self, text: str) -> None:
         if self._closed:

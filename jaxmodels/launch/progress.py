@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.watch import Rank
+from jaxmodels.launch.watch import Rank
 
 # A rank writes its stack within this time, even while it spins in Python.
 _ANSWER_SECONDS = 0.5

@@ -1,0 +1,37 @@
+"""`jaxmodels launch status [NAME]`: how a job goes, or all of them."""
+
+from __future__ import annotations
+
+from jaxmodels.errors import UserError, printable
+from jaxmodels.launch import record
+from jaxmodels.launch.place import State, Status
+
+
+def status(name: str | None = None, /) -> None:
+    """How a job goes, or all jobs that were submitted from this directory.
+
+    Args:
+        name: the job's name, as `jaxmodels launch` has printed it.
+    """
+    names = record.names() if name is None else [name]
+    if not names:
+        print(f"no job has been submitted from here: {record.JOBS} has none")
+    width = max(map(len, names), default=0)
+    for each in names:
+        try:
+            found = _status(record.read(each))
+            said = [found.state.value]
+            said += [f"exit code {found.code}"] if found.code is not None else []
+            said += [f"{found.restarts} restart{'s' * (found.restarts != 1)}"] if found.restarts else []
+            said += [found.detail] if found.detail else []
+        except UserError as error:
+            if name is not None:
+                raise
+            said = [f"unknown: {error}"]
+        print(printable(f"{each:{width}}  {', '.join(said)}"))
+
+
+def _status(found: record.Record) -> Status:
+    if not found.handle:
+        return Status(State.GONE, "the submission was cut off")
+    return found.place.status(found.job, found.handle)

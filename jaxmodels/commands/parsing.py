@@ -1,0 +1,193 @@
+"""The command line as typed objects: tyro over frozen dataclasses, with mistakes as one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import check_call
+
+if TYPE_CHECKING:  # what a command needs is imported when it is
+    from jaxmodels.config import Config
+    from jaxmodels.launch.place import Place
+
+HELP = {"-h", "--help"}
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A config file that a command is given, and what it says with the fields that the command line changes."""
+
+    config: Config
+    file: str
+    overrides: list[str]
+    """The arguments behind the file."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A place that a command is given, as the command line changes it, and what follows `--`."""
+
+    place: Place
+    file: str
+    """The file that gives the place; empty where it was named."""
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The fields of the experiment."""
+
+
+def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
+    """Command-line arguments as a typed object (tyro), with mistakes as one-line `UserError`s.
+
+    `kind` is a dataclass, or a function that is called once all arguments are known to be good; `--help` prints and
+    exits with 0.
+    """
+    import tyro
+
+    if not isinstance(kind, type):
+        kind = _later(kind)
+
+    given: dict[str, Any] = {}
+    if default is not None:
+        given = {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
+    argv = once(kind, argv, prog, given)
+    said = io.StringIO()
+    try:
+        # help is broken into lines for the reader's terminal, a mistake is one line
+        width = contextlib.nullcontext() if HELP & set(argv) else _wide_terminal()
+        with contextlib.redirect_stderr(said), width:
+            value, unknown = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True, **given)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(said.getvalue(), prog)) from None
+    if unknown:
+        usage = io.StringIO()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(usage):
+            tyro.cli(kind, args=["--help"], **given)
+        known = sorted(set(re.findall(r"--[a-z][\w.-]*", usage.getvalue())))
+        raise UserError(_unknown(unknown[0].split("=")[0], known, prog))
+    return value if isinstance(kind, type) else value()
+
+
+def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> list[str]:
+    """The arguments with each option once: what is given in several parts for several values is put together.
+
+    Raises:
+        UserError: an option of one value is given twice.
+    """
+    import tyro
+
+    parts: list[list[str]] = [[]]
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        if re.match("--[a-zA-Z]", arg):
+            parts.append([name.replace("_", "-"), *([value] if equals else [])] if equals else [arg])
+        else:
+            parts[-1].append(arg)
+    names = [part[0].replace("_", "-") for part in parts[1:]]
+    if len(set(names)) == len(names):
+        return list(argv)
+    actions = tyro.extras.get_parser(kind, **given)._option_string_actions
+    several = {name.replace("_", "-") for name, action in actions.items() if action.nargs in ("*", "+")}
+    merged: dict[str, list[str]] = {}
+    for name, part in zip(names, parts[1:], strict=True):
+        if name in merged and name not in several:
+            raise UserError(f"got {name} twice, expected it once, try {prog} with one of the two")
+        merged.setdefault(name, [part[0]]).extend(part[1:])
+    return [*parts[0], *(arg for part in merged.values() for arg in part)]
+
+
+def _later(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but for its work: it gives what checks the arguments and does it.
+
+    tyro would call it before it says what it did not know.
+    """
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> Any:
+        def call() -> Any:
+            check_call(function, inspect.signature(function).bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
+
+        return call
+
+    return bind
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """A terminal so wide that tyro's messages are not broken into lines."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _unknown(name: str, known: Sequence[str], prog: str) -> str:
+    """What to say about an option that does not exist: the nearest of its section, or of all."""
+    section, _, field_name = name.rpartition(".")
+    here = [option.rpartition(".")[2] for option in known if section and option.startswith(section + ".")]
+    close = difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)
+    if close:
+        close = [f"{section}.{close[0]}"]
+    else:  # a field of another section, or without one
+        close = [option for option in known if option.endswith("." + field_name.lstrip("-"))]
+    if not close and not here:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f", did you mean {close[0]!r}?" if close else f", try {_help(prog, name if here else '')}"
+    what = "an option" if name.startswith("-") else "options only"
+    return f"got {name!r}, expected {what} of {prog}{hint}"
+
+
+def _help(prog: str, option: str) -> str:
+    """The command that shows what an option takes: of a config's fields, the help of its section."""
+    section, dot, _ = option.lstrip("-").partition(".")
+    return f"{prog} --help" + (f" {section}" if dot and ".py" in prog else "")
+
+
+def _one_line(message: str, prog: str) -> str:
+    """tyro's boxed error as one line: got, expected, try."""
+    # colors, and the box in either of the ways that tyro draws it
+    lines = [re.sub(r"\x1b\[[0-9;]*m|-{5,}", "", line).strip("│╭╮╰╯─| ") for line in message.splitlines()]
+    lines = [
+        line
+        for line in lines
+        if line
+        and "--help" not in line
+        and not re.search(r"(^(Parsing|Value|Invalid|Missing|Required|Unrecognized)[\w ]*|helptext:|options?)$", line)
+    ]
+    text = " ".join(lines)
+    if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
+        got, option, names = choice.groups()
+        names = names.replace("'", "")
+        return f"got {option} {got!r}, expected one of {names}{nearest(got, names.split(', '))}"
+    if missing := re.match(r"Missing from .*?: (.*)", text):
+        wanted, _, unknown = missing[1].partition("Unrecognized options:")
+        parts = [part.strip().rstrip(".") for part in wanted.split("(required)")[:-1]]
+        # an argument without a name is told by its description
+        parts = [part if part.startswith("--") else part.partition(" ")[2] for part in parts]
+        got = repr(unknown.split()[0]) if unknown else "too few arguments"
+        close = nearest(got.strip("'"), [part.split()[0] for part in parts])
+        return f"got {got}, expected {' and '.join(parts)}{close or f', try {prog} --help'}"
+    if own := re.match(r"Error parsing \w+: (got .*)", text):  # by a section's own check
+        return own[1]
+    if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
+        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {_help(prog, wrong[1])}"
+    return f"got {text}, try {prog} --help" if text else message

@@ -1,0 +1,90 @@
+"""The arguments of `jaxmodels launch`: a place and its fields, and behind `--` the command that goes there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from jaxmodels import commands
+from jaxmodels.commands.parsing import HELP, Placed, parse
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.launch.place import PLACES, Place
+from jaxmodels.launch.record import place_in
+from jaxmodels.registry import OUTSIDE
+
+_COMMANDS = ("train", "eval", "tune", "benchmarks")
+_EXAMPLE = "train configs/gpt_stdlib.py --mesh.fsdp 2"
+
+
+def placed(argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:
+    """The place named first in `argv`, overridden by the rest, what follows `--`, and a `more` of the options beside.
+
+    Raises:
+        UserError: no place named, an option that is wrong, or a command that cannot be launched.
+    """
+    split = argv.index("--") if "--" in argv else len(argv)
+    own, command = argv[:split], tuple(argv[split + 1 :])
+    if not own or own[0] in HELP:
+        print(_help(prog))
+        raise SystemExit(0 if own else 2)
+    if own[0].startswith("-"):
+        raise UserError(f"got {own[0]}, expected a place first, try {prog} local -- {_EXAMPLE}")
+    place = _place(own[0])
+    file = own[0] if own[0].endswith(".py") else ""
+    kind = place if isinstance(place, type) else type(place)
+    default: Any = dataclasses.MISSING if isinstance(place, type) else place
+    from tyro.conf import arg
+
+    if taken := {f.name for f in dataclasses.fields(more)} & {f.name for f in dataclasses.fields(kind)}:
+        raise UserError(f"got a place {kind.__name__} with a field {min(taken)!r}, which is an option of {prog}")
+    fields = [("place", Annotated[kind, arg(name="")], dataclasses.field(default=default))]
+    both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True, kw_only=True)
+    both.__doc__ = kind.__doc__
+    value = parse(both, own[1:], f"{prog} {own[0]}")
+    if not command:
+        raise UserError(f"got nothing to launch, expected a command after --, try {prog} {' '.join(own)} -- {_EXAMPLE}")
+    check(value.place, command)
+    options = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
+    return Placed(value.place, file, command), options
+
+
+def _place(name: str) -> Place | type[Place]:
+    """The place of a file or a name; its class, where it has fields without a default."""
+    if name.endswith(".py") or "/" in name:
+        return place_in(name)
+    known = PLACES.names()
+    if name not in known and not OUTSIDE.fullmatch(name):
+        files = [str(path) for path in sorted(Path("launch").glob("*.py"))]
+        near = nearest(name, [*known, *commands.members("launch")])
+        stem = [path for path in files if Path(path).stem == name]
+        hint = f", did you mean {stem[0]!r}?" if stem else near or f", try jaxmodels launch local -- {_EXAMPLE}"
+        raise UserError(
+            f"got place {name!r}, expected a file with get_place(), one of {', '.join(known)}, or package.module:Name"
+            f"{hint}"
+        )
+    kind = PLACES.find(name)
+    if not isinstance(kind, type) or not issubclass(kind, Place) or not dataclasses.is_dataclass(kind):
+        raise UserError(f"got place {name!r}, expected a frozen dataclass that derives from Place")
+    required = [f for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    return kind if required else kind()
+
+
+def check(place: Place, command: Sequence[str]) -> None:
+    """Refuse before it goes what could be no job there.
+
+    Raises:
+        UserError: it is no command that can be launched; where it would wait before it runs, a config or an option
+            that is wrong.
+    """
+    name = command[0]
+    if name not in _COMMANDS:
+        raise UserError(
+            f"got command {name!r} after --, expected one of {', '.join(_COMMANDS)}"
+            f"{nearest(name, _COMMANDS) or f', try -- {_EXAMPLE}'}"
+        )
+
+
+def _help(prog: str) -> str:
+    return prog

@@ -1,0 +1,126 @@
+"""Jobs that the command stays with: their handle is the command's own process, and their output is kept in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from jaxmodels.errors import UserError
+from jaxmodels.launch.place import Job, State, Status, write
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.5
+
+
+def log(job: Job) -> Path:
+    """The file that keeps what a job prints."""
+    return job.directory / "log.txt"
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a process that gets no signals of the terminal, only those that are passed on; ended with this one."""
+    return subprocess.Popen(
+        list(command), stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_told_with_parent()
+    )
+
+
+def stay(job: Job, process: subprocess.Popen[bytes]) -> str:
+    """Wait for a supervisor, pass signals on to it, and note the code that it ends with; returns the job's handle."""
+    handle = f"{socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        job.started(handle)
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    write(job.directory / "code", str(code if code >= 0 else 1))
+    return handle
+
+
+def status(job: Job, handle: str) -> Status:
+    """How a job goes whose command may have ended."""
+    with contextlib.suppress(FileNotFoundError):
+        return Status.ended(int((job.directory / "code").read_text()))
+    if _alive(handle):
+        return Status(State.RUNNING)
+    return Status(State.GONE, "its command ended without a word: killed, or the machine was started again")
+
+
+def logs(job: Job, handle: str, follow: bool) -> Iterator[str]:
+    """The lines of a job's output, with `follow` until its command has ended."""
+    with open(log(job), errors="replace") as file:
+        rest = ""
+        while True:
+            going = follow and _alive(handle)  # asked first, so that nothing is missed between the two
+            for piece in file:
+                rest += piece
+                if rest.endswith("\n"):
+                    yield rest[:-1]
+                    rest = ""
+            if not going:
+                break
+            time.sleep(_POLL_SECONDS)
+        if rest:
+            yield rest
+
+
+def cancel(handle: str) -> None:
+    """Tell a job to save and stop, as Ctrl-C does."""
+    if _alive(handle):
+        os.kill(int(handle.split()[1]), signal.SIGTERM)
+
+
+def _alive(handle: str) -> bool:
+    """Whether the command still runs.
+
+    Raises:
+        UserError: it was started on another machine.
+    """
+    host, pid, born = handle.split()
+    if host != socket.gethostname():
+        raise UserError(f"got a job that was started on {host}, expected one of this machine, try the same there")
+    return _born(int(pid)) == born
+
+
+def _born(pid: int) -> str:
+    """When a process began, as the kernel counts, so that another one with its number is not taken for it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if sys.platform == "linux":
+            return ""
+        with contextlib.suppress(OSError):
+            os.kill(pid, 0)
+            return "0"
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _told_with_parent() -> Callable[[], None] | None:
+    """A hook for the child (Linux only), which is told to save and stop when its parent is killed."""
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def hook() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return hook

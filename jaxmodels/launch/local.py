@@ -1,0 +1,45 @@
+"""The place that is this machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxmodels.fields import Workers
+from jaxmodels.launch import foreground
+from jaxmodels.launch.place import Job, Place, Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Place):
+    """Processes on this machine, which the command stays with until they have ended."""
+
+    stays: ClassVar[bool] = True
+
+    processes: Workers = 2
+    """Processes to start: one for each GPU, or one for all of them."""
+    devices: Workers = 1
+    """Devices of each process: GPUs, assigned in order, or virtual ones of the CPU."""
+    platform: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto uses GPUs where there are any, unless JAX_PLATFORMS says cpu."""
+
+    def render(self, job: Job) -> dict[str, str]:
+        command = self.supervisor(job, self.processes, self.devices, self.platform, python=sys.executable)
+        return {"job.sh": f"#!/bin/sh\n# what this command runs itself\nexec {shlex.join(command)}\n"}
+
+    def submit(self, job: Job) -> str:
+        log = ["--log", str(foreground.log(job))]
+        command = self.supervisor(job, self.processes, self.devices, self.platform, log, sys.executable)
+        return foreground.stay(job, foreground.start(command))
+
+    def status(self, job: Job, handle: str) -> Status:
+        return foreground.status(job, handle)
+
+    def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
+        return foreground.logs(job, handle, follow)
+
+    def cancel(self, job: Job, handle: str) -> None:
+        foreground.cancel(handle)

@@ -1,0 +1,176 @@
+"""The record of a job that was submitted: what, where, with which code, and what the place calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.launch.code import Code
+from jaxmodels.launch.place import PLACES, Job, Place, write
+from jaxmodels.registry import given_by
+
+JOBS = Path("runs/launch")
+"""Where jobs have their directories."""
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A job that was submitted to a place."""
+
+    place: Place
+    job: Job
+    handle: str
+    """What the place calls it; empty: the submission was cut off by the end of this machine's process."""
+
+
+def name_for(command: tuple[str, ...], moment: float | None = None) -> str:
+    """A name for a job, of its command and the time: train-gpt-stdlib-1129-151200."""
+    words = [command[0], *(Path(word).stem for word in command[1:2] if not word.startswith("-"))]
+    text = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
+    text = text if text[:1].isalpha() else f"job-{text}"
+    return f"{text[:28].rstrip('-')}-{time.strftime('%m%d-%H%M%S', time.localtime(moment))}"
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where a name is not one that every place can take."""
+    if not _NAME.fullmatch(name):
+        better = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].rstrip("-")
+        raise UserError(
+            f"got name {name!r}, expected lower-case letters, digits and hyphens, a letter first, at most 40"
+            + (f", try --name {better}" if _NAME.fullmatch(better) else "")
+        )
+
+
+def submit(place: Place, file: str, job: Job) -> Record:
+    """Submit a job, with a record of it in its directory; nothing is left of one that is interrupted or refused.
+
+    Args:
+        place: where it goes.
+        file: the file that gave the place; empty where it was named.
+        job: what goes.
+
+    Raises:
+        UserError: there is a job of that name, or the place refuses it.
+        KeyboardInterrupt: it was interrupted; what had been submitted is cancelled.
+    """
+    rendered = place.render(job)
+    try:
+        job.directory.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"got job {job.name}, which is there already ({job.directory}), expected a new name, try another --name"
+        ) from None
+    try:
+        for name, text in rendered.items():
+            path = job.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            if text.startswith("#!"):
+                path.chmod(0o755)
+        write(job.directory / _FILE, json.dumps(_described(place, file, job), indent=2) + "\n")
+        if place.stays:
+            return Record(place, job, place.submit(job))
+        with _held() as signalled:
+            handle = place.submit(job)
+            write(job.directory / "handle", handle)
+            if signalled:
+                place.cancel(job, handle)
+                raise KeyboardInterrupt
+        return Record(place, job, handle)
+    except BaseException:
+        if not (place.stays and (job.directory / "handle").exists()):
+            shutil.rmtree(job.directory, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _held() -> Iterator[list[int]]:
+    """Keep signals back while something is handed over; a second one ends the wait."""
+    signalled: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if signalled:
+            raise KeyboardInterrupt
+        signalled.append(number)
+
+    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield signalled
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _described(place: Place, file: str, job: Job) -> dict[str, Any]:
+    fields = {field.name: getattr(place, field.name) for field in dataclasses.fields(place)}
+    code = {field.name: getattr(job.code, field.name) for field in dataclasses.fields(job.code)}
+    return {
+        "name": job.name,
+        "command": job.command,
+        "place": {"file": str(Path(file).resolve())} if file else {"class": PLACES.name_of(type(place))},
+        "fields": fields,
+        "submitted": time.time(),
+        "from": socket.gethostname(),
+        "code": {**code, "directory": str(job.code.directory)},
+    }
+
+
+def names() -> list[str]:
+    """All jobs of this directory, the one submitted last at the end."""
+    files = sorted(JOBS.glob(f"*/{_FILE}"), key=lambda path: path.stat().st_mtime)
+    return [path.parent.name for path in files]
+
+
+def read(name: str) -> Record:
+    """The record of a job.
+
+    Raises:
+        UserError: there is none, or its place is not here any more.
+    """
+    directory = JOBS / name
+    if not (directory / _FILE).is_file():
+        known = names()
+        recent = f", expected one of {', '.join(known[-5:])}" if known else f", expected a job in {JOBS}"
+        raise UserError(f"got job {name!r}{recent}{nearest(name, known) or ', try jaxmodels launch status'}")
+    try:
+        found = json.loads((directory / _FILE).read_text())
+        code = {**found["code"], "directory": Path(found["code"]["directory"])}
+        code |= {key: tuple(code[key]) for key in ("changed", "lock")}
+        job = Job(found["name"], tuple(found["command"]), directory, Code(**code))
+        named, fields = found["place"], found["fields"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"got {directory / _FILE} that is no record of a job ({error!r})") from error
+    if "file" in named:
+        place = dataclasses.replace(place_in(named["file"]), **fields)
+    else:
+        place = PLACES.find(named["class"])(**fields)
+    handle = directory / "handle"
+    return Record(place, job, handle.read_text() if handle.is_file() else "")
+
+
+def place_in(file: str | Path) -> Place:
+    """The place that a file's `get_place()` gives.
+
+    Raises:
+        UserError: it gives none.
+    """
+    place = given_by(file, "place", "get_place", "a Place")
+    if not isinstance(place, Place):
+        raise UserError(
+            f"got {type(place).__name__} from get_place() in {file}, expected a jaxmodels.launch.place.Place"
+        )
+    return place

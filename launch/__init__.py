@@ -1,1 +1,0 @@
-"""Launch a run as several processes; `python -m launch --help` lists the places."""
