@@ -9,6 +9,7 @@ for; `jaxmodels --help` reads that line without importing the module.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.abc
 import importlib.util
 import inspect
@@ -98,6 +99,24 @@ def run(name: str, argv: list[str]) -> int:
     config, options = configured(argv, prog, more)
     given = Configured(config, argv[0], argv[1:])
     return function(given, *[options] * (len(kinds) > 1)) or 0
+
+
+def check(name: str, argv: list[str]) -> None:
+    """Hold a command's arguments to what it takes, and run nothing.
+
+    Raises:
+        UserError: an argument that is wrong.
+    """
+    from jaxmodels.commands.parsing import Configured, NoOptions, parse
+
+    function, prog = COMMANDS.find(name), f"jaxmodels {name}"
+    kinds = [get_type_hints(function)[each] for each in inspect.signature(function).parameters]
+    if kinds[:1] == [Configured]:
+        from jaxmodels.commands.options import configured
+
+        configured(argv, prog, kinds[1] if len(kinds) > 1 else NoOptions)
+    else:
+        parse(functools.wraps(function)(lambda *args, **kwargs: None), argv, prog)
 
 
 def listed(group: str = "") -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +86,41 @@ def check(place: Place, command: Sequence[str]) -> None:
             f"got command {name!r} after --, expected one of {', '.join(_COMMANDS)}"
             f"{nearest(name, _COMMANDS) or f', try -- {_EXAMPLE}'}"
         )
+    inside = place.from_image and len(command) > 1 and not Path(command[1]).exists()  # a file of the image's
+    if not place.stays and not inside and name != "benchmarks":
+        commands.check(name, list(command[1:]))
 
 
 def _help(prog: str) -> str:
-    return prog
+    places = []
+    for name in PLACES.names():
+        try:
+            about = (PLACES.find(name).__doc__ or "").partition("\n")[0]
+        except UserError as error:  # another package's
+            about = str(error)
+        places.append((name, about))
+    for path in sorted(Path("launch").glob("*.py")):
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            about = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+            places.append((str(path), about))
+    width = max(len(name) for name, _ in places)
+    listed = "\n".join(f"  {name:{width}}  {about}".rstrip() for name, about in places)
+    return f"""usage: {prog} PLACE [--OPTION VALUE ...] [--name NAME] [--dry-run] -- COMMAND ...
+       {prog} status [NAME]
+       {prog} logs NAME [--follow]
+       {prog} cancel NAME
+
+Run a command on many processes, which are watched and started again where that helps. COMMAND is one of
+{", ".join(_COMMANDS)}, with what it takes: -- {_EXAMPLE}
+
+places: a file with get_place(), a name, or package.module:Name
+{listed}
+
+  --help after a place   its fields, each an option
+  --name NAME            name of the job; of its command and the time when not given
+  --dry-run              print what would be submitted, and submit nothing
+
+exit codes: 0 done (or handed over, where the place has a queue), 2 a mistake in what was asked, 75 stopped but saved
+(run it again), 1 anything else
+
+  {prog} local --processes 2 -- {_EXAMPLE}"""

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from jaxmodels.errors import UserError
+
+_MOST_NAMES = 50
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,18 @@ class Code:
     """Files that are not as in that commit, or not in it."""
     lock: tuple[str, ...] = ()
     """Versions of Python and of all installed packages, name==version, as `pip freeze` gives them."""
+
+    def mark(self, name: str, lock_file: str) -> str:
+        """What a run records of the job that made it, as JSON for the environment variable JAXMODELS_JOB.
+
+        Args:
+            name: the job's name.
+            lock_file: where its lock lies, to which its nodes hold their packages; empty: nowhere.
+        """
+        found = {"name": name, "revision": self.revision, "changed": self.changed[:_MOST_NAMES]}
+        if len(self.changed) > _MOST_NAMES:
+            found["more_changed"] = len(self.changed) - _MOST_NAMES
+        return json.dumps({**found, **({"lock": lock_file} if lock_file else {})})
 
     def notice(self) -> str:
         """What is worth saying before the job goes: what is not committed. Empty: everything is."""
@@ -61,6 +80,28 @@ def lock() -> tuple[str, ...]:
         if name and name.lower() not in found:  # the first on the path is the one that is imported
             found[name.lower()] = f"{name}{_origin(package)}"
     return (f"python=={platform.python_version()}", *(found[name] for name in sorted(found)))
+
+
+def check(environ: Mapping[str, str]) -> None:
+    """Hold this machine to the lock of the job that it is part of, if there is one.
+
+    Raises:
+        UserError: a package has another version here, or is not installed.
+    """
+    try:
+        file = json.loads(environ.get("JAXMODELS_JOB", "{}")).get("lock", "")
+        wanted = Path(file).read_text().split("\n") if file else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"got no lock of this job ({error}), expected the directory it was submitted from") from error
+    found = {line.lower() for line in lock()} if wanted else set()
+    if missing := [line for line in wanted if line and line.lower() not in found]:
+        name = re.split("==| @ ", missing[0])[0]
+        here = next((line for line in found if re.split("==| @ ", line)[0] == name.lower()), f"no {name}")
+        rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"got {here} on {socket.gethostname()}, expected {missing[0]}{rest} as where the job was submitted "
+            f"({file}), try the same environment, or submit it again"
+        )
 
 
 def _origin(package: metadata.Distribution) -> str:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
-from jaxmodels.errors import UserError
+from jaxmodels.errors import ExitCode, UserError
 from jaxmodels.launch.place import Job, State, Status, write
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -27,6 +28,18 @@ def log(job: Job) -> Path:
     return job.directory / "log.txt"
 
 
+class Supervised(Protocol):
+    """What the command stays with: a process, or several as one."""
+
+    def send_signal(self, number: int, /) -> object:
+        """Pass on a signal."""
+        ...
+
+    def wait(self) -> int:
+        """Wait for the end; returns the exit code."""
+        ...
+
+
 def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a process that gets no signals of the terminal, only those that are passed on; ended with this one."""
     return subprocess.Popen(
@@ -34,22 +47,30 @@ def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     )
 
 
-def stay(job: Job, process: subprocess.Popen[bytes]) -> str:
-    """Wait for a supervisor, pass signals on to it, and note the code that it ends with; returns the job's handle."""
+def stay(job: Job, begin: Callable[[], Supervised]) -> str:
+    """Begin a job and wait for its end, pass signals on to it, and note its exit code; returns its handle."""
     handle = f"{socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
+    early: list[int] = []
+    supervised: Supervised | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)
+        if supervised is None:
+            early.append(number)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                supervised.send_signal(number)
 
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         job.started(handle)
-        code = process.wait()
+        supervised = begin()
+        for number in early:
+            supervised.send_signal(number)
+        code = supervised.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    write(job.directory / "code", str(code if code >= 0 else 1))
+    write(job.directory / "code", str(code if code >= 0 else ExitCode.FAILED.value))
     return handle
 
 

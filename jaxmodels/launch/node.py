@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxmodels.errors import ExitCode, UserError
+from jaxmodels.launch import code
 from jaxmodels.launch.console import Console
 from jaxmodels.launch.progress import Progress
 from jaxmodels.launch.watch import Events, Rank, judge, signals_to, watch
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     try:
+        code.check(os.environ)
         return run(program(command), Node(given.processes, given.devices, given.platform, given.grace), log=given.log)
     except UserError as mistake:
         print(f"launch: error: {mistake}", file=sys.stderr)

@@ -6,7 +6,8 @@ import enum
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,8 +22,12 @@ PLACES = Registry(
     "jaxmodels.places",
     {
         "local": "jaxmodels.launch.local:Local",
+        "ssh": "jaxmodels.launch.ssh:SSH",
     },
 )
+
+LOCK = "lock.txt"
+"""The file of a job with the versions of Python and of all packages."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,15 @@ class Place(Section, kinds=PLACES):
     grace: Positive = 60.0
     """Seconds that a job has to save when it is told to stop."""
 
+    @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
         """What would be submitted, as texts by the names of files; nothing else is submitted.
 
         Raises:
             UserError: this place cannot run the job.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def submit(self, job: Job) -> str:
         """Start the job from what was rendered into its directory; returns what the place calls it.
 
@@ -108,19 +114,18 @@ class Place(Section, kinds=PLACES):
         Raises:
             UserError: the place refused it; nothing of it is left there.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def status(self, job: Job, handle: str) -> Status:
         """How the job goes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
         """What the job has printed, line by line; with `follow`, until it ends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cancel(self, job: Job, handle: str) -> None:
         """Tell the job to save and stop, as far as the place lets it."""
-        raise NotImplementedError
 
     def supervisor(
         self,
@@ -130,6 +135,7 @@ class Place(Section, kinds=PLACES):
         platform: str = "auto",
         more: Sequence[str] = (),
         python: str = "python",
+        environment: Mapping[str, str] | None = None,
     ) -> list[str]:
         """The command that starts and watches a node's ranks.
 
@@ -140,10 +146,17 @@ class Place(Section, kinds=PLACES):
             platform: auto, cpu, gpu or tpu.
             more: further options of `python -m jaxmodels.launch.node`.
             python: the interpreter.
+            environment: variables that it gets beside those that are there.
         """
         options = ["--processes", str(processes), *([] if devices is None else ["--devices", str(devices)])]
         options += ["--platform", platform, "--restarts", str(self.restarts), "--grace", f"{self.grace:g}", *more]
-        return [python, "-m", "jaxmodels.launch.node", *options, "--", *job.command]
+        variables = {**(environment or {}), "JAXMODELS_JOB": job.code.mark(job.name, self.locks(job))}
+        set_to = [f"{name}={value}" for name, value in variables.items()]
+        return ["env", *set_to, python, "-m", "jaxmodels.launch.node", *options, "--", *job.command]
+
+    def locks(self, job: Job) -> str:
+        """The file with the versions that a job must find; empty for one from an image, which has its own."""
+        return "" if self.from_image else str(job.directory.resolve() / LOCK)
 
 
 def call(command: Sequence[str], stdin: str = "", seconds: float = 60.0) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.launch.code import Code
-from jaxmodels.launch.place import PLACES, Job, Place, write
+from jaxmodels.launch.place import LOCK, PLACES, Job, Place, write
 from jaxmodels.registry import given_by
 
 JOBS = Path("runs/launch")
@@ -81,6 +81,7 @@ def submit(place: Place, file: str, job: Job) -> Record:
             path.write_text(text)
             if text.startswith("#!"):
                 path.chmod(0o755)
+        (job.directory / LOCK).write_text("\n".join(job.code.lock) + "\n")
         write(job.directory / _FILE, json.dumps(_described(place, file, job), indent=2) + "\n")
         if place.stays:
             return Record(place, job, place.submit(job))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import platform
@@ -64,7 +65,7 @@ def train(
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
     with contextlib.ExitStack() as stack:
         if main:
-            came_from = {**(origin or {}), "versions": versions(), "commit": commit()}
+            came_from = {**(origin or {}), "versions": versions(), "commit": commit(), **launched()}
             stack.enter_context(directory.prepared(cfg, run, resume, came_from))
             progress.run(run)
         distributed.barrier("run directory")
@@ -243,6 +244,17 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return here.stdout.strip() or None
+
+
+def launched() -> dict[str, Any]:
+    """The job of `jaxmodels launch` that this run is part of: its name, revision, and what was not committed."""
+    said = os.environ.get("JAXMODELS_JOB")
+    try:
+        return {"job": json.loads(said)} if said else {}
+    except ValueError as error:
+        raise UserError(
+            f"got JAXMODELS_JOB={said[:60]!r}, expected JSON as jaxmodels launch sets it, try unset JAXMODELS_JOB"  # type: ignore[index]
+        ) from error
 
 
 def compilation_cache() -> None:
