@@ -23,6 +23,9 @@ PLACES = Registry(
     {
         "local": "jaxmodels.launch.local:Local",
         "ssh": "jaxmodels.launch.ssh:SSH",
+        "slurm": "jaxmodels.launch.slurm:Slurm",
+        "kubernetes": "jaxmodels.launch.kubernetes:Kubernetes",
+        "tpu": "jaxmodels.launch.tpu:TPU",
     },
 )
 

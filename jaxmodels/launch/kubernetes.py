@@ -1,0 +1,343 @@
+"""The place that is a Kubernetes cluster: an Indexed Job, or a JobSet of as many jobs as there are slices of TPUs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from jaxmodels.errors import ExitCode, UserError
+from jaxmodels.fields import Count, Natural, Workers
+from jaxmodels.launch.output import stream
+from jaxmodels.launch.place import Job, Place, State, Status, call, write
+from jaxmodels.launch.slices import Slice
+
+# names that the rendered objects and the commands about them share
+_CONTAINER, _JOBS = "ranks", "slice"
+_SETTLING = 30
+"""Seconds beyond the time to save in which ranks and supervisor end, before Kubernetes kills the pod."""
+_KEPT = 7 * 24 * 3600
+"""Seconds after which Kubernetes deletes a job that has ended, and with it what it printed."""
+_PAIRS = {
+    "selectors": (r"[^=\s]+=[^=\s]*", "key=value"),
+    "variables": (r"[A-Za-z_]\w*=.*", "NAME=value"),
+    "claims": (r"[a-z0-9.-]+:/.*", "claim:/mounted/here"),
+}
+_DISRUPTED = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kubernetes(Place):
+    """Pods of a Kubernetes cluster that `kubectl` reaches, with one supervisor each."""
+
+    from_image: ClassVar[bool] = True
+
+    image: str
+    """Container image with jaxmodels, and with the configs in its working directory."""
+    kind: Literal["JobSet", "Job"] = "JobSet"
+    """JobSet (0.10 or newer must be installed) starts all pods anew together; Job is what every cluster has."""
+    nodes: Count = 1
+    """Pods, where there are no TPUs: `tpu` says it itself."""
+    tpu: str = ""
+    """Slices of TPUs as `jaxmodels plan` writes them: v5e:4x4, or v5e:2x4x4 for two of them."""
+    gpus: Natural = 0
+    """NVIDIA GPUs of each pod."""
+    processes: Workers = 1
+    """Processes of each pod: one for each GPU, or one for all of them. On TPUs there is one."""
+    selectors: tuple[str, ...] = ()
+    """Labels that the machines must have: cloud.google.com/gke-accelerator=nvidia-h100-80gb."""
+    cpu: str = ""
+    """CPUs that a pod asks for, as Kubernetes writes it: 8."""
+    memory: str = ""
+    """Memory that a pod asks for: 64Gi."""
+    queue: str = ""
+    """Kueue's local queue; empty: the pods are scheduled at once."""
+    priority: str = ""
+    """Priority class of the pods, by which Kueue orders jobs too."""
+    topology: str = ""
+    """Label of machines that a slice has to itself, no other slice beside it: cloud.google.com/gke-nodepool."""
+    claims: tuple[str, ...] = ()
+    """Volume claims and where they are mounted, which is where runs must lie to go on: runs:/app/runs."""
+    variables: tuple[str, ...] = ()
+    """Environment of the pods: NAME=value."""
+    host_network: bool = False
+    """Whether a pod uses its machine's own network, which is faster between slices, and has to itself its ports."""
+    service_account: str = ""
+    """Account of the pods, by which they reach buckets; no permission in the cluster is needed."""
+    namespace: str = "default"
+    context: str = ""
+    """Which cluster of kubectl's configuration; empty: the current one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        slices = self.slices
+        if slices is not None and self.gpus:
+            raise UserError(f"got tpu {self.tpu} and {self.gpus} GPUs, expected one of them, try --gpus 0")
+        if slices is not None and (self.nodes > 1 or self.processes > 1):
+            raise UserError(
+                f"got tpu {self.tpu} with {self.nodes} nodes and {self.processes} processes, expected none: there is "
+                f"one process for each of its {slices.hosts * slices.count} hosts, try --nodes 1 --processes 1"
+            )
+        if self.kind == "Job" and ((slices is not None and slices.count > 1) or self.topology):
+            wanted = f"topology {self.topology}" if self.topology else f"{self.tpu}, which is several slices,"
+            raise UserError(f"got kind Job with {wanted}, expected a JobSet, try --kind JobSet")
+        if self.gpus % self.processes:
+            raise UserError(
+                f"got {self.gpus} GPUs for {self.processes} processes, expected as many for each, try --processes "
+                f"{self.gpus}"
+            )
+        for field, (form, example) in _PAIRS.items():
+            for value in getattr(self, field):
+                if not re.fullmatch(form, value, re.DOTALL):
+                    raise UserError(f"got {field} {value!r}, expected {example}, try --{field} {example}")
+
+    @property
+    def slices(self) -> Slice | None:
+        """The TPUs; None: there are none."""
+        return Slice.of(self.tpu) if self.tpu else None
+
+    def render(self, job: Job) -> dict[str, str]:
+        import yaml
+
+        if job.command[:1] in (("train",), ("tune",)) and not self.claims:
+            raise UserError(
+                "got no claims, expected a volume for the runs, which a pod's own files do not outlive, try --claims "
+                "runs:/app/runs"
+            )
+
+        class Plain(yaml.SafeDumper):
+            """Writes what occurs twice twice."""
+
+            def ignore_aliases(self, data: Any) -> bool:
+                return True
+
+        objects = [self._jobset(job)] if self.kind == "JobSet" else [self._service(job), self._indexed(job)]
+        return {f"{self.kind.lower()}.yaml": yaml.dump_all(objects, Dumper=Plain, sort_keys=False, width=120)}
+
+    def submit(self, job: Job) -> str:
+        file = str(job.directory / f"{self.kind.lower()}.yaml")
+        try:
+            self._kubectl("create", "--filename", file)
+        except UserError:
+            # the service may have been made, and the job not; a job of that name may have been there before
+            if self.kind == "Job" and not self._kubectl("get", "job", job.name, "--ignore-not-found").strip():
+                self._kubectl("delete", "service", job.name, "--ignore-not-found")
+            raise
+        return f"{self.namespace}/{job.name}"
+
+    def status(self, job: Job, handle: str) -> Status:
+        said = self._kubectl("get", self.kind.lower(), job.name, "--output=json", "--ignore-not-found")
+        if not said.strip():
+            cancelled = (job.directory / "cancelled").exists()
+            return Status(State.CANCELLED if cancelled else State.GONE)
+        return read(json.loads(said))
+
+    def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
+        command = ["logs", f"--selector={self._label}={job.name}", f"--container={_CONTAINER}", "--prefix", "--tail=-1"]
+        most = f"--max-log-requests={self._jobs * self._pods}"
+        return stream(self._command(*command, most, *["--follow"] * follow))
+
+    def cancel(self, job: Job, handle: str) -> None:
+        write(job.directory / "cancelled", "")
+        # the pods are told, and have the time to save; nobody waits for them here
+        kinds = [self.kind.lower()] if self.kind == "JobSet" else ["job", "service"]
+        for kind in kinds:
+            self._kubectl("delete", kind, job.name, "--ignore-not-found", "--wait=false")
+
+    @property
+    def _jobs(self) -> int:
+        return 1 if self.slices is None else self.slices.count
+
+    @property
+    def _pods(self) -> int:
+        """Of each job."""
+        return self.nodes if self.slices is None else self.slices.hosts
+
+    @property
+    def _label(self) -> str:
+        return "jobset.sigs.k8s.io/jobset-name" if self.kind == "JobSet" else "batch.kubernetes.io/job-name"
+
+    def _command(self, *arguments: str) -> list[str]:
+        context = [f"--context={self.context}"] if self.context else []
+        return ["kubectl", *context, f"--namespace={self.namespace}", *arguments]
+
+    def _kubectl(self, *arguments: str) -> str:
+        return call(self._command(*arguments))
+
+    def _metadata(self, job: Job) -> dict[str, Any]:
+        labels = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue else {}
+        notes = {"alpha.jobset.sigs.k8s.io/exclusive-topology": self.topology} if self.topology else {}
+        return _filled({"name": job.name, "namespace": self.namespace, "labels": labels, "annotations": notes})
+
+    def _jobset(self, job: Job) -> dict[str, Any]:
+        """A JobSet; what a job fails with says whether all are started again, and whether that counts.
+
+        A job ends by its `podFailurePolicy`, whose rule is named in the message that JobSet's own rules read. What no
+        rule names (a supervisor that was killed, an image that is not there) starts all again, and counts.
+        """
+        ended = ExitCode.FAILED, ExitCode.MISTAKE
+        rules = [
+            {"action": "FailJob", **_DISRUPTED},
+            {"action": "FailJob", **_exits(ExitCode.SAVED)},
+            {"action": "FailJob", **_exits(*ended)},
+        ]
+        by_rule = {"onJobFailureReasons": ["PodFailurePolicy"]}
+        over = [f"failed with exit code ({'|'.join(map(str, map(int, ended)))}) matching FailJob rule"]
+        return {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": self._metadata(job),
+            "spec": {
+                "ttlSecondsAfterFinished": _KEPT,
+                "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+                "failurePolicy": {
+                    "maxRestarts": self.restarts,
+                    # no pod of the last attempt is left when one of the next looks for its peers
+                    "restartStrategy": "BlockingRecreate",
+                    "rules": [
+                        {"name": "over", "action": "FailJobSet", **by_rule, "onJobFailureMessagePatterns": over},
+                        {"name": "saved", "action": "RestartJobSetAndIgnoreMaxRestarts", **by_rule},
+                    ],
+                },
+                "replicatedJobs": [
+                    {
+                        "name": _JOBS,
+                        "replicas": self._jobs,
+                        "template": {"spec": self._job(job, rules, 0, f"{job.name}-{_JOBS}-0-0.{job.name}")},
+                    }
+                ],
+            },
+        }
+
+    def _indexed(self, job: Job) -> dict[str, Any]:
+        """An Indexed Job, whose pods are replaced one by one: all of them end with 75, or the job has failed."""
+        rules = [
+            {"action": "Ignore", **_DISRUPTED},
+            {"action": "Ignore", **_exits(ExitCode.SAVED)},
+            {"action": "FailJob", **_exits(ExitCode.FAILED, ExitCode.MISTAKE)},
+        ]
+        spec = self._job(job, rules, self.restarts, f"{job.name}-0.{job.name}")
+        spec["ttlSecondsAfterFinished"] = _KEPT
+        spec["podReplacementPolicy"] = "Failed"  # not while the last one still saves
+        spec["template"]["spec"]["subdomain"] = job.name
+        return {"apiVersion": "batch/v1", "kind": "Job", "metadata": self._metadata(job), "spec": spec}
+
+    def _service(self, job: Job) -> dict[str, Any]:
+        """What gives the pods of an Indexed Job their names, before they are ready too."""
+        return {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": job.name, "namespace": self.namespace},
+            "spec": {
+                "clusterIP": "None",
+                "publishNotReadyAddresses": True,
+                "selector": {"batch.kubernetes.io/job-name": job.name},
+            },
+        }
+
+    def _job(self, job: Job, rules: list[dict[str, Any]], backoff: int, coordinator: str) -> dict[str, Any]:
+        return {
+            "completionMode": "Indexed",
+            "completions": self._pods,
+            "parallelism": self._pods,
+            "backoffLimit": backoff,
+            "podFailurePolicy": {"rules": rules},
+            "template": {"spec": self._pod(job, coordinator)},
+        }
+
+    def _pod(self, job: Job, coordinator: str) -> dict[str, Any]:
+        slices = self.slices
+        chips = {} if slices is None else {"google.com/tpu": slices.chips_per_host}
+        limits = {**chips, **({"nvidia.com/gpu": self.gpus} if self.gpus else {})}
+        labels = dict(selector.split("=", 1) for selector in self.selectors)
+        if slices is not None:
+            labels |= {
+                "cloud.google.com/gke-tpu-accelerator": slices.gke,
+                "cloud.google.com/gke-tpu-topology": slices.topology,
+            }
+        mounts = [claim.split(":", 1) for claim in self.claims]
+        claims = list(dict.fromkeys(claim for claim, _ in mounts))
+        platform = "tpu" if slices is not None else "gpu" if self.gpus else "cpu"
+        devices = self.gpus // self.processes if self.gpus else None
+        container = {
+            "name": _CONTAINER,
+            "image": self.image,
+            "command": self.supervisor(job, self.processes, devices, platform),
+            "env": self._environment(coordinator),
+            "resources": _filled(
+                {"limits": limits, "requests": _filled({"cpu": self.cpu, "memory": self.memory})},
+            ),
+            "volumeMounts": [
+                {"name": "shm", "mountPath": "/dev/shm"},
+                *({"name": f"claim-{claims.index(claim)}", "mountPath": path} for claim, path in mounts),
+            ],
+        }
+        return _filled(
+            {
+                "restartPolicy": "Never",
+                "terminationGracePeriodSeconds": int(self.grace) + _SETTLING,
+                "hostNetwork": self.host_network or None,
+                "dnsPolicy": "ClusterFirstWithHostNet" if self.host_network else "",
+                "serviceAccountName": self.service_account,
+                "priorityClassName": self.priority,
+                "nodeSelector": labels,
+                "tolerations": [{"key": kind, "operator": "Exists"} for kind in limits],
+                "containers": [_filled(container)],
+                "volumes": [
+                    {"name": "shm", "emptyDir": {"medium": "Memory"}},
+                    *(
+                        {"name": f"claim-{i}", "persistentVolumeClaim": {"claimName": claim}}
+                        for i, claim in enumerate(claims)
+                    ),
+                ],
+            }
+        )
+
+    def _environment(self, coordinator: str) -> list[dict[str, Any]]:
+        """What `cluster.found` reads; a pod's index within its job comes from Kubernetes itself."""
+        job_index = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}
+        return [
+            {"name": "JAXMODELS_NODES", "value": str(self._jobs * self._pods)},
+            {"name": "JAXMODELS_NODES_PER_JOB", "value": str(self._pods)},
+            {
+                "name": "JAXMODELS_JOB_INDEX",
+                **({"valueFrom": job_index} if self.kind == "JobSet" else {"value": "0"}),
+            },
+            {"name": "JAXMODELS_COORDINATOR_HOST", "value": coordinator},
+            *({"name": name, "value": value} for name, _, value in (each.partition("=") for each in self.variables)),
+        ]
+
+
+def _exits(*codes: ExitCode) -> dict[str, Any]:
+    return {"onExitCodes": {"containerName": _CONTAINER, "operator": "In", "values": [int(code) for code in codes]}}
+
+
+def _filled(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that hold nothing."""
+    return {name: value for name, value in fields.items() if value not in (None, "", {}, [])}
+
+
+def read(found: dict[str, Any]) -> Status:
+    """How a Job or a JobSet goes, as Kubernetes describes it."""
+    spec, now = found["spec"], found.get("status", {})
+    held = {each["type"]: each.get("message", "") for each in now.get("conditions", []) if each["status"] == "True"}
+    replicated = now.get("replicatedJobsStatus")
+    restarts = now.get("restarts", 0) if found["kind"] == "JobSet" else now.get("failed", 0)
+    if "Complete" in held or "Completed" in held:
+        return Status.ended(ExitCode.DONE, restarts)
+    if "Failed" in held:
+        message = held["Failed"]
+        code = re.search(r"exit code (\d+)", message)
+        return Status(State.FAILED, message, int(code[1]) if code else None, restarts)
+    if "Suspended" in held or spec.get("suspend"):
+        return Status(State.WAITING, "suspended: Kueue has not admitted it yet", None, restarts)
+    if found["kind"] == "JobSet":
+        wanted = sum(each.get("replicas", 1) for each in spec["replicatedJobs"])
+        ready = sum(each.get("ready", 0) for each in replicated or [])
+        active = sum(each.get("active", 0) for each in replicated or [])
+    else:
+        wanted, ready, active = spec["parallelism"], now.get("ready", 0), now.get("active", 0)
+    state = State.RUNNING if ready >= wanted else State.STARTING if active else State.WAITING
+    return Status(state, f"{ready} of {wanted} ready", None, restarts)

@@ -1,0 +1,56 @@
+"""What a job prints, line by line: out of a file that grows, or from a command that follows it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from jaxmodels.errors import UserError
+
+_POLL_SECONDS = 1.0
+
+
+def growing(path: Path, going: Callable[[], bool]) -> Iterator[str]:
+    """The lines of a file, until nothing `going` on adds to it any more; none where it is not there."""
+    position, rest = 0, b""
+    while True:
+        more = going()  # asked first, so that nothing is missed between the two
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(position)
+                *lines, rest = (rest + file.read()).split(b"\n")
+                position = file.tell()
+            for line in lines:
+                yield line.decode(errors="replace")
+        if not more:
+            break
+        time.sleep(_POLL_SECONDS)
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def stream(command: Sequence[str]) -> Iterator[str]:
+    """The lines that a command prints; it is ended when they are not wanted any more.
+
+    Raises:
+        UserError: it is not installed, or it fails.
+    """
+    try:
+        process = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace",
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise UserError(f"got no program {command[0]!r} here, expected it on PATH") from None
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        for line in process.stdout:
+            yield line.rstrip("\n")
+        said = " ".join(process.stderr.read().split())
+        if process.wait():
+            raise UserError(f"got a refusal from {' '.join(command[:2])}: {said[-500:] or process.returncode}")
+    finally:
+        process.kill()
+        process.wait()

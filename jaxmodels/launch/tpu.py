@@ -1,0 +1,296 @@
+"""The place that is TPU machines of Google Cloud, asked for as queued resources, and again when they are taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from jaxmodels.errors import ExitCode, UserError
+from jaxmodels.launch.output import growing
+from jaxmodels.launch.place import Job, Place, State, Status, call, write
+from jaxmodels.launch.slices import Slice
+
+_POLL_SECONDS = 20.0
+_UNANSWERED = 30
+"""Questions in a row to which there may be no answer, as when the network is away, before the job is given up."""
+_STATES = {
+    "CREATING": State.WAITING,
+    "ACCEPTED": State.WAITING,
+    "WAITING_FOR_RESOURCES": State.WAITING,
+    "PROVISIONING": State.STARTING,
+    "ACTIVE": State.RUNNING,
+    "SUSPENDING": State.WAITING,
+    "SUSPENDED": State.WAITING,
+    "DELETING": State.WAITING,
+    "FAILED": State.FAILED,
+}
+"""All states of a queued resource. Source: cloud.google.com/tpu/docs/queued-resources, and its API's enumeration."""
+_SSH_LOST = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class TPU(Place):
+    """TPU machines that `gcloud` asks for; the command stays, and asks again after each preemption."""
+
+    stays: ClassVar[bool] = True
+    from_image: ClassVar[bool] = True
+
+    tpu: str
+    """Slices of TPUs as `jaxmodels plan` writes them: v6e:16x16, or v6e:2x16x16 for two of them."""
+    image: str
+    """Container image with jaxmodels and libtpu, and with the configs in its working directory."""
+    zone: str
+    """Where the TPUs are: us-east5-b."""
+    project: str = ""
+    """Empty: the one that gcloud is set to."""
+    capacity: Literal["spot", "reserved", "on-demand"] = "spot"
+    """Spot machines are taken away when others pay more; the job then goes on with the next ones."""
+    reservation: str = ""
+    """Which reservation, where there are several."""
+    runtime: str = ""
+    """Software of the machines; empty: what Cloud TPU recommends for JAX on this TPU."""
+    service_account: str = ""
+    """Account of the machines, by which they reach buckets and the image."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell on each machine before the job starts: "gcsfuse my-bucket /mnt/runs"."""
+    mounts: tuple[str, ...] = ()
+    """Directories of the machines that the container sees: /mnt/runs:/app/runs, where runs must lie to go on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reservation and self.capacity != "reserved":
+            raise UserError(
+                f"got reservation {self.reservation} with {self.capacity} machines, try --capacity reserved"
+            )
+        for mount in self.mounts:
+            if not re.fullmatch(r"/[^:]*:/[^:]*(:r[ow])?", mount):
+                raise UserError(f"got mounts {mount!r}, expected two directories, try --mounts /mnt/runs:/app/runs")
+        _ = self.slices.type  # a TPU that this service does not have
+
+    @property
+    def slices(self) -> Slice:
+        return Slice.of(self.tpu)
+
+    def render(self, job: Job) -> dict[str, str]:
+        if job.command[:1] in (("train",), ("tune",)) and not self.mounts:
+            raise UserError(
+                "got no mounts, expected a directory for the runs that outlives the machines, try --setup "
+                "'gcsfuse my-bucket /mnt/runs' --mounts /mnt/runs:/app/runs"
+            )
+        ask = f"#!/bin/sh\n# asks for the machines; the same after each preemption\nexec {shlex.join(self._ask(job))}\n"
+        return {"create.sh": ask, "worker.sh": self._worker(job)}
+
+    def submit(self, job: Job) -> str:
+        handle = f"{self.zone}/{job.name}"
+        stop = threading.Event()
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, lambda *_: self._told(stop)) for number in numbers}
+        try:
+            job.started(handle)
+            code = self._stay(job, stop)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        write(job.directory / "code", str(int(code)))
+        return handle
+
+    def status(self, job: Job, handle: str) -> Status:
+        with contextlib.suppress(FileNotFoundError):
+            code = int((job.directory / "code").read_text())
+            if (job.directory / "cancelled").exists() and code == ExitCode.SAVED:
+                return Status(State.CANCELLED, "", code)
+            return Status.ended(code)
+        state, why = self._state(job)
+        if not state:
+            return Status(State.GONE, "there is no queued resource of this name, and its command did not end it")
+        return Status(_STATES.get(state, State.WAITING), f"{state} {why}".strip())
+
+    def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
+        return growing(job.directory / "log.txt", lambda: follow and not (job.directory / "code").exists())
+
+    def cancel(self, job: Job, handle: str) -> None:
+        write(job.directory / "cancelled", "")
+        if self._state(job)[0] == "ACTIVE":
+            self._tell(job)  # the command that stays sees them end, and gives the machines back
+        else:
+            self._delete(job)
+
+    def _gcloud(self, *words: str) -> list[str]:
+        where = [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
+        return ["gcloud", "compute", "tpus", *words, *where, "--quiet"]
+
+    def _ask(self, job: Job) -> list[str]:
+        slices = self.slices
+        # where chips lie in three dimensions, their number alone does not say the shape
+        flat = len(slices.shape) == 2
+        shape = [f"--accelerator-type={slices.type}-{slices.chips}"]
+        return self._gcloud(
+            "queued-resources",
+            "create",
+            job.name,
+            *(shape if flat else [f"--type={slices.type}", f"--topology={slices.topology}"]),
+            f"--runtime-version={self.runtime or slices.runtime}",
+            *([f"--node-id={job.name}"] if slices.count == 1 else []),
+            *([f"--node-count={slices.count}", f"--node-prefix={job.name}"] if slices.count > 1 else []),
+            *{"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[self.capacity],
+            *([f"--reservation={self.reservation}"] if self.reservation else []),
+            *([f"--service-account={self.service_account}"] if self.service_account else []),
+        )
+
+    def _nodes(self, job: Job) -> list[str]:
+        """What Cloud TPU calls the slices."""
+        count = self.slices.count
+        return [job.name] if count == 1 else [f"{job.name}-{i}" for i in range(count)]
+
+    def _worker(self, job: Job) -> str:
+        """What runs on every machine. A container that a lost connection has left behind makes place for the next."""
+        volumes = [word for mount in self.mounts for word in ("--volume", mount)]
+        run = ["sudo", "docker", "run", "--rm", f"--name={job.name}", "--privileged", "--network=host"]
+        run += ["--shm-size=16g", *volumes, self.image]
+        lines = [
+            f"sudo docker rm --force {job.name} > /dev/null 2>&1",
+            *(f"{{ {line}; }} || exit 1" for line in self.setup),
+        ]
+        supervisor = self.supervisor(job, 1, None, "tpu")
+        return "\n".join(["#!/bin/sh", *lines, f"exec {shlex.join([*run, *supervisor])}", ""])
+
+    def _state(self, job: Job) -> tuple[str, str]:
+        """The state of the queued resource and what the service says of it; empty where there is none."""
+        try:
+            said = call(self._gcloud("queued-resources", "describe", job.name, "--format=json"))
+        except UserError as refusal:
+            if "NOT_FOUND" in str(refusal):
+                return "", ""
+            raise
+        state: dict[str, Any] = json.loads(said).get("state", {})
+        why = state.get("failedData", {}).get("error", {}).get("message", "")
+        return state.get("state", "STATE_UNSPECIFIED"), why
+
+    def _delete(self, job: Job) -> None:
+        with contextlib.suppress(UserError):  # it is gone already, or goes
+            call(self._gcloud("queued-resources", "delete", job.name, "--force", "--async"))
+
+    def _tell(self, job: Job) -> None:
+        """Tell the supervisors to save and stop."""
+        kill = f"sudo docker kill --signal=TERM {job.name}"
+        for node in self._nodes(job):
+            with contextlib.suppress(UserError):  # its machines are going
+                call(self._gcloud("tpu-vm", "ssh", node, "--worker=all", f"--command={kill}"))
+
+    def _told(self, stop: threading.Event) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    def _stay(self, job: Job, stop: threading.Event) -> ExitCode:
+        """Ask for the machines, run the job on them, and ask again, until it has ended; nothing is left rented."""
+        left = self.restarts
+        try:
+            call(self._ask(job), seconds=300.0)
+            while True:
+                state, why = self._patiently(job)
+                if stop.is_set() or (job.directory / "cancelled").exists():
+                    return ExitCode.SAVED
+                if state == "ACTIVE":
+                    code = self._attempt(job, stop)
+                    if code in (ExitCode.DONE, ExitCode.FAILED, ExitCode.MISTAKE):
+                        return ExitCode(code)
+                    if code != ExitCode.SAVED and self._patiently(job)[0] == "ACTIVE":
+                        left -= 1  # the machines are there, and the job is not
+                        self._say(job, f"the connection was lost or the job killed (code {code}): once more")
+                elif state in ("SUSPENDED", "FAILED"):
+                    left -= state == "FAILED"
+                    self._say(job, f"{state.lower()} {why}".strip() + ": deleted, and asked for again")
+                    self._again(job, stop)
+                elif not state:
+                    self._say(job, "somebody deleted the machines")
+                    return ExitCode.FAILED
+                if left < 0:
+                    self._say(job, f"given up after {self.restarts} restarts")
+                    return ExitCode.FAILED
+                stop.wait(_POLL_SECONDS)
+        finally:
+            self._delete(job)
+
+    def _patiently(self, job: Job) -> tuple[str, str]:
+        """The state; a service that does not answer for a while is asked again."""
+        for unanswered in range(_UNANSWERED):
+            try:
+                return self._state(job)
+            except UserError as refusal:
+                if unanswered + 1 == _UNANSWERED:
+                    raise
+                self._say(job, str(refusal))
+                time.sleep(_POLL_SECONDS)
+        raise AssertionError
+
+    def _again(self, job: Job, stop: threading.Event) -> None:
+        """Delete the request, wait until it is gone, and make the same one again."""
+        self._delete(job)
+        while self._patiently(job)[0] and not stop.is_set():
+            time.sleep(_POLL_SECONDS)
+        if not stop.is_set():
+            call(self._ask(job), seconds=300.0)
+
+    def _attempt(self, job: Job, stop: threading.Event) -> int:
+        """Run the job on all machines of all slices; returns the code of the whole."""
+        command = f"--command={(job.directory / 'worker.sh').read_text()}"
+        running = [
+            subprocess.Popen(
+                self._gcloud("tpu-vm", "ssh", node, "--worker=all", command),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )
+            for node in self._nodes(job)
+        ]  # fmt: skip
+        readers = [
+            threading.Thread(target=self._keep, args=(job, i if len(running) > 1 else None, process), daemon=True)
+            for i, process in enumerate(running)
+        ]
+        for reader in readers:
+            reader.start()
+        told, deadline = False, float("inf")
+        try:
+            while any(process.poll() is None for process in running):
+                time.sleep(min(0.2, _POLL_SECONDS))
+                if stop.is_set() and not told:
+                    told, deadline = True, time.monotonic() + self.grace + 60
+                    self._tell(job)
+                if deadline == float("inf") and any(process.poll() for process in running):
+                    deadline = time.monotonic() + self.grace + 60  # the other slices notice, save and stop
+                if time.monotonic() > deadline:
+                    break
+        finally:
+            for process in running:
+                process.kill()
+        for reader in readers:
+            reader.join(timeout=5.0)
+        codes = [process.wait() for process in running]
+        for code in (ExitCode.MISTAKE, ExitCode.FAILED, ExitCode.SAVED):
+            if code in codes:
+                return code
+        return max(codes) if min(codes) >= 0 else _SSH_LOST
+
+    def _keep(self, job: Job, index: int | None, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            text = line.decode(errors="replace").rstrip("\n")
+            self._say(job, text if index is None else f"slice {index}: {text}", "")
+
+    def _say(self, job: Job, text: str, who: str = "launch: ") -> None:
+        """Show a line, and keep it."""
+        with open(job.directory / "log.txt", "a") as log:
+            log.write(f"{who}{text}\n")
+        with contextlib.suppress(OSError):  # nobody looks any more
+            print(f"{who}{text}", file=sys.stderr if who else sys.stdout, flush=True)
