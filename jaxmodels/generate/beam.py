@@ -6,6 +6,7 @@ Dims: B sources, S their length, K beams, T the most tokens of a target, V vocab
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ class Decoded(NamedTuple):
     """The best target of each source."""
 
     tokens: np.ndarray
-    """(B, T): each row up to its end token, which fills the rest of it."""
+    """(B, T): each row up to its end token; the first of the ends fills the rest of it."""
     scores: np.ndarray
     """(B,): the log-probability of the tokens and their end, in nats."""
 
@@ -30,7 +31,7 @@ def decode(
     params: Any,
     sources: Any,
     *,
-    end: int,
+    end: int | Sequence[int],
     limit: Any,
     start: int | None = None,
     segment_ids: Any = None,
@@ -39,8 +40,8 @@ def decode(
 ) -> Decoded:
     """The target with the highest log-probability / ((5 + length) / 6)^alpha that beam search finds.
 
-    A target follows the token `start` (`end` when not given), ends with `end`, and has at most `limit` tokens, the last
-    of which is forced to be the end.
+    A target follows the token `start` (`end` when not given), ends with `end`, or with any of several, and has at most
+    `limit` tokens, the last of which is forced to be an end.
     A row is done when as many targets have ended as there are beams, or when no beam can overtake the best of those;
     with one beam the search is greedy. With the paper's alpha of 0.6, a model trained with label smoothing, which gives
     each token some probability, ends the targets of long sources at once; an alpha of 1 nearly divides by the length.
@@ -60,7 +61,8 @@ def decode(
             "limit >= 1, try beams 4, alpha 1"
         )
     room = -(-int(limits.max(initial=1)) // 16) * 16  # rounded up, so that similar limits share a compiled program
-    marks = (jnp.int32(end if start is None else start), jnp.int32(end))
+    ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
+    marks = (ends[0] if start is None else jnp.int32(start), ends)
     found = _decode(model, params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
     return Decoded(*jax.tree.map(np.asarray, found))
 
@@ -90,21 +92,24 @@ def penalty(length: Any, alpha: jax.Array) -> jax.Array:
     return ((5 + length) / 6) ** alpha
 
 
-def grow(s: Search, logits: jax.Array, end: jax.Array, limits: jax.Array, alpha: jax.Array) -> tuple[Search, jax.Array]:
+def grow(
+    s: Search, logits: jax.Array, ends: jax.Array, limits: jax.Array, alpha: jax.Array
+) -> tuple[Search, jax.Array]:
     """Extend each beam by one token, from logits (B, K, V); also returns the parents of the new beams, (B, K)."""
     (B, K, V), count = logits.shape, s.at + 1
-    last = (count >= limits)[:, None, None] & (jnp.arange(V) != end)
-    # each beam can end in one way only, so 2K candidates include K that go on, and at most 2K come from one beam
-    width = min(2 * K, V)
+    last = (count >= limits)[:, None, None] & ~jnp.isin(jnp.arange(V), ends)
+    # a beam can end in as many ways as there are ends, so that this many candidates include K that go on
+    most = K * (1 + len(ends))
+    width = min(most, V)
     kept, token = jax.lax.top_k(jnp.where(last, -jnp.inf, logits), width)
     total = s.scores[..., None] + kept - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    score, index = jax.lax.top_k(total.reshape(B, -1), min(2 * K, K * width))
+    score, index = jax.lax.top_k(total.reshape(B, -1), min(most, K * width))
     parent, token = index // width, jnp.take_along_axis(token.reshape(B, -1), index, axis=1)
     tokens = jnp.take_along_axis(s.tokens, parent[..., None], axis=1).at[:, :, s.at].set(token)
-    ends = token == end
+    over = jnp.isin(token, ends)
 
     # an end counts only among the K best candidates, or one beam would not be greedy
-    counts = ends & (jnp.arange(score.shape[1]) < K) & jnp.isfinite(score)
+    counts = over & (jnp.arange(score.shape[1]) < K) & jnp.isfinite(score)
     rank = jnp.where(counts, score / penalty(count, alpha), -jnp.inf)
     top = rank.argmax(1, keepdims=True)
     better = ~s.done & (rank.max(1) > s.rank)
@@ -113,7 +118,7 @@ def grow(s: Search, logits: jax.Array, end: jax.Array, limits: jax.Array, alpha:
     rank = jnp.where(better, rank.max(1), s.rank)
     ended = s.ended + counts.sum(1)
 
-    scores, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, score), K)
+    scores, order = jax.lax.top_k(jnp.where(over, -jnp.inf, score), K)
     tokens = jnp.take_along_axis(tokens, order[..., None], axis=1)
     # a log-probability only falls, and the longest target is divided by most
     overtaken = rank >= scores[:, 0] / penalty(limits, alpha)
@@ -130,7 +135,7 @@ def _decode(
     ids: jax.Array,
     limits: jax.Array,
     begin: jax.Array,
-    end: jax.Array,
+    ends: jax.Array,
     alpha: jax.Array,
     T: int,
     K: int,
@@ -141,7 +146,7 @@ def _decode(
         s, cache = carry
         new = jax.lax.dynamic_index_in_dim(s.tokens, s.at - 1, axis=2, keepdims=False)
         logits, cache = model.apply(params, None, new.reshape(B * K, 1), cache=cache)
-        s, parents = grow(s, logits.reshape(B, K, -1), end, limits, alpha)
+        s, parents = grow(s, logits.reshape(B, K, -1), ends, limits, alpha)
         if K > 1:
             rows = (jnp.arange(B)[:, None] * K + parents).reshape(-1)
             moved = jax.tree.map(lambda leaf: leaf.at[:, rows].get(mode="promise_in_bounds"), cache["layers"])
@@ -156,14 +161,14 @@ def _decode(
     none = jnp.full((B,), -jnp.inf)
     s = Search(
         at=jnp.int32(0),
-        tokens=jnp.full((B, K, T), end),
+        tokens=jnp.full((B, K, T), ends[0]),
         scores=jnp.full((B, K), -jnp.inf).at[:, 0].set(0.0),  # all beams are the same so far
-        best=jnp.full((B, T), end),
+        best=jnp.full((B, T), ends[0]),
         best_score=none,
         rank=none,
         ended=jnp.zeros((B,), jnp.int32),
         done=~ids.any(1),
     )
-    s, _ = grow(s, repeat(logits, axis=1), end, limits, alpha)
+    s, _ = grow(s, repeat(logits, axis=1), ends, limits, alpha)
     s, _ = jax.lax.while_loop(lambda carry: ~carry[0].done.all(), step, (s, cache))
     return s.best, s.best_score

@@ -45,11 +45,8 @@ def translate_texts(
             f"got batch_size {batch_size}, max_ratio {max_ratio}, expected batch_size >= 1, max_ratio > 0, "
             "try batch_size 64, max_ratio 2"
         )
-    if set(tokenizer.special.ends) - {end}:
-        raise UserError(
-            f"got a tokenizer that ends a translation with any of the tokens {tokenizer.special.ends}, expected "
-            f"{end} alone, try a generation_config.json with this eos_token_id"
-        )
+    ends = tokenizer.special.ends or (end,)
+    start = end if tokenizer.special.start is None else tokenizer.special.start
     rows = [np.append(ids, end) for ids in tokenizer.encode_many(sources)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     size, texts = min(batch_size, len(rows)), [""] * len(rows)
@@ -62,10 +59,10 @@ def translate_texts(
             inputs[row, : len(rows[i])] = rows[i]
             segment_ids[row, : len(rows[i])] = 1
             limits[row] = limit(len(rows[i]), max_ratio)
-        how = {"segment_ids": segment_ids, "beams": beams, "alpha": alpha, "start": tokenizer.special.start}
-        found = decode(model, params, inputs, end=end, limit=limits, **how)
+        how = {"segment_ids": segment_ids, "beams": beams, "alpha": alpha, "start": start}
+        found = decode(model, params, inputs, end=ends, limit=limits, **how)
         for row, i in enumerate(chosen):
-            texts[i] = tokenizer.decode(upto(found.tokens[row], end))
+            texts[i] = tokenizer.decode(upto(found.tokens[row], ends))
     return texts
 
 
@@ -74,9 +71,9 @@ def limit(length: int, max_ratio: float) -> int:
     return max(ceil(max_ratio * length), SHORTEST)
 
 
-def upto(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Tokens (T,) before the first end token."""
-    stops = np.flatnonzero(tokens == end)
+def upto(tokens: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    """Tokens (T,) before the first of the tokens that end a text."""
+    stops = np.flatnonzero(np.isin(tokens, ends))
     return tokens[: stops[0]] if len(stops) else tokens
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels import partition, xla
 from jaxmodels.models.kernels.kernel import BUILTIN, Attend, Call, Kernel, kernel_of
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.parallel import rules
-from jaxmodels.parallel.platform import platform
+from jaxmodels.parallel.platform import capability, platform
 
 Array = jax.Array
 AUTO = ("ring", "ulysses", "cudnn", "splash", "blockwise", "xla")
@@ -80,7 +82,7 @@ def attention(
         "scale": 1 / math.sqrt(q.shape[3]) if scale is None else scale,
     }
     if _kept is not None:
-        record_weights(_kept, arrays, options)
+        arrays["q"] = record_weights(_kept, arrays, options)
     call, place = describe_call(arrays, options), platform()
     devices = max(1, jax.sharding.get_abstract_mesh().size)
 
@@ -101,31 +103,49 @@ def attention(
         return partition.run_sharded(attend, arrays, chosen.partition == "tokens")
 
 
-_kept: list[Array] | None = None
+class Kept:
+    """The weights that arrive while calls are recorded, each with the number of the call that was traced for it."""
+
+    def __init__(self) -> None:
+        self.arrived: list[tuple[int, np.ndarray]] = []
+        self.calls = itertools.count()
+
+
+_kept: Kept | None = None
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Array]]:
-    """A context that collects the weights (B, H, T, S) of all calls, in the order of their computation, on one device.
+def recording() -> Iterator[list[np.ndarray]]:
+    """A context that collects the weights (B, H, T, S) of all calls, call by call and layer by layer, on one device.
 
-    The list is complete when the context is left. Calls that were compiled before are not recorded, so apply the model
-    without `jit`.
+    A call in a scan over layers is one call. The list is filled when the context is left, before which the outputs must
+    be ready. Calls that were compiled before are not recorded, so apply the model without `jit`.
     """
     global _kept
-    before, _kept = _kept, []
+    before, _kept = _kept, Kept()
+    found: list[np.ndarray] = []
     try:
-        yield _kept
-        jax.effects_barrier()
+        yield found
+        found += [weights for _, weights in sorted(_kept.arrived, key=lambda each: each[0])]
     finally:
         _kept = before
 
 
-def record_weights(kept: list[Array], arrays: dict[str, Any], options: dict[str, Any]) -> None:
-    """Add the weights of a call to a recording, wherever it is traced, such as in a scan over layers."""
+def record_weights(kept: Kept, arrays: dict[str, Any], options: dict[str, Any]) -> Array:
+    """Add the weights of a call to a recording, wherever it is traced, such as in a scan over layers.
+
+    Returns q, which depends on their having arrived: flax's scan takes no callback with an effect, and a pure one is
+    run where its result is needed.
+    """
     given = {name: x for name, x in (arrays | options).items() if name not in ("v", "rng", "dropout")}
     p = xla.weights(**given)
-    B, G, R, T, S = p.shape
-    jax.debug.callback(kept.append, p.reshape(B, G * R, T, S), ordered=True)
+    (B, G, R, T, S), q, number = p.shape, arrays["q"], next(kept.calls)
+
+    def keep(weights: Any) -> np.ndarray:
+        kept.arrived.append((number, np.array(weights)))
+        return np.zeros((), q.dtype)
+
+    return q + jax.pure_callback(keep, jax.ShapeDtypeStruct((), q.dtype), p.reshape(B, G * R, T, S))
 
 
 def describe_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
@@ -150,7 +170,7 @@ def describe_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     features = frozenset(name for name, wanted in asked.items() if wanted)
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     cut = rules.pieces("seq"), rules.pieces("heads")
-    return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0, *cut)
+    return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0, *cut, capability())
 
 
 def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:

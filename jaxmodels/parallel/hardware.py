@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,6 +47,11 @@ class Hardware:
     """Streaming multiprocessors (GPUs)."""
     target: str = ""
     """What XLA must know to compile where there is no such GPU, beyond what all have in common."""
+
+    @property
+    def capability(self) -> tuple[int, ...]:
+        """The compute capability (GPUs); of a TPU ()."""
+        return tuple(map(int, re.findall(r"(?:major|minor): (\d+)", self.target)))
 
 
 _CLOUD = "docs.cloud.google.com/tpu/docs"

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
@@ -45,8 +46,8 @@ def pieces(saved: Evaluation) -> list[Piece]:
 def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndarray]:
     """The attention weights (B, H, T, S) of a call, layer by layer."""
     with recording() as kept:
-        apply(*args, **named)
-    return [np.asarray(each) for each in kept]
+        jax.block_until_ready(apply(*args, **named))
+    return kept
 
 
 def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
@@ -127,8 +128,9 @@ def cross(saved: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
     segments = batch["target_segment_ids"][row] if "target_segment_ids" in batch else None
     written = length(segments, np.where(targets < 0, 0, targets), LONGEST)
     kept = weights(saved.apply, sources[None], batch["tokens"][row][None], **named)
-    # the encoder's layers, then of each of the decoder's its own and the one over the source
-    kept = [each[0, :, :written, :count] for each in kept[saved.model.config.layers :][1::2]]
+    # the encoder's layers, the decoder's own, and those over the source
+    layers = saved.model.config.decoder_layers or saved.model.config.layers
+    kept = [each[0, :, :written, :count] for each in kept[-layers:]]
     tokenizer = saved.source.tokenizer
     labels = [pieces_of(tokenizer, targets[:written]), pieces_of(tokenizer, sources[:count])]
     return maps(

@@ -87,20 +87,22 @@ def length(row):
     return int((row == END).argmax()) + 1
 
 
-def total(model, params, inputs, ids, targets):
+def total(model, params, inputs, ids, targets, lengths=None):
     """Log-probability of each target up to its first end."""
     each = np.take_along_axis(logprobs(model, params, inputs, ids, targets), targets[..., None], axis=2)[..., 0]
-    return np.array([row[: length(target)].sum() for row, target in zip(each, targets, strict=True)])
+    lengths = [length(row) for row in targets] if lengths is None else lengths
+    return np.array([row[:n].sum() for row, n in zip(each, lengths, strict=True)])
 
 
-def exhaust(model, params, vocab, limit, alpha):
+def exhaust(model, params, vocab, limit, alpha, ends=(END,)):
     """The best of all targets of each source, by trying each."""
-    words = [token for token in range(vocab) if token != END]
-    bodies = [body for n in range(limit) for body in itertools.product(words, repeat=n)]
+    words = [token for token in range(vocab) if token not in ends]
+    bodies = [(*body, end) for n in range(limit) for body in itertools.product(words, repeat=n) for end in ends]
     targets = np.array([[*body, *[END] * (limit - len(body))] for body in bodies])
-    lengths = np.array([length(row) for row in targets])
+    lengths = np.array([len(body) for body in bodies])
     many = [np.repeat(x, len(targets), axis=0) for x in (SOURCES, IDS)]
-    scores = total(model, params, *many, np.tile(targets, (len(SOURCES), 1))).reshape(len(SOURCES), -1)
+    many.append(np.tile(targets, (len(SOURCES), 1)))
+    scores = total(model, params, *many, np.tile(lengths, len(SOURCES))).reshape(len(SOURCES), -1)
     return targets[(scores / ((5 + lengths) / 6) ** alpha).argmax(1)]
 
 
@@ -115,6 +117,15 @@ def test_a_wide_beam_finds_the_best_of_all_targets(seed):
     assert (best[0.0] != best[3.0]).any(), "the penalty decides something"
     greedy = decode(model, params, SOURCES, end=END, limit=5, segment_ids=IDS)
     assert (greedy.tokens[:, :5] != best[0.0]).any(), "and so does the search"
+
+
+def test_a_target_ends_at_any_of_several_ends():
+    model, params = toy(5, seed=1)
+    best = exhaust(model, params, 5, 4, 1.0, ends=(END, 4))
+    given = {"limit": 4, "segment_ids": IDS, "beams": 128}
+    found = decode(model, params, SOURCES, end=(END, 4), **given)
+    np.testing.assert_array_equal(found.tokens[:, :4], best)
+    assert (best == 4).any() and (decode(model, params, SOURCES, end=END, **given).tokens[:, :4] != best).any()
 
 
 def test_a_wide_beam_finds_the_best_of_all_targets_of_a_model():

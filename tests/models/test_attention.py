@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+import jaxmodels
 from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
-from jaxmodels.models.attention import attention, describe_call
+from jaxmodels.models.attention import attention, describe_call, recording
 from jaxmodels.models.kernels import blocks, blockwise, cudnn, looped, partition
 from jaxmodels.models.kernels.kernel import BUILTIN, FEATURES, feature_table, kernel_of, no_reason
 from jaxmodels.parallel import rules
@@ -335,3 +336,25 @@ def test_blockwise_works_inside_shard_map():
     whole = functools.partial(attention, kernel="xla")
     expected = jax.jit(jax.grad(lambda q: (whole(q, k, v) ** 2).sum()), compiler_options=QUICK)(q)
     compare([got], [expected], TOLERANCE["float32"])
+
+
+def test_a_recording_has_the_weights_of_each_layer_in_order_and_changes_nothing():
+    sizes = {"vocab_size": 11, "width": 8, "heads": 2, "mlp_width": 8, "dropout": 0.0}
+    model = jaxmodels.create("transformer", variant="t5", norm="pre", layers=2, decoder_layers=3, **sizes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), model.shapes())
+    sources, tokens = jnp.arange(5)[None], jnp.arange(4)[None] + 3
+    with recording() as kept:
+        out = jax.block_until_ready(model.apply(params, sources, tokens))
+    assert [each.shape for each in kept] == [(1, 2, 5, 5)] * 2 + [(1, 2, 4, 4)] * 3 + [(1, 2, 4, 5)] * 3
+    for each in kept:
+        np.testing.assert_allclose(each.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(out, model.apply(params, sources, tokens))
+    # the first layers see the token embeddings alone
+    cut = {**params, "decoder": dict(params["decoder"])}
+    cut["decoder"]["layers"] = jax.tree.map(lambda leaf: leaf[:1], cut["decoder"]["layers"])
+    first = jaxmodels.create("transformer", variant="t5", norm="pre", layers=2, decoder_layers=1, **sizes)
+    with recording() as alone:
+        jax.block_until_ready(first.apply(cut, sources, tokens))
+    for mine, theirs in zip(alone, [*kept[:2], kept[2], kept[5]], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ import jaxmodels.models.attention as module
 from jaxmodels.errors import UserError
 from jaxmodels.models.attention import attention, choose
 from jaxmodels.models.kernels.kernel import Call, Kernel
-from jaxmodels.parallel.platform import platform
+from jaxmodels.parallel.platform import capability, platform
 
 B, H, K = 2, 4, 16
 
@@ -42,6 +42,9 @@ LONG = Call(8, 2048, 2048, 16, 16, 128, "bfloat16", frozenset({"causal"}))
         ("tpu", LONG._replace(features=frozenset({"bias"})), "blockwise", "splash does not support bias; the scores"),
         ("gpu", LONG, "cudnn", "fused kernel of gpu"),
         ("gpu", LONG._replace(features=frozenset({"softcap"})), "blockwise", "cudnn does not support softcap"),
+        ("gpu", LONG._replace(K=256, capability=(9, 0)), "cudnn", "fused kernel of gpu"),
+        ("gpu", LONG._replace(K=136, capability=(8, 0)), "blockwise", "up to 128 on GPUs before Hopper, got 136"),
+        ("gpu", LONG._replace(K=264, capability=(10, 0)), "blockwise", "up to 256, got 264"),
     ],
 )
 def test_auto_picks_by_hardware_and_shapes(place, call, kernel, why, monkeypatch):
@@ -65,13 +68,14 @@ def test_auto_says_which_kernel_it_took_and_says_it_once(caplog):
     assert [r.message for r in caplog.records] == ["attention: kernel xla: fastest on cpu for T=9, S=9"]
 
 
-def test_the_platform_is_the_ambient_meshs():
-    assert platform() == "cpu"
-    for device, expected in {"TPU v5 lite": "tpu", "NVIDIA H100 80GB HBM3": "gpu", "cpu": "cpu"}.items():
+def test_platform_and_capability_are_the_ambient_meshs():
+    assert (platform(), capability()) == ("cpu", ())
+    gpus = {"NVIDIA H100 80GB HBM3": ("gpu", (9, 0)), "NVIDIA A100-SXM4-80GB": ("gpu", (8, 0)), "NVIDIA X": ("gpu", ())}
+    for device, expected in {"TPU v5 lite": ("tpu", ()), "cpu": ("cpu", ()), **gpus}.items():
         abstract = type("Device", (), {"device_kind": device, "platform": None})()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(jax.sharding, "get_abstract_mesh", lambda a=abstract: type("M", (), {"abstract_device": a}))
-            assert platform() == expected
+            assert (platform(), capability()) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run
 from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import AdamW, Checkpoint, Config, Eval, Init, Metrics, Seq2Seq, Table, Text, Train
-from jaxmodels.errors import UserError
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.train import load_run
 from jaxmodels.train import run as runs
@@ -194,16 +193,22 @@ def test_an_imported_t5_translates_as_in_transformers_and_learns_behind_its_star
         assert batch["targets"][row][real][-1] == 2
 
 
-def test_a_t5_of_several_ends_is_refused_by_name_where_it_translates_and_keeps_them(tmp_path):
+def test_a_t5_of_several_ends_stops_at_any_of_them_as_in_transformers(tmp_path):
     tokenizer(tmp_path / "in", "$A </s>")
     t5(tmp_path / "in")
-    (tmp_path / "in" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    alone = theirs(tmp_path / "in", TEXTS, tf.T5ForConditionalGeneration, max_new_tokens=15)
+    other = alone[0][1]
+    said = {"decoder_start_token_id": 4, "pad_token_id": 0, "eos_token_id": [2, other]}
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps(said))
     import_run(tmp_path / "in", out=tmp_path / "run")
-    assert load_run(tmp_path / "run").tokenizer.special.ends == (2, 7)
-    with pytest.raises(UserError, match=r"ends a translation with any of the tokens \(2, 7\)"):
-        translated(tmp_path / "run", TEXTS)
+    assert load_run(tmp_path / "run").tokenizer.special.ends == (2, other)
+    wanted = theirs(tmp_path / "in", TEXTS, tf.T5ForConditionalGeneration, max_new_tokens=15)
+    assert wanted[0] == alone[0][:2] and wanted[0][-1] == other
+    assert [text.replace(" ", "") for text in translated(tmp_path / "run", TEXTS)] == [
+        text_of(ids, (2, other)) for ids in wanted
+    ]
     export_run(tmp_path / "run", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, other]
 
 
 def test_a_translator_that_was_trained_here_translates_alike_in_transformers(tmp_path):

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
 from jaxmodels.models.kernels.visibility import full_mask, zero_blind
 
+HOPPER = (9, 0)
+"""The compute capability from which on heads may be larger than 128."""
+
 
 def attend(
     q,
@@ -38,7 +41,7 @@ def attend(
     seen = {"causal": causal, "window": window, "segments": segments, "kv_length": kv_length}
     options = {}
     # JAX gives no gradients of odd lengths: one query more, which is dropped, and one key more, which none sees
-    rows, columns = T % 2 if T > 1 else 0, S % 2
+    rows, columns = T % 2, S % 2
     q, k, v = (_lengthen(x, more) for x, more in ((q, rows), (k, columns), (v, columns)))
     if segments is not None or not isinstance(q_offset, int) or q_offset:
         mask = full_mask(T, S, q_offset, **seen)
@@ -70,8 +73,10 @@ def refuses(call: Call) -> str | None:
     """What cuDNN needs of types and shapes."""
     if call.dtype not in ("bfloat16", "float16"):
         return f"needs bfloat16 or float16, got {call.dtype}"
-    if call.K % 8 or call.K > 256:
-        return f"needs a head size that 8 divides, up to 256, got {call.K}"
+    most, where = (256, "") if call.capability >= HOPPER else (128, " on GPUs before Hopper")
+    size = call.K
+    if size % 8 or size > most:
+        return f"needs a head size that 8 divides, up to {most}{where}, got {size}"
     if "bias" in call.features and (call.T % 2 or call.S % 2):
         return f"needs even lengths with a bias, got {call.T} and {call.S}"
     return None

@@ -51,6 +51,8 @@ class Call(NamedTuple):
     """Into how many pieces the mesh cuts tokens."""
     shares: int = 1
     """Into how many shares the mesh cuts heads."""
+    capability: tuple[int, ...] = ()
+    """Compute capability of the NVIDIA GPU that it is for; of other devices none."""
 
 
 class Attend(Protocol):
