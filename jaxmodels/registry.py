@@ -226,7 +226,7 @@ def _sort(found: Any) -> str:
     return f"a{'n' if sort[0].lower() in 'aeiou' else ''} {sort}"
 
 
-def given_by(path: str | Path, what: str, function: str, gives: str) -> Any:
+def given_by(path: str | Path, what: str, function: str, gives: str, module_name: str = "") -> Any:
     """What a Python file's function returns: a config's `get_config()`, a place's `get_place()`.
 
     Args:
@@ -234,6 +234,7 @@ def given_by(path: str | Path, what: str, function: str, gives: str) -> Any:
         what: how messages call what it is: config.
         function: the name of the function, which takes nothing.
         gives: how messages call what it returns: a Config.
+        module_name: by which Python keeps the module, so that the source of its classes is found; empty: not at all.
 
     Raises:
         UserError: no such file, no such function in it, or an error inside it.
@@ -242,10 +243,12 @@ def given_by(path: str | Path, what: str, function: str, gives: str) -> Any:
     if not path.is_file():
         near = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"got {what} {str(path)!r}, expected a Python file with {function}(){nearest(str(path), near)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(module_name or path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"got {what} {str(path)!r}, expected a Python file with {function}()")
     module = importlib.util.module_from_spec(spec)
+    if module_name:
+        sys.modules[module_name] = module
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)

@@ -169,7 +169,7 @@ def place_in(file: str | Path) -> Place:
     Raises:
         UserError: it gives none.
     """
-    place = given_by(file, "place", "get_place", "a Place")
+    place = given_by(file, "place", "get_place", "a Place", f"place_{Path(file).stem}")
     if not isinstance(place, Place):
         raise UserError(
             f"got {type(place).__name__} from get_place() in {file}, expected a jaxmodels.launch.place.Place"
