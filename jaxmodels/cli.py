@@ -15,8 +15,10 @@ import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from jaxmodels import commands
@@ -29,6 +31,7 @@ def process() -> NoReturn:
     """`main` as a process of its own, which ends without a word more, whatever ends it."""
     with contextlib.suppress(AttributeError):  # a stream that is closed, or another's object
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    commands.began = _began()
     try:
         code = main()
     except BaseException:  # in several processes, or asked for
@@ -49,6 +52,14 @@ def process() -> NoReturn:
     atexit._run_exitfuncs()
     logging.shutdown()
     os._exit(code)
+
+
+def _began() -> float:
+    """When this process began, in Unix seconds: before Python did, where the system tells."""
+    with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return time.time()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,6 +48,9 @@ COMMANDS = Registry(
 )
 """A name of two words is a command of a group. Installed packages add theirs by entry points."""
 
+began: float | None = None
+"""Unix seconds at which this process began, where it is one command's own (`cli.process`)."""
+
 
 def split(argv: list[str]) -> tuple[str, list[str]]:
     """The name of the command that arguments begin with, of one word or two, and the rest of them.

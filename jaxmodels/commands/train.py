@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxmodels import commands
 from jaxmodels.commands.options import Configured
 from jaxmodels.errors import printable
 from jaxmodels.fields import Section
@@ -29,20 +30,23 @@ class RunOptions(Section):
 
 def train(given: Configured, options: RunOptions) -> int:
     """Train; returns the exit code."""
-    from jaxmodels.parallel import distributed
+    from jaxmodels.parallel import distributed, progress
+    from jaxmodels.train.phases import Phases
 
-    distributed.initialize()
-    from jaxmodels.train import run as runs
+    with Phases(commands.began, progress.phase).watched() as phases:
+        distributed.initialize()
+        from jaxmodels.train import run as runs
 
-    runs.compilation_cache()
-    run = Path(options.run_dir or f"runs/{Path(given.file).stem}")
-    origin = {"file": given.file, "overrides": given.overrides}
-    job, result = runs.train(given.config, run, options.resume, origin)
-    if distributed.is_main():
-        if result.ended == "preempted":
-            print(printable(f"stopped and saved at step {result.step} in {run}; the same command goes on from there"))
-        else:
-            farewell(job, result, run, [given.file, *given.overrides])
+        runs.compilation_cache()
+        run = Path(options.run_dir or f"runs/{Path(given.file).stem}")
+        origin = {"file": given.file, "overrides": given.overrides}
+        job, result = runs.train(given.config, run, options.resume, origin, phases=phases)
+        if distributed.is_main():
+            if result.ended == "preempted":
+                saved = f"stopped and saved at step {result.step} in {run}"
+                print(printable(f"{saved}; the same command goes on from there"))
+            else:
+                farewell(job, result, run, [given.file, *given.overrides])
     return SAVED if result.ended == "preempted" else 0
 
 

@@ -4,6 +4,7 @@ metrics of the step before (so that the device is never idle), check for preempt
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -20,6 +21,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.tasks.task import Batch
 from jaxmodels.train.loggers import Report
 from jaxmodels.train.metrics import Clock
+from jaxmodels.train.phases import Phases, Starved
 from jaxmodels.train.state import State
 from jaxmodels.train.step import Step, measured
 
@@ -79,6 +81,8 @@ class Hooks:
     clock: Clock
     traces: Path
     """Where a profile goes."""
+    phases: Phases = field(default_factory=Phases)
+    """Told what the loop does, so that it knows where the time goes."""
     needs: str = "an example"
     """What a batch must have for anything of it to count."""
 
@@ -104,6 +108,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
     """
     steps, evaluated = cfg.train.steps, {}
     state, progress, report, clock = start.state, start.progress, hooks.report, hooks.clock
+    phases, starved = hooks.phases, Starved()
     empty, trained = 0, False
     unsaved = tracing = False
     first, last = profile_steps(cfg.profile.steps, steps)
@@ -126,6 +131,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
         if empty == 1:
             log.warning("nothing to train on in the batch of step %d: its loss is left out, its gradient is 0", done)
         clock.tick(waited)
+        phases.done(done)
         loss = next((value for name, value in values.items() if name.endswith("loss")), 0.0)
         if not all(math.isfinite(value) for value in values.values()):
             ids = hooks.examples(done - 1)
@@ -146,19 +152,23 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
     def save(best: bool = False) -> None:
         nonlocal unsaved
         read()
-        report.flush()
-        hooks.save(now, state, progress, best)
+        with phases.during("save"):
+            report.flush()
+            phases.keep()
+            hooks.save(now, state, progress, best)
         unsaved = False
         clock.pause()
 
     batches = hooks.batches(start.step, steps)
     now, ended = start.step, "done"
+    phases.begin(start.step)
     try:
         while True:
             due = now == steps or (cfg.eval.every and now % cfg.eval.every == 0 and now > 0)
             if due and progress.evaluated < now:
                 read()
-                found = hooks.evaluate(state)
+                with phases.during("evaluation"):
+                    found = hooks.evaluate(state)
                 clock.pause()
                 if found is None:
                     ended = "preempted"
@@ -179,9 +189,13 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
                 jax.profiler.start_trace(str(hooks.traces))
                 tracing = True
             asked = time.perf_counter()
-            batch = next(batches)
+            with phases.during("data"):
+                batch = next(batches)
             waited = time.perf_counter() - asked
-            state, metrics = hooks.step(state, batch)
+            phases.move(waited - starved.wait(asked, pending and pending[1]), "data", "step")
+            with phases.during("compile") if now == start.step else contextlib.nullcontext():
+                state, metrics = hooks.step(state, batch)
+            starved.dispatched(metrics)
             now, unsaved = now + 1, True
             read()
             pending = (now, metrics, waited)
@@ -200,6 +214,8 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
         if tracing:
             jax.profiler.stop_trace()
         batches.close()
+        starved.close()
+        phases.enter("idle")
     return Result(state, now, ended, evaluated, progress)  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from jaxmodels.train.display import Display
 from jaxmodels.train.job import Job, assemble
 from jaxmodels.train.manifest import whole
 from jaxmodels.train.metrics import Clock, Record
+from jaxmodels.train.phases import Phases
 from jaxmodels.train.state import State
 from jaxmodels.train.step import Step
 
@@ -45,10 +47,12 @@ def train(
     resume: directory.Resume = "auto",
     origin: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
+    phases: Phases | None = None,
 ) -> tuple[Job, loop.Result]:
     """Train as configured, leaving config, metrics, checkpoints and log in `run`; resume what is there.
 
-    A `watch` that ends the run ends it as if it had been told to stop: its state is saved.
+    A `watch` that ends the run ends it as if it had been told to stop: its state is saved. `phases` is a clock that
+    began earlier and is watched by its owner.
 
     Raises:
         UserError: the config does not fit the hardware, the data, or the run that is in the directory; another process
@@ -56,6 +60,9 @@ def train(
         NotFinite: a loss stopped being a number.
         CheckpointError: the last checkpoint could not be written.
     """
+    if phases is None:
+        with Phases(tell=progress.phase).watched() as own:
+            return train(cfg, run, resume, origin, watch, own)
     main = distributed.is_main()
     if main:
         directory.check(run)
@@ -68,15 +75,17 @@ def train(
             came_from = {**(origin or {}), "versions": versions(), "commit": commit(), **launched()}
             stack.enter_context(directory.prepared(cfg, run, resume, came_from))
             progress.run(run)
+            phases.record(run, **place(job))
         distributed.barrier("run directory")
         display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps, job.task.unit))
         stack.enter_context(directory.logging_to(run / "log.txt" if main else None, display))
         # a second SIGTERM must not end what the first one made us save
         preemption = stack.enter_context(distributed.Preemption())
-        stack.callback(checkpointer.wait)  # also after an error: what is being saved is saved
+        # also after an error: what is being saved is saved
+        stack.callback(lambda: waited(checkpointer, phases))
         describe(job, run)
         step = job.step()  # compiles in the background, while the state is made or read
-        start, lines = begun(job, run, resume, checkpointer)
+        start, lines = begun(job, run, resume, checkpointer, phases)
         report = loggers.Report(None, display)
         if main:
             saved.keep(run, job.sources["train"], job.sources["eval"])
@@ -85,7 +94,39 @@ def train(
             report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen))
         stack.callback(report.close)  # also after an error: its last line explains it
         report.start(run, cfg, start.step)
-        return job, loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, watch))
+        result = loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, phases, watch))
+    phases.ended = result.ended
+    return job, result
+
+
+def waited(checkpointer: Checkpointer, phases: Phases) -> None:
+    """Wait for the save under way."""
+    with phases.during("save"):
+        try:
+            checkpointer.wait()
+        finally:
+            phases.saved = newest(checkpointer, phases.step)
+
+
+def newest(checkpointer: Checkpointer, step: int) -> int | None:
+    """Step of the newest complete checkpoint up to a step; newer ones are damaged: the run went on from before them."""
+    return max((saved for saved in checkpointer.steps() if saved <= step), default=None)
+
+
+def place(job: Job) -> dict[str, Any]:
+    """Where an attempt runs, and by what config: the hash of all fields that decide what is computed."""
+    fields = {
+        name: value
+        for name, value in configs.flatten(job.config).items()
+        if not name.startswith((*directory.NEUTRAL, "train.accumulate"))
+    }
+    mesh = " ".join(f"{axis}={size}" for axis, size in job.mesh.shape.items() if size > 1)
+    return {
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "mesh": mesh,
+        "config": hashlib.sha256(json.dumps(fields, default=str, sort_keys=True).encode()).hexdigest()[:12],
+    }
 
 
 def hooks(
@@ -95,6 +136,7 @@ def hooks(
     report: loggers.Report,
     checkpointer: Checkpointer,
     preemption: distributed.Preemption,
+    phases: Phases,
     watch: Watch | None,
 ) -> loop.Hooks:
     """Join the loop to the job's data and evaluation, and to the run's checkpoints."""
@@ -125,12 +167,12 @@ def hooks(
             "metric": {cfg.eval.metric: progress.best} if best else None,
         }
         checkpointer.save(now, state, meta, best=best)
+        phases.saved = newest(checkpointer, now)
 
     def last_good(step: int) -> int | None:
         with contextlib.suppress(CheckpointError):  # said already, by the log
             checkpointer.wait()
-        # newer ones are damaged: the run went on from before them
-        return max((saved for saved in checkpointer.steps() if saved < step), default=None)
+        return newest(checkpointer, step - 1)
 
     return loop.Hooks(
         step=step,
@@ -144,22 +186,28 @@ def hooks(
         report=report,
         clock=Clock(job.units, task.unit, *speed(job)),
         traces=run / "profile",
+        phases=phases,
         needs=task.needs,
     )
 
 
-def begun(job: Job, run: Path, resume: directory.Resume, checkpointer: Checkpointer) -> tuple[loop.Start, int | None]:
+def begun(
+    job: Job, run: Path, resume: directory.Resume, checkpointer: Checkpointer, phases: Phases
+) -> tuple[loop.Start, int | None]:
     """Where the run begins, at its newest checkpoint if there is one, and the lines of metrics.jsonl up to there.
 
     Raises:
         UserError: the checkpoint is not one of this training.
     """
-    cfg, restored = job.config, None if resume == "never" else checkpointer.restore(job.layout)
+    cfg = job.config
+    with phases.during("restore"):
+        restored = None if resume == "never" else checkpointer.restore(job.layout)
     if restored is None:
         state = beginning.initial(job)
         checkpointer.warm()
         return loop.Start(state), None
     state, meta, start = restored
+    phases.saved = start
     try:
         progress = loop.Progress(**meta["progress"])
     except (KeyError, TypeError):
