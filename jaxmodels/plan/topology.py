@@ -41,6 +41,11 @@ class Topology:
     def devices(self) -> int:
         return self.slices * math.prod(self.shape) * self.hardware.per_chip
 
+    @property
+    def nodes(self) -> int:
+        """Machines that drive the devices."""
+        return self.shape[0] if self.hardware.platform == "cuda" else math.ceil(self.devices / self.hardware.node)
+
     def coordinates(self) -> np.ndarray:
         """Coordinates of each device, (devices, numbers): node and GPU, or chip in the torus, core and slice."""
         if self.hardware.platform == "cuda":

@@ -141,9 +141,9 @@ class Phases:
         """Hear of what JAX compiles in this thread; at the end, keep how the attempt ended."""
         main = threading.get_ident()
 
-        def heard(event: str, seconds: float, **_: Any) -> None:
+        def heard(event: str, duration_secs: float, **kwargs: Any) -> None:
             if event.startswith("/jax/core/compile/") and threading.get_ident() == main:
-                self.compiled(seconds)
+                self.compiled(duration_secs)
 
         jax.monitoring.register_event_duration_secs_listener(heard)
         try:
@@ -269,7 +269,8 @@ class Starved:
         self.noticed = now - asked > _NOTICED
         if metrics is None or not self.noticed:
             return now - asked
-        if not all(leaf.is_ready() for leaf in jax.tree.leaves(metrics) if isinstance(leaf, jax.Array)):
+        arrays: list[Any] = [leaf for leaf in jax.tree.leaves(metrics) if isinstance(leaf, jax.Array)]
+        if not all(array.is_ready() for array in arrays):
             return 0.0
         if self.ended is None:
             return now - asked
