@@ -15,7 +15,7 @@ from jaxmodels.cli import main
 from tests.conftest import ROOT
 from tests.quick import own_lines
 
-PACKAGES = [str(ROOT / "examples" / name) for name in ("own_model", "own_task", "own_source", "own_logger")]
+PACKAGES = [str(ROOT / "examples" / name) for name in ("own_model", "own_task", "own_source", "own_logger", "own_launcher")]
 CONFIG = """
 from own_model import DenseConfig
 from own_source import Readings
@@ -108,6 +108,13 @@ def test_another_process_finds_them_or_says_what_is_missing(folder):
     done = in_another_process(folder, "eval", "runs/sensor", found=False)
     (line,) = own_lines(done.stderr)
     assert done.returncode == 2 and "own_model" in line and "PYTHONPATH" in line
+
+
+def test_a_place_from_outside_is_launched_on(folder, capsys):
+    assert main(["launch", "own_launcher:Background", "--processes", "3", "--dry-run", "--", "train", "sensor.py"]) == 0
+    assert "jaxmodels.launch.node --processes 3 " in capsys.readouterr().out
+    assert main(["launch", "own_launcher:Background", "--proceses", "3", "--", "train", "sensor.py"]) == 2
+    assert "did you mean '--processes'?" in capsys.readouterr().err
 
 
 def test_workers_of_a_search_find_them(folder, monkeypatch, capsys):
