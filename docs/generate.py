@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from jaxmodels import config
 from jaxmodels.fields import Named, ranges
+from jaxmodels.launch.place import PLACES, Place
 from jaxmodels.models.families import FAMILIES, family
 from jaxmodels.registry import Registry
 
@@ -36,13 +37,16 @@ def typename(kind: Any) -> str:
 
 
 def table(kind: type, section: str, without: Collection[str] = ()) -> list[str]:
-    """One row a field, but for those of a base class that stand elsewhere; none, no table."""
+    """One row a field, but for those of a base class that stand elsewhere; none, no table.
+
+    Fields of a place are options without a section.
+    """
     hints, docs = get_type_hints(kind, include_extras=True), config.docs(kind)
     rows = []
     for f in dataclasses.fields(kind):
         if f.name in without:
             continue
-        option, hint = f"--{section}.{f.name}".replace("_", "-"), hints[f.name]
+        option, hint = f"--{section + '.' if section else ''}{f.name}".replace("_", "-"), hints[f.name]
         if dataclasses.is_dataclass(f.default) and config.kinds_of(f.default) is None:
             inner = type(f.default)
             rows += table(inner, f"{section}.{f.name}")[2:]
@@ -50,7 +54,7 @@ def table(kind: type, section: str, without: Collection[str] = ()) -> list[str]:
         if (kinds := config.kinds_of(f.default)) is not None:
             typed, shown = "one of those below", kinds.name_of(type(f.default))
         else:
-            typed, shown = typename(hint), f.default
+            typed, shown = typename(hint), "" if f.default is dataclasses.MISSING else f.default
         shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else str(shown)
         shown = f"`{shown}`" if shown else ""
         rows.append(f"| `{option}` | {typed} | {shown} | {docs[f.name].replace('|', '/')} |")
@@ -112,6 +116,12 @@ def page() -> str:
             "Presets: " + ", ".join(f"`{p}`" for p in found.presets) + ".",
             "",
         ]
+    lines += ["# Places to launch on", "", "Fields of `jaxmodels launch PLACE`. All places have these:", ""]
+    lines += [*table(Place, ""), ""]
+    shared = [f.name for f in dataclasses.fields(Place)]
+    for name in PLACES.builtin:
+        kind = PLACES.find(name)
+        lines += [f"## {name}: {kind.__name__}", "", about(kind), "", *table(kind, "", shared), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -15,7 +15,8 @@ from jaxmodels.cli import main
 from tests.conftest import ROOT
 from tests.quick import own_lines
 
-PACKAGES = [str(ROOT / "examples" / name) for name in ("own_model", "own_task", "own_source", "own_logger", "own_launcher")]
+OUTSIDE = ("own_model", "own_task", "own_source", "own_logger", "own_launcher")
+PACKAGES = [str(ROOT / "examples" / name) for name in OUTSIDE]
 CONFIG = """
 from own_model import DenseConfig
 from own_source import Readings
