@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ExitCode(enum.IntEnum):
@@ -20,6 +22,29 @@ class ExitCode(enum.IntEnum):
 
 class UserError(ValueError):
     """A mistake in what the user asked for; the command line prints it as one line and exits with 2."""
+
+
+def check_place(path: Path, option: str, folder: bool = False) -> None:
+    """Refuse, before any work, a place that cannot be written to: for a file, or a folder that may be there already.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place, what = os.path.abspath(path), "a folder" if folder else "a file"
+    if os.path.isdir(place) != folder and os.path.exists(place):
+        wrong = f"which is {'a file' if folder else 'a folder'}"
+    else:
+        above = place if os.path.exists(place) else os.path.dirname(place)
+        while folder and not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.lexists(above):
+            wrong = "whose folder does not exist"
+        elif above != place and not os.path.isdir(above):
+            wrong = f"where {above} is no folder"
+        else:
+            wrong = "" if os.access(above, os.W_OK) else "which cannot be written"
+    if wrong:
+        raise UserError(f"got {option} {path}, {wrong}, expected a place for {what}, try {option} {Path(path).name}")
 
 
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")

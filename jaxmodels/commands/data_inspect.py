@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jaxmodels.commands.options import Configured
 from jaxmodels.config import Config
+from jaxmodels.errors import check_place
 from jaxmodels.fields import Section
 
 
@@ -20,6 +21,8 @@ class InspectOptions(Section):
 
 def inspect(given: Configured, options: InspectOptions) -> None:
     """Print what a run would train and evaluate on, and a few examples as the model will see them."""
+    if options.out != InspectOptions.out:  # the one that is not asked for is needed for images alone
+        check_place(options.out, "--out")
     show(given.config, out=options.out)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxmodels.commands.options import Configured
 from jaxmodels.config import DataConfig
+from jaxmodels.data import special
+from jaxmodels.errors import check_place
 from jaxmodels.fields import Section
 
 
@@ -28,12 +33,34 @@ def write(data: DataConfig, out: Path) -> None:
     from jaxmodels.data import corpus, tokens
     from jaxmodels.data.source import Split
 
+    check_place(out, "--out", folder=True)
     texts = data.corpus()
     tokenizer = corpus.build_tokenizer(texts, data, None)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
     splits: tuple[tuple[Split, str], ...] = (("train", "train.bin"), ("eval", "val.bin"))
-    for split, name in splits:
-        count = tokens.write(out / name, corpus.encode(texts, split, tokenizer), tokenizer, texts.label)
+    counts = {}
+    with together(out) as part:
+        tokenizer.save(part)
+        for split, name in splits:
+            counts[name] = tokens.write(part / name, corpus.encode(texts, split, tokenizer), tokenizer, texts.label)
+    for name, count in counts.items():
         print(f"{out / name}: {count:,} tokens, tokenizer {tokenizer}")
     print(f"Train on them with --data tokens --data.path {out / 'train.bin'} {out / 'val.bin'}")
+
+
+@contextlib.contextmanager
+def together(out: Path) -> Iterator[Path]:
+    """A folder to write into, whose files come into `out` once all are there: no tokens beside another tokenizer."""
+    new, part = not out.exists(), out / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if not (part / special.FILE).exists():
+            (out / special.FILE).unlink(missing_ok=True)
+        for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".bin"):
+            file.replace(out / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()

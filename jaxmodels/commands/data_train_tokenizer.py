@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxmodels.errors import check_place
 from jaxmodels.fields import Dim
 
 
@@ -18,6 +19,8 @@ def train_tokenizer(paths: tuple[str, ...], /, vocab_size: Dim = 8192, out: Path
     from jaxmodels.data import corpus
     from jaxmodels.data import tokenizer as tokenizers
 
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out, "--out")
     files = corpus.expand(paths, "text", "")
     tokenizer = tokenizers.train_bpe(corpus.read(files, strict=True), vocab_size, out)
     sample = next(iter(corpus.read(files[:1], strict=True)))[:100_000]

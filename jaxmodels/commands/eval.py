@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxmodels.errors import UserError, printable
+from jaxmodels.errors import UserError, check_place, printable
 from jaxmodels.fields import Beams, Natural, Section
 
 
@@ -78,8 +78,8 @@ def evaluate(
     from jaxmodels.train import run as runs
 
     runs.compilation_cache()
-    if json is not None and not json.absolute().parent.is_dir():  # before any work
-        raise UserError(f"got --json {json}, whose folder does not exist, expected one that does, try {json.name}")
+    if json is not None:
+        check_place(json, "--json")
     given = data.given() | {
         name: value for name, value in (("eval_split", split), ("dir", data_dir)) if value is not None
     }

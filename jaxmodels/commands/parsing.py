@@ -100,8 +100,11 @@ def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> li
     names = [part[0].replace("_", "-") for part in parts[1:]]
     if len(set(names)) == len(names):
         return list(argv)
-    actions = tyro.extras.get_parser(kind, **given)._option_string_actions
-    several = {name.replace("_", "-") for name, action in actions.items() if action.nargs in ("*", "+")}
+    known = tyro.extras.get_parser(kind, **given)._option_string_actions
+    actions = {name.replace("_", "-"): action for name, action in known.items()}
+    if not set(names) <= set(actions):  # the one that does not exist is refused as that
+        return list(argv)
+    several = {name for name, action in actions.items() if action.nargs in ("*", "+")}
     merged: dict[str, list[str]] = {}
     for name, part in zip(names, parts[1:], strict=True):
         if name in merged and name not in several:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxmodels.commands.options import Configured
 from jaxmodels.config import Config
-from jaxmodels.errors import UserError
+from jaxmodels.errors import UserError, check_place
 from jaxmodels.fields import Count, Positive, Range, Section
 
 if TYPE_CHECKING:
     from jaxmodels.plan.topology import Topology
+
+
+PICTURE = Path("scaling.png")
+"""Where the picture of a scaling goes when no file is named."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,11 @@ def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
             "got --failures with --search or --scaling, expected one of them, try --failures with the winner's options"
         )
     on = asked(options.on)
-    for path in filter(None, (options.json, options.out)):
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise UserError(f"got {str(path)!r}, expected a file that can be written, try another path")
+    made = [args_of(each) for each in on] if options.search else [PICTURE] if options.scaling else []
+    places = [("--json", [options.json]), ("--out", [options.out] if options.out else made)]
+    for option, paths in places:
+        for path in filter(None, paths):
+            check_place(path, option)
     if options.search:
         plans = search(cfg, on, options, file)
     elif options.scaling:
@@ -90,6 +95,11 @@ def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
         plans = plan_each(cfg, on, rates if options.failures else None)
     if options.json is not None:
         options.json.write_text(json.dumps(plans, indent=2) + "\n")
+
+
+def args_of(topology: Topology) -> Path:
+    """Where a search leaves its options when no file is named."""
+    return Path(f"{topology.name.replace(':', '-')}.args")
 
 
 def asked(on: str) -> list[Topology]:
@@ -141,7 +151,7 @@ def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> 
         options_of_train = arguments(overrides(base, found.winner.candidate.cfg))
         print(searching.report(found, cfg))
         print("\n" + " ".join(["jaxmodels train", file or "CONFIG", *options_of_train]))
-        out = options.out or Path(f"{each.name.replace(':', '-')}.args")
+        out = options.out or args_of(each)
         out.write_text(" ".join(options_of_train) + "\n")
         print(f"(these options are in {out}: jaxmodels train {file or 'CONFIG'} $(cat {out}))")
         plans.append(searching.written(found, base))
@@ -166,7 +176,7 @@ def scale(cfg: Config, on: list[Topology], options: PlanOptions) -> list[dict[st
     shown = [
         {**scaling.written(each), "per_second": each.plan["per_second"]} for each in points if each.runs and each.plan
     ]
-    out, start = options.out or Path("scaling.png"), (first.topology.devices, first.plan["per_second"])
+    out, start = options.out or PICTURE, (first.topology.devices, first.plan["per_second"])
     pictures.draw(out, title, first.plan["unit"], start, scaling.PAYS, shown)
     print(f"\npicture: {out}")
     return [scaling.written(first), *map(scaling.written, points), {"verdicts": verdicts}]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxmodels import config as configs
-from jaxmodels.errors import UserError
+from jaxmodels.errors import UserError, check_place
 
 
 def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None = None, best: bool = False) -> None:
@@ -32,6 +32,7 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
                 f"got --split {split!r} for {run}, whose data {cfg.data.kind} has no splits, "
                 "expected runs of tfds or huggingface, try it without"
             )
+    check_place(out or Path(runs[0]) / "report", "--out", folder=True)
     found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)
     print(f"{found}, and {len(list(found.parent.glob('*.png')))} pictures beside it")
 

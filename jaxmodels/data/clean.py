@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 from jaxmodels.data import corpus
 from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import TABLES, open_file, shown
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError, check_place, nearest
 from jaxmodels.fields import Natural, Section, Share
 
 _AT_ONCE = 512
@@ -309,6 +309,7 @@ def clean(paths: Sequence[str], out: Path, text_field: str, lines: bool, rules: 
     if out.resolve() in [f.resolve() for f in files]:
         raise UserError(f"got --out {out}, which is one of the files to read, expected another, try --out clean.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out, "--out")
     part, report = out.with_name(out.name + ".part"), Report()
     try:
         with part.open("w+b") as file:

@@ -174,7 +174,7 @@ def captioned(opening: Opening) -> Source:
     names = cfg.class_names or images.class_names or tuple(map(str, range(images.num_classes or 0)))
     if len(names) != (images.num_classes or 0):
         raise UserError(f"got {len(names)} data.class_names, expected one for each of {images.num_classes} classes")
-    captions = [template.replace("{label}", name) for name in names for template in cfg.captions]
+    captions = texts.filled(cfg.captions, names)
     corpus = corpora.Corpus("captions", lambda split: captions)
     tokenizer = corpora.build_tokenizer(corpus, cfg, opening.vocab_size)
     return texts.Captioned(images, captions, tokenizer, cfg.seq_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -170,6 +171,19 @@ def lay(
             out["positions"][r, here] = np.arange(len(texts[text][0]))
             at = here.stop
     return out
+
+
+def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Captions of each class, in the order of the classes: the templates with its name for {label}.
+
+    Raises: UserError where one would say the same of every class.
+    """
+    if len(names) > 1 and not all("{label}" in template for template in templates):
+        raise UserError(
+            f"got captions {shlex.join(templates)}, expected {{label}} in each, where the name of a class comes, "
+            "try 'a photo of a {label}'"
+        )
+    return [template.replace("{label}", name) for name in names for template in templates]
 
 
 def encoded(captions: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:

@@ -179,13 +179,7 @@ def _captioned(run: Run) -> Answers:
             f"try --captions {shlex.join(section.captions or ('a photo of a {label}',))} "
             f"--class-names {shlex.join(names or ('cat', 'dog'))}"
         )
-    if len(names) > 1 and not all("{label}" in template for template in section.captions):
-        raise UserError(
-            f"got captions {shlex.join(section.captions)}, expected {{label}} in each, where the name of a class "
-            "comes, try 'a photo of a {label}'"
-        )
-    captions = [template.replace("{label}", name) for name in names for template in section.captions]
-    rows = texts.encoded(captions, tokenizer, section.seq_len)
+    rows = texts.encoded(texts.filled(section.captions, names), tokenizer, section.seq_len)
     _, read, scale = run.apply(None, rows["inputs"], segment_ids=rows["segment_ids"])
     read = np.asarray(read).reshape(len(names), len(section.captions), -1).mean(1)
     read /= np.linalg.norm(read, axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -22,13 +22,14 @@ import jax
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.errors import UserError, check_place, nearest
 from jaxmodels.train import run as runs
 from jaxmodels.train.loop import NotFinite
 from jaxmodels.train.space import TuneOptions
 
 STARTUP = 5
 """Trials before others are measured against the median of what was seen at the same step."""
+DATABASE = "study.db"
 _HEARTBEAT = 30
 _REFUSED = "refused"
 
@@ -138,18 +139,20 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         raise UserError("got no --space, expected fields to choose, try --space optim.peak_lr=1e-4:1e-1:log")
     choices = [parse(text, cfg) for text in options.space]
     out = Path(options.out or f"runs/{Path(file).stem}-tune")
+    check_place(out, "--out", folder=True)
     (out / "trials").mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the heartbeat, multivariate TPE
-    study = optuna.create_study(
-        storage=storage(out),
-        study_name="tune",
-        direction="minimize" if cfg.eval.mode == "min" else "maximize",
-        # no two workers draw the same; each resumed one goes on elsewhere
-        sampler=optuna.samplers.TPESampler(seed=(cfg.train.seed + 7919 * os.getpid()) % 2**31, multivariate=True),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
-        load_if_exists=True,
-    )
+    with _nothing_left(out):
+        study = optuna.create_study(
+            storage=storage(out),
+            study_name="tune",
+            direction="minimize" if cfg.eval.mode == "min" else "maximize",
+            # no two workers draw the same; each resumed one goes on elsewhere
+            sampler=optuna.samplers.TPESampler(seed=(cfg.train.seed + 7919 * os.getpid()) % 2**31, multivariate=True),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+            load_if_exists=True,
+        )
     facts = {"space": list(options.space), "metric": cfg.eval.metric}
     before = {name: study.user_attrs.get(name, value) for name, value in facts.items()}
     if before != facts:
@@ -236,12 +239,28 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     return out
 
 
+@contextmanager
+def _nothing_left(out: Path) -> Iterator[None]:
+    """A disk that is too full for a new study keeps no part of it, which would be none to go on with."""
+    new = not (out / DATABASE).exists()
+    try:
+        yield
+    except Exception as error:
+        if new and "full" in str(error):
+            for file in out.glob(f"{DATABASE}*"):
+                file.unlink()
+            for folder in (out / "trials", out):
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+        raise
+
+
 def storage(out: Path) -> Any:
     """The database of a study, opened by its path: in a URL ?, % and braces of a path would mean something else."""
     import optuna
     from sqlalchemy.pool import QueuePool
 
-    connect = functools.partial(sqlite3.connect, out / "study.db", timeout=60, check_same_thread=False)
+    connect = functools.partial(sqlite3.connect, out / DATABASE, timeout=60, check_same_thread=False)
     return optuna.storages.RDBStorage(
         "sqlite://",
         engine_kwargs={"creator": connect, "poolclass": QueuePool},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from jaxmodels.config import (
     Text,
     Tokens,
 )
-from jaxmodels.data import Windows, load_tokenizer, open_source, preview
+from jaxmodels.data import Windows, load_tokenizer, open_source, preview, tokens
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
@@ -59,6 +60,22 @@ def test_prepared_tokens_are_what_the_text_itself_gives(folder, tokenizer, capsy
         assert b.tokenizer.to_json() == a.tokenizer.to_json() == load_tokenizer(out).to_json()
     facts = json.loads((out / "train.bin.json").read_text())
     assert facts["tokens"] * np.dtype(facts["dtype"]).itemsize == (out / "train.bin").stat().st_size
+
+
+def test_a_disk_that_is_full_keeps_what_was_prepared_before_and_nothing_new(folder, monkeypatch):
+    text, out = Text(path=(f"{folder}/*.txt",), tokenizer="chars", seq_len=16), folder / "out"
+    write(text, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(file, *_):
+        (file.parent / "tokenizer.json").read_bytes()  # what was written so far
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(tokens, "write", full)
+    for place in (out, folder / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            write(dataclasses.replace(text, tokenizer="bytes"), place)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and not (folder / "new").exists()
 
 
 def test_only_texts_can_be_prepared(tmp_path):

@@ -233,6 +233,13 @@ def test_captions_are_of_the_image_s_class_and_another_one_each_epoch():
     assert len({len(text.split()) for text in seen[0]}) == 2, "both forms in one epoch"
 
 
+def test_captions_that_say_the_same_of_every_class_are_refused():
+    assert texts.filled(("a {label}", "the {label}"), ("x", "y")) == ["a x", "the x", "a y", "the y"]
+    assert texts.filled(("a photo",), ("x",)) == ["a photo"]
+    with pytest.raises(UserError, match="got captions 'a {label}' 'a photo', expected {label} in each"):
+        texts.filled(("a {label}", "a photo"), ("x", "y"))
+
+
 def test_captions_that_are_too_long_are_refused():
     with pytest.raises(
         UserError, match="got captions of up to 4 tokens, expected at most data.seq_len 3, try shorter ones"

@@ -321,8 +321,8 @@ def test_a_search_that_cannot_be_is_one_line(root, capsys):
         (["--search", "--candidates", "0"], "got candidates 0, expected at least 1"),
         (["--search", "--on", "h100:1x8,2x8", "--out", "x"], "try without --out"),
         (["--scaling"], "try --on v5p:4x4x4,8x8x8,16x16x16"),
-        (["--json", "/nowhere/plan.json"], "got '/nowhere/plan.json', expected a file that can be written"),
-        (["--search", "--out", "/"], "got '/', expected a file that can be written"),
+        (["--json", "/nowhere/plan.json"], "got --json /nowhere/plan.json, whose folder does not exist"),
+        (["--search", "--out", "/"], "got --out /, which is a folder, expected a place for a file"),
     ):
         assert cli.main(["plan", config, *([] if "--on" in arguments else ["--on", "h100:1x8"]), *arguments]) == 2
         assert told in capsys.readouterr().err

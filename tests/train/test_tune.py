@@ -208,6 +208,19 @@ def test_a_search_of_which_every_trial_is_refused_ends_with_one_line_and_can_go_
     assert [trial.state.name for trial in study(tmp_path / "out")] == ["PRUNED"] * 3
 
 
+def test_a_disk_that_is_full_keeps_no_part_of_a_new_study(played, tmp_path, monkeypatch):
+    def full(storage, **_):
+        (tmp_path / "out" / "study.db").write_bytes(b"a part")
+        raise RuntimeError("(sqlite3.OperationalError) database or disk is full")
+
+    monkeypatch.setattr(optuna, "create_study", full)
+    monkeypatch.setattr(tune, "storage", lambda out: None)
+    options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(tmp_path / "out"))
+    with pytest.raises(RuntimeError, match="full"):
+        tune.search(CFG, options, "tiny.py", [])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_s_name_may_have_any_character(played, tmp_path):
     out = tmp_path / "x" / "tune?x=1%20{a}#b&c"
     options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(out))
