@@ -21,6 +21,7 @@ from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Adam, AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
 from jaxmodels.errors import UserError, check_place, nearest, printable
 from jaxmodels.fields import Section, ranges
+from jaxmodels.launch.place import PLACES
 from jaxmodels.models.config import FAMILIES
 from jaxmodels.models.families import create
 from jaxmodels.models.gpt2 import GPT2Config
@@ -93,7 +94,8 @@ def test_numbers_and_lists_become_what_the_field_says():
 def test_every_number_has_a_range():
     kinds = [hint for name, hint in get_type_hints(Config).items() if name in Config.__dataclass_fields__]
     kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-    kinds += [registry.find(name) for registry in (FAMILIES, OPTIMIZERS, SCHEDULES) for name in registry.builtin]
+    named = (FAMILIES, OPTIMIZERS, SCHEDULES, PLACES)
+    kinds += [registry.find(name) for registry in named for name in registry.builtin]
     for kind in kinds:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             if ("int" in str(hint) or "float'" in str(hint)) and "Literal" not in str(hint):

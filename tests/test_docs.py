@@ -17,10 +17,12 @@ def test_every_field_is_documented():
     from typing import get_type_hints
 
     from jaxmodels import config
+    from jaxmodels.launch import place
     from jaxmodels.models import families
 
     kinds = [kind for kind in get_type_hints(config.Config).values() if dataclasses.is_dataclass(kind)]
     kinds += [families.family(name).config for name in families.FAMILIES.names()]
+    kinds += [place.PLACES.find(name) for name in place.PLACES.builtin]
     for kind in kinds:
         assert {f.name for f in dataclasses.fields(kind)} <= set(config.docs(kind)), kind
 

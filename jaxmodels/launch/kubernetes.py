@@ -67,6 +67,7 @@ class Kubernetes(Place):
     service_account: str = ""
     """Account of the pods, by which they reach buckets; no permission in the cluster is needed."""
     namespace: str = "default"
+    """Namespace in which the job is made."""
     context: str = ""
     """Which cluster of kubectl's configuration; empty: the current one."""
 
