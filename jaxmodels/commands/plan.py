@@ -6,17 +6,23 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from jaxmodels.commands.options import Configured
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, check_place
-from jaxmodels.fields import Count, Positive, Range, Section
+from jaxmodels.fields import Count, Positive, Section, Workers
 
 if TYPE_CHECKING:
     from jaxmodels.plan.topology import Topology
 
 
+USED_BY = {
+    **dict.fromkeys(("node_hours", "save_rate", "restart"), ("failures",)),
+    "candidates": ("search",),
+    **dict.fromkeys(("workers", "out"), ("search", "scaling")),
+}
+"""Options of some kinds of plan alone, and the options that ask for these."""
 PICTURE = Path("scaling.png")
 """Where the picture of a scaling goes when no file is named."""
 
@@ -39,10 +45,10 @@ class PlanOptions(Section):
     """GB/s that a node writes checkpoints with; 1 when not given."""
     restart: Positive | None = None
     """Seconds from a failure to the first new step; 300 when not given."""
-    candidates: Count = 40
-    """How many a search compiles."""
-    workers: Annotated[int, Range(0, 1024)] = 0
-    """How many are compiled at a time; 0: half as many as there are cores."""
+    candidates: Count | None = None
+    """How many a search compiles; 40 when not given."""
+    workers: Workers | None = None
+    """How many are compiled at a time; half as many as there are cores when not given."""
     out: Path | None = None
     """File for the options of `train` that a search found (h100-4x8.args and so on when not given), or for the picture
     of the scaling (scaling.png)."""
@@ -70,13 +76,13 @@ def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
         raise UserError(
             "got --search and --scaling, expected one of them, try --search first and --scaling with its winner"
         )
-    rates = {name: getattr(options, name) for name in ("node_hours", "save_rate", "restart")}
-    rates = {name: rate for name, rate in rates.items() if rate is not None}
-    if rates and not options.failures:
-        name = next(iter(rates))
-        raise UserError(
-            f"got --{name.replace('_', '-')} {rates[name]:g} without --failures, expected both, try --failures"
-        )
+    given = {name: value for name in USED_BY if (value := getattr(options, name)) is not None}
+    for name, value in given.items():
+        if not any(getattr(options, kind) for kind in USED_BY[name]):
+            shown = f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+            kinds = " or ".join(f"--{kind}" for kind in USED_BY[name])
+            raise UserError(f"got {shown} without {kinds}, expected both, try {kinds.partition(' ')[0]}")
+    rates = {name: value for name, value in given.items() if USED_BY[name] == ("failures",)}
     if options.failures and (options.search or options.scaling):
         raise UserError(
             "got --failures with --search or --scaling, expected one of them, try --failures with the winner's options"
@@ -147,7 +153,7 @@ def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> 
     plans = []
     for each in on:
         say = functools.partial(print, flush=True)
-        found = searching.search(cfg, each, options.candidates, options.workers, say)
+        found = searching.search(cfg, each, options.candidates or 40, options.workers or 0, say)
         options_of_train = arguments(overrides(base, found.winner.candidate.cfg))
         print(searching.report(found, cfg))
         print("\n" + " ".join(["jaxmodels train", file or "CONFIG", *options_of_train]))
@@ -163,7 +169,7 @@ def scale(cfg: Config, on: list[Topology], options: PlanOptions) -> list[dict[st
     from jaxmodels.plan import scaling
     from jaxmodels.report import scaling as pictures
 
-    first, points = scaling.curves(cfg, on, options.workers, functools.partial(print, flush=True))
+    first, points = scaling.curves(cfg, on, options.workers or 0, functools.partial(print, flush=True))
     verdicts = [
         scaling.verdict(first, points, mode, axis) for mode in scaling.MODES for axis in scaling.axes_of(points)
     ]

@@ -323,6 +323,10 @@ def test_a_search_that_cannot_be_is_one_line(root, capsys):
         (["--scaling"], "try --on v5p:4x4x4,8x8x8,16x16x16"),
         (["--json", "/nowhere/plan.json"], "got --json /nowhere/plan.json, whose folder does not exist"),
         (["--search", "--out", "/"], "got --out /, which is a folder, expected a place for a file"),
+        (["--out", "x"], "got --out x without --search or --scaling, expected both, try --search"),
+        (["--workers", "2"], "got --workers 2 without --search or --scaling"),
+        (["--scaling", "--candidates", "3"], "got --candidates 3 without --search"),
+        (["--search", "--save-rate", "2"], "got --save-rate 2 without --failures"),
     ):
         assert cli.main(["plan", config, *([] if "--on" in arguments else ["--on", "h100:1x8"]), *arguments]) == 2
         assert told in capsys.readouterr().err
