@@ -113,6 +113,8 @@ class TPU(Place):
                 return Status(State.CANCELLED, "", code)
             return Status.ended(code)
         state, why = self._state(job)
+        if not state and (job.directory / "cancelled").exists():
+            return Status(State.CANCELLED)
         if not state:
             return Status(State.GONE, "there is no queued resource of this name, and its command did not end it")
         return Status(_STATES.get(state, State.WAITING), f"{state} {why}".strip())
@@ -121,10 +123,11 @@ class TPU(Place):
         return growing(job.directory / "log.txt", lambda: follow and not (job.directory / "code").exists())
 
     def cancel(self, job: Job, handle: str) -> None:
+        twice = (job.directory / "cancelled").exists()
         write(job.directory / "cancelled", "")
-        if self._state(job)[0] == "ACTIVE":
+        if self._state(job)[0] == "ACTIVE" and not twice:
             self._tell(job)  # the command that stays sees them end, and gives the machines back
-        else:
+        else:  # there is nothing to save, or no command that stays any more
             self._delete(job)
 
     def _gcloud(self, *words: str) -> list[str]:

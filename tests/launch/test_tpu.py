@@ -191,6 +191,17 @@ def test_cancel_from_elsewhere_tells_the_workers_and_the_job_is_cancelled(cloud,
     assert submit(tmp_path) is State.CANCELLED and not rented(tmp_path)
 
 
+def test_machines_whose_command_was_killed_are_deleted_by_cancelling_twice(cloud, tmp_path):
+    cloud([])
+    (tmp_path / "cloud.json").write_text(json.dumps({"queued": {"demo": ["ACTIVE"]}}))
+    PLACE.cancel(job(tmp_path), "")
+    assert rented(tmp_path) and len(calls(tmp_path, "ssh")) == 1
+    PLACE.cancel(job(tmp_path), "")
+    assert not rented(tmp_path) and len(calls(tmp_path, "ssh")) == 1
+    assert PLACE.status(job(tmp_path), "").state is State.WAITING  # DELETING
+    assert PLACE.status(job(tmp_path), "").state is State.CANCELLED
+
+
 def test_several_slices_are_one_request_and_run_at_once(cloud, tmp_path):
     cloud([COMING], [(0, None), (0, None)])
     assert submit(tmp_path, dataclasses.replace(PLACE, tpu="v6e:2x4x4")) is State.DONE
