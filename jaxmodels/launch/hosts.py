@@ -20,7 +20,7 @@ NO_CONNECTION = 255
 # within this time node 0 notices by itself that a node is gone, or that nothing is left to do
 _SETTLE_SECONDS = 30.0
 _SAVE_SECONDS, _LEAVE_SECONDS = 60.0, 15.0
-_RETURN_SECONDS = 30.0
+_RETURN_SECONDS = 10.0
 
 
 class Hosts:
