@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
 
 _COLOURS = (36, 33, 35, 32, 34, 31)
@@ -25,12 +25,16 @@ class Console:
     def __init__(self, ranks: int, log: Path | None = None) -> None:
         self._log = None if log is None else log.open("a")
         self.live = sys.stdout.isatty()
-        self.tails: list[deque[str]] = [deque(maxlen=200) for _ in range(ranks)]
-        self._digits = len(str(ranks - 1))
         self._lock = threading.Lock()
-        self._mistakes: dict[str, int] = {}
+        self.begin(ranks)
         self._at_line_start = True
         self._closed = False
+
+    def begin(self, ranks: int) -> None:
+        """Forget what earlier ranks have written: so many others begin, on all nodes together."""
+        self.tails: defaultdict[int, deque[str]] = defaultdict(lambda: deque(maxlen=200))
+        self._digits = len(str(ranks - 1))
+        self._mistakes: dict[str, int] = {}
 
     @property
     def prefix_width(self) -> int:

@@ -1,167 +1,123 @@
-"""Watch processes that depend on each other, and find the first that failed."""
+"""Which rank failed first, and how, from how all of them ended."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
-import queue
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-DONE, MISTAKE, PREEMPTED = 0, 2, 75
+from jaxmodels.errors import ExitCode
+from jaxmodels.launch.events import Kind
+from jaxmodels.launch.seen import Frame, Seen, held_up_by
 
-# Peers of a failed rank fail moments later; waiting for them shows which failed first.
-_SETTLE_SECONDS = 1.0
-# Ranks end together: one that still runs this long after another has ended never will.
-_LEAVE_SECONDS = 60.0
-# JAX's heartbeat ends the peers of a stopped rank sooner; this limit is for a rank stopped before it joined them.
-_FROZEN_SECONDS = 20.0
-_LAST_LINES = 12
+FROZEN_SECONDS = 5.0
+"""After which a stopped rank counts as frozen; JAX's heartbeat ends its peers some seconds later."""
+LAST_LINES = 12
+GOOD = (ExitCode.DONE, ExitCode.SAVED)
+
 # Output of a rank that ends because of another.
 _CONSEQUENCE = re.compile(
     r"JAX distributed service detected fatal errors|Gloo .*failed|Connection (closed|reset) by peer"
-    r"|stopped sending heartbeats|NCCL .*remote"
+    r"|stopped sending heartbeats|NCCL .*remote|DEADLINE_EXCEEDED.*Barrier|Barrier failed"
 )
 _SILENT = re.compile(r"stopped sending heartbeats\):\s*((?:\d+[\s,]*)+)")
-_NOTES = {signal.SIGKILL: " (out of memory, or from outside)", signal.SIGTERM: " before it could save"}
-
-Events = queue.SimpleQueue  # its put() may be called in a signal handler
-
-
-@dataclass
-class Rank:
-    """One process of a run."""
-
-    index: int
-    process: subprocess.Popen[bytes]
-    code: int | None = None
-    """Exit code, negative for a signal; None while it runs."""
-    ended: float = math.inf
-    stuck: str = ""
-    """Where it is stuck; empty for a rank that is not, or that waits for another."""
-
-    def wait(self, events: Events[Rank | int]) -> None:
-        code = self.process.wait()
-        self.ended, self.code = time.monotonic(), code
-        events.put(self)
-
-    def kill(self) -> None:
-        """Kill the process and every process it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def stopped(self) -> bool:
-        """Say whether SIGSTOP keeps it from running; only Linux tells, elsewhere JAX's heartbeat has to."""
-        try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
-        except OSError:
-            return False
-        return self.code is None and stat.rpartition(")")[2].split()[0] == "T"
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|MemoryError|bad_alloc|out of memory", re.IGNORECASE)
+# The last line of a traceback.
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt|Iteration)\b")
 
 
-@contextlib.contextmanager
-def signals_to(events: Events[Rank | int]) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into events, so that they end nothing by themselves."""
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, lambda number, _: events.put(number)) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+@dataclass(frozen=True)
+class Failure:
+    """What ended an attempt."""
+
+    kind: Kind
+    why: str
+    rank: Seen | None = None
+    """None: it is none of a single rank."""
+
+    def message(self, moment: float) -> str:
+        """For a person, with the last lines of the rank."""
+        if self.rank is None:
+            return f"failed {moment:.1f} s after the start: {self.why}"
+        tail = [line for line in self.rank.tail if line.strip()]
+        said = "".join(f"\n    {line}" for line in tail[-LAST_LINES:]) or " nothing"
+        at = f" in {self.rank.phase}" + (f" after step {self.rank.step}" if self.rank.step >= 0 else "")
+        device = f" ({self.rank.device})" if self.rank.device else ""
+        return (
+            f"rank {self.rank.rank} failed first, {moment:.1f} s after the start{at}, on {self.rank.host}{device}: "
+            f"{self.why}\n  its last lines:{said}"
+        )
 
 
-def watch(
-    ranks: Sequence[Rank],
-    events: Events[Rank | int],
-    grace_seconds: float,
-    stall_warning: Callable[[Sequence[Rank]], str] = lambda ranks: "",
-) -> str:
-    """Wait until all ranks have ended, one has failed, or one is overdue; return how the overdue one is late.
+def first_failure(seen: Sequence[Seen], found: dict[int, list[Frame]], late: str = "") -> Failure | None:
+    """What failed first; None: nothing did.
 
-    `stall_warning(ranks)` is called each second; what it returns is printed.
+    Args:
+        seen: every rank.
+        found: the stacks of those that still run.
+        late: why they are taken to run for too long, where they are.
     """
-    deadline, late, told = math.inf, "", False
-    frozen_since: dict[int, float] = {}
-    while running := [rank for rank in ranks if rank.code is None]:
-        try:
-            event = events.get(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
-        except queue.Empty:
-            if warning := stall_warning(ranks):
-                print(f"launch: warning: {warning}", file=sys.stderr, flush=True)
-            now = time.monotonic()
-            frozen_since = {rank.index: frozen_since.get(rank.index, now) for rank in running if rank.stopped()}
-            if now >= deadline:
-                return late
-            if any(now - since > _FROZEN_SECONDS for since in frozen_since.values()):
-                return ""
-            continue
-        now = time.monotonic()
-        if isinstance(event, int):
-            if told:
-                return "still running when the second signal came"
-            told = True
-            # Ctrl-C is passed on as SIGTERM too, which stops all ranks at one step without a traceback.
-            for rank in running:
-                rank.process.send_signal(signal.SIGTERM)
-            until, reason = now + grace_seconds, f"still running {grace_seconds:.0f} s after it was told to stop"
-        elif event.code in (DONE, PREEMPTED):
-            until, reason = now + _LEAVE_SECONDS, f"still running {_LEAVE_SECONDS:.0f} s after rank {event.index} ended"
-        else:
-            until, reason = now + _SETTLE_SECONDS, ""
-        if until < deadline:
-            deadline, late = until, reason
-    return ""
-
-
-def judge(ranks: Sequence[Rank], tails: Sequence[Sequence[str]], late: str, began: float) -> tuple[int, str]:
-    """Return the exit code of the whole and its message: which rank failed first, why, and its last lines."""
-    culprit, cause = _first_failure(ranks, tails, late)
-    if culprit is None:
-        if all(rank.code == DONE for rank in ranks):
-            return DONE, ""
-        return PREEMPTED, "saved and stopped; the same command goes on from there"
-    if culprit.code == MISTAKE:
-        return MISTAKE, f"rank {culprit.index} ended with exit code 2, a mistake in what was asked (see its message)"
-    moment = min(culprit.ended, time.monotonic()) - began
-    tail = [line for line in tails[culprit.index] if line.strip()]
-    if (culprit.code or 0) > 0 and tail:
-        cause += f": {tail[-1]}"
-    said = "".join(f"\n    {line}" for line in tail[-_LAST_LINES:]) or " nothing"
-    return 1, f"rank {culprit.index} failed first, {moment:.1f} s after the start: {cause}\n  its last lines:{said}"
-
-
-def _first_failure(ranks: Sequence[Rank], tails: Sequence[Sequence[str]], late: str) -> tuple[Rank | None, str]:
-    failed = sorted((rank for rank in ranks if rank.code not in (None, DONE, PREEMPTED)), key=lambda rank: rank.ended)
-    texts = ["\n".join(tail) for tail in tails]
-    for rank in failed:
+    failed = sorted((one for one in seen if one.code is not None and one.code not in GOOD), key=lambda one: -one.ended)
+    texts = {one.rank: "\n".join(one.tail) for one in seen}
+    for one in failed:
         # Another rank's end can cause SIGABRT or an exception, but never SIGKILL or exit code 2.
-        if rank.code not in (1, -signal.SIGABRT) or not _CONSEQUENCE.search(texts[rank.index]):
-            return rank, _cause(rank.code or 0)
-    for rank in ranks:
-        if rank.stopped():
-            return rank, "frozen (stopped by a signal, and not continued)"
-    for text in texts:
-        if named := _SILENT.search(text):
-            return ranks[int(re.findall(r"\d+", named[1])[0])], "silent (no heartbeat: frozen, or its link is down)"
-    if stuck := [rank for rank in ranks if rank.code is None and rank.stuck]:
-        others = "".join(f"; rank {rank.index} too: {rank.stuck}" for rank in stuck[1:])
-        return stuck[0], ", ".join(part for part in (late, stuck[0].stuck) if part) + others
-    if failed:
-        return failed[0], _cause(failed[0].code or 0)
-    running = [rank for rank in ranks if rank.code is None]
-    return (running[0], late) if running else (None, "")
+        if one.code not in (1, -signal.SIGABRT) or not _CONSEQUENCE.search(texts[one.rank]):
+            return _ended(one)
+    for one in seen:
+        if one.code is None and one.frozen:
+            return Failure("frozen", f"frozen for {one.frozen:.0f} s (stopped by a signal, and not continued)", one)
+    for text in texts.values():
+        if (named := _SILENT.search(text)) and (rank := _of(seen, int(re.findall(r"\d+", named[1])[0]))):
+            return Failure("link", "silent (no heartbeat: its link is down, or it is frozen)", rank)
+    running = [one for one in seen if one.code is None]
+    if late and running:
+        return _stuck(seen, found, late)
+    return _ended(failed[0]) if failed else None
 
 
-def _cause(code: int) -> str:
-    if code > 0:
-        return f"exit code {code}"
-    number = signal.Signals(-code)
-    return f"killed by {number.name}{_NOTES.get(number, '')}"
+def _of(seen: Sequence[Seen], rank: int) -> Seen | None:
+    return next((one for one in seen if one.rank == rank), None)
+
+
+def _stuck(seen: Sequence[Seen], found: dict[int, list[Frame]], late: str) -> Failure:
+    running = [one for one in seen if one.code is None]
+    stuck = held_up_by(seen, found)
+    if not stuck:
+        return Failure("stuck", f"{late}; all ranks wait for devices, and none stands out")
+    if not any(found.values()) and len(running) > 1:
+        return Failure("stuck", late, running[0])
+
+    def where(one: Seen) -> str:
+        stack = found.get(one.rank)
+        return "stuck" + (" at {}:{} in {}".format(*stack[0]) if stack else "")
+
+    first = stuck[0]
+    others = "".join(f"; rank {one.rank} too: {where(one)}" for one in stuck[1:])
+    kind: Kind = "starved" if first.phase == "data" else "stuck"
+    return Failure(kind, f"{late}, {where(first)}{others}", first)
+
+
+def _ended(one: Seen) -> Failure:
+    """What a rank's own end says."""
+    code = one.code or 0
+    if code < 0:
+        try:
+            number = signal.Signals(-code)
+        except ValueError:  # a real-time signal
+            return Failure("killed", f"killed by signal {-code}", one)
+        if number == signal.SIGKILL:
+            if one.memory_killed:
+                return Failure("memory", "killed by SIGKILL: the machine was out of memory", one)
+            return Failure("killed", "killed by SIGKILL (from outside, or for lack of memory)", one)
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            return Failure("killed", f"killed by {number.name} before it could save", one)
+        return Failure("died", f"died of {number.name}", one)
+    tail = [line for line in one.tail if line.strip()]
+    kind, message = one.error.get("kind", ""), one.error.get("message") or (tail[-1] if tail else "")
+    why = f"exit code {code}" + (f": {message}" if message else "")
+    if kind == "NotFinite":
+        return Failure("not-finite", why, one)
+    if _NO_MEMORY.search(f"{kind} {message}"):
+        return Failure("memory", why, one)
+    return Failure("raised" if kind or (tail and _RAISED.match(tail[-1])) else "died", why, one)

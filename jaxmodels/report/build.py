@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, translations
+from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, timeline, translations
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
 from jaxmodels.train.saved import Evaluation, load_run
@@ -42,6 +42,9 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
         Section("Metrics", [part("the metrics", lambda: summary.results(columns))]),
         Section("Curves", [part("the curves", lambda: [Picture("curves", curves.overlay(runs))])]),
     ]
+    happened = part("the timeline", lambda: timeline.show(runs))
+    if happened.pieces or happened.note:
+        sections.append(Section("Timeline", [happened]))
     for title, pieces in PARTS.items():
         parts = [
             part(

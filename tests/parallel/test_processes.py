@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from jaxmodels.launch import events
+from jaxmodels.train import load_run
 from tests.quick import FLAGS
 
 FIELDS = [
@@ -46,6 +49,26 @@ def get_config() -> Config:
 """
 
 
+KILLER = """
+import os
+import signal
+import time
+
+from jaxmodels.train.loggers import Logger
+
+
+class Killer(Logger):
+    def start(self, run, config, step):
+        self.run = run
+
+    def scalars(self, step, values):
+        if step == 5 and os.environ["JAXMODELS_ATTEMPT"] == "0":
+            while not (self.run / "checkpoints" / "3").exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def train(run, processes, root, *fields, config="configs/gpt_stdlib.py", devices=4, layers=1, steps=6):
     command = [
         sys.executable,
@@ -69,11 +92,16 @@ def train(run, processes, root, *fields, config="configs/gpt_stdlib.py", devices
         str(steps),
         *fields,
     ]
-    env = {**os.environ, "XLA_FLAGS": FLAGS}
+    # what a test writes beside the run can be imported by name
+    env = {
+        **os.environ,
+        "XLA_FLAGS": FLAGS,
+        "PYTHONPATH": f"{run.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return rows, done.stdout
+    return rows, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +118,20 @@ def test_two_processes_give_the_losses_of_one(runs):
         a, b = ([row[name] for row in rows if name in row] for rows in (one, two))
         assert len(a) == len(b) and a
         assert b == pytest.approx(a, abs=1e-5), name
+
+
+def test_a_run_whose_rank_is_killed_goes_on_by_itself_and_ends_with_the_bits_of_the_undisturbed(runs, root):
+    folder, _, (whole, _) = runs
+    (folder / "killer.py").write_text(KILLER)
+    fields = ("--mesh.data", "2", "--mesh.fsdp", "2", "--metrics.loggers", "killer:Killer")
+    rows, shown = train(folder / "killed", 2, root, *fields)
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert [row.get(name) for row in rows] == [row.get(name) for row in whole], name
+    ours, theirs = (load_run(folder / name).params for name in ("killed", "two"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+    told = [(row["event"], row.get("kind"), row["step"]) for row in events.read(folder / "killed")]
+    assert [row for row in told if row[0] in ("failed", "done")] == [("failed", "killed", 5), ("done", None, 6)]
+    assert "rank 0 failed first" in shown and "resumed at step 3 of 6" in shown
 
 
 def test_only_the_first_process_shows_progress(runs):

@@ -1,0 +1,124 @@
+"""The supervisor of a node that is not the first: it does what node 0's says, and tells it how its ranks are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jaxmodels.errors import ExitCode, UserError
+from jaxmodels.launch.cluster import Cluster
+from jaxmodels.launch.here import Here
+from jaxmodels.launch.ranks import Assignment
+from jaxmodels.launch.wire import LOST_SECONDS, Link, Message
+
+JOIN_SECONDS = 300.0
+"""In which node 0 has to answer: pods and containers of one job start minutes apart."""
+_TICK_SECONDS = 1.0
+
+Events = queue.SimpleQueue  # its put() may be called in a signal handler
+
+
+@contextlib.contextmanager
+def signals_to(events: Events[Any]) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into events, so that they end nothing by themselves."""
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, lambda number, _: events.put(number)) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def follow(here: Here, where: Cluster) -> int:
+    """Do what node 0 says until it says that all is over; returns the exit code of the whole.
+
+    Where node 0 is silent, this node's ranks are ended, and it is looked for anew.
+    """
+    here.node = where.node
+    events: Events[Any] = Events()
+    here.ended = lambda: events.put(None)
+    with signals_to(events):
+        while (link := _join(here, where, events)) is not None:
+            code = _serve(here, link, events)
+            here.kill()
+            link.close()
+            if code is not None:
+                return code
+            here.console.say(f"node 0 ({where.host}) is gone: the ranks here were ended, and it is looked for anew")
+    here.console.say(f"no supervisor of node 0 at {where.host}:{where.port + 1}")
+    return ExitCode.FAILED
+
+
+def _join(here: Here, where: Cluster, events: Events[Any]) -> Link | None:
+    """Connect to node 0; None: it does not answer, or this one was told to stop meanwhile."""
+    deadline = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if isinstance(events.get_nowait(), int):
+                    return None
+        try:
+            connection = socket.create_connection((where.host, where.port + 1), timeout=5.0)
+        except OSError:
+            time.sleep(0.5)
+            continue
+        link = Link(connection, lambda link, message: events.put((link, message)))
+        link.send({"node": here.node, "host": here.host, "processes": here.processes, "command": here.command[1:]})
+        return link
+    return None
+
+
+def _serve(here: Here, link: Link, events: Events[Any]) -> int | None:
+    """Obey until the end; None: node 0 is gone."""
+    attempt = -1
+    due = 0.0
+    while True:
+        with contextlib.suppress(queue.Empty):
+            event = events.get(timeout=max(0.0, due - time.monotonic()))
+            if isinstance(event, int):
+                here.tell()
+            elif event is None:
+                due = 0.0  # a rank has ended: that is told at once
+            elif event[0] is link:
+                if event[1] is None:
+                    return None
+                attempt, code = _obey(here, link, event[1], attempt)
+                if code is not None:
+                    return code
+            if time.monotonic() < due:
+                continue
+        if link.silent() > LOST_SECONDS:
+            return None
+        link.send({"attempt": attempt, "seen": [dataclasses.asdict(one) for one in here.seen()]})
+        due = time.monotonic() + _TICK_SECONDS
+
+
+def _obey(here: Here, link: Link, message: Message, attempt: int) -> tuple[int, int | None]:
+    """Do one thing; returns the attempt under way, and the exit code if that was the last."""
+    do = message.get("do")
+    if do == "start":
+        given = Assignment(**{field.name: message[field.name] for field in dataclasses.fields(Assignment)})
+        attempt = given.attempt
+        try:
+            here.start(given)
+        except (UserError, OSError) as error:
+            link.send({"attempt": attempt, "mistake": str(error)})
+    elif do == "stacks":
+        here.ask()
+        link.send({"attempt": attempt, "seen": [dataclasses.asdict(one) for one in here.seen()]})
+        link.send({"attempt": attempt, "stacks": here.stacks()})
+    elif do == "tell":
+        here.tell()
+    elif do == "kill":
+        here.kill()
+        link.send({"attempt": attempt, "killed": True})
+    elif do == "end":
+        return attempt, int(message["code"])
+    return attempt, None

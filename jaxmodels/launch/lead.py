@@ -1,0 +1,298 @@
+"""The supervisor of node 0: it leads one attempt after another until the job is done, or is given up."""
+
+from __future__ import annotations
+
+import math
+import queue
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmodels.errors import ExitCode
+from jaxmodels.launch.cluster import Cluster
+from jaxmodels.launch.follow import JOIN_SECONDS, Events, signals_to
+from jaxmodels.launch.here import Here
+from jaxmodels.launch.limits import Limits
+from jaxmodels.launch.ranks import Assignment
+from jaxmodels.launch.seen import Frame, Seen, grouped
+from jaxmodels.launch.story import Story
+from jaxmodels.launch.watch import FROZEN_SECONDS, GOOD, Failure, first_failure
+from jaxmodels.launch.wire import LOST_SECONDS, Door, Link, Message, Remote
+
+# Peers of a failed rank fail moments later; waiting for them shows which failed first.
+_SETTLE_SECONDS = 1.0
+# Ranks end together: one that still runs this long after another has ended never will.
+_LEAVE_SECONDS = 60.0
+_TICK_SECONDS = 1.0
+
+
+@dataclass
+class _Outcome:
+    """How an attempt ended."""
+
+    code: int | None
+    """None: it is started again."""
+    failure: Failure | None = None
+    began: int = -1
+    """The step from which it went on; -1: it came to none."""
+
+
+class Leader:
+    """Leads the nodes of a job."""
+
+    def __init__(self, here: Here, where: Cluster, restarts: int, min_nodes: int, grace: float) -> None:
+        self.here, self.where, self.restarts, self.min_nodes, self.grace = here, where, restarts, min_nodes, grace
+        self.events: Events[Any] = Events()
+        self.limits, self.story = Limits(), Story()
+        self.remotes: dict[int, Remote] = {}
+        self.told = False
+        self.growing = False
+        """The attempt under way was told to stop because a node has come back."""
+        here.ended = lambda: self.events.put(None)
+
+    def lead(self) -> int:
+        """Run the job; returns its exit code."""
+        door, code = None, int(ExitCode.FAILED)
+        with signals_to(self.events):
+            try:
+                if self.where.nodes > 1:
+                    door = Door(self.where.port + 1, lambda link, message: self.events.put((link, message)))
+                code = self._attempts()
+            finally:
+                if door is not None:
+                    door.close()
+                for remote in self.remotes.values():
+                    remote.link.send({"do": "end", "code": code})
+        return code
+
+    def _attempts(self) -> int:
+        attempt = fruitless = 0
+        best, nodes, least = -1, self.where.nodes, self.where.nodes
+        while True:
+            crew = self._gather(JOIN_SECONDS, least)
+            self.growing = False
+            if crew is None:
+                if self.told:  # what there is lies in the last checkpoint
+                    self.story.tell("preempted")
+                    return ExitCode.SAVED
+                self.story.tell("failed", kind="link", message="nodes are missing")
+                return ExitCode.FAILED
+            processes = sum(one.processes for one in crew)
+            if attempt and len(crew) != nodes:
+                self.story.tell("shrunk" if len(crew) < nodes else "grown", nodes=len(crew), processes=processes)
+            smaller, nodes = len(crew) < self.where.nodes, len(crew)
+            outcome = self._attempt(attempt, crew, processes)
+            if outcome.code is not None and not (outcome.code == ExitCode.MISTAKE and smaller):
+                return outcome.code
+            # a mesh or a batch that the nodes that are left cannot hold is no mistake of the user's: all are waited for
+            least = self.where.nodes if outcome.code == ExitCode.MISTAKE else self.min_nodes
+            if outcome.began > best:
+                best, fruitless = outcome.began, 0 if attempt else fruitless
+            if outcome.failure is not None:
+                fruitless += 1
+                if fruitless > self.restarts:
+                    if self.restarts:
+                        self.here.console.say(f"given up after {self.restarts} restarts without progress")
+                    return ExitCode.FAILED
+                self.here.console.say(
+                    f"restart {fruitless} of {self.restarts} without progress so far, from the last good checkpoint"
+                )
+                self.story.tell("restart", attempt=attempt + 1, fruitless=fruitless)
+            attempt += 1
+
+    def _gather(self, patience: float, least: int) -> list[Here | Remote] | None:
+        """The nodes that are there, node 0 first; None: too few, or told to stop."""
+        deadline, warned = time.monotonic() + patience, False
+        while True:
+            self.remotes = {node: one for node, one in self.remotes.items() if not one.lost}
+            crew: list[Here | Remote] = [self.here, *(self.remotes[node] for node in sorted(self.remotes))]
+            if len(crew) >= least or self.told:
+                return None if self.told else crew
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = sorted({*range(1, self.where.nodes)} - set(self.remotes))
+                self.here.console.say(f"got {len(crew)} of {self.where.nodes} nodes, without {missing}; given up")
+                return None
+            if not warned and left < patience - 10:
+                warned = True
+                self.here.console.say(f"waiting for nodes: {len(crew)} of {least} are here")
+            self._take(min(left, _TICK_SECONDS))
+
+    def _take(self, seconds: float) -> int | None:
+        """Wait for one event and take it; returns a signal, or 0 where all shall save for another reason."""
+        try:
+            event = self.events.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            for remote in self.remotes.values():
+                remote.link.send({"do": "ping"})
+            return None
+        if isinstance(event, int):
+            self.told = self.told or event > 0
+            return event
+        if event is not None:
+            self._hear(*event)
+        return None
+
+    def _hear(self, link: Link, message: Message | None) -> None:
+        """Take a message of another node, perhaps its first."""
+        known = next((one for one in self.remotes.values() if one.link is link), None)
+        if known is not None:
+            known.take(message)
+        elif message is None:
+            link.close()
+        elif message.get("command") == self.here.command[1:] and 0 < message.get("node", 0) < self.where.nodes:
+            # one that is known by this number has ended or lost its link, or it would not come again
+            self.remotes[message["node"]] = Remote(link, message, lambda: self.events.put(None))
+        else:
+            link.close()
+
+    def _attempt(self, attempt: int, crew: Sequence[Here | Remote], processes: int) -> _Outcome:
+        """Start all ranks and watch them to their end."""
+        coordinator = self._coordinator()
+        self.limits.begin()
+        self.story.begin(attempt)
+        first = 0
+        began = time.monotonic()
+        try:
+            for one in crew:
+                one.start(Assignment(attempt, first, processes, coordinator))
+                first += one.processes
+            seen = [rank for one in crew for rank in one.seen()]
+            self.story.tell("start", attempt=attempt, processes=processes, nodes=len(crew), devices=_devices(seen))
+            late, failure = self._watch(crew)
+            seen = [rank for one in crew for rank in one.seen()]
+            for one in crew:
+                one.ask()
+            found = {rank: stack for one in crew for rank, stack in one.stacks().items()}
+            seen = [rank for one in crew for rank in one.seen()]
+            failure = failure or first_failure(seen, found, late)
+            self.story.look(seen, self.here.run(), last=True)
+        finally:
+            for one in crew:
+                one.kill()
+        return self._judge(seen, found, failure, time.monotonic() - began)
+
+    def _judge(
+        self, seen: Sequence[Seen], found: dict[int, list[Frame]], failure: Failure | None, moment: float
+    ) -> _Outcome:
+        """What the end of an attempt means, said and noted."""
+        began = self.story.began
+        if failure is None:
+            if all(one.code == ExitCode.DONE for one in seen):
+                self.story.tell("done", step=_step(seen))
+                return _Outcome(ExitCode.DONE, began=began)
+            self.story.tell("preempted", step=_step(seen))
+            if self.growing and not self.told:
+                return _Outcome(None, began=began)
+            self.here.console.say("saved and stopped; the same command goes on from there")
+            return _Outcome(ExitCode.SAVED, began=began)
+        rank = failure.rank
+        if rank is not None and rank.code == ExitCode.MISTAKE:
+            self.here.console.say(
+                f"rank {rank.rank} ended with exit code 2, a mistake in what was asked (see its message)"
+            )
+            self.story.tell("mistake", rank, message=failure.why)
+            return _Outcome(ExitCode.MISTAKE, failure, began)
+        self.here.console.say(failure.message(moment))
+        self.story.tell("failed", rank, kind=failure.kind, message=failure.why, stacks=grouped(found))
+        return _Outcome(ExitCode.FAILED if self.told else None, failure, began)
+
+    def _watch(self, crew: Sequence[Here | Remote]) -> tuple[str, Failure | None]:
+        """Wait until all ranks have ended, one has failed or is overdue; returns how it is late, or what failed."""
+        deadline, late, told = math.inf, "", False
+        noted: set[int] = set()
+        size = len(crew)
+        checked = 0.0
+        while True:
+            number = self._take(min(_TICK_SECONDS, deadline - time.monotonic()))
+            now = time.monotonic()
+            if number is not None:
+                # a second SIGTERM, as schedulers send, must not end what the first one made them save
+                if told and number == signal.SIGINT:
+                    return "still running when the second signal came", None
+                told = True
+                for one in crew:
+                    one.tell()
+                deadline, late = _sooner(
+                    deadline, late, now + self.grace, f"still running {self.grace:.0f} s after it was told to stop"
+                )
+            for one in crew:
+                if isinstance(one, Remote):
+                    if not one.lost and one.link.silent() > LOST_SECONDS:
+                        one.lost = "link"
+                    if one.lost:
+                        return "", _lost(one)
+                if one.refused:
+                    return "", Failure("raised", one.refused)
+            seen = [rank for one in crew for rank in one.seen()]
+            if all(rank.code is not None for rank in seen):
+                return "", None
+            for rank in seen:
+                if rank.code is not None and rank.rank not in noted:
+                    noted.add(rank.rank)
+                    good = rank.code in GOOD
+                    until = now + (_LEAVE_SECONDS if good else _SETTLE_SECONDS)
+                    reason = f"still running {_LEAVE_SECONDS:.0f} s after rank {rank.rank} ended" if good else ""
+                    deadline, late = _sooner(deadline, late, until, reason)
+            if now >= deadline:
+                return late, None
+            if any(rank.frozen > FROZEN_SECONDS for rank in seen):
+                return "", None
+            if now - checked < _TICK_SECONDS:
+                continue
+            checked = now
+            for remote in self.remotes.values():
+                remote.link.send({"do": "ping"})
+            self.story.look(seen, self.here.run())
+            if noted or told:
+                continue
+            limit = self.limits.overdue(seen)
+            if limit is not None:
+                age = min(rank.age for rank in seen)
+                phase = min(seen, key=lambda rank: rank.age).phase
+                return f"no progress for {age:.0f} s in {phase}, where {limit:.0f} s is the limit of this run", None
+            if (slow := self.limits.slow(seen)) is not None:
+                self.here.console.say(self.story.slow(slow, seen))
+            if size < self.where.nodes and len(self.remotes) + 1 > size:
+                self.growing = True
+                self.here.console.say("a node has come back: all save, and go on with it")
+                self.events.put(0)
+
+    def _coordinator(self) -> str:
+        """Where the ranks of the next attempt meet: at the job's port, if nobody holds it."""
+        local = self.where.nodes == 1
+        port = self.where.port
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.where.host if local else "", port))
+            except OSError:
+                probe.bind((self.where.host if local else "", 0))
+                port = probe.getsockname()[1]
+        return Cluster(self.where.nodes, 0, self.where.host, port).coordinator
+
+
+def _sooner(deadline: float, late: str, until: float, reason: str) -> tuple[float, str]:
+    return (until, reason) if until < deadline else (deadline, late)
+
+
+def _lost(remote: Remote) -> Failure:
+    seen = remote.seen()
+    why = (
+        f"node {remote.node} ({remote.host}) has not been heard of for {LOST_SECONDS:.0f} s: its link is down"
+        if remote.lost == "link"
+        else f"the supervisor of node {remote.node} ({remote.host}) is gone"
+    )
+    return Failure("link" if remote.lost == "link" else "died", why, seen[0] if seen else None)
+
+
+def _devices(seen: Sequence[Seen]) -> str:
+    return ", ".join(sorted({one.device for one in seen if one.device}))
+
+
+def _step(seen: Sequence[Seen]) -> int | None:
+    step = max((one.step for one in seen), default=-1)
+    return step if step >= 0 else None

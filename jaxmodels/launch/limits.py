@@ -1,0 +1,138 @@
+"""What is normal for a run, learned from it: how long its pauses are in each phase, and how fast its steps come."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxmodels.launch.seen import Seen
+
+MARGIN_SECONDS = 15.0
+"""Beyond the longest pause so far after which a phase is taken to go on no more."""
+IDLE_SECONDS = 60.0
+"""Without computing after which that is so in a phase of which nothing is known yet, or whose length nothing bounds."""
+
+# phases that come again and again in the same way, so that their own past says how long they may last
+_REGULAR = ("step", "data", "start", "evaluation")
+_ENOUGH = 3
+# of a core: what a waiting process still does
+_BUSY = 0.02
+_WINDOW_SECONDS, _WINDOW_STEPS = 5.0, 8
+_SLOW, _STARVED = 1.3, 0.3
+
+
+@dataclass(frozen=True)
+class Slow:
+    """What holds up the steps without ending them."""
+
+    kind: str
+    """slow, or starved: it waits for its data."""
+    rank: int | None
+    """None: no rank stands out, all are slower than they were."""
+    factor: float
+    """So many times as long a step takes as it would without."""
+    since: float
+    """Unix seconds."""
+
+
+class Limits:
+    """Learns from what is seen of the ranks, about once a second, over all attempts of a job."""
+
+    def __init__(self) -> None:
+        self._longest: dict[str, float] = {}
+        self._cpu: deque[tuple[float, float]] = deque()
+        self._pace: deque[float] = deque(maxlen=256)
+        self.begin()
+
+    def begin(self) -> None:
+        """Another attempt: what was learned stays, what was seen does not."""
+        self._cpu.clear()
+        self._window: list[Seen] = []
+        self._opened = 0.0
+        self._suspected: Slow | None = None
+        self._told: set[tuple[str, int | None]] = set()
+
+    def overdue(self, seen: Sequence[Seen]) -> float | None:
+        """Seconds that a phase may last, where the run has now been longer without any progress; None: it has not."""
+        for one in seen:
+            if one.pauses >= _ENOUGH:
+                self._longest[one.phase] = max(self._longest.get(one.phase, 0.0), one.longest)
+        running = [one for one in seen if one.code is None]
+        if not running:
+            return None
+        idle = self._idle(running)
+        # the one that reported last says what the run is doing
+        youngest = min(running, key=lambda one: one.age)
+        slowest = max(running, key=lambda one: self._longest.get(one.phase, 0.0))
+        if all(one.phase in _REGULAR and one.phase in self._longest for one in running):
+            limit = self._longest[slowest.phase] + MARGIN_SECONDS
+        else:
+            limit = max([IDLE_SECONDS, *(self._longest.get(one.phase, 0.0) + MARGIN_SECONDS for one in running)])
+            if idle < limit:
+                return None
+        return limit if youngest.age > limit else None
+
+    def _idle(self, running: Sequence[Seen]) -> float:
+        """Seconds for which the ranks have not computed."""
+        now, cpu = time.monotonic(), sum(one.cpu for one in running)
+        self._cpu.append((now, cpu))
+        while len(self._cpu) > 1 and self._cpu[-1][1] - self._cpu[0][1] > _BUSY * (now - self._cpu[0][0]) + 0.2:
+            self._cpu.popleft()
+        return now - self._cpu[0][0]
+
+    def slow(self, seen: Sequence[Seen]) -> Slow | None:
+        """A rank that holds up the steps, or a whole that is slower than it was: once, when it has lasted a while."""
+        now = time.time()
+        if not self._window or any(one.code is not None for one in seen) or len(self._window) != len(seen):
+            self._window, self._opened = list(seen), now
+            return None
+        steps = min(one.polls - before.polls for one, before in zip(seen, self._window, strict=True))
+        if any(one.phase not in ("step", "data") or one.step < 0 for one in seen):
+            self._window = []  # a pause for something else; the time of steps does not show
+            return None
+        if steps < _WINDOW_STEPS or now - self._opened < _WINDOW_SECONDS:
+            return None
+        found = self._judge(seen, now)
+        self._window, opened, self._opened = list(seen), self._opened, now
+        if found is None:
+            self._suspected = None
+            self._told.clear()
+            return None
+        kind, rank, factor = found
+        before, self._suspected = self._suspected, Slow(kind, rank, factor, opened)
+        if before is None or (before.kind, before.rank) != (kind, rank):
+            return None
+        self._suspected = Slow(kind, rank, factor, before.since)
+        if (kind, rank) in self._told:
+            return None
+        self._told.add((kind, rank))
+        return self._suspected
+
+    def _judge(self, seen: Sequence[Seen], now: float) -> tuple[str, int | None, float] | None:
+        """Kind, rank and factor of what holds up this window's steps."""
+        own, data, paces = [], [], []
+        for one, before in zip(seen, self._window, strict=True):
+            count = one.polls - before.polls
+            took = (now - one.age - (self._opened - before.age)) / count
+            paces.append(took)
+            data.append((one.data_wait - before.data_wait) / count)
+            own.append(max(0.0, took - (one.device_wait - before.device_wait) / count - data[-1]))
+        pace = statistics.median(paces)
+        if pace <= 0:
+            return None
+        busy = [a + b for a, b in zip(own, data, strict=True)]
+        worst = max(range(len(seen)), key=busy.__getitem__)
+        if len(seen) > 1:
+            held = busy[worst] - statistics.median(busy[:worst] + busy[worst + 1 :])
+            factor = pace / max(pace - held, 0.02 * pace)
+            if factor >= _SLOW:
+                return "starved" if data[worst] > own[worst] else "slow", seen[worst].rank, factor
+        if (waits := max(data)) > _STARVED * pace:
+            return "starved", seen[0].rank if len(seen) == 1 else None, pace / max(pace - waits, 0.02 * pace)
+        if len(self._pace) >= _ENOUGH and pace > 1.5 * statistics.median(self._pace):
+            return "slow", seen[0].rank if len(seen) == 1 else None, pace / statistics.median(self._pace)
+        self._pace.append(pace)
+        return None

@@ -1,0 +1,99 @@
+"""What a supervisor writes of a job into the events.jsonl of its run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmodels.launch import events
+from jaxmodels.launch.limits import Slow
+from jaxmodels.launch.seen import Seen
+
+_SAVED_SECONDS = 2.0
+"""Between two looks for new checkpoints."""
+
+
+class Story:
+    """Events of a job; those from before its run has a directory wait until it has."""
+
+    def __init__(self) -> None:
+        self.run: Path | None = None
+        self.began = -1
+        """The step from which the attempt under way went on; -1: it has not come to it."""
+        self._waiting: list[dict[str, Any]] = []
+        self._saved: set[int] = set()
+        self._looked, self._opened = 0.0, time.time()
+        self._phase = self._next = ""
+        self._attempt = 0
+
+    def begin(self, attempt: int) -> None:
+        """Another attempt."""
+        self._attempt, self.began, self._phase, self._next = attempt, -1, "", ""
+
+    def tell(self, event: events.Name, rank: Seen | None = None, **fields: Any) -> None:
+        """Note an event, of a rank where it is one's."""
+        about: dict[str, Any] = {"time": time.time()}
+        if rank is not None:
+            about |= {"rank": rank.rank, "host": rank.host, "device": rank.device, "phase": rank.phase}
+            about["step"] = rank.step if rank.step >= 0 else None
+        self._waiting.append({"event": event, **about, **fields})
+        self._write()
+
+    def look(self, seen: Sequence[Seen], run: Path | None, last: bool = False) -> None:
+        """Note what has changed: the run's directory, its phase, its checkpoints."""
+        if self.run is None and run is not None:
+            self.run = run
+            self._saved = {step for step, moment in _checkpoints(run).items() if moment < self._opened}
+            self._write()
+        first = next((one for one in seen if one.rank == 0), None)
+        if first is None:
+            return
+        if self.began < 0 and first.step >= 0 and first.phase in ("step", "data", "evaluation"):
+            self.began = first.step
+        # data and step alternate; what lasts for less than two looks is no phase of the run
+        phase = "step" if first.phase == "data" else first.phase
+        if phase not in (self._phase, self._next) and self._phase:
+            self._next = phase
+        elif phase != self._phase:
+            self._phase, self._next = phase, ""
+            self.tell("phase", first, phase=phase, attempt=self._attempt)
+        else:
+            self._next = ""
+        if self.run is not None and (last or time.monotonic() - self._looked > _SAVED_SECONDS):
+            self._looked = time.monotonic()
+            for step, moment in sorted(_checkpoints(self.run).items()):
+                if step not in self._saved:
+                    self._saved.add(step)
+                    self.tell("saved", first, phase="save", step=step, time=moment)
+
+    def slow(self, found: Slow, seen: Sequence[Seen]) -> str:
+        """Note a rank that holds up the steps; returns it in words."""
+        rank = next((one for one in seen if one.rank == found.rank), None)
+        self.tell("slow", rank, kind=found.kind, factor=round(found.factor, 2), since=found.since)
+        who = "all ranks together are" if rank is None else f"rank {rank.rank} on {rank.host} ({rank.device}) is"
+        what = "waiting for data" if found.kind == "starved" else "slow"
+        since = time.strftime("%H:%M:%S", time.localtime(found.since))
+        return f"warning: {who} {what}: a step takes {found.factor:.1f} times as long as without, since {since}"
+
+    def _write(self) -> None:
+        """Write what waits, in its order; what a full disk does not take waits on."""
+        while self.run is not None and self._waiting:
+            try:
+                event = dict(self._waiting[0])
+                events.append(self.run, event.pop("event"), **event)
+            except OSError:
+                return
+            self._waiting.pop(0)
+
+
+def _checkpoints(run: Path) -> dict[int, float]:
+    """Steps of the complete checkpoints of a run, and when each was made."""
+    found: dict[int, float] = {}
+    with contextlib.suppress(OSError):
+        for path in (run / "checkpoints").iterdir():
+            if path.name.isdecimal():
+                found[int(path.name)] = path.stat().st_mtime
+    return found

@@ -1,0 +1,80 @@
+"""Which ranks are named when none goes on: from counts and stacks as ranks leave them in the supervisor's folder."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxmodels.launch import seen as module
+from jaxmodels.launch.seen import Frame, Seen, grouped, held_up_by, stacks
+from jaxmodels.launch.watch import first_failure
+from jaxmodels.parallel import progress
+
+PYTHON: list[Frame] = [("/srv/own.py", "7", "read"), ("/srv/main.py", "1", "<module>")]
+DEVICE: list[Frame] = [("/x/site-packages/jax/_src/array.py", "9", "block_until_ready"), ("/srv/main.py", "2", "run")]
+BARRIER: list[Frame] = [("/x/jaxmodels/parallel/distributed.py", "9", "barrier")]
+
+
+def ranks(*polls: int) -> list[Seen]:
+    return [Seen(index, "host", "cpu", polls=count) for index, count in enumerate(polls)]
+
+
+@pytest.mark.parametrize(
+    ("states", "stuck"),
+    [
+        ([(20, DEVICE), (20, PYTHON), (20, DEVICE)], [1]),
+        ([(20, DEVICE), (20, PYTHON), (20, DEVICE), (20, PYTHON)], [1, 3]),
+        ([(21, DEVICE), (20, PYTHON), (21, PYTHON)], [1]),
+        ([(20, BARRIER), (20, PYTHON)], [1]),
+        ([(20, PYTHON), (20, PYTHON)], [0, 1]),
+        ([(20, PYTHON)], [0]),
+        # compiling and reading before the first step take their time
+        ([(0, PYTHON), (0, PYTHON)], []),
+        # nothing sets these apart
+        ([(20, DEVICE), (20, DEVICE)], []),
+        ([(20, DEVICE), (19, DEVICE), (19, DEVICE)], [1, 2]),
+    ],
+)
+def test_all_ranks_that_the_others_wait_for_are_named(states: list[tuple[int, list[Frame]]], stuck: list[int]) -> None:
+    found = dict(enumerate(stack for _, stack in states))
+    assert [one.rank for one in held_up_by(ranks(*(count for count, _ in states)), found)] == stuck
+
+
+def test_all_of_several_stuck_ranks_are_in_the_message() -> None:
+    found = first_failure(ranks(20, 20, 20), {0: PYTHON, 1: DEVICE, 2: PYTHON}, "no progress for 9 s")
+    assert found is not None and found.rank is not None and (found.kind, found.rank.rank) == ("stuck", 0)
+    assert (
+        found.why == "no progress for 9 s, stuck at /srv/own.py:7 in read; rank 2 too: stuck at /srv/own.py:7 in read"
+    )
+
+
+def test_stacks_are_grouped_by_likeness_the_odd_ones_first() -> None:
+    groups = grouped({0: DEVICE, 1: DEVICE, 2: PYTHON, 3: DEVICE})
+    assert [group["ranks"] for group in groups] == [[2], [0, 1, 3]]
+    assert groups[0]["stack"] == ["/srv/own.py:7 in read", "/srv/main.py:1 in <module>"]
+
+
+def test_a_process_says_how_far_it_is_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXMODELS_PROGRESS_DIR", str(tmp_path))
+    monkeypatch.setenv("JAXMODELS_PROCESS_ID", "3")
+    monkeypatch.setattr(progress, "_report", None)
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.1)
+    progress.begin()
+    one = Seen(3, "host", "cpu")
+    progress.phase("step", 5)
+    for pause in (0.2, 0.0, 0.05):
+        time.sleep(pause)
+        progress.waited(device=1.5, data=0.25)
+        progress.poll()
+    one.read(tmp_path)
+    assert (one.phase, one.step, one.polls, one.pauses) == ("step", 5, 3, 3)
+    assert (one.device_wait, one.data_wait) == (4.5, 0.75)
+    assert 0.05 <= one.longest < 0.2, "the first pause of a phase is no measure"
+    assert one.age < 5
+    progress.failed(MemoryError("no room"))
+    assert (tmp_path / "3.error").exists()
+    (stack,) = stacks(tmp_path, {3: os.getpid()}).values()
+    assert any(function == "test_a_process_says_how_far_it_is_and_where" for _, _, function in stack)
