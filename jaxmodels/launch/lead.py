@@ -36,8 +36,6 @@ class _Outcome:
     code: int | None
     """None: it is started again."""
     failure: Failure | None = None
-    began: int = -1
-    """The step from which it went on; -1: it came to none."""
 
 
 class Leader:
@@ -89,8 +87,8 @@ class Leader:
                 return outcome.code
             # a mesh or a batch that the nodes that are left cannot hold is no mistake of the user's: all are waited for
             least = self.where.nodes if outcome.code == ExitCode.MISTAKE else self.min_nodes
-            if outcome.began > best:
-                best, fruitless = outcome.began, 0 if attempt else fruitless
+            if (newest := self.story.newest()) > best:
+                best, fruitless = newest, 0
             if outcome.failure is not None:
                 fruitless += 1
                 if fruitless > self.restarts:
@@ -143,10 +141,10 @@ class Leader:
             known.take(message)
         elif message is None:
             link.close()
-        elif message.get("command") == self.here.command[1:] and 0 < message.get("node", 0) < self.where.nodes:
+        elif message.get("command") == self.here.command[1:] and message.get("node") in range(1, self.where.nodes):
             # one that is known by this number has ended or lost its link, or it would not come again
             self.remotes[message["node"]] = Remote(link, message, lambda: self.events.put(None))
-        else:
+        else:  # another job's, or a stranger
             link.close()
 
     def _attempt(self, attempt: int, crew: Sequence[Here | Remote], processes: int) -> _Outcome:
@@ -161,7 +159,11 @@ class Leader:
                 one.start(Assignment(attempt, first, processes, coordinator))
                 first += one.processes
             seen = [rank for one in crew for rank in one.seen()]
-            self.story.tell("start", attempt=attempt, processes=processes, nodes=len(crew), devices=_devices(seen))
+            newest = self.story.newest()
+            self.story.tell(
+                "start", step=newest if newest >= 0 else None, attempt=attempt, processes=processes, nodes=len(crew),
+                devices=_devices(seen),
+            )  # fmt: skip
             late, failure = self._watch(crew)
             seen = [rank for one in crew for rank in one.seen()]
             for one in crew:
@@ -179,26 +181,25 @@ class Leader:
         self, seen: Sequence[Seen], found: dict[int, list[Frame]], failure: Failure | None, moment: float
     ) -> _Outcome:
         """What the end of an attempt means, said and noted."""
-        began = self.story.began
         if failure is None:
             if all(one.code == ExitCode.DONE for one in seen):
                 self.story.tell("done", step=_step(seen))
-                return _Outcome(ExitCode.DONE, began=began)
+                return _Outcome(ExitCode.DONE)
             self.story.tell("preempted", step=_step(seen))
             if self.growing and not self.told:
-                return _Outcome(None, began=began)
+                return _Outcome(None)
             self.here.console.say("saved and stopped; the same command goes on from there")
-            return _Outcome(ExitCode.SAVED, began=began)
+            return _Outcome(ExitCode.SAVED)
         rank = failure.rank
         if rank is not None and rank.code == ExitCode.MISTAKE:
             self.here.console.say(
                 f"rank {rank.rank} ended with exit code 2, a mistake in what was asked (see its message)"
             )
             self.story.tell("mistake", rank, message=failure.why)
-            return _Outcome(ExitCode.MISTAKE, failure, began)
+            return _Outcome(ExitCode.MISTAKE, failure)
         self.here.console.say(failure.message(moment))
         self.story.tell("failed", rank, kind=failure.kind, message=failure.why, stacks=grouped(found))
-        return _Outcome(ExitCode.FAILED if self.told else None, failure, began)
+        return _Outcome(ExitCode.FAILED if self.told else None, failure)
 
     def _watch(self, crew: Sequence[Here | Remote]) -> tuple[str, Failure | None]:
         """Wait until all ranks have ended, one has failed or is overdue; returns how it is late, or what failed."""

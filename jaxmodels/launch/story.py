@@ -21,8 +21,6 @@ class Story:
 
     def __init__(self) -> None:
         self.run: Path | None = None
-        self.began = -1
-        """The step from which the attempt under way went on; -1: it has not come to it."""
         self._waiting: list[dict[str, Any]] = []
         self._saved: set[int] = set()
         self._looked, self._opened = 0.0, time.time()
@@ -31,7 +29,11 @@ class Story:
 
     def begin(self, attempt: int) -> None:
         """Another attempt."""
-        self._attempt, self.began, self._phase, self._next = attempt, -1, "", ""
+        self._attempt, self._phase, self._next = attempt, "", ""
+
+    def newest(self) -> int:
+        """Step of the newest complete checkpoint of the run; -1: there is none, or no run."""
+        return -1 if self.run is None else max(_checkpoints(self.run), default=-1)
 
     def tell(self, event: events.Name, rank: Seen | None = None, **fields: Any) -> None:
         """Note an event, of a rank where it is one's."""
@@ -51,8 +53,6 @@ class Story:
         first = next((one for one in seen if one.rank == 0), None)
         if first is None:
             return
-        if self.began < 0 and first.step >= 0 and first.phase in ("step", "data", "evaluation"):
-            self.began = first.step
         # data and step alternate; what lasts for less than two looks is no phase of the run
         phase = "step" if first.phase == "data" else first.phase
         if phase not in (self._phase, self._next) and self._phase:
