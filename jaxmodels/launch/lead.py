@@ -15,7 +15,7 @@ from jaxmodels.errors import ExitCode
 from jaxmodels.launch.cluster import Cluster
 from jaxmodels.launch.follow import JOIN_SECONDS, Events, signals_to
 from jaxmodels.launch.here import Here
-from jaxmodels.launch.limits import Limits
+from jaxmodels.launch.limits import Limits, Overdue
 from jaxmodels.launch.ranks import Assignment
 from jaxmodels.launch.seen import Frame, Seen, grouped
 from jaxmodels.launch.story import Story
@@ -165,11 +165,7 @@ class Leader:
                 devices=_devices(seen),
             )  # fmt: skip
             late, failure = self._watch(crew)
-            seen = [rank for one in crew for rank in one.seen()]
-            for one in crew:
-                one.ask()
-            found = {rank: stack for one in crew for rank, stack in one.stacks().items()}
-            seen = [rank for one in crew for rank in one.seen()]
+            seen, found = _stacks(crew)
             failure = failure or first_failure(seen, found, late)
             self.story.look(seen, self.here.run(), last=True)
         finally:
@@ -206,7 +202,7 @@ class Leader:
         deadline, late, told = math.inf, "", False
         noted: set[int] = set()
         size = len(crew)
-        checked = 0.0
+        checked, warned = 0.0, False
         while True:
             number = self._take(min(_TICK_SECONDS, deadline - time.monotonic()))
             now = time.monotonic()
@@ -250,17 +246,32 @@ class Leader:
             self.story.look(seen, self.here.run())
             if noted or told:
                 continue
-            limit = self.limits.overdue(seen)
-            if limit is not None:
-                age = min(rank.age for rank in seen)
-                phase = min(seen, key=lambda rank: rank.age).phase
-                return f"no progress for {age:.0f} s in {phase}, where {limit:.0f} s is the limit of this run", None
+            overdue = self.limits.overdue(seen)
+            if overdue is None:
+                warned = False
+            elif overdue.hopeless:
+                return _pause(seen, overdue), None
+            elif not warned:
+                warned = True
+                self._warn(crew, overdue)
             if (slow := self.limits.slow(seen)) is not None:
                 self.here.console.say(self.story.slow(slow, seen))
             if size < self.where.nodes and len(self.remotes) + 1 > size:
                 self.growing = True
                 self.here.console.say("a node has come back: all save, and go on with it")
                 self.events.put(0)
+
+    def _warn(self, crew: Sequence[Here | Remote], overdue: Overdue) -> None:
+        """Say what the run waits for, before it is ended for that."""
+        seen, found = _stacks(crew)
+        failure = first_failure(seen, found, _pause(seen, overdue))
+        if failure is not None:
+            who = "" if failure.rank is None else f"rank {failure.rank.rank} on {failure.rank.host}: "
+            self.here.console.say(f"warning: {who}{failure.why}")
+            since = time.time() - overdue.age
+            self.story.tell(
+                "slow", failure.rank, kind=failure.kind, since=since, message=failure.why, stacks=grouped(found)
+            )
 
     def _coordinator(self) -> str:
         """Where the ranks of the next attempt meet: at the job's port, if nobody holds it."""
@@ -274,6 +285,21 @@ class Leader:
                 probe.bind((self.where.host if local else "", 0))
                 port = probe.getsockname()[1]
         return Cluster(self.where.nodes, 0, self.where.host, port).coordinator
+
+
+def _stacks(crew: Sequence[Here | Remote]) -> tuple[list[Seen], dict[int, list[Frame]]]:
+    """All ranks, and where the main threads of those that run stand."""
+    for one in crew:
+        one.ask()
+    found = {rank: stack for one in crew for rank, stack in one.stacks().items()}
+    return [rank for one in crew for rank in one.seen()], found
+
+
+def _pause(seen: Sequence[Seen], overdue: Overdue) -> str:
+    phase = min(seen, key=lambda rank: rank.age).phase
+    return (
+        f"no progress for {overdue.age:.0f} s in {phase}, where up to {overdue.learned:.1f} s are normal for this run"
+    )
 
 
 def _sooner(deadline: float, late: str, until: float, reason: str) -> tuple[float, str]:

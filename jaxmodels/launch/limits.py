@@ -11,17 +11,31 @@ from dataclasses import dataclass
 from jaxmodels.launch.seen import Seen
 
 MARGIN_SECONDS = 15.0
-"""Beyond the longest pause so far after which a phase is taken to go on no more."""
+"""Beyond the longest pause so far after which a job is said to go on no more."""
+PATIENCE_SECONDS = 60.0
+"""The same after which it is ended: a file system that hangs may go on by itself."""
 IDLE_SECONDS = 60.0
-"""Without computing after which that is so in a phase of which nothing is known yet, or whose length nothing bounds."""
+"""Without computing that are normal in a phase of which nothing is known yet, or whose length nothing bounds."""
 
 # phases that come again and again in the same way, so that their own past says how long they may last
-_REGULAR = ("step", "data", "start", "evaluation")
+_REGULAR = ("step", "data", "evaluation")
 _ENOUGH = 3
 # of a core: what a waiting process still does
 _BUSY = 0.02
 _WINDOW_SECONDS, _WINDOW_STEPS = 5.0, 8
 _SLOW, _STARVED = 1.3, 0.3
+
+
+@dataclass(frozen=True)
+class Overdue:
+    """A run that does not go on."""
+
+    age: float
+    """Seconds since any rank has reported."""
+    learned: float
+    """The longest such time that is normal for it."""
+    hopeless: bool
+    """Whether to end it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,11 @@ class Slow:
     """So many times as long a step takes as it would without."""
     since: float
     """Unix seconds."""
+
+
+def _regular(one: Seen) -> bool:
+    """Whether the rank's own past says how long its phase may last; one that tells of no phases polls alone."""
+    return one.phase in _REGULAR or (one.phase == "start" and one.pauses == one.polls)
 
 
 class Limits:
@@ -55,8 +74,8 @@ class Limits:
         self._suspected: Slow | None = None
         self._told: set[tuple[str, int | None]] = set()
 
-    def overdue(self, seen: Sequence[Seen]) -> float | None:
-        """Seconds that a phase may last, where the run has now been longer without any progress; None: it has not."""
+    def overdue(self, seen: Sequence[Seen]) -> Overdue | None:
+        """How long the run has been without any progress, where that is longer than it may be."""
         for one in seen:
             if one.pauses >= _ENOUGH:
                 self._longest[one.phase] = max(self._longest.get(one.phase, 0.0), one.longest)
@@ -64,16 +83,14 @@ class Limits:
         if not running:
             return None
         idle = self._idle(running)
-        # the one that reported last says what the run is doing
-        youngest = min(running, key=lambda one: one.age)
-        slowest = max(running, key=lambda one: self._longest.get(one.phase, 0.0))
-        if all(one.phase in _REGULAR and one.phase in self._longest for one in running):
-            limit = self._longest[slowest.phase] + MARGIN_SECONDS
-        else:
-            limit = max([IDLE_SECONDS, *(self._longest.get(one.phase, 0.0) + MARGIN_SECONDS for one in running)])
-            if idle < limit:
-                return None
-        return limit if youngest.age > limit else None
+        learned = max(self._longest.get(one.phase, 0.0) for one in running)
+        age = min(one.age for one in running)
+        if not all(_regular(one) and one.phase in self._longest for one in running):
+            learned = max(IDLE_SECONDS, learned)
+            age = min(age, idle)
+        if age <= learned + MARGIN_SECONDS:
+            return None
+        return Overdue(age, learned, age > learned + PATIENCE_SECONDS)
 
     def _idle(self, running: Sequence[Seen]) -> float:
         """Seconds for which the ranks have not computed."""

@@ -123,7 +123,7 @@ def table(began: float, rows: Sequence[Event]) -> Table:
     head = ("after", "what", "rank", "host", "phase", "step", "said")
     lines = []
     for row in rows[:200]:
-        slow = f"{row.get('factor')} times as long a step" if row["event"] == "slow" else str(row.get("message", ""))
+        slow = f"{row['factor']} times as long a step" if "factor" in row else str(row.get("message", ""))
         kind = str(row.get("kind", row["event"]))
         where = ["–" if row.get(name) is None else str(row[name]) for name in ("rank", "host", "phase", "step")]
         lines.append((f"{row['time'] - began:,.1f} s", kind, *where, slow[:300]))

@@ -118,7 +118,8 @@ DRIVER = """
 import sys
 from jaxmodels.launch import lead, limits, node, wire
 from jaxmodels.launch.cluster import Cluster
-limits.MARGIN_SECONDS, lead.FROZEN_SECONDS, wire.LOST_SECONDS, lead.LOST_SECONDS = 2.0, 1.0, 4.0, 4.0
+limits.MARGIN_SECONDS, limits.PATIENCE_SECONDS, lead.FROZEN_SECONDS = 1.5, 3.0, 1.0
+wire.LOST_SECONDS = lead.LOST_SECONDS = 4.0
 limits._WINDOW_SECONDS = 1.0
 at, nodes, port = map(int, sys.argv[1:4])
 least = 1 if "fewer" in sys.argv[-2] else None
@@ -255,6 +256,8 @@ def test_the_stacks_of_all_ranks_are_kept_grouped_by_likeness(cases: dict[str, C
     groups = {tuple(group["ranks"]): group["stack"][0] for group in failed["stacks"]}
     assert groups[1,].endswith("in hang") and groups[0,].endswith("in meet")
     assert "stuck at" in failed["message"] and "in hang" in failed["message"]
+    (warned,) = cases["stuck"].events("slow")
+    assert (warned["kind"], warned["rank"]) == ("stuck", 1) and warned["time"] < failed["time"]
 
 
 def test_a_straggler_is_named_while_it_runs_with_its_factor(cases: dict[str, Case]) -> None:
