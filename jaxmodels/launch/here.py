@@ -21,7 +21,8 @@ class Here:
         self, command: Sequence[str], processes: int, devices: int | None, platform: Platform, console: Console
     ) -> None:
         self.command, self.console = list(command), console
-        self.processes, self.devices, self.platform = processes, devices, platform
+        self.processes, self.devices = processes, devices
+        self.platform: Platform = platform
         self.node, self.host = 0, socket.gethostname()
         self.ended: Callable[[], object] = lambda: None
         """Called, in another thread, when a rank has ended."""
