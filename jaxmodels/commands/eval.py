@@ -87,10 +87,10 @@ def evaluate(
     translates = opened.config.task.answers == "translation" and opened.config.data.real
     if beams is not None and not translates:
         raise UserError(f"got --beams {beams} for a run of task {opened.config.task.kind}, try it without")
-    judged = judge.judged(opened, classifier) if classifier is not None else {}
+    judged = judge.judge_images(opened, classifier) if classifier is not None else {}
     found = opened.measure()
     if translates:
-        found |= judge.translated(opened, 4 if beams is None else beams)
+        found |= judge.judge_translations(opened, 4 if beams is None else beams)
     found |= judged
     print(printable(f"{run}, step {opened.step}, on {opened.source.describe()}\n{table(found)}"))
     if json is not None:

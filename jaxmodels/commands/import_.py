@@ -56,7 +56,7 @@ def import_run(directory: Path, /, out: Path) -> None:
                 augment=replace(cfg.augment, crop=seen.crop),
             )
         if names := pixels.names(directory, getattr(config, "classes", 0) or 0):
-            saved.write(part, saved.Kept(classes=names))
+            saved.write_kept(part, saved.Kept(classes=names))
         if tokenizer is not None and cfg.task.answers == "gaps":
             cfg = replace(cfg, task=masking(cfg.task, directory, tokenizer))
         meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}

@@ -58,15 +58,15 @@ def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
     from jaxmodels.generate.texts import continued, opening
     from jaxmodels.report import curves
     from jaxmodels.train.directory import LOCK
-    from jaxmodels.train.metrics import main
-    from jaxmodels.train.tune import again
+    from jaxmodels.train.metrics import main_metrics
+    from jaxmodels.train.tune import train_command
 
     train_data, eval_data = job.sources["train"], job.sources["eval"]
     tokenizer = train_data.tokenizer
     found = result.metrics or curves.last(run)
     print(
         f"\n{'stopped early' if result.ended == 'early' else 'done'} at step {result.step}: "
-        + ", ".join(f"{name} {value:.4f}" for name, value in main(found).items())
+        + ", ".join(f"{name} {value:.4f}" for name, value in main_metrics(found).items())
     )
     baseline = {}
     if isinstance(train_data, data.Windows) and isinstance(eval_data, data.Windows):
@@ -88,7 +88,7 @@ def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
     commands = [
         shlex.join(more),
         shlex.join(["jaxmodels", "report", name]),
-        again(argv[0], argv, chosen),
+        train_command(argv[0], argv, chosen),
         shlex.join(["jaxmodels", "config", "explain", name, "optim.peak_lr"]),
     ]
     files = ", ".join(sorted(path.name for path in run.iterdir() if path.name != LOCK))

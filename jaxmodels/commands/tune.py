@@ -18,13 +18,13 @@ def tune(given: Configured, options: TuneOptions) -> None:
     cfg, file, argv = given.config, given.file, [given.file, *given.overrides]
     cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", loggers=()))
     out = searching.search(cfg, options, file, argv)
-    trials = searching.tried(cfg, options, out)
-    choices = [searching.parse(text, cfg) for text in options.space]
-    print("\n" + searching.table(cfg, options, trials))
+    trials = searching.read_trials(cfg, options, out)
+    choices = [searching.parse_choice(text, cfg) for text in options.space]
+    print("\n" + searching.ranking(cfg, options, trials))
     ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
     if ended:
         best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
         chosen = {choice.field: best[choice.field] for choice in choices}
-        print(f"\nthe best one again:\n  {searching.again(file, argv, chosen)}")
+        print(f"\nthe best one again:\n  {searching.train_command(file, argv, chosen)}")
     pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
     print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")

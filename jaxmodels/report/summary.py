@@ -14,8 +14,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.families import family_of
 from jaxmodels.report.pieces import Piece, Table
 from jaxmodels.train import metrics
-from jaxmodels.train.saved import Evaluation, Kept
-from jaxmodels.train.saved import kept as kept_of
+from jaxmodels.train.saved import Evaluation, Kept, read_kept
 
 BY_CLASS = ("precision", "recall", "f1")
 ELSEWHERE = ("data.dir", "data.prefetch", "metrics.", "profile.")
@@ -43,7 +42,7 @@ def column(name: str, run: Path, saved: Evaluation | None, values: Mapping[str, 
     """The column of a run."""
     cfg, origin = configs.read(run)
     try:
-        kept = kept_of(run)
+        kept = read_kept(run)
     except UserError:  # damaged: the page is without its words
         kept = Kept()
     return Column(name, run, cfg, origin, metrics.read(run), saved, kept, values)

@@ -1,4 +1,4 @@
-"""The loop: state, optimizer, step, evaluation, checkpoints and metrics of a run; runs that are opened again."""
+"""Training: the step, the loop, evaluation, checkpoints and metrics of a run, and finished runs opened again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def load_run(directory: str | Path, *, best: bool = False) -> Run:
-    """A run's newest checkpoint, or its best, with its config, model, tokenizer and task; its data need not be here.
+    """Open a run's newest or best checkpoint, with its config, model, tokenizer and task. Its data need not be present.
 
     Raises:
-        UserError: no run or no checkpoint there, or one that does not fit its config.
+        UserError: there is no run or no checkpoint there, or the checkpoint does not fit its config.
     """
     from jaxmodels.train import saved
 
@@ -23,14 +23,14 @@ def load_run(directory: str | Path, *, best: bool = False) -> Run:
 
 
 def train(config: Config, directory: str | Path, *, resume: Resume = "auto") -> Run:
-    """Train as configured, and open the run: what `jaxmodels train` does, in Python.
+    """Train as configured and open the finished run: what `jaxmodels train` does, in Python.
 
-    The run directory is left with config, metrics, checkpoints and log; training resumes what is there, `resume` says
-    when (auto: of the same config; must; never).
+    Config, metrics, checkpoints and log are left in the run directory. `resume` says what to do with a run that is
+    already there: `auto` continues it if it has the same config, `must` requires it, `never` starts anew.
 
     Raises:
         UserError: the config does not fit the hardware, the data, or the run that is in the directory.
-        NotFinite: a loss stopped being a number.
+            NotFinite: a loss was not finite.
     """
     from jaxmodels.train import run, saved
 

@@ -1,4 +1,4 @@
-"""Adafactor's second moments, factored over the matrix that a parameter is."""
+"""Adafactor's second moments, factored over the rows and columns of each parameter's matrix."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from optax import contrib
 from jaxmodels.train.groups import STACKED, matrices
 
 FACTORED = 128
-"""Adafactor keeps a matrix's second moments whole where it has fewer rows or columns: little would be saved."""
+"""Matrices with fewer rows or columns keep their second moments whole: factoring would save little."""
 
 
 class Factored(NamedTuple):
-    """Adafactor's state; of each parameter either rows and columns or the whole, None for the other."""
+    """Adafactor's state. Each parameter has either rows and columns or the whole; the others are None."""
 
     count: jax.Array
     rows: Any
-    """Mean squares of each row of a matrix, over its columns."""
+    """Mean squares of each row of a matrix, taken over its columns."""
     columns: Any
     whole: Any
 
 
 def scale_by_adafactor(axes: Any) -> optax.GradientTransformation:
-    """Updates divided by the root of a factored second moment, each then clipped to a root mean square of 1.
+    """Divide updates by the root of a factored second moment, then clip each to a root mean square of 1.
 
-    Optax's `scale_by_factored_rms` factors the two largest dimensions, which are no matrix where a projection has
-    heads or layers are stacked: then it keeps all of 64-wide heads, or joins layers. Here the logical axes say what is
-    a row and what a column.
+    Optax's `scale_by_factored_rms` factors the two largest dimensions. Those are not a matrix where a projection has
+    heads or where layers are stacked: it then keeps the moments of 64-wide heads whole, or mixes layers. Here the
+    logical axes say which dimensions are rows and which are columns.
     Source: Shazeer & Stern 2018, algorithm 4 and equation 6, with the decay of section 7.2 (1 - t^-0.8).
     """
 
     dimensions = matrices(axes, "matrix", "embedding")
 
     def factors(dims: contrib.MuonDimensionNumbers | None, shape: tuple[int, ...]) -> Any:
-        """Dimensions of rows and of columns of what is factored, else None."""
+        """Return the dimensions of rows and of columns of a factored parameter, None of any other."""
         if dims is None:
             return None
         sides: Any = (dims.reduction_axis, dims.output_axis)
         return sides if all(math.prod(shape[i] for i in side) >= FACTORED for side in sides) else None
 
     def each(function: Any, *trees: Any) -> list[Any]:
-        """`function(dimensions, names, leaf, …)` of each parameter; None is a leaf."""
+        """Call `function(dimensions, names, leaf, …)` for each parameter; None counts as a leaf."""
         leaf = lambda x: x is None or isinstance(x, tuple)  # noqa: E731
         found = [jax.tree.leaves(tree, is_leaf=leaf) for tree in (dimensions, axes, *trees)]
         return [function(*leaves) for leaves in zip(*found, strict=True)]

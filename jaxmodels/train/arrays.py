@@ -22,7 +22,7 @@ PyTree = Any
 
 
 def orbax() -> Any:
-    """Orbax, imported when it is first needed (it takes a second), without its chatter."""
+    """Import Orbax when it is first needed (it takes a second), and silence its logging."""
     import orbax.checkpoint
 
     logging.getLogger("absl").addFilter(_not_from_orbax)
@@ -36,7 +36,7 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 class _Unraisable:
-    """Says nothing of what a failed write leaves: TensorStore ends the other ones when Orbax's event loop is gone."""
+    """Silences the aftermath of a failed write: TensorStore ends other writes after Orbax's event loop is closed."""
 
     def __init__(self, before: Callable[[Any], Any]) -> None:
         self.before = before
@@ -54,21 +54,21 @@ def _handler() -> Any:
 
 
 def start_writing(folder: Path, leaves: Mapping[str, Any]) -> list[Any]:
-    """Copy the arrays to the host, start writing them, return what to wait for."""
+    """Copy the arrays to the host and start writing them; return the futures to await."""
     from etils import epath
 
     data = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in leaves.items()}
-    tree = nest({name: leaf for name, leaf in data.items() if leaf.size})  # Orbax refuses arrays of no elements
-    # The handler itself and not Orbax's AsyncCheckpointer: that one renames before our manifest is written, and
+    tree = nest({name: leaf for name, leaf in data.items() if leaf.size})  # Orbax refuses arrays without elements
+    # The handler itself rather than Orbax's AsyncCheckpointer, which renames before our manifest is written and
     # leaves the other processes waiting for minutes when one of them fails.
     save = _handler().async_save(epath.Path(folder), args=orbax().args.PyTreeSave(tree))
-    with ThreadPoolExecutor(1) as pool:  # a thread of its own, because a notebook already has an event loop running
+    with ThreadPoolExecutor(1) as pool:  # a separate thread, because a notebook already runs an event loop
         return pool.submit(asyncio.run, save).result() or []
 
 
 def await_all(futures: Iterable[Any]) -> None:
     failures = []
-    for future in futures:  # all of them, so that none still writes when the folder is removed
+    for future in futures:  # all of them, so that none is still writing when the folder is removed
         try:
             future.result()
         except Exception as error:
@@ -111,7 +111,7 @@ def load(folder: Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by path, such as opt_state/0/mu/layers/attn/q/w."""
+    """Return the leaves by path, such as opt_state/0/mu/layers/attn/q/w."""
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -142,7 +142,7 @@ def parse_spec(spec: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(int(size) for size in shape.split(",") if size), jnp.dtype(dtype))
 
 
-def compare(saved: Mapping[str, str], leaves: Mapping[str, Any], hint: str | None = None) -> None:
+def check_structure(saved: Mapping[str, str], leaves: Mapping[str, Any], hint: str | None = None) -> None:
     expected = {name: spec_of(leaf) for name, leaf in leaves.items()}
     differences = [
         f"{name} is {saved.get(name, 'missing')}, expected {expected.get(name, 'none of that name')}"
@@ -163,10 +163,10 @@ def _is_key(leaf: Any) -> bool:
 
 def _key_impl(leaf: Any) -> Any:
     impls: list[Any] = []
-    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)  # it takes no ShapeDtypeStruct itself
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), leaf)  # key_impl takes no ShapeDtypeStruct
     return impls[0]
 
 
 def needed_bytes(leaves: Mapping[str, Any]) -> int:
-    """Room on the disk for these arrays and all that is written with them; measured from above with 1 to 300 leaves."""
+    """Disk space for these arrays and everything written with them; an upper bound, measured with 1 to 300 leaves."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) + 2_000 * len(leaves) + 100_000

@@ -1,4 +1,4 @@
-"""The state before the first step: at random, or from another run's parameters, or from published ones."""
+"""The state before the first step: random, or from another run's parameters or published ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger("jaxmodels")
 
 
 def initial(job: Job) -> State:
-    """Make the state before the first step where its arrays live, from `init.source` if one is given.
+    """Make the state before the first step, on its devices, from `init.source` if one is given.
 
     Raises:
         UserError: the source lacks a parameter that does not start at random, or has it in another shape.
@@ -38,66 +38,66 @@ def initial(job: Job) -> State:
     cfg, layout = job.config, job.layout
     kept = named_leaves(layout.params)
     if cfg.init.source is not None:
-        check(cfg.init.fresh, kept)
+        check_fresh(cfg.init.fresh, kept)
         kept = {name: leaf for name, leaf in kept.items() if not matches(cfg.init.fresh, name)}
-        agree(cfg.model, Path(cfg.init.source), kept)
+        check_same_model(cfg.model, Path(cfg.init.source), kept)
         if kept:
             compare_pixels(cfg, Path(cfg.init.source))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    # random numbers of each shape take long to compile and, for few parameters on a CPU, no time to run
+    # compiling random numbers of each shape takes long and, for few parameters on a CPU, running them takes no time
     quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(layout.params)) < 3e7
     options = {"xla_backend_optimization_level": 0} if quick else None
     state = jax.jit(job.init, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
     if cfg.init.source is None:
         return state
     source = Path(cfg.init.source)
-    params, stats, where = (published if is_published(source) else trained)(source, kept, layout)
+    params, stats, where = (read_published if is_published(source) else read_trained)(source, kept, layout)
     log.info(
         "parameters from %s, %s%s", source, where, f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
     )
     names = named_leaves(state.params)
     whole = jax.tree.unflatten(jax.tree.structure(state.params), [params.get(name, x) for name, x in names.items()])
-    # a copy each: params are donated every step, the average lives on
+    # copied, because params are donated in every step while the average lives on
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), whole)
     return dataclasses.replace(state, params=whole, stats=state.stats if stats is None else stats, ema=ema)
 
 
 def matches(patterns: Sequence[str], name: str) -> bool:
-    """Whether a parameter's path below its network, such as layers/attn/q/w, has one of these forms."""
+    """Whether a parameter's path below its network, such as layers/attn/q/w, matches one of these patterns."""
     return any(fnmatchcase(name.partition("/")[2], pattern) for pattern in patterns)
 
 
-def check(patterns: Sequence[str], names: Mapping[str, Any]) -> None:
-    """Raises UserError where a pattern is that of no parameter."""
+def check_fresh(patterns: Sequence[str], names: Mapping[str, Any]) -> None:
+    """Raise UserError if a pattern matches no parameter."""
     for pattern in patterns:
         if not any(matches((pattern,), name) for name in names):
             tops = list(dict.fromkeys("/".join(name.split("/")[1:2]) for name in names))
             raise UserError(
-                f"got init.fresh {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
+                f"got init.fresh {pattern!r}, which matches no parameter, expected some of {', '.join(tops)}, "
                 f"try --init.fresh '{tops[-1]}/*'"
             )
 
 
 FREE = (
     "dropout", "embed_dropout", "attention_dropout", "stochastic_depth", "balance_loss", "z_loss",  # training alone
-    "routing", "capacity_factor",  # which tokens find room while training
-    "dtype", "attention", "remat", "unroll",  # how, and not what, is computed
+    "routing", "capacity_factor",  # which tokens an expert has room for in training
+    "dtype", "attention", "remat", "unroll",  # how it is computed, not what
 )  # fmt: skip
-"""Fields in which a model may differ from the one that its parameters were trained in."""
+"""Fields in which a model may differ from the one whose parameters it takes."""
 SHAPED = (
     "vocab_size", "context", "types", "classes", "head", "patch", "experts", "embedding", "latents", "stem_width",
     "layers", "decoder_layers", "image_layers", "text_layers", "heads", "kv_heads", "image_heads", "text_heads",
     "width", "head_dim", "mlp_width", "image_width", "text_width", "image_mlp_width", "text_mlp_width",
     "relative_buckets",
 )  # fmt: skip
-"""Fields that the parameters tell by their names and shapes, which are compared one by one."""
+"""Fields that show in the names and shapes of the parameters, which are compared one by one."""
 
 
-def agree(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
-    """Check that parameters mean in a model what they meant in the source's.
+def check_same_model(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
+    """Check that parameters mean the same in this model as in the source's.
 
     Raises:
-        UserError: the models are of two families, or differ in a field that changes what is computed.
+        UserError: the models belong to different families, or differ in a field that changes what is computed.
     """
     if not kept:
         return
@@ -109,26 +109,26 @@ def agree(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
         )
     pooled = any("/pooler/" in name for name in kept)
     wrong = {}
-    for name, ours in fields(model).items():
-        theirs = fields(other)[name]
-        told = name in SHAPED and not (name == "layers" and isinstance(model, LSTMConfig))  # whose layers are apart
+    for name, ours in flat_fields(model).items():
+        theirs = flat_fields(other)[name]
+        told = name in SHAPED and not (name == "layers" and isinstance(model, LSTMConfig))  # its layers are not stacked
         if ours == theirs or name in FREE or told:
             continue
         if name == "input_shape" and (math.prod(ours) != math.prod(theirs) or ours[-1] != theirs[-1]):
-            continue  # the parameters tell, or do not depend on it
+            continue  # shows in the parameters' shapes, or does not affect them
         if name == "pool" and isinstance(model, BERTConfig) and not pooled:
             continue
         wrong[name] = (ours, theirs)
     if wrong:
         differ = ", ".join(f"model.{name} {ours!r} for {theirs!r}" for name, (ours, theirs) in wrong.items())
-        same = " ".join(f"--model.{name.replace('_', '-')} {given(theirs)}" for name, (_, theirs) in wrong.items())
+        same = " ".join(f"--model.{name.replace('_', '-')} {as_option(theirs)}" for name, (_, theirs) in wrong.items())
         raise UserError(
-            f"got {differ} of init.source {source}, expected what its parameters were trained in, try {same}"
+            f"got {differ} of init.source {source}, expected what its parameters were trained with, try {same}"
         )
 
 
 def compare_pixels(cfg: Config, source: Path) -> None:
-    """Say where a model of images gets pixels on another scale than its source's: training may adapt to that."""
+    """Warn if a model of images sees pixels on another scale than its source did: training may adapt to that."""
     family = family_of(cfg.model).name
     if not pixels.known(family) or not cfg.data.real:
         return
@@ -139,30 +139,30 @@ def compare_pixels(cfg: Config, source: Path) -> None:
         theirs = pixels.Pixels(section.mean, section.std)
     if not pixels.alike(theirs, cfg):
         log.warning(
-            "%s: its parameters were trained with pixels of another scale, that of %s; this run has %s",
+                    "%s: its parameters were trained on pixels of another scale, that of %s; this run has %s",
             source, pixels.flags(theirs.mean, theirs.std), pixels.flags(cfg.data.mean, cfg.data.std),
         )  # fmt: skip
 
 
-def fields(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The fields of a model's config by their dotted names."""
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a model's config by their dotted names."""
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found |= fields(value, f"{prefix}{field.name}.")
+            found |= flat_fields(value, f"{prefix}{field.name}.")
         else:
             found[prefix + field.name] = value
     return found
 
 
-def given(value: Any) -> str:
-    """A value as the command line takes it."""
+def as_option(value: Any) -> str:
+    """Format a value as the command line takes it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
-    """These parameters of a run (the moving average where it has one), and its batch statistics if they fit."""
+def read_trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
+    """Read these parameters of a run (its moving average if it has one), and the batch statistics if any are needed."""
     kind = "params" if configs.read(source)[0].train.ema is None else "ema"
     checkpointer = Checkpointer(source / "checkpoints")
     tree, _, at = checkpointer.restore_params(
@@ -175,13 +175,13 @@ def trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[
 
 
 def is_published(source: Path) -> bool:
-    """Whether a directory is one of Hugging Face's format and no run."""
+    """Whether a directory is in Hugging Face's format rather than a run."""
     file = source / "config.json"
     return file.is_file() and not (source / "checkpoints").is_dir() and "model_type" in special.objects(file)
 
 
-def published(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
-    """These parameters of a model in Hugging Face's format, and its batch statistics."""
+def read_published(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
+    """Read these parameters of a model in Hugging Face's format, and its batch statistics."""
     with_stats = bool(jax.tree.leaves(layout.stats))
     wanted = [name.removeprefix("model/") for name in kept]
     wanted += [f"stats/{name}".replace("stats/model/", "stats/") for name in named_leaves(layout.stats)]

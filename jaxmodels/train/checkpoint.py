@@ -1,7 +1,7 @@
-"""Checkpoints: saved in the background, complete or absent, verified by hash when they are read.
+"""Checkpoints: saved in the background, complete or absent, verified by hash when read.
 
     checkpoints/1000/state/         the arrays, in Orbax's format, under the paths of the state
-    checkpoints/1000/meta.json      what the caller gave: config, versions, data fingerprint
+    checkpoints/1000/meta.json      what the caller passed: config, versions, data fingerprint
     checkpoints/1000/manifest.json  sha256 and size of every file; path, dtype and shape of every array
     checkpoints/best.json           step and metric of the best one
 
@@ -30,7 +30,7 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.train.arrays import (
     await_all,
-    compare,
+    check_structure,
     load,
     merge,
     named_leaves,
@@ -57,18 +57,18 @@ from jaxmodels.train.manifest import (
 PyTree = Any
 logger = logging.getLogger("jaxmodels")
 
-_BARRIER_TIMEOUT = 1800  # seconds; a process that died is noticed by JAX's heartbeat long before
-_attempts: collections.Counter[str] = collections.Counter()  # per folder, so that barrier names are equal everywhere
+_BARRIER_TIMEOUT = 1800  # seconds; JAX's heartbeat notices a dead process long before
+_attempts: collections.Counter[str] = collections.Counter()  # per folder, so that barrier names agree across processes
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those there can be read."""
+    """A checkpoint could not be written, or none of those on the disk can be read."""
 
-    shown = False  # on the terminal, by the log
+    shown = False  # on the terminal already, by the log
 
 
 class Checkpointer:
-    """The checkpoints of one run; every process makes one and calls it at the same steps.
+    """The checkpoints of one run; every process creates one of these and calls it at the same steps.
 
     `save` and `restore` are for the run that owns the folder; `steps`, `best` and `restore_params` only read.
     """
@@ -78,11 +78,11 @@ class Checkpointer:
         self.keep = keep
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        self._stale: set[int] = set()  # newer than the one restored: damaged, or of a future that was given up
+        self._stale: set[int] = set()  # newer than the one restored: damaged, or from an abandoned continuation
 
     def warm(self) -> None:
         """Import Orbax in the background, so that the first save does not wait for it."""
-        # no daemon: one that still runs when the interpreter ends may abort the process, and its exit code is lost
+        # not a daemon: one still running when the interpreter exits may abort the process, and the exit code is lost
         threading.Thread(target=orbax).start()
 
     def steps(self) -> list[int]:
@@ -90,7 +90,7 @@ class Checkpointer:
         if not self.directory.is_dir():
             return []
         names = [path.name for path in self.directory.iterdir() if path.is_dir()]
-        # as `save` names them: int() takes other digits than these for numbers too
+        # only as `save` names them, because int() also accepts other spellings of a number
         return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name, re.ASCII))
 
     def best(self) -> dict[str, Any] | None:
@@ -104,10 +104,10 @@ class Checkpointer:
         return None
 
     def save(self, step: int, state: PyTree, meta: dict[str, Any], *, best: bool = False) -> None:
-        """Start saving `state`; it may be donated as soon as this returns.
+        """Start saving `state`, which may be donated as soon as this returns.
 
-        An earlier save is waited for. A save that fails is logged, and raised by `wait` unless a later one succeeds.
-        `meta["metric"]` is what best.json names.
+        An earlier save is awaited first. A save that fails is logged, and raised by `wait` unless a later one succeeds.
+        `meta["metric"]` goes into best.json.
         """
         self._join()
         self._error = None
@@ -122,7 +122,7 @@ class Checkpointer:
         failure: Exception | None = None
         try:
             if _is_main():
-                self.directory.mkdir(exist_ok=True)  # not its parents: a run that somebody removed does not come back
+                self.directory.mkdir(exist_ok=True)  # not its parents: a run that was removed must not reappear
                 self._clean()
                 (folder / "state").mkdir(parents=True)
                 write_text(folder / "meta.json", meta_text)
@@ -134,17 +134,17 @@ class Checkpointer:
                 if not folder.is_dir():
                     raise OSError(f"process 0 could not create {folder}")
                 if shutil.disk_usage(folder).free < size:
-                    # known beforehand: TensorStore would print a traceback for each array
+                    # checked beforehand, because TensorStore would print a traceback for each array
                     raise OSError(os.strerror(errno.ENOSPC))
                 futures = start_writing(folder / "state", leaves)
-        except Exception as error:  # a full disk shows as one of several types; the run must go on
+        except Exception as error:  # a full disk raises one of several types; the run must go on
             failure = error
         arguments = (step, futures, failure, manifest, size, started)
         self._thread = threading.Thread(target=self._finish, args=arguments, name=f"checkpoint {step}")
         self._thread.start()
 
     def wait(self) -> None:
-        """Finish the save under way; a run calls this before it ends, for whatever reason it ends.
+        """Finish the save under way. A run calls this before it ends, for whatever reason.
 
         Raises: CheckpointError if the latest save failed.
         """
@@ -153,10 +153,10 @@ class Checkpointer:
             raise self._error
 
     def restore(self, abstract: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any], int] | None:
-        """The newest good state (or that of `step`), its meta and its step; None if there is no checkpoint at all.
+        """Return the newest good state (or that of `step`), its meta and its step; None if there are no checkpoints.
 
-        Leaves of `abstract` say shape, dtype and sharding, on any mesh; one without a sharding comes back as NumPy.
-        A damaged checkpoint is reported and the one before it used.
+        Leaves of `abstract` give shape, dtype and sharding, on any mesh; one without a sharding is returned as NumPy.
+        If a checkpoint is damaged, that is reported and the one before it is used.
 
         Raises: CheckpointError if there are checkpoints but none is good; UserError if the state has another structure.
         """
@@ -166,7 +166,7 @@ class Checkpointer:
             self._clean()
         self._barrier("cleaned")
         leaves = named_leaves(abstract)
-        found = self._newest_good(step, lambda tree: compare(tree, leaves))
+        found = self._newest_good(step, lambda tree: check_structure(tree, leaves))
         if found is None:
             return None
         found_step, _ = found
@@ -183,10 +183,10 @@ class Checkpointer:
         abstract: PyTree = None,
         partial: str | None = None,
     ) -> tuple[PyTree, dict[str, Any], int]:
-        """One part of the state (`params`, `ema`, `stats`), with meta and step, needing nothing of the rest.
+        """Read one part of the state (`params`, `ema`, `stats`), with meta and step, and nothing else.
 
-        Without `abstract`: nested dicts of NumPy arrays. With it: its structure and shardings, as in `restore`; with
-        `partial` the checkpoint may have more than that, and what it says is tried where something lacks.
+        Without `abstract` it is nested dicts of NumPy arrays. With it, it has that structure and those shardings, as in
+        `restore`. With `partial` the checkpoint may hold more than that; `partial` is the advice given if it does not.
 
         Raises: UserError if there is no checkpoint, no such step or no such part.
         """
@@ -204,7 +204,7 @@ class Checkpointer:
                 parts = ", ".join(dict.fromkeys(name.split("/")[0] for name in tree))
                 raise UserError(f"got no {subtree!r} in the checkpoints of {self.directory}, expected one of {parts}")
             if wanted is not None:
-                compare(
+                check_structure(
                     part if partial is None else {name: part[name] for name in wanted if name in part}, wanted, partial
                 )
 
@@ -223,7 +223,7 @@ class Checkpointer:
             except Exception:
                 if step is not None or set(before) <= set(self.steps()):
                     raise
-                # the run is under way, and has removed what was being read for a newer one
+                # the run is in progress, and has removed the checkpoint being read for a newer one
         if wanted is None:
             params = nest(loaded)[subtree]
         else:
@@ -235,7 +235,7 @@ class Checkpointer:
     def _finish(
         self, step: int, futures: list[Any], failure: Exception | None, manifest: dict, size: int, started: float
     ) -> None:
-        """Runs in the background: no collectives here, only barriers of the coordination service."""
+        """Run in the background. No collectives here, only barriers of the coordination service."""
         folder = self._folder(step, ".saving")
         stages: list[Callable[[], None]] = [
             lambda: await_all(futures),
@@ -251,7 +251,7 @@ class Checkpointer:
             except Exception as error:
                 failure = error
             try:
-                self._barrier(f"stage {number}")  # a process that failed comes here too, so that none waits in vain
+                self._barrier(f"stage {number}")  # a process that failed also comes here, so that none waits in vain
             except Exception as error:
                 failure = failure or error
                 break
@@ -284,7 +284,7 @@ class Checkpointer:
         _remove(replaced)
 
     def _report(self, step: int, failure: Exception, size: int) -> None:
-        cause = re.search(r"([^:]+) \[os_error_code", str(failure))  # TensorStore's own message is a page of paths
+        cause = re.search(r"([^:]+) \[os_error_code", str(failure))  # TensorStore's message is a page of paths
         reason = cause[1].strip() if cause else " ".join(str(failure).split())[:300] or type(failure).__name__
         if _is_main():
             _remove(self._folder(step, ".saving"))
@@ -295,7 +295,7 @@ class Checkpointer:
             free = "unknown"
         message = (
             f"checkpoint of step {step} NOT saved: {reason}; {free} free in {self.directory}, "
-            f"{megabytes(size)} needed; last good checkpoint: {last_good}; the next save tries again, "
+            f"{megabytes(size)} needed; last good checkpoint: {last_good}; the next save tries again; "
             "try freeing space there, a smaller --checkpoint.keep, or permission to write"
         )
         error = CheckpointError(message)
@@ -304,7 +304,7 @@ class Checkpointer:
         self._error = error
 
     def _tidy(self, saved: int) -> None:
-        """Write best.json and remove what is no longer kept; a failure here does not make the save one."""
+        """Write best.json and remove what is no longer kept. A failure here does not fail the save."""
         self._stale.discard(saved)
         if not _is_main():
             return
@@ -316,13 +316,13 @@ class Checkpointer:
                 write_text(record.with_suffix(".tmp"), json.dumps(best))
                 record.with_suffix(".tmp").rename(record)
             for step in set(self.steps()) - kept:
-                # Renamed first: a kill in the middle of the removal must not leave half a numbered folder.
+                # Renamed first: a kill during the removal must not leave half of a numbered folder.
                 _remove(self._folder(step).rename(self._folder(step, ".retired")))
         except OSError as error:
             logger.error("checkpoint %d is saved, but tidying up after it failed: %s", saved, error)
 
     def _clean(self) -> None:
-        """Remove what killed runs left."""
+        """Remove what killed runs left behind."""
         for path in self.directory.glob("[0-9]*.*"):
             if path.suffix == ".replaced" and path.is_dir() and not path.with_suffix("").exists():
                 path.rename(path.with_suffix(""))
@@ -347,7 +347,7 @@ class Checkpointer:
     def _newest_good(
         self, step: int | None, check: Callable[[Mapping[str, str]], None]
     ) -> tuple[int, dict[str, str]] | None:
-        """Step and tree of the newest checkpoint whose files are all as they were written."""
+        """Return step and tree of the newest checkpoint whose files are all as they were written."""
         steps = self.steps()
         if step is not None and step not in steps:
             raise UserError(f"got step {step}, expected one of {steps} in {self.directory}, try one of those")
@@ -365,11 +365,11 @@ class Checkpointer:
                     logger.error("CHECKPOINT DAMAGED: %s. Using step %d instead", "; ".join(problems), candidate)
                 return candidate, tree
             if jax.process_count() == 1 and not self._folder(candidate).is_dir():
-                continue  # removed by the run under way
+                continue  # removed by the run in progress
             problems.append(f"step {candidate}: {problem or 'found damaged by another process'}")
         raise CheckpointError(
             f"got no readable checkpoint in {self.directory} ({'; '.join(problems)}), expected at least one, "
-            "try a copy of the folder, or another run directory to start afresh"
+            "try a copy of the folder, or another run directory to start anew"
         )
 
 
@@ -377,7 +377,7 @@ class Checkpointer:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or file; what cannot be removed makes way for the next one of its name."""
+    """Remove a folder or file; if that fails, rename it out of the way of the next one of its name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""A run's directory: one process at a time writes there, and each of its files is whole or the one before it."""
+"""A run's directory: one process at a time writes there, and each of its files is replaced atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxmodels.config import Config
 from jaxmodels.errors import UserError, printable
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
-from jaxmodels.train.manifest import whole
+from jaxmodels.train.manifest import atomic_write
 
 log = logging.getLogger("jaxmodels")
 
@@ -36,18 +36,20 @@ NEUTRAL = (
     "train.xla",
     "init.",
 )
-"""Fields that may differ when a run is resumed: they do not change what is computed."""
+"""Fields that may differ when a run is resumed, because they do not change what is computed."""
 
 
-def check(run: Path) -> None:
-    """Refuse a directory that cannot be written in, before any work; makes nothing.
+def check_writable(run: Path) -> None:
+    """Refuse a directory that cannot be written to, before any work; creates nothing.
 
     Raises:
-        UserError: it is no directory, or another process writes there.
+        UserError: it is not a directory, or another process writes there.
     """
     for path in (run, run / "checkpoints"):
         if os.path.lexists(path) and not path.is_dir():
-            raise UserError(f"got {path}, which is no directory, expected one or nothing there, try another --run-dir")
+            raise UserError(
+                f"got {path}, which is not a directory, expected one or nothing there, try another --run-dir"
+            )
     if (run / LOCK).is_file():
         with held(run):
             pass
@@ -55,10 +57,10 @@ def check(run: Path) -> None:
 
 @contextlib.contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Be the one process that writes in a directory, which is made if need be; who only reads need not ask.
+    """Hold the lock of a directory, created if need be, as its only writer. Readers need no lock.
 
-    The lock is the kernel's (NFS carries it to the server), so it ends with the process, however that ends. What the
-    file says is for the message alone.
+    The lock is the kernel's (NFS passes it on to the server), so it ends with the process, however that ends. The
+    file's contents are only for the message.
 
     Raises:
         UserError: another process writes there.
@@ -72,14 +74,16 @@ def held(run: Path) -> Iterator[None]:
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     raise UserError(
-                        f"got run directory {run}, in which {_holder(path)} writes, expected one writer at a time, "
-                        "try another --run-dir, or wait for its end"
+                        f"got run directory {run}, to which {_holder(path)} is writing, expected one writer, "
+                        "try another --run-dir, or wait until it ends"
                     ) from None
                 log.warning(
-                    "%s cannot be locked (%s): nothing keeps a second run out of it", run, os.strerror(error.errno or 0)
+                    "%s cannot be locked (%s): nothing prevents a second run from writing there",
+                    run,
+                    os.strerror(error.errno or 0),
                 )
             if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-                continue  # the run was moved aside before it was locked
+                continue  # the run was moved aside before we locked it
             with contextlib.suppress(OSError):  # a full disk
                 file.truncate(0)
                 since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -99,12 +103,13 @@ def _holder(path: Path) -> str:
 
 @contextlib.contextmanager
 def prepared(cfg: Config, run: Path, resume: Resume, origin: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the directory, with the config in it; refuse one that holds another experiment.
+    """Hold the directory with the config in it; refuse one that holds another experiment.
 
     Raises:
-        UserError: it does, and `resume` is not "must"; shows the difference. It is "must" and there is no checkpoint.
+        UserError: it holds another experiment and `resume` is not "must" (shown in the message), or `resume`
+            is "must" and there is no checkpoint.
     """
-    check(run)
+    check_writable(run)
     checkpoints = Checkpointer(run / "checkpoints")
     if resume == "must" and not checkpoints.steps():
         raise UserError(f"got --resume must for {run}, expected a checkpoint there, try --resume auto")
@@ -116,21 +121,21 @@ def prepared(cfg: Config, run: Path, resume: Resume, origin: Mapping[str, Any]) 
             stack.enter_context(held(run))
             print(printable(f"moved the run that was in {run} to {aside}"))
         elif resume == "auto" and checkpoints.steps():
-            refuse_another(cfg, run)
-        with whole(run / "config.json") as part:
+            check_same_config(cfg, run)
+        with atomic_write(run / "config.json") as part:
             configs.save(cfg, part, origin)
         yield
 
 
-def refuse_another(cfg: Config, run: Path) -> None:
-    """Raises UserError where the run that is there was made by a config that computes something else."""
+def check_same_config(cfg: Config, run: Path) -> None:
+    """Raise UserError if the run that is there has a config that computes something else."""
     before, _ = configs.read(run)
     differ = {name: values for name, values in configs.differences(before, cfg).items() if not name.startswith(NEUTRAL)}
     if differ:
         shown = "; ".join(f"{name} was {a!r}, now {b!r}" for name, (a, b) in differ.items())
         raise UserError(
             f"got run directory {run} of another config ({shown}), expected the same, try another "
-            "--run-dir, --resume must to go on with the change, or --resume never to start anew"
+            "--run-dir, --resume must to continue with the change, or --resume never to start anew"
         )
 
 
@@ -155,12 +160,12 @@ class _Lines(logging.Formatter):
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A full disk is said by what cannot do without it; here a traceback would come for every line."""
+        """Ignore errors: others report a full disk, and here each line would print a traceback."""
 
 
 @contextlib.contextmanager
 def logging_to(path: Path | None, display: Display) -> Iterator[None]:
-    """The project's log goes to a file and, above the live display, to the terminal."""
+    """Log to a file and, above the live display, to the terminal."""
     handlers: list[logging.Handler] = [_Terminal(display)]
     if path is not None:
         handlers.append(_File(path, encoding="utf-8", errors="backslashreplace"))
@@ -175,7 +180,7 @@ def logging_to(path: Path | None, display: Display) -> Iterator[None]:
     finally:
         for handler in handlers:
             log.removeHandler(handler)
-            with contextlib.suppress(OSError):  # what a full disk did not take
+            with contextlib.suppress(OSError):  # lines that did not fit on a full disk
                 handler.close()
         log.setLevel(level)
         log.propagate = propagate

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmodels.train.loggers import Logger
-from jaxmodels.train.metrics import main
+from jaxmodels.train.metrics import main_metrics
 
 
 class Display(Logger):
-    """Progress for a person: live on a terminal, else a line each time metrics are written."""
+    """Progress for a person: live on a terminal, otherwise a line each time metrics are written."""
 
     def __init__(self, kind: str, steps: int, unit: str):
         self.unit = unit
@@ -48,24 +48,24 @@ class Display(Logger):
 
     @property
     def shows(self) -> bool:
-        """Whether what is said is seen."""
+        """Whether `say` reaches anyone."""
         return self.plain or self.live is not None
 
     def say(self, text: str, failed: bool = False) -> None:
-        """A line of its own, above the live display; of what failed, where errors go."""
+        """Print a line above the live display; to stderr if something failed."""
         if self.live:
             self.live.console.print(text, highlight=False, markup=False)
         elif self.plain:
             print(text, file=sys.stderr if failed else sys.stdout, flush=True)
 
     def progress(self, step: int, loss: float, rate: float | None) -> None:
-        """Show on the live display that a step is done; `rate`: tokens or examples a second."""
+        """Show on the live display that a step is done; `rate` is in tokens or examples per second."""
         if self.live:
             speed = f"{rate:,.0f} {self.unit}/s" if rate else ""
             self.live.update(self.task, completed=step, shown=f"loss {loss:.4f}  {speed}{self.held}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of a step: as a plain line, or what was evaluated beside the live bar."""
+        """Show the values of a step: as a plain line, or the evaluation beside the live bar."""
         if held := values.get("eval/loss"):
             self.held = f"  eval {held:.4f}"
         if not self.plain:
@@ -76,7 +76,7 @@ class Display(Logger):
         parts = [f"step {step}/{self.steps}"]
         losses = [name for name in values if name.startswith("train/") and name.endswith("loss")]
         parts += [f"{name.removeprefix('train/').replace('/', ' ')} {values[name]:.4f}" for name in losses]
-        parts += [f"{name} {value:.4f}" for name, value in main(values).items() if name.startswith("eval/")]
+        parts += [f"{name} {value:.4f}" for name, value in main_metrics(values).items() if name.startswith("eval/")]
         if rate := values.get(f"perf/{self.unit}_per_second"):
             parts.append(f"{rate:,.0f} {self.unit}/s")
         if done and step < self.steps:

@@ -21,7 +21,7 @@ from jaxmodels.tasks.task import Batch, Sums, Task, Whole
 Evaluate = Callable[[Any, Any, Iterable[Batch]], dict[str, float] | None]
 
 
-def build(
+def build_evaluate(
     task: Task,
     mesh: Mesh,
     stop: Callable[[], bool] = lambda: False,
@@ -29,28 +29,28 @@ def build(
     classes: Sequence[str] = (),
     groups: Sequence[str] = (),
 ) -> Evaluate:
-    """`evaluate(params, stats, batches) -> metrics`; None if `stop` said so before the end.
+    """Build `evaluate(params, stats, batches) -> metrics`, which returns None if `stop` became true before the end.
 
-    The result depends on the examples alone, not on batch size or device count: rows of weight 0, which pad the last
-    batch, are ignored, and sums are divided once. Batches with a `group` (B,) give each metric for each of `groups`
-    too, and the largest difference between them (`gap/…`).
+    The result depends only on the examples, not on batch size or device count: rows of weight 0, which pad the last
+    batch, are ignored, and sums are divided once. If batches have a `group` (B,), each metric is also reported for each
+    of `groups`, with the largest difference between them (`gap/…`).
 
-    `evaluate` raises UserError where nothing of all batches counts: a mean over nothing is no number.
+    `evaluate` raises UserError if nothing in any batch counts, since a mean over nothing is not a number.
     """
     groups = unique(groups)
 
     @jax.jit
     def add(params: Any, stats: Any, batch: Batch) -> dict[str, Sums]:
         def of(group: jax.Array) -> Sums:
-            return task.metrics(params, stats, only(batch, batch["group"] == group))
+            return task.metrics(params, stats, mask_rows(batch, batch["group"] == group))
 
         found = {"": task.metrics(params, stats, batch)}
         if groups and "group" in batch:
-            # only weights differ from group to group, so the network runs once
+            # only weights differ between groups, so the network runs once
             found["group"] = jax.vmap(of)(jnp.arange(len(groups)))
         return found
 
-    # every process measures the set as a whole, so each has all of it
+    # every process measures the set as a whole, so each needs all of it
     @functools.partial(jax.jit, out_shardings=rules.sharding(mesh, ()))
     def keep(params: Any, stats: Any, batch: Batch) -> dict[str, jax.Array]:
         assert task.whole is not None
@@ -66,7 +66,7 @@ def build(
             if task.whole is not None:
                 kept.append({name: x[found["weight"] > 0] for name, x in found.items()})
                 return
-            # on the host, in double precision: a float32 count stops counting at 2^24
+            # on the host in double precision, because a float32 count stops at 2^24
             new = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             totals = jax.tree.map(np.add, totals, new) if totals else new
 
@@ -82,31 +82,31 @@ def build(
             if ahead is not None:
                 take(ahead)
         if task.whole is not None and kept:
-            totals = compared(task.whole, {name: np.concatenate([x[name] for x in kept]) for name in kept[0]}, groups)
+            totals = sum_pairs(task.whole, {name: np.concatenate([x[name] for x in kept]) for name in kept[0]}, groups)
         if not totals or not totals[""]["loss"][1] > 0:
             raise UserError(
                 f"got nothing to evaluate, expected {task.needs} in the data, try jaxmodels data inspect to see it"
             )
         found = task.summarize(totals[""], classes)
         if "group" in totals:
-            found |= compare(task, totals["group"], classes, groups)
+            found |= compare_groups(task, totals["group"], classes, groups)
         return {name: found[name] for name in _first(found)}
 
     return evaluate
 
 
 def _first(names: Iterable[str]) -> list[str]:
-    """The loss and the accuracy, then all others: jax sorts them."""
+    """Sort names: loss and accuracy first, then the order that jax sorted the others into."""
     return sorted(names, key=lambda name: ("loss", "accuracy", name).index(name))
 
 
-def only(batch: Batch, rows: jax.Array) -> Batch:
-    """The batch with weight 0 for all but these rows (B,)."""
+def mask_rows(batch: Batch, rows: jax.Array) -> Batch:
+    """Return the batch with weight 0 for all except these rows (B,)."""
     return {**batch, "weight": jnp.where(rows, batch.get("weight", 1.0), 0.0)}
 
 
-def compared(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
-    """The sums over all examples, and over each group's own, of metrics that compare examples."""
+def sum_pairs(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
+    """Sum metrics that compare examples with each other: over all examples, and over each group's own."""
     found: dict[str, Any] = {"": whole.sums(kept)}
     if groups and "group" in kept:
         each = [whole.sums({name: x[kept["group"] == g] for name, x in kept.items()}) for g in range(len(groups))]
@@ -114,8 +114,10 @@ def compared(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]
     return found
 
 
-def compare(task: Task, totals: Mapping[str, Any], classes: Sequence[str], groups: Sequence[str]) -> dict[str, float]:
-    """Each metric of each group that has examples, and the largest difference between two of them."""
+def compare_groups(
+    task: Task, totals: Mapping[str, Any], classes: Sequence[str], groups: Sequence[str]
+) -> dict[str, float]:
+    """Return each metric of each group that has examples, and the largest difference between two groups."""
     each = {}
     for index, name in enumerate(groups):
         own = {metric: (total[index], count[index]) for metric, (total, count) in totals.items()}
@@ -129,7 +131,7 @@ def compare(task: Task, totals: Mapping[str, Any], classes: Sequence[str], group
     return found
 
 
-def names(
+def metric_names(
     task: Task,
     mesh: Mesh,
     batch: Mapping[str, jax.ShapeDtypeStruct],
@@ -137,7 +139,7 @@ def names(
     classes: Sequence[str] = (),
     groups: Sequence[str] = (),
 ) -> list[str]:
-    """Names of the metrics that an evaluation may give, from the shapes of its batches alone."""
+    """Return the names of the metrics that an evaluation may report, from the shapes of its batches alone."""
     params = {network: model.shapes() for network, model in task.networks.items()}
     with jax.set_mesh(mesh):
         sums = jax.eval_shape(task.metrics, params, jax.eval_shape(task.stats), dict(batch))
@@ -153,10 +155,10 @@ _DIRECTIONS = {
     "min": ("loss", "perplexity", "bits_per_byte", "calibration_error"),
     "max": ("accuracy", "top5", "precision", "recall", "f1", "elbo", "image_to_text", "text_to_image"),
 }
-"""Of metrics that are better in one way alone, how their names begin."""
+"""How the names of metrics begin that are better in one direction only."""
 
 
-def check(
+def check_metric(
     cfg: Eval,
     task: Task,
     mesh: Mesh,
@@ -165,12 +167,12 @@ def check(
     classes: Sequence[str] = (),
     groups: Sequence[str] = (),
 ) -> None:
-    """Refuse an `eval.metric` that evaluations will not give, and a mode by which its worst would be the best.
+    """Refuse an `eval.metric` that evaluations do not report, and an `eval.mode` of the wrong direction.
 
-    `batch` gives the shapes of a batch; it is not asked for the loss, which every task has.
+    `batch` returns the shapes of a batch; it is not called for the loss, which every task has.
 
     Raises:
-        UserError: it is so.
+        UserError: the metric or the mode is wrong.
     """
     metric, mode = cfg.metric, cfg.mode
     right = [way for way, names in _DIRECTIONS.items() if metric.removeprefix("eval/").startswith(names)]
@@ -180,7 +182,7 @@ def check(
         )
     if metric == "eval/loss":
         return
-    found = names(task, mesh, batch(), classes=classes, groups=groups)
+    found = metric_names(task, mesh, batch(), classes=classes, groups=groups)
     whole = [f"eval/{name}" for name in found]
     if metric in whole:
         return

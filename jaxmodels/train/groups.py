@@ -1,4 +1,4 @@
-"""Which parameters are treated alike: by kind, by the matrix that they are, by layer, and those that are frozen."""
+"""Groups of parameters that optimizers treat differently: by kind, matrix dimensions, layer, and whether frozen."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from optax import contrib
 from jaxmodels.errors import UserError
 
 STACKED = ("layers", "expert", "gates")
-"""Logical axes along which parameters of their own lie."""
+"""Logical axes that stack separate parameters."""
 
 
 def kinds(axes: Any) -> Any:
-    """The kind of each parameter, as it says where it is made: matrix, embedding, bias or norm."""
+    """Return each parameter's declared kind: matrix, embedding, bias or norm."""
     return jax.tree.map(lambda each: each.kind, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def matrices(axes: Any, *kind_names: str) -> Any:
-    """Which dimensions of each parameter of these kinds are its matrix's inputs and which its outputs; None elsewhere.
+    """Return which dimensions are inputs and which outputs of each parameter of these kinds, and None for all others.
 
-    Stacked layers, experts and gates are a batch of matrices; heads and their width are one dimension of a matrix.
+    Stacked layers, experts and gates are a batch of matrices; heads and their width form one dimension of a matrix.
     """
 
     def dims(kind: str, names: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers | None:
@@ -39,13 +39,13 @@ def matrices(axes: Any, *kind_names: str) -> Any:
 
 
 def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -> Any:
-    """What each parameter's updates are multiplied by: arrays that broadcast to them; None where it is 1 for all.
+    """Return what each parameter's updates are multiplied by, broadcastable to them; None if that is 1 for all.
 
-    0 for what `optim.freeze` names. `optim.layer_decay` to the power of the layers above: none for what comes after the
-    stack of layers (head, norm, pooler, …), all of them for what comes before it (embeddings).
+    The factor is 0 for what `optim.freeze` names; otherwise it is `optim.layer_decay` to the power of the layers above:
+    none for what follows the stack of layers (head, norm, pooler, …), all of them for what precedes it (embeddings).
 
     Raises:
-        UserError: a layer decay for a model without a stack of layers.
+        UserError: the model has no stack of layers for a layer decay.
     """
     leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): axis for path, axis in leaves}
@@ -62,7 +62,7 @@ def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -
         )
 
     def above(name: str) -> int:
-        # of its own tower, or of the deepest one that it feeds
+        # layers of its own tower, or of the deepest tower that it feeds
         return max([depth for tower, depth in stacks.items() if name.startswith(tower)] or stacks.values())
 
     def factor(name: str, axis: Any, shape: tuple[int, ...]) -> Any:
@@ -84,10 +84,10 @@ def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -
 
 
 def check_freeze(patterns: Sequence[str], networks: Mapping[str, Any]) -> None:
-    """Refuse patterns that hold nothing, and those that leave nothing to train, of all networks' shapes together.
+    """Check the patterns of `optim.freeze` against the parameter shapes of all networks together.
 
     Raises:
-        UserError: there are such.
+        UserError: a pattern matches no parameter, or all patterns together leave nothing to train.
     """
     held: dict[str, np.ndarray] = {}
     for network, tree in networks.items():
@@ -98,18 +98,18 @@ def check_freeze(patterns: Sequence[str], networks: Mapping[str, Any]) -> None:
         if not any(each[index].any() for each in held.values()):
             tops = list(dict.fromkeys(name.split("/")[1] for name in held))
             raise UserError(
-                f"got optim.freeze {pattern!r}, which is no parameter, expected some of {', '.join(tops)}, "
+                f"got optim.freeze {pattern!r}, which matches no parameter, expected some of {', '.join(tops)}, "
                 f"try --optim.freeze '{tops[0]}/*'"
             )
     if all(each.any(0).all() for each in held.values()):
         raise UserError(
-            f"got optim.freeze {' '.join(map(repr, patterns))}, which is every parameter, expected some left to train, "
+            f"got optim.freeze {' '.join(map(repr, patterns))}, which match every parameter, expected some to train,  "
             "try without it"
         )
 
 
 def frozen(patterns: Sequence[str], name: str, layers: int) -> np.ndarray:
-    """Which layers of a stack (or the one parameter) patterns such as embed/* and layers[:6]/* hold, bool (layers,)."""
+    """Return which layers of a stack (or the one parameter) patterns such as layers[:6]/* match, bool (layers,)."""
     hold = np.zeros(layers, bool)
     for pattern in patterns:
         if cut := re.fullmatch(r"([^\[]*)\[(-?\d*):(-?\d*)\](.*)", pattern):

@@ -1,4 +1,4 @@
-"""A job: a config assembled on a mesh. It is what training runs, what a plan compiles and what a benchmark times."""
+"""A job is a config assembled on a mesh: what training runs, what a plan compiles and what a benchmark times."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from jaxmodels.tasks.task import Task
 from jaxmodels.train import evaluate, loop
 from jaxmodels.train import state as states
 from jaxmodels.train.state import Optimizers, State
-from jaxmodels.train.step import Step, build, lower
+from jaxmodels.train.step import Step, build_step, lower
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that a training step is made of; nothing in it has been compiled or computed yet."""
+    """Everything that a training step is made of. Nothing in it has been compiled or computed yet."""
 
     config: Config
     mesh: Mesh
     task: Task
     optimizers: Optimizers
     layout: State
-    """The state as `jax.ShapeDtypeStruct`s with shardings."""
+    """The training state, as `jax.ShapeDtypeStruct`s with shardings."""
     batch: dict[str, jax.ShapeDtypeStruct]
-    """A batch to train on, as shapes with shardings."""
+    """A training batch, as `jax.ShapeDtypeStruct`s with shardings."""
     sources: Mapping[data.Split, data.Source] = field(default_factory=dict)
-    """The examples of each split; empty in a job that was assembled from shapes alone."""
+    """The examples of each split. Empty in a job that was assembled from shapes alone."""
 
     def lower(self, platforms: tuple[str, ...] | None = None) -> Any:
-        """Lower the training step to what XLA compiles, for `platforms` where they are not those of this machine."""
+        """Lower the training step to what XLA compiles, for `platforms` if they are not those of this machine."""
         return lower(*self._parts, **self._options, platforms=platforms)
 
     def step(self) -> Step:
-        """Make the training step, which compiles in the background."""
-        return build(*self._parts, **self._options, strategy=self.config.train.strategy)
+        """Build the training step, which compiles in the background."""
+        return build_step(*self._parts, **self._options, strategy=self.config.train.strategy)
 
     @property
     def _parts(self) -> tuple[Any, ...]:
@@ -62,25 +62,27 @@ class Job:
         }
 
     def init(self, key: jax.Array) -> State:
-        """Make the state before the first step, at random."""
+        """Initialize the state before the first step at random."""
         return states.init(self.task, self.optimizers, key, self.config.train.ema is not None)
 
     def loader(self, split: data.Split) -> data.Loader:
-        """Make batches of a split, placed on the mesh."""
+        """Build the loader of a split's batches, placed on the mesh."""
         cfg, source = self.config, self.sources[split]
         size = cfg.data.batch_size if split == "train" else cfg.eval.batch_size or cfg.data.batch_size
         shardings = self.task.shardings(self.mesh, data.spec(source, size))
         return data.Loader(source, data.Order(len(source), size, cfg.train.seed), shardings, prefetch=cfg.data.prefetch)
 
     def check_metric(self) -> None:
-        """Refuse an `eval.metric` that evaluations will not give."""
+        """Refuse an `eval.metric` that evaluations do not report."""
         source, batch = self.sources["eval"], self.loader("eval").abstract
-        evaluate.check(self.config.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups)
+        evaluate.check_metric(
+            self.config.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups
+        )
 
     def evaluation(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
-        """Make what evaluates the task on the mesh, with the data's names for classes and groups."""
+        """Build the function that evaluates the task on the mesh, with the data's names of classes and groups."""
         source = self.sources["eval"]
-        return evaluate.build(self.task, self.mesh, stop, classes=source.class_names, groups=source.groups)
+        return evaluate.build_evaluate(self.task, self.mesh, stop, classes=source.class_names, groups=source.groups)
 
     def flops(self) -> FLOPs:
         """Count the model FLOPs of a step."""
@@ -92,15 +94,15 @@ class Job:
 
     @property
     def units(self) -> int:
-        """Tokens or examples of a step, whichever throughput counts."""
+        """Tokens or examples in a step, whichever its throughput is counted in."""
         return self.task.units(self.config.data.batch_size)
 
 
 def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool = True) -> Job:
-    """Assemble the job of a config on these devices (all, when not given).
+    """Assemble the job of a config on these devices, or on all of them by default.
 
-    A run opens its data; with `opened=False` the batch's shapes come from the task, so that a plan needs no data. All
-    else is the same.
+    A run opens its data. With `opened=False` the batch's shapes come from the task, so that a plan needs no data;
+    everything else is the same.
 
     Raises:
         UserError: mesh, batch, model, task and data do not fit together. Nothing has been compiled by then.
@@ -127,10 +129,10 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
 
 
 def check_options(cfg: Config) -> None:
-    """Refuse options that exclude each other, and those that would change nothing for want of another.
+    """Refuse options that exclude each other, and options that have no effect because another one is missing.
 
     Raises:
-        UserError: there are such.
+        UserError: the config has such options.
     """
     train, evaluation = cfg.train, cfg.eval
     if train.strategy == "pmap" and (cfg.optim.offload or train.xla):
@@ -157,7 +159,7 @@ def check_options(cfg: Config) -> None:
         ),
         "mesh.sequence": (
             cfg.mesh.sequence and cfg.mesh.tensor == 1,
-            "mesh.tensor 1, expected tokens to be cut over more, try --mesh.tensor 2",
+            "mesh.tensor 1, expected tokens to be split over more than one device, try --mesh.tensor 2",
         ),
     }
     for name, (useless, why) in idle.items():
@@ -174,7 +176,7 @@ def check_batch_size(
     field: str = "data.batch_size",
     updates: int = 1,
 ) -> None:
-    """Refuse a batch that does not divide, before anything is compiled; `updates` of a step share the batch."""
+    """Refuse a batch size that does not divide evenly; `updates` is how many updates of a step share the batch."""
     microbatches = rules.Stages.of(mesh_sizes).microbatches
     axes = (rules.RULES if microbatches else rules.table(mesh_sizes))["batch"]
     rows = rules.shards(mesh_sizes, axes)

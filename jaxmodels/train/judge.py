@@ -1,4 +1,4 @@
-"""What only whole texts and images of a saved run can be judged by."""
+"""Judge a saved run by the whole texts or images that it generates."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxmodels.train.saved import Evaluation, Run, load_run
 _AT_ONCE = 100
 
 
-def translated(saved: Evaluation, beams: int = 4) -> dict[str, float]:
-    """BLEU of a translator on its evaluation set."""
+def judge_translations(saved: Evaluation, beams: int = 4) -> dict[str, float]:
+    """Compute the BLEU score of a translation run on its evaluation set."""
     from jaxmodels.generate import bleu, translate_texts
 
     assert saved.tokenizer is not None
@@ -27,10 +27,11 @@ def translated(saved: Evaluation, beams: int = 4) -> dict[str, float]:
     return {"bleu": bleu(found, references)}
 
 
-def judged(run: Run, classifier: Path, count: int = 1000) -> dict[str, float]:
-    """What a classifier, the run of which is given, sees in images that a generative model makes.
+def judge_images(run: Run, classifier: Path, count: int = 1000) -> dict[str, float]:
+    """Judge a generative model's images by a trained classifier's predictions.
 
-    `score` as Salimans et al. 2016 have it, by this classifier; `classes`: how many it sees at all; `confidence`.
+    `score` is the inception score of Salimans et al. 2016, computed with this classifier; `classes` counts the classes
+    that it predicts at all; `confidence` is its mean highest probability.
     """
     samples = run.task.samples
     if samples is None:

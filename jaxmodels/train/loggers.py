@@ -1,4 +1,4 @@
-"""Where a run reports what it measures: a `Logger` each, beside metrics.jsonl and the terminal."""
+"""Where a run reports its metrics: each `Logger` is one place, besides metrics.jsonl and the terminal."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jaxmodels")
 
-_EVENTS_SECONDS = 30  # how old the events may be that a running TensorBoard reads
+_EVENTS_SECONDS = 30  # how far a running TensorBoard may lag behind
 
 
 class Logger:
-    """A place that a run's metrics are reported to. Override what you need; every method does nothing by itself.
+    """A place that a run's metrics are reported to. Override the methods you need; by default each does nothing.
 
-    One object is made for each run, without arguments and in the main process only. If a method raises, the failure
-    is logged once and the run goes on without this logger.
+    One object is created per run, without arguments and in the main process only. If a method raises, the failure
+    is logged once and the run continues without this logger.
     """
 
     def start(self, run: Path, config: Config, step: int) -> None:
@@ -39,16 +39,16 @@ class Logger:
         """
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the values of a step, by names such as train/loss. One step may come twice, with other names."""
+        """Take the values of a step, named as in train/loss. A step may come twice, with other names."""
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Take images that a generative model has made after `step` steps, as bytes (N, H, W, C)."""
+        """Take images that a generative model generated after `step` steps, as uint8 (N, H, W, C)."""
 
     def flush(self) -> None:
-        """Write out what was reported so far: a checkpoint is about to be saved."""
+        """Write out what has been reported so far: a checkpoint is about to be saved."""
 
     def close(self) -> None:
-        """Finish: the run has ended, normally or by an error."""
+        """Finish: the run has ended, normally or with an error."""
 
 
 LOGGERS = Registry(
@@ -57,10 +57,10 @@ LOGGERS = Registry(
 
 
 class Report:
-    """Everything that a run reports, passed on to its record (metrics.jsonl), the terminal and its loggers."""
+    """Passes everything that a run reports on to its record (metrics.jsonl), the terminal and its loggers."""
 
     def __init__(self, record: Record | None, display: Display, loggers: Mapping[str, Logger] | None = None) -> None:
-        """`record` is None in all processes but the main one."""
+        """`record` is None in all processes except the main one."""
         self.record, self.display, self.loggers = record, display, dict(loggers or {})
 
     def start(self, run: Path, config: Config, step: int) -> None:
@@ -68,11 +68,11 @@ class Report:
         self._each(lambda logger: logger.start(run, config, step))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Report the values of a step; steps never go back."""
+        """Report the values of a step; steps never decrease."""
         if self.record is not None:
             self.record.scalars(step, values)
         self.display.scalars(step, values)
-        # a copy each: none of them can change what the others get
+        # copied, so that no logger can change what the others get
         self._each(lambda logger: logger.scalars(step, dict(values)))
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
@@ -80,7 +80,7 @@ class Report:
         self._each(lambda logger: logger.images(step, name, images.copy()))
 
     def flush(self) -> None:
-        """Have every line on the disk, so that a checkpoint never lacks the line of its step."""
+        """Flush every line to the disk, so that a checkpoint never lacks the line of its step."""
         if self.record is not None:
             self.record.flush()
         self._each(lambda logger: logger.flush())
@@ -98,32 +98,32 @@ class Report:
 
 
 def guarded(name: str, call: Callable[[], Any]) -> bool:
-    """Run code of a logger; whether it worked. A failure is logged: no report is worth a run."""
+    """Run a logger's code and return whether it worked. A failure is only logged: no report is worth a run."""
     try:
         call()
     except (Exception, SystemExit) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        log.error("logger %s failed (%s); the run goes on without it, metrics.jsonl has everything", name, said)
+        log.error("logger %s failed (%s); the run continues without it, metrics.jsonl has everything", name, said)
         return False
     return True
 
 
 def find_loggers(names: Iterable[str]) -> dict[str, type[Logger]]:
-    """The classes of `metrics.loggers` by their names.
+    """Find the classes named in `metrics.loggers`.
 
     Raises:
-        UserError: there is no such logger, or it is not a `Logger`.
+        UserError: there is no such logger, or it is not a subclass of `Logger`.
     """
     found: dict[str, type[Logger]] = {}
     for name in names:
         if name in found:
-            raise UserError(f"got metrics.loggers {name} twice, expected each once, try --metrics.loggers {name}")
+            raise UserError(f"got metrics.loggers {name} twice, expected each name once, try --metrics.loggers {name}")
         found[name] = LOGGERS.find(name)
     return found
 
 
 def opened(classes: Mapping[str, Callable[[], Logger]]) -> dict[str, Logger]:
-    """Make the loggers of a run, without those that fail."""
+    """Create the loggers of a run, leaving out those that fail."""
     found: dict[str, Logger] = {}
     for name, make in classes.items():
         guarded(name, lambda name=name, make=make: found.update({name: make()}))
@@ -131,9 +131,9 @@ def opened(classes: Mapping[str, Callable[[], Logger]]) -> dict[str, Logger]:
 
 
 class TensorBoard(Logger):
-    """Events for TensorBoard, in the run's folder `tensorboard`.
+    """Writes events for TensorBoard to the run's folder `tensorboard`.
 
-    They are written synchronously: tensorboardX's own thread dies when the disk is full, and then hangs the run.
+    They are written synchronously, because tensorboardX's own thread dies when the disk is full and then hangs the run.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class TensorBoard(Logger):
             self.file.close()
 
     def _write(self, step: int, summaries: Callable[[Any], Iterable[Any]]) -> None:
-        # tensorboardX imports torch where it is installed: a second and 200 MB, for nothing that is used here
+        # tensorboardX imports torch where it is installed, which costs a second and 200 MB for nothing used here
         blocked = "torch" not in sys.modules
         if blocked:
             sys.modules["torch"] = None  # type: ignore[assignment]
@@ -173,7 +173,7 @@ class TensorBoard(Logger):
                 self.folder.mkdir(exist_ok=True)
                 self.file = EventsWriter(str(self.folder / "events"))
                 if self.first:
-                    # TensorBoard forgets what a killed run wrote beyond the checkpoint
+                    # TensorBoard discards what a killed run wrote beyond the checkpoint
                     again = SessionLog(status=SessionLog.START)
                     self.file.write_event(Event(wall_time=time.time(), step=self.first + 1, session_log=again))
             for each in summaries(summary):

@@ -28,16 +28,16 @@ from jaxmodels.train.step import Step, measured
 log = logging.getLogger("jaxmodels")
 
 EMPTY = 100
-"""Batches one after another with nothing to train on that end a run: by chance so many do not come."""
+"""Consecutive batches with nothing to train on after which a run ends: chance alone does not produce so many."""
 
 
 class NotFinite(RuntimeError):
-    """The loss stopped being a number."""
+    """The loss is not finite."""
 
 
 @dataclass
 class Progress:
-    """What the loop must remember over a restart, beside the state; saved in each checkpoint."""
+    """What the loop must remember across a restart besides the state; saved in each checkpoint."""
 
     best: float | None = None
     """Best value of `eval.metric` so far."""
@@ -50,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the loop begins: at the initial state, or at that of a checkpoint."""
+    """Where the loop begins: at the initial state or at a checkpoint's."""
 
     state: State
     step: int = 0
@@ -60,15 +60,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls out to."""
+    """The functions and objects that the loop calls."""
 
     step: Step
     batches: Callable[[int, int], Generator[Batch, None, None]]
-    """Batches of steps start to stop."""
+    """Batches of the steps from start to stop."""
     evaluate: Callable[[State], dict[str, float] | None]
-    """Metrics of the held-out set; None: told to stop meanwhile."""
+    """Metrics of the held-out set; None if told to stop meanwhile."""
     save: Callable[[int, State, Progress, bool], None]
-    """Save after so many steps; True: the best so far."""
+    """Save the state after this many steps; True if it is the best so far."""
     stop: Callable[[int], bool]
     """Whether to save and end after this many steps."""
     examples: Callable[[int], np.ndarray]
@@ -80,11 +80,11 @@ class Hooks:
     report: Report
     clock: Clock
     traces: Path
-    """Where a profile goes."""
+    """Directory for profiles."""
     phases: Phases = field(default_factory=Phases)
-    """Told what the loop does, so that it knows where the time goes."""
+    """Records what the loop is doing, to account for wall time."""
     needs: str = "an example"
-    """What a batch must have for anything of it to count."""
+    """What a batch must contain for anything in it to count."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ class Result:
     step: int
     ended: Literal["done", "preempted", "early"]
     metrics: dict[str, float]
-    """The last evaluation."""
+    """The metrics of the last evaluation."""
     progress: Progress
 
 
 def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
-    """Train from `start` to the last step that the config asks for, or until told to stop.
+    """Train from `start` to the config's last step, or until told to stop.
 
     Raises:
-        NotFinite: a step's loss is not a number; names the step, its examples and the last good checkpoint.
-        UserError: batch after batch had nothing to train on.
+        NotFinite: a step's loss is not finite. The message names the step, its examples and the last good checkpoint.
+        UserError: too many consecutive batches had nothing to train on.
     """
     steps, evaluated = cfg.train.steps, {}
     state, progress, report, clock = start.state, start.progress, hooks.report, hooks.clock
@@ -115,7 +115,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
     pending: tuple[int, Any, float] | None = None
 
     def read() -> None:
-        """Wait for the pending step and take its metrics."""
+        """Wait for the pending step and read its metrics."""
         nonlocal pending, empty, trained
         if pending is None:
             return
@@ -125,7 +125,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
         empty, trained = empty + 1 if nothing else 0, trained or not nothing
         if empty >= EMPTY or (nothing and done == steps and not trained):
             raise UserError(
-                f"got nothing to train on in {empty} batches one after another, expected {hooks.needs} in each, "
+                f"got nothing to train on in {empty} consecutive batches, expected {hooks.needs} in each, "
                 "try jaxmodels data inspect to see them"
             )
         if empty == 1:
@@ -175,7 +175,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
                     break
                 evaluated, unsaved = {f"eval/{name}": value for name, value in found.items()}, True
                 report.scalars(now, evaluated)
-                better = judge(cfg, progress, now, evaluated)
+                better = record_evaluation(cfg, progress, now, evaluated)
                 if better and cfg.checkpoint.best and now < steps:
                     save(best=True)
             if exhausted(cfg, progress):
@@ -199,7 +199,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
             now, unsaved = now + 1, True
             read()
             pending = (now, metrics, waited)
-            if now == last and tracing:  # not so in a run resumed between the two
+            if now == last and tracing:  # false in a run that resumed between the two
                 read()
                 jax.profiler.stop_trace()
                 tracing = False
@@ -220,14 +220,14 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
 
 
 def exhausted(cfg: Config, progress: Progress) -> bool:
-    """Whether patience has run out."""
+    """Whether `eval.early_stop` evaluations have passed without a better one."""
     return cfg.eval.early_stop is not None and progress.waited >= cfg.eval.early_stop
 
 
-def judge(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -> bool:
-    """Note an evaluation; whether it is the best so far, which what is no number never is."""
+def record_evaluation(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -> bool:
+    """Record an evaluation and return whether it is the best so far; one that is not finite never is."""
     progress.evaluated = now
-    # a metric that had nothing to be a mean over is none, and where the loss is no number no other means anything
+    # a metric without anything to average is absent, and where the loss is not finite no other metric means anything
     value, best = values.get(cfg.eval.metric, math.nan), progress.best
     known = math.isfinite(value) and math.isfinite(values.get("eval/loss", value))
     better = known and (best is None or (value < best if cfg.eval.mode == "min" else value > best))
@@ -239,10 +239,10 @@ def judge(cfg: Config, progress: Progress, now: int, values: dict[str, float]) -
 
 
 def profile_steps(text: str, steps: int) -> tuple[int, int]:
-    """FIRST:LAST as numbers; (-1, -1) for none.
+    """Parse FIRST:LAST; (-1, -1) if empty.
 
     Raises:
-        UserError: not of that form, or beyond the run.
+        UserError: the text is not of that form, or reaches beyond the run.
     """
     if not text:
         return -1, -1

@@ -17,11 +17,11 @@ PyTree = Any
 
 
 class Damaged(Exception):
-    """What is wrong with one checkpoint."""
+    """A checkpoint is damaged; the message says how."""
 
 
 def seal(folder: Path) -> None:
-    """Hash and flush this process's share of the files, and leave the hashes as a part of the manifest."""
+    """Hash and flush this process's share of the files, and write the hashes as its part of the manifest."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".part")
     share = names[jax.process_index() :: jax.process_count()]
     for name in share:
@@ -41,14 +41,14 @@ def _digests(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def verify(folder: Path, check: Callable[[Mapping[str, str]], None]) -> dict[str, str]:
-    """The tree of a checkpoint all of whose files are as they were written (this process looks at its share)."""
+    """Check that a checkpoint's files are as they were written (this process's share of them), and return its tree."""
     manifest = read_manifest(folder)
     check(manifest["tree"])
     files = manifest["files"]
     for path in (folder / "state").rglob("*"):
-        # dot files are what file systems and file managers leave
+        # dot files are left by file systems and file managers
         if path.is_file() and not path.name.startswith(".") and str(path.relative_to(folder)) not in files:
-            raise Damaged(f"file {path} is not one of those that were written")
+            raise Damaged(f"file {path} is not one that was written")
     share = sorted(files)[jax.process_index() :: jax.process_count()]
     for name in share:
         if not (folder / name).is_file():
@@ -62,16 +62,16 @@ def verify(folder: Path, check: Callable[[Mapping[str, str]], None]) -> dict[str
 
 
 def render(manifest: Mapping[str, Any]) -> str:
-    """The manifest with a hash of itself."""
+    """Serialize the manifest with a hash of itself."""
     body = json.dumps(manifest, indent=1)
     return json.dumps({**manifest, "sha256": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, with all that reading needs.
+    """Read the manifest of a checkpoint, checking that it has everything that reading needs.
 
     Raises:
-        Damaged: it has changed since it was written, or is none that this program wrote.
+        Damaged: it has changed since it was written, or this program did not write it.
     """
     path = folder / "manifest.json"
     manifest, text = _read_object(path)
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What the caller of `save` gave.
+    """Read what the caller of `save` passed.
 
     Raises:
         Damaged: it cannot be read.
@@ -120,8 +120,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` at one blow; where that fails, `path` stays as it was."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces `path` atomically; on an error `path` stays as it was."""
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -134,7 +134,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have a file or the entries of a folder on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The metrics of a run: one line for each step in metrics.jsonl, and the time that steps take."""
+"""The metrics of a run: one line per step in metrics.jsonl, and how long steps take."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 import jax
 
 from jaxmodels.train.loggers import Logger
-from jaxmodels.train.manifest import whole
+from jaxmodels.train.manifest import atomic_write
 
 log = logging.getLogger("jaxmodels")
 
 
 class Record(Logger):
-    """metrics.jsonl of a run, which a resumed run continues; a step is one line, written when the next one begins."""
+    """A run's metrics.jsonl, which a resumed run continues. A step is one line, written when the next one begins."""
 
     def __init__(self, run: Path, start: int, expected: int | None = None):
-        """`expected`: how many lines there were when the state of step `start` was saved, where that is known."""
+        """`expected`: how many lines there were when the state of step `start` was saved, if that is known."""
         self.path = run / "metrics.jsonl"
         self.row: dict[str, Any] = {}
         before = rewind(self.path, start, expected)
@@ -43,7 +43,7 @@ class Record(Logger):
         if not self.row:
             return
         if self.row["step"] == self.written.get("step"):
-            # a run told to stop saved this step's line before its evaluation, which has only been made now
+            # a run told to stop saved this step's line before the step was evaluated, which is only done now
             self.row = {**self.written, **self.row}
             try:
                 store(self.path, [*read(self.path.parent)[:-1], self.row])
@@ -58,7 +58,7 @@ class Record(Logger):
         self.row = {}
 
     def append(self, text: str) -> None:
-        """Add to the file; a full disk is said, and what did not fit goes first the next time."""
+        """Append to the file. A full disk is logged, and what did not fit goes first the next time."""
         full = bool(self.unwritten)
         self.unwritten += text.encode()
         try:
@@ -79,9 +79,9 @@ class Record(Logger):
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl by step; what is none, such as a line that was damaged, is left out and said.
+    """Read a run's metrics.jsonl, by step. Lines that are not metrics, such as damaged ones, are skipped and logged.
 
-    A last line that a kill, or the run under way, has left without its end is not worth a word.
+    An unfinished last line, left by a kill or by the run in progress, is skipped without one.
     """
     path = run / "metrics.jsonl"
     if not path.exists():
@@ -101,7 +101,7 @@ def read(run: Path) -> list[dict[str, float]]:
         rows[row["step"]] = rows.get(row["step"], {}) | row
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
-        log.warning("%s has no metrics of a step in line %s; left out", path, shown)
+        log.warning("%s has no metrics of a step in line %s; skipped", path, shown)
     return [rows[step] for step in sorted(rows)]
 
 
@@ -114,9 +114,9 @@ def _whole_number(value: Any) -> bool:
 
 
 def rewind(path: Path, step: int, expected: int | None) -> list[dict[str, float]]:
-    """Drop lines beyond `step`, which a resumed run will write again, and what is no line; returns those that stay.
+    """Drop lines beyond `step`, which a resumed run writes again, and damaged lines; return the others.
 
-    `expected`: how many there were when the state of that step was saved; where some are missing it is said.
+    `expected`: how many lines there were when that step's state was saved; a warning says if some are missing.
     """
     rows = [row for row in read(path.parent) if row["step"] <= step] if step else []
     check_lines(path.parent, rows, step, expected)
@@ -126,11 +126,11 @@ def rewind(path: Path, step: int, expected: int | None) -> list[dict[str, float]
 
 
 def check_lines(run: Path, rows: Sequence[Mapping[str, float]], step: int, expected: int | None) -> None:
-    """Warn where a run has fewer lines up to a step than there were when that step's state was saved."""
+    """Warn if a run has fewer lines up to a step than there were when that step's state was saved."""
     found = sum(row["step"] <= step for row in rows)
     if expected is not None and found < expected:
         log.warning(
-            "%s lacks %d of the %d lines up to step %d; its curves have a hole",
+            "%s lacks %d of the %d lines up to step %d; its curves have a gap",
             run / "metrics.jsonl",
             expected - found,
             expected,
@@ -139,18 +139,18 @@ def check_lines(run: Path, rows: Sequence[Mapping[str, float]], step: int, expec
 
 
 def store(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the file by these lines, at one blow, unless it is the same."""
+    """Replace the file by these lines atomically, unless it has them already."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if text != path.read_bytes():
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(text)
 
 
 class Clock:
-    """Time a step takes on the device, between readings of finished steps; `pause` leaves out other work."""
+    """Measures the time a step takes on the device, between readings of finished steps; `pause` excludes other work."""
 
     def __init__(self, amount: int, unit: str, flops: float | None, peak: float | None):
-        """`amount`: tokens or examples a step (`unit`); `flops`: model FLOPs a step; `peak`: FLOP/s of all devices."""
+        """`amount`: tokens or examples (`unit`) per step; `flops`: model FLOPs per step; `peak`: total FLOP/s."""
         self.amount, self.unit, self.flops, self.peak = amount, unit, flops, peak
         self.seconds = self.waited = 0.0
         self.steps = 0
@@ -158,7 +158,7 @@ class Clock:
         self.rate: float | None = None
 
     def tick(self, waited: float) -> None:
-        """A step has finished on the device; the loop waited so many seconds for its data."""
+        """Record that a step has finished on the device; the loop waited this many seconds for its data."""
         now = time.perf_counter()
         if self.last is not None:
             self.seconds += now - self.last
@@ -169,11 +169,11 @@ class Clock:
         self.last = now
 
     def pause(self) -> None:
-        """The next step's time does not count: something else runs before it."""
+        """Exclude the next step's time, because something else runs before it."""
         self.last = None
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, empty before a whole step was seen."""
+        """Return means since the last reading; empty before the first whole step."""
         if not self.steps:
             return {}
         seconds = self.seconds / self.steps
@@ -191,7 +191,7 @@ class Clock:
 
 
 def memory() -> float:
-    """Peak memory in GiB: of the first local device where it says, else of this process."""
+    """Peak memory in GiB: of the first local device if it reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
@@ -200,6 +200,6 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
-def main(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that one line has room for: the first four of the whole set, none of single classes or groups."""
+def main_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that fit on one line: the first four of the whole set, none of single classes or groups."""
     return dict([(name, value) for name, value in values.items() if name.count("/") == 1][:4])

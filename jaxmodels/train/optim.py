@@ -1,4 +1,4 @@
-"""The optimizer of an experiment, from Optax's parts."""
+"""Optimizers, built from Optax's transformations."""
 
 from __future__ import annotations
 
@@ -41,35 +41,35 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
     peak_lr: Weight = 1e-3
     """Learning rate after the warm-up."""
     warmup_steps: Natural = 0
-    """Steps of linear warm-up from 0: the first has 1 / warmup_steps of the peak, the last of them the peak."""
+    """Steps of linear warm-up from 0. The first has 1 / warmup_steps of the peak, the last one the whole peak."""
     schedule: ScheduleConfig = Cosine()
-    """How the learning rate comes down after the warm-up."""
+    """How the learning rate decays after the warm-up."""
     clip_norm: Positive | None = 1.0
-    """Largest global norm of the gradient; None: no clipping."""
+    """Largest global norm of the gradient, above which it is scaled down. None: no clipping."""
     freeze: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
+    """Patterns of parameters that are not trained: embed/*, layers/*, layers[:6]/* (the first six of a stack)."""
     layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
-    """Factor of the learning rate from each layer to the one below it (ELECTRA; Clark et al. 2020)."""
+    """Factor between the learning rate of each layer and that of the layer below it (ELECTRA; Clark et al. 2020)."""
     offload: bool = False
-    """Keep the optimizer's state in the hosts' memory; it comes to the devices for the update alone."""
+    """Keep the optimizer's state in host memory, and copy it to the devices only for the update."""
 
     @abstractmethod
     def rule(self, axes: Any) -> optax.GradientTransformation:
-        """The update rule, without learning rate, clipping and decay, for params with these logical axes.
+        """Build the update rule, without learning rate, clipping and decay, for params with these logical axes.
 
-        Its updates point along the gradient: the learning rate turns them round.
+        The rule's updates point along the gradient; the learning rate reverses their sign.
         """
 
     def decay(self, axes: Any) -> optax.GradientTransformation:
-        """What is added to the rule's updates to make the parameters smaller."""
+        """Build what is added to the rule's updates so that the parameters decay."""
         return optax.identity()
 
     def rate(self, steps: int) -> optax.Schedule:
-        """The learning rate of each step of a run, counted from 0.
+        """Return the schedule of the learning rate over a run's steps, counted from 0.
 
-        Step k of W steps of warm-up has (k + 1) / W of the peak: the line begins at 0 one step before the run, so that
-        no step is without effect. The first step after the warm-up has the peak, the last one of the run the
-        schedule's final share of it; the only step of a run of one has the peak.
+        Step k of W warm-up steps has (k + 1) / W of the peak: the line starts from 0 one step before the run, so that
+        no step has a learning rate of 0. The first step after the warm-up has the peak, and the run's last step has the
+        schedule's final share of it. A run of a single step has the peak.
         """
         warmup = self.warmup_steps
 
@@ -81,10 +81,10 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
         return of
 
     def build(self, steps: int, axes: Any, shapes: Any = None, updates: int = 1) -> optax.GradientTransformation:
-        """Clip, update rule, weight decay, learning rate; for params with these logical axes.
+        """Chain clipping, update rule, weight decay and learning rate, for params with these logical axes.
 
-        `shapes` are the params' as `jax.ShapeDtypeStruct`s, of use where layers are frozen or learn at rates of their
-        own. `updates`: those of a step, which all have the step's learning rate.
+        `shapes` are the params as `jax.ShapeDtypeStruct`s, needed where layers are frozen or have learning rates of
+        their own. `updates` is the number of updates in a step; all of them have the step's learning rate.
         """
         rate: Any = self.rate(steps)
         parts = [
@@ -96,7 +96,7 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
         scales = None if shapes is None else groups.factors(self.freeze, self.layer_decay, shapes, axes)
         if scales is None:
             return optax.chain(*parts)
-        # what is frozen adds nothing to the norm that is clipped, and its gradient is never computed
+            # frozen parameters add nothing to the norm that is clipped, and their gradients are never computed
         return optax.chain(scaled(jax.tree.map(np.sign, scales)), *parts, scaled(scales))
 
 
@@ -107,7 +107,7 @@ class DecayedConfig(OptimConfig):
     weight_decay: Weight = 0.1
     """Decoupled weight decay."""
     decay_on: tuple[Literal["matrix", "embedding", "bias", "norm"], ...] = ("matrix", "embedding")
-    """Kinds of parameter that are decayed."""
+    """Kinds of parameters that decay."""
 
     def decay(self, axes: Any) -> optax.GradientTransformation:
         mask = jax.tree.map(lambda kind: kind in self.decay_on, groups.kinds(axes))
@@ -119,9 +119,9 @@ class Adam(OptimConfig):
     """Adam without weight decay (Kingma & Ba 2015)."""
 
     b1: Dropped = 0.9
-    """First-moment decay."""
+    """Decay rate of the first moment."""
     b2: Dropped = 0.95
-    """Second-moment decay."""
+    """Decay rate of the second moment."""
     eps: Positive = 1e-8
     """Added to the denominator."""
 
@@ -136,7 +136,7 @@ class AdamW(DecayedConfig, Adam):
 
 @dataclass(frozen=True)
 class SGD(DecayedConfig):
-    """The gradient itself."""
+    """Plain stochastic gradient descent."""
 
     def rule(self, axes: Any) -> optax.GradientTransformation:
         return optax.identity()
@@ -144,10 +144,10 @@ class SGD(DecayedConfig):
 
 @dataclass(frozen=True)
 class Momentum(DecayedConfig):
-    """A decaying sum of gradients (Polyak 1964)."""
+    """SGD with momentum: a decaying sum of gradients (Polyak 1964)."""
 
     b1: Dropped = 0.9
-    """Decay of the sum."""
+    """Decay rate of the momentum."""
 
     def rule(self, axes: Any) -> optax.GradientTransformation:
         return optax.trace(self.b1)
@@ -155,10 +155,10 @@ class Momentum(DecayedConfig):
 
 @dataclass(frozen=True)
 class RMSprop(DecayedConfig):
-    """Gradients divided by the root of their mean square (Hinton 2012)."""
+    """Gradients divided by the root of their running mean square (Hinton 2012)."""
 
     b2: Dropped = 0.95
-    """Decay of the mean square."""
+    """Decay rate of the mean square."""
     eps: Positive = 1e-8
     """Added to the denominator."""
 
@@ -168,7 +168,7 @@ class RMSprop(DecayedConfig):
 
 @dataclass(frozen=True)
 class Adafactor(DecayedConfig):
-    """Second moments kept by row and column, without momentum (Shazeer & Stern 2018)."""
+    """Second moments factored into rows and columns, without momentum (Shazeer & Stern 2018)."""
 
     def rule(self, axes: Any) -> optax.GradientTransformation:
         return scale_by_adafactor(axes)
@@ -176,12 +176,12 @@ class Adafactor(DecayedConfig):
 
 @dataclass(frozen=True)
 class Lion(DecayedConfig):
-    """The sign of a blend of gradient and momentum (Chen et al. 2023)."""
+    """The sign of a mixture of gradient and momentum (Chen et al. 2023)."""
 
     b1: Dropped = 0.9
-    """Share of the momentum in the blend."""
+    """Weight of the momentum in the mixture."""
     b2: Dropped = 0.95
-    """Decay of the momentum."""
+    """Decay rate of the momentum."""
 
     def rule(self, axes: Any) -> optax.GradientTransformation:
         return optax.scale_by_lion(self.b1, self.b2)
@@ -189,15 +189,15 @@ class Lion(DecayedConfig):
 
 @dataclass(frozen=True)
 class Muon(DecayedConfig):
-    """Momentum made orthogonal for matrices, Adam for all else.
+    """Orthogonalized momentum for matrices, Adam for all other parameters.
 
-    Source: Jordan et al. 2024; updates are scaled to Adam's size (Liu et al. 2025).
+    Source: Jordan et al. 2024, with updates scaled to the size of Adam's (Liu et al. 2025).
     """
 
     b1: Dropped = 0.9
-    """Decay of the momentum, and Adam's first-moment decay."""
+    """Decay rate of the momentum, and of Adam's first moment."""
     b2: Dropped = 0.95
-    """Adam's second-moment decay."""
+    """Decay rate of Adam's second moment."""
     eps: Positive = 1e-8
     """Added to the denominator."""
 
@@ -215,7 +215,7 @@ class Muon(DecayedConfig):
 
 
 def scaled(factors: Any) -> optax.GradientTransformation:
-    """Updates times factors."""
+    """Multiply updates by constant factors."""
 
     def scale(update: jax.Array, factor: Any) -> jax.Array:
         return update * factor.astype(update.dtype) if factor.any() else jnp.zeros_like(update)

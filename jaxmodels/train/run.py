@@ -1,4 +1,4 @@
-"""One run, from a config to its final state and a run directory."""
+"""One run: from a config to its final state and a run directory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jaxmodels.train import beginning, directory, loggers, loop, saved
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
 from jaxmodels.train.job import Job, assemble
-from jaxmodels.train.manifest import whole
+from jaxmodels.train.manifest import atomic_write
 from jaxmodels.train.metrics import Clock, Record
 from jaxmodels.train.phases import Phases
 from jaxmodels.train.state import State
@@ -38,7 +38,7 @@ from jaxmodels.train.step import Step
 log = logging.getLogger("jaxmodels")
 
 Watch = Callable[[int, dict[str, float]], bool]
-"""`watch(step, metrics)` is shown each evaluation, with names such as eval/loss; True ends the run."""
+"""`watch(step, metrics)` is called with the metrics of each evaluation, such as eval/loss; True ends the run."""
 
 
 def train(
@@ -49,15 +49,15 @@ def train(
     watch: Watch | None = None,
     phases: Phases | None = None,
 ) -> tuple[Job, loop.Result]:
-    """Train as configured, leaving config, metrics, checkpoints and log in `run`; resume what is there.
+    """Train as configured, leaving config, metrics, checkpoints and log in `run`; resume the run that is there.
 
-    A `watch` that ends the run ends it as if it had been told to stop: its state is saved. `phases` is a clock that
-    began earlier and is watched by its owner.
+    A run that `watch` ends is ended as if it had been told to stop: its state is saved. `phases` is a clock that
+    started earlier and that its owner watches.
 
     Raises:
-        UserError: the config does not fit the hardware, the data, or the run that is in the directory; another process
+        UserError: the config does not fit the hardware, the data, or the run in the directory; or another process
             writes there.
-        NotFinite: a loss stopped being a number.
+        NotFinite: a loss was not finite.
         CheckpointError: the last checkpoint could not be written.
     """
     if phases is None:
@@ -65,7 +65,7 @@ def train(
             return train(cfg, run, resume, origin, watch, own)
     main = distributed.is_main()
     if main:
-        directory.check(run)
+        directory.check_writable(run)
     chosen = loggers.find_loggers(cfg.metrics.loggers)
     job = assemble(cfg)
     job.check_metric()
@@ -79,20 +79,20 @@ def train(
         distributed.barrier("run directory")
         display = stack.enter_context(Display(cfg.metrics.progress if main else "none", cfg.train.steps, job.task.unit))
         stack.enter_context(directory.logging_to(run / "log.txt" if main else None, display))
-        # a second SIGTERM must not end what the first one made us save
+        # a second SIGTERM must not interrupt the save that the first one asked for
         preemption = stack.enter_context(distributed.Preemption())
-        # also after an error: what is being saved is saved
+        # after an error too: a save under way is finished
         stack.callback(lambda: waited(checkpointer, phases))
         describe(job, run)
-        step = job.step()  # compiles in the background, while the state is made or read
-        start, lines = begun(job, run, resume, checkpointer, phases)
+        step = job.step()  # compiles in the background while the state is made or read
+        start, lines = begin(job, run, resume, checkpointer, phases)
         report = loggers.Report(None, display)
         if main:
-            saved.keep(run, job.sources["train"], job.sources["eval"])
+            saved.keep_facts(run, job.sources["train"], job.sources["eval"])
             if cfg.init.source is not None and not start.step:
                 beside.carry(Path(cfg.init.source), run, cfg.init.fresh)
             report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen))
-        stack.callback(report.close)  # also after an error: its last line explains it
+        stack.callback(report.close)  # after an error too: its last line explains the error
         report.start(run, cfg, start.step)
         result = loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, phases, watch))
     phases.ended = result.ended
@@ -139,7 +139,7 @@ def hooks(
     phases: Phases,
     watch: Watch | None,
 ) -> loop.Hooks:
-    """Join the loop to the job's data and evaluation, and to the run's checkpoints."""
+    """Connect the loop to the job's data and evaluation, and to the run's checkpoints."""
     cfg, task, enough = job.config, job.task, []
     train, held_out = job.loader("train"), job.loader("eval")
     measure = job.evaluation(stop=lambda: preemption.requested(-1))
@@ -170,7 +170,7 @@ def hooks(
         phases.saved = newest(checkpointer, now)
 
     def last_good(step: int) -> int | None:
-        with contextlib.suppress(CheckpointError):  # said already, by the log
+        with contextlib.suppress(CheckpointError):  # already in the log
             checkpointer.wait()
         return newest(checkpointer, step - 1)
 
@@ -191,13 +191,13 @@ def hooks(
     )
 
 
-def begun(
+def begin(
     job: Job, run: Path, resume: directory.Resume, checkpointer: Checkpointer, phases: Phases
 ) -> tuple[loop.Start, int | None]:
-    """Where the run begins, at its newest checkpoint if there is one, and the lines of metrics.jsonl up to there.
+    """Return where the run begins (at its newest checkpoint, if it has one) and how many metrics lines precede that.
 
     Raises:
-        UserError: the checkpoint is not one of this training.
+        UserError: the checkpoint does not belong to this training.
     """
     cfg = job.config
     with phases.during("restore"):
@@ -219,7 +219,7 @@ def begun(
     if meta.get("data") != fingerprint and resume != "must":
         raise UserError(
             f"got data with fingerprint {fingerprint}, expected that of the run in {run}, {meta.get('data')}, "
-            "try --resume must to go on with other data"
+            "try --resume must to continue with other data"
         )
     if start > cfg.train.steps:
         raise UserError(
@@ -229,31 +229,31 @@ def begun(
     log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
     if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
         log.info(
-            "nothing is left to do: this run ended there; another --run-dir starts another, "
+            "nothing is left to do: this run has reached its last step; another --run-dir starts another run, "
             "--resume never starts this one anew"
         )
     return loop.Start(state, start, progress), meta.get("lines")
 
 
 def keep_samples(run: Path, now: int, images: np.ndarray) -> None:
-    """Keep what a generative model makes after so many steps, as `samples/<step>.npy` of bytes (N, H, W, C)."""
+    """Save what a generative model generates at a step, as `samples/<step>.npy` of uint8 (N, H, W, C)."""
     path = run / "samples" / f"{now:08d}.npy"
     try:
         path.parent.mkdir(exist_ok=True)
-        with whole(path) as part, part.open("wb") as file:
+        with atomic_write(path) as part, part.open("wb") as file:
             np.save(file, images)
     except OSError as error:  # the run is worth more than its pictures
         log.error("samples NOT written to %s: %s", path, error.strerror)
 
 
 def speed(job: Job) -> tuple[float | None, float | None]:
-    """Model FLOPs a step and peak FLOP/s of all devices; None where the hardware is not known."""
+    """Return the model FLOPs of a step and the peak FLOP/s of all devices, each None if it is unknown."""
     peak = hardware.peak(jax.devices()[0], getattr(job.config.model, "dtype", "float32"))
     return (None, None) if peak is None else (job.flops().model, peak * jax.device_count())
 
 
 def describe(job: Job, run: Path) -> None:
-    """Say what is about to run."""
+    """Log what is about to run."""
     sizes = " ".join(f"{axis}={size}" for axis, size in job.mesh.shape.items() if size > 1)
     log.info(
         "%s, %s parameters, on %d %s device(s) %s",
@@ -270,7 +270,7 @@ def describe(job: Job, run: Path) -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of the packages that compute."""
     found = {"python": platform.python_version(), "jaxmodels": jaxmodels.__version__}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -279,7 +279,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the working directory, with + if it has changes; None outside git."""
+    """Return the commit of the working directory, with + if it has changes; None outside git."""
     try:
         here = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
@@ -306,7 +306,7 @@ def launched() -> dict[str, Any]:
 
 
 def compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a place (JAX_COMPILATION_CACHE_DIR) already."""
+    """Keep compiled programs between runs, unless the user has chosen a cache already (JAX_COMPILATION_CACHE_DIR)."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "jaxmodels" / "xla"))

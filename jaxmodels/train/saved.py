@@ -1,4 +1,4 @@
-"""Runs on the disk, opened again: without their data, or with what they are to be evaluated on."""
+"""Runs on the disk, opened again: without their data, or with data to evaluate them on."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ from jaxmodels.parallel import mesh
 from jaxmodels.tasks.task import Task, normalized
 from jaxmodels.train import evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
-from jaxmodels.train.manifest import whole
+from jaxmodels.train.manifest import atomic_write
 
 KEPT = "data.json"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a run keeps of its data, so that it can be used without them."""
+    """Facts about a run's data that the run keeps, so that it can be used without the data."""
 
     field: str = ""
-    """The records' field that is the model's input, where they have fields."""
+    """The record field that is the model's input, if the records have fields."""
     kind: str = ""
     """What that field holds: image, text or array."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, as far as they have names."""
+    """Names of the classes, if they have names."""
     train: str = ""
-    """What it was trained on, in one line."""
+    """What the run was trained on, in one line."""
     eval: str = ""
-    """What it was evaluated on."""
+    """What the run was evaluated on, in one line."""
 
 
-def keep(run: Path, train: data.Source, held_out: data.Source) -> None:
-    """Write what a run keeps of its data beside its config."""
+def keep_facts(run: Path, train: data.Source, held_out: data.Source) -> None:
+    """Write the facts about a run's data beside its config, and its tokenizer."""
     kept = Kept(held_out.field, held_out.kind, tuple(train.class_names), train.describe(), held_out.describe())
-    write(run, kept)
+    write_kept(run, kept)
     if train.tokenizer is not None:
         with tempfile.TemporaryDirectory(suffix=".part", dir=run) as folder:
             train.tokenizer.save(Path(folder))
@@ -62,53 +62,51 @@ def keep(run: Path, train: data.Source, held_out: data.Source) -> None:
                 path.replace(run / path.name)
 
 
-def kept(run: Path) -> Kept:
-    """What a run keeps of its data; nothing where it was made before runs did."""
+def read_kept(run: Path) -> Kept:
+    """Read the facts about a run's data; empty if the run is too old to have kept them."""
     path = run / KEPT
     if not path.is_file():
         return Kept()
-    values = special.objects(path, "what a run keeps of its data")
+    values = special.objects(path, "facts about a run's data")
     found = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(Kept)}
     classes = found.pop("classes")
     named = isinstance(classes, list | tuple) and all(isinstance(name, str | int) for name in classes)
     if not named or not all(isinstance(value, str) for value in found.values()):
-        raise UserError(
-            f"got {path} with values of another kind, expected what a run keeps of its data, try another copy"
-        )
+        raise UserError(f"got {path} with values of another kind, expected facts about a run's data, try another copy")
     return Kept(classes=tuple(map(str, classes)), **found)
 
 
-def write(run: Path, kept: Kept) -> None:
-    """Write what a run keeps of its data."""
+def write_kept(run: Path, kept: Kept) -> None:
+    """Write the facts about a run's data."""
     text = json.dumps(dataclasses.asdict(kept), indent=1) + "\n"
-    with whole(run / KEPT) as part:
+    with atomic_write(run / KEPT) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it lies on the disk: what it was, and what one of its checkpoints holds. Its data need not be here."""
+    """A run on the disk: its config and what one of its checkpoints holds. Its data need not be present."""
 
     directory: Path
     config: Config
     networks: Mapping[str, Model]
-    """By name; that of a task with one is `model`."""
+    """Networks by name; if there is only one, it is `model`."""
     params: dict[str, Any]
-    """Of each network, those that evaluation uses: the moving averages where the run keeps them."""
+    """Parameters of each network, as evaluation uses them: the moving averages if the run keeps them."""
     stats: dict[str, Any]
     """Batch statistics of the networks that have them."""
     step: int
     meta: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    """What was saved with the checkpoint beside its arrays."""
+    """What was saved with the checkpoint besides its arrays."""
 
     @property
     def model(self) -> Model:
-        """The network of a task that has one."""
+        """The network, for a task that has only one."""
         return self.networks["model"]
 
     @cached_property
     def task(self) -> Task:
-        """Its losses and metrics.
+        """The run's task, with its losses and metrics.
 
         Raises:
             UserError: the run was imported, and no task trains such a model.
@@ -123,43 +121,42 @@ class Run:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl by step, up to the newest; a warning says where lines are missing."""
+        """The lines of metrics.jsonl by step, up to the newest; a warning says if lines are missing."""
         rows = metrics.read(self.directory)
         metrics.check_lines(self.directory, rows, self.step, self.meta.get("lines"))
         return rows
 
     @cached_property
     def tokenizer(self) -> data.Tokenizer | None:
-        """The run's own, None where it reads no texts."""
+        """The run's own tokenizer, None if it reads no text."""
         return data.load_tokenizer(self.directory) if (self.directory / TOKENIZER).is_file() else None
 
     @cached_property
     def kept(self) -> Kept:
-        """What it keeps of its data; nothing where it was made before runs did."""
-        return kept(self.directory)
+        """Facts about the run's data; empty if the run is too old to have kept them."""
+        return read_kept(self.directory)
 
     def class_name(self, index: int) -> str:
-        """A class's name in the data, or its number."""
+        """The name of a class in the data, or its number."""
         names = self.kept.classes
         return names[index] if index < len(names) else str(index)
 
     def apply(self, *args: Any, network: str = "model", params: Any = None, **kwargs: Any) -> Any:
-        """A network's outputs, in evaluation, of inputs as it takes them; `params` in the place of its own."""
+        """Return a network's outputs in evaluation mode; `params` replaces its own parameters."""
         model, params = self.networks[network], self.params[network] if params is None else params
         if network not in self.stats:
             return model.apply(params, *args, **kwargs)
         return model.apply(params, *args, stats=self.stats[network], **kwargs)[0]
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """What a classifier is given of a batch of the data: the first argument, and those with names."""
+        """Return a classifier's inputs in a batch: the first argument, and the keyword arguments."""
         named = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
         return normalized(jax.numpy.asarray(batch["inputs"]), self.config.data), named
 
     def evaluation(self, data: Mapping[str, Any] | None = None) -> Evaluation:
-        """Open the data that the run was evaluated on, or others: `data` names the fields of that section to change.
+        """Open the data that the run was evaluated on, or other data: `data` gives the fields of the section to change.
 
-        Classes are those that the run was trained on, whatever the data's are; texts are read by the run's own
-        tokenizer.
+        Classes are always those that the run was trained on, and text is read by the run's own tokenizer.
 
         Raises:
             UserError: the data are not here or do not fit the run.
@@ -168,24 +165,24 @@ class Run:
 
 
 def load_run(directory: str | Path, *, best: bool = False) -> Run:
-    """Open a run at its newest checkpoint, or its best; on the default device, from where a mesh may take it.
+    """Open a run at its newest checkpoint, or its best one, on the default device; a mesh may take it from there.
 
     Raises:
-        UserError: no run or no checkpoint there, or one that does not fit its config.
+        UserError: there is no run or no checkpoint there, or the checkpoint does not fit its config.
     """
     run = read_run(directory, best=best)
     return dataclasses.replace(run, params=jax.device_put(run.params), stats=jax.device_put(run.stats))
 
 
 def read_run(directory: str | Path, *, best: bool = False) -> Run:
-    """`load_run`, with arrays that stay in the host's memory.
+    """Open a run as `load_run` does, with arrays in host memory.
 
     Raises:
-        UserError: no run or no checkpoint there, or one that does not fit its config.
+        UserError: there is no run or no checkpoint there, or the checkpoint does not fit its config.
     """
     directory = Path(directory)
     cfg, _ = configs.read(directory)
-    # the result does not depend on how the work was shared out
+    # the result does not depend on how the work was distributed
     cfg = dataclasses.replace(cfg, mesh=Mesh(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1))
     networks = {"model": create(cfg.model)} if _without_task(directory, cfg) else _task(cfg).networks
     checkpointer = Checkpointer(directory / "checkpoints")
@@ -199,7 +196,7 @@ def read_run(directory: str | Path, *, best: bool = False) -> Run:
 
 
 def _without_task(directory: Path, cfg: Config) -> bool:
-    """Whether a run was imported with a model that no task trains, such as one without a head: to be exported again."""
+    """Whether a run was imported with a model that no task trains (such as one without a head), only to be exported."""
     return (directory / "pretrained").is_dir() and not format_of(family_of(cfg.model).name).task(cfg.model)
 
 
@@ -209,33 +206,33 @@ def _task(cfg: Config) -> Task:
 
 @dataclass(frozen=True)
 class Evaluation(Run):
-    """A run with the examples that it is evaluated on; see `Run.evaluation`."""
+    """A run with the examples to evaluate it on; see `Run.evaluation`."""
 
     source: data.Source
 
     def measure(self) -> dict[str, float]:
-        """The metrics of the whole evaluation set."""
+        """Compute the metrics of the whole evaluation set."""
         where = mesh.make_mesh(Mesh())
         everywhere = NamedSharding(where, PartitionSpec())
         params, stats = jax.device_put((self.params, self.stats), everywhere)
-        found = evaluate.build(self.task, where, classes=self.source.class_names, groups=self.source.groups)
+        found = evaluate.build_evaluate(self.task, where, classes=self.source.class_names, groups=self.source.groups)
         return found(params, stats, self._loader(where).once()) or {}
 
     def _loader(self, where: jax.sharding.Mesh) -> data.Loader:
         size = self.config.eval.batch_size or self.config.data.batch_size
-        if self.task.whole is None:  # else pairs are compared, and those that fill up a batch too
+        if self.task.whole is None:  # otherwise pairs are compared, including those with padding rows
             size = -(-size // where.size) * where.size
         shardings = self.task.shardings(where, data.spec(self.source, size))
         order = data.Order(len(self.source), size, self.config.train.seed)
         return data.Loader(self.source, order, shardings, prefetch=self.config.data.prefetch)
 
     def examples(self, first: int, last: int) -> dict[str, np.ndarray]:
-        """A batch of examples, as far as there are so many."""
+        """Return the examples from `first` to `last`, or to the end of the data, as a batch."""
         indices = np.arange(first, min(last, len(self.source)))
         return self.source.batch(indices, np.zeros_like(indices))
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """All examples, in order, the last batch as it comes."""
+        """Yield all examples in order; the last batch may be smaller."""
         size = self.config.eval.batch_size or self.config.data.batch_size
         last = len(self.source)
         if self.config.eval.batches is not None:
@@ -249,7 +246,7 @@ class Evaluation(Run):
 
 
 def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
-    task, section = run.task, elsewhere(run, given)
+    task, section = run.task, evaluation_data(run, given)
     cfg = dataclasses.replace(run.config, data=section)
     try:
         source = data.open_for(cfg, "eval", task.fields, run.kept.classes)
@@ -262,8 +259,8 @@ def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
     return Evaluation(**{**known, "config": cfg}, source=source)
 
 
-def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
-    """The section `data` of a run with what it is evaluated on changed; `source` names another kind.
+def evaluation_data(run: Run, given: Mapping[str, Any]) -> DataConfig:
+    """Return a run's section `data`, changed to evaluate on other data; `source` names another kind.
 
     Raises:
         UserError: such data have no such field.
@@ -274,8 +271,8 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
     known = {field.name for field in dataclasses.fields(section)}
     if wrong := [name for name in fields if name not in known]:
         raise UserError(
-            f"got {_flag(wrong[0])} {_shown(fields[wrong[0]])} for data {section.kind}, which have no use for it, "
-            f"expected it for data that have, try {section.instead}"
+            f"got {_flag(wrong[0])} {_shown(fields[wrong[0]])} for data {section.kind}, which has no such field, "
+            f"expected a field of that kind of data, try {section.instead}"
         )
     imported = (run.directory / "pretrained").is_dir() and not run.kept.train
     if not own.real and not given and imported:
@@ -283,7 +280,7 @@ def elsewhere(run: Run, given: Mapping[str, Any]) -> DataConfig:
         texts = run.tokenizer is not None and answers != "caption"
         captions = " --data.captions 'a photo of a {label}'" if answers == "caption" else ""
         raise UserError(
-            f"got {run.directory}, which was imported and has no data of its own, expected some to evaluate on, "
+            f"got {run.directory}, an imported model without data of its own, expected data to evaluate on, "
             f"try --data {f'{kind} --data.path FILE' if texts else f'images --data.path FOLDER{captions}'}"
         )
     if run.tokenizer is not None and "tokenizer" in known:

@@ -1,4 +1,4 @@
-"""Schedules: how the learning rate comes down after its warm-up."""
+"""Schedules: how the learning rate decays after its warm-up."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SCHEDULES = Registry(
 
 @dataclass(frozen=True)
 class ScheduleConfig(Section, section="optim.schedule", kinds=SCHEDULES):
-    """The learning rate after the warm-up, as a share of its peak."""
+    """The learning rate after the warm-up, as a fraction of its peak."""
 
     @abstractmethod
     def share(self, step: Any, first: int, last: int) -> Any:
-        """The share of the peak that a step has, float32.
+        """Return the fraction of the peak at a step, float32.
 
-        Shapes: `step` is a float32 scalar, traced or not, counted from 0; the warm-up has reached the peak at step
-        `first`, and `last` is the run's last step, which may come before `first`.
+        Shapes: `step` is a float32 scalar, traced or not, counted from 0. The warm-up reaches the peak at step `first`;
+        `last` is the run's last step, which may come before `first`.
         """
 
 
 @dataclass(frozen=True)
 class Constant(ScheduleConfig):
-    """The peak until the end."""
+    """Stay at the peak until the end."""
 
     def share(self, step: Any, first: int, last: int) -> Any:
         return jnp.float32(1)
@@ -50,12 +50,12 @@ class _Falling(ScheduleConfig):
     """A schedule that ends below the peak."""
 
     final_lr_fraction: Share = 0.1
-    """Learning rate of the last step as a share of the peak."""
+    """Learning rate of the last step, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
 class Cosine(_Falling):
-    """Half a period of a cosine, from the peak to the final rate (Loshchilov & Hutter 2017)."""
+    """Half a cosine period from the peak to the final rate (Loshchilov & Hutter 2017)."""
 
     def share(self, step: Any, first: int, last: int) -> Any:
         final = self.final_lr_fraction
@@ -72,10 +72,10 @@ class Linear(_Falling):
 
 @dataclass(frozen=True)
 class WSD(_Falling):
-    """Warm-up, stable, decay: the peak, then a straight line over the last steps (MiniCPM; Hu et al. 2024)."""
+    """Warm-up, stable, decay: the peak, then a straight line down over the last steps (MiniCPM; Hu et al. 2024)."""
 
     decay_fraction: Annotated[float, Range(above=0, most=1)] = 0.2
-    """Share of the run's steps, the last ones, over which the rate comes down."""
+    """Fraction of the run's steps, at its end, over which the rate decays."""
 
     def share(self, step: Any, first: int, last: int) -> Any:
         begin = max(last - round((last + 1) * self.decay_fraction), first)
@@ -83,8 +83,8 @@ class WSD(_Falling):
 
 
 def done(step: Any, first: int, last: int) -> Any:
-    """How much of the way from one step to another is done at `step`, in [0, 1]."""
+    """Return how much of the way from step `first` to step `last` is done at `step`, in [0, 1]."""
     if last > first:
         return jnp.clip((step - first) / (last - first), 0.0, 1.0)
-    # no step is left to come down over
+    # no step is left to decay over
     return (step >= last) * jnp.float32(last == first > 0)

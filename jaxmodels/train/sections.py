@@ -1,4 +1,4 @@
-"""The sections of an experiment that say how a run goes: its length, evaluations, checkpoints and reports."""
+"""The config sections that say how a run proceeds: length, evaluation, checkpoints, metrics, profile and start."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class Train(Section, section="train"):
     steps: Count = 1000
     """Optimizer steps."""
     seed: Seed = 0
-    """Decides initial parameters, data order and dropout."""
+    """Seed of the initial parameters, the order of the data and dropout."""
     accumulate: Annotated[int, Range(1, 2**16)] = 1
-    """Microbatches a step; gradients are summed over them, so the result is that of the whole batch."""
+    """Microbatches per step. Gradients are summed over them, so the result is that of the whole batch."""
     strategy: Literal["jit", "pmap"] = "jit"
-    """jit: sharded by the mesh; pmap: replicated data parallelism, equal in result."""
+    """jit: sharded over the mesh. pmap: replicated data parallelism, with equal results."""
     ema: Dropped | None = None
-    """Decay of the moving average of the parameters, which evaluation then uses; None: none."""
+    """Decay of the moving average of the parameters, which evaluation then uses. None: no average."""
     quantize: Literal["none", "int8", "float8"] = "none"
-    """Type of the products with the weights of blocks, forward and backward; parameters and optimizer stay float32."""
+    """Type of the products with block weights, forward and backward. Parameters and optimizer state stay float32."""
     quantize_axes: tuple[Literal["embed", "heads", "kv_heads", "head_dim", "mlp"], ...] = (
         "embed", "heads", "kv_heads", "head_dim", "mlp",
     )  # fmt: skip
-    """Which of them: weights that have none but these logical axes; embed mlp: the MLPs alone."""
+    """Which products to quantize: those of weights that have only these logical axes. embed mlp: the MLPs alone."""
     xla: tuple[str, ...] = ()
-    """Options of XLA for the step, as NAME=VALUE: xla_tpu_scoped_vmem_limit_kib=65536; plans are made with them too."""
+    """XLA options for the step, as NAME=VALUE: xla_tpu_scoped_vmem_limit_kib=65536. Plans use them too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,63 +45,63 @@ class Train(Section, section="train"):
 
 @dataclass(frozen=True)
 class Eval(Section, section="eval"):
-    """Evaluation while training."""
+    """Evaluation during training."""
 
     every: Natural = 0
-    """Steps between evaluations; 0: only after the last step."""
+    """Steps between evaluations. 0: only after the last step."""
     batches: Count | None = None
-    """Batches of an evaluation; None: the whole set once."""
+    """Batches in an evaluation. None: the whole set once."""
     batch_size: Dim | None = None
-    """Examples a batch; None: as in training."""
+    """Examples per batch. None: as in training."""
     early_stop: Count | None = None
-    """Stop after so many evaluations without a better `metric`; None: never."""
+    """Stop after this many evaluations without a better `metric`. None: never."""
     metric: str = "eval/loss"
-    """What 'better' is judged by, for early stopping and for the best checkpoint."""
+    """The metric that decides what is better, for early stopping and for the best checkpoint."""
     mode: Literal["min", "max"] = "min"
     """Whether a lower or a higher `metric` is better."""
     metrics: tuple[Annotated[str, Named(METRICS)], ...] = ()
-    """Metrics of your own beside the task's, package.module:name: functions of the model's outputs and a batch that
-    give a value for each example."""
+    """Metrics of your own besides the task's, as package.module:name: functions of the model's outputs and a batch that
+    return a value for each example."""
 
 
 @dataclass(frozen=True)
 class Checkpoint(Section, section="checkpoint"):
-    """What is saved, and when."""
+    """Which checkpoints are saved and kept."""
 
     every: Natural = 500
-    """Steps between checkpoints; the last step is always saved; 0: only that one."""
+    """Steps between checkpoints. The last step is always saved. 0: only the last step."""
     keep: Count = 2
-    """Newest checkpoints kept, beside the best one."""
+    """How many of the newest checkpoints are kept, besides the best one."""
     best: bool = False
-    """Keep the checkpoint that is best by `eval.metric` (saved after each evaluation that improves on it)."""
+    """Keep the checkpoint that is best by `eval.metric`, saved after each evaluation that improves it."""
 
 
 @dataclass(frozen=True)
 class Metrics(Section, section="metrics"):
-    """What is reported."""
+    """Where and how often metrics are reported."""
 
     every: Count = 10
     """Steps between lines in metrics.jsonl."""
     loggers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go beside metrics.jsonl, which is always written: tensorboard, or package.module:Class of your own
+    """Where metrics go besides metrics.jsonl, which is always written: tensorboard, or package.module:Class of your own
     `Logger`."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
-    """live: a display that redraws; plain: a line each `every` steps; auto: live on a terminal."""
+    """live: a display that redraws itself. plain: a line each `every` steps. auto: live on a terminal, else plain."""
 
 
 @dataclass(frozen=True)
 class Profile(Section, section="profile"):
-    """A trace of chosen steps, for TensorBoard or Perfetto."""
+    """A profile of chosen steps, for TensorBoard or Perfetto."""
 
     steps: str = ""
-    """FIRST:LAST (last one not included), as in 10:15; empty: no trace."""
+    """FIRST:LAST (LAST excluded), as in 10:15. Empty: no profile."""
 
 
 @dataclass(frozen=True)
 class Init(Section, section="init"):
-    """Where the parameters start."""
+    """Where the parameters come from."""
 
     source: str | None = None
-    """A run directory, or one in Hugging Face's format, whose parameters to start from; None: random."""
+    """Directory of a run, or of a model in Hugging Face's format, to take parameters from. None: random."""
     fresh: tuple[str, ...] = ()
-    """Patterns of parameters that start at random all the same, such as head/*: the rest must be in the source."""
+    """Patterns of parameters that start at random all the same, such as head/*. All others must be in the source."""

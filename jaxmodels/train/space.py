@@ -1,4 +1,4 @@
-"""What a search tries."""
+"""The options of a search over config fields."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxmodels.fields import Count, Section, Workers
 
 @dataclass(frozen=True)
 class TuneOptions(Section):
-    """Where the search lives and what it tries, and the fields of the experiment."""
+    """Where a search is kept, which fields it chooses and how many runs it makes."""
 
     space: tuple[str, ...] = ()
-    """Fields to choose: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim=adamw,muon."""
+    """Fields to choose, with their values: optim.peak_lr=1e-4:1e-1:log, model.dropout=0:0.5, optim=adamw,muon."""
     trials: Count = 20
-    """Runs in all, those of an earlier command on the same study included."""
+    """Runs in total, including those of earlier commands on the same study."""
     workers: Workers = 1
-    """Processes that try at the same time, on this machine; others may join by the same command elsewhere."""
+    """Processes that run trials at the same time on this machine. Others may join from elsewhere with this command."""
     out: str | None = None
-    """Directory of the study and its runs; runs/<name of the config file>-tune when not given."""
+    """Directory of the study and its runs. None: runs/<name of the config file>-tune."""

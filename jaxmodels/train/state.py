@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and where each of its arrays lives."""
+"""What a run carries from step to step, and where each of its arrays resides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxmodels.train import groups
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """All that changes while training."""
+    """Everything that changes during training."""
 
     step: jax.Array
     """Steps taken, int32."""
@@ -32,22 +32,22 @@ class State:
     ema: dict[str, Any] | None
     """Moving average of the parameters, or None."""
     rng: jax.Array
-    """The key that dropout's keys are folded from; it never changes."""
+    """The key from which dropout keys are derived; it never changes."""
 
     @property
     def averaged(self) -> dict[str, Any]:
-        """The parameters to evaluate: their moving average where there is one."""
+        """The parameters to evaluate: their moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
 HOST = "pinned_host"
-"""The memory of the host that devices copy from and to."""
+"""Kind of the host memory that devices copy from and to."""
 Optimizers = dict[str, optax.GradientTransformation]
-"""Loss name -> its optimizer."""
+"""Optimizers by the name of their loss."""
 
 
 def init(task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False) -> State:
-    """The state before the first step."""
+    """Initialize the state before the first step."""
     init_key, rng = jax.random.split(key)
     params = task.init(init_key)
     opt_state = {loss.name: optimizers[loss.name].init(params[loss.trains]) for loss in task.losses}
@@ -55,22 +55,22 @@ def init(task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False) 
 
 
 def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State]:
-    """Optimizers of a task, and the state that they and its networks make on a mesh, from shapes alone.
+    """Build a task's optimizers, and the layout of the state that they and its networks need on a mesh.
 
     Raises:
-        UserError: a parameter does not divide by the mesh, or `optim.freeze` holds none of them or all.
+        UserError: a parameter does not divide by the mesh, or `optim.freeze` matches no parameter or all of them.
     """
     made = optimizers(cfg, task)
     return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload)
 
 
 def optimizers(cfg: Config, task: Task) -> Optimizers:
-    """The optimizer of each loss of a task.
+    """Build the optimizer of each loss of a task.
 
     Raises:
-        UserError: `optim.freeze` holds no parameter or all.
+        UserError: `optim.freeze` matches no parameter or all of them.
     """
-    axes = task.axes()  # before any mesh is ambient
+    axes = task.axes()  # before a mesh is set
     if cfg.optim.freeze:
         groups.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
     return {
@@ -82,10 +82,10 @@ def optimizers(cfg: Config, task: Task) -> Optimizers:
 
 
 def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, offload: bool = False) -> State:
-    """The state as `jax.ShapeDtypeStruct`s with shardings, from shapes alone.
+    """Lay out the state on a mesh: `jax.ShapeDtypeStruct`s with shardings, from shapes alone.
 
-    The optimizer's arrays that have a parameter's shape live where that parameter lives; all others are replicated.
-    With `offload` the optimizer's arrays lie in the memory of the devices' hosts.
+    Optimizer arrays with a parameter's shape are sharded as that parameter; all others are replicated. With `offload`
+    the optimizer's arrays reside in host memory.
 
     Raises:
         UserError: a parameter does not divide by the mesh.
@@ -103,7 +103,7 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, of
     }
 
     def beside(path: tuple[Any, ...], leaf: Any) -> Any:
-        # an optimizer keeps trees shaped like the params: a leaf's path ends with that of its parameter
+        # an optimizer keeps trees shaped like the params: a leaf's path ends with its parameter's path
         for start in range(len(path)):
             shape, place = where.get(path[start:], (None, None))
             if shape == leaf.shape:
@@ -130,5 +130,5 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, of
 
 
 def move(opt_state: Any, space: jax.memory.Space) -> Any:  # pyright: ignore[reportInvalidTypeForm]
-    """An optimizer's arrays in the memory of the devices or of the hosts; its few numbers stay. For use under `jit`."""
+    """Move an optimizer's arrays to device or host memory, except its few scalars. For use under `jit`."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)

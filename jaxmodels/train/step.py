@@ -1,4 +1,4 @@
-"""One step: losses in order, gradients over microbatches, updates; under `jit` on a mesh, or replicated by `pmap`."""
+"""One training step: losses in order, gradients over microbatches, updates; `jit` on a mesh, or `pmap`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Metrics = dict[str, Any]
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 WEIGHT = "weight"
-"""What a step's metrics call the number of tokens or examples that a loss is the mean over."""
+"""Key, among a step's metrics, of the number of tokens or examples that the loss is averaged over."""
 
 
 def measured(metrics: Mapping[str, float]) -> tuple[dict[str, float], bool]:
-    """A step's metrics without the weights and without means over nothing; whether there were such means."""
+    """Drop the weights and the means over nothing from a step's metrics; also return whether there were such means."""
     weights = {name: value for name, value in metrics.items() if name.rpartition("/")[2] == WEIGHT}
     empty = tuple(name.removesuffix(WEIGHT) for name, value in weights.items() if not value)
     kept = {name: value for name, value in metrics.items() if name not in weights and not name.startswith(empty)}
@@ -33,11 +33,11 @@ def measured(metrics: Mapping[str, float]) -> tuple[dict[str, float], bool]:
 
 
 def split(task: Task, batch: Batch, parts: int) -> Batch:
-    """Shares of a batch, stacked: (B, …) as (parts, B / parts, …)."""
+    """Split a batch into equal parts, stacked: (B, …) becomes (parts, B / parts, …)."""
 
     def one(name: str, x: jax.Array) -> jax.Array:
         axes = (None, *task.batch_axes(name, x.ndim))
-        # strided, so that each share has rows of every device
+        # strided, so that each part has rows of every device
         x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
         return rules.constrain(x, axes)
 
@@ -47,10 +47,10 @@ def split(task: Task, batch: Batch, parts: int) -> Batch:
 def gradient(
     task: Task, loss: Loss, state: State, batch: Batch, rng: jax.Array, accumulate: int
 ) -> tuple[Any, jax.Array, Aux]:
-    """Gradient of the loss's sum, the sum, and what came with it, over `accumulate` microbatches.
+    """Return the gradient of the loss's sum, the sum, and its auxiliary outputs, over `accumulate` microbatches.
 
-    Where a step has several passes over the parameters, by microbatches or by a pipeline's ticks, each replica of a
-    mesh adds up its own gradients, and they are summed over `data` once.
+    Where a step makes several passes over the parameters, for microbatches or for a pipeline's ticks, each replica
+    accumulates its own gradients, and they are summed over `data` once.
     """
 
     def total(trained: Any, stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
@@ -84,13 +84,13 @@ def gradient(
 
 
 def mapped(grad: Callable[..., Any], replicas: int) -> Callable[..., Any]:
-    """`grad(params, stats, batch, key)` of each replica's rows; what it gives has a dimension of replicas in front.
+    """Map `grad(params, stats, batch, key)` over replicas' rows; its outputs get a leading dimension of replicas.
 
-    Replicas know of each other by the axis `rules.REPLICAS`, as under pmap, so statistics are those of all rows.
+    Replicas are joined by the axis `rules.REPLICAS`, as under pmap, so that batch statistics cover all rows.
     """
 
     def own(x: jax.Array) -> jax.Array:
-        """(B, …) as (replicas, B / replicas, …); rows stay where they are, which is outermost on the stages."""
+        """Reshape (B, …) to (replicas, B / replicas, …). Rows stay where they are: the stages' axis is outermost."""
         outer = rules.pieces("layers")
         x = jnp.swapaxes(x.reshape(outer, replicas, -1, *x.shape[1:]), 0, 1)
         return rules.pin(x.reshape(replicas, -1, *x.shape[3:]), "replicas")
@@ -116,10 +116,10 @@ def advance(
     ema: float | None,
     across: str | None = None,
 ) -> tuple[State, Metrics]:
-    """The state after one step on a batch, and the step's metrics; pure.
+    """Return the state after one step on a batch, and the step's metrics; pure.
 
-    `across` names a mapped axis to sum gradients over (pmap); under `jit` the compiler does it. Where nothing of the
-    batch counts the gradient is 0, the means are no numbers, and the loss's `weight` among the metrics is 0.
+    `across` names a mapped axis to sum gradients over (pmap); under `jit` the compiler does this. If nothing in the
+    batch counts, the gradient is 0, the means are NaN, and the loss's `weight` among the metrics is 0.
     """
     metrics: Metrics = {}
     params, stats, opt_state = dict(state.params), state.stats, dict(state.opt_state)
@@ -128,7 +128,7 @@ def advance(
         rng = jax.random.fold_in(rng, jax.lax.axis_index(across))
 
     def update(loss: Loss, carry: tuple[Any, Any, Any], batch: Batch, rng: jax.Array) -> tuple[Any, Any]:
-        """Params, statistics and optimizer state after one update of a loss's network, and what it measured."""
+        """Return params, statistics and optimizer state after one update of a loss's network, and its metrics."""
         params, stats, opt_state = carry
         now = dataclasses.replace(state, params=params, stats=stats)
         grads, value, aux = gradient(task, loss, now, batch, rng, accumulate)
@@ -158,14 +158,14 @@ def advance(
         metrics |= {prefix + "grad_norm": norm, prefix + WEIGHT: weight}
     average = None
     if ema is not None:
-        # the early average follows closely: min(decay, (1 + t) / (10 + t)), as TensorFlow's moving averages
+        # early on, the average follows closely: min(decay, (1 + t) / (10 + t)), as in TensorFlow's moving averages
         t = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.ema, params)
     return State(state.step + 1, params, stats, opt_state, average, state.rng), metrics
 
 
-def build(
+def build_step(
     task: Task,
     optimizers: Optimizers,
     mesh: Mesh,
@@ -178,7 +178,7 @@ def build(
     offload: bool = False,
     xla: Sequence[str] = (),
 ) -> Step:
-    """The step, compiling in the background from shapes alone; its state argument is donated.
+    """Build the step from shapes alone. It compiles in the background; its state argument is donated.
 
     `layout` and `batch` are `jax.ShapeDtypeStruct`s with shardings.
     """
@@ -193,7 +193,7 @@ def build(
     @functools.cache
     def program() -> Callable[[State, Batch], Any]:
         compiled = compiling.result()
-        # the first collective of processes that come far apart fails: all begin together
+        # the first collective fails if processes reach it far apart: all begin together
         distributed.barrier("step compiled")
         return compiled
 
@@ -213,15 +213,15 @@ def lower(
     xla: Sequence[str] = (),
     platforms: tuple[str, ...] | None = None,
 ) -> Any:
-    """The step as JAX hands it to XLA, from shapes alone; its state argument is donated.
+    """Lower the step for XLA, from shapes alone. Its state argument is donated.
 
-    With `offload` the optimizer's arrays come from the hosts' memory and go back there. `xla`: NAME=VALUE, as in
-    `Train`. `platforms` are those that it is for, where they are not those of this machine.
+    With `offload` the optimizer's arrays come from host memory and return there. `xla` has NAME=VALUE options, as in
+    `Train`. `platforms` are those to compile for, if they are not those of this machine.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
 
     def run(state: State, batch: Batch) -> tuple[State, Metrics]:
-        if offload:  # told apart from the layout, whose kinds of memory are lost on devices that are not here
+        if offload:  # an argument, since the layout loses its memory kinds on devices that are not here
             state = dataclasses.replace(state, opt_state=move(state.opt_state, jax.memory.Space.Device))
         state, metrics = advance(task, optimizers, state, batch, accumulate=accumulate, ema=ema)
         if offload:
@@ -235,20 +235,20 @@ def lower(
 
 
 def compiler_options(given: Sequence[str]) -> dict[str, bool | int | str]:
-    """NAME=VALUE as the compiler takes them."""
+    """Parse NAME=VALUE options into what the compiler takes."""
     pairs = (option.partition("=")[::2] for option in given)
     known = {"true": True, "false": False}
     return {name: known.get(value.lower(), int(value) if value.isdecimal() else value) for name, value in pairs}
 
 
 def replicated(task: Task, optimizers: Optimizers, mesh: Mesh, layout: State, options: dict[str, Any]) -> Step:
-    """The step under `jax.pmap`: each device holds the whole state and takes its rows of the batch."""
+    """Build the step under `jax.pmap`: each device holds the whole state and takes its rows of the batch."""
     devices = list(mesh.devices.flat)
 
     def run(state: State, batch: Batch) -> tuple[State, Metrics]:
         return advance(task, optimizers, state, batch, across=rules.REPLICAS, **options)
 
-    # axes None: the state goes in and comes out as one replicated value, as under jit, so that checkpoints agree
+    # axes None: the state is one replicated value, as under jit, so that checkpoints agree
     compiled = jax.pmap(run, axis_name=rules.REPLICAS, in_axes=(None, 0), out_axes=None, devices=devices)
     rows = jax.jit(lambda batch: jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)

@@ -1,4 +1,4 @@
-"""Search for good fields of a config: many runs, of which the poor ones end early (Optuna)."""
+"""Search for good config fields: many runs, of which the poor ones stop early (Optuna)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jaxmodels.train.loop import NotFinite
 from jaxmodels.train.space import TuneOptions
 
 STARTUP = 5
-"""Trials before others are measured against the median of what was seen at the same step."""
+"""Trials that run to the end before others are compared with the median at the same step."""
 DATABASE = "study.db"
 _HEARTBEAT = 30
 _REFUSED = "refused"
@@ -36,7 +36,7 @@ _REFUSED = "refused"
 
 @dataclass(frozen=True)
 class Choice:
-    """One field and the values that it may have: a range of numbers, or a list."""
+    """One field and the values it may have: a range of numbers, or a list."""
 
     field: str
     low: float = 0.0
@@ -46,7 +46,7 @@ class Choice:
     values: tuple[Any, ...] = ()
 
     def draw(self, trial: Any) -> Any:
-        """A value that the study's sampler takes."""
+        """Draw a value with the study's sampler."""
         if self.values:
             return self.values[trial.suggest_categorical(self.field, list(range(len(self.values))))]
         if self.whole:
@@ -54,16 +54,16 @@ class Choice:
         return trial.suggest_float(self.field, self.low, self.high, log=self.log)
 
     def shown(self, params: dict[str, Any]) -> Any:
-        """The value of a trial's parameters, as a person writes it."""
+        """Return the value among a trial's parameters, as a person writes it."""
         value = params[self.field]
         return self.values[value] if self.values else value
 
 
-def parse(text: str, cfg: Config) -> Choice:
-    """FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C, checked against the config.
+def parse_choice(text: str, cfg: Config) -> Choice:
+    """Parse FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C and check it against the config.
 
     Raises:
-        UserError: no such field, or values that it cannot have.
+        UserError: there is no such field, or it cannot have these values.
     """
     name, equals, wanted = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
@@ -121,14 +121,14 @@ def _value(text: str, hint: Any, kinds: set[type], whole: str) -> Any:
 
 
 def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) -> Path:
-    """Run the trials that are left of a study, here and in as many workers; returns its directory.
+    """Run the remaining trials of a study, here and in the given number of workers; return its directory.
 
-    Each trial is a run directory below `trials/`; `study.db` (SQLite) holds what was tried. Values are drawn by TPE
-    (Bergstra et al. 2011), and a trial ends early whose metric is worse than the median of the others' at that step.
-    A combination that cannot be is a trial like another: it counts, with its reason in the study.
+    Each trial is a run directory below `trials/`, and `study.db` (SQLite) records them. Values are drawn by TPE
+    (Bergstra et al. 2011). A trial stops early if its metric is worse than the median of the others at that step.
+    A combination of values that is invalid counts as a trial, with its reason in the study.
 
     Raises:
-        UserError: nothing to choose, the study that is there is another one, or no combination could be.
+        UserError: there is nothing to choose, the existing study is of another search, or no combination was valid.
     """
     try:
         import optuna
@@ -137,7 +137,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
 
     if not options.space:
         raise UserError("got no --space, expected fields to choose, try --space optim.peak_lr=1e-4:1e-1:log")
-    choices = [parse(text, cfg) for text in options.space]
+    choices = [parse_choice(text, cfg) for text in options.space]
     out = Path(options.out or f"runs/{Path(file).stem}-tune")
     check_place(out, "--out", folder=True)
     (out / "trials").mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,9 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     facts = {"space": list(options.space), "metric": cfg.eval.metric}
     before = {name: study.user_attrs.get(name, value) for name, value in facts.items()}
     if before != facts:
-        raise UserError(f"got a study in {out} of another search ({before}), expected the same, try another --out")
+        raise UserError(
+            f"got a study in {out} of another search ({before}), expected the same search, try another --out"
+        )
     for name, value in facts.items():
         study.set_user_attr(name, value)
 
@@ -183,7 +185,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
 
         def refused(reason: str) -> Any:
-            """What cannot be is a trial that counts, as the worst; the search goes on."""
+            """Record an invalid combination as the worst trial; the search continues."""
             trial.set_user_attr(_REFUSED, reason)
             print(f"trial {trial.number}: refused: {reason}  {told}", flush=True)
             return optuna.TrialPruned(reason)
@@ -210,12 +212,12 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         if result.ended == "preempted":
             if any(poor):
                 raise optuna.TrialPruned
-            raise KeyboardInterrupt  # told to stop: the search ends, and another trial comes instead of this one
+            raise KeyboardInterrupt  # told to stop: the search ends, and a later one replaces this trial
         if result.progress.best is None:
             raise refused(f"its evaluations gave no {cfg.eval.metric}")
         return result.progress.best
 
-    # those that other workers are at count too, or each worker would begin one too many
+    # trials that other workers are running count too, or each worker would start one too many
     counted = (*_ended(), optuna.trial.TrialState.RUNNING)
     with _joined(study, out):
         others = [
@@ -256,7 +258,7 @@ def _nothing_left(out: Path) -> Iterator[None]:
 
 
 def storage(out: Path) -> Any:
-    """The database of a study, opened by its path: in a URL ?, % and braces of a path would mean something else."""
+    """Open the database of a study by its path, because ?, % and braces have a meaning in a URL."""
     import optuna
     from sqlalchemy.pool import QueuePool
 
@@ -270,7 +272,7 @@ def storage(out: Path) -> Any:
 
 
 def overrides(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
-    """A search's arguments that each of its runs has: without those of the search itself and of the fields it chose."""
+    """Return the arguments that a search passes on to its runs: without its own options and the fields it chose."""
     own = {field.name for field in dataclasses.fields(TuneOptions)} | {"run_dir", "resume"} | set(fields)
     kept, keep = [], True
     for argument in arguments:
@@ -281,8 +283,8 @@ def overrides(arguments: Sequence[str], fields: Sequence[str]) -> list[str]:
     return kept
 
 
-def again(file: str, argv: Sequence[str], chosen: Mapping[str, Any]) -> str:
-    """The command that trains with what a run or a search was given, and what is chosen beside."""
+def train_command(file: str, argv: Sequence[str], chosen: Mapping[str, Any]) -> str:
+    """Return the command that trains with the arguments of a run or a search, and the chosen values besides."""
     words = ["jaxmodels", "train", file, *overrides(argv[1:], list(chosen))]
     for field, value in chosen.items():
         words += [f"--{field.replace('_', '-')}", str(value)]
@@ -290,7 +292,7 @@ def again(file: str, argv: Sequence[str], chosen: Mapping[str, Any]) -> str:
 
 
 def _ended() -> tuple[Any, ...]:
-    """The states of trials that count; one that failed was interrupted, and does not."""
+    """The states of trials that count. A failed trial was interrupted and does not count."""
     from optuna.trial import TrialState
 
     return TrialState.COMPLETE, TrialState.PRUNED
@@ -298,14 +300,14 @@ def _ended() -> tuple[Any, ...]:
 
 @contextmanager
 def _joined(study: Any, out: Path) -> Iterator[None]:
-    """Be one of the processes at a study; whoever is alone there marks as failed what was left half done."""
+    """Join the processes of a study; one that is alone there marks interrupted trials as failed."""
     from optuna.trial import TrialState
 
     with (out / "lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass  # others are at it; one of them that dies is found out by its heartbeat
+            pass  # others are running; if one dies, its heartbeat stops
         else:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 study.tell(trial.number, state=TrialState.FAIL)
@@ -313,11 +315,11 @@ def _joined(study: Any, out: Path) -> Iterator[None]:
         yield
 
 
-def tried(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, Any]]:
-    """The trials of a study that count: number, value (None where none is a number), pruned, seconds, each field."""
+def read_trials(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, Any]]:
+    """Return a study's trials that count: number, value (None if there is none), pruned, seconds, and each field."""
     import optuna
 
-    choices = [parse(text, cfg) for text in options.space]
+    choices = [parse_choice(text, cfg) for text in options.space]
     study = optuna.load_study(study_name="tune", storage=storage(out))
     found = []
     for trial in study.get_trials(deepcopy=False, states=_ended()):
@@ -330,9 +332,9 @@ def tried(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def table(cfg: Config, options: TuneOptions, trials: Sequence[dict[str, Any]], rows: int = 10) -> str:
-    """The best trials as text, the best first; those that ended early behind all that did not."""
-    fields = [parse(text, cfg).field for text in options.space]
+def ranking(cfg: Config, options: TuneOptions, trials: Sequence[dict[str, Any]], rows: int = 10) -> str:
+    """Format the best trials as a table, best first; trials that stopped early come after all others."""
+    fields = [parse_choice(text, cfg).field for text in options.space]
     sign = 1 if cfg.eval.mode == "min" else -1
     known = [trial for trial in trials if trial["value"] is not None]
     ranked = sorted(known, key=lambda trial: (trial["pruned"], sign * trial["value"]))

@@ -79,7 +79,10 @@ def test_a_classifier_of_a_short_context_is_evaluated_once_imported(tmp_path, ca
     save.save_pretrained(folder, model, filled(model))
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
-    assert "no data of its own, expected some to evaluate on, try --data table" in capsys.readouterr().err
+    assert (
+        "an imported model without data of its own, expected data to evaluate on, try --data table"
+        in capsys.readouterr().err
+    )
     (tmp_path / "new.csv").write_text("text,label\nf(x),0\nreturn x,1\n")
     other = ["--data", "table", "--data.path", str(tmp_path / "new.csv")]
     assert cli.main(["eval", str(tmp_path / "run"), *other]) == 0
@@ -205,7 +208,10 @@ def test_a_classifier_keeps_its_statistics_and_the_names_of_its_classes(tmp_path
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "in" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert cli.main(["eval", str(tmp_path / "run")]) == 2
-    assert "no data of its own, expected some to evaluate on, try --data images" in capsys.readouterr().err
+    assert (
+        "an imported model without data of its own, expected data to evaluate on, try --data images"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [Bytes(), Chars("abc defnrtuxï\n#():")], ids=["bytes", "chars"])

@@ -334,7 +334,7 @@ def one_step(routing, mesh):
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     batch = jax.device_put(batch, rules.sharding(devices, ("batch", "seq")))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    now, metrics = step.build(task, optimizers, devices, layout, rows)(now, batch)
+    now, metrics = step.build_step(task, optimizers, devices, layout, rows)(now, batch)
     held = jax.tree.map(lambda x: x.addressable_shards[0].data.size / x.size, now.params["model"])
     return jax.tree.map(np.asarray, now.params["model"]), jax.tree.map(float, metrics), held
 

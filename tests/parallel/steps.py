@@ -53,7 +53,7 @@ def prepare(model, mesh_cfg, **options):
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(mesh, ("batch", "seq")))
         for name, x in next(batches()).items()
     }
-    return step.build(task, optimizers, mesh, layout, rows, **options), now, mesh
+    return step.build_step(task, optimizers, mesh, layout, rows, **options), now, mesh
 
 
 def measure(model, mesh_cfg, **options):

@@ -43,7 +43,7 @@ def train(model, mesh_cfg, devices, strategy="jit", accumulate=1, optimizer="ada
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(mesh, ("batch", "seq")))
         for name, x in task.batch_spec(16).items()
     }
-    take = step.build(task, optimizers, mesh, layout, rows, strategy=strategy, accumulate=accumulate, ema=0.99)
+    take = step.build_step(task, optimizers, mesh, layout, rows, strategy=strategy, accumulate=accumulate, ema=0.99)
     losses = []
     for batch in batches():
         placed = jax.device_put(batch, task.shardings(mesh, batch))

@@ -30,7 +30,7 @@ def train(name, mesh_cfg, devices, **options):
     batch = fill(task.batch_spec(B))
     batch = jax.device_put(batch, task.shardings(mesh, batch))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    now, metrics = step.build(task, optimizers, mesh, layout, rows, **options)(now, batch)
+    now, metrics = step.build_step(task, optimizers, mesh, layout, rows, **options)(now, batch)
     held = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.addressable_shards[0].data.size / x.size
         for path, x in jax.tree_util.tree_leaves_with_path(now.params)

@@ -164,7 +164,7 @@ def train_ours(reference, model, params, lr, decay):
     now = state.State(jnp.zeros((), jnp.int32), {"model": params}, {}, moments, None, jax.random.key(0))
     now = jax.device_put(now, jax.tree.map(lambda leaf: leaf.sharding, layout))
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in task.batch_spec(B).items()}
-    take = step.build(task, optimizers, mesh, layout, rows)
+    take = step.build_step(task, optimizers, mesh, layout, rows)
     losses, norms = [], []
     for batch in batches(reference):
         placed = dict(zip(names, batch, strict=True))

@@ -314,7 +314,7 @@ def train(name, mesh_cfg, devices, strategy="jit"):
     batch = padded() if name == "masked_lm" else synthetic(cfg, config)
     batch = jax.device_put(batch, task.shardings(mesh, batch))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    now, metrics = step.build(task, optimizers, mesh, layout, rows, strategy=strategy)(now, batch)
+    now, metrics = step.build_step(task, optimizers, mesh, layout, rows, strategy=strategy)(now, batch)
     after = jax.tree.map(np.asarray, now.params)
     moved = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
     return after, {key: float(value) for key, value in metrics.items()}, moved

@@ -97,7 +97,7 @@ def train(model, mesh_cfg, devices, steps=2):
     now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
     placed = rules.sharding(mesh, ("batch", "seq"))
     rows = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for name, x in batch().items()}
-    take = step.build(task, optimizers, mesh, layout, rows)
+    take = step.build_step(task, optimizers, mesh, layout, rows)
     found = []
     for seed in range(steps):
         now, metrics = take(now, jax.device_put(batch(seed=seed), placed))

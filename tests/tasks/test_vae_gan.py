@@ -162,7 +162,7 @@ def train(name, mesh_cfg, devices, steps=3):
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                             place(batch()))  # fmt: skip
-    take = step.build(task, optimizers, mesh, layout, abstract)
+    take = step.build_step(task, optimizers, mesh, layout, abstract)
     seen = []
     for seed in range(steps):
         now, metrics = take(now, place(batch(seed=seed)))

@@ -82,11 +82,11 @@ def test_metrics_do_not_depend_on_the_size_of_an_evaluation_s_batches(name):
                   groups=("a", "b"))  # fmt: skip
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     shardings = task.shardings(mesh, source.arrays)
-    measure = evaluate.build(task, mesh, groups=source.groups)
+    measure = evaluate.build_evaluate(task, mesh, groups=source.groups)
     found = [measure(params, stats, Loader(source, Order(N, size, 0), shardings).once()) for size in (5, 4)]
     assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-4)
     spec = Loader(source, Order(N, 5, 0), shardings).abstract()
-    assert set(evaluate.names(task, mesh, spec, groups=source.groups)) == set(found[0])
+    assert set(evaluate.metric_names(task, mesh, spec, groups=source.groups)) == set(found[0])
     assert found[0]["loss"] == pytest.approx((found[0]["group/a/loss"] + found[0]["group/b/loss"]) / 2, rel=0.5)
 
 
@@ -96,7 +96,7 @@ def test_an_evaluation_of_pairs_compares_each_with_all_of_the_set():
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     shardings = task.shardings(mesh, batch)
     source = Rows(batch, split="eval", label="pairs")
-    found = evaluate.build(task, mesh)(params, stats, Loader(source, Order(N, 3, 0), shardings).once())
+    found = evaluate.build_evaluate(task, mesh)(params, stats, Loader(source, Order(N, 3, 0), shardings).once())
     for name, (total, count) in task.metrics(params, stats, batch).items():
         assert found[name] == pytest.approx(float(total) / N, rel=1e-5) and int(count) == N
     classes = np.array([0, 1, 0, 2, 2, 3, 0, 4, 4, 5], np.int32)
@@ -162,7 +162,7 @@ def test_a_share_of_a_label_weighs_as_much_as_it_is():
 def test_a_set_of_which_nothing_counts_is_refused_and_never_the_best(name, field, needs):
     task, params, stats = built(name)
     empty = np.full(N if field == "labels" else (N, T), 0 if field == "segment_ids" else -1, np.int32)
-    measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]))
+    measure = evaluate.build_evaluate(task, make_mesh(Mesh(), jax.devices()[:1]))
     with pytest.raises(UserError, match=f"got nothing to evaluate, expected {needs} in the data, try"):
         measure(params, stats, [{**examples(task, name), field: empty}])
     with pytest.raises(UserError, match="got nothing to evaluate"):

@@ -20,7 +20,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import directory
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
-from jaxmodels.train.manifest import whole
+from jaxmodels.train.manifest import atomic_write
 
 CFG = Config(model=MLPConfig())
 HOLD = (
@@ -44,12 +44,12 @@ def test_a_directory_in_use_is_refused_with_the_holder_and_free_when_that_is_kil
 ) -> None:
     run = tmp_path / "run"
     for refused in (
-        lambda: directory.check(run),
+        lambda: directory.check_writable(run),
         lambda: directory.prepared(CFG, run, "auto", {}).__enter__(),
         lambda: directory.prepared(CFG, run, "never", {}).__enter__(),
         lambda: directory.held(run).__enter__(),
     ):
-        with pytest.raises(UserError, match=rf"in which process {holder.pid} on '.*', since 20.* writes, expected one"):
+        with pytest.raises(UserError, match=rf"to which process {holder.pid} on '.*', since 20.* is writing, "):
             refused()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "nothing was moved aside"
     holder.send_signal(signal.SIGKILL)
@@ -64,7 +64,7 @@ def test_what_a_lock_file_says_does_not_matter_to_the_lock(tmp_path: Path, left:
     with directory.held(tmp_path):
         (tmp_path / directory.LOCK).write_bytes(left)
         with pytest.raises(UserError, match="another process writes"):
-            directory.check(tmp_path)
+            directory.check_writable(tmp_path)
 
 
 def test_a_run_moved_aside_leaves_its_directory_to_the_new_one(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_run_moved_aside_leaves_its_directory_to_the_new_one(tmp_path: Path) -
     with directory.prepared(CFG, run, "auto", {"file": "first"}):
         pass
     with directory.prepared(CFG, run, "never", {"file": "second"}), pytest.raises(UserError, match="one writer"):
-        directory.check(run)
+        directory.check_writable(run)
     origins = [json.loads((path / "config.json").read_text())["origin"]["file"] for path in sorted(tmp_path.iterdir())]
     assert origins == ["second", "first"]
 
@@ -87,14 +87,14 @@ def test_what_is_no_directory_is_refused_before_any_work(tmp_path: Path, what: s
     else:
         run.mkdir()
         (run / "checkpoints").write_text("")
-    with pytest.raises(UserError, match="which is no directory, expected one or nothing there"):
-        directory.check(run)
+    with pytest.raises(UserError, match="which is not a directory, expected one or nothing there"):
+        directory.check_writable(run)
 
 
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("before")
-    with pytest.raises(OSError, match="full"), whole(path) as part:
+    with pytest.raises(OSError, match="full"), atomic_write(path) as part:
         part.write_text("aft")
         raise OSError("full")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", "before")]

@@ -60,7 +60,7 @@ def measured(classifier, source, size=50, devices=1):
     task, params = classifier
     mesh = make_mesh(Mesh(), jax.devices()[:devices])
     shardings = task.shardings(mesh, source.arrays)
-    measure = evaluate.build(task, mesh, classes="abcdefg", groups=source.groups)
+    measure = evaluate.build_evaluate(task, mesh, classes="abcdefg", groups=source.groups)
     return measure(params, {}, Loader(source, Order(N, size, 0), shardings).once())
 
 
@@ -87,7 +87,9 @@ def test_a_group_s_metrics_are_those_of_its_examples_alone(classifier, whole):
         task, params = classifier
         batch = {k: np.pad(x, [(0, N - len(few)), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
                  for k, x in few.arrays.items()}  # fmt: skip
-        alone = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]), classes="abcdefg")(params, {}, [batch])
+        alone = evaluate.build_evaluate(task, make_mesh(Mesh(), jax.devices()[:1]), classes="abcdefg")(
+            params, {}, [batch]
+        )
         assert own == pytest.approx({f"group/{name}/{k}": v for k, v in alone.items()}, rel=1e-5, abs=1e-6)
 
 
@@ -105,7 +107,7 @@ def test_without_groups_there_is_nothing_of_them(classifier):
 
 def test_an_evaluation_told_to_stop_gives_nothing(classifier):
     task, params = classifier
-    measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]), lambda: True)
+    measure = evaluate.build_evaluate(task, make_mesh(Mesh(), jax.devices()[:1]), lambda: True)
     assert measure(params, {}, [examples().batch(np.arange(8), np.zeros(8, int))]) is None
 
 
@@ -120,7 +122,7 @@ def test_bits_a_byte_are_the_loss_by_the_bytes_that_targets_stand_for(tmp_path, 
     source = open_source(cfg, "eval", CausalLM(), vocab_size=280)
     task = tasks.build(CausalLM(), GPT2Config(280, 16, layers=1, heads=2, width=8), cfg)
     params = {"model": task.networks["model"].init(jax.random.key(0))}
-    measure = evaluate.build(task, make_mesh(Mesh(), jax.devices()[:1]))
+    measure = evaluate.build_evaluate(task, make_mesh(Mesh(), jax.devices()[:1]))
     found = measure(params, {}, Loader(source, Order(len(source), 64, 0)).once())
     text = TEXT[int(len(TEXT) * 0.5) :]
     ids = source.tokenizer.encode(text)
@@ -216,9 +218,9 @@ def test_images_are_judged_by_a_classifier_on_the_command_line(run_of, tmp_path,
 def test_what_cannot_judge_or_be_judged_is_refused(run_of):
     opened = {name: load_run(run_of / name) for name in ("classifier", "vae")}
     with pytest.raises(UserError, match="got --classifier for a run of task classification, expected a vae or a gan"):
-        judge.judged(opened["classifier"], run_of / "classifier")
+        judge.judge_images(opened["classifier"], run_of / "classifier")
     with pytest.raises(UserError, match="got classifier .* of task vae, expected classification, try"):
-        judge.judged(opened["vae"], run_of / "vae")
+        judge.judge_images(opened["vae"], run_of / "vae")
 
 
 def test_a_run_that_is_not_there_is_refused(tmp_path):

@@ -279,7 +279,7 @@ def test_a_step_with_nothing_to_train_on_is_said_and_has_no_loss(make: Make, cap
 def test_a_run_with_nothing_to_train_on_ends_with_an_error(make: Make, steps: int, last: int) -> None:
     world = make(steps, Eval())
     world.empty = set(range(1, steps + 1))
-    with pytest.raises(UserError, match=f"got nothing to train on in {last} batches one after another, expected an ex"):
+    with pytest.raises(UserError, match=f"got nothing to train on in {last} consecutive batches, expected an ex"):
         world.train()
 
 

@@ -31,7 +31,7 @@ def train(offload, steps=3):
     tokens = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
     batch = jax.device_put({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}, rules.sharding(mesh, ("batch", "seq")))
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    take = step.build(task, optimizers, mesh, layout, rows, offload=offload)
+    take = step.build_step(task, optimizers, mesh, layout, rows, offload=offload)
     for _ in range(steps):
         now, metrics = take(now, batch)
     return now, float(metrics["loss"])

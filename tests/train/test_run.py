@@ -331,7 +331,7 @@ def test_the_moving_average_is_what_is_evaluated(whole: Path) -> None:
     job = assemble(cfg)
     found = Checkpointer(whole / "checkpoints").restore(job.layout)
     assert found is not None
-    measure = evaluate.build(job.task, job.mesh)
+    measure = evaluate.build_evaluate(job.task, job.mesh)
     average, plain = [
         measure(part, found[0].stats, job.loader("eval").once(cfg.eval.batches))
         for part in (found[0].ema, found[0].params)

@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import run as runs
-from jaxmodels.train.saved import kept, load_run
+from jaxmodels.train.saved import load_run, read_kept
 
 WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
 
@@ -85,7 +85,7 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--split", "nonsense"], "got --split 'nonsense' for data table, which have no use for it"),
+        (["--split", "nonsense"], "got --split 'nonsense' for data table, which has no such field"),
         (["--data-dir", "/nowhere"], "try --data.path FILE"),
         (["--data.name", "mnist"], "got --data.name 'mnist' for data table"),
         (
@@ -93,7 +93,7 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
             "got data.target_field 'label', which classification of texts from table does not use",
         ),
         (["--data.path", "nothing.csv"], "got data.path 'nothing.csv', which does not exist"),
-        (["--data", "text", "--data.input-field", "x"], "for data text, which have no use for it"),
+        (["--data", "text", "--data.input-field", "x"], "for data text, which has no such field"),
         (["--beams", "4"], "got --beams 4 for a run of task classification"),
         (["--json", "no/where.json"], "whose folder does not exist"),
     ],
@@ -159,7 +159,7 @@ def test_loading_what_is_no_run_is_refused(tmp_path):
 def test_what_a_run_keeps_of_its_data_is_read_or_refused(tmp_path, text):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match="data.json"):
-        kept(tmp_path)
+        read_kept(tmp_path)
 
 
 def test_the_metrics_of_a_run_are_its_lines_and_a_hole_is_told(texts, tmp_path, caplog):

@@ -136,13 +136,13 @@ CFG = Config(model=MLPConfig((2, 2, 1), 2, ()))
 def test_good_values_are_found_and_poor_trials_end_early(played, tmp_path):
     options = TuneOptions(space=("optim.peak_lr=0:10",), trials=25, out=str(tmp_path / "out"))
     out = tune.search(CFG, options, "tiny.py", [])
-    trials = tune.tried(CFG, options, out)
+    trials = tune.read_trials(CFG, options, out)
     best = min((trial for trial in trials if not trial["pruned"]), key=lambda trial: trial["value"])
     assert len(trials) == 25 and abs(best["optim.peak_lr"] - 3) < 2 and best["value"] < 2.2
     pruned = {trial["optim.peak_lr"] for trial in trials if trial["pruned"]}
     assert pruned and pruned == {rate for rate, step in played if step < 5}
     assert all(abs(rate - 3) > abs(best["optim.peak_lr"] - 3) for rate in pruned)
-    shown = tune.table(CFG, options, trials, rows=30).splitlines()
+    shown = tune.ranking(CFG, options, trials, rows=30).splitlines()
     assert shown[0].split() == ["trial", "eval/loss", "optim.peak_lr", "seconds"] and len(shown) == 26
     assert [line.endswith("stopped early") for line in shown[1:]] == sorted(
         line.endswith("early") for line in shown[1:]
@@ -153,16 +153,16 @@ def test_good_values_are_found_and_poor_trials_end_early(played, tmp_path):
 
 def test_of_two_rates_the_better_one_wins(played, tmp_path):
     options = TuneOptions(space=("optim.peak_lr=9.0,3.0",), trials=12, out=str(tmp_path / "out"))
-    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    trials = tune.read_trials(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert {trial["optim.peak_lr"] for trial in trials} == {9.0, 3.0}
     assert min(trials, key=lambda trial: trial["value"])["optim.peak_lr"] == 3.0
 
 
 def test_a_metric_that_is_no_number_ends_its_trial_alone(played, tmp_path):
     options = TuneOptions(space=("optim.b1=0.5,0.5",), trials=3, out=str(tmp_path / "out"))
-    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    trials = tune.read_trials(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert [(trial["pruned"], trial["value"]) for trial in trials] == [(True, None)] * 3
-    assert len(tune.table(CFG, options, trials).splitlines()) == 1
+    assert len(tune.ranking(CFG, options, trials).splitlines()) == 1
 
 
 def test_a_trial_whose_loss_is_no_number_counts(played, tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_a_trial_whose_loss_is_no_number_counts(played, tmp_path, monkeypatch):
 
     options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(tmp_path / "out"))
     monkeypatch.setattr(tune.runs, "train", diverge)
-    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    trials = tune.read_trials(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert [(trial["pruned"], trial["value"]) for trial in trials] == [(True, None)] * 2
 
 
@@ -189,7 +189,7 @@ def test_a_combination_that_cannot_be_is_a_trial_with_its_reason_and_the_search_
 
     monkeypatch.setattr(tune.runs, "train", some)
     options = TuneOptions(space=("data.batch_size=8,16,32",), trials=9, out=str(tmp_path / "out"))
-    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    trials = tune.read_trials(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert len(trials) == 9 and {trial["data.batch_size"] for trial in trials if not trial["pruned"]} == {8}
     reasons = {
         trial["data.batch_size"]: kept.user_attrs["refused"]
@@ -226,7 +226,7 @@ def test_a_directory_s_name_may_have_any_character(played, tmp_path):
     options = TuneOptions(space=("optim.peak_lr=0:10",), trials=2, out=str(out))
     assert tune.search(CFG, options, "tiny.py", []) == out
     assert [path.name for path in (tmp_path / "x").iterdir()] == [out.name] and (out / "study.db").stat().st_size
-    assert len(tune.tried(CFG, options, out)) == 2
+    assert len(tune.read_trials(CFG, options, out)) == 2
 
 
 def test_the_command_for_the_best_one_has_all_that_the_search_was_given(file):
@@ -234,7 +234,7 @@ def test_the_command_for_the_best_one_has_all_that_the_search_was_given(file):
             "a b.txt", "c'd.txt", "--trials", "3", "--optim.peak-lr", "0.5", "--out=x", "--eval.metric",
             "eval/accuracy", "--eval.mode=max", "--workers", "2", "--data.pack", "True"]  # fmt: skip
     chosen = {"optim.peak_lr": 1e-7, "data.pack": False, "optim.clip_norm": None, "optim": "muon"}
-    words = shlex.split(tune.again(str(file), argv, chosen))
+    words = shlex.split(tune.train_command(str(file), argv, chosen))
     assert words[:3] == ["jaxmodels", "train", str(file)] and "--space" not in words
     cfg, _ = configured(words[2:], "jaxmodels train", RunOptions)
     assert cfg.data.path == ("a b.txt", "c'd.txt") and (cfg.eval.metric, cfg.eval.mode) == ("eval/accuracy", "max")
@@ -257,7 +257,7 @@ def test_an_interrupted_trial_and_one_of_a_process_that_is_gone_are_not_counted(
     interrupt(monkeypatch, options)
     optuna.load_study(study_name="tune", storage=f"sqlite:///{tmp_path / 'out' / 'study.db'}").ask()  # and no more
     assert [trial.state.name for trial in study(tmp_path / "out")] == ["COMPLETE"] * 2 + ["FAIL", "RUNNING"]
-    trials = tune.tried(CFG, options, tune.search(CFG, options, "tiny.py", []))
+    trials = tune.read_trials(CFG, options, tune.search(CFG, options, "tiny.py", []))
     assert [trial["number"] for trial in trials] == [0, 1, 4, 5] and len(played) == 4
     assert study(tmp_path / "out")[3].state.name == "FAIL"
 
@@ -281,11 +281,11 @@ def test_workers_are_told_to_stop_when_the_search_is(played, tmp_path, monkeypat
 
 
 def test_a_field_s_values_are_read_as_its_type():
-    assert tune.parse("--optim.peak-lr=1e-4:1e-1:log", CFG) == tune.Choice("optim.peak_lr", 1e-4, 0.1, log=True)
-    assert tune.parse("data.batch_size=8:64", CFG).whole
-    assert tune.parse("optim=adamw,muon", CFG).values == ("adamw", "muon")
-    assert tune.parse("optim.clip_norm=None,1.0", CFG).values == (None, 1.0)
-    assert tune.parse("data.pack=True,False", CFG).values == (True, False)
+    assert tune.parse_choice("--optim.peak-lr=1e-4:1e-1:log", CFG) == tune.Choice("optim.peak_lr", 1e-4, 0.1, log=True)
+    assert tune.parse_choice("data.batch_size=8:64", CFG).whole
+    assert tune.parse_choice("optim=adamw,muon", CFG).values == ("adamw", "muon")
+    assert tune.parse_choice("optim.clip_norm=None,1.0", CFG).values == (None, 1.0)
+    assert tune.parse_choice("data.pack=True,False", CFG).values == (True, False)
     assert configs.replaced(CFG, "optim", "muon") == replace(CFG, optim=Muon())
 
 
@@ -309,7 +309,7 @@ def test_a_field_s_values_are_read_as_its_type():
 )
 def test_a_space_that_is_none_is_refused_in_one_line(text, message):
     with pytest.raises(UserError, match=message) as caught:
-        tune.parse(text, CFG)
+        tune.parse_choice(text, CFG)
     assert "\n" not in str(caught.value)
 
 
