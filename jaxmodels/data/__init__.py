@@ -1,4 +1,4 @@
-"""Where batches come from: sources, tokenizers, the order, the loader."""
+"""Data: sources of examples, tokenizers, the order of examples, and the loader of batches."""
 
 from __future__ import annotations
 

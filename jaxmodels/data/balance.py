@@ -1,4 +1,4 @@
-"""Each class equally often."""
+"""Balancing: each class appears equally often."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from jaxmodels.errors import UserError
 
 
 class Balanced(Source):
-    """A source in which each class comes as often in an epoch as the largest one does.
+    """A source in which every class has as many examples in an epoch as the largest one.
 
-    Example j is one of class j mod K (of the K classes that there are). Each class goes through its examples in epochs
-    of its own, shorter for a smaller class, so that none of them comes more than once more than another, and an image
-    that comes twice is changed in two ways.
+    Example j belongs to class j mod K, of the K classes present. Each class goes through its examples in epochs of its
+    own, shorter for smaller classes, so that the numbers of appearances of its examples differ by one at most; an image
+    that appears twice is augmented in two ways.
     """
 
     def __init__(self, source: Source, labels: np.ndarray) -> None:
-        """`labels` are those of all of the source's examples, (N,); examples whose label is below 0 are left out.
+        """`labels` (N,) are those of all of the source's examples; examples whose label is below 0 are left out.
 
-        Raises: UserError where examples may have several labels, or none has one.
+        Raises: UserError if examples may have several labels, or none has one.
         """
         if labels.ndim != 1:
-            raise UserError("got several labels an example, expected one class each, try --data.balance False")
+            raise UserError("got several labels per example, expected one class each, try --data.balance False")
         classes = np.unique(labels[labels >= 0])
         if not len(classes):
             raise UserError(f"got {source.describe()} without a label, expected some, try --data.balance False")
@@ -45,4 +45,4 @@ class Balanced(Source):
 
     def describe(self) -> str:
         sizes = f"{self._sizes.min():,} to {self._largest:,}"
-        return f"{self.source.describe()}; balanced: {len(self):,} examples an epoch, of classes of {sizes}"
+        return f"{self.source.describe()}; balanced: {len(self):,} examples per epoch, from classes of {sizes}"

@@ -1,4 +1,4 @@
-"""Texts made fit to train on: normalized, filtered, without duplicates; and a report of what went out and why."""
+"""Cleaning texts for training: normalize, filter, remove duplicates, and report what was left out and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AT_ONCE = 512
 _EXAMPLES = 3
 _SHINGLE = 5
 _PERMUTATIONS = 128
-# seen by no one: byte order mark, zero-width space, word joiner
+# invisible: byte order mark, zero-width space, word joiner
 _INVISIBLE = "\ufeff\u200b\u2060"
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _SPACES = re.compile(r"[^\S\n]+")
@@ -35,32 +35,33 @@ _SPACES = re.compile(r"[^\S\n]+")
 
 @dataclass(frozen=True)
 class Rules(Section):
-    """What a text must be to be kept, and how it is written then."""
+    """Which texts are kept, and how they are normalized."""
 
     form: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalization; NFKC also replaces ligatures, full-width letters and the like."""
     collapse: bool = True
-    """Whether runs of spaces become one; else only the ends of lines are trimmed (for code)."""
+    """Collapse runs of spaces into one. False: only trim the ends of lines (for code)."""
     min_characters: Natural = 1
-    """Characters of a text, at least."""
+    """Smallest number of characters in a text."""
     max_characters: Natural | None = None
-    """Characters of a text, at most."""
+    """Largest number of characters in a text."""
     min_words: Natural = 0
-    """Words of a text, at least."""
+    """Smallest number of words in a text."""
     max_words: Natural | None = None
-    """Words of a text, at most."""
+    """Largest number of words in a text."""
     letters: Share = 0.0
-    """Share of a text's characters, spaces not counted, that must be letters."""
+    """Smallest fraction of a text's characters, not counting spaces, that are letters."""
     script: tuple[str, ...] = ()
-    """Scripts that a text's letters must be of, such as latin or cyrillic; any when not given."""
+    """Scripts that a text's letters must belong to, such as latin or cyrillic. Empty: any."""
     script_share: Share = 0.9
-    """Share of a text's letters that must be of those scripts."""
+    """Smallest fraction of a text's letters that belong to those scripts."""
     repeated_lines: Share = 0.3
-    """Share of a text's lines that may be repetitions of earlier ones (Rae et al. 2021, table A1)."""
+    """Largest fraction of a text's lines that repeat earlier ones (Rae et al. 2021, table A1)."""
     near: Share = 0.8
-    """Texts that share so much with one before them go out (Jaccard similarity of their shingles); 0: none do."""
+    """Leave out texts this similar to an earlier one (Jaccard similarity of their shingles). 0: keep them."""
     shingles: Literal["characters", "words"] = "characters"
-    """What runs of five are compared of: characters find a changed word in a sentence, words one in a document."""
+    """Units of the shingles, which are runs of five: characters find a changed word in a sentence, words one in a
+    document."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +71,7 @@ class Rules(Section):
                 raise UserError(f"got --script {name!r}, expected a script of Unicode such as latin or cyrillic{near}")
 
     def normalize(self, text: str) -> str:
-        """The text in one form, without characters that no one sees; what is normalized stays as it is."""
+        """Normalize a text and remove invisible characters; idempotent."""
         text = _LINE_ENDS.sub("\n", text)
         if not text.isascii() or not text.replace("\n", "").isprintable():
             text = "".join(c for c in text if c in "\n\t" or not _unseen(c))
@@ -80,7 +81,7 @@ class Rules(Section):
         return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n" if not self.collapse else None)
 
     def refuse(self, text: str) -> tuple[str, str] | None:
-        """Why a normalized text goes out, in general and in particular; None: it does not."""
+        """Return why a normalized text is left out, as reason and detail; None if it is kept."""
         words = len(text.split())
         if not words:
             return "empty", ""
@@ -108,7 +109,7 @@ def _unseen(c: str) -> bool:
 
 @functools.cache
 def _script(letter: str) -> str:
-    """The first word of a letter's name, which is its script (CJK for Chinese characters)."""
+    """Return the first word of a letter's Unicode name, which is its script (CJK for Chinese characters)."""
     return unicodedata.name(letter, "").split(" ")[0].split("-")[0]
 
 
@@ -119,7 +120,7 @@ def _scripts() -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Text:
-    """A text, where it is from, and the other fields that it came with; or why there is none (`broken`)."""
+    """A text, where it comes from, and its other fields; or why it cannot be read (`broken`)."""
 
     where: str
     text: str
@@ -128,9 +129,9 @@ class Text:
 
 
 def read(files: Sequence[Path], text_field: str, lines: bool) -> Iterator[Text]:
-    """The texts of tables (their `text_field`) and of files of text, each one text or, by `lines`, one a line.
+    """Read the texts of tables (their `text_field`) and of text files, whole or, with `lines`, line by line.
 
-    Raises: UserError where a table has no such column.
+    Raises: UserError if a table has no such column.
     """
     for path in files:
         if path.suffix.lower() in TABLES:
@@ -170,9 +171,9 @@ def _decoded(where: str, raw: bytes) -> Text:
 
 
 class Duplicates:
-    """Texts that were kept, and which of them another one repeats.
+    """The texts kept so far, searched for duplicates of the next one.
 
-    Some 7 KB of memory a kept text for near ones, 100 bytes without; the texts themselves lie in `out`.
+    Takes about 7 KB of memory per kept text for near duplicates, 100 bytes without; the texts themselves are in `out`.
     """
 
     def __init__(self, rules: Rules, out: IO[bytes], text_field: str) -> None:
@@ -191,7 +192,7 @@ class Duplicates:
             self._near = MinHashLSH(num_perm=_PERMUTATIONS, params=bands(rules.near))
 
     def sketch(self, texts: Sequence[str]) -> list[Any]:
-        """A MinHash of each text, or None where near duplicates are not asked for."""
+        """Compute a MinHash of each text, or None if near duplicates are kept."""
         if self._near is None:
             return [None] * len(texts)
         from datasketch import MinHash
@@ -200,7 +201,7 @@ class Duplicates:
         return MinHash.bulk(encoded, num_perm=_PERMUTATIONS)
 
     def find(self, text: str, sketch: Any) -> tuple[str, int, str] | None:
-        """The kept text that this one repeats: the reason to give, which text, counted from 0, and how near."""
+        """Find the kept text that this one repeats: the reason, its number from 0, and how similar it is."""
         if (found := self._exact.get(_key(text))) is not None:
             return "duplicate", found, ""
         if sketch is None:
@@ -213,14 +214,14 @@ class Duplicates:
         return None
 
     def keep(self, text: str, sketch: Any, offset: int) -> None:
-        """Remember a text that is written to `out` at this offset."""
+        """Remember a text that was written to `out` at this offset."""
         self._exact[_key(text)] = len(self._offsets)
         if sketch is not None:
             self._near.insert(len(self._offsets), sketch, check_duplication=False)
         self._offsets.append(offset)
 
     def shingled(self, text: str) -> set[str]:
-        """The runs of five characters or words of a text, in small letters."""
+        """Return the runs of five characters or words in a text, in lower case."""
         parts: Any = " ".join(text.casefold().split())
         if self._rules.shingles == "words":
             parts = parts.split(" ")
@@ -228,7 +229,7 @@ class Duplicates:
         return set(runs) if isinstance(parts, str) else {" ".join(run) for run in runs}
 
     def text(self, number: int) -> str:
-        """A kept text, read again from `out`."""
+        """Read a kept text again from `out`."""
         end = self._out.tell()
         self._out.seek(self._offsets[number])
         text = json.loads(self._out.readline())[self._field]
@@ -237,7 +238,7 @@ class Duplicates:
 
 
 def bands(threshold: float) -> tuple[int, int]:
-    """How a MinHash is cut into bands, and their rows: as few as find 99 of 100 texts at the threshold itself."""
+    """Choose bands and rows of a MinHash: as few bands as find 99 of 100 texts at the threshold itself."""
     for rows in range(_PERMUTATIONS, 1, -1):
         number = _PERMUTATIONS // rows
         if number > 1 and 1 - (1 - threshold**rows) ** number >= 0.99:
@@ -251,7 +252,7 @@ def _key(text: str) -> bytes:
 
 @dataclass
 class Report:
-    """What was read, kept, changed and left out."""
+    """Counts of what was read, kept, changed and left out."""
 
     read: int = 0
     kept: int = 0
@@ -261,14 +262,14 @@ class Report:
     removed: Counter[str] = dataclasses.field(default_factory=Counter)
     left_out: list[dict[str, str]] = dataclasses.field(default_factory=list)
     places: list[str] = dataclasses.field(default_factory=list)
-    """Where each kept text is from."""
+    """Where each kept text comes from."""
 
     def facts(self) -> dict[str, Any]:
         """All numbers, and the place and reason of each text that was left out."""
         return {name: value for name, value in vars(self).items() if name != "places"}
 
     def remove(self, text: Text, reason: str, detail: str, other: str = "") -> None:
-        """`other`: the text that this one is too near to."""
+        """`other`: the text that this one duplicates."""
         self.removed[reason] += 1
         found = {"where": text.where, "reason": reason, "detail": detail}
         if self.removed[reason] <= _EXAMPLES and text.text:
@@ -278,7 +279,7 @@ class Report:
         self.left_out.append(found)
 
     def show(self) -> str:
-        """The counts, and the first examples of each reason, as lines of text."""
+        """Format the counts, and the first examples of each reason."""
         share = self.characters_kept / max(self.characters_read, 1)
         lines = [
             f"read     {self.read:>10,}",
@@ -298,11 +299,11 @@ class Report:
 
 
 def clean(paths: Sequence[str], out: Path, text_field: str, lines: bool, rules: Rules) -> Report:
-    """Writes the texts that the rules keep to `out`, in order, and a report beside it.
+    """Write the texts that the rules keep to `out`, in order, and a report beside it.
 
-    Of texts that are alike the first is kept. The same input gives the same files, and `out` cleaned again is `out`.
+    Of duplicates the first is kept. The same input gives the same files, and cleaning `out` again gives `out`.
 
-    Raises: UserError where there are no such files, or no such column.
+    Raises: UserError if there are no such files, or no such column.
     """
     here = Path.cwd()
     files = [f.relative_to(here) if f.is_relative_to(here) else f for f in corpus.expand(paths, "texts", "")]
@@ -333,7 +334,7 @@ def _sift(
     file: IO[bytes],
     text_field: str,
 ) -> None:
-    """Writes those of some texts that are kept."""
+    """Write those of some texts that are kept."""
     left: list[tuple[Text, str]] = []
     for text in chunk:
         report.read += 1
@@ -361,11 +362,11 @@ def _sift(
 
 
 def beside(out: Path) -> Path:
-    """The file of the report on what was left out of `out`."""
+    """The file that reports what was left out of `out`."""
     return out.with_name(out.name + ".report.json")
 
 
 def _encoded(value: Any, indent: int | None = None) -> bytes:
-    # half of a surrogate pair, which is no character, stays the escape that it was
+    # half of a surrogate pair stays the escape sequence that it was
     text = json.dumps(value, ensure_ascii=False, default=str, indent=indent) + "\n"
     return text.encode("utf-8", "backslashreplace")

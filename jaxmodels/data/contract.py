@@ -1,4 +1,4 @@
-"""What a task says of the batches that it takes: each array's shape, dtype, logical axes and bound."""
+"""A task's contract for its batches: shape, dtype, logical axes and bound of each array."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from jaxmodels.parallel import rules
 
 @dataclass(frozen=True)
 class BatchField:
-    """One array of a batch. Its first dimension is the batch's rows, which are cut over the mesh."""
+    """One array of a batch. Its first dimension is the batch's rows, which are sharded over the mesh."""
 
     shape: tuple[int, ...] | None
-    """Shape of one example; None where any will do."""
+    """Shape of one example; None if it may vary."""
     dtype: Any = np.int32
     axes: rules.Names = ()
-    """Logical axes of an example's dimensions, as in `parallel.rules` ("seq": a sequence's tokens); without any, every
+    """Logical axes of an example's dimensions, as in `parallel.rules` ("seq": a sequence's tokens). Without any, every
     device of a row holds the whole example."""
     below: int | None = None
-    """How many things there are that its numbers count: tokens of a vocabulary, classes."""
+    """Upper bound of the array's integers: the size of the vocabulary, or the number of classes."""
     stored: Any = None
-    """The dtype in which data have it, where it is another one: bytes of images, which stand for [0, 1]."""
+    """The dtype in the data, if it differs: image bytes, which stand for [0, 1]."""
     optional: bool = False
-    """Whether a batch may be without it."""
+    """Whether a batch may lack it."""
 
     def rows(self, count: int) -> jax.ShapeDtypeStruct:
-        """The array for so many examples."""
+        """Return the array for this many examples."""
         return jax.ShapeDtypeStruct((count, *(self.shape or ())), self.dtype)
 
 
 Contract = Mapping[str, BatchField]
-"""A batch's fields by name. A batch may have others, such as the `group` of each row: their rows alone are cut."""
+"""A batch's fields by name. A batch may have others, such as each row's `group`; only their rows are sharded."""
 
 
 def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
-    """Compare a batch from the data with what the task takes; whole numbers may stand for floats.
+    """Check a batch of the data against what the task takes; integers may stand for floats.
 
     Raises:
-        UserError: a field is missing or has another shape or kind of dtype.
+        UserError: a field is missing, or has another shape or kind of dtype.
     """
     for name, want in fields.items():
         if name not in batch:
@@ -68,7 +68,7 @@ def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
 
 
 def check_lengths(fields: Contract, mesh_sizes: Mapping[str, int]) -> None:
-    """Refuse sequences that the mesh cannot cut into equal pieces.
+    """Refuse sequences that the mesh cannot divide into equal parts.
 
     Raises:
         UserError: there is such a field.
@@ -77,7 +77,7 @@ def check_lengths(fields: Contract, mesh_sizes: Mapping[str, int]) -> None:
     parts = rules.shards(mesh_sizes, axes)
     for name, field in fields.items():
         for size in (n for n, axis in zip(field.shape or (), field.axes, strict=False) if axis == "seq" and n % parts):
-            # twice the pieces: each device of a causal ring holds two
+            # twice as many parts, because each device of a causal ring holds two
             better = max(1, round(size / (2 * parts))) * 2 * parts
             raise UserError(
                 f"got {name} of {size} tokens, expected a multiple of {parts} "

@@ -1,4 +1,4 @@
-"""What tasks make their examples by: rows of texts, pairs, images and arrays with labels, of what a source gives."""
+"""How tasks make examples of a source: rows of text, pairs of texts, and images or arrays with labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxmodels.errors import UserError
 _log = logging.getLogger("jaxmodels")
 
 _learned: dict[tuple[str, str, tuple[str, ...]], Tokenizer] = {}
-"""The last tokenizer learned from texts, by what it was learned from: the splits of a set are opened one by one."""
+"""The last tokenizer trained on texts, by what it was trained on, because splits are opened one at a time."""
 
 
 _RECORDS = ("input_field", "bad_records")
@@ -32,25 +32,25 @@ _TEXT = ("tokenizer", "seq_len")
 _LANGUAGE = (*_TEXT, "pack", *_RECORDS)
 _LABELLED = (*_RECORDS, "label_field", "group_field", "balance")
 _IMAGE = ("threads", "pixels", "augment")
-"""Fields that examples of each sort depend on; "augment" stands for that whole section."""
+"""The shared fields that each sort of example depends on; "augment" stands for that whole section."""
 
 
 def open_records(data: DataConfig, split: Split, classes: Sequence[str] = ()) -> Records:
-    """Open the records of a split; `classes` are what its labels count, where not the data's own."""
+    """Open the records of a split; `classes` replace the data's own classes for its labels."""
     found = data.records(split)
     label = getattr(data, "label_field", "")
     return recorded.Known(found, label, classes) if classes and label in found.fields else found
 
 
 def corpus_of(data: RecordsConfig) -> corpora.Corpus:
-    """Join the texts of records to a corpus."""
+    """Make a corpus of the texts of records."""
     train = open_records(data, "train")
     field = input_field(train, data, ("text",))
     return _Readers(data, train, (field,)).corpus(field)
 
 
 class _Readers:
-    """A set's reader for each split, opened once, so that a bad record is named once."""
+    """One reader for each split of a set, opened once, so that a bad record is reported once."""
 
     def __init__(self, cfg: Any, train: Records, fields: Sequence[str], classes: Sequence[str] = ()) -> None:
         self.cfg, self.train, self.fields, self.classes = cfg, train, tuple(dict.fromkeys(fields)), classes
@@ -63,15 +63,15 @@ class _Readers:
         return self._opened[split]
 
     def label(self, split: Split) -> str:
-        """What a split and the fields are, in a few words."""
+        """Describe a split and its fields in a few words."""
         return f"{self.of(split).records.label} {' and '.join(self.fields)}"
 
     def rows(self, split: Split) -> list[Row]:
-        """Every good record."""
+        """Read every good record."""
         return [row for rows in self.of(split).all() for row in rows]
 
     def tokenizer(self, vocab_size: int | None, *texts: str) -> Tokenizer:
-        """The tokenizer that the config names; one learned from these fields is learned once for both splits."""
+        """Load the config's tokenizer; one that is trained on these fields is trained once for both splits."""
         if ":" not in self.cfg.tokenizer:
             return corpora.build_tokenizer(self.corpus(*texts), self.cfg, vocab_size)
         key = (self.cfg.tokenizer, self.train.fingerprint, texts)
@@ -82,7 +82,7 @@ class _Readers:
         return _learned[key]
 
     def corpus(self, *texts: str) -> corpora.Corpus:
-        """The texts of these fields, one field after the other."""
+        """Return the texts of these fields, one field after another."""
 
         def documents(split: Split) -> Iterator[str]:
             for field in texts:
@@ -93,9 +93,9 @@ class _Readers:
 
 
 def language(opening: Opening, masked: bool = False) -> Source:
-    """Make examples for a language model: windows of all texts joined, or rows of whole texts.
+    """Make examples for a language model: windows over all texts joined, or rows of whole texts.
 
-    With `masked` a row's targets are its own tokens, and else the tokens that follow.
+    With `masked` a row's targets are its own tokens, otherwise the tokens that follow.
     """
     data, split = opening.data, opening.split
     opening.check(_LANGUAGE, "texts")
@@ -121,7 +121,7 @@ def _end(tokenizer: Tokenizer) -> int:
 
 
 def pairs(opening: Opening) -> Source:
-    """Make pairs of texts and their translations, one a row or as many as fit."""
+    """Make pairs of texts and their translations, one per row or as many as fit."""
     cfg: Any = opening.data
     split = opening.split
     opening.check((*_LANGUAGE, "target_field"), "pairs of texts")
@@ -154,7 +154,7 @@ def pairs(opening: Opening) -> Source:
 
 
 def open_pairs(data: Any, split: Split) -> tuple[list[str], list[str]]:
-    """Read the sources and the translations of a split, as texts."""
+    """Read the sources and the translations of a split as text."""
     fields = (data.input_field, data.target_field)
     rows = [row for some in Reader(open_records(data, split), fields, data.bad_records).all() for row in some]
     return [row[data.input_field] for row in rows], [row[data.target_field] for row in rows]
@@ -181,9 +181,9 @@ def captioned(opening: Opening) -> Source:
 
 
 def labeled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, more: Sequence[str] = ()) -> Source:
-    """Make examples of images, arrays or texts with their labels, in training as balanced as asked for.
+    """Make labeled examples of images, arrays or texts, balanced in training if the config asks for it.
 
-    `kinds` are those that the model reads, likeliest first. With `optional` a set may be without labels. `more` are
+    `kinds` are those that the model reads, most likely first. With `optional` a set may have no labels. `more` are
     fields that the caller reads.
     """
     cfg: Any = opening.data
@@ -225,7 +225,7 @@ def _used(opening: Opening, kinds: Sequence[Kind], more: Sequence[str]) -> list[
 
 
 def _rows(opening: Opening, train: Records, field: str, label: str | None) -> texts.Rows:
-    """Texts or arrays with their labels, which count the classes `opening.classes`, where there are any."""
+    """Make texts or arrays with labels, which are numbered by `opening.classes` if there are any."""
     cfg: Any = opening.data
     split, num_classes = opening.split, opening.num_classes
     readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name], opening.classes)
@@ -235,7 +235,7 @@ def _rows(opening: Opening, train: Records, field: str, label: str | None) -> te
     arrays: dict[str, np.ndarray]
     if tokenizer is not None:
         ids = tokenizer.encode_many(values, special=True, length=cfg.seq_len)
-        if blank := sum(not len(x) for x in ids):  # a mean over no token would be no number
+        if blank := sum(not len(x) for x in ids):  # a mean over no tokens would be NaN
             _log.warning("left out %s texts of %s without a token", f"{blank:,}", train.label)
             rows = [row for row, x in zip(rows, ids, strict=True) if len(x)]
         arrays = texts.single([x for x in ids if len(x)], cfg.seq_len)
@@ -274,7 +274,7 @@ def _rows(opening: Opening, train: Records, field: str, label: str | None) -> te
 
 
 def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> np.ndarray:
-    """Labels of records: int32 (N,), or float32 (N, classes) of 0 and 1 where a record may have several."""
+    """Return the labels of records: int32 (N,), or float32 (N, classes) of 0 and 1 if a record may have several."""
     if not several:
         return np.array([row[label] for row in rows], np.int32)
     out = np.zeros((len(rows), classes), np.float32)
@@ -284,7 +284,7 @@ def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> n
 
 
 def check_classes(source: Source, num_classes: int | None) -> None:
-    """Raises UserError where the data has more classes than the model."""
+    """Raise UserError if the data have more classes than the model."""
     if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
         names = f" ({', '.join(source.class_names[:5])}, ...)" if source.class_names else ""
         raise UserError(

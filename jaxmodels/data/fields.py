@@ -1,4 +1,4 @@
-"""Which field of a set's records is which: the input, the label, the group."""
+"""Finding the input, label and group among the fields of a set's records."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxmodels.errors import UserError
 
 
 def input_field(records: Records, cfg: RecordsConfig, kinds: Sequence[Kind]) -> str:
-    """The field that `data.input_field` names or, without it, the only one of the first of `kinds` that there is.
+    """Return the field that `data.input_field` names or, by default, the only field of the first available of `kinds`.
 
-    Raises: UserError with the fields that could be meant.
+    Raises: UserError that lists the candidates.
     """
     if cfg.input_field:
-        # of several sets the first one's name is the name for all
+        # with several sets, the first one's name stands for all
         name = cfg.input_field.split("+")[0] if isinstance(records, Joined) else cfg.input_field
         return named_field(records, "input_field", name, kinds)
     taken = {cfg.target_field, cfg.group_field, cfg.label_field}
@@ -39,10 +39,10 @@ def input_field(records: Records, cfg: RecordsConfig, kinds: Sequence[Kind]) -> 
 
 
 def named_field(records: Records, option: str, name: str, kinds: Sequence[Kind], taken: Sequence[str] = ()) -> str:
-    """The name again, where the records have that field and it is of one of these kinds.
+    """Check that the records have a field of this name and of one of these kinds, and return the name.
 
-    Raises: UserError with the fields that could be meant, which those `taken` for something else are not; `option` is
-    the one that named it, such as label_field.
+    Raises: UserError that lists the candidates, without those `taken` for something else; `option` is the option that
+    named the field, such as label_field.
     """
     flag = f"--data.{option.replace('_', '-')}"
     candidates = _of_kinds(records, kinds, {name, *taken})
@@ -73,16 +73,16 @@ def _article(kinds: Sequence[Kind]) -> str:
 
 
 def unknown(what: str, got: str, known: Sequence[str], flag: str, where: str = "") -> str:
-    """What to say of a name that is none of the known ones, nearest first."""
+    """Format the message about an unknown name, with the known ones, nearest first."""
     near = difflib.get_close_matches(got, known, 1, cutoff=0.3) or list(known[:1])
     hint = f"{flag} {near[0]}" if near else flag
     return f"got {what} {got!r}, expected one of {', '.join(known)}{where}, try {hint}"
 
 
 def numbered(records: Records, name: str, values: Iterable[Any]) -> int:
-    """How many classes there are where they have no names: their numbers, from 0 on, are all of a field's values.
+    """Count classes without names: a field's values must be their numbers, from 0 on.
 
-    Raises: UserError where one is below 0.
+    Raises: UserError if one is below 0.
     """
     seen = {int(number) for value in values for number in np.atleast_1d(value)}
     if seen and min(seen) < 0:
@@ -94,7 +94,7 @@ def numbered(records: Records, name: str, values: Iterable[Any]) -> int:
 
 
 def named_groups(field: Field, values: Callable[[], Iterable[Any]]) -> tuple[tuple[str, ...], Callable[[Any], int]]:
-    """The names of the groups that a field tells apart, and the number of each value; without names, of `values`."""
+    """Return the names of a field's groups, and the number of each value's group; without names, those of `values`."""
     if field.kind == "label" and field.names:
         return field.names, int
     known = sorted(set(values()))

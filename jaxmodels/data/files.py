@@ -24,7 +24,7 @@ _BEGINNING = 1 << 16
 _SEPARATORS = ",;\t|"
 _BETWEEN = 3
 _USUAL = 3
-_MARKS = {  # that of UTF-32LE begins as that of UTF-16 does
+_MARKS = {  # UTF-32LE's begins with UTF-16LE's
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
@@ -35,7 +35,7 @@ _COMPRESSED = {
 
 
 def not_text(beginning: bytes) -> str:
-    """Say what a file that begins so is, what was expected and what to try; empty where it may be text in UTF-8."""
+    """Describe a file with this beginning, and say what to try; empty if it may be UTF-8 text."""
     for magic, command in _COMPRESSED.items():
         if beginning.startswith(magic):
             return f"compressed, expected text, try {command}"
@@ -47,7 +47,7 @@ def not_text(beginning: bytes) -> str:
 
 
 def _wide(beginning: bytes) -> str:
-    """The name of an encoding of two or four bytes a character, told by its mark or by where zeros stand."""
+    """Name an encoding of two or four bytes per character, recognized by its mark or by where zeros are."""
     for mark, name in _MARKS.items():
         if beginning.startswith(mark):
             return name
@@ -63,30 +63,30 @@ def _wide(beginning: bytes) -> str:
 
 
 class File(ABC):
-    """A table in one file. `typed`: whether the file says of a value that it is a number."""
+    """A table in one file. `typed` says whether the file distinguishes numbers from text."""
 
     typed = True
     columns: tuple[str, ...] | None = None
-    """Of every row; None where each row has its own."""
+    """Columns of every row; None if each row has its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[dict[str, Any] | str, bytes]]:
-        """Every row in order: values by column, or why there are none; and, of text, its bytes."""
+        """Yield every row in order: values by column, or why it has none; and, for text files, its bytes."""
 
     @abstractmethod
     def read(self, rows: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | str]:
-        """Rows by their places in `rows()`, which must have been gone through; thread-safe."""
+        """Read rows by their index in `rows()`, which must have been iterated before; thread-safe."""
 
     @abstractmethod
     def line(self, row: int) -> int:
-        """Where a row is, counted from 1: the line that it begins in, or the row itself where there are no lines."""
+        """Return where a row is, counted from 1: its first line, or the row itself if the file has no lines."""
 
 
 class _Lines(File):
-    """A file of text, mapped; it remembers where each row begins and ends."""
+    """A memory-mapped text file, with the start and end of each row."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -106,7 +106,7 @@ class _Lines(File):
 
     @abstractmethod
     def _cut(self) -> Iterator[tuple[int, int, int]]:
-        """Beginning, end and first line of each row."""
+        """Yield start, end and first line of each row."""
 
     def rows(self) -> Iterator[tuple[dict[str, Any] | str, bytes]]:
         self._extents, self._numbers = array("q"), array("q")
@@ -133,7 +133,7 @@ class _Lines(File):
 
 
 class _Json(_Lines):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -147,9 +147,9 @@ class _Json(_Lines):
             return f"byte {error.start} of the row is not UTF-8"
         except json.JSONDecodeError as error:
             return f"invalid JSON ({error.msg} at character {error.pos})"
-        except (ValueError, RecursionError) as error:  # a key twice, numbers of thousands of digits, endless nesting
+        except (ValueError, RecursionError) as error:  # a duplicate key, a number too long, endless nesting
             return f"invalid JSON ({error})"
-        return value if isinstance(value, dict) else f"{shown(value)} is no JSON object"
+        return value if isinstance(value, dict) else f"{shown(value)} is not a JSON object"
 
     def _cut(self) -> Iterator[tuple[int, int, int]]:
         for number, (start, end) in enumerate(self._each_line(), 1):
@@ -157,18 +157,18 @@ class _Json(_Lines):
 
 
 class _Csv(_Lines):
-    """Values separated by commas, semicolons, tabs or bars, with the columns' names in the first row.
+    """Values separated by commas, semicolons, tabs or bars, with column names in the first row.
 
-    A cell in quotes may have line ends in it. Where such a row turns out to be none (the quote is never closed, or
-    other cells follow it), or where its lines are rows of their own, only its first line is bad, and reading goes on
-    after it: a stray quote costs one row.
+    A quoted cell may contain line breaks. If such a row is broken (the quote is never closed, or other text follows
+    it), or its lines are rows themselves, only its first line is bad and reading continues after it: a stray quote
+    costs one row.
     """
 
     typed = False
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        # a field may be a whole document
+        # a cell may be a whole document
         csv.field_size_limit(sys.maxsize)
         self._delimiter = self._separator(path.suffix.lower())
         self._names: list[str] = []
@@ -184,7 +184,7 @@ class _Csv(_Lines):
         self.columns = tuple(header)
 
     def _separator(self, suffix: str) -> str:
-        """The file's own, or one by which its first row has several names and the second one as many cells."""
+        """Return the file's own separator, or one that gives the first and second row equally many cells."""
         usual = "\t" if suffix == ".tsv" else ","
         lines = [self._bytes[start:end] for start, end in itertools.islice(self._each_line(), 2)]
         for self._delimiter in (usual, *_SEPARATORS.replace(usual, "")):
@@ -221,7 +221,7 @@ class _Csv(_Lines):
             while at < len(self._bytes):
                 start, at = at, self._bytes.find(self._line_end, at) + 1 or len(self._bytes)
                 number += 1
-                # any byte is a character of latin-1, and those that end a cell or a row are the same
+                # in latin-1 any byte is a character, and those that end a cell or a row are the same
                 yield self._bytes[start:at].decode("latin-1")
 
         def reader() -> Any:
@@ -232,7 +232,7 @@ class _Csv(_Lines):
             begin, first = at, number + 1
             try:
                 cells = len(next(rows))
-            except csv.Error:  # what it is will be said where the row is parsed
+            except csv.Error:  # reported where the row is parsed
                 cells = -1
             if number > first and not header and (cells != len(self._names) or self._is_several(begin, at)):
                 at, number = self._bytes.find(self._line_end, begin) + 1, first
@@ -242,15 +242,15 @@ class _Csv(_Lines):
             header = False
 
     def _is_several(self, begin: int, end: int) -> bool:
-        """Say whether a row of several lines is several rows, joined by two stray quotes.
+        """Whether a row of several lines is really several rows, joined by two stray quotes.
 
-        All lines between the first and the last must be rows: as many cells, and no space before one as in prose. Where
-        those are few, the first and the last must be rows too, and in some column each of the lines must have a value
-        that is usual in the file, such as a class.
+        All lines between the first and the last must be rows: as many cells, none of which starts with a space as in
+        prose. If those are few, the first and the last must be rows too, and in some column each of the lines must have
+        a value that is frequent in the file, such as a class.
         """
         lines = self._bytes[begin:end].removesuffix(self._line_end).split(self._line_end)
         rows = [self._cells(line) for line in lines[1:-1]]
-        if len(rows) < _BETWEEN:  # a quote that is stray stands for itself
+        if len(rows) < _BETWEEN:  # a stray quote is literal text
             text = (line.decode("utf-8", "replace").replace('"', "") for line in (lines[0], lines[-1]))
             rows += [line.split(self._delimiter) for line in text]
         for cells in rows:
@@ -260,7 +260,7 @@ class _Csv(_Lines):
 
     @functools.cached_property
     def _usual(self) -> list[set[str]]:
-        """The values of each column that come again and again at the beginning of the file."""
+        """The values of each column that recur near the beginning of the file."""
         lines = self._bytes[self._start : self._start + _BEGINNING].split(self._line_end)
         rows = [cells for line in lines if len(cells := self._cells(line)) == len(self._names)]
         counts = map(Counter, zip(*(cells for cells in rows if not isinstance(cells, str)), strict=True))
@@ -268,7 +268,7 @@ class _Csv(_Lines):
 
 
 class _Parquet(File):
-    """Parquet, read whole into memory as Arrow's columns."""
+    """Parquet, read whole into memory as Arrow columns."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -284,7 +284,7 @@ class _Parquet(File):
         except (arrow.ArrowException, OSError, ValueError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"got {path}, which is no Parquet file ({reason[:200]}), expected one, try another file"
+                f"got {path}, which is not a Parquet file ({reason[:200]}), expected one, try another file"
             ) from error
         names = self._table.column_names
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -304,7 +304,7 @@ class _Parquet(File):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which no one can say what a key that is given twice means."""
+    """Build a JSON object, refusing duplicate keys, whose meaning is undefined."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -313,10 +313,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _python(table: Any) -> list[dict[str, Any] | str]:
-    """Rows of Arrow's columns as Python's values, or why a row is none."""
+    """Convert rows of Arrow columns to Python values, or to the reason why a row cannot be."""
     try:
         return table.to_pylist()
-    except (ValueError, OverflowError):  # text that is not UTF-8, times that no calendar has: find out where
+    except (ValueError, OverflowError):  # text that is not UTF-8, impossible times: find out where
 
         def row(number: int) -> dict[str, Any] | str:
             try:
@@ -333,9 +333,9 @@ TABLES: dict[str, type[File]] = {
 
 
 def open_file(path: Path) -> File:
-    """The table in a file, by the ending of its name.
+    """Open the table in a file, by its extension.
 
-    Raises: UserError where it is none.
+    Raises: UserError if it is not one.
     """
     kind = TABLES.get(path.suffix.lower())
     if kind is None:
@@ -347,7 +347,7 @@ def open_file(path: Path) -> File:
 
 
 def shown(value: Any) -> str:
-    """A value as it may stand in a message."""
+    """Format a value for a message."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deep, or of thousands of digits

@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class."""
+"""Folders of images, one folder per class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("jaxmodels")
 
 @dataclass(frozen=True)
 class Images(RecordsConfig, FilesConfig):
-    """A folder with one folder of images a class, or with MNIST's own files."""
+    """A folder with one folder of images per class, or with MNIST's own files."""
 
     instead: ClassVar[str] = "--data.path FOLDER"
 
@@ -39,19 +39,19 @@ class Images(RecordsConfig, FilesConfig):
 
     def evaluated_on(self, fields: Mapping[str, Any]) -> DataConfig:
         if any(Path(each).is_dir() and idx.found(Path(each)) for each in fields.get("path", ())):
-            fields = {"eval_path": (), **fields}  # such a set says itself what is held out
+            fields = {"eval_path": (), **fields}  # such a set defines its own held-out images
         return super().evaluated_on(fields)
 
 
 def records(cfg: Images, split: Split) -> Records:
-    """The images of `data.path`, `root/<class>/…/<image>`: fields image and label, classes in the order of their names.
+    """Open the images of `data.path`, `root/<class>/…/<image>`: fields image and label, classes sorted by name.
 
-    What lies there and is no image is counted by its kind, once. A folder of MNIST's own files is read too (`idx`).
+    Other files are counted by kind, once. A folder of MNIST's own files is read too (`idx`).
 
-    Evaluation has the images of `data.eval_path`; else of the folder val, validation or test beside the folder train;
-    else those whose path below the root has a hash below `data.eval_fraction`.
+    Evaluation reads the images of `data.eval_path`, or else of the folder val, validation or test beside the folder
+    train, or else those whose path below the root has a hash below `data.eval_fraction`.
 
-    Raises: UserError where there are no such folders, or one to evaluate on has a class that is not trained on.
+    Raises: UserError if there are no such folders, or one to evaluate on has a class that is not in training.
     """
     root = _root(cfg.path, "path")
     if idx.found(root):
@@ -67,7 +67,8 @@ def records(cfg: Images, split: Split) -> Records:
     names = _classes(root)
     if not names:
         raise UserError(
-            f"got {root} without folders in it, expected one folder of images a class, try {root}/NAME_OF_A_CLASS/1.png"
+            f"got {root} without folders in it, expected one folder of images per class, "
+            f"try {root}/NAME_OF_A_CLASS/1.png"
         )
     if held_out is not None and not cfg.eval_path:
         check_unused_fraction(cfg, f"evaluation has the folder {held_out}")
@@ -92,7 +93,7 @@ class _Folder(Records):
     def __init__(self, root: Path, names: Sequence[str], files: Sequence[tuple[str, int]]) -> None:
         self.root, self.label = root, f"images of {root}"
         self.fields = {"image": Field("image", shape=(None, None, None)), "label": Field("label", tuple(names))}
-        # of a million files, names in one array take a tenth of the memory of a list of them
+        # for a million files, one array of names takes a tenth of the memory of a list
         self._names = np.array([os.fsencode(name) for name, _ in files], np.bytes_)
         ids = {name: i for i, name in enumerate(names)}
         self._labels = np.array([ids[_named(name.split("/")[0])] for name, _ in files], np.int32)
@@ -129,12 +130,14 @@ def _root(paths: Sequence[str], option: str) -> Path:
     root = Path(paths[0]).expanduser()
     if not root.is_dir():
         near = nearest(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
-        raise UserError(f"got data.{option} {paths[0]!r}, which is no folder, expected one{near or f', try {flag} .'}")
+        raise UserError(
+            f"got data.{option} {paths[0]!r}, which is not a folder, expected one{near or f', try {flag} .'}"
+        )
     return root
 
 
 def _named(folder: str) -> str:
-    """The class of a folder, whose accents some systems write as letters of their own."""
+    """Return the class of a folder, with its accents composed: some systems store them as separate characters."""
     return unicodedata.normalize("NFC", folder)
 
 
@@ -143,9 +146,9 @@ def _classes(root: Path) -> list[str]:
 
 
 def _images(root: Path, names: Sequence[str], all_of_them: bool = True) -> list[tuple[str, int]]:
-    """Paths below the root and sizes, sorted.
+    """List paths below the root and sizes, sorted.
 
-    Raises: UserError where `all_of_them` are to have images and a class has none.
+    Raises: UserError if `all_of_them` must have images and a class has none.
     """
     found: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
@@ -165,7 +168,7 @@ def _images(root: Path, names: Sequence[str], all_of_them: bool = True) -> list[
 
 
 def _below(root: Path, folder: str, others: Counter[str], above: tuple[tuple[int, int], ...]) -> list[tuple[str, int]]:
-    """Images in a folder and in those in it; `above`: the folders that it lies in, which a link may lead back to."""
+    """List images in a folder and its subfolders; `above`: its parent folders, to which a link may lead back."""
     found: list[tuple[str, int]] = []
     if (here := _identity(root / folder)) in above:
         return []
@@ -174,7 +177,7 @@ def _below(root: Path, folder: str, others: Counter[str], above: tuple[tuple[int
             if e.is_dir() and not e.name.startswith("."):
                 found += _below(root, f"{folder}/{e.name}", others, (*above, here))
             elif (kind := _kind(e)) in SUFFIXES:
-                # of a link its own size: one that leads nowhere is told when it is read
+                # a link's own size: a broken link is reported when it is read
                 found.append((f"{folder}/{e.name}", e.stat(follow_symlinks=not e.is_symlink()).st_size))
             else:
                 others[kind] += 1
@@ -187,17 +190,17 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """The ending of an image's name, or what else a file is."""
+    """Return the extension of an image's name, or what else a file is."""
     if entry.name.startswith(".") or entry.name in ("Thumbs.db", "desktop.ini"):
         return "hidden"
     if not entry.is_file() and not (entry.is_symlink() and not os.path.exists(entry.path)):
-        return "hidden folder" if entry.is_dir() else "no regular file"  # to open a pipe would wait for ever
-    return os.path.splitext(entry.name)[1].lower() or "without an ending"
+        return "hidden folder" if entry.is_dir() else "not a regular file"  # opening a pipe would wait forever
+    return os.path.splitext(entry.name)[1].lower() or "without an extension"
 
 
 @functools.lru_cache(16)
 def _tell(root: Path, others: tuple[tuple[str, int], ...]) -> None:
-    """Says once what was left out; both splits of a set look through the same folder."""
+    """Log once what was left out; both splits of a set search the same folder."""
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others)
-        _log.warning("left out files of %s that are no images: %s", root, kinds)
+        _log.warning("left out files of %s that are not images: %s", root, kinds)

@@ -31,14 +31,14 @@ class HuggingFace(RecordsConfig, SplitsConfig):
 
 
 def records(cfg: HuggingFace, split: Split) -> Records:
-    """The records of a set of the hub, `name` or `name:config`, or of a folder that `save_to_disk` has written.
+    """Open the records of a set on the hub, `name` or `name:config`, or of a folder written by `save_to_disk`.
 
-    Splits are in the notation of the library, which is TFDS's: train, train[:90%], train+test.
+    Splits use the library's notation, which is TFDS's: train, train[:90%], train+test.
 
-    Raises: UserError where the library is not installed, or there is no such set or split.
+    Raises: UserError if the library is not installed, or there is no such set or split.
     """
     try:
-        datasets: Any = import_module("datasets")  # not installed to check types
+        datasets: Any = import_module("datasets")  # not installed for type checking
     except ImportError:
         raise UserError(
             "got data huggingface without the library datasets, expected it installed, "
@@ -72,19 +72,19 @@ def records(cfg: HuggingFace, split: Split) -> Records:
 
 
 def _is_text(feature: Any) -> bool:
-    """Say whether a feature is a text, or a list of texts."""
+    """Whether a feature is a text or a list of texts."""
     inner = getattr(feature, "feature", feature)
     return getattr(inner, "dtype", None) in ("string", "large_string")
 
 
 def _classes(values: Iterable[Any]) -> tuple[str, ...]:
-    """The classes that a column of texts names, as in tables."""
+    """Return the classes that a column of texts names, as in tables."""
     each = (v for value in values for v in (value if isinstance(value, list) else [value]))
     return tuple(sorted({name for v in each if (name := name_of(v)) is not None}, key=in_order))
 
 
 def _part(datasets: Any, saved: Any, wanted: str, option: str) -> Any:
-    """A split of a saved set; one that was saved alone is called train."""
+    """Return a split of a saved set; a set saved without splits is called train."""
     parts = dict(saved) if isinstance(saved, dict) else {"train": saved}
     for name in re.findall(r"[^+\[\]]+(?=\[|\+|$)", wanted.replace(" ", "")):
         if name not in parts:
@@ -101,9 +101,9 @@ class _Set(Records):
     def __init__(
         self, datasets: Any, data: Any, label: str, split: str, classes: Mapping[str, tuple[str, ...]]
     ) -> None:
-        """`classes`: the names of the classes in each column of texts that are labels."""
+        """`classes`: the names of the classes in each text column that holds labels."""
         for name, feature in data.features.items():
-            if isinstance(feature, datasets.Image):  # the bytes, for others to decode
+            if isinstance(feature, datasets.Image):  # kept encoded
                 data = data.cast_column(name, datasets.Image(decode=False))
         self._data, self.label, self._split = data, label, split
         found = {name: _field(datasets, data.features[name]) for name in sorted(data.features)}
@@ -137,7 +137,7 @@ class _Set(Records):
             return Bad(self.where(index), str(error))
 
     def _numbered(self, name: str, value: Any) -> Any:
-        """The numbers of the classes that a value of texts names; another value as it is."""
+        """Replace class names by their numbers; other values are returned unchanged."""
         ids = self._ids.get(name)
         if ids is None or value is None or value == "":
             return value or None if ids else value
@@ -147,7 +147,7 @@ class _Set(Records):
 
 
 def _field(datasets: Any, feature: Any) -> Field | None:
-    """What a feature holds; None where nothing here can use it."""
+    """Return what a feature holds; None if nothing here can use it."""
     if isinstance(feature, datasets.Image):
         return Field("image", shape=(None, None, None))
     if isinstance(feature, datasets.ClassLabel):

@@ -34,9 +34,9 @@ def found(root: Path) -> bool:
 
 
 def records(root: Path, cfg: FilesConfig, split: Split) -> Records:
-    """The images to train on, or those of the files t10k or test; without them, those that a hash holds out.
+    """Open the training images, or those of the files t10k or test; without these, the images that a hash holds out.
 
-    Raises: UserError where a file is none, or images and labels do not belong together.
+    Raises: UserError if a file is not in the format, or images and labels do not match.
     """
     if cfg.eval_path:
         raise UserError(
@@ -86,7 +86,7 @@ class _Set(Records):
 
 
 def _labels(images: Path) -> np.ndarray:
-    """The labels that belong to a file of images."""
+    """Read the labels that belong to a file of images."""
     plain = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     path = next((p for n in (plain, f"{plain}.gz") if (p := images.with_name(n)).is_file()), None)
     if path is None:
@@ -95,7 +95,7 @@ def _labels(images: Path) -> np.ndarray:
 
 
 def _read(path: Path, dimensions: int) -> np.ndarray:
-    """An array of bytes: two zeros, 8 for bytes, the number of dimensions, their sizes (4 bytes each), the values.
+    """Read an array of bytes: two zeros, 8 for bytes, the number of dimensions, their sizes (4 bytes each), the values.
 
     Source: LeCun et al., the MNIST database of handwritten digits.
     """

@@ -1,4 +1,4 @@
-"""Images with their labels, decoded and changed as they are asked for."""
+"""Images with their labels, decoded and augmented on demand."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from jaxmodels.data.source import Source, fingerprint
 from jaxmodels.errors import UserError
 
 IN_MEMORY = 1 << 30
-"""Bytes of decoded pixels that are kept, at most."""
+"""Most bytes of decoded pixels to keep in memory."""
 
 _SMALL = 64 * 64
-_AT_ONCE = 8  # few, so that the first are decoded while the others are read
+_AT_ONCE = 8  # few, so that the first are decoded while others are read
 
 
 class Pictures(Source):
-    """Images of one size, uint8, with their labels; in training, as the epoch changes them.
+    """Images of one size, uint8, with their labels; in training, as the epoch augments them.
 
-    Where all pixels of a set fit into 1 GiB they are kept once decoded: at the model's size, or, where training crops,
-    at the one size that all are stored in. Otherwise threads decode each batch. An image that cannot be read gives its
-    place to the next good one; in evaluation the label there is -1.
+    If all pixels of a set fit into 1 GiB, they are kept once decoded: at the model's size or, if training crops, at the
+    single size at which all are stored. Otherwise threads decode each batch. An unreadable image is replaced by the
+    next good one; in evaluation, its label is then -1.
     """
 
     def __init__(self, records: Records, opening: Opening, *, field: str, label: str | None) -> None:
         """`field` and `label` name the image and its class or classes (None: all labels are 0).
 
-        Raises: UserError where the images can't be given the model's shape or be changed as asked for.
+        Raises: UserError if the images cannot be given the model's shape or be augmented as configured.
         """
         cfg: Any = opening.data
         augment, split = opening.augment, opening.split
@@ -91,9 +91,9 @@ class Pictures(Source):
         return transforms.apply_own(images, self._cfg, self._seed, epochs, indices)
 
     def labels(self) -> np.ndarray:
-        """The class of every record, int32 (N,), -1 where it can't be read.
+        """Return the class of every record, int32 (N,), or -1 if it cannot be read.
 
-        Raises: UserError where records don't have one class each.
+        Raises: UserError if records do not have one class each.
         """
         if self._label is None or self._several:
             raise UserError(
@@ -114,7 +114,7 @@ class Pictures(Source):
     def _read(
         self, indices: np.ndarray, shape: tuple[int, ...], make: Callable[[Any, int], np.ndarray]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Images of `shape`, made from what is stored and the place in the batch, with their labels and groups."""
+        """Return images of `shape`, made from what is stored and the index in the batch, with labels and groups."""
         images = np.empty((len(indices), *shape), np.uint8)
         rows = [Row({}, -1)] * len(indices)
         replaced, left = np.zeros(len(indices), bool), np.arange(len(indices))
@@ -156,7 +156,7 @@ class Pictures(Source):
         return {"labels": labels, "group": np.array([self._group_of(row[self._group]) for row in rows], np.int32)}
 
     def _still(self, value: Any, place: int) -> np.ndarray:
-        """An image that no number changes: as evaluation sees it, or as it is kept."""
+        """Return an image that is not augmented: as evaluation sees it, or as it is kept."""
         shape = self.shape if self._kept is None else self._kept[0].shape[1:]
         crop = self._cfg.crop if self.split == "eval" else None
         if isinstance(value, np.ndarray) and value.shape == shape and crop is None:
@@ -164,7 +164,7 @@ class Pictures(Source):
         return transforms.center(pixels.decode(value, self._library), Augment(crop=crop), shape, self._library)
 
     def _keep(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]] | None:
-        """Room for all pixels, which of them are there, and their labels; None where they are too many."""
+        """Allocate room for all pixels, which of them are present, and their labels; None if they are too many."""
         shape: tuple[int | None, ...] = self.shape
         if self.split == "train" and self._cfg.crop is not None:
             shape = (*self._records.fields[self._field].shape[:2], self.shape[2])
@@ -178,7 +178,7 @@ class Pictures(Source):
         images, there, facts = self._kept
         missing = np.unique(indices[~there[indices]])
         if missing.size:
-            # two threads may read the same images, and then write the same
+            # two threads may read the same images, but then they write the same values
             images[missing], found = self._read(missing, images.shape[1:], self._still)
             for name, values in found.items():
                 every = facts.setdefault(name, np.zeros((len(self), *values.shape[1:]), values.dtype))
@@ -187,7 +187,7 @@ class Pictures(Source):
         return images[indices], {name: every[indices] for name, every in facts.items()}
 
     def _each(self, do: Callable[[int], Any], places: Iterable[int]) -> None:
-        """`do` of each place, in threads that take the next one as soon as they are free."""
+        """Call `do` for each place, in threads that take the next one as soon as they are free."""
         if self._threads == 1:
             for place in places:
                 do(place)
@@ -215,14 +215,14 @@ class Pictures(Source):
         return named_groups(self._records.fields[group], lambda: self._values(group))
 
     def _values(self, name: str) -> list[Any]:
-        """A field of every record that can be read."""
+        """Return a field of every record that can be read."""
         return [row[name] for rows in Reader(self._records, (name,), self._limit).all() for row in rows]
 
 
 def model_shape(records: Records, field: str, shape: tuple[int, ...] | None) -> tuple[int, int, int]:
-    """Height, width and channels of the model's images, or of the stored ones.
+    """Return height, width and channels of the model's images, or of the stored ones.
 
-    Raises: UserError where they are not known, or the stored ones can't become such.
+    Raises: UserError if they are unknown, or the stored images cannot be converted to them.
     """
     stored = records.fields[field].shape
     wanted = stored if shape is None else shape

@@ -1,4 +1,4 @@
-"""From a source and an order to batches on devices."""
+"""Loads batches onto devices, from a source and an order."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Batch = dict[str, Any]
 
 
 class Loader:
-    """The batches of an order, each process reading only the rows that its own devices hold.
+    """The batches of an order. Each process reads only the rows that its own devices hold.
 
-    With `shardings` (one for each array of a batch) batches are global `jax.Array`s; with None they are numpy arrays
-    of the whole batch.
+    With `shardings` (one for each array of a batch) batches are global `jax.Array`s; with None they are NumPy arrays of
+    the whole batch.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class Loader:
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(name)) for name, x in self.spec.items()}
 
     def batch(self, step: int) -> Batch:
-        """Batch `step`, made now."""
+        """Make batch `step` now."""
         return self._place(self.local(step))
 
     def local(self, step: int) -> dict[str, np.ndarray]:
-        """The rows of batch `step` that this process holds (`self.rows`), in the host's memory."""
+        """Return the rows of batch `step` that this process holds (`self.rows`), in host memory."""
         return self.source.batch(self.order.indices(step)[self.rows], self.order.epochs(step)[self.rows])
 
     def iterate(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """Batches `start ... stop - 1`, up to `prefetch` of them made ahead by one thread."""
+        """Yield batches `start ... stop - 1`, of which one thread prepares up to `prefetch` in advance."""
         return ahead(self.batch, range(start, stop), self.prefetch)
 
     def once(self, batches: int | None = None) -> Generator[Batch, None, None]:
-        """Each example once, in order; the last batch is filled up with rows of `weight` (B,) 0."""
+        """Yield each example once and in order; the last batch is padded with rows of `weight` (B,) 0."""
         total = -(-len(self.source) // self.order.batch_size)
         count = total if batches is None else min(batches, total)
         return ahead(self._in_order, range(count), self.prefetch)
@@ -78,7 +78,7 @@ class Loader:
         }
 
     def _sharding(self, name: str) -> NamedSharding:
-        """Where an array of a batch lies; the weight, which is of no source, beside the rows of the others."""
+        """Return the sharding of an array of a batch; the weight, which no source has, is sharded as the other rows."""
         shardings = self.shardings or {}
         if name in shardings:
             return shardings[name]
@@ -96,9 +96,9 @@ class Loader:
 
 
 def rows_held(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
-    """The rows (places along the first dimension) that this process's devices hold.
+    """Return which rows (indices along the first dimension) this process's devices hold.
 
-    Raises: UserError where the sharding does not divide the batch.
+    Raises: UserError if the sharding does not divide the batch.
     """
     first = sharding.spec[0] if len(sharding.spec) else None
     names = (first,) if isinstance(first, str) else tuple(first or ())
@@ -116,14 +116,14 @@ def rows_held(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def ahead(make: Callable[[int], Batch], steps: range, depth: int) -> Generator[Batch, None, None]:
-    """`make(step)` for each step, made by one thread that is at most `depth` results ahead; 0: no thread.
+    """Yield `make(step)` for each step, made by one thread at most `depth` results ahead; 0: without a thread.
 
-    What the thread raises is raised here; closing the iterator ends the thread.
+    Exceptions of the thread are raised here; closing the iterator ends the thread.
     """
     if depth == 0:
         yield from map(make, steps)
         return
-    # no daemon thread: one that is in JAX when the interpreter ends aborts the process, and its exit code is lost
+    # not a daemon thread: one inside JAX when the interpreter exits aborts the process, and the exit code is lost
     pool = ThreadPoolExecutor(1, thread_name_prefix="jaxmodels-data")
     made: collections.deque[Future[Batch]] = collections.deque()
     waiting = iter(steps)

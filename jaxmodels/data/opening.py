@@ -1,4 +1,4 @@
-"""A split of a source, opened for a task: what is asked for, and the check that every field set has a use."""
+"""A split of a source, opened for a task: the request, and the check that every option set has an effect."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from jaxmodels.errors import UserError
 
 @dataclass(frozen=True)
 class Opening:
-    """What examples are made of, and what is known of the model that they are for."""
+    """What a task's examples are made from, and what is known about the model that they are for."""
 
     data: DataConfig
     split: Split
     task: str
     """The task's name, for messages."""
     reads: tuple[str, ...] = ()
-    """Fields of `data` that the task itself reads, such as the mean that it takes from pixels."""
+    """Fields of `data` that the task itself reads, such as the mean that it subtracts from pixels."""
     vocab_size: int | None = None
     inputs_shape: tuple[int, ...] | None = None
     num_classes: int | None = None
     augment: Augment = field(default_factory=Augment)
-    """How images of the training split are changed."""
+    """How images of the training split are augmented."""
     seed: int = 0
     classes: Sequence[str] = ()
-    """Names of the classes that a model was trained on, where labels are to count those and not the data's own."""
+    """Names of the classes that a model was trained on, if labels are to use these instead of the data's own."""
     fields: Contract | None = None
-    """What the task's batches hold."""
+    """The fields of the task's batches."""
 
     def check(self, used: Sequence[str], kinds: str) -> None:
-        """Refuse what was set and has no use: `used` are the shared fields of `data` that these examples depend on.
+        """Refuse options that have no effect: `used` names the shared fields of `data` that these examples depend on.
 
         "augment" among them stands for the whole section; `kinds` says what the examples are, for the message.
 
         Raises:
-            UserError: a field was set that changes nothing here.
+            UserError: an option was set that has no effect here.
         """
         here = {item.name for item in dataclasses.fields(self.data)}
         unused = [("data", self.data, name) for name in SHARED if name in here and name not in used]
@@ -67,10 +67,10 @@ def open_source(
     classes: Sequence[str] = (),
     fields: Contract | None = None,
 ) -> Source:
-    """Open the examples of a split for a task, given as its section.
+    """Open the examples of a split for a task, given as its config section.
 
-    `vocab_size`, `inputs_shape` and `num_classes` are the model's, against which the data are checked; synthetic data
-    are drawn from `fields`, the contract of the task's batches. `augment`, `seed` and `classes` as in `Opening`.
+    `vocab_size`, `inputs_shape` and `num_classes` are the model's, and the data are checked against them. Synthetic
+    data are drawn from `fields`, the contract of the task's batches. See `Opening` for `augment`, `seed` and `classes`.
 
     Raises: UserError.
     """
@@ -91,7 +91,7 @@ def open_source(
 
 
 def open_for(cfg: Any, split: Split, fields: Contract | None = None, classes: Sequence[str] = ()) -> Source:
-    """Open the examples of a whole experiment; `fields` is what its task's batches hold, `classes` as in `Opening`."""
+    """Open the examples of a whole experiment; `fields` are its task's contract, `classes` are as in `Opening`."""
     return open_source(
         cfg.data,
         split,

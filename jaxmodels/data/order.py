@@ -8,16 +8,16 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 
-# With 12 rounds all orders of even 5 or 6 examples come equally often (chi-squared); with 6 they do not.
+# With 12 rounds, all orders of even 5 or 6 examples are equally frequent (chi-squared); with 6 they are not.
 _ROUNDS = 12
 _AT_ONCE = 4096
 
 
 class Order:
-    """Which examples make up global batch k: places `k*B ... (k+1)*B - 1` of the endless row of epochs.
+    """Which examples make up global batch k: places `k*B ... (k+1)*B - 1` in the endless sequence of epochs.
 
-    Each epoch is a permutation of its own of all n examples, and a batch may straddle epochs. Nothing here knows of
-    hosts or devices, so the order is the same on any number of them, and resuming is knowing the step.
+    Each epoch is its own permutation of all n examples, and a batch may span two epochs. Nothing here depends on hosts
+    or devices, so the order is the same on any number of them, and the step is all that resuming needs.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
@@ -31,16 +31,16 @@ class Order:
         self._memo = (-1, np.empty(0), np.empty(0))
 
     def epochs(self, step: int) -> np.ndarray:
-        """The epoch of each example of batch `step`, int64 (B,)."""
+        """Return the epoch of each example of batch `step`, int64 (B,)."""
         return self._batch(step)[0]
 
     def indices(self, step: int) -> np.ndarray:
-        """The examples of batch `step`, int64 (B,)."""
+        """Return the examples of batch `step`, int64 (B,)."""
         return self._batch(step)[1]
 
     def _batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        # Some steps are computed together: a call of numpy costs as much as a thousand numbers. One assignment keeps
-        # the memo whole whichever thread asks.
+        # Several steps are computed together, because a NumPy call costs as much as a thousand numbers. A single
+        # assignment keeps the memo consistent whichever thread asks.
         together = max(1, _AT_ONCE // self.batch_size)
         block, row = divmod(step, together)
         memo = self._memo
@@ -53,9 +53,9 @@ class Order:
 
 
 def permute(places: np.ndarray, n: int, seed: int, epochs: np.ndarray) -> np.ndarray:
-    """Where the permutation of `range(n)` that (seed, epoch) names sends each place, in memory O(len(places)).
+    """Map each place by the permutation of `range(n)` that (seed, epoch) selects, in memory O(len(places)).
 
-    A Feistel network over Z_a x Z_b, with ab barely above n, and cycle walking over what lies past n.
+    A Feistel network over Z_a x Z_b, with ab barely above n, and cycle walking for values past n.
 
     Source: Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains, sections 4 and 5.
     """

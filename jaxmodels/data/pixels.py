@@ -1,4 +1,4 @@
-"""From an image as it is stored to pixels of one size, by Pillow or by OpenCV."""
+"""From a stored image to pixels of one size, by Pillow or OpenCV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Size = tuple[int, int]
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom."""
 Library = Literal["pillow", "opencv"]
-"""What decodes JPEG and resizes (`data.pixels`)."""
+"""Library that decodes JPEG and resizes (`data.pixels`)."""
 
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -26,11 +26,11 @@ _TABLES = (0xC4, 0xDB, 0xDD, 0xE0, 0xFE)  # and JFIF's own, and comments; not EX
 
 
 class Unreadable(Exception):
-    """What was to be an image can't be decoded; says why."""
+    """An image cannot be decoded; the message says why."""
 
 
 def check(library: Library) -> None:
-    """Raises UserError where its packages are not installed."""
+    """Raise UserError if the library's packages are not installed."""
     if library == "opencv":
         for package, name in (("cv2", "opencv-python-headless"), ("simplejpeg", "simplejpeg")):
             if importlib.util.find_spec(package) is None:
@@ -41,7 +41,7 @@ def check(library: Library) -> None:
 
 
 class Jpeg(NamedTuple):
-    """A JPEG, gray or of three colors and stored upright, that Pillow need not open."""
+    """A JPEG, gray or of three colors and stored upright, which need not be opened with Pillow."""
 
     data: bytes
     size: tuple[int, int]
@@ -49,9 +49,9 @@ class Jpeg(NamedTuple):
 
 
 def decode(value: bytes | np.ndarray, library: Library = "pillow") -> Image.Image | Jpeg:
-    """The image of encoded bytes (its pixels are read when first asked for) or of an array (H, W, C).
+    """Open an encoded image (its pixels are read on demand) or an array (H, W, C).
 
-    One that EXIF says is stored turned or mirrored is turned upright.
+    An image stored rotated or mirrored according to EXIF is turned upright.
     Raises: Unreadable.
     """
     try:
@@ -69,7 +69,7 @@ def decode(value: bytes | np.ndarray, library: Library = "pillow") -> Image.Imag
 
 
 def _plain(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG of one or three colors in whose header nothing says how to show it.
+    """Return width and height of a JPEG of one or three colors whose header needs no interpretation.
 
     Source: ITU-T T.81, annex B.
     """
@@ -90,11 +90,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except Exception:  # broken tags say nothing of the pixels
+    except Exception:  # broken tags do not affect the pixels
         return image
     if not turned:
         return image
-    del image.info["exif"]  # or all tags would be written anew, which fails where one of them is odd
+    del image.info["exif"]  # or all tags would be rewritten, which fails if one is malformed
     return ImageOps.exif_transpose(image)
 
 
@@ -106,11 +106,11 @@ def _reason(error: Exception) -> str:
 def resized(
     image: Image.Image | Jpeg, size: Size, channels: int, box: Box | None = None, library: Library = "pillow"
 ) -> Image.Image | np.ndarray:
-    """The part `box` of an image, or all of it, at a size and with 1 or 3 channels: Pillow's image or OpenCV's array.
+    """Resize the part `box` of an image, or all of it, with 1 or 3 channels: a Pillow image or an OpenCV array.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 where what is left still has the pixels asked for, to the same pixels by either
-    library. Then Pillow averages all that one pixel of the result covers; OpenCV takes the four nearest, where a side
-    shrinks to more than half, and rounds the box to whole pixels.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if that leaves the requested pixels, with equal results in both libraries. Then
+    Pillow averages everything that a pixel of the result covers. OpenCV uses the four nearest pixels if a side shrinks
+    to more than half, and rounds the box to whole pixels.
 
     Raises: Unreadable.
     """
@@ -136,7 +136,7 @@ def resized(
 
 
 def _read(image: Image.Image | Jpeg, mode: str, least: Size) -> np.ndarray:
-    """All pixels (H, W, C); of a JPEG perhaps at 1/2, 1/4 or 1/8, with at least this width and height."""
+    """Read all pixels (H, W, C), of a JPEG perhaps at 1/2, 1/4 or 1/8, with at least this width and height."""
     if isinstance(image, Jpeg):
         import simplejpeg
 
@@ -145,16 +145,16 @@ def _read(image: Image.Image | Jpeg, mode: str, least: Size) -> np.ndarray:
         smaller = -(-height // factor), -(-width // factor)
         try:
             return simplejpeg.decode_jpeg(image.data, "GRAY" if mode == "L" else "RGB", False, False, *smaller)
-        except ValueError:  # it refuses all that is not quite right; what of that can be read, Pillow reads
+        except ValueError:  # it refuses any irregularity; Pillow reads what can be read
             image = Image.open(io.BytesIO(image.data))
     return as_array(_converted(image, mode))
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    """An image as L or RGB, of 8 bits: of 16 the upper ones, as Pillow itself reads colors of 16 bits.
+    """Convert an image to 8-bit L or RGB, keeping the upper bits of 16, as Pillow itself does for colors of 16 bits.
 
-    What covers what lies behind an image (alpha) is left out, not blended with a background that no one has named.
-    Raises: Unreadable where nothing says which number is white.
+    An alpha channel is dropped, not blended with a background that nobody has chosen.
+    Raises: Unreadable if nothing says which value is white.
     """
     if image.mode == mode:
         return image
@@ -163,14 +163,12 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         if wide.dtype.kind == "u" or (wide.min() >= 0 and wide.max() < 1 << 16):
             return Image.fromarray((wide >> 8).astype(np.uint8)).convert(mode)
     if image.mode[0] in "IF":
-        raise Unreadable(
-            f"has pixels of the kind {image.mode}, expected 8 or 16 bits, for which it is known what white is"
-        )
+        raise Unreadable(f"has pixels of the kind {image.mode}, expected 8 or 16 bits, for which white is defined")
     return image.convert(mode)
 
 
 def _by_opencv(pixels: np.ndarray, scale: float, size: Size, box: Box) -> np.ndarray:
-    """The part `box` of an image, at a size, from all its pixels at a scale."""
+    """Resize the part `box` of an image from all its pixels at a scale."""
     import cv2
 
     height, width = pixels.shape[:2]
@@ -184,7 +182,7 @@ def _by_opencv(pixels: np.ndarray, scale: float, size: Size, box: Box) -> np.nda
 
 
 def mirrored(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
-    """Left for right."""
+    """Mirror an image left to right."""
     if isinstance(image, Image.Image):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     import cv2
@@ -193,13 +191,13 @@ def mirrored(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
 
 
 def as_image(pixels: Image.Image | np.ndarray) -> Image.Image:
-    """Of an array (H, W, C)."""
+    """Convert an array (H, W, C) to an image."""
     if isinstance(pixels, Image.Image):
         return pixels
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def as_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Of a gray or RGB image, uint8 (H, W, C)."""
+    """Convert a gray or RGB image to uint8 (H, W, C)."""
     out = np.asarray(image)
     return out[..., None] if out.ndim == 2 else out

@@ -1,4 +1,4 @@
-"""Examples as a person can look at them: texts, and a grid of images."""
+"""Previews of examples for a person: text, and a grid of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GAP, _LINE = 4, 20
 
 
 def show(example: dict[str, np.ndarray], source: Source) -> str:
-    """One example of a batch as text."""
+    """Format one example of a batch as text."""
     marks = example.get("segment_ids")
     if "images" in example:
         parts = [_image(example["images"]), "    caption:", _text(example["tokens"], source, marks)]
@@ -56,7 +56,7 @@ def _label(example: dict[str, np.ndarray], source: Source) -> str:
 
 
 def _text(ids: np.ndarray, source: Source, marks: np.ndarray | None = None) -> str:
-    """The text of tokens; where a row holds several, each begins with its number."""
+    """Decode tokens; if a row holds several texts, each begins with its number."""
     if source.tokenizer is None:
         return _numbers(ids)
     if marks is None:
@@ -67,7 +67,7 @@ def _text(ids: np.ndarray, source: Source, marks: np.ndarray | None = None) -> s
 
 
 def _lines(text: str, edge: str) -> str:
-    # A control character of the data must not reach the terminal.
+    # a control character in the data must not reach the terminal
     lines = ["".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line) for line in text.split("\n")]
     return "\n".join((edge if k == 0 else "    | ") + line for k, line in enumerate(lines))
 
@@ -90,7 +90,7 @@ def _image(x: np.ndarray) -> str:
 
 
 def grid(source: Source, indices: Sequence[int] | np.ndarray, out: Path) -> bool:
-    """Writes a PNG of a source's images: a row for each of some examples, a column an epoch; False: it has none."""
+    """Write a PNG of a source's images, a row per example and a column per epoch; False if it has no images."""
     rows = np.asarray(indices, np.int64)
     batch = source.batch(np.repeat(rows, _EPOCHS), np.tile(np.arange(_EPOCHS), len(rows)))
     images = batch.get("images", batch["inputs"] if "inputs" in batch else np.empty(0))

@@ -1,4 +1,4 @@
-"""Records as a source gives them, before texts become tokens and images are changed."""
+"""Records as a source returns them, before text becomes tokens and images are transformed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AT_ONCE = 1024
 _SHOWN = 3
 _EMPTY = "is an empty text"
 _MOST_CLASSES = 2**31
-"""Numbers of classes are int32 in a batch."""
+"""Class numbers are int32 in a batch."""
 
 _log = logging.getLogger("jaxmodels")
 
@@ -36,22 +36,22 @@ class Field:
 
     kind: Kind
     names: tuple[str, ...] = ()
-    """Of a label's classes, as far as they have names."""
+    """Names of a label's classes, if they have names."""
     shape: tuple[int | None, ...] = ()
-    """Of an image or an array; None where records differ."""
+    """Shape of an image or an array; None if it varies."""
     dtype: str = ""
-    """Of an array."""
+    """Dtype of an array."""
 
 
 @dataclass(frozen=True)
 class Bad:
-    """In the place of a record that cannot be read."""
+    """Takes the place of a record that cannot be read."""
 
     where: str
-    """File and row, or the file alone."""
+    """File and row, or only the file."""
     reason: str
     empty: bool = False
-    """Whether it is a text without a word: no mistake, but nothing to learn from either."""
+    """Whether the record is an empty text, which is not a mistake but has nothing to learn from."""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
@@ -60,12 +60,12 @@ class Bad:
 class Records(ABC):
     """A finite set of records that can be read in any order.
 
-    `fingerprint` is a short hash that changes when the records do; `whole`: its texts are parts of one, joined with
-    nothing between.
+    `fingerprint` is a short hash that changes when the records do. `whole` says that its texts are parts of a single
+    one, to be joined without a separator.
     """
 
     label: str
-    """What it is, in a few words."""
+    """What the set is, in a few words."""
     fields: Mapping[str, Field]
     fingerprint: str
     whole: bool = False
@@ -75,18 +75,18 @@ class Records(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
-        """These fields of these records, each with the kind of value that its `Field` says; thread-safe."""
+        """Read these fields of these records, each with the type of value that its `Field` says; thread-safe."""
 
     def where(self, index: int) -> str:
-        """File and row of a record, or the file alone."""
+        """Return file and row of a record, or only the file."""
         return f"{self.label}, record {index}"
 
     def check(self, fields: Sequence[str]) -> None:  # noqa: B027 - most sets have all fields everywhere
-        """Raises UserError where a part of the set, such as one of its files, lacks one of these fields."""
+        """Raise UserError if a part of the set, such as one of its files, lacks one of these fields."""
 
 
 class Joined(Records):
-    """One field of several sets, one set after the other, under the first one's name for it."""
+    """One field of several sets, one set after another, under the name that it has in the first."""
 
     def __init__(self, parts: Sequence[Records], names: Sequence[str]) -> None:
         self.parts, self._names = tuple(parts), tuple(names)
@@ -119,9 +119,9 @@ class Joined(Records):
 
 
 class Known(Records):
-    """Records whose labels count the classes that a model was trained on, found by their names.
+    """Records whose labels are numbered by the classes that a model was trained on, matched by name.
 
-    A record of any other class is bad. Where the records' own classes have no names, their numbers are the model's.
+    A record of any other class is bad. If the records' own classes have no names, their numbers are the model's.
     """
 
     def __init__(self, records: Records, label: str, classes: Sequence[str]) -> None:
@@ -165,7 +165,7 @@ class Known(Records):
 
 
 class Row(dict[str, Any]):
-    """The fields of a record, and the `index` that it has in its set."""
+    """The fields of a record, and its `index` in its set."""
 
     def __init__(self, values: Mapping[str, Any], index: int) -> None:
         super().__init__(values)
@@ -173,10 +173,10 @@ class Row(dict[str, Any]):
 
 
 class Reader:
-    """Fields of records, without those that cannot be read.
+    """Reads fields of records, leaving out the records that cannot be read.
 
-    What `records` read is held to its `Field`s here, for sets of any kind (`unfit`). Each bad record is logged once, by
-    name, and counted; more than `limit` of them stop the run. Empty texts are left out and counted apart.
+    Values of any kind of set are checked against their `Field`s here (`unfit`). Each bad record is logged once by name
+    and counted; more than `limit` of them stop the run. Empty texts are left out and counted separately.
     """
 
     def __init__(self, records: Records, fields: Sequence[str], limit: int) -> None:
@@ -188,15 +188,15 @@ class Reader:
 
     @property
     def left_out(self) -> int:
-        """How many records have been found bad so far; empty texts are not counted."""
+        """How many records have been found bad so far, not counting empty texts."""
         return len(self._bad) - self._empty
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> tuple[list[Row], np.ndarray]:
-        """These records, the next good one in the place of a bad one; and in which places that is so, bool (B,).
+        """Read these records, replacing each bad one by the next good one; also return which were replaced, bool (B,).
 
-        Thread-safe; what comes is a function of the indices alone.
+        Thread-safe; the result is a function of the indices alone.
 
-        Raises: UserError where more than the limit are bad.
+        Raises: UserError if more than the limit are bad.
         """
         wanted = [int(i) for i in indices]
         places, rows = [self._good(i) for i in wanted], [Row({}, -1)] * len(wanted)
@@ -215,9 +215,9 @@ class Reader:
         return rows, np.array(places, np.int64) != np.array(wanted, np.int64)
 
     def all(self) -> Iterator[list[Row]]:
-        """Every good record once, in order, some at a time.
+        """Yield every good record once and in order, in chunks.
 
-        Raises: UserError where more than the limit are bad.
+        Raises: UserError if more than the limit are bad.
         """
         before = self._empty
         for start in range(0, len(self.records), _AT_ONCE):
@@ -233,11 +233,11 @@ class Reader:
             _log.warning("left out %s empty texts of %s", f"{self._empty:,}", self.records.label)
 
     def bad(self, index: int, reason: str) -> None:
-        """Leave out a record that turned out to be bad after it was read: `Row.index`, and why.
+        """Leave out a record that turned out to be bad after it was read, by its `Row.index`, and log why.
 
-        `rows` of the same indices then gives what stands in for it.
+        Afterwards `rows` returns its replacement.
 
-        Raises: UserError where more than the limit are bad.
+        Raises: UserError if more than the limit are bad.
         """
         self._leave_out(index, Bad(self.records.where(index), reason))
 
@@ -249,7 +249,7 @@ class Reader:
 
     def _fit(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
         for name, value in values.items():
-            if isinstance(value, str):  # a byte order mark is of a file that the text was once in
+            if isinstance(value, str):  # a byte order mark belongs to the file that the text came from
                 values[name] = value.removeprefix("\ufeff")
             if reason := unfit(name, values[name], self.records.fields[name]):
                 return Bad(self.records.where(index), reason, reason is _EMPTY)
@@ -286,10 +286,10 @@ class Reader:
 
 
 def unfit(name: str, value: Any, field: Field) -> str:
-    """Why a value is not what its field says; nothing where it is.
+    """Return why a value does not match its field, empty if it does.
 
-    A label of -1 is one that is not known, as both TFDS and the library `datasets` write it, where classes have names;
-    without names numbers below 0 are told by `fields.numbered`, which sees all of them.
+    Where classes have names, a label of -1 is an unknown one, as both TFDS and the library `datasets` write it. Without
+    names, numbers below 0 are refused by `fields.numbered`, which sees all of them.
     """
     if field.kind == "text":
         if not value or value.isspace():
@@ -312,17 +312,17 @@ def unfit(name: str, value: Any, field: Field) -> str:
 
 
 def place(key: bytes) -> float:
-    """Where a record stands in [0, 1), by a hash of what it is; those below `eval_fraction` are held out."""
+    """Return a hash of a record as a number in [0, 1); records below `eval_fraction` are held out."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
 
 
 def digest(content: bytes) -> str:
-    """A short hash, for a fingerprint."""
+    """Return a short hash, for a fingerprint."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def check_fraction(eval_fraction: float) -> None:
-    """Raises UserError unless it lies in [0, 1)."""
+    """Raise UserError unless it lies in [0, 1)."""
     if not 0 <= eval_fraction < 1:
         raise UserError(
             f"got data.eval_fraction {eval_fraction}, expected 0 <= fraction < 1, try --data.eval-fraction 0.1"
@@ -330,7 +330,7 @@ def check_fraction(eval_fraction: float) -> None:
 
 
 def check_unused_fraction(cfg: FilesConfig, why: str) -> None:
-    """Raises UserError where `data.eval_fraction` was set and says nothing, because of something else."""
+    """Raise UserError if `data.eval_fraction` was set but has no effect, for the reason `why`."""
     if cfg.eval_fraction != (usual := default(cfg, "eval_fraction")):
         raise UserError(
             f"got data.eval_fraction {cfg.eval_fraction} although {why}, expected one of them, "
@@ -339,7 +339,7 @@ def check_unused_fraction(cfg: FilesConfig, why: str) -> None:
 
 
 def check_some(records: Records, split: str) -> None:
-    """Raises UserError where a split by hash has left nothing to `split` on."""
+    """Raise UserError if a split by hash has left nothing to `split` on."""
     if not len(records):
         raise UserError(
             f"got 0 records to {split} on in {records.label}, expected at least 1, try more data, "
@@ -348,7 +348,7 @@ def check_some(records: Records, split: str) -> None:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names, each once: of those that are alike all but the first with their number."""
+    """Make names unique: of equal names, all except the first get their number appended."""
     seen: set[str] = set()
     found = []
     for index, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""The section `data` of an experiment: the fields that sources share, and what each source gives."""
+"""The config section `data`: the fields that sources share, and the methods that each source implements."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ TRANSFORMS = Registry("transform", "jaxmodels.transforms", {}, function_of("imag
 class DataConfig(Section, section="data", kinds=SOURCES):
     """Where examples come from, and how many make a batch.
 
-    A source gives records, or texts, or tokens, and a task makes its examples of them; a method that a source does not
-    have refuses the tasks that need it. Most sources of one's own derive from `RecordsConfig` and have one method.
+    A source has records, texts or tokens, from which a task makes its examples. A method that a source lacks refuses
+    the tasks that need it. Most sources of your own derive from `RecordsConfig` and implement one method.
     """
 
     seq_len: Dim = 256
-    """Tokens an example (T)."""
+    """Tokens per example (T)."""
     mean: tuple[float, ...] = ()
-    """Taken from each channel of images in [0, 1], before `std` divides."""
+    """Subtracted from each channel of images, scaled to [0, 1], before division by `std`."""
     std: tuple[Positive, ...] = ()
-    """What each channel is divided by."""
+    """Each channel is divided by this."""
     batch_size: Dim = 16
-    """Examples a step, over all devices and hosts (B)."""
+    """Examples per step, over all devices and hosts (B)."""
     prefetch: Annotated[int, Range(0, 1024)] = 2
-    """Batches made ahead of the step."""
+    """Batches prepared ahead of the step."""
 
-    # what others read of any source; fields of those that have a use for them
+    # read by others from any source; fields of those sources that use them
     name = ""
     tokenizer = ""
     pack = False
@@ -64,7 +64,7 @@ class DataConfig(Section, section="data", kinds=SOURCES):
     captions: ClassVar[Any] = ()
     class_names: ClassVar[Any] = ()
     prompt: ClassVar[str] = "\n"
-    """What a sample from a model of its texts begins with."""
+    """How a sample from a language model of its texts begins."""
     real: ClassVar[bool] = True
     """Whether its examples mean anything."""
     instead: ClassVar[str] = "--data table --data.path FILE"
@@ -100,7 +100,7 @@ class DataConfig(Section, section="data", kinds=SOURCES):
         raise UserError(f"got data {self.kind}, expected a source of texts, try --data stdlib")
 
     def windows(self, split: Split, vocab_size: int | None) -> Windows:
-        """Open the tokens of all texts of a split, one text after the other, in windows of `seq_len`."""
+        """Open the tokens of a split, all texts joined, in windows of `seq_len`."""
         from jaxmodels.data import corpus
 
         return corpus.windows(self.corpus(), self, split, vocab_size)
@@ -110,46 +110,46 @@ class DataConfig(Section, section="data", kinds=SOURCES):
         return task.examples(opening)
 
     def of_kind(self, name: str) -> DataConfig:
-        """Another source, by its name, with the fields that say how a model sees what it is given."""
+        """Build another source by its name, with those fields that say how a model sees its inputs."""
         kind: type[DataConfig] = SOURCES.find(name)
         own, theirs = ({field.name for field in dataclasses.fields(each)} for each in (self, kind))
         return kind(**{name: getattr(self, name) for name in _SEEN if name in own & theirs})
 
     def evaluated_on(self, fields: Mapping[str, Any]) -> DataConfig:
-        """The source with these fields changed, to evaluate on all that they name."""
+        """Return the source with these fields changed, to evaluate on everything they name."""
         return dataclasses.replace(self, **fields)
 
 
 @dataclass(frozen=True)
 class Augment(Section, section="augment"):
-    """How images of the training set are changed, in this order, at random in each epoch. Evaluation has none of it."""
+    """Random changes of training images, in this order and new in each epoch. Evaluation applies none of them."""
 
     crop: Annotated[float, Range(above=0, most=1)] | None = None
-    """Smallest share of an image's area that a random crop has, between 3:4 and 4:3, resized to the model's input
-    (Szegedy et al. 2014); None: whole images. Evaluation then sees the central 7/8."""
+    """Smallest fraction of an image's area in a random crop with sides between 3:4 and 4:3, resized to the model's
+    input (Szegedy et al. 2014). None: whole images. With crops, evaluation sees the central 7/8."""
     flip: bool = False
-    """Whether half of the images are mirrored."""
+    """Whether to mirror half of the images."""
     shift: Natural = 0
-    """Pixels that an image moves by, at most, in each direction."""
+    """Largest shift of an image in each direction, in pixels."""
     rotate: Annotated[float, Range(0, 180)] = 0.0
-    """Degrees that an image turns by, at most, either way."""
+    """Largest rotation either way, in degrees."""
     colour: Share = 0.0
-    """Change of brightness, contrast and saturation, at most (0.4: factors from 0.6 to 1.4)."""
+    """Largest change of brightness, contrast and saturation (0.4: factors from 0.6 to 1.4)."""
     randaugment: Annotated[int, Range(0, 100)] = 0
-    """Operations drawn for each image (Cubuk et al. 2020)."""
+    """Number of random operations per image (RandAugment; Cubuk et al. 2020)."""
     magnitude: Annotated[float, Range(0, 10)] = 9.0
     """Strength of those operations, from 0 to 10."""
     cutout: Natural = 0
-    """Side of a square that is blanked (DeVries & Taylor 2017)."""
+    """Side of a square that is blanked (Cutout; DeVries & Taylor 2017)."""
     transforms: tuple[Annotated[str, Named(TRANSFORMS)], ...] = ()
-    """Changes of your own behind all others, package.module:name: functions of an image, uint8 (H, W, C), and a
-    `numpy.random.Generator`, which give such an image."""
+    """Changes of your own after all others, as package.module:name: functions of an image, uint8 (H, W, C), and a
+    `numpy.random.Generator` that return such an image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.magnitude != (usual := default(self, "magnitude")) and not self.randaugment:
             raise UserError(
-                f"got augment.magnitude {self.magnitude} without augment.randaugment, whose strength it is, expected "
+                f"got augment.magnitude {self.magnitude} without augment.randaugment, to which it applies, expected "
                 f"both, try --augment.randaugment 2 or --augment.magnitude {usual}"
             )
 
@@ -159,39 +159,39 @@ class TextsConfig(DataConfig):
     """A source of texts."""
 
     tokenizer: str = "bytes"
-    """bytes, chars, the path of a Hugging Face tokenizer.json or of a folder with one; bpe:8000 or words:8000: a
-    vocabulary of at most that size, made from the texts to train on; package.module:Name: one of your own."""
+    """bytes, chars, or the path of a Hugging Face tokenizer.json or of a folder with one. bpe:8000 or words:8000: a
+    vocabulary of at most that size, trained on the training texts. package.module:Name: your own."""
     pack: bool = False
-    """Whether rows hold as many whole texts as fit, kept apart by segment ids, instead of one text, or a window of all
+    """Whether a row holds as many whole texts as fit, separated by segment ids, rather than one text or a window of all
     texts joined (causal_lm, masked_lm, seq2seq)."""
 
 
 @dataclass(frozen=True)
 class RecordsConfig(TextsConfig):
-    """A source of records with fields; one of its own has its fields, and `records(split)`."""
+    """A source of records with named fields. Your own source defines its fields and `records(split)`."""
 
     input_field: str = ""
-    """Field of a record that is the model's input; found by itself where there is only one; sentence+en: one for each
-    of several sets."""
+    """Record field that is the model's input; found automatically if there is only one. sentence+en: one for each of
+    several sets."""
     label_field: str = "label"
-    """Field of a record that holds the class, or several."""
+    """Record field that holds the class, or several classes."""
     target_field: str = ""
-    """Field of a record that holds the translation (seq2seq)."""
+    """Record field that holds the translation (seq2seq)."""
     group_field: str = ""
-    """Field of a record that names its group: each metric is given for each group too, and the largest difference."""
+    """Record field that names its group. Each metric is reported for each group, with the largest difference."""
     class_names: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Names of the classes in captions, where the set's own will not do."""
+    """Names of the classes in captions, if the data's own are unsuitable."""
     captions: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Captions of an image by its class (contrastive): "the digit {label}"; each example has one of them."""
+    """Captions of an image by its class (contrastive): "the digit {label}". Each example gets one of them."""
     bad_records: Natural = 100
-    """Records that cannot be read are named, counted and left out, up to so many."""
+    """How many unreadable records to tolerate. Each is named in the log, counted and left out."""
     balance: bool = False
-    """Whether each class comes equally often in training, examples of the smaller ones more than once an epoch."""
+    """Whether each class appears equally often in training; examples of smaller classes recur within an epoch."""
     threads: Workers = 4
-    """Threads that decode and change images."""
+    """Threads that decode and augment images."""
     pixels: Literal["pillow", "opencv"] = "pillow"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What decodes JPEG and resizes images: pillow, which averages all pixels that shrink into one; opencv (extra
-    `opencv`), in half the time, from the four nearest pixels where an image shrinks to more than half."""
+    """Library that decodes JPEG and resizes images. pillow averages all pixels that are merged into one. opencv (extra
+    `opencv`) takes half the time, and uses the four nearest pixels unless an image shrinks to less than half."""
 
     @abstractmethod
     def records(self, split: Split) -> Records: ...
@@ -204,17 +204,17 @@ class RecordsConfig(TextsConfig):
 
 @dataclass(frozen=True)
 class FilesConfig(DataConfig):
-    """A source in files, of which a share is held out."""
+    """A source in files, a fraction of which is held out."""
 
     instead: ClassVar[str] = "--data.path FILE"
 
     path: tuple[str, ...] = ()
-    """Files or globs; for images the folder, of a folder of images a class or of MNIST's own idx files."""
+    """Files or globs. For images: a folder that has one folder per class, or MNIST's own idx files."""
     eval_path: tuple[str, ...] = ()
-    """The same, to evaluate on; where not given, a share of `path` is (`eval_fraction`)."""
+    """Files or globs to evaluate on. Empty: a fraction of `path` (`eval_fraction`)."""
     eval_fraction: Dropped = 0.1
-    """Share held out for evaluation where there is no `eval_path`: by a hash of the record (images, table) or file
-    (text of several files), so that none ever changes side; else the last part (text of one file, tokens)."""
+    """Fraction held out for evaluation if there is no `eval_path`: by a hash of the record (images, table) or file
+    (text in several files), so that the split is stable; otherwise the last part (text in one file, tokens)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,21 +238,22 @@ class SplitsConfig(DataConfig):
     instead: ClassVar[str] = "--split test"
 
     name: str = ""
-    """Name of the set: mnist, sst2/1.0.0, of several texts with + (tfds); of the hub, or a folder (huggingface)."""
+    """Name of the set: mnist or sst2/1.0.0, several text sets joined by + (tfds); on the hub, or a folder
+    (huggingface)."""
     train_split: str = "train"
-    """Split to train on, in TFDS's own notation."""
+    """Split to train on, in TFDS's notation."""
     eval_split: str = "validation"
-    """Split to evaluate on, in TFDS's own notation: validation, test, train[90%:]."""
+    """Split to evaluate on, in TFDS's notation: validation, test, train[90%:]."""
 
     def evaluated_on(self, fields: Mapping[str, Any]) -> DataConfig:
         if {"name", "eval_split", "dir"} & set(fields):
-            # a set that is evaluated on need not have the split that was trained on
+            # a set to evaluate on need not have the split that was trained on
             fields = {"train_split": fields.get("eval_split", self.eval_split), **fields}
         return dataclasses.replace(self, **fields)
 
 
 def default(section: Any, name: str) -> Any:
-    """What a field of a section is where it has not been set."""
+    """Return the default of a section's field."""
     return next(field.default for field in dataclasses.fields(section) if field.name == name)
 
 
@@ -261,4 +262,4 @@ _SEEN = ("seq_len", "pack", "mean", "std", "batch_size", "prefetch", "threads", 
 SHARED: Sequence[str] = tuple(
     field.name for field in dataclasses.fields(RecordsConfig) if field.name not in ("batch_size", "prefetch")
 )
-"""Fields that not every task has a use for: who makes its examples says which he reads."""
+"""Fields that not every task uses: whoever makes a task's examples says which ones it reads."""

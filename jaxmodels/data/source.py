@@ -17,7 +17,7 @@ from jaxmodels.errors import UserError
 Split = Literal["train", "eval"]
 
 _BLOCK, _BLOCKS, _WHOLE = 1 << 14, 256, 1 << 26
-_MOST = 1 << 24  # no vocabulary is as large
+_MOST = 1 << 24  # larger than any vocabulary
 _GOLDEN = 2654435769  # 2^32 / golden ratio: multiples of it, mod 2^32, stay evenly spread
 
 
@@ -33,45 +33,45 @@ class Source(ABC):
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
-    """Names of the groups that a batch's `group` (B,) counts."""
+    """Names of the groups that a batch's `group` (B,) numbers."""
     field: str = ""
-    """The records' field that is the model's input, where they have fields."""
+    """The record field that is the model's input, if the records have fields."""
     kind: str = ""
     """What that field holds: image, text or array."""
     texts: Sequence[str] = ()
-    """In evaluation, the text of each example as its record has it, where an example is a text."""
+    """In evaluation, the text of each example as its record has it, if examples are texts."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        """Fresh arrays of the examples `indices`, each as its epoch shows it.
+        """Return fresh arrays of the examples `indices`, each as it appears in its epoch.
 
-        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,) or, of
-        several labels, float32 (B, classes); masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32 (B, T);
-        contrastive: images (B, H, W, C), tokens int32 (B, T), labels and classes int32 (B,).
-        A target or label of -1 is ignored. Rows of texts have `segment_ids` (B, T), 0 where they are filled up, and
-        `target_segment_ids` those of seq2seq's targets; `positions` (B, T) start anew with each text of a row.
+        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,) or, if an
+        example may have several, float32 (B, classes); masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32
+        (B, T); contrastive: images (B, H, W, C), tokens int32 (B, T), labels and classes int32 (B,).
+        A target or label of -1 is ignored. Rows of text have `segment_ids` (B, T), which are 0 for padding, and targets
+        of seq2seq have `target_segment_ids`; `positions` (B, T) restart with each text in a row.
         """
 
     @abstractmethod
     def describe(self) -> str:
-        """What it is and how large, in one line."""
+        """Describe the source and its size in one line."""
 
 
 def spec(source: Source, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a global batch, learned from one example."""
+    """Return the shapes and dtypes of a global batch, taken from one example."""
     one = source.batch(np.zeros(1, np.int64), np.zeros(1, np.int64))
     return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in one.items()}
 
 
 class Windows(Source):
-    """Windows of T tokens, each with the tokens that follow.
+    """Windows of T tokens, each with the tokens that follow them.
 
-    In training the windows of an epoch start at a shift of its own, so that epochs cut the text differently; at most
-    2T - 1 tokens of an epoch are left out. In evaluation the shift is 0 and every token but the first is a target
-    exactly once: the last window is filled up with ignored targets.
+    In training, the windows of each epoch start at a different offset, so that epochs split the text differently; at
+    most 2T - 1 tokens of an epoch are left out. In evaluation the offset is 0 and every token except the first is a
+    target exactly once; the last window is padded with ignored targets.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Windows(Source):
         vocab_size: int | None = None,
         check: int | None = None,
     ) -> None:
-        """`check`: refuse tokens of this number or above, which a file without a description may hold."""
+        """`check`: refuse tokens of this id or above, which a file without a description may contain."""
         if seq_len < 1:
             raise UserError(f"got data.seq_len {seq_len}, expected at least 1, try --data.seq-len 256")
         self.arrays, self.seq_len, self.split, self.label, self._check = tuple(arrays), seq_len, split, label, check
-        # made once: making such a view takes as long as reading a batch from it
+        # created once, because creating such a view takes as long as reading a batch from it
         self._windows = [sliding_window_view(a, min(seq_len + 1, len(a))) for a in self.arrays]
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._sizes = None if tokenizer is None else tokenizer.sizes()
@@ -127,7 +127,7 @@ class Windows(Source):
         return {"tokens": tokens, "targets": targets, **self._bytes(targets)}
 
     def _rows(self, i: int, starts: np.ndarray) -> np.ndarray:
-        """The tokens of an array from each start on, (B, T + 1); -1 past its end."""
+        """Return the tokens of an array from each start on, (B, T + 1), with -1 past its end."""
         array, width = self.arrays[i], self.seq_len + 1
         whole = starts + width <= len(array)
         if whole.all():
@@ -139,7 +139,7 @@ class Windows(Source):
         return rows
 
     def _bytes(self, targets: np.ndarray) -> dict[str, np.ndarray]:
-        """In evaluation, the bytes of text that each target stands for, where the tokenizer says them."""
+        """Return, in evaluation, how many bytes of text each target stands for, if the tokenizer knows."""
         if self._sizes is None or self.split == "train":
             return {}
         return {"bytes": self._sizes[np.clip(targets, 0, len(self._sizes) - 1)]}
@@ -150,13 +150,13 @@ class Windows(Source):
 
 
 def shift(epochs: np.ndarray, seq_len: int) -> np.ndarray:
-    """Where the windows of each epoch begin, in [0, seq_len): a golden-ratio sequence, so epochs spread evenly."""
+    """Return the offset of each epoch's windows, in [0, seq_len): a golden-ratio sequence, evenly spread."""
     share = epochs.astype(np.uint64) * np.uint64(_GOLDEN) % np.uint64(2**32)
     return (share * np.uint64(seq_len) >> np.uint64(32)).astype(np.int64)
 
 
 def fingerprint(arrays: Sequence[np.ndarray], *facts: Any) -> str:
-    """A hash of `facts` and of the arrays: all of each up to 64 MiB, 256 evenly spread blocks of a larger one."""
+    """Hash `facts` and the arrays: all of each up to 64 MiB, and 256 evenly spread blocks of a larger one."""
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8)
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
@@ -166,7 +166,7 @@ def fingerprint(arrays: Sequence[np.ndarray], *facts: Any) -> str:
 
 
 def blocks(array: np.ndarray) -> list[np.ndarray]:
-    """The whole array, flat, if it is small; blocks spread over it if reading it all would take long."""
+    """Return the whole array, flat, if it is small, and otherwise blocks spread over it, to save time."""
     flat = array.reshape(-1)
     if flat.nbytes <= _WHOLE:
         return [flat]
@@ -175,7 +175,7 @@ def blocks(array: np.ndarray) -> list[np.ndarray]:
 
 
 def check_tokens(arrays: Sequence[np.ndarray], vocab_size: int, label: str) -> None:
-    """Refuses arrays that hold a token of `vocab_size` or above (of a large array, those of some blocks are seen)."""
+    """Refuse arrays with a token of `vocab_size` or above; of a large array only some blocks are checked."""
     largest = max((int(block.max()) for array in arrays for block in blocks(array) if block.size), default=0)
     if largest >= vocab_size:
         raise UserError(_too_large(largest, vocab_size, label))
@@ -190,9 +190,9 @@ def _too_large(token: int, vocab_size: int, label: str) -> str:
 
 
 def unigram_loss(train: Windows, held_out: Windows) -> float:
-    """Cross-entropy, in nats a token, of the held-out tokens under the training tokens' frequencies (plus one each).
+    """Return the cross-entropy, in nats per token, of the held-out tokens under the training tokens' frequencies.
 
-    What a model reaches that knows how often each token comes, and nothing else.
+    Each count is increased by one. A model reaches this if it knows how frequent each token is, and nothing else.
     """
     parts = [[block for a in source.arrays for block in blocks(a) if a.size] for source in (train, held_out)]
     size = 1 + max(int(block.max()) for group in parts for block in group)

@@ -1,4 +1,4 @@
-"""Ids that stand for no text: which ones begin and end what a model reads and writes."""
+"""Special tokens: the ids that begin and end what a model reads and writes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from jaxmodels.errors import UserError
 
 FILE = "special_tokens.json"
-"""Lies beside the tokenizer.json of a run."""
+"""The file beside a run's tokenizer.json."""
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-"""What config.json and generation_config.json of transformers call them."""
+"""Their names in config.json and generation_config.json of transformers."""
 
-# what transformers takes where config.json of this model_type names none
+# what transformers assumes if the config.json of this model_type names none
 _LLAMA = {"bos_token_id": 1, "eos_token_id": 2}
 _UNSAID: Mapping[Any, Mapping[str, int]] = {
     "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
@@ -28,29 +28,29 @@ _GUESSES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 @dataclass(frozen=True)
 class Special:
-    """The ids at which texts begin and end."""
+    """The ids with which texts begin and end."""
 
     end: int | None = None
-    """What closes a document, and a source and a target of a translation."""
+    """Closes a document, and the source and target of a translation."""
     ends: tuple[int, ...] = ()
-    """A text that is generated stops at any of them."""
+    """Generated text stops at any of these."""
     start: int | None = None
-    """What the target of a translation begins behind; `end` where None."""
+    """Precedes the target of a translation; `end` if None."""
 
     def save(self, directory: Path) -> None:
-        """Writes `special_tokens.json`, which `of` reads."""
+        """Write `special_tokens.json`, which `of` reads."""
         (directory / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
 
 
 def of(directory: Path | None, vocabulary: Mapping[str, int]) -> Special:
-    """The ids for the tokenizer.json in a directory, which has this vocabulary.
+    """Find the special ids for the tokenizer.json in a directory, which has this vocabulary.
 
-    They are those of `special_tokens.json` where that is there. Beside a model of transformers,
-    generation_config.json or else config.json says what ends and starts a text, with the defaults of transformers, and
-    `eos_token` of tokenizer_config.json what closes a document. A tokenizer alone is known by the names of its tokens.
+    They come from `special_tokens.json` if it is there. Beside a transformers model, generation_config.json or else
+    config.json says what starts and ends a text, with the defaults of transformers, and `eos_token` in
+    tokenizer_config.json says what closes a document. With only a tokenizer, they are guessed from its tokens' names.
 
     Raises:
-        UserError: a file that is damaged, or an `eos_token` that is not in the vocabulary.
+        UserError: a file is damaged, or `eos_token` is not in the vocabulary.
     """
     guess = next((i for token in _GUESSES if (i := vocabulary.get(token)) is not None), None)
     alone = Special(guess, () if guess is None else (guess,))
@@ -79,7 +79,7 @@ def of(directory: Path | None, vocabulary: Mapping[str, int]) -> Special:
 
 
 def stated(directory: Path) -> dict[str, Any] | None:
-    """The ids that a model of transformers states, by their names there, those that end a text as a tuple.
+    """Read the ids that a transformers model states, by their names there; those that end a text are a tuple.
 
     None for a directory without such a model.
     """
@@ -100,7 +100,7 @@ def stated(directory: Path) -> dict[str, Any] | None:
 
 
 def text_of(directory: Path, name: str) -> str | None:
-    """A token such as `eos_token` or `mask_token`, as text, by tokenizer_config.json or special_tokens_map.json."""
+    """Return a token such as `eos_token` as text, from tokenizer_config.json or special_tokens_map.json."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / file
         token = objects(path).get(name) if path.is_file() else None
@@ -113,10 +113,10 @@ def text_of(directory: Path, name: str) -> str | None:
 
 
 def objects(path: Path, expected: str = "JSON") -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: it cannot be read, or is not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

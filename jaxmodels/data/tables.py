@@ -21,13 +21,13 @@ from jaxmodels.data.section import FilesConfig, RecordsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
 
-# Share of a column's values that must be numbers for it to be one of numbers: others are then bad.
+# Fraction of a column's values that must be numbers for it to be numeric; its other values are then bad.
 _MOST = 0.9
-# Whole numbers up to this are taken for the numbers of classes.
+# Integers up to this are taken for class numbers.
 _MOST_NUMBERED = 100_000
 _DIGITS = frozenset("0123456789")
 _NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*")
-# Whole numbers below this are exact in float64; a longer one is a name, such as an account's.
+# Integers below this are exact in float64; a larger one is a name, such as an account number.
 _EXACT = 2**53
 
 
@@ -40,15 +40,15 @@ class Table(RecordsConfig, FilesConfig):
 
 
 def records(cfg: Table, split: Split) -> Records:
-    """The rows of the tables that `data.path` names.
+    """Open the rows of the tables that `data.path` names.
 
-    Whole numbers are the numbers of classes, from 0 on; others (-1 and 1, say) and names are classes in their order.
+    Integers from 0 on are class numbers; other numbers (-1 and 1, say) and names are classes in sorted order.
 
-    Evaluation has those of `data.eval_path`; else those whose content has a hash below `data.eval_fraction`: equal
-    rows are on one side, in files of any kind, and none ever changes it. The classes of a label or group are those
-    of `data.path`, sorted.
+    Evaluation has the rows of `data.eval_path`, or else those whose content has a hash below `data.eval_fraction`:
+    equal rows are always on the same side, in files of any kind. The classes of a label or group are those of
+    `data.path`, sorted.
 
-    Raises: UserError where a file is no table, or nothing is left for the split.
+    Raises: UserError if a file is not a table, or nothing is left for the split.
     """
     train = _scan(_stamped(cfg.path), cfg.label_field, cfg.group_field)
     if cfg.eval_path:
@@ -64,7 +64,7 @@ def records(cfg: Table, split: Split) -> Records:
 
 
 def _check_names(train: _Scan, here: _Scan, cfg: Table) -> None:
-    """Raises UserError where a class or group that comes again and again in evaluation is none that is trained on."""
+    """Raise UserError if a class or group that recurs in evaluation does not occur in training."""
     for name in (cfg.label_field, cfg.group_field):
         if name in train.fields and name in here.fields:
             known = train.fields[name].names
@@ -78,7 +78,7 @@ def _check_names(train: _Scan, here: _Scan, cfg: Table) -> None:
 
 
 class _Rows(Records):
-    """Some rows of files, read where they lie."""
+    """Some rows of files, read from the files when needed."""
 
     def __init__(self, scan: _Scan, fields: Mapping[str, Field], chosen: np.ndarray) -> None:
         self.fields, self._files = fields, scan.files
@@ -130,7 +130,7 @@ class _Rows(Records):
             return tuple(self._class(name, v) for v in (value if isinstance(value, list) else [value]))
         if field.kind == "array":
             try:
-                with np.errstate(over="ignore"):  # too large for float32: infinite, and then bad
+                with np.errstate(over="ignore"):  # too large for float32: becomes infinite, which is bad
                     return np.asarray(value, field.dtype)
             except (ValueError, TypeError, OverflowError):
                 raise _Unfit(f"{name} is {shown(value)}, expected numbers") from None
@@ -150,7 +150,7 @@ class _Rows(Records):
 
 
 def name_of(value: Any) -> str | None:
-    """The name of the class that a value means: of true 1, of 2.0, "2.0", "02" and " 2" 2; None: it means none."""
+    """Normalize a value to the name of its class: true is 1; 2.0, "2.0", "02" and " 2" are 2; None if it names none."""
     if value is None or value != value or value == "":
         return None
     if isinstance(value, str):
@@ -162,16 +162,16 @@ def name_of(value: Any) -> str | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Some names, the first ten where there are more."""
+    """List names for a message, only the first ten if there are more."""
     return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
 
 
 class _Unfit(Exception):
-    """A value that is not of its column's kind."""
+    """A value does not fit the kind of its column."""
 
 
 class _Scan:
-    """What one pass over files has found: where rows lie, the hash of each, and what columns hold."""
+    """What one pass over files finds: where rows are, the hash of each, and what columns hold."""
 
     def __init__(self, files: Sequence[File], label_field: str, group_field: str) -> None:
         self.files = files
@@ -214,9 +214,9 @@ class _Column:
         self.is_label, self.is_group = is_label, is_group
         self.kinds: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
-        """How often each name of a class or group comes, and of several labels each one."""
+        """How often each name of a class or group occurs; each of several labels counts."""
         self.numbers: Counter[str] = Counter()
-        """How often as a number."""
+        """How often each value occurs as a number."""
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     def see(self, value: Any, typed: bool) -> None:
@@ -232,11 +232,11 @@ class _Column:
             self.shapes[np.shape(value)] += 1
 
     def field(self) -> Field | None:
-        """None: nothing here can use such a column."""
+        """Return what the column holds, None if nothing here can use it."""
         count = self.kinds
         total = max(sum(count.values()) - count["missing"], 1)
         if count["texts"] or (count["list"] and self.is_label and all(map(_whole, self.names))):
-            # -1 fills up lists, and is no class in one
+            # -1 pads lists, and is not a class inside one
             names = [name for name in self.names if not (_whole(name) and int(name) < 0)]
             return Field("labels", tuple(sorted(names, key=in_order)))
         if count["list"]:
@@ -254,7 +254,7 @@ class _Column:
         return Field("text") if count["text"] else None
 
     def _shape(self) -> tuple[int | None, ...]:
-        """The shape that nearly all arrays have, or what they share: None where they differ."""
+        """Return the shape that nearly all arrays have, or its common part; None if they differ."""
         (usual, often), *_ = self.shapes.most_common(1)
         if often >= _MOST * self.shapes.total():
             return usual
@@ -262,10 +262,10 @@ class _Column:
         return tuple(each[0] if len(set(each)) == 1 else None for each in sizes)
 
     def _classes(self, total: int) -> Field:
-        """Whole numbers from 0 on are the numbers of their classes; other numbers and names are sorted.
+        """Number the classes: integers from 0 on are class numbers; other numbers and names are sorted.
 
-        A value that is of another kind than nearly all others and comes only once is a mistake in its row; one that
-        comes again is a class.
+        A value of another kind than nearly all others is a mistake in its row if it occurs only once; one that recurs
+        is a class.
         """
         numbers = {int(name): often for name, often in self.numbers.items() if often and _whole(name)}
         strange = Counter({name: often for name, often in self.names.items() if not self.numbers[name]})
@@ -286,12 +286,12 @@ def _whole(name: str) -> bool:
 
 
 def in_order(name: str) -> tuple[bool, int, str]:
-    """Numbers by their size, then names by their letters."""
+    """Sort key: numbers by value, then names alphabetically."""
     return (False, int(name), "") if _whole(name) else (True, 0, name)
 
 
 def _kind(value: Any, typed: bool) -> str:
-    """What a value is; where a file has no types (CSV), a text that reads as a number is one."""
+    """Return what a value is; in a file without types (CSV), text that reads as a number is one."""
     if value is None or value == "" or (isinstance(value, float) and value != value):
         return "missing"
     if isinstance(value, str):
@@ -317,7 +317,7 @@ def _kind(value: Any, typed: bool) -> str:
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:
-    """A row as bytes, the same whatever kind of file it is from; none where it is nested too deep for that."""
+    """Serialize a row to bytes that do not depend on the kind of file; empty if it is nested too deep."""
     try:
         return json.dumps({k: v for k in sorted(values) if (v := _plain(values[k])) != ""}).encode()
     except RecursionError:
@@ -333,7 +333,7 @@ def _plain(value: Any) -> Any:
 
 
 def _stamped(patterns: Sequence[str]) -> tuple[tuple[Path, int, int], ...]:
-    """Files with their size and time, by which a scan is remembered."""
+    """Return files with size and time, the key under which a scan is cached."""
     return tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in corpus.expand(patterns, "table"))
 
 

@@ -1,4 +1,4 @@
-"""Sources in rows that are held in memory: whole texts, one a row or as many as fit, and arrays."""
+"""Sources of rows held in memory: whole texts, one per row or as many as fit, and arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 
 
 class Rows(Source):
-    """Rows that are ready, held in memory: arrays of one length by the name they have in a batch."""
+    """Finished rows, held in memory: arrays of equal length, by their names in a batch."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class Rows(Source):
         return {name: x[indices] for name, x in self.arrays.items()}
 
     def labels(self) -> np.ndarray:
-        """The labels of every row, (N,) or, of several, (N, classes).
+        """Return the labels of all rows, (N,), or (N, classes) if there may be several.
 
-        Raises: UserError where rows have none.
+        Raises: UserError if rows have none.
         """
         if "labels" not in self.arrays:
             raise UserError(f"got {self.label} without a label, expected one class each, try --data.balance False")
@@ -60,19 +60,19 @@ class Rows(Source):
 
 
 def single(ids: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Texts to classify, one a row, cut or filled up: `inputs` and `segment_ids` (N, length)."""
+    """Lay out texts to classify, one per row, cut or padded: `inputs` and `segment_ids` (N, length)."""
     out = lay([[i] for i in range(len(ids))], length, [(text[:length],) for text in ids], ("inputs",), "segment_ids")
     del out["positions"]
     return out
 
 
 def plan(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Which texts share a row of `room` tokens: best fit, the longest first.
+    """Choose which texts share a row of `room` tokens: best fit, longest first.
 
-    A function of the lengths alone. Texts longer than `room` are an error of the caller.
+    The result is a function of the lengths alone. No text may be longer than `room`.
     """
     rows: list[list[int]] = []
-    open_rows: list[list[int]] = [[] for _ in range(room + 1)]  # by the room that is left
+    open_rows: list[list[int]] = [[] for _ in range(room + 1)]  # by the room left in the row
     left = 0  # bit r is set where a row with room r is open
     for text in np.argsort(-lengths, kind="stable").tolist():
         size = int(lengths[text])
@@ -94,11 +94,10 @@ def plan(lengths: np.ndarray, room: int) -> list[list[int]]:
 def packed(
     ids: Sequence[np.ndarray], length: int, follow: int | None, before: Sequence[int] = ()
 ) -> dict[str, np.ndarray]:
-    """Rows (N, length) of whole texts, kept apart by `segment_ids`, longer ones cut into pieces.
+    """Pack whole texts into rows (N, length), separated by `segment_ids`; longer ones are cut into pieces.
 
-    With `follow`, the token that ends a text, targets are the tokens that follow and a text begins behind `before`, or
-    behind the end token where that is empty; without it targets are the tokens themselves (a masked language model's
-    places).
+    With `follow`, the token that ends a text, targets are the tokens that follow, and a text is preceded by `before`,
+    or by the end token if that is empty. Without it, targets are the tokens themselves, for masked language models.
     """
     if follow is None:
         pairs = [(piece, piece) for text in ids for piece in _pieces(text, length)]
@@ -112,11 +111,11 @@ def packed(
 
 
 def wrapped(ids: Sequence[np.ndarray], length: int, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Texts in pieces of at most `length` tokens, each between the tokens that the tokenizer puts around a text."""
+    """Cut texts into pieces of at most `length` tokens, each between the tokenizer's special tokens."""
     before, after = (np.array(x, np.int32) for x in (tokenizer.before, tokenizer.after))
     if (room := length - len(before) - len(after)) < 1:
         raise UserError(
-            f"got data.seq_len {length}, expected more than the {length - room} tokens that stand around a text, "
+            f"got data.seq_len {length}, expected more than the {length - room} special tokens around a text, "
             f"try --data.seq-len {max(8, 2 * (length - room))}"
         )
     return [np.concatenate([before, piece, after]) for text in ids for piece in _pieces(text, room)]
@@ -134,10 +133,9 @@ def translations(
     pack: bool,
     start: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pairs for teacher forcing: a source and the end token; the start token and a target; a target and the end token.
+    """Lay out pairs for teacher forcing: source + end token, start token + target, target + end token.
 
-    The end token starts a target too where no `start` is given. Longer texts are cut. Packed pairs share a row on both
-    sides.
+    Without `start`, a target starts with the end token. Longer texts are cut. Packed pairs share a row on both sides.
     """
     stop, first = np.array([end], np.int32), np.array([end if start is None else start], np.int32)
     inputs = [np.concatenate([x[: length - 1], stop]) for x in sources]
@@ -147,7 +145,7 @@ def translations(
     rows = plan(sizes, length) if pack else [[i] for i in range(len(inputs))]
     first = lay(rows, length, [(x,) for x in inputs], ("inputs",), "segment_ids")
     second = lay(rows, length, list(zip(tokens, follow, strict=True)), ("tokens", "targets"), "target_segment_ids")
-    del first["positions"], second["positions"]  # an encoder-decoder counts them from the segment ids
+    del first["positions"], second["positions"]  # an encoder-decoder derives them from the segment ids
     return first | second
 
 
@@ -158,7 +156,7 @@ def lay(
     names: tuple[str, ...],
     marks: str,
 ) -> dict[str, np.ndarray]:
-    """Texts laid into the rows of a plan; `marks` counts the texts of a row from 1, and is 0 where it is empty."""
+    """Lay texts into the rows of a plan; `marks` numbers the texts of a row from 1, and is 0 for padding."""
     fill = {name: -1 if name == "targets" else 0 for name in (*names, marks, "positions")}
     out = {name: np.full((len(rows), length), value, np.int32) for name, value in fill.items()}
     for r, members in enumerate(rows):
@@ -187,13 +185,13 @@ def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def encoded(captions: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """Captions, one a row: `inputs` and `segment_ids` (N, length).
+    """Encode captions, one per row: `inputs` and `segment_ids` (N, length).
 
-    Raises: UserError where one is longer.
+    Raises: UserError if one is longer.
     """
     ids = tokenizer.encode_many(captions, special=True)
     if tokenizer.end is not None and any(x[-1] != tokenizer.end for x in ids):
-        # a text is read out at its end
+        # a text's features are read at its end
         ids = [np.append(x, np.int32(tokenizer.end)) for x in tokenizer.encode_many(captions)]
     longest = max((len(x) for x in ids), default=0)
     if longest > length:
@@ -205,10 +203,10 @@ def encoded(captions: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[
 
 
 class Captioned(Source):
-    """Images with captions of their class: each example has one of them, another in the next epoch."""
+    """Images with captions of their class: each example gets one of them, another one in the next epoch."""
 
     def __init__(self, images: Source, captions: Sequence[str], tokenizer: Tokenizer, seq_len: int) -> None:
-        """`captions` are those of the first class, then as many of the second, and so on."""
+        """`captions` lists those of the first class, then as many of the second, and so on."""
         self._rows = encoded(captions, tokenizer, seq_len)
         self._each, self.images = len(captions) // (images.num_classes or 1), images
         self.tokenizer, self.vocab_size, self.captions = tokenizer, tokenizer.vocab_size, tuple(captions)

@@ -34,11 +34,11 @@ class TFDS(RecordsConfig, SplitsConfig):
 
 
 def records(cfg: TFDS, split: Split) -> Records:
-    """The records of a set, or the texts of several, whose names and fields are joined by +.
+    """Open the records of a set, or the texts of several, whose names and fields are joined by +.
 
-    Images are given as the bytes that the set holds, for others to decode.
+    Images stay encoded, as the set stores them.
 
-    Raises: UserError where there is no such set, split or field, with the nearest that there is.
+    Raises: UserError if there is no such set, split or field, with the nearest name that exists.
     """
     names = [name.strip() for name in cfg.name.split("+")] if "+" in cfg.name else [cfg.name]
     if len(names) == 1:
@@ -63,16 +63,16 @@ class _Set(Records):
         place = prepared(cfg)
         try:
             builder = tfds.builder_from_directory(place)
-        except Exception as error:  # what TFDS raises depends on which of its files is damaged
+        except Exception as error:  # TFDS raises different errors for different damaged files
             raise _damaged(place, error) from error
         self.label = f"tfds {builder.info.full_name}"
         self._data = _open(builder, cfg, split)
         self._features: Any = builder.info.features
-        # sorted: TFDS's own order differs from one process to the next
+        # sorted, because TFDS's own order differs between processes
         found = {name: _field(self._features[name]) for name in sorted(self._features)}
         self.fields = {name: field for name, field in found.items() if field}
         self._split = cfg.train_split if split == "train" else cfg.eval_split
-        # Sets of one text a split (tiny_shakespeare) are one text cut up.
+        # sets with one text per split (tiny_shakespeare) are a single text in parts
         self.whole = all(info.num_examples == 1 for info in builder.info.splits.values())
         seen = np.linspace(0, len(self) - 1, min(len(self), _SAMPLED)).astype(np.int64).tolist()
         try:
@@ -105,16 +105,16 @@ class _Set(Records):
             return {name: _value(example[name], self.fields[name]) for name in features}
         except UnicodeDecodeError as error:
             return Bad(self.where(index), f"byte {error.start} of a text is not UTF-8")
-        except Exception as error:  # what the reader of a damaged record raises depends on where the damage is
+        except Exception as error:  # the error depends on where the record is damaged
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Bad(self.where(index), f"cannot be read ({reason})")
 
 
 def _field(feature: Any) -> Field | None:
-    """What a feature holds; None where nothing here can use it."""
+    """Return what a feature holds; None if nothing here can use it."""
     from tensorflow_datasets import features
 
-    # the annotations of TFDS allow far more than there is
+    # TFDS's type annotations are wider than what it returns
     kinds: Any = features
     if isinstance(feature, kinds.ClassLabel):
         return Field("label", tuple(feature.names))
@@ -127,7 +127,7 @@ def _field(feature: Any) -> Field | None:
         if inner.kind == "label":
             return Field("labels", inner.names)
         return Field("array", shape=tuple(feature.shape), dtype=inner.dtype)
-    if not isinstance(feature, kinds.Tensor | kinds.Image):  # the classes of numbers and texts are all tensors
+    if not isinstance(feature, kinds.Tensor | kinds.Image):  # numbers and texts are subclasses of Tensor
         return None
     dtype = np.dtype(feature.np_dtype)
     if dtype.kind in "OSU":
@@ -149,7 +149,7 @@ def _value(value: Any, field: Field) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's advice to install OpenCV (of no use to small images) out of a run's display."""
+    """Keep TFDS's advice to install OpenCV out of a run's display; small images do not need it."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -191,9 +191,9 @@ def _damaged(place: object, error: Exception) -> UserError:
 
 
 def prepared(cfg: TFDS) -> Path:
-    """The directory of the set that `data.dir` and `data.name` name: its newest version where none is given.
+    """Find the directory of the set named by `data.dir` and `data.name`: its newest version if none is given.
 
-    Raises: UserError with the sets that lie there.
+    Raises: UserError that lists the sets in the directory.
     """
     root = Path(cfg.dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     place = root / cfg.name.replace(":", "/")
@@ -214,7 +214,7 @@ def prepared(cfg: TFDS) -> Path:
     names = versions or sorted({d.parts[0] for d in there})
     if not names:
         raise UserError(
-            f"got data.name {cfg.name!r}, expected a prepared set in {root}, where none lies, "
+            f"got data.name {cfg.name!r}, expected a prepared set in {root}, which has none, "
             "try --data.dir with the directory that holds the sets"
         )
     raise UserError(unknown("data.name", cfg.name, names, "--data.name", f" in {root}"))

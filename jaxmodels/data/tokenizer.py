@@ -27,13 +27,13 @@ class Tokenizer(Protocol):
     special: Special
     """Ids that begin and end texts."""
     before: tuple[int, ...]
-    """What stands before a whole text, such as [CLS] or <s>; a text that is generated begins with it too."""
+    """Precedes a whole text, such as [CLS] or <s>; generated text begins with it too."""
     after: tuple[int, ...]
-    """What stands behind a whole text, such as [SEP]."""
+    """Follows a whole text, such as [SEP]."""
 
     @property
     def end(self) -> int | None:
-        """The token that closes a document, where the vocabulary has one."""
+        """The token that closes a document, if the vocabulary has one."""
         ...
 
     @property
@@ -44,22 +44,22 @@ class Tokenizer(Protocol):
         ...
 
     def encode_many(self, texts: Sequence[str], special: bool = False, length: int | None = None) -> list[np.ndarray]:
-        """`special`: with `before` and `after`, which stay where a text is cut to `length` tokens.
+        """Encode texts; with `special`, between `before` and `after`, which stay when a text is cut to `length` tokens.
 
-        Raises: UserError where `length` leaves no room for a text.
+        Raises: UserError if `length` leaves no room for a text.
         """
         ...
 
     def ids(self, tokens: Sequence[str]) -> list[int | None]:
-        """The id of each token that is given as the vocabulary writes it."""
+        """Return the id of each token, spelled as in the vocabulary."""
         ...
 
     def decode(self, ids: Any) -> str:
-        """The text of `ids`; those outside the vocabulary show as the replacement character or not at all."""
+        """Decode `ids`; ids outside the vocabulary become the replacement character or nothing."""
         ...
 
     def sizes(self) -> np.ndarray | None:
-        """Bytes of text that each token stands for, int32 (V,); None where they are not known."""
+        """Return how many bytes of text each token stands for, int32 (V,); None if unknown."""
         ...
 
     def to_json(self) -> str: ...
@@ -68,10 +68,10 @@ class Tokenizer(Protocol):
 
 
 class BaseTokenizer(ABC):
-    """What tokenizers do alike. One of one's own derives from it, and is named `package.module:Name`.
+    """What tokenizers have in common. Your own derives from this class, and is named `package.module:Name`.
 
-    It is made by `learn` for a set of texts, and again from its `settings`, which a run keeps: they are the arguments
-    of its class.
+    `learn` makes it for a set of texts. It is made again from its `settings`, which a run stores: they are the
+    arguments of its class.
     """
 
     vocab_size: int
@@ -81,11 +81,11 @@ class BaseTokenizer(ABC):
 
     @classmethod
     def learn(cls, documents: Callable[[], Iterable[str]]) -> Self:
-        """Make the tokenizer for these texts; by itself without looking at them."""
+        """Make the tokenizer for these texts; the default ignores them."""
         return cls()
 
     def settings(self) -> dict[str, Any]:
-        """The arguments that make it again, as JSON values."""
+        """The arguments that make the tokenizer again, as JSON values."""
         return {}
 
     @property
@@ -114,7 +114,7 @@ class BaseTokenizer(ABC):
         return [self.encode(text)[:length] for text in texts]
 
     def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json`, and the ids that it does not tell, into the directory; `load_tokenizer` reads it."""
+        """Write `tokenizer.json`, and the special ids that it does not state; `load_tokenizer` reads them."""
         (directory / FILE).write_text(self.to_json(), encoding="utf-8")
         if self.special == Special():
             (directory / special.FILE).unlink(missing_ok=True)
@@ -143,7 +143,7 @@ class Bytes(BaseTokenizer):
 
     def decode(self, ids: Any) -> str:
         ids = np.asarray(ids, np.int64).reshape(-1)
-        # 0xFF never occurs in UTF-8, so what is no byte decodes as the replacement character.
+        # 0xFF never occurs in UTF-8, so an id that is not a byte decodes to the replacement character
         return np.where((ids >= 0) & (ids < 256), ids, 0xFF).astype(np.uint8).tobytes().decode("utf-8", "replace")
 
     def sizes(self) -> np.ndarray:
@@ -192,7 +192,7 @@ class Chars(BaseTokenizer):
 
 
 def _no_text(texts: Sequence[str]) -> UserError:
-    """What to say of texts with half of a surrogate pair in one of them, as bytes that are not UTF-8 become."""
+    """Build the error for texts with half of a surrogate pair, which undecodable bytes become."""
     half = next((c for text in texts for c in text if "\ud800" <= c <= "\udfff"), "")
     return UserError(
         f"got a text with {half!r}, half of a surrogate pair, expected characters of UTF-8, try without it"
@@ -207,25 +207,25 @@ class HuggingFace(BaseTokenizer):
     """A Hugging Face `tokenizer.json`, run by the `tokenizers` library."""
 
     def __init__(self, serialized: str, directory: Path | None = None) -> None:
-        """`directory`: that of the files which say what tokenizer.json does not: what ends a text."""
+        """`directory`: where the files are that say what tokenizer.json does not, such as what ends a text."""
         from tokenizers import Tokenizer as Rust
 
         self._rust = Rust.from_str(serialized)
         self._rust.no_truncation()
         self._rust.no_padding()
         self._bytewise = (json.loads(serialized).get("decoder") or {}).get("type") == "ByteLevel"
-        # Ids may have gaps; what a model needs is room for the largest.
+        # ids may have gaps; a model needs room for the largest
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
         self.special = special.of(directory, vocabulary)
         self.before, self.after = self._around()
 
     def ids(self, tokens: Sequence[str]) -> list[int | None]:
-        """The id of each token that is given as the vocabulary writes it."""
+        """Return the id of each token, spelled as in the vocabulary."""
         return [self._rust.token_to_id(token) for token in tokens]
 
     def wrap(self, before: str, after: str) -> None:
-        """Put these tokens before and behind a whole text, instead of those of tokenizer.json; none where empty."""
+        """Put these tokens around a whole text, instead of those of tokenizer.json; none if empty."""
         from tokenizers import processors
 
         tokens = [(token, self._rust.token_to_id(token)) for token in dict.fromkeys((before, after)) if token]
@@ -248,7 +248,7 @@ class HuggingFace(BaseTokenizer):
         cut = [[text] if special else list(pieces(text)) for text in texts]
         try:
             done = self._rust.encode_batch_fast([each for group in cut for each in group], add_special_tokens=special)
-        except TypeError:  # it takes what UTF-8 can write
+        except TypeError:  # it takes only text that UTF-8 can encode
             raise _no_text(texts) from None
         if special:
             return [self._cut(np.array(encoding.ids, np.int32), length) for encoding in done]
@@ -256,7 +256,7 @@ class HuggingFace(BaseTokenizer):
         return [np.concatenate([next(ids) for _ in group])[:length] for group in cut]
 
     def _cut(self, ids: np.ndarray, length: int | None) -> np.ndarray:
-        """A whole text cut to so many tokens, what stands behind it kept."""
+        """Cut a whole text to this many tokens, keeping its final special tokens."""
         if length is None or len(ids) <= length:
             return ids
         if (room := length - len(self.after)) <= len(self.before):
@@ -274,7 +274,7 @@ class HuggingFace(BaseTokenizer):
     def sizes(self) -> np.ndarray | None:
         if not self._bytewise:
             return None
-        # in a byte-level vocabulary each byte is one character; special tokens stand for no text
+        # in a byte-level vocabulary each byte is one character, and special tokens stand for no text
         found = np.zeros(self.vocab_size, np.int32)
         special = {i for i, token in self._rust.get_added_tokens_decoder().items() if token.special}
         for token, i in self._rust.get_vocab(with_added_tokens=True).items():
@@ -289,9 +289,9 @@ class HuggingFace(BaseTokenizer):
 
 
 def pieces(text: str) -> list[str]:
-    """A long text cut at line ends into pieces of some 256,000 characters, which cores can share.
+    """Cut a long text at line ends into pieces of some 256,000 characters, which cores can share.
 
-    A cut lies between two lines that are not blank, where byte-level BPE gives the same tokens as uncut.
+    It is cut between two nonblank lines, where byte-level BPE gives the same tokens as uncut.
     """
     out, start = [], 0
     while len(text) - start > _PIECE:
@@ -308,10 +308,10 @@ def pieces(text: str) -> list[str]:
 def build(
     name: str, documents: Callable[[], Iterable[str]], training: Callable[[], Iterable[str]] | None = None
 ) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Build the tokenizer that `data.tokenizer` names.
 
-    `documents` and `training` (those to train on; all, where not given) are asked only where the vocabulary is made
-    from them: chars holds all characters that there are, bpe and words know the texts to train on alone.
+    `documents` and `training` (the training texts; all by default) are read only if the vocabulary is made from them:
+    chars has all characters of all texts, bpe and words see only the training texts.
     """
     kind, _, size = name.partition(":")
     if kind in ("bpe", "words") and size:
@@ -325,7 +325,7 @@ def build(
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer saved in a directory, or in a file."""
+    """Load the tokenizer saved in a directory or a file."""
     file = path / FILE if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise UserError(f"got {path} without {FILE}, expected a folder with one, try another run or folder")
@@ -348,7 +348,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
-    """Trains a byte-level BPE and saves it to `out` as a tokenizer.json."""
+    """Train a byte-level BPE and save it to `out` as a tokenizer.json."""
     rust = vocabulary.bpe(texts, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     rust.save(str(out))

@@ -25,7 +25,7 @@ _FACTS = 'facts of tokens such as {"dtype": "uint16", "vocab_size": 50257}'
 _SEEN = 1 << 20
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".npz")
 _LLM_C = (20240520, 20240801)
-"""The numbers that its token files begin with."""
+"""The magic numbers at the start of llm.c's token files."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Tokens(FilesConfig):
     """Files of tokens, read through a memory map."""
 
     tokenizer: str = "bytes"
-    """The path of the Hugging Face tokenizer.json that made them, where no description beside a file names it."""
+    """Path of the Hugging Face tokenizer.json that made the tokens, if no description beside a file names it."""
 
     def windows(self, split: Split, vocab_size: int | None) -> Windows:
         return open_tokens(self, split, vocab_size)
 
 
 def open_tokens(cfg: Tokens, split: Split, vocab_size: int | None) -> Windows:
-    """The windows of token files.
+    """Open the windows of token files.
 
-    The evaluation split is `data.eval_path`; else the files named val* or eval*; else each file's last `eval_fraction`.
-    `FILE.json` beside a file holds its dtype, vocab_size and tokenizer, and a `.npy` its dtype; without them a file
-    is of uint16, as nanoGPT's, and one that cannot be is refused.
+    Evaluation reads `data.eval_path`, or else the files named val* or eval*, or else the last `eval_fraction` of each
+    file. `FILE.json` beside a file gives its dtype, vocab_size and tokenizer; a `.npy` file knows its dtype. Files
+    without either are uint16, as nanoGPT's, and are refused if they cannot be.
     """
     files = _listed(cfg.path)
     held_out = [f for f in files if f.name.startswith(("val", "eval"))]
@@ -74,7 +74,7 @@ def open_tokens(cfg: Tokens, split: Split, vocab_size: int | None) -> Windows:
 
 
 def _listed(patterns: Sequence[str], option: str = "data.path") -> list[Path]:
-    """Token files, without the descriptions that a glob finds beside them."""
+    """List token files, leaving out the descriptions that a glob finds beside them."""
     return [f for f in corpora.expand(patterns, "tokens", option) if f.suffix != ".json"]
 
 
@@ -199,7 +199,7 @@ def _tokenizer(file: Path, facts: dict[str, Any], cfg: Tokens) -> Tokenizer | No
 
 
 def write(file: Path, chunks: Iterable[np.ndarray], tokenizer: Tokenizer, source: str) -> int:
-    """Writes tokens and the description beside them; the file appears only when it is whole. The number of tokens."""
+    """Write tokens and their description; the file appears only when it is complete. Return the number of tokens."""
     part = file.with_name(file.name + ".part")
     count = 0
     with part.open("wb") as out:

@@ -1,4 +1,4 @@
-"""Random changes of images (Pillow), each a function of (seed, epoch, index)."""
+"""Random augmentations of images (Pillow), each a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxmodels.data.section import TRANSFORMS, Augment
 from jaxmodels.errors import UserError
 
 CENTER = 7 / 8
-"""Share of the sides that evaluation sees where training crops."""
+"""Fraction of the sides that evaluation sees if training crops."""
 
 _AREA, _RATIO, _LEFT, _TOP, _FLIP, _DX, _DY, _TURN, _TINT, _HOLE_X, _HOLE_Y, _DRAWN = (
     0,
@@ -32,12 +32,12 @@ _AREA, _RATIO, _LEFT, _TOP, _FLIP, _DX, _DY, _TURN, _TINT, _HOLE_X, _HOLE_Y, _DR
     12,
     13,
 )
-_STREAM = 0x1F83D9ABFB41BD6B  # keeps these numbers apart from those of the order
+_STREAM = 0x1F83D9ABFB41BD6B  # makes these numbers independent of those of the order
 _WIDEST = math.log(4 / 3)
 
 
 def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """Uniform numbers of [0, 1), float64 (B, count): those of a row depend on its (seed, epoch, index) alone."""
+    """Draw uniform numbers in [0, 1), float64 (B, count); a row depends on its (seed, epoch, index) alone."""
     key = mix(mix(epochs.astype(np.uint64)) + np.uint64((seed ^ _STREAM) % 2**64))
     key = mix(key ^ mix(indices.astype(np.uint64)))
     words = mix(key[:, None] + np.arange(count, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
@@ -45,12 +45,12 @@ def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.
 
 
 def needed(cfg: Augment) -> int:
-    """How many numbers a row of `draws` must hold."""
+    """Return how many numbers a row of `draws` must hold."""
     return _DRAWN + 2 * cfg.randaugment
 
 
 def check(cfg: Augment, channels: int) -> None:
-    """Raises UserError where images of so many channels can't be changed so."""
+    """Raise UserError if images with this many channels cannot be augmented in this way."""
     if channels not in (1, 3) and len(describe(cfg)) > len(cfg.transforms):
         raise UserError(
             f"got a model of images of {channels} channels to augment, expected 1 (gray) or 3 (RGB), "
@@ -59,12 +59,12 @@ def check(cfg: Augment, channels: int) -> None:
 
 
 def together(cfg: Augment) -> bool:
-    """Whether `augment_all` does all of it."""
+    """Whether `augment_all` covers everything configured."""
     return cfg.crop is None and not cfg.colour and not cfg.randaugment
 
 
 def describe(cfg: Augment) -> list[str]:
-    """What is done, in a few words each."""
+    """Describe each augmentation in a few words."""
     said = {
         f"crop {cfg.crop}": cfg.crop,
         "flip": cfg.flip,
@@ -78,10 +78,10 @@ def describe(cfg: Augment) -> list[str]:
 
 
 def apply_own(images: np.ndarray, cfg: Augment, seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Change images (B, H, W, C) by the user's own functions, each with random numbers of (seed, epoch, index).
+    """Apply the user's own functions to images (B, H, W, C), each with random numbers of (seed, epoch, index).
 
     Raises:
-        UserError: one of them gives something else than such an image.
+        UserError: one of them returns something other than such an image.
     """
     for name in cfg.transforms:
         change, changed = TRANSFORMS.find(name), []
@@ -102,7 +102,7 @@ def augment(
     row: np.ndarray,
     library: Library = "pillow",
 ) -> np.ndarray:
-    """One image as training sees it, uint8 (H, W, C): cropped, resized and changed by the numbers of a row of `draws`.
+    """Augment one image for training, uint8 (H, W, C): crop, resize, and change it by the numbers of a row of `draws`.
 
     Raises: Unreadable.
     """
@@ -128,10 +128,10 @@ def augment(
 
 
 def augment_all(images: np.ndarray, cfg: Augment, rows: np.ndarray) -> np.ndarray:
-    """The same for many small images (B, H, W, C) at once, where all that is asked for is done `together`.
+    """Augment many small images (B, H, W, C) at once, if everything configured can be done `together`.
 
-    As `augment` does it to within a level of brightness, but several times as fast: Pillow takes 0.1 ms an image
-    however small.
+    Results agree with `augment` to within one level of brightness, at several times the speed: Pillow takes 0.1 ms per
+    image, however small.
     """
     size = images.shape[1], images.shape[2]
     if cfg.shift or cfg.rotate:
@@ -150,7 +150,7 @@ def augment_all(images: np.ndarray, cfg: Augment, rows: np.ndarray) -> np.ndarra
 def center(
     image: Image.Image | Jpeg, cfg: Augment, shape: tuple[int, int, int], library: Library = "pillow"
 ) -> np.ndarray:
-    """One image as evaluation sees it, uint8 (H, W, C): whole, or the central 7/8 where training crops; resized."""
+    """Prepare one image for evaluation, uint8 (H, W, C): whole, or the central 7/8 if training crops; resized."""
     height, width = shape[:2]
     box = None
     if cfg.crop is not None:
@@ -163,7 +163,7 @@ def center(
 
 
 def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> tuple[float, float, float, float]:
-    """A part of an image of (width, height): uniform area, log-uniform ratio of the sides, uniform place.
+    """Draw a part of an image of (width, height): uniform area, log-uniform aspect ratio, uniform position.
 
     The ratio is drawn from those with which the area fits, so that nothing has to be drawn again.
     """
@@ -181,9 +181,9 @@ def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> t
 
 
 def matrices(cfg: Augment, size: Size, rows: np.ndarray) -> np.ndarray:
-    """Where each pixel of flipped, shifted and turned images comes from: (a, b, c, d, e, f) of each, (B, 6).
+    """Return where each pixel of flipped, shifted and rotated images comes from: (a, b, c, d, e, f) each, (B, 6).
 
-    x' = ax + by + c and y' = dx + ey + f, in Pillow's coordinates (a pixel's middle lies at a half).
+    x' = ax + by + c and y' = dx + ey + f, in Pillow's coordinates (a pixel's center is at 0.5).
     """
     height, width = size
     angle = np.deg2rad(cfg.rotate) * (2 * rows[:, _TURN] - 1)
@@ -200,7 +200,7 @@ def matrices(cfg: Augment, size: Size, rows: np.ndarray) -> np.ndarray:
 
 
 def move(images: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Images (B, H, W, C) with each pixel from where its matrix (B, 6) says, bilinear; black from outside."""
+    """Warp images (B, H, W, C), reading each pixel where its matrix (B, 6) says, bilinear; black outside."""
     count, height, width, channels = images.shape
     grid_y, grid_x = np.divmod(np.arange(height * width, dtype=np.float32), np.float32(width))
     grid_x, grid_y = grid_x + np.float32(0.5), grid_y + np.float32(0.5)
@@ -210,7 +210,7 @@ def move(images: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
     np.clip(x, 0, width - 1, out=x)
     np.clip(y, 0, height - 1, out=y)
-    # The last row and column are read as the far ends of the ones before.
+    # the last row and column are read as the far ends of those before
     left, top = np.minimum(x.astype(np.intp), max(width - 2, 0)), np.minimum(y.astype(np.intp), max(height - 2, 0))
     x, y = (x - left.astype(np.float32))[..., None], (y - top.astype(np.float32))[..., None]
     at = left + width * (top + (np.arange(count) * height)[:, None])
@@ -225,7 +225,7 @@ def move(images: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _cut(out: np.ndarray, side: int, row: np.ndarray) -> None:
-    """Blanks a square in place, its middle anywhere in the image (DeVries & Taylor 2017)."""
+    """Blank a square in place, with its center anywhere in the image (DeVries & Taylor 2017)."""
     top = int(row[_HOLE_Y] * out.shape[0]) - side // 2
     left = int(row[_HOLE_X] * out.shape[1]) - side // 2
     out[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
@@ -241,12 +241,12 @@ def _tint(image: Image.Image, most: float, row: np.ndarray) -> Image.Image:
 
 @dataclass(frozen=True)
 class Operation:
-    """One of RandAugment's: `apply(image, strength)`, with a strength in [-1, 1] (0: as it is)."""
+    """One of RandAugment's operations: `apply(image, strength)`, with strength in [-1, 1] (0: unchanged)."""
 
     name: str
     apply: Callable[[Image.Image, float], Image.Image]
     color: bool = False
-    """Whether it does nothing to a gray image."""
+    """Whether it has no effect on a gray image."""
 
 
 def _enhance(name: str, kind: Callable[[Image.Image], Any], color: bool = False) -> Operation:
@@ -276,7 +276,7 @@ OPERATIONS = (
     _affine("translate x", lambda image, s: (1, 0, 0.45 * s * image.width, 0, 1, 0)),
     _affine("translate y", lambda image, s: (1, 0, 0, 0, 1, 0.45 * s * image.height)),
 )
-"""The 14 operations, with the ranges of AutoAugment (Cubuk et al. 2019, table 6); either sign where one has a sense."""
+"""The 14 operations, with the ranges of AutoAugment (Cubuk et al. 2019, table 6); either sign where it matters."""
 
 _GRAY = tuple(operation for operation in OPERATIONS if not operation.color)
 

@@ -1,4 +1,4 @@
-"""Vocabularies made from texts, by the `tokenizers` library."""
+"""Vocabularies trained on texts with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST = 4_000_000
 
 
 def bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE of the `tokenizers` library with one special token, `<|endoftext|>`, which begins a whole text.
+    """Train a byte-level BPE with one special token, `<|endoftext|>`, which begins a whole text.
 
     Source: Sennrich et al. 2016; over bytes as in GPT-2 (Radford et al. 2019).
     """
@@ -36,7 +36,7 @@ def bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def words(texts: Iterable[str], vocab_size: int) -> Any:
-    """Words in lower case and signs, the most frequent ones; all others are `[UNK]`. Begins a text as `bpe` does."""
+    """Collect the most frequent lower-case words and signs; all others are `[UNK]`. Texts begin as in `bpe`."""
     check_size(vocab_size)
     from tokenizers import Tokenizer as Rust
     from tokenizers import models, normalizers, pre_tokenizers, trainers
@@ -52,13 +52,13 @@ def words(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def check_size(vocab_size: int) -> None:
-    """Raises UserError where the library, which reserves room for all tokens at once, would end the process."""
+    """Raise UserError if the library, which allocates room for all tokens at once, would kill the process."""
     if vocab_size > _MOST:
         raise UserError(f"got a vocabulary of {vocab_size:,} tokens, expected at most {_MOST:,}, try 32000")
 
 
 def _begun(rust: Any) -> Any:
-    """The tokenizer with a whole text beginning with the end token, where a classifier's summary stands."""
+    """Make a whole text begin with the end token, whose features a classifier summarizes."""
     from tokenizers import processors
 
     end = (END_OF_TEXT, rust.token_to_id(END_OF_TEXT))

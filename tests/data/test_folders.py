@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read_are_left_out_by_name(digits, tmp_path, caplog
     assert len(records) == 52
     assert sum(len(rows) for rows in Reader(records, ["image"], 2).all()) == 50
     assert caplog.messages == [
-        f"left out files of {tmp_path} that are no images: 1 .txt",
+        f"left out files of {tmp_path} that are not images: 1 .txt",
         "left out digit 7/x.png: is empty",
         "left out digit 7/y.jpg: No such file or directory",
     ]
@@ -104,9 +104,9 @@ def test_the_fingerprint_knows_names_and_sizes(digits, tmp_path):
 
 def test_a_folder_without_classes_is_refused(tmp_path):
     (tmp_path / "1.png").write_bytes(b"x")
-    with pytest.raises(UserError, match="without folders in it, expected one folder of images a class"):
+    with pytest.raises(UserError, match="without folders in it, expected one folder of images per class"):
         folders.records(images(tmp_path), "train")
-    with pytest.raises(UserError, match="which is no folder, expected one"):
+    with pytest.raises(UserError, match="which is not a folder, expected one"):
         folders.records(images(tmp_path / "nowhere"), "train")
     with pytest.raises(UserError, match="got 0 folders in data.path, expected one"):
         folders.records(Images(), "train")
@@ -132,8 +132,8 @@ def test_images_lie_at_any_depth_below_their_class(tmp_path, caplog):
     assert names(records) == ["cat/1.png", "cat/2020/march/2.TIFF", "dog/4.pgm", "dog/x.v1/3.jpeg"]
     assert [row["label"] for row in records.read(range(4), ["label"])] == [0, 0, 1, 1]
     assert again.fingerprint == records.fingerprint and caplog.messages == [
-        f"left out files of {tmp_path} that are no images: 2 .heic, 1 .md, 1 .png, 2 hidden, 1 no regular file, "
-        "1 without an ending"
+        f"left out files of {tmp_path} that are not images: 2 .heic, 1 .md, 1 .png, 2 hidden, 1 not a regular file, "
+        "1 without an extension"
     ]
 
 

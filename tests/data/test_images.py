@@ -253,9 +253,9 @@ def test_a_balanced_source_is_a_function_of_the_index():
     rows = np.random.default_rng(0).permutation(36)
     again = Balanced(unequal(), inner.labels()).batch(rows, np.full(36, 2))
     assert np.array_equal(again["inputs"], first["inputs"][rows])
-    assert balanced.num_classes == 3 and "36 examples an epoch, of classes of 3 to 12" in balanced.describe()
+    assert balanced.num_classes == 3 and "36 examples per epoch, from classes of 3 to 12" in balanced.describe()
     assert balanced.fingerprint not in (inner.fingerprint, Balanced(inner, np.zeros(21, int)).fingerprint)
-    with pytest.raises(UserError, match="got several labels an example"):
+    with pytest.raises(UserError, match="got several labels per example"):
         Balanced(inner, np.zeros((21, 3)))
 
 

@@ -140,7 +140,7 @@ GOOD = [f'{{"text": "text {i}", "label": {i % 2}}}' for i in range(40)]
     "line, reason",
     [
         (b'{"text": "a", "label": 1', "invalid JSON (Expecting ',' delimiter"),
-        (b'["a", 1]', "['a', 1] is no JSON object"),
+        (b'["a", 1]', "['a', 1] is not a JSON object"),
         (b'{"text": "\xff", "label": 1}', "byte 10 of the row is not UTF-8"),
         (b'{"text": "a"}', "label is missing"),
         (b'{"text": null, "label": 1}', "text is missing"),
@@ -194,7 +194,7 @@ def test_a_table_that_is_none_is_refused(tmp_path):
         opened("b.csv", "")
     with pytest.raises(UserError, match="expected the names of the columns, each once"):
         opened("c.csv", "a,a\n1,2\n")
-    with pytest.raises(UserError, match="which is no Parquet file"):
+    with pytest.raises(UserError, match="which is not a Parquet file"):
         opened("d.parquet", "text")
     with pytest.raises(UserError, match="got 0 records to train on in table e.csv, expected at least 1"):
         opened("e.csv", "text,label\n")
@@ -270,7 +270,7 @@ def test_line_ends_of_old_macs_end_rows(tmp_path):
         ("a.csv", b"\0\1\2" * 400, "binary"),
         ("a.csv", "\n\ntext,label\na,0\n", r"with the first row \[\], expected the names of the columns"),
         ("a.json", '{"text": "a",\n"label": 0}\n', "of whose 2 rows none can be read .*a.json:1: invalid JSON"),
-        ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "which is no Parquet file"),
+        ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", "which is not a Parquet file"),
     ],
 )
 def test_files_in_other_forms_are_refused_by_what_they_are(tmp_path, name, content, words):

@@ -198,7 +198,7 @@ def test_a_wrong_evaluation_split_names_those_not_trained_on(sets):
 
 
 def test_an_empty_directory_says_so(tmp_path):
-    with pytest.raises(UserError, match="expected a prepared set in .*, where none lies, try --data.dir"):
+    with pytest.raises(UserError, match="expected a prepared set in .*, which has none, try --data.dir"):
         open_source(TFDS(dir=str(tmp_path), name="mnist"), "train", Classification())
 
 

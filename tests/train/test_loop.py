@@ -18,7 +18,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.train import loop
 from jaxmodels.train.display import Display
 from jaxmodels.train.loggers import Report
-from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result, Start, judge
+from jaxmodels.train.loop import Hooks, NotFinite, Progress, Result, Start, record_evaluation
 from jaxmodels.train.metrics import Clock, Record
 
 
@@ -250,7 +250,7 @@ def test_a_metric_that_an_evaluation_lacks_is_not_better_and_one_beside_a_loss_o
     cfg = make(6, Eval(every=2, metric="eval/f1", mode="max")).cfg
     progress = Progress()
     judged = [
-        judge(cfg, progress, step, values)
+        record_evaluation(cfg, progress, step, values)
         for step, values in enumerate(
             [
                 {"eval/loss": 1.0},
