@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""Reports: pictures and tables that show what runs have learned."""

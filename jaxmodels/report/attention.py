@@ -1,4 +1,4 @@
-"""Where a model of texts or patches attends to."""
+"""What a model of texts or patches attends to."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from jaxmodels.train.saved import Evaluation
 
 LOOKED_AT = 64
 GOOD_LENGTH, LONGEST = 14, 32
-"""Tokens of the text that is shown: nearest to the one, and no more than the other."""
+"""The text that is shown has about as many tokens as the first, and at most as many as the second are shown."""
 GLOW = (1.0, 0.42, 0.1)
 IMAGES, LAYERS, HEADS = 4, 8, 16
-"""At most so many of each are shown."""
+"""How many of each are shown at most."""
 
 
 def pieces(saved: Evaluation) -> list[Piece]:
-    """Maps of each layer's mean over heads and of the last layer's heads, for one example; nothing if it has none."""
+    """Map the attention of each layer (mean over heads) and of the last layer's heads, for one example; empty if
+    none."""
     if "model" not in saved.networks:
         return []
     batch, answers = saved.examples(0, LOOKED_AT), saved.config.task.answers
@@ -44,14 +45,14 @@ def pieces(saved: Evaluation) -> list[Piece]:
 
 
 def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndarray]:
-    """The attention weights (B, H, T, S) of a call, layer by layer."""
+    """Return the attention weights (B, H, T, S) of a call, layer by layer."""
     with recording() as kept:
         jax.block_until_ready(apply(*args, **named))
     return kept
 
 
 def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
-    """Patches that the output draws on, laid over their images."""
+    """Show which patches the output draws on, overlaid on the images."""
     config = saved.model.config
     inputs = inputs[:IMAGES]
     kept = weights(apply, normalized(jnp.asarray(inputs), saved.config.data))
@@ -60,7 +61,7 @@ def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) 
     token = kept[0].shape[-1] > rows * columns
 
     def looks(matrix: np.ndarray) -> np.ndarray:
-        """What the output takes of each patch: by the class token, or by all patches' mean."""
+        """Return what the output takes from each patch: by the class token, or averaged over all patches."""
         taken = matrix[..., 0, 1:] if token else matrix.mean(-2)
         return taken.reshape(*taken.shape[:-1], rows, columns)
 
@@ -79,7 +80,7 @@ def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) 
     caption = (
         f"Attention of {whose} to each patch: through all layers (rollout: products of the means over heads with half "
         "of the identity; Abnar & Zuidema 2020), and of each layer, mean over heads. "
-        "Color goes from the least to the most of each map."
+        "Color ranges from the minimum to the maximum of each map."
     )
     found: list[Piece] = [Picture("attention-layers", figure, caption)]
     heads = kept[-1][0, :HEADS]
@@ -93,13 +94,13 @@ def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) 
 
 
 def rollout(layers: Sequence[np.ndarray]) -> np.ndarray:
-    """Attention through all layers (B, T, T), each with its residual stream as half of it; rows add up to 1."""
+    """Propagate attention through all layers (B, T, T), each half residual stream; rows add up to 1."""
     halves = [(each + np.eye(each.shape[-1])) / 2 for each in layers]
     return functools.reduce(lambda below, above: above @ below, halves)
 
 
 def overlay(axis: Any, image: np.ndarray, heat: np.ndarray) -> None:
-    """A map (rows, columns) over its image, which shows through where the map has little."""
+    """Draw a map (rows, columns) over its image, which shows through where the map is low."""
     show(axis, 0.6 * image)
     height, width = image.shape[:2]
     color = np.empty((*heat.shape, 4), np.float32)
@@ -110,7 +111,7 @@ def overlay(axis: Any, image: np.ndarray, heat: np.ndarray) -> None:
 
 
 def of_texts(saved: Evaluation, batch: dict[str, np.ndarray], tokens: str, apply: Callable[..., Any]) -> list[Piece]:
-    """Maps of tokens by tokens."""
+    """Map tokens against tokens."""
     ids, segments = batch[tokens], batch.get("segment_ids")
     row, count = choose(ids, segments)
     named = {name: batch[name][row : row + 1] for name in ("segment_ids", "types") if name in batch}
@@ -121,14 +122,14 @@ def of_texts(saved: Evaluation, batch: dict[str, np.ndarray], tokens: str, apply
 
 
 def cross(saved: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
-    """Maps of a decoder's tokens by the source's."""
+    """Map a decoder's tokens against the source's."""
     row, count = choose(batch["inputs"], batch.get("segment_ids"))
     named = {name: batch[name][row : row + 1] for name in ("segment_ids", "target_segment_ids") if name in batch}
     sources, targets = batch["inputs"][row], batch["targets"][row]
     segments = batch["target_segment_ids"][row] if "target_segment_ids" in batch else None
     written = length(segments, np.where(targets < 0, 0, targets), LONGEST)
     kept = weights(saved.apply, sources[None], batch["tokens"][row][None], **named)
-    # the encoder's layers, the decoder's own, and those over the source
+    # in order: the encoder's layers, the decoder's self-attention, the decoder's attention to the source
     layers = saved.model.config.decoder_layers or saved.model.config.layers
     kept = [each[0, :, :written, :count] for each in kept[-layers:]]
     tokenizer = saved.source.tokenizer
@@ -139,18 +140,18 @@ def cross(saved: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
 
 
 def choose(ids: np.ndarray, segments: np.ndarray | None) -> tuple[int, int]:
-    """The row (of B, T) whose first text is best to look at, and how many tokens of it are shown."""
+    """Choose the row (of B, T) whose first text suits best, and how many of its tokens to show."""
     counts = [length(None if segments is None else segments[i], ids[i], LONGEST) for i in range(len(ids))]
     row = min(range(len(counts)), key=lambda i: abs(counts[i] - GOOD_LENGTH))
     return row, counts[row]
 
 
 def maps(kept: Sequence[np.ndarray], labels: Sequence[Sequence[str]], name: str, what: str) -> list[Piece]:
-    """Pictures of weights (H, T, S) of each layer: the means over heads, and the heads of the last."""
+    """Draw weights (H, T, S) of each layer: the means over heads, and the heads of the last layer."""
     spread = np.unique(np.linspace(0, len(kept) - 1, min(len(kept), LAYERS)).round().astype(int))
     means = [(f"layer {i + 1}", kept[i].mean(0)) for i in spread]
     heads = [(f"head {i + 1}", matrix) for i, matrix in enumerate(kept[-1][:HEADS])]
-    note = " Each row adds up to 1 over the whole text; darkest: the most of that map."
+    note = " Each row adds up to 1 over the whole text; darkest: the maximum of that map."
     return [
         Picture(f"{name}-layers", heat(means, *labels), f"{what}: mean over the heads of each layer.{note}"),
         Picture(f"{name}-heads", heat(heads, *labels), f"{what}: the heads of the last layer.{note}"),
@@ -158,7 +159,7 @@ def maps(kept: Sequence[np.ndarray], labels: Sequence[Sequence[str]], name: str,
 
 
 def heat(maps: Sequence[tuple[str, np.ndarray]], rows: Sequence[str], columns: Sequence[str]) -> Figure:
-    """Matrices (T, S) with their titles, tokens at the left and below."""
+    """Draw matrices (T, S) with their titles, tokens on the left and below."""
     across = min(len(maps), 2 if len(columns) > 20 else 4)
     cell = 0.19
     width, height = max(cell * len(columns), 1.6) + 0.9, max(cell * len(rows), 1.6) + 1.1

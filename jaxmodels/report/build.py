@@ -1,4 +1,4 @@
-"""The page of what runs did, and its pictures."""
+"""Builds the report page of runs, with its pictures."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Attention": attention.pieces,
     "Saliency": saliency.pieces,
 }
-"""Heading -> what draws it for one run; without pieces there is no heading."""
+"""Heading -> function that draws it for one run; without pieces there is no heading."""
 
 
 def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: bool) -> Path:
-    """The page's file. What cannot be drawn is said, in the log and on the page, and the rest is there all the same."""
+    """Write the page and return its path. What cannot be drawn is named in the log and on the page; the rest is
+    shown."""
     several, given = len(runs) > 1, {} if split is None else {"eval_split": split}
     opened: dict[str, Evaluation] = {}
     columns = []
@@ -58,7 +59,7 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
 
 
 def evaluated(saved: Evaluation, split: str | None) -> Mapping[str, float]:
-    """The metrics of the checkpoint: as training wrote them down, or measured now where it did not."""
+    """Return the metrics of the checkpoint: as training recorded them, or measured now if it did not."""
     rows = saved.metrics if split is None else []
     row = next((row for row in rows if row["step"] == saved.step), {})
     found = {name: value for name, value in row.items() if name.startswith("eval/")}
@@ -66,19 +67,19 @@ def evaluated(saved: Evaluation, split: str | None) -> Mapping[str, float]:
 
 
 def attempt(what: str, make: Callable[[], Any]) -> tuple[Any, str]:
-    """What `make` gives, or None and why it could not, which is logged."""
+    """Return the result of `make`, or None and the reason why it failed, which is logged."""
     try:
         return make(), ""
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        log.warning("the report is without %s: %s", what, reason)
+        log.warning("the report lacks %s: %s", what, reason)
         return None, reason
 
 
 def part(what: str, make: Callable[[], list[Piece]], run: str = "") -> Part:
-    """A part of the page, or a note of what it is without."""
+    """Make a part of the page, or a note about what is missing."""
     made, reason = attempt(what, make)
-    return Part(made or (), run, f"Without {what}: {reason}" if reason else "")
+    return Part(made or (), run, f"Missing {what}: {reason}" if reason else "")
 
 
 def save(folder: Path, title: str, sections: Sequence[Section]) -> Path:
@@ -93,12 +94,12 @@ def save(folder: Path, title: str, sections: Sequence[Section]) -> Path:
                     own = "".join(c if c.isalnum() or c in "-_." else "-" for c in each.run)
                     name = stem = f"{own}{'-' if own else ''}{piece.name}"
                     count = 1
-                    while name in names:  # runs whose names differ in other signs
+                    while name in names:  # runs whose names differ only in characters that are replaced
                         count += 1
                         name = f"{stem}-{count}"
                     names.add(name)
                     (folder / f"{name}.png").write_bytes(images[piece])
     page = folder / "report.html"
-    # half of a surrogate pair, as a folder's name may have, is no character of a page
+    # half of a surrogate pair, which a folder's name may have, cannot be part of a page
     page.write_text(render(title, sections, images), encoding="utf-8", errors="backslashreplace")
     return page

@@ -1,4 +1,4 @@
-"""What a classifier takes for what, and its worst mistakes."""
+"""A classifier's confusion matrix and its worst mistakes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jaxmodels.train.saved import Evaluation
 
 WORST = 24
 LISTED = 40
-"""With more classes than so many, cells have no numbers and axes no names."""
+"""With more classes than this, cells have no numbers and axes no names."""
 
 
 def pieces(saved: Evaluation) -> list[Piece]:
-    """The confusion matrix of a classifier of one class, and what it got wrong with the highest confidence."""
+    """Draw the confusion matrix of a single-label classifier, and its most confident mistakes."""
     if saved.config.task.answers != "class":
         return []
     labels, predicted, confidence = predictions(saved)
@@ -26,7 +26,7 @@ def pieces(saved: Evaluation) -> list[Piece]:
         Picture(
             "confusion",
             draw(counts(labels, predicted, classes), [saved.class_name(i) for i in range(classes)]),
-            f"Each row holds the examples of one class, by what the model says. {len(labels):,} examples, "
+            f"Each row holds the examples of one class, by predicted class. {len(labels):,} examples, "
             f"{np.mean(labels == predicted):.2%} of them right; shades are shares of a row.",
         )
     ]
@@ -36,7 +36,7 @@ def pieces(saved: Evaluation) -> list[Piece]:
 
 
 def predictions(saved: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, predicted classes and their probabilities over the whole evaluation set, each (N,)."""
+    """Return labels, predicted classes and their probabilities over the whole evaluation set, each (N,)."""
 
     @jax.jit
     def choose(params: Any, inputs: Any, named: Any) -> tuple[jax.Array, jax.Array]:
@@ -52,13 +52,13 @@ def predictions(saved: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def counts(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """How many examples of each class (rows) are taken for each class (columns), (classes, classes)."""
+    """Count how many examples of each class (rows) are predicted as each class (columns), (classes, classes)."""
     seen = labels >= 0
     return np.bincount(labels[seen] * classes + predicted[seen], minlength=classes**2).reshape(classes, classes)
 
 
 def draw(matrix: np.ndarray, names: list[str]) -> Figure:
-    """The matrix with its counts."""
+    """Draw the matrix with its counts."""
     classes, listed = len(matrix), len(matrix) <= LISTED
     side = min(max(3.2, 0.52 * classes + 1.4), 16)
     whole = figure(side + 0.6, side)
@@ -84,12 +84,12 @@ def draw(matrix: np.ndarray, names: list[str]) -> Figure:
 def mistakes(
     saved: Evaluation, worst: np.ndarray, labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
 ) -> Piece:
-    """The examples at these places, with what they are and what the model says."""
+    """Show the examples at these indices, with their class and the prediction."""
     batch = saved.source.batch(worst, np.zeros_like(worst))
     said = [
         (saved.class_name(int(labels[i])), saved.class_name(int(predicted[i])), f"{confidence[i]:.1%}") for i in worst
     ]
-    caption = "The mistakes that the model is most sure of."
+    caption = "The mistakes that the model is most confident of."
     inputs = batch["inputs"]
     if inputs.ndim == 4:
         columns = min(8, len(worst))
@@ -100,7 +100,7 @@ def mistakes(
         for axis, image, (true, wrong, sure) in zip(axes.flat, pixels(inputs), said, strict=False):
             show(axis, image)
             axis.set_title(f"{true} → {wrong}\n{sure}", fontsize=8.5, parse_math=False)
-        return Picture("mistakes", whole, caption + " Above each: true → predicted, and with what confidence.")
+        return Picture("mistakes", whole, caption + " Above each: true → predicted, and its confidence.")
     texts = (
         [shortened(saved.source.texts[int(at)]) for at in worst.tolist()]
         if len(saved.source.texts)
@@ -111,10 +111,10 @@ def mistakes(
 
 
 def shortened(text: str, most: int = 600) -> str:
-    """A text as its record has it, cut where it is long."""
+    """Return a text as its record has it, shortened if it is long."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def numbers(inputs: np.ndarray) -> list[str]:
-    """The first numbers of each example."""
+    """Format the first numbers of each example."""
     return [" ".join(f"{x:.3g}" for x in each.reshape(-1)[:16].tolist()) for each in inputs]

@@ -1,4 +1,4 @@
-"""Curves of runs, from their metrics.jsonl."""
+"""Training curves of runs, from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from jaxmodels.train import metrics
 
 Series = tuple[list[float], list[float]]
 Panel = tuple[str, Sequence[str]]
-"""A title, and the names of the metrics that are shown under it."""
+"""A title, and the names of the metrics in that panel."""
 
 COLUMNS = 3
 IN_TABLES = ("/precision", "/recall", "_micro")
-"""Metrics of which the curve says no more than that of another."""
+"""Metrics whose curve only repeats that of another."""
 
 
 def draw(run: Path, out: Path, lines: Mapping[str, float] | None = None) -> None:
-    """The curves of a run as a PNG; `lines` are horizontal references beside the loss, such as a baseline's."""
+    """Draw a run's curves as a PNG; `lines` are horizontal references in the loss panel, such as a baseline's."""
     figure = overlay({run.name: run}, lines or {})
     figure.suptitle(run.name, fontsize=12, parse_math=False)
     figure.savefig(out, dpi=110)
 
 
 def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) -> Figure:
-    """Losses, metrics, learning rate, throughput and gradient norm over steps, those of all runs in one figure.
+    """Draw losses, metrics, learning rate, throughput and gradient norm over steps, all runs in one figure.
 
-    Thin lines are of training, thick ones with marks of held-out data; each run has a color.
+    Thin lines are training; thick lines with markers are held-out data. Each run has a color.
     """
     rows = {name: metrics.read(run) for name, run in runs.items()}
     panels = chosen({name for each in rows.values() for row in each for name in row})
@@ -50,7 +50,7 @@ def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) 
                 steps, values = series(each, name)
                 held_out = name.startswith("eval/")
                 look = {"marker": "o", "markersize": 3.5, "linewidth": 1.8} if held_out else {"linewidth": 0.9}
-                if len(values) == 1 and not held_out:  # no line to be seen
+                if len(values) == 1 and not held_out:  # a single point makes no line
                     look |= {"marker": ".", "markersize": 5}
                 axis.plot(steps, values, color=COLORS[index % len(COLORS)], alpha=1 if held_out else 0.75, **look)
         finish(axis, title)
@@ -72,14 +72,14 @@ def overlay(runs: Mapping[str, Path], lines: Mapping[str, float] | None = None) 
         handles, [""] * len(labels), loc="outside lower center", ncols=min(len(handles), 5), frameon=False, fontsize=9
     )
     for text, label in zip(legend.get_texts(), labels, strict=True):
-        # as it is: a legend leaves out what begins with _, and $ begins a formula
+        # escaped: a legend leaves out labels that begin with _, and $ begins a formula
         text.set_parse_math(False)
         text.set_text(label)
     return figure
 
 
 def chosen(names: set[str]) -> list[Panel]:
-    """The panels that these metrics fill: losses first, the engine's own numbers last."""
+    """Choose the panels for these metrics: losses first, the engine's own metrics last."""
     panels: list[Panel] = []
     if "train/loss" in names or ("eval/loss" in names and "train/discriminator/loss" not in names):
         panels.append(("loss", [name for name in ("train/loss", "eval/loss") if name in names]))
@@ -90,7 +90,7 @@ def chosen(names: set[str]) -> list[Panel]:
         network = name.split("/")[1]
         panels.append((f"loss of the {network}", [name, *({held_out.get(network, "")} & names)]))
     shown = {name for _, panel in panels for name in panel}
-    # precision of one class or one group is for a table
+    # metrics of single classes or groups belong in a table
     for name in sorted(name for name in names if name.startswith("eval/") and name.count("/") == 1):
         if name not in shown and not name.endswith(IN_TABLES):
             pair = name.replace("eval/", "train/")
@@ -106,13 +106,13 @@ def chosen(names: set[str]) -> list[Panel]:
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> Series:
-    """Steps and values of a metric."""
+    """Return steps and values of a metric."""
     found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def finish(axis: Any, title: str) -> None:
-    """Title, grid and limits of a panel."""
+    """Set title, grid and limits of a panel."""
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("step", fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
@@ -124,6 +124,6 @@ def finish(axis: Any, title: str) -> None:
 
 
 def last(run: Path) -> dict[str, float]:
-    """The last evaluation in a run's metrics."""
+    """Return the last evaluation in a run's metrics."""
     rows = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in metrics.read(run)]
     return next((row for row in reversed(rows) if row), {})

@@ -1,4 +1,4 @@
-"""What a variational autoencoder makes of its codes, and of images that it has not seen."""
+"""What a variational autoencoder decodes from its latents, and from images that it has not seen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOOKED_AT = 1000
 
 
 def pieces(saved: Evaluation) -> list[Piece]:
-    """A grid over two latents, and originals above their reconstructions."""
+    """Show a grid over two latents, and originals above their reconstructions."""
     if (task := saved.task.autoencoder) is None:
         return []
     inputs = saved.examples(0, LOOKED_AT)["inputs"]
@@ -28,13 +28,13 @@ def pieces(saved: Evaluation) -> list[Piece]:
     axes = (0, 1) if size == 2 else tuple(int(i) for i in np.argsort(-used)[:2])
     decoded = np.asarray(task.shown(saved.apply(latents=jnp.asarray(codes(size, axes)))))
     caption = (
-        f"{SIDE}×{SIDE} codes at equal shares of the prior, by the inverse of its distribution: "
+        f"{SIDE}×{SIDE} latent vectors at equal quantiles of the prior: "
         f"latent {axes[0]} grows to the right, latent {axes[-1]} upwards."
     )
     if size > 2:
         nats = " and ".join(f"{used[i]:.2f}" for i in axes)
         caption += (
-            f" Of {size} latents these two are used most ({nats} nats an image of {used.sum():.2f} in all); "
+            f" Of {size} latents these two are used most ({nats} nats per image of {used.sum():.2f} in total); "
             "the others are 0, the prior's mean."
         )
     pairs = np.concatenate([seen[:PAIRS], np.asarray(task.shown(outputs[:PAIRS]))])
@@ -43,14 +43,14 @@ def pieces(saved: Evaluation) -> list[Piece]:
         Picture(
             "reconstructions",
             sheet(beside(pairs, 10), 10, 8.0),
-            "Images of the held-out set, and below each what is made of its code's mean.",
+            "Images of the held-out set; below each, what the mean of its code decodes to.",
         ),
     ]
 
 
 def codes(size: int, axes: tuple[int, ...], side: int = SIDE) -> np.ndarray:
-    """Codes (side², size) on a grid over two axes, in rows from the top: the first axis grows along a row, the second
-    from the last row to the first. A code of one latent varies by that alone."""
+    """Return codes (side², size) on a grid over two axes, in rows from the top: the first axis grows along a row, the
+    second from the last row to the first. With one latent, only that varies."""
     steps = np.asarray(jax.scipy.special.ndtri((np.arange(side) + 0.5) / side))
     found = np.zeros((side, side, size), np.float32)
     found[:, :, axes[-1]] = steps[::-1, None]
@@ -59,12 +59,12 @@ def codes(size: int, axes: tuple[int, ...], side: int = SIDE) -> np.ndarray:
 
 
 def beside(pairs: np.ndarray, columns: int) -> np.ndarray:
-    """2N images, of which N + i belongs to i, in rows of so many, each with the row that belongs to it below."""
+    """Arrange 2N images, of which N + i belongs to i, in rows of `columns`, each above the row that belongs to it."""
     count = len(pairs) // 2
     order = [i + part for first in range(0, count, columns) for part in (0, count) for i in row(first, columns, count)]
     return pairs[order]
 
 
 def row(first: int, columns: int, count: int) -> range:
-    """The places of a row, those of the last one as far as there are so many."""
+    """Return the indices of a row; the last row may be shorter."""
     return range(first, min(first + columns, count))

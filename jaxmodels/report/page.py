@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: no network, no files beside it, no script."""
+"""A self-contained HTML page: no network, no files beside it, no scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; color: var(--soft); }
 nav { margin: .75rem 0 0; }
 nav a { color: inherit; margin-right: 1.1rem; }
 figure { margin: 1rem 0 1.75rem; }
-/* pictures have a white ground of their own, in the dark too */
+/* pictures keep their white background in dark mode */
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: 6px; padding: 8px; }
 figcaption, .note { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 60rem; }
@@ -45,24 +45,24 @@ th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 
 @dataclass(frozen=True)
 class Part:
-    """Pieces of one run, or a note where there are none to be had."""
+    """Pieces of one run, or a note if there are none."""
 
     pieces: Sequence[Piece] = ()
     run: str = ""
-    """Its name, where there are several."""
+    """The run's name, if there are several."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the parts below it."""
 
     title: str
     parts: Sequence[Part]
 
 
 def render(title: str, sections: Sequence[Section], images: dict[Picture, bytes]) -> str:
-    """The page as HTML; `images` are the pictures' PNGs."""
+    """Render the page as HTML; `images` are the pictures' PNGs."""
     links = " ".join(f'<a href="#{anchor(s.title)}">{escape(s.title)}</a>' for s in sections)
     body = []
     for section in sections:
@@ -83,16 +83,16 @@ def render(title: str, sections: Sequence[Section], images: dict[Picture, bytes]
 
 
 def anchor(title: str) -> str:
-    """A heading as the name of its place on the page."""
+    """Turn a heading into the name of its anchor."""
     return "".join(c if c.isalnum() else "-" for c in title.lower())
 
 
 def html(piece: Piece, images: dict[Picture, bytes]) -> str:
-    """A piece as HTML."""
+    """Render a piece as HTML."""
     caption = f"<figcaption>{escape(piece.caption)}</figcaption>" if piece.caption else ""
     if isinstance(piece, Picture):
         data = images[piece]
-        # a PNG says its width in bytes 16 to 19; drawn for screens of a higher density
+        # a PNG states its width in bytes 16 to 19; pictures are drawn for high-density screens
         width = int.from_bytes(data[16:20], "big") * 4 // 5
         source = base64.b64encode(data).decode()
         name = escape(piece.name, quote=True)
@@ -103,7 +103,7 @@ def html(piece: Piece, images: dict[Picture, bytes]) -> str:
 
 
 def table(piece: Table) -> str:
-    """Rows and columns; a column of numbers alone stands at the right."""
+    """Render rows and columns; columns of numbers are aligned right."""
     right = [i > 0 and all(map(numeric, cells)) for i, cells in enumerate(zip(*piece.rows, strict=True))]
 
     def row(kind: str, cells: Sequence[str]) -> str:
@@ -115,12 +115,12 @@ def table(piece: Table) -> str:
 
 
 def numeric(cell: str) -> bool:
-    """Whether a cell is a number, or stands for none."""
+    """Whether a cell is a number or a placeholder for one."""
     return bool(re.fullmatch(r"[-+]?[\d,.]+(e[-+]?\d+)?%?|–|nan|inf", cell))
 
 
 def tokens(piece: Tokens) -> str:
-    """Texts, each token on its color."""
+    """Render texts with a background color for each token."""
     out = []
     for heading, labels, values in piece.texts:
         spans = "".join(
@@ -132,6 +132,6 @@ def tokens(piece: Tokens) -> str:
 
 
 def tint(value: float) -> str:
-    """Blue for what is above 0, red for what is below; see-through, so that it suits light and dark."""
+    """Blue for values above 0, red for values below; translucent, so that it suits light and dark mode."""
     color = "31, 111, 214" if value > 0 else "214, 60, 31"
     return f"rgba({color}, {min(abs(value), 1) * 0.6:.2f})"

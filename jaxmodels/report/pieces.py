@@ -1,4 +1,4 @@
-"""What a page is made of, and how its pictures look."""
+"""The pieces of a page, and how its pictures look."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from jaxmodels.tasks.task import floats
 
 COLORS = ("#1f6fb4", "#d9541e", "#2a9d4e", "#8f4bb3", "#b8860b", "#17a0ad", "#d4418e", "#555555")
-"""Of runs and series: of different hue and lightness, so that most of them stay apart for the color-blind too."""
+"""For runs and series: colors that differ in hue and lightness, so that most remain distinct for color-blind
+readers."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, the name of its file, and what it shows."""
+    """A figure, its file name, and a caption."""
 
     name: str
     figure: Figure
@@ -36,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; numbers are given as text, too."""
+    """Rows of text, in which numbers are text too."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -45,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Texts whose tokens are colored by a number each, from -1 to 1, with a heading for each text."""
+    """Texts whose tokens are colored by a number from -1 to 1, with a heading for each text."""
 
     texts: Sequence[tuple[str, Sequence[str], np.ndarray]]
     caption: str = ""
@@ -55,18 +56,18 @@ Piece = Picture | Table | Tokens
 
 
 def figure(width: float, height: float) -> Figure:
-    """A white figure of so many inches, whose axes are laid out so that nothing is cut off."""
+    """Create a white figure of this many inches, laid out so that nothing is cut off."""
     return Figure((width, height), layout="constrained", facecolor="white")
 
 
 def grid(rows: int, columns: int, width: float = 2.0, height: float = 2.0) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes (rows, columns), each so many inches wide and high."""
+    """Create a figure and its axes (rows, columns), each of this many inches."""
     whole = figure(columns * width, rows * height)
     return whole, np.asarray(whole.subplots(rows, columns, squeeze=False))
 
 
 def blank(axis: Any) -> None:
-    """Axes without ticks or frame, for an image or for a place that stays empty."""
+    """Remove ticks and frame from axes, for an image or an empty cell."""
     axis.set_xticks([])
     axis.set_yticks([])
     for side in axis.spines.values():
@@ -74,7 +75,7 @@ def blank(axis: Any) -> None:
 
 
 def show(axis: Any, image: np.ndarray, **how: Any) -> None:
-    """An image (H, W, C) with values in [0, 1], of 1, 3 or 4 channels; of another number their mean."""
+    """Draw an image (H, W, C) with values in [0, 1] and 1, 3 or 4 channels; with any other number, their mean."""
     image = np.clip(np.asarray(image, np.float32), 0, 1)
     if image.shape[-1] not in (3, 4):
         image = image.mean(-1)
@@ -83,7 +84,7 @@ def show(axis: Any, image: np.ndarray, **how: Any) -> None:
 
 
 def tile(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
-    """Images (N, H, W, C) in rows of `columns`, from the left and from the top, white between them."""
+    """Arrange images (N, H, W, C) in rows of `columns`, from the top left, with white gaps."""
     N, H, W, C = images.shape
     rows = -(-N // columns)
     sheet = np.ones((rows * (H + gap) - gap, columns * (W + gap) - gap, C), np.float32)
@@ -94,7 +95,7 @@ def tile(images: np.ndarray, columns: int, gap: int = 0) -> np.ndarray:
 
 
 def sheet(images: np.ndarray, columns: int, inches: float, gap: int = 1) -> Figure:
-    """Images (N, H, W, C) in [0, 1] as one figure, so many inches wide."""
+    """Draw images (N, H, W, C) in [0, 1] as one figure of this many inches in width."""
     tiled = tile(images, columns, gap)
     whole = Figure((inches, inches * tiled.shape[0] / tiled.shape[1]), facecolor="white")
     axis: Any = whole.add_axes((0, 0, 1, 1))
@@ -103,7 +104,7 @@ def sheet(images: np.ndarray, columns: int, inches: float, gap: int = 1) -> Figu
 
 
 def pieces_of(tokenizer: Any, ids: np.ndarray) -> list[str]:
-    """Each token as a short text of its own; spaces around it are left out, but for a token of nothing else."""
+    """Return each token as a short text of its own, without surrounding spaces unless it is nothing else."""
     if tokenizer is None:
         return [str(i) for i in ids.tolist()]
 
@@ -119,12 +120,12 @@ def pieces_of(tokenizer: Any, ids: np.ndarray) -> list[str]:
 
 
 def pixels(x: np.ndarray) -> np.ndarray:
-    """Images as the data has them in [0, 1]."""
+    """Scale the data's images to [0, 1]."""
     return np.asarray(floats(jax.numpy.asarray(x)))
 
 
 def length(segment_ids: np.ndarray | None, ids: np.ndarray, most: int) -> int:
-    """Tokens of the first text of a row (T,), without what fills it up, and `most` at most."""
+    """Count the tokens of the first text in a row (T,), without padding, and up to `most`."""
     if segment_ids is not None:
         there = int((segment_ids == segment_ids[0]).sum())
     else:

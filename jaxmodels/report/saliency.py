@@ -1,4 +1,4 @@
-"""What a classifier's choice hangs on: gradient × input (Shrikumar et al. 2016)."""
+"""What a classifier's decision depends on: gradient × input (Shrikumar et al. 2016)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES, TEXTS, LONGEST = 10, 8, 60
 
 
 def pieces(saved: Evaluation) -> list[Piece]:
-    """The part that each pixel or token has in the logit of the class that a classifier chooses."""
+    """Show the contribution of each pixel or token to the logit of the predicted class."""
     if saved.config.task.answers not in ("class", "classes"):
         return []
     batch = saved.examples(0, LOOKED_AT)
@@ -32,7 +32,8 @@ def pieces(saved: Evaluation) -> list[Piece]:
 
 
 def attribute(logits: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradient × input of each example's largest logit, of the shape of x; the classes and their probabilities (B,).
+    """Return gradient × input of each example's largest logit (shaped like x), the classes and their probabilities
+    (B,).
 
     `logits` maps x (B, …) to (B, classes).
     """
@@ -46,7 +47,7 @@ def attribute(logits: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[n
 
 
 def of_images(saved: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
-    """Images of different predicted classes, each with its map."""
+    """Show images of different predicted classes, each with its map."""
     x, named = saved.inputs(batch)
     found, predicted, confidence = attribute(lambda x: saved.apply(x, **named), x)
     _, first = np.unique(predicted, return_index=True)
@@ -67,14 +68,14 @@ def of_images(saved: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
         right.set_yticks([])
         right.set_title(f"{confidence[row]:.0%}", fontsize=9)
     caption = (
-        "Gradient × input of the predicted class (above each image, with its probability): blue speaks for it, "
-        "red against it. Where an input is 0, so is its part."
+        "Gradient × input of the predicted class (above each image, with its probability): blue is evidence for it, "
+        "red against it. Where an input is 0, its contribution is 0."
     )
     return Picture("saliency", figure, caption)
 
 
 def of_texts(saved: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
-    """Texts with a number for each token: the sum over its embedding."""
+    """Show texts with a number for each token: the sum over its embedding."""
     texts = []
     for row in range(min(TEXTS, len(batch["inputs"]))):
         ids = batch["inputs"][row]
@@ -86,17 +87,17 @@ def of_texts(saved: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
         heading = f"predicted {chosen}, {confidence:.0%}; {'right' if true == chosen else 'it is ' + true}"
         texts.append((heading, pieces_of(saved.source.tokenizer, ids[:count]), found / max(np.abs(found).max(), 1e-12)))
     caption = (
-        "Gradient × input of the predicted class, summed over each token's embedding: blue speaks for it, red against "
-        "it; the strongest of each text has the full color."
+        "Gradient × input of the predicted class, summed over each token's embedding: blue is evidence for it, red "
+        "against it; the strongest token of each text has full color."
     )
     return Tokens(texts, caption)
 
 
 def of_tokens(saved: Evaluation, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndarray, int, float]:
-    """Gradient × input of each token (T,) of one text, the class and its probability.
+    """Return gradient × input of each token (T,) of one text, the class and its probability.
 
-    The model reads a vocabulary of this text alone: row t of its embedding is the token at t, so that each token has a
-    gradient of its own.
+    The model reads a vocabulary made of this text alone: row t of its embedding is the token at position t, so that
+    each token has a separate gradient.
     """
     model = create(dataclasses.replace(saved.model.config, vocab_size=len(ids)))
     params = saved.params["model"]

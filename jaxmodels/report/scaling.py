@@ -1,4 +1,4 @@
-"""How a step scales, as a picture."""
+"""A picture of how a step scales."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LINES = ("-", (0, (4, 2)))
 def draw(
     out: Path, title: str, unit: str, first: tuple[int, float], pays: float, points: Sequence[dict[str, Any]]
 ) -> None:
-    """Throughput and efficiency over devices, weak on the left and strong on the right, as a PNG.
+    """Draw throughput and efficiency over devices, weak scaling on the left and strong on the right, as a PNG.
 
     `first`: devices and throughput of the first size; `points`: `mode`, `axis`, `devices`, `per_second` and
-    `efficiency` of those that run; `pays`: the efficiency that is marked.
+    `efficiency` of the sizes that fit; `pays`: the efficiency to mark.
     """
     axes = list(dict.fromkeys(point["axis"] for point in points))
     ends = [first[0], max([point["devices"] for point in points], default=2 * first[0])]
@@ -35,22 +35,22 @@ def draw(
         for index, axis in enumerate(axes):
             some = sorted((p for p in points if (p["mode"], p["axis"]) == (mode, axis)), key=lambda p: p["devices"])
             where = [first[0], *(point["devices"] for point in some)]
-            # curves that coincide are seen through each other
+            # coinciding curves are visible through each other
             size = max(4.0, 11 - 2.0 * index)
             look = {"color": COLORS[index % len(COLORS)], "marker": MARKS[index % len(MARKS)], "markersize": size}
             look |= {"fillstyle": "none" if index % 2 == 0 else "full", "linestyle": LINES[index % len(LINES)]}
             label = axis if some else f"{axis} (no larger size runs)"
             above.plot(where, [first[1], *(point["per_second"] for point in some)], label=label, alpha=0.85, **look)
             below.plot(where, [1, *(point["efficiency"] for point in some)], alpha=0.85, **look)
-        kept = "each device keeps its share of the batch" if mode == "weak" else "the batch stays as it is"
+        kept = "each device keeps its share of the batch" if mode == "weak" else "the batch stays the same"
         above.set_title(f"{mode} scaling: {kept}", fontsize=11)
         above.set_yscale("log")
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter(EngFormatter(sep=""))
         above.yaxis.set_minor_formatter(NullFormatter())
         above.set_ylabel(f"{unit} / s")
-        above.legend(frameon=False, fontsize=8, title="all growth along", title_fontsize=8)
-        below.set_ylabel("efficiency against the first size")
+        above.legend(frameon=False, fontsize=8, title="growth along", title_fontsize=8)
+        below.set_ylabel("efficiency relative to the first size")
         below.set_ylim(bottom=0)
         below.legend(frameon=False, fontsize=8, loc="lower left")
         below.set_xlabel("devices")

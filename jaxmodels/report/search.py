@@ -1,4 +1,4 @@
-"""What a search has found, as a picture."""
+"""A picture of what a search has found."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ matplotlib.use("Agg")
 def draw(
     out: Path, metric: str, mode: str, fields: Sequence[tuple[str, bool]], trials: Sequence[dict[str, Any]]
 ) -> None:
-    """The metric over the trials with the best so far, and over each field, as a PNG.
+    """Draw the metric over trials with the best so far, and over each field, as a PNG.
 
-    `fields`: names, and whether they were drawn on a logarithmic scale; `trials`: their `number`, `value` (None for one
-    that failed), `pruned`, and the values of the fields by name.
+    `fields`: names, and whether they were drawn on a logarithmic scale; `trials`: their `number`, `value` (None if it
+    failed), `pruned`, and the values of the fields by name.
     """
     from matplotlib import pyplot as plt
 

@@ -1,4 +1,4 @@
-"""What was run and what came out, as tables with a column for each run."""
+"""Tables of what was run and what came out, with a column for each run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jaxmodels.train.saved import Evaluation, Kept, read_kept
 
 BY_CLASS = ("precision", "recall", "f1")
 ELSEWHERE = ("data.dir", "data.prefetch", "metrics.", "profile.")
-"""Fields that make no difference worth a row."""
+"""Fields whose differences are not worth a row."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What the tables say of one run."""
+    """What the tables show of one run."""
 
     name: str
     run: Path
@@ -31,25 +31,25 @@ class Column:
     origin: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]]
     saved: Evaluation | None
-    """None where its checkpoint or its data cannot be had."""
+    """The run with its evaluation data; None if its checkpoint or data are missing."""
     kept: Kept
-    """What the run keeps of its data, which may be gone."""
+    """Facts about the data that the run keeps, since the data may be gone."""
     values: Mapping[str, float]
     """Metrics of the evaluation."""
 
 
 def column(name: str, run: Path, saved: Evaluation | None, values: Mapping[str, float]) -> Column:
-    """The column of a run."""
+    """Collect the column of a run."""
     cfg, origin = configs.read(run)
     try:
         kept = read_kept(run)
-    except UserError:  # damaged: the page is without its words
+    except UserError:  # damaged: the page does without it
         kept = Kept()
     return Column(name, run, cfg, origin, metrics.read(run), saved, kept, values)
 
 
 def facts(columns: Sequence[Column]) -> list[Piece]:
-    """What was run, and in which fields of their configs several runs differ."""
+    """Tabulate what was run, and in which config fields several runs differ."""
     each = [described(c) for c in columns]
     found: list[Piece] = [Table(("", *(c.name for c in columns)), [(key, *(e[key] for e in each)) for key in each[0]])]
     fields = [configs.flatten(c.cfg) for c in columns]
@@ -62,7 +62,7 @@ def facts(columns: Sequence[Column]) -> list[Piece]:
 
 
 def described(c: Column) -> dict[str, str]:
-    """One run in a few lines."""
+    """Describe one run in a few rows."""
     networks = tasks.build(c.cfg.task, c.cfg.model, c.cfg.data).networks
     sizes = [f"{model.count():,}" + (f" ({name})" if len(networks) > 1 else "") for name, model in networks.items()]
     steps = f"{int(c.rows[-1]['step']):,} of {c.cfg.train.steps:,}" if c.rows else f"{c.cfg.train.steps:,}"
@@ -85,7 +85,7 @@ def described(c: Column) -> dict[str, str]:
 
 
 def training_minutes(rows: Sequence[Mapping[str, float]]) -> float | None:
-    """Minutes of the steps alone, without compiling and evaluating; None where their speed was not measured."""
+    """Sum the minutes of steps alone, without compiling and evaluating; None if their speed was not measured."""
     timed = [(row["step"], row["perf/step_seconds"]) for row in rows if "perf/step_seconds" in row]
     if not timed:
         return None
@@ -94,7 +94,7 @@ def training_minutes(rows: Sequence[Mapping[str, float]]) -> float | None:
 
 
 def results(columns: Sequence[Column]) -> list[Piece]:
-    """The metrics, then those of each class and of each group."""
+    """Tabulate the metrics, then those of each class and of each group."""
     names = dict.fromkeys(name for c in columns for name in c.values)
     plain = [name for name in names if name.count("/") == 1]
     rows = [(name.removeprefix("eval/"), *(number(c.values.get(name)) for c in columns)) for name in plain]
@@ -113,7 +113,7 @@ def results(columns: Sequence[Column]) -> list[Piece]:
 
 
 def by_class(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Class -> precision, recall and F1, from names such as eval/f1/CLASS."""
+    """Collect class -> precision, recall and F1, from names such as eval/f1/CLASS."""
     found: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         parts = name.split("/", 2)
@@ -123,12 +123,12 @@ def by_class(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def by_group(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Group -> metrics, from names such as eval/group/GROUP/METRIC, and the gaps between groups last."""
+    """Collect group -> metrics, from names such as eval/group/GROUP/METRIC, with the gaps between groups last."""
     found: dict[str, dict[str, float]] = {}
     gaps = {name.removeprefix("eval/gap/"): value for name, value in values.items() if name.startswith("eval/gap/")}
     for name, value in values.items():
         group, _, metric = name.removeprefix("eval/group/").partition("/")
-        if name.startswith("eval/group/") and "/" not in metric:  # those of one class of one group are too many
+        if name.startswith("eval/group/") and "/" not in metric:  # too many for single classes of each group
             found.setdefault(group, {})[metric] = value
     if gaps and found:
         found["largest difference"] = {name: value for name, value in gaps.items() if "/" not in name}
@@ -136,7 +136,7 @@ def by_group(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def number(value: float | None) -> str:
-    """A metric as text."""
+    """Format a metric."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

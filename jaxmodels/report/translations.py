@@ -1,4 +1,4 @@
-"""Translations that a run makes, beside the given ones."""
+"""A run's translations beside the reference translations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BEAMS = 4
 
 
 def pieces(saved: Evaluation) -> list[Piece]:
-    """Source, reference and hypothesis of the first pairs that are held out."""
+    """Tabulate source, reference and hypothesis of the first held-out pairs."""
     tokenizer = saved.source.tokenizer
     if saved.config.task.answers != "translation" or tokenizer is None:
         return []

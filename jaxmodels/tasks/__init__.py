@@ -1,4 +1,4 @@
-"""What is optimized: the losses, metrics and batch contract of each kind of training."""
+"""Tasks: the losses, metrics and batch contract of each kind of training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "build"]
 
 
 def build(task: TaskConfig, model: Any, data: DataConfig, train: Any = None, metrics: Sequence[str] = ()) -> Task:
-    """Build the task of an experiment: this training of this model on such batches, quantized as `train` says.
+    """Build the task of an experiment for a model and its data, with products quantized as `train` says.
 
-    `metrics` are the names of those from outside.
+    `metrics` are the names of metrics from outside the package.
     """
     made = create(model)
     if train is not None and train.quantize != "none":

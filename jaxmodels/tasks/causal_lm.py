@@ -37,7 +37,7 @@ from jaxmodels.tasks.task import (
 class CausalLM(ScoredConfig):
     """Train a decoder on `tokens` (B, T) and `targets` (B, T), the tokens that follow; targets below 0 are ignored.
 
-    A model's auxiliary losses (a router's) are added to the mean loss in training, and shown; evaluation has none.
+    A model's auxiliary losses (a router's) are added to the mean loss in training, and reported; not in evaluation.
     """
 
     answers: ClassVar[Answers] = "continuation"
@@ -74,7 +74,7 @@ class CausalLM(ScoredConfig):
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
             s, stats, extra = run(params, stats, batch, train=True, rng=rng)
-            # times the count that the sum is divided by, so that the mean loss has each once
+            # times the count that the sum is divided by, so that the mean loss contains each once
             added = {name: s.count * value for name, value in extra.items()}
             sums = {"loss": s.objective + sum(added.values()), "accuracy": s.correct, **added}
             return sums["loss"], Aux(s.count, {name: (total, s.count) for name, total in sums.items()}, stats)

@@ -1,4 +1,4 @@
-"""Classification: one label an example, or any number of them."""
+"""Classification with one label per example, or any number of them."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from jaxmodels.tasks.task import (
 class Classification(ScoredConfig):
     """Train a classifier on `inputs` (B, …) and `labels` (B,), ignored below 0; with `task.multi_label` (B, classes).
 
-    Images of bytes are scaled to [0, 1] and normalized. Inputs of a classifier of texts are tokens (B, T); a batch may
-    have their `segment_ids` and `types` (B, T) then. Images may be blended in training (`task.mixup`, `task.cutmix`):
-    which, and by how much, is a function of the seed and the step.
+    Images of bytes are scaled to [0, 1] and normalized. Text classifiers take tokens (B, T) as inputs, and batches may
+    then have `segment_ids` and `types` (B, T). Images may be blended in training (`task.mixup`, `task.cutmix`), as a
+    function of the seed and the step.
     """
 
     multi_label: bool = False
-    """Whether an example may have any number of classes, each judged by itself."""
+    """Whether an example may have any number of classes, each predicted independently."""
     mixup: Weight = 0.0
-    """Images are blended in pairs, by shares of Beta(mixup, mixup) (Zhang et al. 2018); 0: never."""
+    """Blend images in pairs, with weights drawn from Beta(mixup, mixup) (Zhang et al. 2018). 0: never."""
     cutmix: Weight = 0.0
-    """A rectangle of each image is another's, of a share of Beta(cutmix, cutmix) (Yun et al. 2019); 0: never. With
-    mixup too, each batch has one of them."""
+    """Paste a rectangle of another image, covering a fraction drawn from Beta(cutmix, cutmix) (Yun et al. 2019). 0:
+    never. With mixup too, each batch uses one of them."""
     reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
     @property
@@ -141,10 +141,10 @@ class Classification(ScoredConfig):
 
 
 def blend(key: jax.Array, images: jax.Array, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
-    """Each image (B, H, W, C) with the one at the same place from the end, and the share that is its own.
+    """Blend each image (B, H, W, C) with its mirror position in the batch; also return the weight of the image itself.
 
-    mixup and cutmix are the parameters of the Beta distributions of that share; 0: not that way. With both, a coin says
-    which way the batch goes.
+    mixup and cutmix are the parameters of the Beta distributions of that weight; 0: not used. With both, a coin decides
+    for the whole batch.
     Source: Zhang et al. 2018; Yun et al. 2019, equation 2.
     """
     which, amount, at = jax.random.split(key, 3)

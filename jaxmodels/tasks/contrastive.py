@@ -1,4 +1,4 @@
-"""Contrastive training: which text goes with which image of a batch."""
+"""Contrastive training: which text belongs to which image of a batch."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from jaxmodels.tasks.task import (
 )
 
 LARGEST = 100.0
-"""Bound of what similarities are multiplied by (Radford et al. 2021, section 2.5)."""
+"""Upper bound of the scale of similarities (Radford et al. 2021, section 2.5)."""
 
 
 @dataclass(frozen=True)
 class Contrastive(TaskConfig):
     """Train two towers on `images` (B, H, W, C) and their `tokens` (B, T); pairs with a label below 0 are ignored.
 
-    Cross-entropy of each image over the texts of the global batch, and of each text over its images, halved and added.
-    A batch may have `classes` (B,): pairs of one class match each other too, so that the target is spread over them
-    evenly (Yang et al. 2022, section 3.2), and the choice of any of them is right.
-    With train.accumulate above 1 the others are those of a microbatch, and in evaluation those of the whole set: the
-    loss depends on their number, so it is higher there. A batch may have `segment_ids` (B, T).
+    The loss is the mean of two cross-entropies: of each image over the texts of the global batch, and of each text over
+    its images. A batch may have `classes` (B,): pairs of the same class then match each other too, with the target
+    spread evenly over them (Yang et al. 2022, section 3.2), and choosing any of them is correct. With train.accumulate
+    above 1 the candidates are those of a microbatch; in evaluation they are the whole set, so that the loss, which
+    depends on their number, is higher there. A batch may have `segment_ids` (B, T).
     """
 
     answers: ClassVar[Answers] = "caption"
@@ -130,10 +130,10 @@ class Contrastive(TaskConfig):
 
 
 def retrieval(kept: Mapping[str, np.ndarray], rows: int = 1024) -> dict[str, tuple[float, float]]:
-    """The task's metrics of a whole set, each image among all texts and each text among all images, on the host.
+    """Compute the task's metrics of a whole set on the host, each image among all texts and each text among all images.
 
-    Shapes: images and texts (N, K), whose products are logits; classes (N,), of which pairs match each other too. So
-    many rows' logits are held at once.
+    Shapes: images and texts (N, K), whose products are logits; classes (N,), whose equal members match each other. The
+    logits of `rows` rows are held at a time.
     """
     count = len(kept["images"])
     classes = kept.get("classes", np.arange(count))
@@ -157,7 +157,7 @@ def retrieval(kept: Mapping[str, np.ndarray], rows: int = 1024) -> dict[str, tup
 
 
 def any_of(logits: jax.Array, same: jax.Array) -> Scores:
-    """Cross-entropy with the even distribution over all that match, (B, N) booleans; rows with none are ignored."""
+    """Cross-entropy with the even distribution over all matches, booleans (B, N); rows without any are ignored."""
     logits = logits.astype(jnp.float32)
     counts, number = same.any(-1), same.sum(-1)
     picked = jnp.where(same, logits, 0).sum(-1) / jnp.maximum(number, 1)
@@ -167,7 +167,7 @@ def any_of(logits: jax.Array, same: jax.Array) -> Scores:
 
 
 def everywhere(x: jax.Array) -> jax.Array:
-    """Rows of all replicas; without replicas x has them all."""
+    """Gather the rows of all replicas; without replicas x already has them all."""
     try:
         return jax.lax.all_gather(x, REPLICAS, tiled=True)
     except NameError:
@@ -175,7 +175,7 @@ def everywhere(x: jax.Array) -> jax.Array:
 
 
 def first(count: int) -> int | jax.Array:
-    """The place among rows of all replicas where this one's `count` begin."""
+    """Return the index, among the rows of all replicas, at which this replica's `count` rows begin."""
     try:
         return jax.lax.axis_index(REPLICAS) * count
     except NameError:

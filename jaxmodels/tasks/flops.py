@@ -19,17 +19,18 @@ class Step(NamedTuple):
     """Model FLOPs of a training step."""
 
     model: int
-    """Attention in full, causal or not; with a window, what that reaches. Source: Chowdhery et al. 2022, appendix B."""
+    """Counting attention in full, causal or not; with a window, only the window. Source: Chowdhery et al. 2022,
+    appendix B."""
     visible: int
-    """What must be computed: of attention, the pairs that its masks show."""
+    """Counting what must be computed: in attention, only the pairs that its masks show."""
     attention: int
-    """The part of `model` that is attention's."""
+    """The part of `model` that is attention."""
 
 
 def per_step(section: TaskConfig, model: Any, data: DataConfig) -> Step:
-    """Count the model FLOPs of a training step: each loss and its gradient, without what neither of them needs.
+    """Count the model FLOPs of a training step: each loss and its gradient, without what neither needs.
 
-    A language model's step is three times `flops.forward`; of images the gradient at the pixels is not needed.
+    A language model's step is three times `flops.forward`; a model of images needs no gradient of its pixels.
     """
     task = tasks.build(section, plain(model), data)
     params = {name: network.shapes() for name, network in task.networks.items()}

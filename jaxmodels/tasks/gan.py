@@ -42,17 +42,17 @@ SAMPLES = 64
 class GAN(TaskConfig):
     """Train both networks of a GAN on `inputs` (B, H, W, C) in [0, 1]; rows with a label below 0 are ignored.
 
-    A step updates the discriminator, `task.critic_steps` times and each time on its own share of the batch, then the
-    generator, with as many latents as a share has rows; each one's batch statistics follow its own loss alone. DCGAN:
-    logistic loss, for the generator in its form that does not saturate (Goodfellow et al. 2014, section 3). WGAN-GP:
-    Wasserstein distance with gradient penalty (Gulrajani et al. 2017, equation 3). Evaluation gives the discriminator's
-    loss (without penalty) and the generator's, from latents that are a function of the example.
+    A step updates the discriminator `task.critic_steps` times, each time on its own share of the batch, then the
+    generator, with as many latents as a share has rows. Each network's batch statistics follow only its own loss. DCGAN
+    uses the logistic loss, in its non-saturating form for the generator (Goodfellow et al. 2014, section 3). WGAN-GP
+    uses the Wasserstein distance with gradient penalty (Gulrajani et al. 2017, equation 3). Evaluation reports the
+    discriminator's loss (without penalty) and the generator's, with latents that are a function of the example.
     """
 
     critic_steps: Annotated[int, Range(1, 1000)] = 1
-    """Updates of the discriminator for each one of the generator, each on its own share of the batch."""
+    """Discriminator updates per generator update, each on its own share of the batch."""
     gradient_penalty: Weight = 10.0
-    """Weight of the penalty on the critic's gradient (a GAN of kind wgan-gp; Gulrajani et al. 2017)."""
+    """Weight of the penalty on the critic's gradient (only for kind wgan-gp; Gulrajani et al. 2017)."""
 
     def examples(self, opening: Opening) -> Source:
         return examples.labeled(opening, ("image", "array"), optional=True)
@@ -74,7 +74,7 @@ class GAN(TaskConfig):
             return 2 * floats(batch["inputs"]) - 1
 
         def latents(key: jax.Array, batch: Batch) -> jax.Array:
-            # the same whatever the number of devices, and on each device those of its rows
+            # the same on any number of devices; each device draws those of its rows
             return shard(jax.random.normal(key, (len(batch["inputs"]), config.latents)), "batch", None)
 
         def judged(real: jax.Array, fake: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ from jaxmodels.parallel.platform import platform
 from jaxmodels.parallel.rules import add_up, apart, gather, pieces
 
 FEW = 2048
-"""Below so many tokens in the vocabulary all logits are held at once: it is faster, and they are small."""
+"""With a smaller vocabulary all logits are held at once, which is faster and takes little memory."""
 SCORED = 2048
-"""Tokens of a device whose logits are held at once."""
+"""Tokens per device whose logits are held at once."""
 
 
 _whole = contextvars.ContextVar("whether all logits are made at once", default=False)
@@ -26,7 +26,7 @@ _whole = contextvars.ContextVar("whether all logits are made at once", default=F
 
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
-    """While a loss is traced to be counted: all logits at once, without the places that fill up pieces."""
+    """While a loss is traced for counting: all logits at once, without padding positions."""
     token = _whole.set(True)
     try:
         yield
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
     """Sums over all targets that count."""
 
     objective: jax.Array
-    """What is minimized: cross-entropy with label smoothing, plus z-loss."""
+    """The training objective: cross-entropy with label smoothing, plus z-loss."""
     loss: jax.Array
     """Cross-entropy in nats."""
     correct: jax.Array
@@ -46,7 +46,7 @@ class Scores(NamedTuple):
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0, z_loss: float = 0.0) -> Scores:
-    """Softmax cross-entropy summed over targets.
+    """Sum the softmax cross-entropy over targets.
 
     Shapes: logits (…, V), targets (…) integers, below 0 ignored.
     Source: label smoothing, Szegedy et al. 2016, section 7; z-loss, Chowdhery et al. 2022, section 5.
@@ -55,7 +55,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
     counts = targets >= 0
     safe = jnp.where(counts, targets, 0)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # a sum, not a look-up: the gradient of one is a scatter, which accelerators do apart from all else
+    # a sum rather than a look-up, whose gradient is a scatter that accelerators cannot fuse
     ids = jax.lax.broadcasted_iota(safe.dtype, logits.shape, logits.ndim - 1)
     picked = jnp.where(ids == safe[..., None], logits, 0).sum(-1)
     loss = jnp.where(counts, log_z - picked, 0.0)
@@ -64,7 +64,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
         objective = jnp.where(counts, log_z - (1 - smoothing) * picked - smoothing * logits.mean(-1), 0.0)
     if z_loss:
         objective = objective + jnp.where(counts, z_loss * jnp.square(log_z), 0.0)
-    # as argmax chooses: of several that are the highest, the first
+    # like argmax: the first of several maxima
     behind = (logits < picked[..., None]) | ((logits == picked[..., None]) & (ids >= safe[..., None]))
     correct = counts & behind.all(-1)
     return Scores(objective.sum(), loss.sum(), correct.sum(), counts.sum())
@@ -73,7 +73,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0,
 def language_cross_entropy(
     features: jax.Array, unembedding: jax.Array, targets: jax.Array, smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Scores:
-    """`cross_entropy(features @ unembedding.T, targets)`, in pieces where the vocabulary is large.
+    """Compute `cross_entropy(features @ unembedding.T, targets)`, in pieces if the vocabulary is large.
 
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
@@ -84,10 +84,10 @@ def language_cross_entropy(
 
 
 def at_once(batch: int, length: int) -> int:
-    """Positions of a row to score at a time: on a CPU so few that its caches hold their logits.
+    """Return how many positions of a row to score at a time: on a CPU as many as its caches hold the logits of.
 
-    Elsewhere so many that a device has `SCORED` tokens: each time the gradient of all output weights is read and
-    written.
+    Elsewhere a device scores `SCORED` tokens at a time, because each time the gradient of all output weights is read
+    and written.
     """
     few = 32
     if platform() == "cpu":
@@ -103,12 +103,12 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 32,
 ) -> Scores:
-    """`cross_entropy(features @ unembedding.T, targets)` that never holds all logits.
+    """Compute `cross_entropy(features @ unembedding.T, targets)` without ever holding all logits.
 
-    The logits of `chunk` positions at a time are made, scored and dropped; the gradients of features and unembedding
-    are made beside them in the forward pass, so that nothing is computed twice. Positions are cut, not rows: rows stay
-    on their devices, each of which adds up its own part of the unembedding's gradient; they are joined once, at the
-    end. Only `objective` carries a gradient.
+    The logits of `chunk` positions at a time are computed, scored and dropped. The gradients of features and
+    unembedding are computed along with them in the forward pass, so that nothing is computed twice. Positions are
+    split, not rows: rows stay on their devices, each of which accumulates its own part of the unembedding's gradient;
+    the parts are summed once at the end. Only `objective` carries a gradient.
     Shapes: features (B, T, D), unembedding (V, D), targets (B, T).
     """
     sums: Any = _linear(features, unembedding, targets, (smoothing, z_loss, chunk))
@@ -173,7 +173,8 @@ def _logits(features: jax.Array, unembedding: jax.Array) -> jax.Array:
 
 
 def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
-    """(B, T, …) as (steps, B, n · chunk, …): a chunk of each of a row's n pieces, which are filled up at the end."""
+    """Reshape (B, T, …) to (steps, B, n · chunk, …): one chunk of each of a row's n pieces, which are padded at the
+    end."""
     n = _pieces("seq", x.shape[1])
     x = x.reshape(x.shape[0], n, -1, *x.shape[2:])
     short = -x.shape[2] % chunk
@@ -183,26 +184,26 @@ def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
 
 
 def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What `_cut` made of an array of this shape (B, T, …), back again."""
+    """Undo `_cut` for an array that had this shape (B, T, …)."""
     n = _pieces("seq", shape[1])
     x = jnp.moveaxis(x.reshape(*x.shape[:2], n, -1, *x.shape[3:]), 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : shape[1] // n].reshape(shape)
 
 
 def _pieces(name: str, size: int) -> int:
-    """Into how many pieces the mesh cuts a dimension, each of which must stay on its devices."""
+    """Return how many pieces the mesh splits a dimension into, each of which must stay on its devices."""
     n = pieces(name)
     return n if size % n == 0 else 1
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy in nats of each logit with its target in [0, 1]; of shades between, as of their probability."""
+    """Cross-entropy in nats of each logit with its target in [0, 1], which is taken as a probability."""
     logits = logits.astype(jnp.float32)
     return jax.nn.softplus(logits) - logits * targets
 
 
 def gaussian_kl(mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """Divergence in nats of normal distributions with diagonal covariance from the standard one.
+    """KL divergence in nats of diagonal normal distributions from the standard normal distribution.
 
     Shapes: mean and log_variance (…, Z), returns (…).
     Source: Kingma & Welling 2013, appendix B.
@@ -215,12 +216,12 @@ def gradient_penalty(
 ) -> jax.Array:
     """Squared distance from 1 of the norm of the critic's gradient, at points between real and fake examples.
 
-    The critic maps each example by itself, so it has no batch normalization.
-    Shapes: real and fake (B, …), share (B,) of the way to fake, returns (B,).
+    The critic maps each example independently, so it has no batch normalization.
+    Shapes: real and fake (B, …), share (B,) is the weight of fake, returns (B,).
     Source: Gulrajani et al. 2017, equation 3.
     """
     share = share.reshape(-1, *(1,) * (real.ndim - 1))
     gradients = jax.grad(lambda x: critic(x).sum())(real + share * (fake - real))
     square = jnp.square(gradients).sum(range(1, real.ndim))
-    # the root of 0 has no gradient
+    # the square root has no gradient at 0
     return jnp.square(jnp.sqrt(square + 1e-12) - 1)

@@ -1,4 +1,4 @@
-"""Masked language modeling: restore tokens that were taken out of a text."""
+"""Masked language modeling: restore tokens that were masked in a text."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from jaxmodels.tasks.task import (
 
 @dataclass(frozen=True)
 class MaskedLM(ScoredConfig):
-    """Train an encoder on texts `tokens` (B, T), of which it takes a share out itself.
+    """Train an encoder on texts `tokens` (B, T), in which the task itself masks a fraction of the tokens.
 
-    Never taken: places where `segment_ids` are 0 or `targets` (used for nothing else) below 0, and ids of `task.keep`.
-    In training the choice is another at each step (Liu et al. 2019, section 4.1); in evaluation it is a function of the
-    tokens. A batch may have `types` and `positions` (B, T) too.
+    Never masked are positions where `segment_ids` are 0 or `targets` (used for nothing else) are below 0, and the ids
+    in `task.keep`. Training masks differently at each step (Liu et al. 2019, section 4.1); in evaluation the mask is a
+    function of the tokens. A batch may have `types` and `positions` (B, T) too.
     """
 
     mask_fraction: Annotated[float, Range(above=0, below=1)] = 0.15
-    """Share of a text's tokens that are taken out (Devlin et al. 2018)."""
+    """Fraction of a text's tokens that are masked (Devlin et al. 2018)."""
     mask_token: Natural | None = None
-    """Id that stands in their places; None: the last of the vocabulary."""
+    """Id of the mask token. None: the last of the vocabulary."""
     keep: tuple[Natural, ...] = ()
-    """Ids that are never taken out, such as those of [PAD], [CLS] and [SEP]."""
+    """Ids that are never masked, such as those of [PAD], [CLS] and [SEP]."""
     answers: ClassVar[Answers] = "gaps"
 
     def examples(self, opening: Opening) -> Source:
@@ -80,7 +80,7 @@ class MaskedLM(ScoredConfig):
             )
         if len(set(self.keep)) == config.vocab_size:
             raise UserError(
-                f"got task.keep of all {config.vocab_size} ids, expected some that may be taken out, "
+                f"got task.keep of all {config.vocab_size} ids, expected some that may be masked, "
                 "try those of [PAD], [CLS] and [SEP] alone"
             )
 
@@ -106,7 +106,7 @@ class MaskedLM(ScoredConfig):
         fields = {"tokens": tokens(data, config.vocab_size), "targets": tokens(data, config.vocab_size, not data.pack)}
         fields |= {**packed(data), "types": tokens(data, optional=True)}
         loss, metrics = scored(score)
-        needs = "a token that may be taken out: no padding, none of task.keep"
+        needs = "a token that may be masked: no padding, none of task.keep"
         losses = (Loss("loss", "model", loss),)
         return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity)
 
@@ -114,11 +114,11 @@ class MaskedLM(ScoredConfig):
 def mask(
     key: jax.Array, tokens: jax.Array, free: jax.Array, fraction: float, gap: int, vocab_size: int
 ) -> tuple[jax.Array, ...]:
-    """One text with a share of its tokens taken out, the places (P,), and what was there (P,), -1 where nothing was.
+    """Mask a fraction of one text's tokens; return the text, the positions (P,) and their tokens (P,), -1 where unused.
 
-    The share is of the tokens that are free, rounded, and at least one of them. At 8 places of 10 stands `gap` instead,
-    at one any token, at one the token itself (Devlin et al. 2018, section 3.1).
-    Shapes: tokens and free (T,); P is the most that can be: the share of T.
+    The fraction is of the tokens that are free, rounded, and at least one. Of 10 masked positions 8 get `gap`, one gets
+    a random token and one keeps its token (Devlin et al. 2018, section 3.1).
+    Shapes: tokens and free (T,); P is the maximum: the fraction of T.
     """
     order, dice, other = jax.random.split(key, 3)
     most = max(1, round(fraction * len(tokens)))

@@ -1,4 +1,4 @@
-"""What a classifier is judged by, as sums over examples and what follows from them."""
+"""Metrics of classifiers, as sums over examples and what is derived from them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from jaxmodels.tasks.task import Sums, Totals, divide
 
 BINS = 15
-"""Of confidence, in the calibration error (Guo et al. 2017)."""
+"""Confidence bins of the calibration error (Guo et al. 2017)."""
 LISTED = 100
-"""With more classes than so many, no metrics of single classes are given."""
+"""With more classes than this, metrics of single classes are not reported."""
 TOP = 5
 
 
 def single(logits: jax.Array, labels: jax.Array) -> Sums:
-    """Sums of a classifier that chooses one class.
+    """Sum the metrics of a classifier that chooses one class.
 
-    Shapes: logits (B, C), labels (B,), below 0 ignored. Sums: `accuracy`, of equal logits the first being chosen;
-    `counts` (C, 3) of true positives, false positives and
-    false negatives; `calibration` (BINS, 2) of confidence and of right choices; `top5` where there are more classes.
+    Shapes: logits (B, C), labels (B,), ignored below 0. Sums: `accuracy`, where the first of equal logits is chosen;
+    `counts` (C, 3) of true positives, false positives and false negatives; `calibration` (BINS, 2) of confidence and of
+    correct choices; `top5` if there are more than five classes.
     """
     logits = logits.astype(jnp.float32)
     seen = labels >= 0
@@ -40,16 +40,16 @@ def single(logits: jax.Array, labels: jax.Array) -> Sums:
     }
     if classes > TOP:
         mine = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], -1)
-        # not <= rather than >, by which a logit that is no number would be among the first
+        # `not <=` rather than `>`, which would count a NaN logit among the top five
         found["top5"] = ((seen & ((~(logits <= mine)).sum(-1) < TOP)).sum(), count)
     return found
 
 
 def multiple(logits: jax.Array, labels: jax.Array) -> Sums:
-    """Sums of a classifier that judges each class by itself, above a probability of 1/2.
+    """Sum the metrics of a classifier that judges each class independently, at a probability of 1/2.
 
-    Shapes: logits (B, C), labels (B, C) of 0 and 1, each below 0 ignored. `accuracy` counts examples right in all
-    classes that are known of them.
+    Shapes: logits (B, C), labels (B, C) of 0 and 1, each ignored below 0. `accuracy` counts examples that are correct
+    in all of their known classes.
     """
     known = labels >= 0
     seen = known.any(-1)
@@ -61,16 +61,16 @@ def multiple(logits: jax.Array, labels: jax.Array) -> Sums:
 
 
 def confusions(chosen: jax.Array, actual: jax.Array) -> jax.Array:
-    """True positives, false positives and false negatives of each class, (C, 3), from 0 and 1 (B, C)."""
+    """Count true positives, false positives and false negatives of each class, (C, 3), from 0 and 1 (B, C)."""
     both = (chosen * actual).sum(0)
     return jnp.stack([both, chosen.sum(0) - both, actual.sum(0) - both], -1)
 
 
 def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
-    """Precision, recall and F1 (macro, micro, of each class) and calibration error, with all that is only divided.
+    """Compute precision, recall and F1 (macro, micro, per class) and calibration error, and divide all other sums.
 
-    The macro mean is over classes that occur or were chosen or, where each is judged by itself, over all; what has no
-    denominator is 0. As scikit-learn's.
+    The macro mean is over classes that occur or were chosen or, with independent classes, over all; ratios without a
+    denominator are 0. These are scikit-learn's conventions.
     """
     rest = {name: total for name, total in totals.items() if name not in ("counts", "calibration")}
     found = divide(rest)
@@ -92,7 +92,7 @@ def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """Names of which no two are alike: those that are have their numbers behind them, as in `3 (2)` and `3 (3)`."""
+    """Make names unique: repeated ones get their number appended, as in `3 (2)` and `3 (3)`."""
     names = list(names)
     while alike := {name for name in names if names.count(name) > 1}:
         names = [f"{name} ({k})" if name in alike else name for k, name in enumerate(names)]
@@ -100,16 +100,16 @@ def unique(names: Sequence[str]) -> list[str]:
 
 
 def ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall and F1 from counts (…, 3) of true positives, false positives and false negatives."""
+    """Compute precision, recall and F1 from counts (…, 3) of true positives, false positives and false negatives."""
     hit, wrong, missed = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
     parts = {"precision": (hit, hit + wrong), "recall": (hit, hit + missed), "f1": (2 * hit, 2 * hit + wrong + missed)}
     return {name: above / np.maximum(below, 1e-300) for name, (above, below) in parts.items()}
 
 
 def inception_score(probabilities: np.ndarray) -> float:
-    """The exponential of the mean divergence of an image's classes from those of all, from 1 to the number of classes.
+    """Exponential of the mean divergence of each image's classes from the overall distribution; from 1 to C.
 
-    Shapes: probabilities (N, C) that a classifier gives. Source: Salimans et al. 2016, section 4.
+    Shapes: probabilities (N, C) of a classifier. Source: Salimans et al. 2016, section 4.
     """
     p = np.asarray(probabilities, np.float64)
     ratio = np.log(np.maximum(p, 1e-12)) - np.log(np.maximum(p.mean(0, keepdims=True), 1e-12))

@@ -31,8 +31,8 @@ from jaxmodels.tasks.task import (
 class Seq2Seq(ScoredConfig):
     """Train an encoder-decoder on sources `inputs` (B, S), decoder inputs `tokens` (B, T) and `targets` (B, T).
 
-    Targets, the tokens that follow, are ignored below 0. A batch may have `segment_ids` (B, S) and
-    `target_segment_ids` (B, T), for padding and packing.
+    Targets are the tokens that follow, ignored below 0. A batch may have `segment_ids` (B, S) and `target_segment_ids`
+    (B, T), for padding and packing.
     """
 
     answers: ClassVar[Answers] = "translation"

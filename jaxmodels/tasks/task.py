@@ -1,4 +1,4 @@
-"""A task joins networks and losses, all pure."""
+"""Tasks: networks and losses joined into one object, all pure."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from jaxmodels.tasks.losses import Scores
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
-"""Fields by name. `weight` (B,), where there is one, is 0 for a row that does not count: one that fills up a batch."""
+"""Fields by name. `weight` (B,), if present, is 0 for a row that does not count, such as padding."""
 Sums = dict[str, tuple[jax.Array, jax.Array]]
-"""Metric -> (sum, count): added up over batches and devices, divided once at the end. A sum may be an array."""
+"""Metric -> (sum, count): added over batches and devices, divided once at the end. A sum may be an array."""
 Totals = Mapping[str, tuple[Any, float]]
 """Sums over a whole set, in double precision on the host."""
 
 
 class Aux(NamedTuple):
-    """What a loss returns beside its sum."""
+    """What a loss returns besides its sum."""
 
     weight: jax.Array
-    """What the sum is divided by to give the loss (the number of tokens or examples)."""
+    """What the sum is divided by to give the loss: the number of tokens or examples."""
     sums: Sums
     stats: Params
     """The networks' batch statistics after this batch."""
@@ -55,25 +55,25 @@ class Loss:
     trains: str
     fn: Callable[..., tuple[jax.Array, Aux]]
     updates: int = 1
-    """Updates of its network in a step, each on its own share of the batch."""
+    """How many times a step updates the network, each time on its own share of the batch."""
 
 
 class Whole(NamedTuple):
-    """Metrics for which each example is compared with all others of a set, so that they are no sums over batches."""
+    """Metrics that compare each example with all others of a set, so that they are not sums over batches."""
 
     keep: Callable[[Params, Params, Batch], dict[str, jax.Array]]
     """`keep(params, stats, batch)`: what is kept of each example, arrays (B, …)."""
     sums: Callable[[Mapping[str, np.ndarray]], dict[str, tuple[Any, float]]]
-    """The metrics' sums, from what was kept of all examples."""
+    """Compute the metrics' sums from what was kept of all examples."""
 
 
 class Autoencoder(NamedTuple):
-    """What stands around a model that makes codes of images and images of codes."""
+    """How an autoencoder's inputs and outputs relate to images."""
 
     seen: Callable[[jax.Array], jax.Array]
-    """The images in [0, 1] that the model is given for those in [0, 1]."""
+    """Convert images in [0, 1] to those that the model is given, in [0, 1]."""
     shown: Callable[[jax.Array], jax.Array]
-    """The images in [0, 1] that the decoder's outputs stand for."""
+    """Convert the decoder's outputs to images in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +85,29 @@ class Task:
     metrics: Callable[[Params, Params, Batch], Sums]
     """Sums over a batch, in evaluation mode."""
     fields: Contract
-    """What a batch holds."""
+    """The fields of a batch."""
     unit: Literal["tokens", "examples"] = "examples"
-    """What throughput counts."""
+    """The unit of throughput."""
     needs: str = "an example"
-    """What a set must have for anything of it to count, as the error says it where nothing does."""
+    """What a set must contain for anything in it to count, as phrased in the error if nothing does."""
     summarize: Callable[[Totals, Sequence[str]], dict[str, float]] = lambda totals, classes: divide(totals)
-    """The metrics that the sums over a whole set stand for, given the names of the classes, as far as they have any."""
+    """Turns the sums over a whole set into metrics, given the names of the classes if they have any."""
     whole: Whole | None = None
-    """How a whole set is measured, where sums over its batches would depend on their size."""
+    """How a whole set is measured, if sums over its batches would depend on their size."""
     samples: Callable[..., jax.Array] | None = None
-    """`samples(params, stats, count=64, seed=0)`: images (N, H, W, C) in [0, 1] that a generative model makes, of the
-    same latents for the same seed."""
+    """`samples(params, stats, count=64, seed=0)`: images (N, H, W, C) in [0, 1] that a generative model generates; the
+    same seed gives the same latents."""
     autoencoder: Autoencoder | None = None
-    """What an autoencoder of images sees and shows."""
+    """Conversions between an autoencoder's images and its inputs and outputs."""
     outputs: Callable[[Params, Params, Batch], Any] | None = None
-    """`outputs(params, stats, batch)`: what the model says of a batch in evaluation mode, such as logits; what metrics
-    from outside are made of."""
+    """`outputs(params, stats, batch)`: the model's outputs for a batch in evaluation mode, such as logits, which
+    metrics from outside are computed from."""
 
     def measured(self, names: Sequence[str]) -> Task:
-        """The task with metrics from outside, each under the last part of its name.
+        """Return the task with metrics from outside, each named by the last part of its address.
 
         Raises:
-            UserError: the task does not give its outputs, or has such a metric already.
+            UserError: the task does not expose its outputs, or already has a metric of that name.
         """
         outputs, whole = self.outputs, self.metrics
         own = {name.rpartition(":")[2]: METRICS.find(name) for name in names}
@@ -134,49 +134,49 @@ class Task:
 
     @property
     def updates(self) -> int:
-        """The most updates of one network in a step, each on its own share of the batch."""
+        """The largest number of updates of one network in a step, each on its own share of the batch."""
         return max(loss.updates for loss in self.losses)
 
     def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of a batch of so many examples, without the fields that it may be without."""
+        """Return shapes and dtypes of a batch of `rows` examples, without optional fields."""
         return {name: field.rows(rows) for name, field in self.fields.items() if not field.optional}
 
     def batch_axes(self, name: str, rank: int) -> rules.Names:
-        """The logical axes of a batch's array; of one that the task does not read only the rows have a name."""
+        """Return the logical axes of a batch's array; in one that the task does not read, only the rows have a name."""
         axes = self.fields[name].axes if name in self.fields else ()
         return ("batch", *(axes or (None,) * (rank - 1)))
 
     def shardings(self, mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
-        """Where each array of a batch lies; `batch` may be of shapes."""
+        """Return the sharding of each array of a batch; `batch` may consist of shapes."""
         return {name: rules.sharding(mesh, self.batch_axes(name, len(x.shape))) for name, x in batch.items()}
 
     def lengths(self) -> list[int]:
-        """The lengths of an example's sequences, as far as a batch must have them."""
+        """Return the lengths of an example's sequences, where a batch must have a certain length."""
         needed = [field for field in self.fields.values() if not field.optional]
         return [n for field in needed for n, axis in zip(field.shape or (), field.axes, strict=False) if axis == "seq"]
 
     def units(self, rows: int) -> int:
-        """Tokens or examples of a batch, whichever throughput counts."""
+        """Return the tokens or examples in a batch, whichever throughput is counted in."""
         return math.prod(self.batch_spec(rows)["tokens"].shape) if self.unit == "tokens" else rows
 
     def init(self, key: jax.Array) -> Params:
-        """Initial parameters of each network."""
+        """Initialize the parameters of each network."""
         keys = jax.random.split(key, len(self.networks))
         return {name: model.init(k) for (name, model), k in zip(self.networks.items(), keys, strict=True)}
 
     def axes(self) -> Params:
-        """Logical axes of each network's parameters."""
+        """Return the logical axes of each network's parameters."""
         return {name: model.axes() for name, model in self.networks.items()}
 
     def stats(self) -> Params:
-        """Initial batch statistics of the networks that have them."""
+        """Initialize the batch statistics of the networks that have them."""
         stats = {name: model.stats() for name, model in self.networks.items()}
         return {name: tree for name, tree in stats.items() if tree}
 
 
 METRICS = Registry("metric", "jaxmodels.metrics", {}, function_of("outputs", "batch"))
-"""Metrics from outside: pure functions `metric(outputs, batch)` that give a value for each example, (B,), or values of
-its parts and their weights, both (B, …). Examples that do not count are left out of the mean here."""
+"""Metrics from outside: pure functions `metric(outputs, batch)` that return a value for each example, (B,), or values
+of its parts and their weights, both (B, …). Examples that do not count are left out of the mean by this package."""
 TASKS = Registry(
     "task",
     "jaxmodels.tasks",
@@ -192,13 +192,13 @@ TASKS = Registry(
 )
 
 Answers = Literal["", "class", "classes", "caption", "continuation", "translation", "gaps"]
-"""What a trained model says of a record: its class, or several; the caption that fits; the text that goes on; its
-translation; the tokens that are missing; nothing."""
+"""What a trained model predicts for a record: its class, or several; the caption that fits; the continuation of a text;
+its translation; the masked tokens; nothing."""
 
 
 @dataclass(frozen=True)
 class TaskConfig(Section, section="task", kinds=TASKS):
-    """What a model is trained to do; a task of one's own derives from this and has `build` and `examples`."""
+    """What a model is trained to do. Your own task derives from this class and implements `build` and `examples`."""
 
     answers: ClassVar[Answers] = ""
     reads: ClassVar[tuple[str, ...]] = ()
@@ -214,15 +214,15 @@ class TaskConfig(Section, section="task", kinds=TASKS):
         """Join the model with its losses, metrics and batches.
 
         Raises:
-            UserError: the model is none that this task trains.
+            UserError: this task cannot train such a model.
         """
 
     @abstractmethod
     def examples(self, opening: Opening) -> Source:
-        """Make examples of what a source gives, most often by one of the functions of `data.examples`.
+        """Make examples from a source, usually with a function of `data.examples`.
 
         Raises:
-            UserError: the source does not give what the task needs.
+            UserError: the source does not provide what the task needs.
         """
 
 
@@ -231,7 +231,7 @@ class ScoredConfig(TaskConfig):
     """A task whose loss is the cross-entropy of classes or tokens."""
 
     label_smoothing: Dropped = 0.0
-    """Share of the target's probability spread over all classes (Szegedy et al. 2016)."""
+    """Fraction of the target's probability that is spread over all classes (label smoothing; Szegedy et al. 2016)."""
     z_loss: Weight = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
 
@@ -239,7 +239,7 @@ class ScoredConfig(TaskConfig):
 def forward(
     task_model: tuple[str, Model], params: Params, stats: Params, *args: Any, train: bool = False, **kwargs: Any
 ) -> tuple[Any, Params]:
-    """Apply one of a task's networks, threading its batch statistics: (outputs, all statistics)."""
+    """Apply one of a task's networks and thread its batch statistics: returns (outputs, all statistics)."""
     name, model = task_model
     if name not in stats:
         return model.apply(params[name], *args, train=train, **kwargs), stats
@@ -248,7 +248,7 @@ def forward(
 
 
 def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., Any], Callable[..., Sums]]:
-    """The loss and the metrics of a task that has one set of scores: `score(params, stats, batch, train=…, rng=…)`."""
+    """Build loss and metrics of a task that has one set of scores: `score(params, stats, batch, train=…, rng=…)`."""
 
     def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
         s, stats = score(params, stats, batch, train=True, rng=rng)
@@ -262,46 +262,46 @@ def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., A
 
 
 def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
-    """Metrics with the perplexity that their loss in nats means; for a language model's `summarize`."""
+    """Add the perplexity of a loss in nats to the metrics; for a language model's `summarize`."""
     values = divide(totals)
-    if values.get("loss", np.inf) < np.log(np.finfo(float).max):  # beyond, no number says it
+    if values.get("loss", np.inf) < np.log(np.finfo(float).max):  # beyond that it overflows
         values["perplexity"] = float(np.exp(values["loss"]))
     return values
 
 
 def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """The metrics that sums of numbers stand for; a mean over nothing is none of them."""
+    """Divide sums into metrics; a mean over nothing is left out."""
     return {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
 
 
 def tokens(data: DataConfig, below: int | None = None, optional: bool = False) -> BatchField:
-    """Numbers of tokens (T,), or of what goes with each."""
+    """Token ids (T,), or something that goes with each token."""
     return BatchField((data.seq_len,), np.int32, ("seq",), below, optional=optional)
 
 
 def packed(data: DataConfig) -> dict[str, BatchField]:
-    """What a row of several texts has beside its tokens; a batch of windows is without it."""
+    """Fields that a row of several texts has besides its tokens; batches of windows lack them."""
     return {name: tokens(data, optional=not data.pack) for name in ("segment_ids", "positions")}
 
 
 def numbers(shape: Sequence[int]) -> BatchField:
-    """Numbers of an example or, where it has height, width and channels, pixels, which data have as bytes."""
+    """Numbers of an example; with height, width and channels they are pixels, which the data have as bytes."""
     return BatchField(tuple(shape), np.float32, stored=np.uint8 if len(shape) == 3 else None)
 
 
 def floats(x: jax.Array) -> jax.Array:
-    """Bytes (images as stored) scaled to [0, 1]; anything else as it is."""
+    """Scale bytes (images as stored) to [0, 1]; return anything else unchanged."""
     return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
 
 
 def normalized(x: jax.Array, data: DataConfig) -> jax.Array:
-    """Images (B, H, W, C) of bytes or in [0, 1], each channel less `data.mean`, divided by `data.std`."""
+    """Normalize images (B, H, W, C) of bytes or in [0, 1]: subtract `data.mean` per channel, divide by `data.std`."""
     x = floats(x)
     return (x - jnp.array(data.mean, x.dtype)) / jnp.array(data.std, x.dtype) if data.mean else x
 
 
 def mean_of(values: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The sum and the count of values (B, …), or of values and their weights, over the examples that count."""
+    """Sum and count values (B, …), or values and their weights, over the examples that count."""
     values, weights = values if isinstance(values, tuple) else (values, jnp.ones_like(values))
     counts = rows(batch)
     if values.shape[:1] != counts.shape or weights.shape != values.shape:
@@ -314,34 +314,34 @@ def mean_of(values: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def rows(batch: Batch) -> jax.Array:
-    """1 for each example that counts, 0 for one of weight 0 or whose label is below 0; (B,) float32."""
+    """Return 1 for each example that counts, 0 if its weight is 0 or its label below 0; (B,) float32."""
     size = len(next(iter(batch.values())))
     labels = batch["labels"].reshape(size, -1)[:, 0] if "labels" in batch else jnp.zeros(size)
     return (counted(batch, labels) >= 0).astype(jnp.float32)
 
 
 def counted(batch: Batch, labels: jax.Array) -> jax.Array:
-    """Labels or targets (B, …), -1 (ignored) in the batch's rows of weight 0."""
+    """Return labels or targets (B, …), set to -1 (ignored) in the batch's rows of weight 0."""
     if "weight" not in batch:
         return labels
     return jnp.where(batch["weight"].reshape(-1, *(1,) * (labels.ndim - 1)) > 0, labels, -1)
 
 
 def seeds(inputs: jax.Array) -> jax.Array:
-    """A number for each example that is a function of it alone, (B,) uint32."""
+    """Hash each example to a number, (B,) uint32."""
     words = jax.lax.bitcast_convert_type(inputs.astype(jnp.float32), jnp.uint32).reshape(len(inputs), -1)
-    words = words ^ (words >> 16)  # the low bits of short fractions are 0
+    words = words ^ (words >> 16)  # short fractions have low bits of 0
     odd = (2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + 1) * jnp.uint32(2654435769)
     return (words * odd).sum(1, dtype=jnp.uint32)
 
 
 def uniform_of(inputs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers (B, …) in [0, 1) that are a function of each example alone."""
+    """Draw numbers (B, …) in [0, 1) as a function of each example alone."""
     key = jax.random.key(1)
     return jax.vmap(lambda seed: jax.random.uniform(jax.random.fold_in(key, seed), shape))(seeds(inputs))
 
 
 def noise_of(inputs: jax.Array, size: int) -> jax.Array:
-    """Standard normal noise (B, size) that is a function of each example alone, so that evaluation is one too."""
+    """Draw standard normal noise (B, size) as a function of each example alone, so that evaluation is one too."""
     key = jax.random.key(0)
     return jax.vmap(lambda seed: jax.random.normal(jax.random.fold_in(key, seed), (size,)))(seeds(inputs))

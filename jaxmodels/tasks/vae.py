@@ -46,17 +46,17 @@ SAMPLES = 64
 class VAE(TaskConfig):
     """Train a variational autoencoder on `inputs` (B, H, W, C) in [0, 1]; rows with a label below 0 are ignored.
 
-    The loss is the negative evidence lower bound in nats an example, with the divergence weighted by `task.beta`, to
-    which it grows over `task.beta_warmup_steps`; evaluation weighs it by 1, with noise that is a function of the
-    example, and gives the bound too (`elbo`). With `task.binarise` each pixel is 1 with its brightness as the
-    probability, drawn anew at each step (Salakhutdinov & Murray 2008), in evaluation as a function of the example.
+    The loss is the negative evidence lower bound in nats per example. Its divergence is weighted by `task.beta`, a
+    weight that grows over `task.beta_warmup_steps`. Evaluation weights it by 1, draws noise as a function of the
+    example, and also reports the bound (`elbo`). With `task.binarise` each pixel becomes 1 with its brightness as the
+    probability, drawn anew at each step (Salakhutdinov & Murray 2008), and in evaluation as a function of the example.
     """
 
     pixels: Literal["bernoulli", "gaussian"] = "bernoulli"
-    """How pixels spread around what is decoded: bernoulli: cross-entropy; gaussian, of variance 1: half the squared
-    error and a constant."""
+    """Distribution of pixels around the decoded image. bernoulli: cross-entropy; gaussian, with variance 1: half the
+    squared error and a constant."""
     binarise: bool = False
-    """Whether each pixel is seen as 0 or 1, drawn anew with its brightness as the probability."""
+    """Whether to replace each pixel by 0 or 1, drawn with its brightness as the probability."""
     beta: Weight = 1.0
     """Weight of the divergence of the codes from the prior (Higgins et al. 2017)."""
     beta_warmup_steps: Natural = 0

@@ -134,7 +134,7 @@ def test_a_broken_part_does_not_lose_the_page(trained, tmp_path, monkeypatch, ca
     assert "Without attention of fast: RuntimeError: no such &lt;thing&gt;" in text
     assert 'id="saliency"' in text and 'id="curves"' in text
     (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert said.getMessage() == "the report is without attention of fast: RuntimeError: no such <thing>"
+    assert said.getMessage() == "the report lacks attention of fast: RuntimeError: no such <thing>"
 
 
 def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):

@@ -156,7 +156,7 @@ def test_a_share_of_a_label_weighs_as_much_as_it_is():
     [
         ("classification", "labels", "a label of 0 or above"),
         ("causal_lm", "targets", "a target of 0 or above"),
-        ("masked_lm", "segment_ids", "a token that may be taken out: no padding, none of task.keep"),
+        ("masked_lm", "segment_ids", "a token that may be masked: no padding, none of task.keep"),
     ],
 )
 def test_a_set_of_which_nothing_counts_is_refused_and_never_the_best(name, field, needs):
@@ -172,7 +172,7 @@ def test_a_set_of_which_nothing_counts_is_refused_and_never_the_best(name, field
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (tuple(range(V)), "got task.keep of all 24 ids, expected some that may be taken out"),
+        (tuple(range(V)), "got task.keep of all 24 ids, expected some that may be masked"),
         ((0, V), "got 24 in task.keep, expected ids below model.vocab_size 24"),
         ((-1,), r"got task.keep \(-1,\), expected at least 0"),
     ],
