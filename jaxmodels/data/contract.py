@@ -73,7 +73,7 @@ def check_lengths(fields: Contract, mesh_sizes: Mapping[str, int]) -> None:
     Raises:
         UserError: there is such a field.
     """
-    axes = rules.table(mesh_sizes)["residual"]
+    axes = rules.rules_of(mesh_sizes)["residual"]
     parts = rules.shards(mesh_sizes, axes)
     for name, field in fields.items():
         for size in (n for n, axis in zip(field.shape or (), field.axes, strict=False) if axis == "seq" and n % parts):

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.data.files import BOM, not_text
-from jaxmodels.data.records import check_fraction, place
+from jaxmodels.data.records import check_fraction, hash_fraction
 from jaxmodels.data.section import DataConfig, FilesConfig, TextsConfig
 from jaxmodels.data.source import Split, Windows
 from jaxmodels.data.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def expand(patterns: Sequence[str], source: str, option: str = "data.path") -> l
 def split_files(files: Sequence[Path], root: Path, eval_fraction: float) -> dict[Split, list[Path]]:
     """Assign each file to a split by a hash of its path below `root`; neither split is left empty."""
     check_fraction(eval_fraction)
-    places = {file: place(file.relative_to(root).as_posix().encode()) for file in files}
+    places = {file: hash_fraction(file.relative_to(root).as_posix().encode()) for file in files}
     ranked = sorted(files, key=places.__getitem__)
     count = sum(p < eval_fraction for p in places.values())
     if eval_fraction > 0:

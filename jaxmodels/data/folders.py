@@ -15,7 +15,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxmodels.data import idx
-from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, check_unused_fraction, digest, place
+from jaxmodels.data.records import (
+    Bad,
+    Field,
+    Records,
+    check_fraction,
+    check_some,
+    check_unused_fraction,
+    digest,
+    hash_fraction,
+)
 from jaxmodels.data.section import DataConfig, FilesConfig, RecordsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError, nearest
@@ -74,7 +83,11 @@ def records(cfg: Images, split: Split) -> Records:
         check_unused_fraction(cfg, f"evaluation has the folder {held_out}")
     if held_out is None:
         check_fraction(cfg.eval_fraction)
-        files = [f for f in _images(root, names) if (place(os.fsencode(f[0])) < cfg.eval_fraction) == (split == "eval")]
+        files = [
+            f
+            for f in _images(root, names)
+            if (hash_fraction(os.fsencode(f[0])) < cfg.eval_fraction) == (split == "eval")
+        ]
     elif split == "train":
         files = _images(root, names)
     else:

@@ -19,7 +19,7 @@ from jaxmodels.data.records import (
     check_some,
     check_unused_fraction,
     digest,
-    place,
+    hash_fraction,
 )  # fmt: skip
 from jaxmodels.data.section import FilesConfig
 from jaxmodels.data.source import Split
@@ -63,7 +63,7 @@ def records(root: Path, cfg: FilesConfig, split: Split) -> Records:
         check_unused_fraction(cfg, f"evaluation has {held_out.name}")
     else:
         check_fraction(cfg.eval_fraction)
-        places = np.array([place(image.tobytes()) for image in pixels])
+        places = np.array([hash_fraction(image.tobytes()) for image in pixels])
         chosen = (places < cfg.eval_fraction) == (split == "eval")
         pixels, labels = pixels[chosen], labels[chosen]
     made = _Set(pixels, labels, names, f"images of {images.name}")

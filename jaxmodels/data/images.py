@@ -41,8 +41,8 @@ class Pictures(Source):
         cfg: Any = opening.data
         augment, split = opening.augment, opening.split
         self.split, self.shape = split, model_shape(records, field, opening.inputs_shape)
-        transforms.check(augment, self.shape[2])
-        pixels.check(cfg.pixels)
+        transforms.check_channels(augment, self.shape[2])
+        pixels.check_library(cfg.pixels)
         self._cfg = augment if split == "train" else Augment(crop=augment.crop)
         self._changed = split == "train" and bool(transforms.describe(augment))
         self._records, self._seed, self._threads, self._limit = records, opening.seed, cfg.threads, cfg.bad_records

@@ -29,7 +29,7 @@ class Unreadable(Exception):
     """An image cannot be decoded; the message says why."""
 
 
-def check(library: Library) -> None:
+def check_library(library: Library) -> None:
     """Raise UserError if the library's packages are not installed."""
     if library == "opencv":
         for package, name in (("cv2", "opencv-python-headless"), ("simplejpeg", "simplejpeg")):

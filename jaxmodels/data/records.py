@@ -311,7 +311,7 @@ def unfit(name: str, value: Any, field: Field) -> str:
     return ""
 
 
-def place(key: bytes) -> float:
+def hash_fraction(key: bytes) -> float:
     """Return a hash of a record as a number in [0, 1); records below `eval_fraction` are held out."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
 

@@ -38,11 +38,11 @@ class Special:
     """Precedes the target of a translation; `end` if None."""
 
     def save(self, directory: Path) -> None:
-        """Write `special_tokens.json`, which `of` reads."""
+        """Write `special_tokens.json`, which `find_special` reads."""
         (directory / FILE).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
 
 
-def of(directory: Path | None, vocabulary: Mapping[str, int]) -> Special:
+def find_special(directory: Path | None, vocabulary: Mapping[str, int]) -> Special:
     """Find the special ids for the tokenizer.json in a directory, which has this vocabulary.
 
     They come from `special_tokens.json` if it is there. Beside a transformers model, generation_config.json or else

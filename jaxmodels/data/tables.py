@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmodels.data import corpus
 from jaxmodels.data.files import File, open_file, shown
-from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, place
+from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, hash_fraction
 from jaxmodels.data.section import FilesConfig, RecordsConfig
 from jaxmodels.data.source import Split
 from jaxmodels.errors import UserError
@@ -186,7 +186,7 @@ class _Scan:
             for row, (values, raw) in enumerate(file.rows()):
                 which.append(number)
                 rows.append(row)
-                places.append(place(raw if isinstance(values, str) else _canonical(values) or raw))
+                places.append(hash_fraction(raw if isinstance(values, str) else _canonical(values) or raw))
                 if isinstance(values, str):
                     broken = broken or f"{file.path}:{file.line(row)}: {values}"
                     continue

@@ -217,7 +217,7 @@ class HuggingFace(BaseTokenizer):
         # ids may have gaps; a model needs room for the largest
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
-        self.special = special.of(directory, vocabulary)
+        self.special = special.find_special(directory, vocabulary)
         self.before, self.after = self._around()
 
     def ids(self, tokens: Sequence[str]) -> list[int | None]:

@@ -49,7 +49,7 @@ def needed(cfg: Augment) -> int:
     return _DRAWN + 2 * cfg.randaugment
 
 
-def check(cfg: Augment, channels: int) -> None:
+def check_channels(cfg: Augment, channels: int) -> None:
     """Raise UserError if images with this many channels cannot be augmented in this way."""
     if channels not in (1, 3) and len(describe(cfg)) > len(cfg.transforms):
         raise UserError(

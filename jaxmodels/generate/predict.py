@@ -113,7 +113,7 @@ def _inputs(run: Run) -> Callable[[Any], Any]:
 
 def _images(run: Run) -> Callable[[Any], Any]:
     section, crop = run.config.data, Augment(crop=run.config.augment.crop)
-    pixels.check(section.pixels)
+    pixels.check_library(section.pixels)
     height, width, channels = _shape(run)
 
     def ready(value: Any) -> Any:

@@ -53,7 +53,7 @@ def load_pretrained(directory: Path, mesh: Mesh | None, overrides: Mapping[str, 
     model = source.model
     where: Any = None
     if mesh is not None:
-        params = rules.place(mesh, model.axes(), model.shapes())
+        params = rules.shardings_of(mesh, model.axes(), model.shapes())
         stats = jax.tree.map(lambda _: rules.sharding(mesh, ()), jax.eval_shape(model.stats))
         where = flatten(params, stats)
     params, stats = nested(read(source, where))

@@ -108,7 +108,7 @@ def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation
 
     if mesh is None or any(x.shape[i] % rules.pieces(name) for i, name in enumerate(tokens)):
         return local(MeshAxes(), x, chosen, share, weights)
-    table = rules.table(mesh.shape)
+    table = rules.rules_of(mesh.shape)
     scattered = set(split) <= set(table["residual"]) and x.shape[1] % rules.pieces("residual") == 0
     expert, fsdp = (tuple(axis for axis in rules.RULES[name] if mesh.shape[axis] > 1) for name in ("expert", "embed"))
 

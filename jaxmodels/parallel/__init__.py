@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh, the table of logical axes, and the processes that share them."""
+"""Parallelism: the mesh, the table of logical axes, and the processes that share a run."""

@@ -1,4 +1,4 @@
-"""Several processes as one run: joining them, stopping them at one step, and leaving without a hang."""
+"""Several processes as one run: joining them, stopping them at the same step, and leaving without hanging."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from jax.experimental import multihost_utils
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import progress
 
-# A process silent for so long is taken for dead and ends the others (JAX's default is 100 s).
+# A process silent for this long is presumed dead and ends the others (JAX's default is 100 s).
 _HEARTBEAT_SECONDS = 15
-# How long a process that leaves waits for the others to leave too (JAX's default is 300 s).
+# How long a departing process waits for the others to leave too (JAX's default is 300 s).
 _SHUTDOWN_SECONDS = 20
-# A process that dies ends the wait of the others sooner.
+# A process that dies ends the others' wait sooner.
 _BARRIER_SECONDS = 24 * 3600
 _barriers: collections.Counter[str] = collections.Counter()
 # Pods and containers of one job start minutes apart; processes on one machine do not.
@@ -35,13 +35,13 @@ _JOIN_SECONDS, _JOIN_LOCAL_SECONDS = 300, 60
 
 
 def initialize() -> None:
-    """Join the other processes of this run, if there are any; call it before any device is used.
+    """Join the other processes of this run, if there are any. Call it before any device is used.
 
-    The launchers say who is who by JAXMODELS_NUM_PROCESSES, JAXMODELS_PROCESS_ID and JAX_COORDINATOR_ADDRESS. Without
-    them JAX asks SLURM, Open MPI, Kubernetes or the TPU machine, where one of these shows more than one process.
-    JAXMODELS_HEARTBEAT_SECONDS sets after how long a silent process is taken for dead.
+    Launchers assign ranks by JAXMODELS_NUM_PROCESSES, JAXMODELS_PROCESS_ID and JAX_COORDINATOR_ADDRESS. Without them
+    JAX asks SLURM, Open MPI, Kubernetes or the TPU machine, if one of these shows more than one process.
+    JAXMODELS_HEARTBEAT_SECONDS sets after how long a silent process is presumed dead.
 
-    Raises: UserError where the variables contradict each other.
+    Raises: UserError if the variables contradict each other.
     """
     explicit = _explicit()
     progress.begin()
@@ -71,9 +71,9 @@ def initialize() -> None:
 def finalize(code: int) -> int:
     """Leave the run; returns the exit code to end the process with.
 
-    Processes that are done (0) or saved and stopped (75) wait for each other, so that none is taken for dead while
-    another still writes. With any other code the process ends here and now: the others can never reach the barrier at
-    exit, where JAX would wait for them, and the code must not be lost in its error.
+    Processes that are done (0) or have saved and stopped (75) wait for each other, so that none is presumed dead while
+    another is still writing. With any other code the process ends immediately: the others can never reach the barrier
+    at exit, where JAX would wait for them, and the exit code must not be lost in its error.
     """
     if not jax.distributed.is_initialized():
         return code
@@ -85,20 +85,20 @@ def finalize(code: int) -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints, plots and writes what is written once."""
+    """Whether this process is the one that prints, plots and writes what is written only once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Wait until every process is here, however long that takes; `name` must be the same on all.
+    """Wait until every process is here, however long that takes; `name` must be the same in all of them.
 
-    Before the first step this is a duty: on CPUs the first collective of each group of devices fails where one process
-    begins it 30 s after another (gloo's limit, which no flag moves); later ones may wait without end.
+    Before the first step this is required: on CPUs the first collective of each group of devices fails if one process
+    enters it 30 s after another (gloo's limit, which no flag changes); later ones may wait indefinitely.
     """
-    # Not a collective, as multihost_utils.sync_global_devices is: that one would meet the same limit.
+    # Not a collective, such as multihost_utils.sync_global_devices, which would hit the same limit.
     client = _state.client
     if client is not None:
-        # Counted by name, so that threads may wait at different ones in any order.
+        # Counted by name, so that threads may wait at different barriers in any order.
         _barriers[name] += 1
         client.wait_at_barrier(f"jaxmodels/{name}/{_barriers[name]}", timeout_in_ms=_BARRIER_SECONDS * 1000)
 
@@ -106,14 +106,14 @@ def barrier(name: str) -> None:
 class Preemption:
     """Turns SIGTERM, SIGINT and SIGHUP (the terminal is gone) into a stop between two steps, the same on every process.
 
-    Alone, a handler notes the signal. Among several processes SIGTERM belongs to JAX's preemption service from
-    `initialize` on (it kills nobody any more): it tells all of them within about a second and picks the next poll that
-    all can reach. The others are handed on to it. A second Ctrl-C raises KeyboardInterrupt at once, and a third ends
-    the process there and then. Under nohup SIGHUP stays ignored.
+    In a single process, a handler records the signal. Among several processes, SIGTERM belongs to JAX's preemption
+    service from `initialize` on (and no longer kills anybody): it informs all of them within about a second and picks
+    the next poll that all can reach. Other signals are forwarded to it. A second Ctrl-C raises KeyboardInterrupt at
+    once, and a third ends the process immediately. Under nohup SIGHUP stays ignored.
     """
 
     step: int | None = None
-    """The step at which to stop; None: not asked to."""
+    """The step at which to stop; None if not asked to."""
 
     def __init__(self) -> None:
         self._polls = 0
@@ -121,7 +121,7 @@ class Preemption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
-        # Python delivers signals to the main thread only, and lets no other thread set a handler.
+        # Python delivers signals only to the main thread, and only that thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             caught = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
             if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -136,11 +136,11 @@ class Preemption:
     def requested(self, step: int) -> bool:
         """Whether to save and stop now; once true, always true.
 
-        Every process must ask equally often, in the same places: each step, and each batch of an evaluation.
+        Every process must call this equally often, at the same points: each step, and each batch of an evaluation.
         """
         progress.poll()
         if self.step is None:
-            # JAX stops at one exact number, and an evaluation asks many times within a step: so polls are counted.
+            # JAX stops at one exact number, and an evaluation polls many times within a step, so polls are counted
             self._polls += 1
             alone = not jax.distributed.is_initialized()
             if bool(self._signals) if alone else multihost_utils.reached_preemption_sync_point(self._polls):
@@ -149,7 +149,7 @@ class Preemption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and number in self._signals:
-            # what is closed now may take long: a save under way is waited for, which the next Ctrl-C cuts short
+            # cleanup may take long, since it awaits a save under way, which the next Ctrl-C interrupts
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
@@ -160,7 +160,8 @@ class Preemption:
 
 
 def _leave_terminal() -> None:
-    """Send to nowhere what went to a terminal that is gone, or to a program that went with it: a write would fail."""
+    """Redirect to /dev/null what goes to a terminal that is gone, or to a program that died with it: writes would
+    fail."""
     with open(os.devnull, "w") as nowhere:
         for descriptor in (1, 2):
             with contextlib.suppress(OSError):
@@ -169,7 +170,7 @@ def _leave_terminal() -> None:
 
 
 def _explicit() -> tuple[str, int, int] | None:
-    """Coordinator, number of processes and index as a launcher set them; None: it did not."""
+    """Return coordinator, number of processes and index as a launcher set them; None if it did not."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAXMODELS_NUM_PROCESSES", "JAXMODELS_PROCESS_ID")
     if not any(name in os.environ for name in names[1:]):
         return None
@@ -189,7 +190,7 @@ def _explicit() -> tuple[str, int, int] | None:
 
 
 def _clustered() -> bool:
-    """Whether more than one process was started, as far as the environment tells without asking a server.
+    """Whether more than one process was started, as far as the environment shows without asking a server.
 
     A SLURM allocation is not enough: its batch script and a one-task step run alone.
     """
@@ -206,7 +207,7 @@ def _clustered() -> bool:
     hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
     if hosts is not None or "MEGASCALE_NUM_SLICES" in env:
         return "," in (hosts or "") or _integer("MEGASCALE_NUM_SLICES", "1") > 1
-    # Importing JAX sets this where there is no TPU; with one, the machine's metadata server knows its peers.
+    # Importing JAX sets this on machines without TPUs; on those with TPUs, the metadata server knows its peers.
     return "TPU_SKIP_MDS_QUERY" not in env
 
 
@@ -225,7 +226,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check_name(local: bool) -> None:
-    """Say what gloo does not: it meets its peers at the address of this machine's own name, and no setting helps."""
+    """Report what gloo does not: it meets its peers at the address of this machine's name, and no setting helps."""
     if os.environ.get("JAX_PLATFORMS") != "cpu":
         return
     name = socket.gethostname()
@@ -233,7 +234,7 @@ def _check_name(local: bool) -> None:
         address = socket.gethostbyname(name)
     except OSError:
         raise UserError(
-            f"got a machine name {name} that has no address, expected one at which processes can meet, "
+            f"got a machine name {name} that has no address, expected a name that resolves to this machine, "
             "try a line with its address and name in /etc/hosts"
         ) from None
     if address.startswith("127.") and not local:
@@ -245,7 +246,7 @@ def _check_name(local: bool) -> None:
 
 
 def _leave_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Excepthook: print, then end; an ordinary exit would wait for peers that wait for this process."""
+    """Excepthook: print, then end, because an ordinary exit would wait for peers that wait for this process."""
     traceback.print_exception(kind, error, trace)
     progress.failed(error)
     _exit(130 if issubclass(kind, KeyboardInterrupt) else 1)

@@ -1,4 +1,4 @@
-"""What hardware can do, as data: peaks, memory and links of one device, from its maker's documents."""
+"""What hardware can do, as data: peak rates, memory and links of one device, from the vendors' documents."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device: a GPU, or a TPU chip (of v7 half a chip). Bytes and seconds."""
+    """One device: a GPU, or a TPU chip (half a chip of v7). Units are bytes and seconds."""
 
     name: str
-    """As it is asked for: h100, v5e."""
+    """The name that users ask for: h100, v5e."""
     kinds: tuple[str, ...]
-    """Beginnings of `device_kind` as JAX reports it."""
+    """Prefixes of `device_kind` as JAX reports it."""
     platform: Literal["cuda", "tpu"]
     flops: dict[str, float]
     """Peak dense FLOP/s by compute dtype (float32 on GPUs: TF32)."""
     memory: float
-    """Bytes that programs may have."""
+    """Bytes available to programs."""
     bandwidth: float
-    """Bytes a second between memory and compute."""
+    """Bytes per second between memory and compute units."""
     link: float
-    """Bytes a second one way: of a GPU to the switch that joins its node; of one link of a TPU's torus."""
+    """Bytes per second one way: from a GPU to its node's switch, or over one link of a TPU's torus."""
     network: float
-    """Bytes a second one way of a device to other nodes or slices."""
+    """Bytes per second one way from a device to other nodes or slices."""
     host: float
-    """Bytes a second one way of a device from or to the memory of its host; 0: not published."""
+    """Bytes per second one way between a device and host memory; 0: not published."""
     source: str
     node: int = 8
-    """Devices that the fast switch joins (GPUs), or that one host drives (TPUs)."""
+    """Devices joined by the fast switch (GPUs), or driven by one host (TPUs)."""
     dimensions: int = 0
-    """Of the torus (TPUs)."""
+    """Dimensions of the torus (TPUs)."""
     wraps: int = 0
-    """Chips along a dimension from which on, in whole multiples of 4 or 16, its ends are joined (TPUs)."""
+    """Smallest number of chips along a dimension, in whole multiples of 4 or 16, whose ends are joined (TPUs)."""
     per_chip: int = 1
-    """Devices that JAX sees of a chip (TPUs)."""
+    """Devices that JAX sees per chip (TPUs)."""
     compiler: tuple[str, str] = ("", "default")
-    """The name of the chip to its compiler, where it is another, and how its cores are used (TPUs)."""
+    """The compiler's name for the chip, if it differs, and how its cores are used (TPUs)."""
     cores: int = 0
     """Streaming multiprocessors (GPUs)."""
     target: str = ""
-    """What XLA must know to compile where there is no such GPU, beyond what all have in common."""
+    """What XLA must know to compile without such a GPU, besides what all GPUs have in common."""
 
     @property
     def capability(self) -> tuple[int, ...]:
@@ -255,18 +255,18 @@ TABLE = (
 
 
 def peak(device: Any, dtype: str) -> float | None:
-    """Peak FLOP/s of a device at a compute dtype; None where it is not in the table."""
-    row = of(device.device_kind)
+    """Return a device's peak FLOP/s at a compute dtype; None if it is not in the table."""
+    row = of_device(device.device_kind)
     return row and row.flops.get(dtype)
 
 
-def of(kind: str) -> Hardware | None:
-    """The row of a device by what JAX calls its kind; None where it is not in the table."""
+def of_device(kind: str) -> Hardware | None:
+    """Return the row of a device by JAX's name of its kind; None if it is not in the table."""
     return next((row for row in TABLE if kind.startswith(row.kinds)), None)
 
 
 def find(name: str) -> Hardware:
-    """The row of a name.
+    """Return the row of this name.
 
     Raises:
         UserError: it is not in the table; nothing is guessed.

@@ -1,4 +1,4 @@
-"""The mesh: how devices are divided."""
+"""The mesh: how devices are divided among the kinds of parallelism."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ Devices = Annotated[int, Range(1, 2**24, also=-1)]
 
 @dataclass(frozen=True)
 class Mesh(Section, section="mesh"):
-    """How devices are divided. One axis may be -1: the devices that are left.
+    """How devices are divided among the kinds of parallelism. One axis may be -1: all remaining devices.
 
-    The first axes go across the slow network, between slices of TPUs or nodes of GPUs. So with data = slices or nodes,
-    fsdp = -1 the state is cut inside each and replicated over all (HSDP); with data = 1, fsdp = -1 it is cut over all.
+    The first axes span the slow network between TPU slices or GPU nodes. With data = number of slices or nodes and fsdp
+    = -1, the state is sharded within each and replicated across them (HSDP); with data = 1 and fsdp = -1, it is sharded
+    over all devices.
     """
 
     data: Devices = -1
     """Replicas, each with its own share of the batch."""
     stage: Devices = 1
-    """Stages of a pipeline, each with its share of the layers; outside the layers, shards of the batch."""
+    """Pipeline stages, each with its share of the layers; outside the layers, shards of the batch."""
     fsdp: Devices = 1
     """Shards of parameters and optimizer state, and of the batch (ZeRO-3)."""
     expert: Devices = 1
     """Shards of the experts of a mixture, and of the batch."""
     context: Devices = 1
-    """Shards of the tokens of each sequence, joined by ring attention (or by --model.attention ulysses)."""
+    """Shards of each sequence's tokens, connected by ring attention (or by --model.attention ulysses)."""
     tensor: Devices = 1
     """Shards of heads, hidden units and vocabulary (Megatron)."""
     sequence: bool = False
-    """Whether between a block's products tokens are split over `tensor` too (Megatron's sequence parallelism)."""
+    """Whether tokens are also split over `tensor` between a block's products (Megatron's sequence parallelism)."""
     microbatches: Natural = 0
-    """Parts of a batch that follow each other through the stages, a multiple of them; 0: up to four times as many, as
-    the batch divides. The first and last wait for (stage - 1) / (microbatches * rounds + stage - 1) of the time."""
+    """Parts of a batch that follow each other through the stages, a multiple of `stage`. 0: up to four times as many,
+    as the batch divides. Stages are idle for (stage - 1) / (microbatches * rounds + stage - 1) of the time."""
     rounds: Annotated[int, Range(1, 1024)] = 1
-    """How often a microbatch goes round all stages, each time through another slice of a stage's layers: the wait is
-    shorter, and more is sent."""
+    """How often a microbatch passes through all stages, each time through another slice of a stage's layers. More
+    rounds mean less idle time and more communication."""
 
 
 def sizes(cfg: Mesh, devices: int) -> dict[str, int]:
-    """Size of each mesh axis for so many devices, and axes of one for what else the mesh says (`rules.SEQUENCE`).
+    """Return the size of each mesh axis, and axes of size one for the mesh's other options (`rules.SEQUENCE`).
 
     Raises:
         UserError: the sizes do not multiply to the number of devices, or stages and microbatches do not fit.
@@ -83,33 +84,33 @@ def sizes(cfg: Mesh, devices: int) -> dict[str, int]:
 
 
 def make_mesh(cfg: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of an experiment over these devices (all, when not given); axes are Auto.
+    """Build the mesh of an experiment over these devices, or all of them by default; its axes are Auto.
 
-    The outermost axes go across what the slow network joins, slices of TPUs or nodes of GPUs, the others stay inside.
+    The outermost axes span what the slow network joins, TPU slices or GPU nodes; the others stay inside.
 
     Raises:
-        UserError: as `sizes` and `across`.
+        UserError: as for `sizes` and `across`.
     """
     devices = jax.devices() if devices is None else devices
     shape = sizes(cfg, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     outer = across(shape, slices)
     inner = [size // outer[axis] for axis, size in shape.items()]
-    # an axis may take a part of a torus' dimension, which jax.make_mesh refuses
+    # an axis may take part of a torus dimension, which jax.make_mesh refuses
     if slices > 1:
         places = mesh_utils.create_hybrid_device_mesh(
             inner, list(outer.values()), devices, allow_split_physical_axes=True
         )
-    else:  # GPUs are taken in their order, node by node
+    else:  # GPUs are taken in order, node by node
         places = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(places, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def across(shape: Mapping[str, int], slices: int) -> dict[str, int]:
-    """The part of each axis that goes across so many slices: as much of the outermost as can, then of the next.
+    """Return the part of each axis that spans the slices: as much of the outermost as possible, then of the next.
 
     Raises:
-        UserError: the sizes do not divide so.
+        UserError: the sizes do not divide that way.
     """
     left, found = slices, {}
     for axis, size in shape.items():
@@ -118,7 +119,7 @@ def across(shape: Mapping[str, int], slices: int) -> dict[str, int]:
     if left > 1:
         shown = " ".join(f"{axis}={size}" for axis, size in shape.items())
         raise UserError(
-            f"got mesh {shown} for {slices} slices, expected sizes that go across them, "
+            f"got mesh {shown} for {slices} slices, expected outer axes that divide evenly over them, "
             f"try --mesh.data {slices}, which keeps the other axes inside a slice"
         )
     return found

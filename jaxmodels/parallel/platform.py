@@ -1,4 +1,4 @@
-"""Which platform a program is for."""
+"""The platform that a program is built for."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The one table from logical axis names, which models speak, to mesh axes, which hardware has.
+"""The one table that maps logical axis names, which models use, to mesh axes, which hardware has.
 
-Nothing else in the project spells a mesh axis in a sharding.
+No other module names a mesh axis in a sharding.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ DATA, STAGE = "data", "stage"
 AXES = (DATA, STAGE, "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest network) first."""
 SEQUENCE = "sequence"
-"""An axis of one, by which a mesh says that it cuts the residual stream's tokens over `tensor` too.
+"""An axis of size one, by which a mesh says that it also splits the residual stream's tokens over `tensor`.
 
-So the choice goes wherever the mesh goes, and programs that are kept by mesh are kept apart. Likewise axes of one named
-microbatches=8 or rounds=2 say how the stages work (`Stages`).
+This way the choice goes wherever the mesh goes, and caches keyed by mesh keep such programs apart. Likewise, axes of
+size one named microbatches=8 or rounds=2 configure the stages (`Stages`).
 """
 
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "seq": ("context",),
     "residual": ("context",),
     "expert_batch": (DATA, "fsdp"),
-    # parameters; heads, mlp and vocab name activations' dimensions too
+    # parameters; heads, mlp and vocab also name dimensions of activations
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -53,12 +53,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "channels_out": ("tensor",),
     "norm": (),
 }
-"""Logical axis -> mesh axes it is split over; () is replicated. `residual` is tokens between a block's products."""
+"""Logical axis -> mesh axes that it is split over; () is replicated. `residual`: tokens between a block's products."""
 SEQUENCE_RULES: Mapping[str, tuple[str, ...]] = {**RULES, "residual": ("context", "tensor")}
-"""The table of a mesh with the axis `SEQUENCE`."""
+"""The table of a mesh that has the axis `SEQUENCE`."""
 
 REPLICAS = "replicas"
-"""The axis that replicas bind, those of pmap or of a step that sums gradients once; statistics go over all of them."""
+"""The axis that replicas bind, under pmap or in a step that sums gradients once; statistics cover all replicas."""
 
 Names = tuple[str | None, ...]
 
@@ -66,31 +66,31 @@ _inside: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("mapped
 
 
 class Stages(NamedTuple):
-    """How a mesh sends microbatches through a stack of layers that is cut over its stages."""
+    """How a mesh sends microbatches through a stack of layers that is split over its stages."""
 
     stages: int = 1
     rounds: int = 1
-    """How often a microbatch goes round all stages: into so many slices a stage's layers are cut."""
+    """How often a microbatch passes through all stages; a stage's layers are split into as many slices."""
     microbatches: int = 0
-    """0: as many as fit, up to four times the stages."""
+    """Number of microbatches. 0: as many as fit, up to four times the stages."""
 
     @staticmethod
     def of(sizes: Mapping[str, int]) -> Stages:
-        """Those of a mesh with these axes."""
+        """Read them from the axes of a mesh."""
         marked = dict(name.split("=") for name in sizes if "=" in name)
         return Stages(sizes.get(STAGE, 1), **{name: int(value) for name, value in marked.items()})
 
     def axes(self) -> dict[str, int]:
-        """The axes of one by which a mesh says all that differs from the defaults."""
+        """The axes of size one by which a mesh states what differs from the defaults."""
         given = {"rounds": self.rounds, "microbatches": self.microbatches}
         return {f"{name}={value}": 1 for name, value in given.items() if value != Stages._field_defaults[name]}
 
 
-def table(sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
-    """The rules of a mesh with these axes.
+def rules_of(sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
+    """Return the rules for a mesh with these axes.
 
-    Outside the stages their devices would all do the same, so rows are cut over them too; outermost, so that those of a
-    microbatch are on one stage.
+    Outside the pipeline, all stages would repeat the same work, so rows are split over them too; outermost, so that the
+    rows of a microbatch are on one stage.
     """
     rows, inside = SEQUENCE_RULES if SEQUENCE in sizes else RULES, _inside.get()
     if sizes.get(STAGE, 1) > 1 and STAGE not in inside:
@@ -102,7 +102,8 @@ def table(sizes: Mapping[str, int]) -> Mapping[str, tuple[str, ...]]:
 
 @contextlib.contextmanager
 def inside(axis: str) -> Iterator[None]:
-    """While what a stage or a replica does is traced, to be mapped over that mesh axis: rows are not cut over it."""
+    """Context while tracing the work of a stage or replica, to be mapped over that mesh axis: it does not split
+    rows."""
     token = _inside.set(_inside.get() | {axis})
     try:
         yield
@@ -111,7 +112,7 @@ def inside(axis: str) -> Iterator[None]:
 
 
 def ambient() -> AbstractMesh | None:
-    """The mesh that is set, if it is one of ours, has more than one device, and is not mapped over already."""
+    """Return the mesh that is set, if it is ours, has more than one device, and is not mapped over already."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
         return None
@@ -119,13 +120,13 @@ def ambient() -> AbstractMesh | None:
 
 
 def pieces(name: str) -> int:
-    """Into how many pieces the ambient mesh cuts a dimension of this logical name; 1 without a mesh."""
+    """Return how many pieces the current mesh splits a dimension with this logical name into; 1 without a mesh."""
     mesh = ambient()
-    return 1 if mesh is None else shards(mesh.shape, table(mesh.shape)[name])
+    return 1 if mesh is None else shards(mesh.shape, rules_of(mesh.shape)[name])
 
 
 def spec(names: Sequence[str | None], table: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
-    """The partition of an array whose dimensions have these logical names (None: replicated).
+    """Return the partition of an array whose dimensions have these logical names (None: replicated).
 
     Raises:
         ValueError: a name is not in the table, or two dimensions ask for the same mesh axis.
@@ -150,35 +151,35 @@ def spec(names: Sequence[str | None], table: Mapping[str, tuple[str, ...]] = RUL
 
 
 def sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
-    """`spec(names)` on a mesh."""
-    return NamedSharding(mesh, spec(names, table(mesh.shape)))
+    """Return `spec(names)` on a mesh."""
+    return NamedSharding(mesh, spec(names, rules_of(mesh.shape)))
 
 
 def constrain(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
-    """Pin an activation to the table, if a mesh is ambient; a dimension that does not divide stays free."""
+    """Constrain an activation to the table, if a mesh is set; a dimension that does not divide stays free."""
     mesh = ambient()
     if mesh is None:
         return x
-    rows = table(mesh.shape)
+    rows = rules_of(mesh.shape)
     fits = [name and size % shards(mesh.shape, rows[name]) == 0 for name, size in zip(names, x.shape, strict=True)]
     kept = [name if fit else None for name, fit in zip(names, fits, strict=True)]
     return jax.lax.with_sharding_constraint(x, spec(kept, rows))
 
 
 def pin(x: jax.Array, name: str) -> jax.Array:
-    """Pin an array's first dimension to the table, if a mesh is ambient, and leave the others to the compiler."""
+    """Constrain an array's first dimension to the table, if a mesh is set; the compiler chooses the others."""
     mesh = ambient()
     if mesh is None:
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(table(mesh.shape)[name], *free))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rules_of(mesh.shape)[name], *free))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, names: Names) -> jax.Array:
-    """A parameter as its layer needs it: whole along what fsdp cuts, while its gradient is cut at once again (ZeRO-3).
+    """Gather a parameter along what fsdp splits, as its layer needs it; its gradient is scattered at once (ZeRO-3).
 
-    Left to choose, XLA's partitioner may sum over fsdp instead, and on meshes of three axes got some gradients wrong.
+    Left to itself, XLA's partitioner may sum over fsdp instead, and got some gradients wrong on meshes of three axes.
     """
     return constrain(x, [None if name and "fsdp" in RULES[name] else name for name in names])
 
@@ -187,20 +188,20 @@ gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (c
 
 
 def apart(x: jax.Array, rows: int, along: int) -> jax.Array:
-    """(B, T, …) with what each piece of the mesh has apart: (rows, along, B / rows, T / along, …)."""
+    """Reshape (B, T, …) to separate what each piece of the mesh holds: (rows, along, B / rows, T / along, …)."""
     return jnp.swapaxes(x.reshape(rows, x.shape[0] // rows, along, -1, *x.shape[2:]), 1, 2)
 
 
 def add_up(parts: jax.Array, over: Sequence[str], names: Names) -> jax.Array:
-    """The sum over the first dimensions of `parts`, one for each logical axis in `over`, cut as `names` says.
+    """Sum the first dimensions of `parts`, one for each logical axis in `over`, sharded as `names` says.
 
-    What cuts the sum scatters it while it is added up, and only pieces are added up over the other mesh axes; left to
-    choose, XLA's partitioner sums the whole over all of them.
+    Axes that shard the sum scatter it during the addition, and only pieces are added over the other mesh axes. Left to
+    itself, XLA's partitioner sums the whole over all of them.
     """
     mesh, count = ambient(), len(over)
     if mesh is None or parts.shape[:count] != tuple(map(pieces, over)):
         return constrain(parts.sum(range(count)), names)
-    rows = table(mesh.shape)
+    rows = rules_of(mesh.shape)
     axes = [axis for name in over for axis in rows[name]]
     cutting = {axis for name in names if name for axis in rows[name]} & set(axes)
     whole = [rows[name] if name and not cutting & set(rows[name]) else None for name in names]
@@ -214,7 +215,7 @@ def add_up(parts: jax.Array, over: Sequence[str], names: Names) -> jax.Array:
 
 
 def add_replicas(sums: Any) -> Any:
-    """A tree of sums, added up over all replicas where there are any."""
+    """Sum a tree over all replicas, if there are any."""
     try:
         return jax.lax.psum(sums, REPLICAS)
     except NameError:
@@ -222,16 +223,16 @@ def add_replicas(sums: Any) -> Any:
 
 
 def shards(sizes: Mapping[str, int], axes: Sequence[str]) -> int:
-    """Into how many pieces these mesh axes cut a dimension."""
+    """Return how many pieces these mesh axes split a dimension into."""
     return math.prod(sizes[axis] for axis in axes)
 
 
-def place(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """Shardings of a tree of arrays, from the tree of their logical axes.
+def shardings_of(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Build the shardings of a tree of arrays, from the tree of their logical axes.
 
     Raises:
-        UserError: a dimension does not divide by its mesh axes; names parameter, dimension, size and mesh axis. Or the
-            mesh has stages, and the model no stacked layers to cut.
+        UserError: a dimension does not divide by its mesh axes (the message names parameter, dimension, size and axis),
+        or the mesh has stages and the model has no stacked layers to split.
     """
     stages = Stages.of(mesh.shape)
     leaves = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))

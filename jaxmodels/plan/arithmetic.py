@@ -125,7 +125,7 @@ class Arithmetic:
         sizes = meshes.sizes(mesh, self.topology.devices)
         check_lengths(self.task.fields, sizes)
         abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        self.rules.place(abstract, self.axes, self.shapes.params)
+        self.rules.shardings_of(abstract, self.axes, self.shapes.params)
         return sizes
 
     @functools.cache
@@ -134,7 +134,7 @@ class Arithmetic:
         sizes, fsdp = self.place(mesh), self.rules.RULES["embed"][0]
         own = gathered = 0.0
         for shape, names in self.parameters:
-            axes = [axis for name in names if name for axis in self.rules.table(sizes)[name]]
+            axes = [axis for name in names if name for axis in self.rules.rules_of(sizes)[name]]
             own += math.prod(shape) / self.rules.shards(sizes, axes)
             if fsdp in axes:
                 gathered += math.prod(shape) / self.rules.shards(sizes, [axis for axis in axes if axis != fsdp])
@@ -192,7 +192,7 @@ class Arithmetic:
 
         sizes = self.place(cfg.mesh)
         check_batch_size(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=self.updates)
-        batch = self.rules.shards(sizes, self.rules.table(sizes)["batch"])
+        batch = self.rules.shards(sizes, self.rules.rules_of(sizes)["batch"])
         tensor = sizes[self.rules.RULES["mlp"][0]]
         pieces = self.rules.shards(sizes, self.rules.RULES["seq"]) if self.length > 1 else 1
         whole = tensor if self.rules.SEQUENCE in sizes else 1

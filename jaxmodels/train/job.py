@@ -178,7 +178,7 @@ def check_batch_size(
 ) -> None:
     """Refuse a batch size that does not divide evenly; `updates` is how many updates of a step share the batch."""
     microbatches = rules.Stages.of(mesh_sizes).microbatches
-    axes = (rules.RULES if microbatches else rules.table(mesh_sizes))["batch"]
+    axes = (rules.RULES if microbatches else rules.rules_of(mesh_sizes))["batch"]
     rows = rules.shards(mesh_sizes, axes)
     least = rows * accumulate * updates * max(1, microbatches)
     if batch_size % least:

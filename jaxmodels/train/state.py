@@ -91,7 +91,7 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, of
         UserError: a parameter does not divide by the mesh.
     """
     shapes = jax.eval_shape(lambda: init(task, optimizers, jax.random.key(0), ema))
-    params = rules.place(mesh, task.axes(), shapes.params)
+    params = rules.shardings_of(mesh, task.axes(), shapes.params)
     everywhere = rules.sharding(mesh, ())
 
     where = {

@@ -176,9 +176,9 @@ def test_all_changes_follow_either_library_alike(channels):
 
 def test_opencv_is_asked_for_by_name_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    pixels.check("pillow")
+    pixels.check_library("pillow")
     with pytest.raises(UserError, match=r"got no package opencv-python-headless, .* try pip install"):
-        pixels.check("opencv")
+        pixels.check_library("opencv")
 
 
 def stored(mode, kind, values, **more):

@@ -10,7 +10,7 @@ import pytest
 
 from jaxmodels.config import Table
 from jaxmodels.data.fields import input_field, named_field
-from jaxmodels.data.records import Bad, Field, Joined, Reader, Records, place
+from jaxmodels.data.records import Bad, Field, Joined, Reader, Records, hash_fraction
 from jaxmodels.errors import UserError
 
 
@@ -130,6 +130,6 @@ def test_the_input_field_is_found_or_asked_for():
 
 
 def test_places_are_even_and_a_function_of_the_content():
-    places = np.array([place(f"record {i}".encode()) for i in range(20_000)])
+    places = np.array([hash_fraction(f"record {i}".encode()) for i in range(20_000)])
     assert abs((places < 0.1).mean() - 0.1) < 0.01 and places.min() >= 0 and places.max() < 1
-    assert place(b"record 7") == places[7]
+    assert hash_fraction(b"record 7") == places[7]

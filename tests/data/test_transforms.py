@@ -188,8 +188,8 @@ def test_randaugment_takes_gray_images():
 
 
 def test_what_cannot_be_done_is_refused():
-    transforms.check(Augment(), 5)
+    transforms.check_channels(Augment(), 5)
     with pytest.raises(UserError, match="got a model of images of 5 channels to augment, .* try without flip, colour"):
-        transforms.check(Augment(flip=True, colour=0.4), 5)
+        transforms.check_channels(Augment(flip=True, colour=0.4), 5)
     with pytest.raises(UserError, match="got augment.magnitude 11"):
-        transforms.check(Augment(randaugment=2, magnitude=11), 3)
+        transforms.check_channels(Augment(randaugment=2, magnitude=11), 3)

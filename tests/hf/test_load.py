@@ -204,7 +204,7 @@ def test_onto_a_mesh_each_device_gets_its_part(config, mesh, tmp_path):
     where = make_mesh(mesh)
     _, loaded = jaxmodels.load_pretrained(tmp_path, mesh=where)
     same(loaded, params)
-    placed = rules.place(where, model.axes(), model.shapes())
+    placed = rules.shardings_of(where, model.axes(), model.shapes())
     jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or 1 / 0, loaded, placed)
     up = loaded["layers"]["mlp"]["up"]["w"]
     assert {shard.data.size * mesh.fsdp * mesh.tensor for shard in up.addressable_shards} == {up.size}

@@ -56,7 +56,7 @@ def gradients(model, params, mesh=None):
     where = contextlib.nullcontext()
     if mesh is not None:
         placed = make_mesh(mesh, jax.devices()[:2])
-        params = jax.device_put(params, rules.place(placed, model.axes(), model.shapes()))
+        params = jax.device_put(params, rules.shardings_of(placed, model.axes(), model.shapes()))
         where = jax.set_mesh(placed)
     with where:
         return jax.jit(jax.value_and_grad(loss))(params)
@@ -151,7 +151,7 @@ def test_what_fsdp_gathers_is_in_eight_bits(kind, params):
     mesh = make_mesh(Mesh(data=1, fsdp=2), jax.devices()[:2])
     shapes = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        model.shapes(), rules.place(mesh, model.axes(), model.shapes()),
+        model.shapes(), rules.shardings_of(mesh, model.axes(), model.shapes()),
     )  # fmt: skip
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(lambda p: model.apply(p, TOKENS).sum())).lower(shapes).compile().as_text()

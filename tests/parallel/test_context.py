@@ -78,7 +78,7 @@ def test_microbatches_and_a_large_vocabulary_keep_the_tokens_cut():
 def backward(cfg):
     """The compiled gradient of a LLaMA whose blocks are computed again, on a mesh."""
     model, placed = create("llama", **{**vars(MODELS["llama"]), "remat": "full"}), make_mesh(cfg, jax.devices()[:2])
-    where = rules.place(placed, model.axes(), model.shapes())
+    where = rules.shardings_of(placed, model.axes(), model.shapes())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), where)
     tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.sharding(placed, ("batch", "seq")))
     with jax.set_mesh(placed):

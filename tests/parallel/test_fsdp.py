@@ -30,7 +30,7 @@ MODELS = {
 def compiled(model, mesh):
     """Gradients of a sum over the logits, and the shapes of parameters."""
     axes, shapes = model.axes(), model.shapes()
-    placed = rules.place(mesh, axes, shapes)
+    placed = rules.shardings_of(mesh, axes, shapes)
     params = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
     tokens = jax.ShapeDtypeStruct((8, 8), jnp.int32, sharding=rules.sharding(mesh, ("batch", "seq")))
     with jax.set_mesh(mesh):

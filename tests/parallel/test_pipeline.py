@@ -158,7 +158,7 @@ def test_towers_and_translators_give_what_they_give_on_one_device(name):
     expected = jax.jit(model.apply)(params, *inputs, segment_ids=ids)
     cfg = place(mesh(stage=2, rounds=2))
     with jax.set_mesh(cfg):
-        placed = jax.device_put(params, rules.place(cfg, model.axes(), model.shapes()))
+        placed = jax.device_put(params, rules.shardings_of(cfg, model.axes(), model.shapes()))
         got = jax.jit(model.apply)(placed, *inputs, segment_ids=ids)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
@@ -166,7 +166,7 @@ def test_towers_and_translators_give_what_they_give_on_one_device(name):
 def compiled(cfg, **changes):
     """The compiled gradient of a GPT-2's features on a mesh: blocks, with nothing else that multiplies."""
     model, placed = create(dataclasses.replace(MODELS["gpt2"], attention="xla", **changes)), place(cfg)
-    where = rules.place(placed, model.axes(), model.shapes())
+    where = rules.shardings_of(placed, model.axes(), model.shapes())
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), where)
     tokens = jax.ShapeDtypeStruct((B, T), np.int32, sharding=rules.sharding(placed, ("batch", "seq")))
     with jax.set_mesh(placed):
@@ -240,7 +240,7 @@ def test_what_a_mesh_cannot_do_is_refused(cfg, said):
 
 def test_layers_rows_and_models_that_do_not_fit_are_refused():
     def lay(model, cfg):
-        return rules.place(place(cfg), model.axes(), model.shapes())
+        return rules.shardings_of(place(cfg), model.axes(), model.shapes())
 
     with pytest.raises(UserError, match=r"layers=4, expected a multiple of mesh axis stage=8, try .*--mesh.stage 1$"):
         lay(create(MODELS["llama"]), mesh(stage=8))

@@ -35,7 +35,7 @@ def test_a_dimension_that_does_not_divide_is_refused_by_name():
     model = create("gpt2", layers=1, width=32, heads=4, vocab_size=65, context=8)
     mesh = make_mesh(Mesh(data=1, fsdp=4, tensor=2))
     with pytest.raises(UserError, match=r"embed/w with dimension vocab=65, expected a multiple of mesh axis tensor=2"):
-        rules.place(mesh, model.axes(), model.shapes())
+        rules.shardings_of(mesh, model.axes(), model.shapes())
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_broken_part_does_not_lose_the_page(trained, tmp_path, monkeypatch, ca
     monkeypatch.setattr(logging.getLogger("jaxmodels"), "propagate", True)
     found = build.write({"fast": trained / "fast"}, tmp_path, None, False)
     text = found.read_text()
-    assert "Without attention of fast: RuntimeError: no such &lt;thing&gt;" in text
+    assert "Missing attention of fast: RuntimeError: no such &lt;thing&gt;" in text
     assert 'id="saliency"' in text and 'id="curves"' in text
     (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert said.getMessage() == "the report lacks attention of fast: RuntimeError: no such <thing>"

@@ -23,7 +23,7 @@ def run_sharded(attend: Callable[..., Array], inputs: dict[str, Any], tokens: bo
     if mesh is None:
         return attend(**inputs)
     (B, _, H, _), G = inputs["q"].shape, inputs["k"].shape[2]
-    batch, heads = rules.table(mesh.shape)["batch"], rules.RULES["heads"]
+    batch, heads = rules.rules_of(mesh.shape)["batch"], rules.RULES["heads"]
     pieces = rules.shards(mesh.shape, heads)
     if G % pieces and pieces % G == 0 and H % pieces == 0:
         inputs = {**inputs, **{name: jnp.repeat(inputs[name], pieces // G, axis=2) for name in ("k", "v")}}
