@@ -25,7 +25,7 @@ class Regression(TaskConfig):
             inputs = normalized(batch["inputs"], data)
             outputs, stats = forward(("model", model), params, stats, inputs, **how)
             error = jnp.abs(outputs[:, 0] - batch["labels"])
-            counts = rows(batch)  # 0 for rows that fill up a batch
+            counts = rows(batch)  # 0 for padding rows
             found = {"loss": error**self.power, "error": error}
             return {name: ((counts * each).sum(), counts.sum()) for name, each in found.items()}, stats
 
