@@ -11,7 +11,7 @@ from jaxmodels.parallel import hardware
 
 
 def platform() -> str:
-    """cpu, gpu or tpu: what the ambient mesh is made of (also when compiling for it elsewhere), else the default."""
+    """Return cpu, gpu or tpu: the platform of the mesh that is set (even one of absent devices), or the default."""
     device = _ambient()
     kind = str(getattr(device, "platform", None) or getattr(device, "device_kind", "")).lower()
     for name, signs in {"tpu": ("tpu",), "gpu": ("gpu", "cuda", "rocm", "nvidia", "amd"), "cpu": ("cpu",)}.items():
@@ -21,15 +21,15 @@ def platform() -> str:
 
 
 def capability() -> tuple[int, ...]:
-    """The compute capability of the NVIDIA GPU that a program is for, as `platform`; of another device ()."""
+    """Return the compute capability of the NVIDIA GPU that a program is built for; () for any other device."""
     device, here = _ambient(), jax.local_devices()[0]
     if device is not None and device.device_kind != here.device_kind:
-        row = hardware.of(device.device_kind)
+        row = hardware.of_device(device.device_kind)
         return row.capability if row else ()
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(here, "compute_capability", "")))
     return (int(found[1]), int(found[2])) if found else ()
 
 
 def _ambient() -> Any:
-    """The device of the ambient mesh; None where there is none."""
+    """Return the device of the mesh that is set; None if there is none."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

@@ -63,7 +63,7 @@ def test_what_a_lock_file_says_does_not_matter_to_the_lock(tmp_path: Path, left:
     (tmp_path / directory.LOCK).write_bytes(left)
     with directory.held(tmp_path):
         (tmp_path / directory.LOCK).write_bytes(left)
-        with pytest.raises(UserError, match="another process writes"):
+        with pytest.raises(UserError, match="another process is writing"):
             directory.check_writable(tmp_path)
 
 
