@@ -1,4 +1,4 @@
-"""The command line: it finds the command, and ends with one line and an exit code whatever happens.
+"""The command line: it finds the command and always ends with one line and an exit code.
 
 Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
 """
@@ -28,27 +28,27 @@ HELP = ("-h", "--help")
 
 
 def process() -> NoReturn:
-    """`main` as a process of its own, which ends without a word more, whatever ends it."""
-    with contextlib.suppress(AttributeError):  # a stream that is closed, or another's object
+    """Run `main` as a process of its own, which ends silently, whatever ends it."""
+    with contextlib.suppress(AttributeError):  # a closed or replaced stream
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     commands.began = _began()
     try:
         code = main()
-    except BaseException:  # in several processes, or asked for
+    except BaseException:  # with several processes, or with --traceback
         traceback.print_exc()
         code = 1
-    # more Ctrl-Cs would only interrupt what ends here
+    # more Ctrl-Cs would only interrupt the exit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         sys.stdout.flush()
     except (BrokenPipeError, AttributeError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError as error:  # a full disk that stdout goes to
+    except OSError as error:  # stdout goes to a full disk
         print(f"error: {explain(error)[0]}", file=sys.stderr)
         code = code or 1
     if code in (0, 75):
         sys.exit(code)
-    # threads that still compute would abort an interpreter that waits for none of them
+    # threads still computing would abort an interpreter that does not wait for them
     atexit._run_exitfuncs()
     logging.shutdown()
     os._exit(code)
@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
-            return 141  # as what ends by SIGPIPE
+            return 141  # like a process ended by SIGPIPE
         message, code = explain(error)
         if (progress := sys.modules.get("jaxmodels.parallel.progress")) is not None:
             progress.failed(error, message)
         if traced or (message is None and _several()):
             raise
-        if not getattr(error, "shown", False):  # the log of a run has said it already
+        if not getattr(error, "shown", False):  # already in the log of the run
             print(f"error: {printable(message or unexpected(error))}", file=sys.stderr)
     if (distributed := sys.modules.get("jaxmodels.parallel.distributed")) is not None:
         code = distributed.finalize(code)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:
-    """What to print of an error that has a message of its own, and the exit code; None: nobody foresaw it."""
+    """Return the message and exit code for an error that is foreseen; (None, …) for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text, 2
@@ -98,7 +98,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return text, 1
     if isinstance(error, OSError) and (said := _of_files(error)) is not None:
         return said
-    # of a library that writes in C or C++
+    # errors of libraries written in C or C++
     if re.search(r"No space left on device|Disk quota exceeded|database or disk is full", text):
         return f"the disk is full: {text[:200]}; try again when there is room, nothing that was saved is lost", 1
     if re.search(r"readonly database|unable to open database file", text):
@@ -111,7 +111,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if absent := re.search(r"[Uu]nable to initialize backend '(\w+)'|Unknown backend:? '?(\w+)", text):
         name = absent[1] or absent[2]
         return f"got JAX_PLATFORMS {name}, of which there is none here ({text[:160]}), try JAX_PLATFORMS=cpu", 2
-    if isinstance(error, AssertionError) and _raised_in(error).endswith("xla_bridge.py"):  # it found no platform at all
+    if isinstance(error, AssertionError) and _raised_in(error).endswith("xla_bridge.py"):  # found no platform at all
         name = os.environ.get("JAX_PLATFORMS", "")
         return f"got JAX_PLATFORMS {name!r}, of which there is none here, try JAX_PLATFORMS=cpu", 2
     if "RESOURCE_EXHAUSTED" in text:
@@ -127,13 +127,13 @@ def explain(error: BaseException) -> tuple[str | None, int]:
 
 
 def _raised_in(error: BaseException) -> str:
-    """The file whose code raised the error."""
+    """Return the file whose code raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     return frames[-1].filename if frames else ""
 
 
 def _of_files(error: OSError) -> tuple[str, int] | None:
-    """The same of a file or a disk; None: it is of something else."""
+    """Explain an error of a file or a disk; None if it is something else."""
     name = " and ".join(repr(os.fsdecode(n)) for n in (error.filename, error.filename2) if isinstance(n, str | bytes))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {name}" if name else ""
@@ -153,7 +153,7 @@ def _of_files(error: OSError) -> tuple[str, int] | None:
 
 
 def unexpected(error: Exception) -> str:
-    """What to print of an error that nobody foresaw; the traceback is kept in a file."""
+    """Return the message for an unforeseen error; the traceback is kept in a file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="jaxmodels-", suffix=".traceback", delete=False) as file:
@@ -164,7 +164,7 @@ def unexpected(error: Exception) -> str:
 
 
 def _several() -> bool:
-    """Whether this is one of several processes, whose logs are read afterwards."""
+    """Whether this is one of several processes, whose logs are read later."""
     distributed = sys.modules.get("jax._src.distributed")
     return distributed is not None and distributed.global_state.client is not None
 

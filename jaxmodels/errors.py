@@ -1,4 +1,4 @@
-"""Errors that say what was got, what was expected, and what to try."""
+"""Errors that say what was given, what was expected, and what to try."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     FAILED = 1
     MISTAKE = 2
-    """Of the user: the same command would end so again."""
+    """A mistake of the user's: the same command would fail again."""
     SAVED = 75
-    """Told to stop, and everything is saved: the same command goes on from there."""
+    """Told to stop, and everything is saved: the same command continues from there."""
 
 
 class UserError(ValueError):
@@ -48,20 +48,21 @@ def check_place(path: Path, option: str, folder: bool = False) -> None:
 
 
 HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What a terminal obeys instead of showing: control characters, marks that turn the direction of writing, and lone
-surrogates, which cannot be written at all. Newlines and tabs are text."""
+"""What a terminal would obey rather than show: control characters, marks that change the direction of writing, and lone
+surrogates, which cannot be written at all. Newlines and tabs are allowed."""
 
 
 def printable(text: object) -> str:
-    r"""A text for a terminal or a log: its control characters are shown (\x1b), so that no file's name can do harm."""
+    r"""Make text safe for a terminal or a log: control characters become visible (\x1b), so that no file name does
+    harm."""
     return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """', did you mean …?' if the name is a known one mistyped, or the beginning of one; else nothing.
+    """Return ', did you mean …?' if the name is a misspelling or the beginning of a known one, and otherwise nothing.
 
-    Another thing that exists (bart, gpt3) is no mistyped bert or gpt2: the first letter stays, no digit is changed or
-    left out, and in a short word no letter is another one.
+    Names of other things that exist (bart, gpt3) are not misspellings of bert or gpt2: the first letter must agree, no
+    digit may differ or be missing, and in a short word no letter may be replaced.
     """
     small, known = name.lower(), list(known)
     begun = [other for other in known if len(name) > 1 and other.lower().startswith(small)]
@@ -71,9 +72,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _typos(name: str, other: str) -> int | None:
-    """How many letters were left out, added, swapped or mistaken; None: it is another word."""
+    """Count the letters that were left out, added, swapped or replaced; None if it is another word."""
     shared = name.rpartition("/")[0]
-    if shared and other.startswith(shared + "/"):  # of two paths in one folder the names are compared
+    if shared and other.startswith(shared + "/"):  # for two paths in one folder, compare the names
         name, other = name[len(shared) + 1 :], other[len(shared) + 1 :]
     most = max(1, len(name) // 4)
     digits, others = re.findall(r"\d", name), iter(re.findall(r"\d", other))

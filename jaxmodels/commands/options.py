@@ -15,10 +15,10 @@ __all__ = ["Configured", "NoOptions", "configured", "take_kinds"]
 
 
 def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, list[str]]:
-    """The config with the kinds of sections that options such as `--task vae` name, and the other arguments.
+    """Apply options such as `--task vae` that name sections' kinds; return the config and the other arguments.
 
     Raises:
-        UserError: no such kind, or an option without a kind, or two for one section.
+        UserError: there is no such kind, an option names none, or two options name one section.
     """
     given: dict[str, str] = {}
     rest: list[str] = []
@@ -36,18 +36,19 @@ def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, 
         if name in given:
             raise UserError(f"got {option} twice, expected it once, try {prog} with one of the two")
         given[name] = kind
-    for name in sorted(given, key=lambda name: name.count(".")):  # a kind inside a section belongs to the new one
+    for name in sorted(given, key=lambda name: name.count(".")):  # nested kinds belong to the new kind
         config = replaced(config, name, given[name])
     return config, rest
 
 
 def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
-    """The config named first in `argv`, overridden by the rest, and a `more` of the options beside it.
+    """Return the config named first in `argv`, overridden by the other arguments, and `more` with the command's own
+    options.
 
-    `--help` prints the short form, `--help SECTION` the fields of one section, and `--help all` those of all.
+    `--help` prints the short form, `--help SECTION` the fields of one section, and `--help all` all fields.
 
     Raises:
-        UserError: no config named, or an option that is wrong.
+        UserError: no config is named, or an option is wrong.
     """
     asked = next((i for i, arg in enumerate(argv) if arg in HELP), None)
     if not argv or (argv[0].startswith("-") and asked != 0):
@@ -65,7 +66,7 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     if topic is not None and (not topic or topic.startswith("-")):
         print(usage.short(prog, file, config, more))
         raise SystemExit(0)
-    # each section's own type, so that the fields of its kind are options; a bool takes a value too
+    # with each section's own type, so that the fields of its kind are options; a bool takes a value too
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     fields = [
         (name, FlagConversionOff[type(value)], dataclasses.field(default=value)) for name, value in sections.items()

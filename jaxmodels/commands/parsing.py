@@ -1,4 +1,4 @@
-"""The command line as typed objects: tyro over frozen dataclasses, with mistakes as one line."""
+"""Parse the command line into typed objects: tyro over frozen dataclasses, with mistakes as one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import check_call
 
-if TYPE_CHECKING:  # what a command needs is imported when it is
+if TYPE_CHECKING:  # a command imports what it needs when it runs
     from jaxmodels.config import Config
     from jaxmodels.launch.place import Place
 
@@ -25,21 +25,21 @@ HELP = {"-h", "--help"}
 
 @dataclass(frozen=True)
 class Configured:
-    """A config file that a command is given, and what it says with the fields that the command line changes."""
+    """The config file that a command was given, and the config with the command line's changes."""
 
     config: Config
     file: str
     overrides: list[str]
-    """The arguments behind the file."""
+    """The arguments after the file."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A place that a command is given, as the command line changes it, and what follows `--`."""
+    """The place that a command was given, with the command line's changes, and what follows `--`."""
 
     place: Place
     file: str
-    """The file that gives the place; empty where it was named."""
+    """The file that defines the place; empty if the place was named."""
     command: tuple[str, ...]
 
 
@@ -49,10 +49,10 @@ class NoOptions:
 
 
 def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
-    """Command-line arguments as a typed object (tyro), with mistakes as one-line `UserError`s.
+    """Parse command-line arguments into a typed object (tyro), with mistakes as one-line `UserError`s.
 
-    `kind` is a dataclass, or a function that is called once all arguments are known to be good; `--help` prints and
-    exits with 0.
+    `kind` is a dataclass, or a function that is called once all arguments are known to be valid. `--help` prints the
+    help and exits with 0.
     """
     import tyro
 
@@ -65,7 +65,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
     argv = once(kind, argv, prog, given)
     said = io.StringIO()
     try:
-        # help is broken into lines for the reader's terminal, a mistake is one line
+        # help is wrapped for the reader's terminal, an error is one line
         width = contextlib.nullcontext() if HELP & set(argv) else _wide_terminal()
         with contextlib.redirect_stderr(said), width:
             value, unknown = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True, **given)
@@ -83,10 +83,10 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
 
 
 def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> list[str]:
-    """The arguments with each option once: what is given in several parts for several values is put together.
+    """Merge repeated options: several values of one option that are given in parts are put together.
 
     Raises:
-        UserError: an option of one value is given twice.
+        UserError: an option that takes one value is given twice.
     """
     import tyro
 
@@ -114,9 +114,9 @@ def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> li
 
 
 def _later(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but for its work: it gives what checks the arguments and does it.
+    """Wrap a function so that calling it only binds the arguments and returns a function that does the work.
 
-    tyro would call it before it says what it did not know.
+    tyro would otherwise run the command before it reports unknown options.
     """
 
     @functools.wraps(function)
@@ -132,7 +132,7 @@ def _later(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _wide_terminal() -> Iterator[None]:
-    """A terminal so wide that tyro's messages are not broken into lines."""
+    """Make the terminal so wide that tyro does not wrap its messages."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"
     try:
@@ -144,13 +144,13 @@ def _wide_terminal() -> Iterator[None]:
 
 
 def _unknown(name: str, known: Sequence[str], prog: str) -> str:
-    """What to say about an option that does not exist: the nearest of its section, or of all."""
+    """Format the message about an unknown option, with the nearest one of its section, or of all."""
     section, _, field_name = name.rpartition(".")
     here = [option.rpartition(".")[2] for option in known if section and option.startswith(section + ".")]
     close = difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)
     if close:
         close = [f"{section}.{close[0]}"]
-    else:  # a field of another section, or without one
+    else:  # an option of another section, or of none
         close = [option for option in known if option.endswith("." + field_name.lstrip("-"))]
     if not close and not here:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -160,14 +160,14 @@ def _unknown(name: str, known: Sequence[str], prog: str) -> str:
 
 
 def _help(prog: str, option: str) -> str:
-    """The command that shows what an option takes: of a config's fields, the help of its section."""
+    """Return the command that shows what an option takes: for a config's field, the help of its section."""
     section, dot, _ = option.lstrip("-").partition(".")
     return f"{prog} --help" + (f" {section}" if dot and ".py" in prog else "")
 
 
 def _one_line(message: str, prog: str) -> str:
-    """tyro's boxed error as one line: got, expected, try."""
-    # colors, and the box in either of the ways that tyro draws it
+    """Convert tyro's boxed error to one line: got, expected, try."""
+    # remove colors, and the box in either of tyro's styles
     lines = [re.sub(r"\x1b\[[0-9;]*m|-{5,}", "", line).strip("│╭╮╰╯─| ") for line in message.splitlines()]
     lines = [
         line
@@ -184,12 +184,12 @@ def _one_line(message: str, prog: str) -> str:
     if missing := re.match(r"Missing from .*?: (.*)", text):
         wanted, _, unknown = missing[1].partition("Unrecognized options:")
         parts = [part.strip().rstrip(".") for part in wanted.split("(required)")[:-1]]
-        # an argument without a name is told by its description
+        # a positional argument is shown by its description
         parts = [part if part.startswith("--") else part.partition(" ")[2] for part in parts]
         got = repr(unknown.split()[0]) if unknown else "too few arguments"
         close = nearest(got.strip("'"), [part.split()[0] for part in parts])
         return f"got {got}, expected {' and '.join(parts)}{close or f', try {prog} --help'}"
-    if own := re.match(r"Error parsing \w+: (got .*)", text):  # by a section's own check
+    if own := re.match(r"Error parsing \w+: (got .*)", text):  # from a section's own check
         return own[1]
     if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
         return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {_help(prog, wrong[1])}"

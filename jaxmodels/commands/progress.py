@@ -1,4 +1,4 @@
-"""How far a command has come."""
+"""Progress of a long command."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_SAID = 1_000_000_000  # bytes from which on progress is said
+_SAID = 1_000_000_000  # bytes from which on progress is shown
 
 
 @contextlib.contextmanager
 def progress(verb: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """What is to be told of bytes done: a bar on a terminal, else a line for every tenth of what is large."""
+    """Yield a function to call with bytes done: it draws a bar on a terminal, else prints a line per tenth of a large
+    total."""
     if sys.stdout.isatty():
         from rich.progress import (
             BarColumn,

@@ -19,7 +19,7 @@ FREQUENT = (
 
 
 def short(prog: str, file: str, config: Config, more: type) -> str:
-    """The help of a command that takes a config; values are those of the config."""
+    """Format the help of a command that takes a config; the values shown are the config's."""
     width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     own = [(_option(f.name, kind), text) for f, kind, text in _fields(more)]
     values = configs.flatten(config)
@@ -42,11 +42,11 @@ def short(prog: str, file: str, config: Config, more: type) -> str:
 
 
 FILE = "CONFIG.py"
-"""What stands for a config that is not named."""
+"""The placeholder for a config that is not named."""
 
 
 def _fields(kind: type) -> list[tuple[Any, Any, str]]:
-    """A class's fields with their types, and what they mean with their defaults."""
+    """List a class's fields with types, descriptions and defaults."""
     hints, docs = get_type_hints(kind), configs.docs(kind)
     return [
         (f, hints[f.name], docs[f.name] + (f" ({f.default})" if f.default not in (None, "", (), False) else ""))
@@ -55,7 +55,7 @@ def _fields(kind: type) -> list[tuple[Any, Any, str]]:
 
 
 def _option(name: str, kind: Any) -> str:
-    """An option and what it takes."""
+    """Format an option and the values it takes."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     takes = {bool: "", int: "N", Path: "PATH", Path | None: "PATH"}
@@ -68,7 +68,7 @@ def _written(value: Any) -> str:
 
 
 def _listed(title: str, rows: list[tuple[str, str]], width: int, whole: bool = False) -> str:
-    """Names and what they mean in two columns: the whole of it, or what has room in a line."""
+    """List names and descriptions in two columns: whole descriptions, or what fits on one line."""
     if not rows:
         return ""
     column = min(max(len(name) for name, _ in rows), 30) + 4
@@ -84,7 +84,7 @@ def _listed(title: str, rows: list[tuple[str, str]], width: int, whole: bool = F
 
 
 def _cut(text: str, room: int) -> str:
-    """A text's first clause that has room, or as many words."""
+    """Return a text's first clause if it fits, or else as many words as fit."""
     for end in (". ", "; ", " ("):
         text = text.partition(end)[0] if len(text) > room else text
     return textwrap.shorten(text.rstrip("."), room, placeholder=" …")

@@ -1,6 +1,6 @@
 """An experiment as data: its sections, and how they are loaded, overridden, explained and saved.
 
-A config file defines `get_config() -> Config`; every field can be overridden as `--section.field value`, and a section
+A config file defines `get_config() -> Config`. Every field can be overridden by `--section.field value`, and a section
 that comes in several kinds by `--section kind`.
 """
 

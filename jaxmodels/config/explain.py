@@ -1,4 +1,4 @@
-"""What a config says: every field by its name, where its value came from, and what it means."""
+"""Explaining configs: every field by name, where its value came from, and what it means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxmodels.fields import docs
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name; a section that comes in several kinds is the name of its kind, too."""
+    """Return every field by its dotted name; a section that comes in several kinds also appears, as its kind's name."""
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -26,7 +26,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ, by dotted name: (in a, in b)."""
+    """Return the fields that differ, by dotted name: (in a, in b)."""
     left, right = flatten(a), flatten(b)
     return {
         name: (left.get(name), right.get(name)) for name in sorted(left | right) if left.get(name) != right.get(name)
@@ -34,7 +34,7 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def provenance(config: Config, name: str, origin: Mapping[str, Any]) -> str:
-    """Where a field's value came from: the command line, the config file, or the default."""
+    """Say where a field's value came from: the command line, the config file, or the default."""
     option = "--" + name.replace("_", "-")
     given = {arg.split("=")[0].replace("_", "-") for arg in origin.get("overrides", [])}
     if option in given:
@@ -48,7 +48,7 @@ def provenance(config: Config, name: str, origin: Mapping[str, Any]) -> str:
 
 
 def documentation(config: Config, name: str) -> str:
-    """The text under a field's definition."""
+    """Return the docstring under a field's definition."""
     *path, field = name.split(".")
     owner: Any = config
     for part in path:

@@ -15,16 +15,16 @@ from jaxmodels.fields import checked, shown
 from jaxmodels.registry import given_by
 
 FORMAT = 2
-"""The version of what `to_json` writes."""
+"""The format version that `to_json` writes."""
 KIND = "class"
-"""The name of a section's kind in JSON, which no field can have."""
+"""The JSON key of a section's kind; no field can have this name."""
 
 
 def load(path: str | Path) -> Config:
-    """The config that a file's `get_config()` returns.
+    """Load the config that a file's `get_config()` returns.
 
     Raises:
-        UserError: no such file, no `get_config`, or an error inside it.
+        UserError: there is no such file, no `get_config` in it, or an error inside it.
     """
     config = given_by(path, "config", "get_config", "a Config")
     if not isinstance(config, Config):
@@ -34,7 +34,7 @@ def load(path: str | Path) -> Config:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config as JSON values: its sections, those of several kinds with the name of theirs, and the format.
+    """Convert the config to JSON values: its sections, with their kinds' names where they have several, and the format.
 
     Raises:
         UserError: a section is of a kind that another process could not import.
@@ -50,11 +50,10 @@ def _encoded(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Config:
-    """The config that `to_json` wrote.
+    """Rebuild the config that `to_json` wrote.
 
     Raises:
-        UserError: it is not that: a section or a value is missing, unknown, or of another type; a kind is not
-            installed here.
+        UserError: a section or a value is missing, unknown, or of another type, or a kind is not installed here.
     """
     sections = [f.name for f in dataclasses.fields(Config)]
     if not isinstance(value, Mapping):
@@ -71,7 +70,7 @@ def from_json(value: Any) -> Config:
 
 
 def _decoded(hint: Any, usual: Any, value: Any, name: str) -> Any:
-    """A value of a field; `usual` is what the field holds by default."""
+    """Decode a field's value; `usual` is the field's default."""
     options = [hint, *getattr(hint, "__args__", ())]
     kind: Any = next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
     if usual is not None and dataclasses.is_dataclass(usual) and isinstance(value, Mapping):
@@ -102,10 +101,10 @@ def save(config: Config, path: Path, origin: Mapping[str, Any]) -> None:
 
 
 def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
-    """The config of a run directory, and its origin.
+    """Read the config of a run directory, and its origin.
 
     Raises:
-        UserError: no run there.
+        UserError: there is no run.
     """
     path = Path(run) / "config.json"
     if not path.is_file():
@@ -113,7 +112,7 @@ def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"got run {str(run)!r}, expected a directory with config.json{nearest(str(run), near)}")
     try:
         value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # cut off, binary, or nested without end
+    except (ValueError, RecursionError) as error:  # truncated, binary, or nested too deep
         raise UserError(
             f"got {str(path)!r} that is not JSON ({error}), expected a run's config, try a copy of it"
         ) from error

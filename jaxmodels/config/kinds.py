@@ -1,4 +1,4 @@
-"""Sections that come in several kinds: their names, and how one kind takes the place of another."""
+"""Sections that come in several kinds: their names, and replacing one kind by another."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jaxmodels.registry import Registry
 
 
 def kinds_of(section: Any) -> Registry | None:
-    """The registry of a section's kinds; None where it has only one."""
+    """Return the registry of a section's kinds, None if it has only one."""
     return getattr(section, "kinds", None)
 
 
 def kind_name(section: Any) -> str:
-    """The name of the kind that a section is of.
+    """Return the name of a section's kind.
 
     Raises:
         UserError: another process could not import it.
@@ -27,7 +27,7 @@ def kind_name(section: Any) -> str:
 
 
 def with_kinds(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The sections that come in several kinds by their dotted names, outer ones first."""
+    """Yield the sections that come in several kinds by their dotted names, outer ones first."""
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
         if dataclasses.is_dataclass(value):
@@ -37,10 +37,10 @@ def with_kinds(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def of_kind(section: Any, name: str) -> Any:
-    """A section of the kind of that name, with the fields that both kinds have and that `section` has set.
+    """Return a section of the named kind, with the fields that `section` has set and both kinds have.
 
     Raises:
-        UserError: no such kind, or it is none of this section's.
+        UserError: there is no such kind, or it is a kind of another section.
     """
     kinds = kinds_of(section)
     assert kinds is not None
@@ -54,7 +54,7 @@ def of_kind(section: Any, name: str) -> Any:
 
 
 def replaced(owner: Any, field: str, value: Any) -> Any:
-    """A config with one field, by its dotted name, of another value; for a section, of another kind by its name.
+    """Return a config with one field, given by its dotted name, set to a value; a section is set by its kind's name.
 
     Raises:
         UserError: the section's kind has no such field.
@@ -71,6 +71,6 @@ def replaced(owner: Any, field: str, value: Any) -> Any:
 
 
 def check_kinds(config: Config) -> None:
-    """Raises UserError where a section is of a kind that other processes cannot import."""
+    """Raise UserError if a section is of a kind that other processes cannot import."""
     for _, section in with_kinds(config):
         kind_name(section)

@@ -19,7 +19,7 @@ from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, T
 
 @dataclass(frozen=True)
 class AnyModel(ModelConfig):
-    """The model's fields, which depend on its family: name a config first."""
+    """The model's fields, which depend on its family: name a config file first."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class Config(Section):
     data: DataConfig = Stdlib()
     """Where batches come from."""
     augment: Augment = Augment()
-    """How images of the training set are changed at random."""
+    """Random changes of training images."""
     optim: OptimConfig = AdamW()
     """How the loss is minimized."""
     train: Train = Train()
     """Length, precision and strategy of training."""
     eval: Eval = Eval()
-    """Evaluation while training."""
+    """Evaluation during training."""
     checkpoint: Checkpoint = Checkpoint()
-    """What is saved, and when."""
+    """Which checkpoints are saved and kept."""
     mesh: Mesh = Mesh()
-    """How devices are divided."""
+    """How devices are divided among the kinds of parallelism."""
     metrics: Metrics = Metrics()
-    """What is reported."""
+    """Where and how often metrics are reported."""
     profile: Profile = Profile()
-    """A trace of chosen steps, for TensorBoard or Perfetto."""
+    """A profile of chosen steps, for TensorBoard or Perfetto."""
     init: Init = Init()
-    """Where the parameters start."""
+    """Where the parameters come from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
