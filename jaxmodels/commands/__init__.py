@@ -1,9 +1,9 @@
 """The commands of `jaxmodels`: one module each, found by one table.
 
 A command is a function: its parameters are its arguments and options, its docstring is its help, and it returns an exit
-code or None. One whose first parameter is a `Configured` takes a config file and any of its fields; the options that it
-has beside them are a dataclass, its second parameter. The first line of its module says how it is called and what it is
-for; `jaxmodels --help` reads that line without importing the module.
+code or None. If its first parameter is a `Configured`, it takes a config file and any of its fields, and its own
+options are a dataclass, the second parameter. The first line of its module gives its usage and purpose; `jaxmodels
+--help` reads that line without importing the module.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ COMMANDS = Registry(
         "launch cancel": "jaxmodels.commands.launch_cancel:cancel",
     },
 )
-"""A name of two words is a command of a group. Installed packages add theirs by entry points."""
+"""A name of two words is a command in a group. Installed packages add theirs by entry points."""
 
 began: float | None = None
-"""Unix seconds at which this process began, where it is one command's own (`cli.process`)."""
+"""Unix seconds at which this process started, if it is a command's own (`cli.process`)."""
 
 
 def split(argv: list[str]) -> tuple[str, list[str]]:
-    """The name of the command that arguments begin with, of one word or two, and the rest of them.
+    """Split arguments into the name of the command, of one word or two, and the rest.
 
     Raises:
         UserError: there is no such command.
@@ -76,15 +76,15 @@ def split(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def members(group: str) -> list[str]:
-    """The commands of a group such as `data`, without its name."""
+    """Return the commands in a group such as `data`, without its name."""
     return [name.partition(" ")[2] for name in COMMANDS.names() if name.startswith(f"{group} ")]
 
 
 def run(name: str, argv: list[str]) -> int:
-    """Run a command with its arguments; returns the exit code.
+    """Run a command with its arguments; return the exit code.
 
     Raises:
-        UserError: an argument that is wrong, or a mistake that the command finds.
+        UserError: an argument is wrong, or the command finds a mistake.
     """
     from jaxmodels.commands.parsing import Configured, NoOptions, Placed, parse
 
@@ -105,10 +105,10 @@ def run(name: str, argv: list[str]) -> int:
 
 
 def check(name: str, argv: list[str]) -> None:
-    """Hold a command's arguments to what it takes, and run nothing.
+    """Check a command's arguments without running it.
 
     Raises:
-        UserError: an argument that is wrong.
+        UserError: an argument is wrong.
     """
     from jaxmodels.commands.parsing import Configured, NoOptions, parse
 
@@ -123,19 +123,19 @@ def check(name: str, argv: list[str]) -> None:
 
 
 def listed(group: str = "") -> str:
-    """The commands, or those of a group such as `data`, with what each is for, as lines of text."""
+    """List the commands, or those in a group such as `data`, with the purpose of each."""
     rows = [summary(name) for name in COMMANDS.names() if name.startswith(group)]
     width = max(len(form) for form, _ in rows if len(form) <= 32)
     return "\n".join(f"  {form:{width}}  {purpose}".rstrip() for form, purpose in rows)
 
 
 def summary(name: str) -> tuple[str, str]:
-    """How a command is called and what it is for, as its module says in its first line."""
+    """Return a command's usage and purpose, from the first line of its module."""
     outside = {entry.name: entry.value for entry in metadata.entry_points(group=COMMANDS.group)}
     module = COMMANDS.builtin.get(name, outside.get(name, "")).partition(":")[0]
     try:
         spec = importlib.util.find_spec(module)
-    except Exception as error:  # another's package, whatever it does
+    except Exception as error:  # a package from outside may raise anything
         return name, f"cannot be imported: {error}"
     source = spec.loader.get_source(module) if spec and isinstance(spec.loader, importlib.abc.InspectLoader) else None
     first = (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0]

@@ -7,14 +7,14 @@ from jaxmodels.errors import printable
 
 
 def diff(a: str, b: str, /) -> None:
-    """Fields in which two runs differ.
+    """Show the fields in which two runs differ.
 
     Args:
         a: a run directory.
-        b: another one.
+        b: another run directory.
     """
     found = configs.differences(configs.read(a)[0], configs.read(b)[0])
     for name, (left, right) in found.items():
         print(printable(f"{name}: {left!r} in {a}, {right!r} in {b}"))
     if not found:
-        print("the same config")
+        print("the configs are equal")

@@ -9,7 +9,7 @@ from jaxmodels.errors import UserError, nearest, printable
 
 
 def explain(source: str, field: str | None = None, /) -> None:
-    """A field's value, what it means, and where the value came from.
+    """Show a field's value, what it means, and where the value came from.
 
     Args:
         source: a run directory or a config file.

@@ -21,15 +21,15 @@ def clean(
     lines: bool = False,
     rules: Annotated[Rules, tyro.conf.arg(name="")] = DEFAULT,
 ) -> None:
-    """Normalize and filter texts, leave out duplicates, and say what went out and why.
+    """Normalize and filter texts, leave out duplicates, and report what was left out and why.
 
     Args:
         paths: files or globs: CSV, JSON lines or Parquet; any other file is a text.
-        out: JSON lines of the texts that are kept, each with the other fields of its row; what was left out is told
-            in OUT.report.json beside it.
+        out: JSON lines of the texts that are kept, each with the other fields of its row; OUT.report.json beside it
+        lists what was left out.
         text_field: the column of a table that holds the text.
-        lines: whether each line of a file of text is a text of its own.
-        rules: what a text must be to be kept.
+        lines: whether each line of a text file is a separate text.
+        rules: what a text must satisfy to be kept.
     """
     print(cleaned(paths, out, text_field, lines, rules).show())
-    print(f"written: {out}, and all that was left out: {beside(out)}")
+    print(f"written: {out}, and what was left out: {beside(out)}")

@@ -13,10 +13,10 @@ from jaxmodels.fields import Section
 
 @dataclass(frozen=True)
 class InspectOptions(Section):
-    """Where a picture of images goes, and the fields of the experiment."""
+    """Where the picture of training images goes, and the fields of the experiment."""
 
     out: Path = Path("inspect.png")
-    """PNG of images to train on, where the data has some."""
+    """PNG file for training images, if the data has images."""
 
 
 def inspect(given: Configured, options: InspectOptions) -> None:
@@ -29,7 +29,7 @@ def inspect(given: Configured, options: InspectOptions) -> None:
 def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
     """Print what a run would train and evaluate on, and the first n examples as the model will see them.
 
-    Of images draw some into `out`, each as several epochs change it.
+    Images are drawn into `out`, each as several epochs augment it.
     """
     import numpy as np
 
@@ -47,7 +47,7 @@ def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
     train, held_out = sources["train"], sources["eval"]
     if isinstance(train, Windows) and isinstance(held_out, Windows):
         loss = unigram_loss(train, held_out)
-        print(f"A unigram model of the training tokens has a loss of {loss:.3f} nats a token on the held-out ones.")
+        print(f"A unigram model of the training tokens has a loss of {loss:.3f} nats per token on the held-out ones.")
 
     order = Order(len(train), cfg.data.batch_size, cfg.train.seed)
     loader = Loader(train, order)
@@ -59,4 +59,4 @@ def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
         print(preview.show(example, train))
     first = np.concatenate([order.indices(k) for k in range(-(-preview.IMAGES // order.batch_size))])
     if preview.grid(train, first[: preview.IMAGES], out):
-        print(f"\n{out}: images to train on with their labels, each as several epochs show it")
+        print(f"\n{out}: training images with their labels, each as several epochs augment it")

@@ -1,4 +1,4 @@
-"""`jaxmodels data train-tokenizer FILE...`: a tokenizer learned from files of text."""
+"""`jaxmodels data train-tokenizer FILE...`: train a tokenizer on text files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxmodels.fields import Dim
 
 
 def train_tokenizer(paths: tuple[str, ...], /, vocab_size: Dim = 8192, out: Path = Path("tokenizer.json")) -> None:
-    """Train a byte-level BPE on files of text.
+    """Train a byte-level BPE on text files.
 
     Args:
         paths: files or globs.
@@ -25,5 +25,5 @@ def train_tokenizer(paths: tuple[str, ...], /, vocab_size: Dim = 8192, out: Path
     tokenizer = tokenizers.train_bpe(corpus.read(files, strict=True), vocab_size, out)
     sample = next(iter(corpus.read(files[:1], strict=True)))[:100_000]
     ratio = len(sample.encode()) / max(len(tokenizer.encode(sample)), 1)
-    print(f"{out}: {tokenizer.vocab_size:,} tokens, {ratio:.2f} bytes a token at the beginning of {files[0].name}")
+    print(f"{out}: {tokenizer.vocab_size:,} tokens, {ratio:.2f} bytes per token at the beginning of {files[0].name}")
     print(f"Use it with --data.tokenizer {out} --model.vocab-size {tokenizer.vocab_size}")

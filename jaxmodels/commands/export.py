@@ -12,13 +12,13 @@ from jaxmodels.errors import UserError
 
 
 def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: str = "5GB") -> None:
-    """Weights of a run in Hugging Face's format, with config.json and the tokenizer.
+    """Write a run's weights in Hugging Face's format, with config.json and the tokenizer.
 
     Args:
         run: run directory.
-        directory: the folder to make.
+        directory: the folder to create.
         best: the best checkpoint instead of the newest.
-        shard_size: largest file of weights, such as 500MB.
+        shard_size: size of the largest weight file, such as 500MB.
     """
 
     from jaxmodels.hf import beside, save
@@ -40,10 +40,10 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as 5GB or 500MB.
+    """Parse a size such as 5GB or 500MB into bytes.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
     count = int(float(found[1]) * 1000 ** " KMG".index(found[2].upper() or " ")) if found else 0

@@ -24,11 +24,11 @@ log = logging.getLogger("jaxmodels")
 
 
 def import_run(directory: Path, /, out: Path) -> None:
-    """A run directory from weights in Hugging Face's format, to sample from, evaluate, or start a training from.
+    """Make a run directory from weights in Hugging Face's format, to sample from, evaluate, or start training from.
 
     Args:
         directory: a folder with config.json and model.safetensors (or its index and shards).
-        out: the run directory to make.
+        out: the run directory to create.
     """
     from jaxmodels.train import run as runs
     from jaxmodels.train import saved
@@ -37,7 +37,7 @@ def import_run(directory: Path, /, out: Path) -> None:
     with save.complete(out) as part:
         source = load.open_source(directory)
         config = source.model.config
-        # before the weights: something may be damaged, or a link that leads elsewhere
+        # before the weights, since something may be damaged, or a link may lead elsewhere
         beside.keep(directory, part)
         tokenizer = data.load_tokenizer(directory) if (directory / FILE).is_file() else None
         if tokenizer is not None:
@@ -64,15 +64,15 @@ def import_run(directory: Path, /, out: Path) -> None:
         checkpointer.save(0, state, meta)
         checkpointer.wait()
         origin = {"file": str(directory), "overrides": [], "versions": runs.versions(), "commit": runs.commit()}
-        configs.save(cfg, part / "config.json", origin)  # last: without it this is no run
+        configs.save(cfg, part / "config.json", origin)  # last, because without it this is not a run
     what = family_of(config).name
     print(f"{out}: {what}, {source.model.count():,} parameters from {len(source.found)} tensors of {directory}")
 
 
 def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
-    """The config of an imported run: its model, and data that the model can take."""
+    """Build the config of an imported run: its model, and data that the model can take."""
     if task not in tasks.TASKS.names():
-        return Config(model=model)  # to be exported again; there is no task that trains it
+        return Config(model=model)  # only to be exported again; no task trains it
     made = tasks.TASKS.find(task)()
     data: DataConfig = Synthetic()
     if made.answers == "continuation" or (made.answers == "gaps" and tokenizer):
@@ -82,7 +82,7 @@ def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
 
 
 def masking(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer) -> TaskConfig:
-    """The task with the token that stands for those taken out, and with those that never are."""
+    """Set the task's mask token, and the ids that are never masked."""
     token = text_of(directory, "mask_token")
     ids = tokenizer.ids((token or "[MASK]", text_of(directory, "pad_token") or "[PAD]"))
     kept = {i for i in (ids[1], *tokenizer.before, *tokenizer.after) if i is not None}

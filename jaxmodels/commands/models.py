@@ -6,9 +6,9 @@ from typing import Any
 
 
 def models(name: str | None = None, /) -> None:
-    """Families and presets with their sizes, or one model's tree of parameters.
+    """List families and presets with their sizes, or one model's tree of parameters.
 
-    FLOPs are those of a forward pass, for each token (at a context of at most 2,048) or example.
+    FLOPs are those of a forward pass, per token (at a context of at most 2,048) or per example.
 
     Args:
         name: a preset or a family, such as llama3-8b.
@@ -19,14 +19,14 @@ def models(name: str | None = None, /) -> None:
     from jaxmodels.models import flops
     from jaxmodels.models.families import create, list_models
 
-    jax.config.update("jax_platforms", "cpu")  # shapes are all there is: no accelerator is looked for
+    jax.config.update("jax_platforms", "cpu")  # only shapes are needed: do not look for accelerators
     if name is None:
         readable = hf.supported()
         print(f"{'':27s}{'parameters':>17s}   FLOPs forward")
         for family, presets in list_models().items():
             kinds = ", ".join(readable.get(family, ()))
             print(f"{family}{kinds and f' (weights in and out: {kinds})'}")
-            for preset in presets:  # each as soon as it is known
+            for preset in presets:  # print each as soon as it is known
                 model = flops.countable(create(preset))
                 print(f"  {preset:25s}{model.count():>17,}   {forward_flops(model)}", flush=True)
         return
@@ -40,12 +40,12 @@ def models(name: str | None = None, /) -> None:
 
 
 def forward_flops(model: Any) -> str:
-    """FLOPs of a forward pass as text."""
+    """Format the FLOPs of a forward pass."""
     import numpy as np
 
     from jaxmodels.models import flops
 
     if not np.issubdtype(model.inputs(1)[0].dtype, np.integer):
-        return f"{flops.forward(model, 1):.3g} an example"
+        return f"{flops.forward(model, 1):.3g} per example"
     length = min(getattr(model.config, "context", 2048), 2048)
-    return f"{flops.forward(model, 1, length) / length:.3g} a token, T={length:,}"
+    return f"{flops.forward(model, 1, length) / length:.3g} per token, T={length:,}"

@@ -29,46 +29,48 @@ PICTURE = Path("scaling.png")
 
 @dataclass(frozen=True)
 class PlanOptions(Section):
-    """The hardware that is planned for, and the fields of the experiment."""
+    """The hardware to plan for, and the fields of the experiment."""
 
     on: str = ""
-    """Hardware and shape, or several with commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16, v5p:4x4x4,8x8x8."""
+    """Hardware and topology, or several separated by commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16,
+    v5p:4x4x4,8x8x8."""
     search: bool = False
-    """Try meshes, microbatches, rematerialization and attention kernels: the fastest, and the least memory."""
+    """Search meshes, microbatches, rematerialization and attention kernels for the fastest step and the least
+    memory."""
     scaling: bool = False
-    """How the step scales over the sizes of --on, and along which axis of the mesh."""
+    """Show how the step scales over the topologies of --on, and along which axis of the mesh."""
     failures: bool = False
-    """What failures of nodes cost: expected goodput, best interval between saves, when the job ends."""
+    """Forecast the cost of node failures: expected goodput, the best interval between saves, and when the job ends."""
     node_hours: Positive | None = None
-    """Hours between failures of a node on average; when not given 6300, which 2,048 nodes with H100s had (Llama 3)."""
+    """Mean hours between failures of a node. Default: 6300, as observed on 2,048 nodes with H100s (Llama 3)."""
     save_rate: Positive | None = None
-    """GB/s that a node writes checkpoints with; 1 when not given."""
+    """Rate at which a node writes checkpoints, in GB/s. Default: 1."""
     restart: Positive | None = None
-    """Seconds from a failure to the first new step; 300 when not given."""
+    """Seconds from a failure to the first new step. Default: 300."""
     candidates: Count | None = None
-    """How many a search compiles; 40 when not given."""
+    """How many candidates a search compiles. Default: 40."""
     workers: Workers | None = None
-    """How many are compiled at a time; half as many as there are cores when not given."""
+    """How many are compiled at a time. Default: half as many as there are cores."""
     out: Path | None = None
-    """File for the options of `train` that a search found (h100-4x8.args and so on when not given), or for the picture
-    of the scaling (scaling.png)."""
+    """File for the options of `train` that a search found (default: h100-4x8.args and so on), or for the picture of the
+    scaling (default: scaling.png)."""
     json: Path | None = None
     """Write the plans to this file too."""
 
 
 def plan(given: Configured, options: PlanOptions) -> None:
-    """Plan a config on each topology that is asked for."""
+    """Plan a config on each requested topology."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # shapes are all there is: an accelerator that is here is not taken
+    jax.config.update("jax_platforms", "cpu")  # only shapes are needed: leave accelerators alone
     planned(given.config, options, given.file)
 
 
 def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
-    """Plan a config on each topology that is asked for, and print what comes out; `file` is the config's.
+    """Plan a config on each requested topology and print the results; `file` is the config's.
 
     Raises:
-        UserError: no topology, or one that is not known; a config that does not fit it.
+        UserError: there is no topology or an unknown one, or the config does not fit it.
     """
     if not options.on:
         raise UserError("got no --on, expected a topology, try --on h100:1x8 or --on v5e:4x4")
@@ -109,7 +111,7 @@ def args_of(topology: Topology) -> Path:
 
 
 def asked(on: str) -> list[Topology]:
-    """Topologies from their names; a shape alone is of the hardware before it."""
+    """Parse topologies by their names; a topology without hardware uses that of the one before it."""
     from jaxmodels.plan import topology
 
     names: list[str] = []
@@ -120,7 +122,7 @@ def asked(on: str) -> list[Topology]:
 
 
 def plan_each(cfg: Config, on: list[Topology], rates: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """The config as it is on each topology; with failures at such `rates`, where they are given."""
+    """Plan the config unchanged on each topology; with failures at these `rates`, if given."""
     from jaxmodels.plan import compile as compiling
     from jaxmodels.plan import failures
     from jaxmodels.plan.figures import figures, figures_table
@@ -142,7 +144,8 @@ def plan_each(cfg: Config, on: list[Topology], rates: dict[str, float] | None = 
 
 
 def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> list[dict[str, Any]]:
-    """The best ways to run the config on each topology; the fastest is left in a file, as options of `train`."""
+    """Search for the best ways to run the config on each topology; write the fastest one's options of `train` to a
+    file."""
     from jaxmodels import config as configs
     from jaxmodels.plan import search as searching
     from jaxmodels.plan.candidates import arguments, overrides
@@ -165,7 +168,7 @@ def search(cfg: Config, on: list[Topology], options: PlanOptions, file: str) -> 
 
 
 def scale(cfg: Config, on: list[Topology], options: PlanOptions) -> list[dict[str, Any]]:
-    """The curves of the config over topologies, with a picture."""
+    """Compute the scaling curves of the config over topologies, with a picture."""
     from jaxmodels.plan import scaling
     from jaxmodels.report import scaling as pictures
 

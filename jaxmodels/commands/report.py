@@ -11,13 +11,13 @@ from jaxmodels.errors import UserError, check_place
 
 
 def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None = None, best: bool = False) -> None:
-    """One HTML page of what runs did, with its pictures beside it.
+    """Write one HTML page about what runs did, with its pictures beside it.
 
     Args:
-        runs: run directories; their curves are drawn over each other.
-        out: where report.html goes; the first run's directory, report/, when not given.
-        split: another split of the set than the runs' own to evaluate on.
-        best: the best checkpoints instead of the newest.
+        runs: run directories; their curves are overlaid.
+        out: where report.html goes; default: report/ in the first run's directory.
+        split: split to evaluate on instead of the runs' own.
+        best: use the best checkpoints instead of the newest.
     """
     from jaxmodels.report.build import write
     from jaxmodels.train.run import compilation_cache
@@ -26,7 +26,7 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
     if not runs:
         raise UserError("got no run, expected one or more run directories, try jaxmodels report runs/NAME")
     for run in runs:
-        cfg, _ = configs.read(run)  # whether it is one
+        cfg, _ = configs.read(run)  # fails if it is not a run
         if split is not None and not hasattr(cfg.data, "eval_split"):
             raise UserError(
                 f"got --split {split!r} for {run}, whose data {cfg.data.kind} has no splits, "
@@ -38,7 +38,7 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
 
 
 def names(runs: Sequence[str]) -> list[str]:
-    """A short name for each run: its folder's, and the whole path where two have the same."""
+    """Return a short name for each run: its folder's name, or the whole path if two are equal."""
     short = [Path(run).resolve().name for run in runs]
     many = Counter(short)
     found = [run if many[name] > 1 else name for run, name in zip(runs, short, strict=True)]

@@ -19,17 +19,17 @@ SAVED = 75
 
 @dataclass(frozen=True)
 class RunOptions(Section):
-    """Where a run lives, and the fields of its experiment."""
+    """The run directory, and the fields of the experiment."""
 
     run_dir: str | None = None
-    """Run directory; runs/<name of the config file> when not given."""
+    """Run directory. Default: runs/<name of the config file>."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """auto: go on from the newest checkpoint of the same config; must: with a changed config too, but never from
-    nothing; never: start anew, moving an earlier run aside."""
+    """auto: continue from the newest checkpoint of the same config. must: also with a changed config, but never from
+    nothing. never: start anew, moving an earlier run aside."""
 
 
 def train(given: Configured, options: RunOptions) -> int:
-    """Train; returns the exit code."""
+    """Train; return the exit code."""
     from jaxmodels.parallel import distributed, progress
     from jaxmodels.train.phases import Phases
 
@@ -44,14 +44,14 @@ def train(given: Configured, options: RunOptions) -> int:
         if distributed.is_main():
             if result.ended == "preempted":
                 saved = f"stopped and saved at step {result.step} in {run}"
-                print(printable(f"{saved}; the same command goes on from there"))
+                print(printable(f"{saved}; the same command continues from there"))
             else:
                 farewell(job, result, run, [given.file, *given.overrides])
     return SAVED if result.ended == "preempted" else 0
 
 
 def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
-    """What came out, where it lies, and what to do next."""
+    """Print the results, where they are, and what to do next."""
     import jax
 
     from jaxmodels import data
@@ -71,7 +71,7 @@ def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:
     baseline = {}
     if isinstance(train_data, data.Windows) and isinstance(eval_data, data.Windows):
         baseline["unigram model"] = data.unigram_loss(train_data, eval_data)
-        print(f"a unigram model of the same text has a loss of {baseline['unigram model']:.4f} nats a token")
+        print(f"a unigram model of the same text has a loss of {baseline['unigram model']:.4f} nats per token")
     curves.draw(run, run / "curves.png", baseline)
     name = f"./{run}" if str(run).startswith("-") else str(run)
     more = ["jaxmodels", "eval", name]

@@ -9,7 +9,7 @@ from jaxmodels.train.space import TuneOptions
 
 
 def tune(given: Configured, options: TuneOptions) -> None:
-    """Search, then the best trials, a picture, and how to run the best one again."""
+    """Search, then print the best trials, draw a picture, and show how to run the best one again."""
     from jaxmodels.report import search as pictures
     from jaxmodels.train import tune as searching
     from jaxmodels.train.run import compilation_cache
@@ -27,4 +27,6 @@ def tune(given: Configured, options: TuneOptions) -> None:
         chosen = {choice.field: best[choice.field] for choice in choices}
         print(f"\nthe best one again:\n  {searching.train_command(file, argv, chosen)}")
     pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
-    print(f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials goes on")
+    print(
+        f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials continues"
+    )
