@@ -1,6 +1,6 @@
 """The command line: it finds the command and always ends with one line and an exit code.
 
-Exit codes: 0 done, 2 the user's mistake, 75 stopped but saved (the same command continues), 1 anything else.
+Exit codes are those of `errors.ExitCode`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from jaxmodels import commands
-from jaxmodels.errors import UserError, printable
+from jaxmodels.errors import ExitCode, UserError, printable
 
 HELP = ("-h", "--help")
 
@@ -46,7 +46,7 @@ def process() -> NoReturn:
     except OSError as error:  # stdout goes to a full disk
         print(f"error: {explain(error)[0]}", file=sys.stderr)
         code = code or 1
-    if code in (0, 75):
+    if code in (ExitCode.DONE, ExitCode.SAVED):
         sys.exit(code)
     # threads still computing would abort an interpreter that does not wait for them
     atexit._run_exitfuncs()
@@ -93,7 +93,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     """Return the message and exit code for an error that is foreseen; (None, …) for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text, 2
+        return text, ExitCode.MISTAKE
     if type(error).__name__ in ("NotFinite", "CheckpointError"):
         return text, 1
     if isinstance(error, OSError) and (said := _of_files(error)) is not None:

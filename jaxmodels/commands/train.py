@@ -10,11 +10,8 @@ from typing import Any, Literal
 
 from jaxmodels import commands
 from jaxmodels.commands.options import Configured
-from jaxmodels.errors import printable
+from jaxmodels.errors import ExitCode, printable
 from jaxmodels.fields import Section
-
-SAVED = 75
-"""Exit code of a run that was told to stop and has saved."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def train(given: Configured, options: RunOptions) -> int:
                 print(printable(f"{saved}; the same command continues from there"))
             else:
                 farewell(job, result, run, [given.file, *given.overrides])
-    return SAVED if result.ended == "preempted" else 0
+    return ExitCode.SAVED if result.ended == "preempted" else ExitCode.DONE
 
 
 def farewell(job: Any, result: Any, run: Path, argv: Sequence[str]) -> None:

@@ -9,18 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from jaxmodels.errors import ExitCode, UserError
+from jaxmodels.launch.output import growing
 from jaxmodels.launch.place import Job, State, Status, write
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
-_POLL_SECONDS = 0.5
 
 
 def log(job: Job) -> Path:
@@ -85,20 +84,7 @@ def status(job: Job, handle: str) -> Status:
 
 def logs(job: Job, handle: str, follow: bool) -> Iterator[str]:
     """The lines of a job's output, with `follow` until its command has ended."""
-    with open(log(job), errors="replace") as file:
-        rest = ""
-        while True:
-            going = follow and _alive(handle)  # asked first, so that nothing is missed between the two
-            for piece in file:
-                rest += piece
-                if rest.endswith("\n"):
-                    yield rest[:-1]
-                    rest = ""
-            if not going:
-                break
-            time.sleep(_POLL_SECONDS)
-        if rest:
-            yield rest
+    return growing(log(job), lambda: follow and _alive(handle))
 
 
 def cancel(handle: str) -> None:
