@@ -157,10 +157,11 @@ class Slurm(Place):
         )
 
     def _srun(self, job: Job) -> list[str]:
-        """srun, with the container. Supervisors end each other, and have the time to; srun only makes sure."""
-        srun = ["srun", "--kill-on-bad-exit=0", f"--wait={self.warning}"]
+        """srun, with the container: one supervisor that is killed ends them all, unless the job may do with fewer."""
+        alone = ["--kill-on-bad-exit=0", "--wait=0", "--no-kill"]
+        together = ["--kill-on-bad-exit=1", f"--wait={self.warning}"]
+        srun = ["srun", *(together if self.min_nodes is None else alone)]
         srun += [f"--cpus-per-task={self.cpus}"] if self.cpus else []
-        srun += ["--no-kill"] if self.min_nodes is not None else []
         if not self.image:
             return srun
         here = str(job.code.directory)

@@ -197,6 +197,7 @@ def test_the_script_says_what_the_place_says(tmp_path):
     ):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text, line
     (srun,) = [line for line in text.split("\n") if line.startswith("srun ")]
+    assert "--kill-on-bad-exit=0 --wait=0 --no-kill" in srun  # the supervisors that are left go on
     assert "--min-nodes 3 -- train" in srun and "--processes 8 --devices 1" in srun and "'two words'" in srun
     assert text.index("module load cuda\n") < text.index(srun)
     assert subprocess.run(["bash", "-n", "-c", text], check=False).returncode == 0
