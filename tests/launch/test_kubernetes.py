@@ -103,7 +103,6 @@ BOTH = {
     ),
     rf"{POD}/containers/0/securityContext/privileged": "TPUs and GPUs of GKE need no privileged container any more",
     rf"{POD}/containers/0/volumeMounts/.*|{POD}/volumes/.*": "runs outlive pods on a claim; xpk's storage is apart",
-    rf"{POD}/tolerations/0/(key|operator)": "the same, in one order",
 }
 GPU = {
     r".*/metadata/annotations/.*": "GPUDirect-TCPX is a matter of the cluster's network: its daemon and interfaces",
