@@ -32,6 +32,8 @@ COMMANDS = Registry(
         "sample": "jaxmodels.commands.sample:sample",
         "models": "jaxmodels.commands.models:models",
         "report": "jaxmodels.commands.report:report",
+        "goodput": "jaxmodels.commands.goodput:goodput",
+        "doctor": "jaxmodels.commands.doctor:doctor",
         "import": "jaxmodels.commands.import_:import_run",
         "export": "jaxmodels.commands.export:export_run",
         "data inspect": "jaxmodels.commands.data_inspect:inspect",

@@ -12,6 +12,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 import traceback
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -101,6 +102,48 @@ def barrier(name: str) -> None:
         # Counted by name, so that threads may wait at different barriers in any order.
         _barriers[name] += 1
         client.wait_at_barrier(f"jaxmodels/{name}/{_barriers[name]}", timeout_in_ms=_BARRIER_SECONDS * 1000)
+
+
+_said: dict[str, str] = {}  # where there is no coordinator, what this one process has said
+
+
+def publish(name: str, text: str) -> None:
+    """Leave a text of this process with the coordinator, once for each name, for `collect`."""
+    announce(f"{name}/{jax.process_index()}", text)
+
+
+def announce(name: str, text: str) -> None:
+    """Leave a text for all with the coordinator; the first one that is left under a name stays."""
+    if _state.client is None:
+        _said.setdefault(name, text)
+    else:
+        _state.client.key_value_set(f"jaxmodels/{name}", text)
+
+
+def heard(name: str, seconds: float) -> str | None:
+    """Wait for what is announced under a name, at most so long; None: nothing was."""
+    if _state.client is None:
+        return _said.pop(name, None)
+    try:
+        return _state.client.blocking_key_value_get(f"jaxmodels/{name}", max(1, int(1000 * seconds)))
+    except Exception:  # jaxlib has no type of its own for a time that is over
+        return None
+
+
+def collect(name: str, seconds: float) -> dict[int, str]:
+    """The texts that processes have published under a name, by their index; those not heard of in time are missing."""
+    end = time.monotonic() + seconds
+    found = {i: heard(f"{name}/{i}", end - time.monotonic()) for i in range(jax.process_count())}
+    return {i: text for i, text in found.items() if text is not None}
+
+
+def own_address() -> str:
+    """The address of this machine from which it reaches the coordinator."""
+    host, _, port = (_state.coordinator_address or "127.0.0.1:1").rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect((host.strip("[]"), int(port)))
+        return probe.getsockname()[0]
 
 
 class Preemption:

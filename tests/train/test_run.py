@@ -22,6 +22,7 @@ import pytest
 
 from jaxmodels import cli
 from jaxmodels import config as configs
+from jaxmodels.report import goodput
 from jaxmodels.train import evaluate, step
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import assemble
@@ -140,6 +141,8 @@ class Disturbed:
     output: dict[str, str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     saved: dict[str, list[int]] = field(default_factory=dict)
+    began: list[float] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +152,13 @@ def disturbed(root: Path, config: Path, tmp_path_factory: pytest.TempPathFactory
 
     def disturb(name: str, process: Process, number: signal.Signals | None = None) -> None:
         seen.codes[name] = process.end(number)
+        seen.ended.append(time.time())
         seen.output[name] = process.output
         seen.broken += broken_checkpoints(seen.run)
         seen.saved[name] = checkpoints.steps()
 
     def start() -> Process:
+        seen.began.append(time.time())
         return Process(root, config, seen.run)
 
     disturb("kill", start().until(12), signal.SIGKILL)
@@ -218,6 +223,25 @@ def test_damaged_checkpoints_are_said_and_the_one_before_is_used(disturbed: Dist
     assert f"error: CHECKPOINT DAMAGED: step {first}: " in said and f"Using step {third} instead" in said
     assert "its sha256 differs" in said and re.search(rf"step {second}: file \S+ has \d+ bytes, not \d+", said)
     assert "CHECKPOINT DAMAGED" in (disturbed.run / "log.txt").read_text()
+
+
+def test_every_second_of_a_run_stopped_in_every_way_is_accounted_for(disturbed: Disturbed) -> None:
+    found = goodput.account(disturbed.run, now=math.inf)
+    each, seconds = found["attempts"], found["seconds"]
+    assert [attempt["ended"] for attempt in each] == ["killed", "killed", "preempted", "preempted", "done"]
+    resumed = [disturbed.saved[name][-1] for name in ("kill", "kill while saving", "SIGTERM")]
+    assert [attempt["first"] for attempt in each] == [0, *resumed, disturbed.saved["SIGINT"][-3]]
+    # as somebody with a watch beside it has seen it, but for what Python needs to begin and to leave
+    wall = disturbed.ended[-1] - disturbed.began[0]
+    assert 0.93 * wall < found["wall_seconds"] < wall + 0.1
+    assert sum(seconds.values()) == pytest.approx(found["wall_seconds"], rel=0.01)
+    for attempt, began, ended in zip(each, disturbed.began, disturbed.ended, strict=True):
+        assert began - 0.1 < attempt["began"] < attempt["until"] < ended + 0.1
+        assert all(value >= 0 for value in attempt["seconds"].values())
+    lost = [attempt["seconds"]["lost work"] > 0 for attempt in each]
+    assert lost == [True, True, False, True, False]  # the fifth began before where the fourth had
+    assert [attempt["seconds"]["restart"] > 0 for attempt in each] == [True, True, False, False, False]
+    assert min(seconds[name] for name in ("productive", "start", "restore", "compile", "evaluation", "save")) > 0
 
 
 def train(config: Path, run: Path, *options: str) -> int:
