@@ -56,7 +56,8 @@ class Console:
 
     def say(self, message: str) -> None:
         """Write a message of the launcher's own to standard error."""
-        print(f"launch: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(f"launch: {message}", file=sys.stderr, flush=True)
         self._note(f"launch: {message}")
 
     def redraw(self, rank: int, chunk: str) -> None:

@@ -47,10 +47,10 @@ class Hosts:
             raise
 
     def send_signal(self, number: int) -> None:
-        """Tell all hosts to save and stop; a second time, to stop at once."""
+        """Pass a signal on to all hosts: each tells them to save and stop, and a second SIGINT to stop at once."""
         self._stopping = True
         for host in self._hosts:
-            host.tell()
+            host.tell(signal.Signals(number).name.removeprefix("SIG"))
 
     def wait(self) -> int:
         """Wait until all have ended; returns the exit code of the first host, or 2 for a mistake on any."""
@@ -107,10 +107,10 @@ class _Host:
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
-    def tell(self) -> None:
+    def tell(self, name: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             if self.process.stdin is not None:
-                os.write(self.process.stdin.fileno(), b"TERM\n")
+                os.write(self.process.stdin.fileno(), f"{name}\n".encode())
 
     def leave(self, until: float) -> None:
         """Wait for its end for as long as there is time, and let go of it then."""

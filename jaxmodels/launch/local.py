@@ -21,19 +21,21 @@ class Local(Place):
 
     processes: Workers = 2
     """Processes to start: one for each GPU, or one for all of them."""
-    devices: Workers = 1
-    """Devices of each process: GPUs, assigned in order, or virtual ones of the CPU."""
-    platform: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto uses GPUs where there are any, unless JAX_PLATFORMS says cpu."""
+    devices: Workers | None = None
+    """Devices of each process: GPUs in order, or virtual ones of the CPU; None: all GPUs shared out, or one."""
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """auto uses GPUs or TPUs where there are any, unless JAX_PLATFORMS says cpu."""
 
     def render(self, job: Job) -> dict[str, str]:
-        command = self.supervisor(job, self.processes, self.devices, self.platform, python=sys.executable)
-        return {"job.sh": f"#!/bin/sh\n# what this command runs itself\nexec {shlex.join(command)}\n"}
+        return {"job.sh": f"#!/bin/sh\n# what this command runs itself\nexec {shlex.join(self._command(job))}\n"}
 
     def submit(self, job: Job) -> str:
-        log = ["--log", str(foreground.log(job))]
-        command = self.supervisor(job, self.processes, self.devices, self.platform, log, sys.executable)
-        return foreground.stay(job, lambda: foreground.start(command))
+        return foreground.stay(job, lambda: foreground.start(self._command(job)))
+
+    def _command(self, job: Job) -> list[str]:
+        # one node, also within an allocation of several
+        more = ["--nodes", "1", "--log", str(foreground.log(job))]
+        return self.supervisor(job, self.processes, self.devices, self.platform, more, sys.executable)
 
     def locks(self, job: Job) -> str:
         return ""  # here they are as they are

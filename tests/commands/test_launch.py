@@ -92,7 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("local --proceses 2 -- train cfg.py", "an option of jaxmodels launch local, did you mean '--processes'?"),
         ("local --processes two -- train cfg.py", "got --processes 'two', expected INT"),
         ("local --processes 0 -- train cfg.py", "got processes 0, expected at least 1, try --processes 1"),
-        ("local --platform tpu -- train cfg.py", "got --platform 'tpu', expected one of auto, cpu, gpu"),
+        ("local --platform gpus -- train cfg.py", "expected one of auto, cpu, gpu, tpu, did you mean 'gpu'?"),
         ("local --name Mine! -- train cfg.py", "got name 'Mine!', expected lower-case letters, digits and hyphens"),
         ("local cfg.py", "got 'cfg.py', expected options only of jaxmodels launch local"),
         ("local", "got nothing to launch, expected a command after --, try jaxmodels launch local -- train"),
