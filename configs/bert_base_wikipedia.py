@@ -1,4 +1,4 @@
-"""BERT-base on the English Wikipedia: masked words, whole documents packed into rows of 512 tokens.
+"""BERT-base on the English Wikipedia: masked language modeling on documents packed into rows of 512 tokens.
 
     jaxmodels train configs/bert_base_wikipedia.py --data.tokenizer BERT_TOKENIZER_JSON
 

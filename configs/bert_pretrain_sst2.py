@@ -2,7 +2,7 @@
 
     jaxmodels train configs/bert_pretrain_sst2.py --data.dir DIR     # a TFDS data directory
 
-Reached on held-out sentences: a loss of 3.12 nats a masked word, 47.7 % of them restored, in 35.1 minutes on two CPU
+Reached on held-out sentences: a loss of 3.12 nats per masked word, 47.7 % of them restored, in 35.1 minutes on two CPU
 cores; benchmarks/results/quality.md.
 """
 

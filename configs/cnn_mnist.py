@@ -1,4 +1,4 @@
-"""A small convolutional network on MNIST, with digits that are moved and turned.
+"""A small convolutional network on MNIST, with digits that are shifted and rotated.
 
     jaxmodels train configs/cnn_mnist.py
     jaxmodels train configs/cnn_mnist.py --data.dir DIR     # a TFDS data directory

@@ -1,11 +1,11 @@
-"""DCGAN on MNIST, with a layer in each network that sees the whole image.
+"""DCGAN on MNIST, with a fully connected layer in each network.
 
     jaxmodels train configs/gan_mnist.py
     jaxmodels train configs/gan_mnist.py --data.dir DIR     # a TFDS data directory
 
 Reached (the aim is ≥ 8.00) on 8,500 training and 1,500 test digits, cut from MNIST's own test set: a score by
 `cnn_mnist` of 8.29 in 1.6 minutes, on two CPU cores that did little else; benchmarks/results/quality.md. Without the
-hidden layer, and with wider convolutions, 6.69: parts of digits were right, and whole ones were not. On a full set: not
+hidden layer, and with wider convolutions, 6.69: parts of digits looked right, but whole digits did not. On a full set: not
 run.
 """
 

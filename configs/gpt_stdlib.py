@@ -2,7 +2,7 @@
 
     jaxmodels train configs/gpt_stdlib.py
 
-On two CPU cores: 3.4 minutes, loss 1.350 nats a byte on 100 batches of files it has not seen, 1.426 on all of them (a
+On two CPU cores: 3.4 minutes, loss 1.350 nats per byte on 100 batches of files it has not seen, 1.426 on all of them (a
 unigram model: 3.131), with Python 3.11's standard library; benchmarks/results/quality.md.
 """
 

@@ -1,4 +1,4 @@
-"""LLaMA 3 8B on C4, its parameters sharded over all devices.
+"""LLaMA 3 8B on C4, with parameters sharded over all devices.
 
     jaxmodels data prepare configs/llama3_8b_c4.py --data tfds --data.name c4/en --data.input-field text \\
         --data.tokenizer LLAMA3_TOKENIZER_JSON --out c4

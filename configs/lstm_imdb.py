@@ -1,4 +1,4 @@
-"""A bidirectional LSTM on the reviews of IMDb, with word vectors that begin at random.
+"""A bidirectional LSTM on the reviews of IMDb, with randomly initialized word vectors.
 
     jaxmodels train configs/lstm_imdb.py     # imdb_reviews, prepared by TFDS as array_record
 

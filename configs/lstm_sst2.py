@@ -1,4 +1,4 @@
-"""A bidirectional LSTM on the sentences of SST-2, with word vectors that begin at random.
+"""A bidirectional LSTM on the sentences of SST-2, with randomly initialized word vectors.
 
     jaxmodels train configs/lstm_sst2.py --data.dir DIR     # a TFDS data directory
     jaxmodels eval runs/lstm_sst2 --best --split test

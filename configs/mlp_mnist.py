@@ -1,4 +1,4 @@
-"""A multilayer perceptron on MNIST, which would overfit: it stops early, and the best checkpoint is kept.
+"""A multilayer perceptron on MNIST. It would overfit, so it stops early and keeps its best checkpoint.
 
     jaxmodels train configs/mlp_mnist.py
     jaxmodels train configs/mlp_mnist.py --data.dir DIR     # a TFDS data directory

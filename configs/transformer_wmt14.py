@@ -3,7 +3,7 @@
     jaxmodels data train-tokenizer 'wmt14/*.txt' --vocab-size 37000 --out wmt14/tokenizer.json     # both languages
     jaxmodels train configs/transformer_wmt14.py --data.tokenizer wmt14/tokenizer.json
 
-Not yet run. Published: BLEU 27.3 on newstest2014 after 100,000 steps. The learning rate falls by a cosine here.
+Not yet run. Published: BLEU 27.3 on newstest2014 after 100,000 steps. Here the learning rate decays along a cosine.
 """
 
 import dataclasses

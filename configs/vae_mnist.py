@@ -1,4 +1,4 @@
-"""A variational autoencoder of digits, 20 latents, pixels drawn as 0 or 1 anew at each step.
+"""A variational autoencoder of digits with 20 latents; pixels are drawn as 0 or 1 anew at each step.
 
     jaxmodels train configs/vae_mnist.py
     jaxmodels train configs/vae_mnist.py --data.dir DIR     # a TFDS data directory

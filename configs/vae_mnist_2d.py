@@ -1,4 +1,4 @@
-"""The variational autoencoder of `vae_mnist` with two latents, for a grid of all that it can draw.
+"""The variational autoencoder of `vae_mnist` with two latents, for a grid of everything it can generate.
 
     jaxmodels train configs/vae_mnist_2d.py --data.dir DIR     # a TFDS data directory
     jaxmodels report runs/vae_mnist_2d

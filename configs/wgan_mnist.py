@@ -1,4 +1,4 @@
-"""WGAN with gradient penalty on MNIST: five updates of the critic for each one of the generator.
+"""WGAN with gradient penalty on MNIST: five critic updates per generator update.
 
     jaxmodels train configs/wgan_mnist.py
     jaxmodels train configs/wgan_mnist.py --data.dir DIR     # a TFDS data directory

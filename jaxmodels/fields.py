@@ -1,4 +1,4 @@
-"""What a field may hold: its type, and the range that is said where the field is. One check of both, everywhere."""
+"""What config fields may hold: types and ranges, stated where a field is defined and checked in one place."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from jaxmodels.errors import UserError, nearest
 from jaxmodels.registry import Registry, incomplete, subclass_of
 
 MOST = 2**31 - 1
-"""What an index on a device holds."""
+"""Upper bound of an index on a device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes: from `least` to `most`, both included, or above and below what is not."""
+    """The numbers that a field accepts: `least` and `most` are included, `above` and `below` are not."""
 
     least: float | None = None
     most: float | None = None
     above: float | None = None
     below: float | None = None
     also: float | None = None
-    """One number more, which means something of its own."""
+    """One more accepted number, with a meaning of its own."""
 
     def refusal(self, value: float) -> tuple[str, float | None]:
-        """What was expected instead of the value, and the bound to try; nothing, where the value is in the range."""
+        """Return what was expected instead of the value, and a bound to try; nothing if the value is in range."""
         expected, bound = "", None
         if value == self.also:
             return "", None
@@ -59,13 +59,13 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Named:
-    """The names that a field takes: those of a registry, `package.module:Name` among them, and those in `also`."""
+    """The names that a field accepts: those in a registry, including `package.module:Name`, and those in `also`."""
 
     registry: Registry
     also: tuple[str, ...] = ()
 
     def check(self, name: str) -> None:
-        """Refuse a name that stands for nothing; what `package.module:Name` names is imported."""
+        """Refuse a name that stands for nothing; `package.module:Name` is imported."""
         if name in self.also or name in self.registry.builtin:
             return
         known = [*self.also, *self.registry.names()]
@@ -81,36 +81,36 @@ Count = Annotated[int, Range(1, MOST)]
 Natural = Annotated[int, Range(0, MOST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Dim = Annotated[int, Range(1, 2**24)]
-"""A dimension of an array: two of them and a depth still make a number of elements that 64 bits hold."""
+"""A dimension of an array, so bounded that two of them and a depth make a number of elements that fits into 64 bits."""
 Depth = Annotated[int, Range(1, 2**14)]
-"""Layers, heads or experts."""
+"""Number of layers, heads or experts."""
 Workers = Annotated[int, Range(1, 1024)]
-"""Threads or processes of one machine."""
+"""Number of threads or processes on one machine."""
 Beams = Annotated[int, Range(1, 1024)]
-"""Width of a search for translations."""
+"""Width of a beam search for translations."""
 Positive = Annotated[float, Range(above=0)]
 Weight = Annotated[float, Range(0)]
-"""What a loss or a decay is multiplied by."""
+"""Factor of a loss or a decay."""
 Share = Annotated[float, Range(0, 1)]
 Dropped = Annotated[float, Range(0, below=1)]
-"""A share that leaves something."""
+"""A fraction below 1."""
 Shape = tuple[Dim, Dim, Dim]
 """Height, width and channels."""
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 60
-_TINIEST, _GREATEST = 2.0**-126, 3.4e38  # of float32, in which it is computed
+_TINIEST, _GREATEST = 2.0**-126, 3.4e38  # of float32, in which they are used
 
 
 class Section(ABC):  # noqa: B024
-    """A dataclass whose fields are checked whenever one is made: from a file, the command line, JSON or in Python.
+    """A dataclass whose fields are checked whenever one is created: from a file, the command line, JSON or Python.
 
-    Its fields are options `--SECTION.FIELD`. Numbers become their field's type (1 a float), lists tuples. A class
-    whose values must fit each other too has a `__post_init__` of its own, which calls this one first.
+    Its fields are options `--SECTION.FIELD`. Numbers are converted to their field's type (1 to a float), lists to
+    tuples. A class whose values must also fit each other has its own `__post_init__`, which calls this one first.
 
     A section that comes in several kinds has a base class with `kinds`, the registry of its subclasses. The base has
-    the fields that all kinds share, and is no kind itself; `--SECTION NAME` takes another kind. What each kind must
-    have is an abstract method of the base: a kind without it is refused when it is named or made.
+    the fields that all kinds share, and is not a kind itself; `--SECTION NAME` chooses a kind. Abstract methods of the
+    base are what each kind must implement: a kind that lacks one is refused when it is named or created.
     """
 
     section: ClassVar[str] = ""
@@ -144,10 +144,10 @@ class Section(ABC):  # noqa: B024
 
 
 def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Check the arguments of a command, as fields are.
+    """Check the arguments of a command as fields are checked.
 
     Raises:
-        UserError: one of them is not what its annotation says.
+        UserError: an argument is not what its annotation says.
     """
     hints = get_type_hints(function, include_extras=True)
     for name, value in given.items():
@@ -155,10 +155,10 @@ def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
 
 
 def checked(kind: Any, value: Any, name: str, section: str, default: Any = None) -> Any:
-    """The value as its field's type.
+    """Return the value converted to its field's type.
 
     Raises:
-        UserError: it is of another type or out of its range.
+        UserError: it is of another type or out of range.
     """
     try:
         return _fit(kind, value)
@@ -172,28 +172,28 @@ def checked(kind: Any, value: Any, name: str, section: str, default: Any = None)
 
 
 def shown(value: Any) -> str:
-    """A value in a message, however long or deep it is."""
+    """Format a value for a message, however long or deep it is."""
     try:
         return _REPR.repr(value)
-    except Exception:  # whatever an object of the user's does when it is asked for its text
+    except Exception:  # a user's object may raise anything when converted to text
         return f"a {type(value).__name__}"
 
 
 def ranges(kind: Any) -> list[Range]:
-    """The ranges in a field's type."""
+    """Return the ranges in a field's type."""
     found = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, Range)]
     return found + [one for arg in get_args(kind) for one in ranges(arg)]
 
 
 def docs(kind: type) -> dict[str, str]:
-    """The documentation string under each field of a dataclass, inherited fields included."""
+    """Return the docstring under each field of a dataclass, including inherited fields."""
     found: dict[str, str] = {}
     for cls in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        except (OSError, TypeError):  # made without a file
+        except (OSError, TypeError):  # defined without a file
             continue
         for node, after in itertools.pairwise(body):
             if (
@@ -214,7 +214,7 @@ _hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 
 
 def _argument(value: Any) -> str:
-    """A value as it is written on the command line; nothing, where it is a section of its own."""
+    """Format a value as on the command line; empty if it is a section of its own."""
     if dataclasses.is_dataclass(value):
         return ""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
