@@ -5,8 +5,8 @@
 
 Reached (the aim is ≥ 8.00) on 8,500 training and 1,500 test digits, cut from MNIST's own test set: a score by
 `cnn_mnist` of 8.29 in 1.6 minutes, on two CPU cores that did little else; benchmarks/results/quality.md. Without the
-hidden layer, and with wider convolutions, 6.69: parts of digits looked right, but whole digits did not. On a full set: not
-run.
+hidden layer, and with wider convolutions, 6.69: parts of digits looked right, but whole digits did not. On a full set:
+not run.
 """
 
 from jaxmodels.config import GAN, TFDS, Adam, Augment, Config, Eval, Linear, Train

@@ -1,4 +1,4 @@
-"""Model FLOPs by hand, which the counts are held to."""
+"""Model FLOPs derived by hand, to compare counts with."""
 
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig

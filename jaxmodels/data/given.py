@@ -1,4 +1,4 @@
-"""What a hand gives to a saved run: files of images, tables, lines of text, and the standard input."""
+"""Inputs that a user gives to a saved run: image files, tables, lines of text, and standard input."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _GIVES: dict[Kind, str] = {
     "array": "a table with a column of numbers (JSON lines, Parquet), a file of lists of numbers, or -",
 }
 STDIN = "-"
-_MARK = "\ufeff"  # the byte order mark that some programs begin a text with
+_MARK = "\ufeff"  # the byte order mark with which some programs begin a text
 
 
 class Given(NamedTuple):
-    """One record: where it is from, and its value or why there is none."""
+    """One record: where it comes from, and its value or the reason why it has none."""
 
     where: str
     value: Any
 
 
 class _Place(NamedTuple):
-    """A file to read, as what."""
+    """A file, and how to read it."""
 
     name: str
     path: Path
@@ -44,13 +44,13 @@ class _Place(NamedTuple):
 
 
 def records(paths: Sequence[str], kind: Kind, field: str, known: str = "") -> Iterator[Given]:
-    """The records of files in their order: of a table its rows, of a folder its images, of any other file its lines.
+    """Read the records of files in order: the rows of a table, the images of a folder, the lines of any other file.
 
-    A line is a text, the path of an image, or numbers in JSON; `-` are the lines of the standard input. `field` is the
-    column of a table that is read; where it is not given, `known`, or the only one that there is.
+    A line is a text, the path of an image, or numbers in JSON; `-` reads the lines of standard input. `field` is the
+    table column to read; by default it is `known`, or the only suitable one.
 
     Raises:
-        UserError: before anything is read, for a file that is not there or that holds nothing of that kind.
+        UserError: a file does not exist or holds nothing of that kind. Raised before anything is read.
     """
     if not paths:
         raise UserError("got no files, expected some, or - for the lines of the standard input, try -")
@@ -82,7 +82,7 @@ def _places(name: str, kind: Kind) -> list[_Place]:
             raise UserError(f"got the folder {name} without images, expected some of {', '.join(SUFFIXES)}")
         return [_Place(str(each), each, "image") for each in found]
     if not path.is_file():
-        what = "is no file" if path.exists() else "does not exist"
+        what = "is not a file" if path.exists() else "does not exist"
         near = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UserError(f"got {name!r}, which {what}, expected a file, a folder of images or -{near or ', try ls'}")
     if path.suffix.lower() in SUFFIXES:
@@ -93,7 +93,7 @@ def _places(name: str, kind: Kind) -> list[_Place]:
 
 
 def _inside(folder: Path) -> str:
-    """What to try in the place of a folder: its tables, or its files of lines."""
+    """Suggest what to pass instead of a folder: its tables, or its files of lines."""
     endings = [*TABLES, ".txt"]
     held = next((end for end in endings if any(folder.glob(f"*{end}"))), None)
     if held is not None:
@@ -103,14 +103,14 @@ def _inside(folder: Path) -> str:
 
 
 def _holds(value: Any, kind: Kind) -> bool:
-    """Whether a value of a table may be what a model of this kind reads."""
+    """Whether a table's value may be what a model of this kind reads."""
     if kind == "image":
         return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
     return isinstance(value, str if kind == "text" else list | tuple | np.ndarray)
 
 
 def _column(table: File, kind: Kind, field: str, known: str) -> str:
-    """The column of a table that is read."""
+    """Choose the column of a table to read."""
     first = next((values for values, _ in table.rows() if isinstance(values, dict)), {})
     names = list(first)
     fit = [name for name in names if _holds(first[name], kind)]
@@ -144,8 +144,8 @@ def _read(places: Sequence[_Place], kind: Kind, tables: dict[Path, File], column
 
 
 def _bytes(path: Path, where: str) -> bytes | Bad:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        return Bad(where, "is no regular file")
+    if path.exists() and not path.is_file():  # reading a pipe would wait
+        return Bad(where, "is not a regular file")
     try:
         return path.read_bytes() or Bad(where, "is empty")
     except OSError as error:
@@ -159,7 +159,7 @@ def _rows(name: str, table: File, column: str) -> Iterator[Given]:
             yield Given(where, Bad(where, values))
             continue
         value = values.get(column)
-        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as the datasets library keeps images
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as the datasets library stores images
             value = value["bytes"]
         if isinstance(value, str):
             value = value.removeprefix(_MARK)
@@ -188,4 +188,4 @@ def _numbers(where: str, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        return Bad(where, f"{shown(line)} is no list of numbers in JSON")
+        return Bad(where, f"{shown(line)} is not a list of numbers in JSON")

@@ -1,4 +1,4 @@
-"""Random batches of the right shape, to measure what is not the data's doing."""
+"""Random batches of the right shape, to measure everything except the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRAIN_EXAMPLES, _EVAL_BATCHES = 1 << 20, 4
 
 @dataclass(frozen=True)
 class Synthetic(DataConfig):
-    """Random batches, drawn from what the task says of them."""
+    """Random batches, drawn according to the task's contract."""
 
     real: ClassVar[bool] = False
 
@@ -37,10 +37,10 @@ class Synthetic(DataConfig):
 
 
 class Drawn(Source):
-    """Examples that are a function of their index, of the fields of a contract."""
+    """Examples that are a function of their index, drawn according to a contract."""
 
     def __init__(self, fields: Contract, split: Split, size: int) -> None:
-        """Raises UserError where nothing says how many things a field's numbers count."""
+        """Raises UserError if an integer field has no bound."""
         for name, field in fields.items():
             if field.below is None and _drawn(field) == "i":
                 raise UserError(
@@ -77,13 +77,13 @@ def _dtype(field: BatchField) -> Any:
 
 
 def _drawn(field: BatchField) -> str:
-    """How numbers of a field are drawn: i: whole ones below a bound, u: bytes, f: from 0 to 1."""
+    """Return how a field's numbers are drawn: i: integers below a bound, u: bytes, f: from 0 to 1."""
     kind = np.dtype(_dtype(field)).kind
     return "u" if np.dtype(_dtype(field)) == np.uint8 else "i" if kind in "iu" or field.below else "f"
 
 
 def _values(field: BatchField, noise: np.ndarray) -> np.ndarray:
-    """Numbers as a field has them, from evenly spread uint64."""
+    """Convert uniform uint64 to a field's numbers."""
     how, dtype = _drawn(field), _dtype(field)
     if how == "i":
         return (noise % np.uint64(field.below or 1)).astype(dtype)

@@ -38,14 +38,14 @@ def decode(
     beams: int = 1,
     alpha: float = 1.0,
 ) -> Decoded:
-    """The target with the highest log-probability / ((5 + length) / 6)^alpha that beam search finds.
+    """Find the target with the highest log-probability / ((5 + length) / 6)^alpha by beam search.
 
     A target follows the token `start` (`end` when not given), ends with `end`, or with any of several, and has at most
     `limit` tokens, the last of which is forced to be an end.
     A row is done when as many targets have ended as there are beams, or when no beam can overtake the best of those;
     with one beam the search is greedy. With the paper's alpha of 0.6, a model trained with label smoothing, which gives
     each token some probability, ends the targets of long sources at once; an alpha of 1 nearly divides by the length.
-    A source whose `segment_ids` are all 0 fills up a batch, and gets end tokens alone.
+    A source whose `segment_ids` are all 0 is padding of the batch, and gets only end tokens.
     Shapes: sources and segment_ids (B, S) integers, 0 for padding; limit () or (B,).
     Source: Wu et al. 2016, section 7 (without the coverage penalty).
 
@@ -72,7 +72,7 @@ class Search(NamedTuple):
 
     at: jax.Array
     tokens: jax.Array
-    """The beams that go on, (B, K, T)."""
+    """The beams that continue, (B, K, T)."""
     scores: jax.Array
     """Their log-probabilities, (B, K); -inf for an empty beam."""
     best: jax.Array
@@ -84,11 +84,11 @@ class Search(NamedTuple):
     ended: jax.Array
     """How many targets have ended, (B,)."""
     done: jax.Array
-    """(B,)."""
+    """Rows that are done, (B,)."""
 
 
 def penalty(length: Any, alpha: jax.Array) -> jax.Array:
-    """The divisor of a log-probability, by which targets of different lengths compare."""
+    """Return the divisor of a log-probability that makes targets of different lengths comparable."""
     return ((5 + length) / 6) ** alpha
 
 
@@ -98,7 +98,7 @@ def grow(
     """Extend each beam by one token, from logits (B, K, V); also returns the parents of the new beams, (B, K)."""
     (B, K, V), count = logits.shape, s.at + 1
     last = (count >= limits)[:, None, None] & ~jnp.isin(jnp.arange(V), ends)
-    # a beam can end in as many ways as there are ends, so that this many candidates include K that go on
+    # a beam can end in as many ways as there are ends, so this many candidates include K that continue
     most = K * (1 + len(ends))
     width = min(most, V)
     kept, token = jax.lax.top_k(jnp.where(last, -jnp.inf, logits), width)

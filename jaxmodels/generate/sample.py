@@ -18,7 +18,7 @@ from jaxmodels.models.model import Model
 
 
 class How(NamedTuple):
-    """How a token is drawn from logits: known when the loop is compiled."""
+    """How a token is drawn from logits; static when the loop is compiled."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -27,12 +27,12 @@ class How(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What the loop is told of a batch, beside its tokens; arrays, so that none of it compiles anew."""
+    """What the loop needs about a batch besides its tokens; arrays, so that no value causes a recompilation."""
 
     lengths: jax.Array
-    """(B,), of each prompt."""
+    """Length of each prompt, (B,)."""
     count: jax.Array
-    """(), how many tokens each row gets."""
+    """Number of tokens to add to each row, ()."""
     ends: jax.Array
     """The ids that end a row."""
     key: jax.Array
@@ -54,11 +54,11 @@ def sample(
 ) -> np.ndarray | list[np.ndarray]:
     """Continue prompts by `tokens` tokens, or up to one of the tokens `ends`, which then fills the rest of its row.
 
-    Prompts may differ in length: each goes on from its own end, and a list of arrays comes back. `temperature` 0 takes
-    the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much probability
-    (Holtzman et al. 2020). A `repetition_penalty` above 1 makes tokens that a row already has less likely: it divides
-    their positive logits and multiplies their negative ones (Keskar et al. 2019, section 4.1). `cached=False` computes
-    all tokens anew for each one, with the same result.
+    Prompts may differ in length: each continues from its own end, and a list of arrays is returned. `temperature` 0
+    takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much
+    probability (Holtzman et al. 2020). A `repetition_penalty` above 1 makes tokens that a row already has less likely:
+    it divides their positive logits and multiplies their negative ones (Keskar et al. 2019, section 4.1).
+    `cached=False` recomputes all tokens for each new one, with the same result.
     Shapes: prompt (B, P) integers, P ≥ 1, or B sequences of integers; returns (B, P + tokens), or B arrays.
 
     Raises:
@@ -92,14 +92,14 @@ def sample(
 
 
 def _rows(prompt: Any) -> list[np.ndarray]:
-    """The prompts, each (P,)."""
+    """Return the prompts as arrays (P,)."""
     if np.ndim(prompt[0] if len(prompt) else 0) == 0:
         prompt = [prompt]
     return [np.asarray(row, np.int32).reshape(-1) for row in prompt]
 
 
 def _check_room(model: Model, lengths: np.ndarray, tokens: int) -> None:
-    """Raises UserError where a prompt has no token, none is to be added, or the model does not take so many."""
+    """Raise UserError if a prompt is empty, no token is to be added, or the model's context is too short."""
     if lengths.min() < 1 or tokens < 1:
         raise UserError(
             f"got a prompt of {lengths.min()} tokens and {tokens} to add, expected at least 1 of each, "
@@ -118,7 +118,7 @@ def _check_room(model: Model, lengths: np.ndarray, tokens: int) -> None:
 
 
 def choose(logits: jax.Array, key: jax.Array, how: How) -> jax.Array:
-    """One token a row from logits (B, V)."""
+    """Choose one token per row from logits (B, V)."""
     temperature, top_k, top_p, _ = how
     if temperature == 0:
         return logits.argmax(-1)
@@ -137,22 +137,22 @@ def choose(logits: jax.Array, key: jax.Array, how: How) -> jax.Array:
 
 
 def penalize(logits: jax.Array, tokens: jax.Array, at: jax.Array, penalty: float) -> jax.Array:
-    """Logits (B, V) with those of the tokens that a row has up to its position `at` (B,) made less likely."""
+    """Make the tokens that a row has up to its position `at` (B,) less likely in its logits (B, V)."""
     real = jnp.arange(tokens.shape[1]) <= at[:, None]
     had = jnp.zeros(logits.shape, bool).at[jnp.arange(len(tokens))[:, None], tokens].max(real)
     return jnp.where(had, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _ended(tokens: jax.Array, at: jax.Array, told: Prompts) -> jax.Array:
-    """Rows (B,) whose token at their position `at` is an end that stands behind the prompt."""
+    """Return which rows (B,) have an end token, after the prompt, at their position `at`."""
     last = jnp.take_along_axis(tokens, at[:, None], axis=1)
     return (at >= told.lengths) & (last == told.ends).any(1)
 
 
 def _put(tokens: jax.Array, at: jax.Array, logits: jax.Array, step: Any, told: Prompts, how: How) -> jax.Array:
-    """Tokens with each row's next one, drawn from the logits (B, V) of its position `at` (B,).
+    """Set each row's next token, drawn from the logits (B, V) of its position `at` (B,).
 
-    A row that has ended gets its end again.
+    A row that has ended repeats its end token.
     """
     if how.repetition_penalty != 1:
         logits = penalize(logits, tokens, at, how.repetition_penalty)
@@ -178,8 +178,8 @@ def _cached(model: Model, params: Any, tokens: jax.Array, told: Prompts, how: Ho
         logits, cache = model.apply(params, last, cache=cache)
         return _put(tokens, at, logits[:, -1], step, told, how), cache, step + 1
 
-    # All prompts go through at once, each to its own length. What lies behind is padding here: it leaves a recurrent
-    # state as it is, and with the length set back its keys are overwritten before they are ever attended to.
+    # All prompts go through together, each to its own length. What follows is padding: it leaves a recurrent state
+    # unchanged, and with the length set back its keys are overwritten before they are ever attended to.
     real = (jnp.arange(room) < told.lengths[:, None]).astype(jnp.int32)
     logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
     last = logits[jnp.arange(B), told.lengths - 1]

@@ -1,4 +1,4 @@
-"""Texts that go on: a prompt to begin with, and its continuation."""
+"""Text continuation: a prompt to begin with, and what the model generates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from jaxmodels.generate.sample import sample
 
 
 def opening(tokenizer: Tokenizer, *wanted: str) -> str:
-    """The first of these prompts that the tokenizer has tokens for, else another one: a text begins with a token."""
+    """Choose the first of these prompts that the tokenizer has tokens for, or another one: a text begins with a
+    token."""
     others = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
     for text in itertools.chain(wanted, ("\n", " ", "a", "A", "0"), others):
         with contextlib.suppress(UserError):
@@ -24,7 +25,7 @@ def opening(tokenizer: Tokenizer, *wanted: str) -> str:
 
 
 def continued(model: Any, params: Any, tokenizer: Tokenizer, prompt: str, tokens: int, **how: Any) -> str:
-    """A prompt and its continuation as text, up to where it ends."""
+    """Return a prompt and its continuation as text, up to the end token."""
     ids, ends = np.append(np.array(tokenizer.before, np.int32), tokenizer.encode(prompt)), tokenizer.special.ends
     if len(ids) and ids.max() >= model.config.vocab_size:
         raise UserError(

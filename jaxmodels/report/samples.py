@@ -1,4 +1,4 @@
-"""Images that a generator made over time, and those that it makes now."""
+"""Images that a generative model generated over time, and those that it generates now."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxmodels.train.saved import Evaluation
 MOMENTS = 8
 SIDE = 8
 SEED = 1
-"""Of the fresh images; those over time are of latents of their own."""
+"""Seed of the fresh images; the images over time have other latents."""
 
 
 def pieces(saved: Evaluation) -> list[Piece]:
-    """Samples from the same latents as training went on, and a grid of fresh ones."""
+    """Show samples from the same latents during training, and a grid of fresh ones."""
     found: list[Piece] = []
     moments = over_time(saved.directory / "samples", saved.step)
     if moments:
@@ -25,15 +25,15 @@ def pieces(saved: Evaluation) -> list[Piece]:
         for axis, (step, images) in zip(axes.flat, moments, strict=True):
             show(axis, tile(images[:16], 4, 1))
             axis.set_title(f"step {step:,}", fontsize=10)
-        found.append(Picture("samples", figure, "Images from the same latents after so many steps."))
-    if saved.task.samples is not None and saved.task.autoencoder is None:  # of codes there is a picture of its own
+        found.append(Picture("samples", figure, "Images from the same latents at several steps."))
+    if saved.task.samples is not None and saved.task.autoencoder is None:  # a VAE's codes have a picture of their own
         images = np.asarray(saved.task.samples(saved.params, saved.stats, SIDE * SIDE, SEED))
-        found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, not chosen."))
+        found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, unselected."))
     return found
 
 
 def over_time(folder: Path, last: int) -> list[tuple[int, np.ndarray]]:
-    """Steps up to `last` with the images in [0, 1] that were kept at each, spread evenly where there are many."""
+    """Return steps up to `last` with the images in [0, 1] saved at each, spread evenly if there are many."""
     files = sorted((int(file.stem), file) for file in folder.glob("*.npy") if file.stem.isdecimal())
     files = [(step, file) for step, file in files if step <= last]
     spread = np.unique(np.linspace(0, len(files) - 1, min(len(files), MOMENTS)).round().astype(int))

@@ -1,4 +1,4 @@
-"""What a task takes, held against what the data gives."""
+"""Batches of the data are checked against what the task takes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tokens cut over `context`, and between products over `tensor`: the same steps, by other collectives."""
+"""Tokens sharded over `context`, and between products over `tensor`: the same steps through other collectives."""
 
 import dataclasses
 import functools

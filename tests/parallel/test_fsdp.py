@@ -1,4 +1,4 @@
-"""What fsdp cuts is whole on a device only while it is used."""
+"""Parameters sharded by fsdp are whole on a device only while they are used."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Layers cut over `stage`: the same steps, by microbatches that follow each other, in the time that theory says."""
+"""Layers split over `stage`: the same steps, with microbatches in sequence, in the time that theory predicts."""
 
 import dataclasses
 import functools

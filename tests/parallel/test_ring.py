@@ -1,4 +1,4 @@
-"""Attention over tokens that lie on several devices equals the reference, and moves what it says it moves."""
+"""Attention over tokens on several devices equals the reference, and moves as many bytes as it claims."""
 
 import re
 

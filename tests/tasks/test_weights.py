@@ -1,4 +1,4 @@
-"""What counts and what does not: rows that fill up a batch, means over nothing, microbatches of unequal weight."""
+"""What counts and what does not: padding rows, means over nothing, microbatches of unequal weight."""
 
 import functools
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: named, and the one before used; never a silent fresh start."""
+"""Damaged checkpoints: reported, and the one before is used; never a silent fresh start."""
 
 from __future__ import annotations
 

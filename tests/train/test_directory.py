@@ -1,4 +1,4 @@
-"""A run's directory has one writer at a time, whose lock ends with it, and its files are whole."""
+"""A run's directory has only one writer, whose lock ends with it, and its files are never half written."""
 
 from __future__ import annotations
 

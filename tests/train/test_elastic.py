@@ -1,4 +1,4 @@
-"""A run goes on on whatever mesh it finds: the same parameters, the same examples in the same order."""
+"""A run continues on whatever mesh it finds: the same parameters, the same examples in the same order."""
 
 import dataclasses
 import json

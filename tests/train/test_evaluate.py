@@ -1,4 +1,4 @@
-"""Evaluation: the same for every batch size and device count, by group, in bits a byte; runs that are opened again."""
+"""Evaluation: the same for every batch size and device count, by group, in bits per byte; and saved runs."""
 
 import json
 import math

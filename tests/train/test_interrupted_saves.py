@@ -1,4 +1,4 @@
-"""Saves that were killed, or had no room: a checkpoint is complete or absent."""
+"""Saves that were killed or ran out of disk space: a checkpoint is complete or absent."""
 
 from __future__ import annotations
 

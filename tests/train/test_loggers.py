@@ -1,4 +1,4 @@
-"""What a run reports: to TensorBoard and to loggers of others, none of which can harm the run."""
+"""What a run reports: to TensorBoard and to loggers from outside, none of which can harm the run."""
 
 from __future__ import annotations
 

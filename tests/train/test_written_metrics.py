@@ -1,4 +1,4 @@
-"""What a run writes down of its metrics: a full disk loses no line, and a restart shows no step twice."""
+"""The metrics that a run writes: a full disk loses no line, and a restart shows no step twice."""
 
 from __future__ import annotations
 
