@@ -179,7 +179,7 @@ def _devices(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
         values = [value(each) for _, _, each in every]
         median = statistics.median(values or [0.0])
         for (rank, name, each), reached in zip(every, values, strict=True):
-            row = hardware.of(each["kind"])
+            row = hardware.of_device(each["kind"])
             least = SHORT if label == "memory" else SLOW.get(each["platform"], 0.8)
             if reached < least * median:
                 yield (
@@ -269,7 +269,7 @@ def described(ranks: dict[int, dict[str, Any]], axes: dict[str, int]) -> list[st
     every = [each for found in ranks.values() for each in found["devices"].values() if "problem" not in each]
     if not every:
         return []
-    row = hardware.of(every[0]["kind"])
+    row = hardware.of_device(every[0]["kind"])
     hosts = len({each["host"] for each in ranks.values()})
     mesh = " ".join(f"{axis}={size}" for axis, size in axes.items()) or "one device"
     lines = [
