@@ -16,7 +16,7 @@ from jaxmodels.launch.place import PLACES, Place
 from jaxmodels.launch.record import place_in
 from jaxmodels.registry import OUTSIDE
 
-_COMMANDS = ("train", "eval", "tune", "benchmarks")
+_COMMANDS = ("train", "eval", "tune", "doctor", "benchmarks")
 _EXAMPLE = "train configs/gpt_stdlib.py --mesh.fsdp 2"
 
 
