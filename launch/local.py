@@ -1,4 +1,4 @@
-"""This machine, as two processes."""
+"""This machine, as two processes: `jaxmodels launch launch/local.py -- train configs/gpt_stdlib.py --mesh.fsdp 2`."""
 
 from jaxmodels.launch.local import Local
 

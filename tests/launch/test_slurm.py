@@ -183,6 +183,28 @@ def test_a_job_that_slurm_has_forgotten_is_gone_unless_it_said_how_it_ended(slur
     assert TWO.status(job(tmp_path), "999999").code == 2
 
 
+FAKES = {
+    "srun": "#!/bin/sh\nexit 75\n",
+    "scontrol": '#!/bin/sh\n[ "$1" = requeue ] && exit 1\necho JobState=RUNNING PreemptTime=None\n',
+    "sbatch": "#!/bin/sh\nexit 1\n",
+    "squeue": "#!/bin/sh\necho 'FAILED|NonZeroExitCode'\n",
+}
+
+
+def test_where_slurm_lets_nothing_start_again_the_job_says_how_to_go_on(tmp_path, monkeypatch):
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    one = job(tmp_path / "record")
+    one.directory.mkdir()
+    ran = subprocess.run(["bash", "-c", TWO.render(one)["job.sh"]], capture_output=True, text=True, check=False)
+    assert ran.returncode == 75
+    assert f"go on with: sbatch {one.directory}/job.sh" in ran.stdout
+    assert TWO.status(one, "7") == Status(State.SAVED, "", 75)
+
+
 def test_the_script_says_what_the_place_says(tmp_path):
     place = Slurm(
         nodes=4, min_nodes=3, processes=8, devices=1, platform="gpu", partition="gpu", account="a b", qos="high",
