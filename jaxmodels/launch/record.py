@@ -90,10 +90,11 @@ def submit(place: Place, file: str, job: Job) -> Record:
             write(job.directory / "handle", handle)
             if signalled:
                 place.cancel(job, handle)
+                (job.directory / "handle").unlink()
                 raise KeyboardInterrupt
         return Record(place, job, handle)
     except BaseException:
-        if not (place.stays and (job.directory / "handle").exists()):
+        if not (job.directory / "handle").exists():  # else there is something that the record is needed for
             shutil.rmtree(job.directory, ignore_errors=True)
         raise
 

@@ -43,7 +43,7 @@ class Queue(Place):
             raise UserError("got no room, expected some, try tomorrow")
         Path(self.path).mkdir(exist_ok=True)
         (Path(self.path) / job.name).write_text((job.directory / "job.sh").read_text())
-        if os.environ.get("QUEUE") == "interrupted":
+        if os.environ.get("QUEUE") in ("interrupted", "stuck"):
             os.kill(os.getpid(), signal.SIGTERM)
         return f"{self.path}/{job.name}"
 
@@ -54,6 +54,8 @@ class Queue(Place):
         yield from Path(handle).read_text().splitlines()
 
     def cancel(self, job, handle):
+        if os.environ.get("QUEUE") == "stuck":
+            raise UserError("got no answer, expected one, try jaxmodels launch cancel again")
         Path(handle).unlink()
 
 
@@ -151,6 +153,13 @@ def test_an_interrupted_or_refused_submission_leaves_nothing(here: Path, how: st
     assert main("launch notes.py -- train cfg.py".split()) == code
     assert signal.getsignal(signal.SIGTERM) == handler
     assert list((here / "runs/launch").iterdir()) == [] and not list(here.glob("queue/*"))
+
+
+def test_where_an_interrupted_one_cannot_be_cancelled_its_record_stays(here: Path, monkeypatch) -> None:
+    monkeypatch.setenv("QUEUE", "stuck")
+    assert main("launch notes.py --name mine -- train cfg.py".split()) == 2
+    monkeypatch.delenv("QUEUE")
+    assert main("launch cancel mine".split()) == 0 and not (here / "queue/mine").exists()
 
 
 def test_names_are_made_of_the_command_and_the_time() -> None:
