@@ -185,8 +185,8 @@ class Checkpointer:
     ) -> tuple[PyTree, dict[str, Any], int]:
         """Read one part of the state (`params`, `ema`, `stats`), with meta and step, and nothing else.
 
-        Without `abstract` it is nested dicts of NumPy arrays. With it, it has that structure and those shardings, as in
-        `restore`. With `partial` the checkpoint may hold more than that; `partial` is the advice given if it does not.
+        Without `abstract`, return nested dicts of NumPy arrays; with it, arrays of that structure and those shardings,
+        as in `restore`. With `partial` the checkpoint may hold more; `partial` is the advice if something is missing.
 
         Raises: UserError if there is no checkpoint, no such step or no such part.
         """
