@@ -27,22 +27,22 @@ def predict(
     class_names: tuple[str, ...] = (),
     best: bool = False,
 ) -> None:
-    """Labels, texts or translations of new records, as a line of JSON for each, in their order.
+    """Predict labels, texts or translations of new records: one line of JSON for each, in order.
 
-    A table gives its rows, a folder its images, any other file its lines, and - the lines of the standard input. A
-    line is a text, the path of an image, or a list of numbers. The data that the run was trained on need not be here.
-    Of a record that cannot be read the line says why.
+    Records are the rows of a table, the images of a folder, the lines of any other file, or with - those of standard
+    input. A line is a text, the path of an image, or a list of numbers. The training data need not be present.
+    For a record that cannot be read, the line says why.
 
     Args:
         run: run directory.
-        files: images, folders of images, tables (CSV, JSON lines, Parquet), files of text, or -.
-        input_field: column of a table to read, where it is not called as in training.
-        tokens: how many tokens a text goes on for, at most (causal_lm); 100 when not given.
-        beams: width of the search for translations (seq2seq); 4 when not given.
+        files: images, folders of images, tables (CSV, JSON lines, Parquet), text files, or -.
+        input_field: table column to read, if its name differs from that in training.
+        tokens: largest number of tokens to continue a text by (causal_lm); default 100.
+        beams: width of the beam search for translations (seq2seq); default 4.
         captions: texts of an image's class, one or several, such as 'a photo of a {label}' (contrastive); those of the
             training when not given.
         class_names: names of the classes that captions are of (contrastive); those of the training when not given.
-        best: the best checkpoint instead of the newest.
+        best: use the best checkpoint instead of the newest.
     """
     from jaxmodels.train.run import compilation_cache
 
@@ -87,7 +87,7 @@ def predict(
 
 
 def _line(answer: Answer) -> str:
-    """JSON without what a terminal would obey, in letters that the output can have."""
+    """Format an answer as JSON that is safe for a terminal, in characters that the output can encode."""
     plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     return _plain(json.dumps(answer, ensure_ascii=plain))
 

@@ -22,19 +22,19 @@ def sample(
     seed: Seed | None = None,
     best: bool = False,
 ) -> None:
-    """Text from a run: the prompt goes on, or is translated (the likeliest translation that a beam of 4 finds).
+    """Generate text with a run: continue the prompt, or translate it (by beam search with 4 beams).
 
     Args:
         run: run directory.
-        prompt: what the text begins with, a line end when not given; or what is translated.
-        tokens: how many tokens to add; 200, or as many as the model's context has room for, when not given.
-        temperature: 0 takes the likeliest token each time; higher is more varied; 0.8 when not given.
+        prompt: how the text begins (default: a line end), or the text to translate.
+        tokens: how many tokens to add; default 200, or as many as fit into the model's context.
+        temperature: 0 takes the likeliest token each time; higher is more varied; default 0.8.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the likeliest tokens that together have this probability.
-        repetition_penalty: above 1 makes tokens that the text has already less likely; what the files of an imported
-            model ask for, else 1, when not given.
-        seed: the same seed gives the same text; 0 when not given.
-        best: the best checkpoint instead of the newest.
+        repetition_penalty: above 1 makes tokens that the text already has less likely; default: what the files of an
+            imported model ask for, or 1.
+        seed: the same seed gives the same text; default 0.
+        best: use the best checkpoint instead of the newest.
     """
     from jaxmodels import config as configs
     from jaxmodels.generate import asked
@@ -64,7 +64,7 @@ def sample(
     if tokenizer is None:
         raise UserError(f"got {run} without a tokenizer, expected a run that was trained on texts, try another run")
     model, params = opened.model, opened.params["model"]
-    prompt = None if prompt is None else prompt.removeprefix("\ufeff")  # a byte order mark is no part of a text
+    prompt = None if prompt is None else prompt.removeprefix("\ufeff")  # a byte order mark is not part of the text
     if cfg.task.answers == "translation":
         from jaxmodels.generate import translate_texts
 
@@ -83,5 +83,5 @@ def sample(
 
 
 def _show(text: str) -> None:
-    """Print a text as it is into a file or a pipe, and without what a terminal would obey onto one."""
+    """Print a text unchanged to a file or a pipe, and without control characters to a terminal."""
     print(printable(text) if sys.stdout.isatty() else text)
