@@ -184,7 +184,7 @@ def test_a_logger_of_another_package_is_told_all_and_goes_on_with_a_resumed_run(
     assert [row["step"] for row in read(tmp_path / "run")] == [1, 2, 3]
     capsys.readouterr()
     for name, said in (
-        ("my_logs:NONE", "got logger my_logs:NONE, which is a NoneType, expected a class that derives from Logger"),
+        ("my_logs:NONE", "got logger my_logs:NONE, which is an int, expected a class that derives from Logger"),
         ("tensorbord", "did you mean 'tensorboard'?"),
         ("not_there:Lines", "not_there"),
     ):
