@@ -19,7 +19,7 @@ NO_CONNECTION = 255
 """What ssh itself ends with."""
 # within this time node 0 notices by itself that a node is gone, or that nothing is left to do
 _SETTLE_SECONDS = 30.0
-_SAVE_SECONDS, _LEAVE_SECONDS = 60.0, 15.0
+_SAVE_SECONDS, _FOLLOW_SECONDS, _LEAVE_SECONDS = 60.0, 10.0, 15.0
 _RETURN_SECONDS = 10.0
 
 
@@ -43,7 +43,7 @@ class Hosts:
             for name, command in commands.items():
                 self._hosts.append(_Host(name, command, self._screen, self._ended))
         except BaseException:
-            self._leave()
+            self._leave(0.0)
             raise
 
     def send_signal(self, number: int) -> None:
@@ -69,6 +69,8 @@ class Hosts:
             if host is first or host.code in (ExitCode.DONE, ExitCode.SAVED):
                 continue
             self._screen.say(f"{host.name} {_ending(host)}")
+            if host.code == ExitCode.MISTAKE and host.starts > 1:
+                continue  # what is wrong with it now must not end the others, and would be so again
             mistake = mistake or host.code == ExitCode.MISTAKE
             running = sum(each.code is None for each in self._hosts)
             if mistake or running < self._least:
@@ -80,13 +82,16 @@ class Hosts:
             first.reader.join(timeout=_SAVE_SECONDS)
         elif first.code not in tuple(ExitCode):
             self._screen.say(f"{first.name} {_ending(first)}")
-        self._leave()
+        self._leave(0.0 if mistake else _FOLLOW_SECONDS)
         if mistake:
             return ExitCode.MISTAKE
         return ExitCode.FAILED if first.code is None or first.code not in tuple(ExitCode) else first.code
 
-    def _leave(self) -> None:
-        """See to it that nothing of ours is left anywhere."""
+    def _leave(self, seconds: float) -> None:
+        """See to it that nothing of ours is left anywhere, after so many seconds in which all may end by themselves."""
+        until = time.monotonic() + seconds
+        for host in self._hosts:
+            host.reader.join(timeout=max(0.0, until - time.monotonic()))
         until = time.monotonic() + _LEAVE_SECONDS
         for host in self._hosts:
             host.leave(until)
@@ -95,11 +100,12 @@ class Hosts:
 class _Host:
     def __init__(self, name: str, command: Sequence[str], screen: _Screen, ended: queue.SimpleQueue[_Host]) -> None:
         self.name, self.command, self.screen, self.ended = name, list(command), screen, ended
-        self.last = ""
+        self.last, self.starts = "", 0
         self.start()
 
     def start(self) -> None:
         self.code: int | None = None
+        self.starts += 1
         self.process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
             start_new_session=True,
