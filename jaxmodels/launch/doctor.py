@@ -289,6 +289,8 @@ def described(ranks: dict[int, dict[str, Any]], axes: dict[str, int]) -> list[st
             sent.setdefault(f"{one['kind']} along {one['axis']}={one['devices']}", []).append(one["bandwidth"])
     rows += [(label, values, None, GIGA) for label, values in sent.items()]
     for label, values, known, (size, unit) in rows:
+        if not any(values):
+            continue
         low, high = min(values) / size, max(values) / size
         shown = f"{low:,.4g}" if f"{low:,.4g}" == f"{high:,.4g}" else f"{low:,.4g} to {high:,.4g}"
         of = f" (table: {known / size:,.4g})" if known else ""

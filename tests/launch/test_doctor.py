@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxmodels import cli, commands
@@ -63,9 +64,10 @@ def test_one_process_examines_all_its_devices_and_axes(tmp_path: Path, capsys: p
     monkeypatch.setattr(doctor, "SLOW", {"cpu": 0.0})  # eight devices share two cores
     monkeypatch.setattr(doctor, "DISK", 0.0)
     monkeypatch.setattr(doctor, "ROOM", 0.0)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])  # two of them are examined alone
     assert cli.main(["doctor", "--run-dir", str(tmp_path / "none"), "--mesh.tensor", "2", "--mesh.fsdp", "2"]) == 0
     said = capsys.readouterr().out
-    assert "1 process(es) on 1 host(s), 8 device(s) cpu, mesh data=2 fsdp=2 tensor=2" in said
+    assert "1 process(es) on 1 host(s), 2 device(s) cpu, mesh data=2 fsdp=2 tensor=2" in said
     assert all(f"{kind} along {axis}=2" in said for kind in collectives.SENT for axis in ("data", "fsdp", "tensor"))
     assert "nothing is off" in said and not (tmp_path / "none").exists() and list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,10 @@ import math
 import numpy as np
 import pytest
 
+from jaxmodels.commands.plan import PlanOptions, planned
+from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.parallel import hardware
 from jaxmodels.plan import failures
 from jaxmodels.plan.failures import Failures
@@ -91,6 +94,18 @@ def test_byterobusts_goodput_follows_from_restarts_of_minutes():
     assert there.goodput(interval) == pytest.approx(0.97)
     work = 0.97 * 90 * 86400
     assert work / np.mean(there.finish(work, interval, trials=200)) == pytest.approx(0.97, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (PlanOptions(on="h100:1x8", node_hours=500.0), "got --node-hours 500 without --failures"),
+        (PlanOptions(on="h100:1x8", failures=True, search=True), "got --failures with --search or --scaling"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(options: PlanOptions, message: str):
+    with pytest.raises(UserError, match=message):
+        planned(Config(model=MLPConfig()), options)
 
 
 def plan(mesh: dict[str, int], **memory: float) -> dict:
