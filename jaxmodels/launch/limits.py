@@ -23,7 +23,7 @@ _ENOUGH = 3
 # of a core: what a waiting process still does
 _BUSY = 0.02
 _WINDOW_SECONDS, _WINDOW_STEPS = 5.0, 8
-_SLOW, _STARVED = 1.3, 0.3
+_SLOW, _STARVED, _WAITS = 1.3, 0.3, 0.2
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Limits:
             return None
         busy = [a + b for a, b in zip(own, data, strict=True)]
         worst = max(range(len(seen)), key=busy.__getitem__)
-        if len(seen) > 1:
+        # who waits for devices holds up nobody: what its loop does besides is done meanwhile
+        if len(seen) > 1 and pace - busy[worst] < _WAITS * pace:
             held = busy[worst] - statistics.median(busy[:worst] + busy[worst + 1 :])
             factor = pace / max(pace - held, 0.02 * pace)
             if factor >= _SLOW:

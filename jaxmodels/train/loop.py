@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.parallel.progress import waited as tell_waited
 from jaxmodels.tasks.task import Batch
 from jaxmodels.train.loggers import Report
 from jaxmodels.train.metrics import Clock
@@ -121,7 +122,9 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
             return
         done, values, waited = pending
         pending = None
+        began = time.perf_counter()
         values, nothing = measured({name: float(value) for name, value in jax.device_get(values).items()})
+        tell_waited(device=time.perf_counter() - began)
         empty, trained = empty + 1 if nothing else 0, trained or not nothing
         if empty >= EMPTY or (nothing and done == steps and not trained):
             raise UserError(
@@ -192,9 +195,13 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
             with phases.during("data"):
                 batch = next(batches)
             waited = time.perf_counter() - asked
-            phases.move(waited - starved.wait(asked, pending and pending[1]), "data", "step")
+            idle = starved.wait(asked, pending and pending[1])
+            phases.move(waited - idle, "data", "step")
+            began = time.perf_counter()
             with phases.during("compile") if now == start.step else contextlib.nullcontext():
                 state, metrics = hooks.step(state, batch)
+            # what is computed in the thread that hands it over is the devices' time too
+            tell_waited(device=time.perf_counter() - began + waited - idle, data=idle)
             starved.dispatched(metrics)
             now, unsaved = now + 1, True
             read()
