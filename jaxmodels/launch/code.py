@@ -17,6 +17,7 @@ from pathlib import Path
 from jaxmodels.errors import UserError
 
 _MOST_NAMES = 50
+_RUNS = "runs"  # what commands write is no code
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def here(directory: Path | None = None) -> Code:
     changed: list[str] = []
     if revision:
         # of a file that was renamed both names follow, each ended by a zero byte
-        fields = iter(_git(directory, "status", "--porcelain", "-z", "--untracked-files=all").split("\0"))
+        status = ["status", "--porcelain", "-z", "--untracked-files=all", "--", ":/", f":(exclude){_RUNS}"]
+        fields = iter(_git(directory, *status).split("\0"))
         for field in fields:
             if field:
                 changed.append(field[3:])

@@ -34,6 +34,8 @@ def test_what_is_not_committed_is_named(repository: Path) -> None:
     git(repository, "mv", "old.txt", "new.txt")
     (repository / "ünew").mkdir()
     (repository / "ünew" / "x").write_text("1")
+    (repository / "runs").mkdir()
+    (repository / "runs" / "log.txt").write_text("what a run has written is no code")
     found = code.here(repository)
     assert found.revision == git(repository, "rev-parse", "HEAD")
     assert found.changed == ("a b.txt", "new.txt", "ünew/x")
