@@ -286,7 +286,8 @@ def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> n
 def check_classes(source: Source, num_classes: int | None) -> None:
     """Raise UserError if the data have more classes than the model."""
     if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
-        names = f" ({', '.join(source.class_names[:5])}, ...)" if source.class_names else ""
+        shown = [*source.class_names[:5], *["..."] * (len(source.class_names) > 5)]
+        names = f" ({', '.join(shown)})" if source.class_names else ""
         raise UserError(
             f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}{names}, "
             f"try --model.classes {source.num_classes}"

@@ -28,10 +28,10 @@ def input_field(records: Records, cfg: RecordsConfig, kinds: Sequence[Kind]) -> 
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        tasks = "--task classification or " if tuple(kinds) == ("text",) else ""
+        known = ", ".join(f"{name} ({field.kind})" for name, field in sorted(records.fields.items()))
         raise UserError(
-            f"got {records.label} with the fields {', '.join(sorted(records.fields))}, "
-            f"expected {_article(kinds)} field, try {tasks}another --data.name or --data.path"
+            f"got {records.label} with the fields {known}, expected {_article(kinds)} field, "
+            "try other data, or a model and a task for these"
         )
     raise UserError(
         f"got no data.input_field, expected one of {', '.join(candidates)}, try --data.input-field {candidates[0]}"

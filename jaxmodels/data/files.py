@@ -137,7 +137,14 @@ class _Json(_Lines):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        if self._bytes[self._start : self._start + _BEGINNING].lstrip()[:1] == b"[":
+        beginning = self._bytes[self._start : self._start + _BEGINNING].lstrip()
+        if beginning[:1] == b"[":
+            line, _, rest = beginning.partition(b"\n")
+            if line.rstrip().endswith(b"]") and rest.strip():
+                raise UserError(
+                    f"got {path}, whose lines are JSON arrays, expected an object a line, "
+                    f"try jq -c '{{input: .[0], label: .[1]}}' {path}"
+                )
             raise UserError(f"got {path}, which is one JSON array, expected JSON lines, try jq -c '.[]' {path}")
 
     def _parse(self, raw: bytes) -> dict[str, Any] | str:

@@ -219,7 +219,7 @@ class Reader:
 
         Raises: UserError if more than the limit are bad.
         """
-        before = self._empty
+        before, found = self._empty, 0
         for start in range(0, len(self.records), _AT_ONCE):
             some = [i for i in range(start, min(start + _AT_ONCE, len(self.records))) if i not in self._bad]
             good = []
@@ -228,9 +228,12 @@ class Reader:
                     self._leave_out(index, value)
                 else:
                     good.append(Row(value, index))
+            found += len(good)
             yield good
         if self._empty > before:
             _log.warning("left out %s empty texts of %s", f"{self._empty:,}", self.records.label)
+        if self._bad and not found:
+            raise self._none_good()
 
     def bad(self, index: int, reason: str) -> None:
         """Leave out a record that turned out to be bad after it was read, by its `Row.index`, and log why.
@@ -260,8 +263,11 @@ class Reader:
         for place in range(index, index + n):
             if place % n not in self._bad:
                 return place % n
-        raise UserError(
-            f"got {self.records.label}, all {n:,} records of which are bad (the last: {self._last()}), "
+        raise self._none_good()
+
+    def _none_good(self) -> UserError:
+        return UserError(
+            f"got {self.records.label}, all {len(self.records):,} records of which are bad (the last: {self._last()}), "
             "expected some that can be read, try repairing them"
         )
 

@@ -117,7 +117,9 @@ def _map(file: Path, facts: dict[str, Any]) -> np.ndarray:
         raise UserError(f"got {file}, which is packed, expected tokens as they are, try unpacking it")
     if beginning.startswith(b"\x93NUMPY"):
         array = _numpy(file)
-    elif size == 0 or size % item:
+    elif size == 0:
+        raise UserError(f"got {file}, which is empty, expected tokens of {dtype}, try writing it anew")
+    elif size % item:
         raise UserError(
             f"got {file} of {size} bytes, expected a multiple of {item} ({dtype}), "
             f'try naming its dtype in {_sidecar(file).name}: {{"dtype": "uint32"}}'

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxmodels.errors import UserError
 from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, timeline, translations
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
-from jaxmodels.train.saved import Evaluation, load_run
+from jaxmodels.train.saved import Evaluation, imported, load_run, read_kept
 
 log = logging.getLogger("jaxmodels")
 
@@ -30,19 +31,22 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
     shown."""
     several, given = len(runs) > 1, {} if split is None else {"eval_split": split}
     opened: dict[str, Evaluation] = {}
-    columns = []
+    columns, closed = [], []
     for name, run in runs.items():
-        saved, _ = attempt(f"the checkpoint of {name}", lambda run=run: load_run(run, best=best).evaluation(given))
+        saved, why = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best, given))
+        if why:
+            closed.append(Part((), name if several else "", f"Without the checkpoint: {why}"))
         values = None
         if saved is not None:
             opened[name] = saved
             values, _ = attempt(f"the metrics of {name}", lambda saved=saved: evaluated(saved, split))
         columns.append(summary.column(name, run, saved, curves.last(run) if values is None else values))
     sections = [
-        Section("Runs" if several else "Run", [part("what was run", lambda: summary.facts(columns))]),
+        Section("Runs" if several else "Run", [part("what was run", lambda: summary.facts(columns)), *closed]),
         Section("Metrics", [part("the metrics", lambda: summary.results(columns))]),
-        Section("Curves", [part("the curves", lambda: [Picture("curves", curves.overlay(runs))])]),
     ]
+    if any(each.rows for each in columns):
+        sections.append(Section("Curves", [part("the curves", lambda: [Picture("curves", curves.overlay(runs))])]))
     happened = part("the timeline", lambda: timeline.show(runs))
     if happened.pieces or happened.note:
         sections.append(Section("Timeline", [happened]))
@@ -55,7 +59,15 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
         ]
         if parts := [each for each in parts if each.pieces or each.note]:
             sections.append(Section(title, parts))
-    return save(out or next(iter(runs.values())) / "report", "Report: " + ", ".join(runs), sections)
+    shown = [each for each in sections if any(part.pieces or part.note for part in each.parts)]
+    return save(out or next(iter(runs.values())) / "report", "Report: " + ", ".join(runs), shown)
+
+
+def open_run(run: Path, best: bool, given: Mapping[str, Any]) -> Evaluation:
+    """The run with the data that it is evaluated on."""
+    if not given and imported(run, read_kept(run)):
+        raise UserError("the run was imported and has no data of its own, try jaxmodels eval with other data")
+    return load_run(run, best=best).evaluation(given)
 
 
 def evaluated(saved: Evaluation, split: str | None) -> Mapping[str, float]:
@@ -71,7 +83,8 @@ def attempt(what: str, make: Callable[[], Any]) -> tuple[Any, str]:
     try:
         return make(), ""
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = " ".join(f"{kind}{error}".split())[:300]
         log.warning("the report lacks %s: %s", what, reason)
         return None, reason
 

@@ -14,7 +14,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.families import family_of
 from jaxmodels.report.pieces import Piece, Table
 from jaxmodels.train import metrics
-from jaxmodels.train.saved import Evaluation, Kept, read_kept
+from jaxmodels.train.saved import Evaluation, Kept, imported, read_kept
 
 BY_CLASS = ("precision", "recall", "f1")
 ELSEWHERE = ("data.dir", "data.prefetch", "metrics.", "profile.")
@@ -69,7 +69,7 @@ def described(c: Column) -> dict[str, str]:
     minutes = training_minutes(c.rows)
     versions = ", ".join(f"{name} {version}" for name, version in c.origin.get("versions", {}).items())
     source = f"{c.cfg.data.kind} {c.cfg.data.name}".strip()
-    return {
+    about = {
         "model": family_of(c.cfg.model).name,
         "parameters": ", ".join(sizes),
         "task": c.cfg.task.kind,
@@ -82,6 +82,10 @@ def described(c: Column) -> dict[str, str]:
         "versions": versions or "not known",
         "commit": str(c.origin.get("commit") or "not known"),
     }
+    if imported(c.run, c.kept):
+        about |= dict.fromkeys(("trained on", "evaluated on", "steps", "training"), "–")
+        about |= {"trained on": "not here: imported", "checkpoint": "the weights as they were imported"}
+    return about
 
 
 def training_minutes(rows: Sequence[Mapping[str, float]]) -> float | None:

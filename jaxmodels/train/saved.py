@@ -23,7 +23,7 @@ from jaxmodels.data.contract import check_batch
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
-from jaxmodels.hf import format_of
+from jaxmodels.hf import beside, format_of
 from jaxmodels.models.families import create, family_of
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import mesh
@@ -274,10 +274,10 @@ def evaluation_data(run: Run, given: Mapping[str, Any]) -> DataConfig:
             f"got {_flag(wrong[0])} {_shown(fields[wrong[0]])} for data {section.kind}, which has no such field, "
             f"expected a field of that kind of data, try {section.instead}"
         )
-    imported = (run.directory / "pretrained").is_dir() and not run.kept.train
-    if not own.real and not given and imported:
+    if not own.real and not given and imported(run.directory, run.kept):
         kind = "table" if answers in ("class", "classes", "translation") else "text"
-        texts = run.tokenizer is not None and answers != "caption"
+        reads = run.tokenizer is not None and answers != "caption"
+        texts = reads or answers in ("translation", "continuation", "gaps")
         captions = " --data.captions 'a photo of a {label}'" if answers == "caption" else ""
         raise UserError(
             f"got {run.directory}, an imported model without data of its own, expected data to evaluate on, "
@@ -286,6 +286,11 @@ def evaluation_data(run: Run, given: Mapping[str, Any]) -> DataConfig:
     if run.tokenizer is not None and "tokenizer" in known:
         fields["tokenizer"] = str(run.directory)
     return section.evaluated_on(fields)
+
+
+def imported(directory: Path, kept: Kept) -> bool:
+    """Whether a run is of published weights alone: it was never trained, and its config's data are none of its own."""
+    return (directory / beside.KEPT).is_dir() and not kept.train
 
 
 def _flag(name: str) -> str:

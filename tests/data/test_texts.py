@@ -184,6 +184,9 @@ def test_token_files_that_cannot_be_right_are_refused(tmp_path):
     write_tokens(file, 5000)
     with pytest.raises(UserError, match=r"got token 999 in .*, expected all below vocab_size 512, .* 1000"):
         open_lm(source="tokens", path=(str(file),), vocab_size=512)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="which is empty, expected tokens of uint16"):
+        open_lm(source="tokens", path=(str(file),))
     file.write_bytes(b"abc")
     with pytest.raises(UserError, match="of 3 bytes, expected a multiple of 2"):
         open_lm(source="tokens", path=(str(file),))

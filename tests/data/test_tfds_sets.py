@@ -183,7 +183,7 @@ LM, CLASSES = "causal_lm", "classification"
         ),
         (CLASSES, "mnist", {"input_field": "imag"}, "expected one of image, try --data.input-field image"),
         (LM, "multi30k", {}, "got no data.input_field, expected one of de, en, try --data.input-field de"),
-        (LM, "mnist", {}, "with the fields image, label, expected a text field"),
+        (LM, "mnist", {}, r"with the fields image \(image\), label \(label\), expected a text field"),
         (LM, "sst2", {"input_field": "label"}, "which is a label, not a text, expected one of sentence"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 
 from jaxmodels import config as configs
 from jaxmodels.cli import main
+from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import TFDS, AdamW, Classification, Config, Eval, Metrics, Table, Train
 from jaxmodels.models.families import create
 from jaxmodels.models.mlp import MLPConfig
@@ -151,6 +152,20 @@ def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
     )
     kept = json.loads((run / "data.json").read_text())
     assert kept["train"] in text and kept["eval"] in text
+
+
+def test_the_page_of_an_imported_run_says_that_it_was_not_trained_here(root, tmp_path, capsys):
+    run = tmp_path / "run"
+    import_run(root / "tests" / "golden" / "t5", out=run)
+    page = build.write({"run": run}, None, None, False)
+    text = page.read_text()
+    assert "not here: imported" in text and "1,000" not in text and "synthetic" not in text
+    assert "Without the checkpoint: the run was imported and has no data of its own, try jaxmodels eval" in text
+    assert [heading in text for heading in ('id="run"', 'id="metrics"', 'id="curves"')] == [True, False, False]
+    assert not list(page.parent.glob("*.png"))
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 2
+    assert "try --data table --data.path FILE" in capsys.readouterr().err
 
 
 def test_confusion_is_that_of_scikit_learn(trained):
