@@ -174,7 +174,7 @@ def test_what_is_not_a_number_stays_none(kind):
 
 def test_text_is_learned_as_well_as_in_float32():
     text = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int32)
-    begins = np.random.default_rng(0).integers(0, len(text) - 32, (60, 16, 1))
+    begins = np.random.default_rng(0).integers(0, len(text) - 32, (60, 8, 1))
     steps = text[begins + np.arange(33)]
     plain = families.create(GPT2)
 

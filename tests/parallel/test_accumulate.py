@@ -15,24 +15,18 @@ from tests.parallel import steps, test_zoo_steps
 MODELS = {**steps.MODELS, "deep": dataclasses.replace(steps.MODELS["llama"], layers=4)}
 
 
-@functools.cache
-def alone(name, accumulate):
-    return steps.measure(MODELS[name], Mesh(data=1), accumulate=accumulate)
-
-
 @pytest.mark.parametrize(
     ("name", "cfg", "accumulate"),
     [
-        ("llama", Mesh(data=2, fsdp=2), 2),
         ("llama", Mesh(data=2, context=2, tensor=2, sequence=True), 2),
-        ("mixtral", Mesh(data=2, expert=2), 2),
+        ("mixtral", Mesh(data=2, fsdp=2, expert=2), 2),
         ("deep", Mesh(data=2, stage=2, fsdp=2), 1),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_steps_are_those_of_one_device(name, cfg, accumulate):
     got = steps.measure(MODELS[name], cfg, accumulate=accumulate)
-    np.testing.assert_allclose(got, alone(name, accumulate), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, steps.alone(MODELS[name], accumulate=accumulate), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet", "clip"])

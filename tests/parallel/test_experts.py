@@ -14,6 +14,7 @@ from jaxmodels.models import experts, families
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.plan import program
+from tests.parallel import steps
 from tests.parallel.steps import MODELS, measure
 from tests.quick import stacked
 
@@ -64,12 +65,6 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 def alone(routing):
     assert rules.ambient() is None
     return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*inputs(routing))
-
-
-@functools.cache
-def steps_alone():
-    """Loss and gradient norm of each step on one device."""
-    return measure(MODELS["mixtral"], Mesh(data=1))
 
 
 def sharded(mesh):
@@ -161,13 +156,11 @@ def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
-        ({}, {}),
-        ({"fsdp": 2}, {}),
         ({"tensor": 2}, {}),
         ({"fsdp": 2, "tensor": 2, "sequence": True}, {"remat": "dots"}),
     ],
-    ids=lambda x: "-".join(x) or "alone",
+    ids="-".join,
 )
 def test_steps_are_those_of_one_device(axes, changes):
     got = measure(dataclasses.replace(MODELS["mixtral"], **changes), Mesh(data=1, expert=2, **axes))
-    close(got, steps_alone())
+    close(got, steps.alone(MODELS["mixtral"]))

@@ -1,5 +1,7 @@
 """One train step of every family is equal on one device and on eight: statistics, dropout and two networks included."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ from jaxmodels.train import state, step
 from tests.sections import task_of
 from tests.zoo import ZOO, B, T, fill
 
-ELSEWHERE = {"llama", "mistral", "qwen", "mixtral-capacity", "bert-classifier", "dcgan-discriminator"}
+ELSEWHERE = {"llama", "mistral", "qwen", "mixtral-capacity", "dcgan-discriminator"}
 """Whose steps test_equivalence.py, test_mixtral.py or another row of the zoo takes."""
 # plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
 DESCENT = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
 
 
+@functools.cache
 def train(name, mesh_cfg, devices, **options):
     """State and metrics after one step, and the parameters before it."""
     kind, config = ZOO[name]
@@ -52,3 +55,10 @@ def test_one_step_is_equal_on_one_device_and_on_eight(name):
     moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), params, before)
     assert max(jax.tree.leaves(moved)) > 1e-4
     assert min(held.values()) <= (1 / 4 if name != "vae" else 1 / 2), "the largest are cut, by fsdp and by tensor"
+
+
+def test_pairs_of_a_step_under_pmap_are_those_of_all_devices():
+    (params, _), metrics, _, _ = train("clip", Mesh(), 1)
+    (params8, _), metrics8, _, _ = train("clip", Mesh(), 8, strategy="pmap")
+    assert metrics8 == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5), params8, params)

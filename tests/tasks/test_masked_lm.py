@@ -1,4 +1,4 @@
-"""Masked language modeling and contrastive training: what is hidden, what counts, one device and eight."""
+"""Masked language modeling: what is hidden, what counts, and classifiers of the same encoders."""
 
 import dataclasses
 import functools
@@ -10,54 +10,18 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import (
-    SGD,
-    AdamW,
-    CausalLM,
-    Classification,
-    Constant,
-    Contrastive,
-    MaskedLM,
-    Mesh,
-    Stdlib,
-    Synthetic,
-)
-from jaxmodels.data import open_source
+from jaxmodels.config import AdamW, CausalLM, Classification, MaskedLM, Mesh, Stdlib
 from jaxmodels.data.contract import check_batch
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
-from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
-from jaxmodels.models.vit import ViTConfig
+from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.losses import cross_entropy
 from jaxmodels.tasks.masked_lm import mask
 from jaxmodels.tasks.task import divide
-from jaxmodels.train import state, step
-from tests.sections import drawn
-
-B, T, V = 8, 12, 48
-SIZE = {"layers": 2, "heads": 4, "width": 32, "mlp_width": 48}
-BERT = BERTConfig(vocab_size=V, context=16, **SIZE)
-VIT = ViTConfig((8, 8, 3), 4, 5, **SIZE, dropout=0.1)
-CLIP = CLIPConfig((8, 8, 3), 4, 2, 4, 32, 48, V, 16, 2, 2, 24, 40, embedding=20)
-DATA = Synthetic(seq_len=T, batch_size=B)
-MLM = MaskedLM(mask_fraction=0.3)
-PAIRS = Contrastive()
-
-
-def synthetic(task, config, seed=0, rows=B):
-    text = hasattr(config, "vocab_size")  # what reads no text has no length of texts
-    source = drawn(task, config, batch_size=B, **({"seq_len": T} if text else {}))
-    return source.batch(np.arange(rows) + seed * rows, np.zeros(rows, np.int64))
-
-
-def padded(seed=0):
-    """Texts of different lengths."""
-    batch = synthetic(MLM, BERT, seed)
-    lengths = np.random.default_rng(seed).integers(3, T + 1, (B, 1))
-    return {"tokens": batch["tokens"], "segment_ids": (np.arange(T) < lengths).astype(np.int32)}
+from tests.tasks.encoders import BERT, CLIP, DATA, MLM, PAIRS, VIT, B, T, V, learn, padded, synthetic
 
 
 @functools.cache
@@ -172,25 +136,17 @@ def test_training_hides_other_tokens_at_each_step_and_evaluation_always_the_same
     assert task.summarize(whole, ())["perplexity"] == pytest.approx(np.exp(divide(whole)["loss"]))
 
 
-def learn(task, params, optimizer, rows, steps):
-    """Parameters after so many steps on `rows(key)`."""
-    moments = optimizer.init(params["model"])
-
-    @jax.jit
-    def run(trained, moments):
-        def body(carry, key):
-            trained, moments = carry
-
-            def mean(trained):
-                total, aux = task.losses[0].fn({"model": trained}, {}, rows(key), key)
-                return total / aux.weight
-
-            updates, moments = optimizer.update(jax.grad(mean)(trained), moments, trained)
-            return (jax.tree.map(jnp.add, trained, updates), moments), None
-
-        return jax.lax.scan(body, (trained, moments), jax.random.split(jax.random.key(1), steps))[0][0]
-
-    return {"model": run(params["model"], moments)}
+def test_sums_of_texts_of_different_lengths_are_those_of_one_device_on_eight(masked):
+    """Devices hold different numbers of places; what is hidden is the same."""
+    task, params, loss, _ = masked
+    batch, key = padded(), jax.random.key(3)
+    total, aux = loss(params, {}, batch, key)
+    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(params, rules.place(mesh, task.axes(), jax.eval_shape(lambda: params)))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(batch, task.shardings(mesh, batch))
+        total8, aux8 = jax.jit(task.losses[0].fn)(placed, {}, spread, key)
+    assert float(total8) == pytest.approx(float(total), rel=1e-5) and int(aux8.weight) == int(aux.weight)
 
 
 def test_a_hidden_token_is_learned_from_the_others():
@@ -207,133 +163,6 @@ def test_a_hidden_token_is_learned_from_the_others():
     before = divide(metrics(params, {}, rows(jax.random.key(2))))
     after = divide(metrics(learn(task, params, optimizer, rows, steps=120), {}, rows(jax.random.key(2))))
     assert after["loss"] < 0.5 * np.log(11) < before["loss"] and after["accuracy"] > 0.8, (before, after)
-
-
-@pytest.fixture(scope="module")
-def paired():
-    task = tasks.build(PAIRS, CLIP, DATA)
-    params = {"model": jax.jit(task.networks["model"].init)(jax.random.key(0))}
-    return task, params, jax.jit(task.losses[0].fn), jax.jit(task.metrics)
-
-
-def similarities(task, params, batch):
-    pixels = batch["images"].astype(np.float32) / 255
-    seen, read, scale = map(np.asarray, task.networks["model"].apply(params["model"], pixels, batch["tokens"]))
-    return scale * seen @ read.T
-
-
-def log_softmax(x):
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
-
-
-def test_the_contrastive_loss_is_that_of_its_definition(paired):
-    task, params, loss, metrics = paired
-    batch = synthetic(PAIRS, CLIP)
-    logits = similarities(task, params, batch)
-    expected = -(np.diag(log_softmax(logits)) + np.diag(log_softmax(logits.T))) / 2
-    own = {**batch, "classes": np.arange(B, dtype=np.int32)}  # of one pair each: as none
-    for rows in (batch, own):
-        total, aux = loss(params, {}, rows, jax.random.key(0))
-        assert float(total) == pytest.approx(expected.sum(), rel=1e-5) and int(aux.weight) == B
-    found = divide(metrics(params, {}, batch))
-    assert found["loss"] == pytest.approx(expected.mean(), rel=1e-5)
-    assert found["image_to_text"] == pytest.approx((logits.argmax(1) == np.arange(B)).mean())
-    assert found["text_to_image"] == pytest.approx((logits.argmax(0) == np.arange(B)).mean())
-
-
-def test_pairs_that_fill_up_a_batch_count_neither_as_pairs_nor_against_others(paired):
-    _, params, _, metrics = paired
-    batch = synthetic(PAIRS, CLIP)
-    some = {name: x[:5] for name, x in batch.items()}
-    batch["labels"] = np.where(np.arange(B) < 5, 0, -1).astype(np.int32)
-    found, expected = metrics(params, {}, batch), metrics(params, {}, some)
-    for name, (total, count) in expected.items():
-        assert float(found[name][0]) == pytest.approx(float(total), rel=1e-5)
-        assert int(found[name][1]) == int(count) == 5
-
-
-def test_pairs_of_one_class_match_each_other(paired):
-    task, params, loss, metrics = paired
-    batch, classes = synthetic(PAIRS, CLIP), np.array([0, 1, 0, 2, 2, 3, 0, 4], np.int32)
-    batch |= {"classes": classes, "labels": np.where(np.arange(B) < 7, 0, -1).astype(np.int32)}
-    logits = similarities(task, params, batch)[:7, :7]
-    same = classes[:7, None] == classes[None, :7]
-    scores = (log_softmax(logits) + log_softmax(logits.T)) / 2
-    total, aux = loss(params, {}, batch, jax.random.key(0))
-    assert float(total) == pytest.approx(-(same / same.sum(1, keepdims=True) * scores).sum(), 1e-5) and aux.weight == 7
-    found = divide(metrics(params, {}, batch))
-    right = [same[np.arange(7), logits.argmax(axis)].mean() for axis in (1, 0)]
-    assert [found["image_to_text"], found["text_to_image"]] == pytest.approx(right)
-
-
-def test_similarities_are_never_multiplied_by_more_than_a_hundred(paired):
-    _, params, loss, _ = paired
-    batch = synthetic(PAIRS, CLIP)
-
-    def at(log):
-        return float(loss({"model": {**params["model"], "scale": {"log": jnp.float32(log)}}}, {}, batch, None)[0])
-
-    assert at(np.log(100)) == pytest.approx(at(9.0), rel=1e-5)
-    assert at(np.log(100)) != pytest.approx(at(np.log(50)), rel=1e-2)
-
-
-def test_pairs_are_learned(paired):
-    task, params, _, metrics = paired
-    batch = synthetic(PAIRS, CLIP)
-    optimizer = AdamW(peak_lr=3e-3, weight_decay=0.0).build(40, task.axes()["model"])
-    end = learn(task, params, optimizer, lambda key: batch, steps=40)
-    found = divide(metrics(end, {}, batch))
-    assert found["loss"] < 0.2 and found["image_to_text"] == found["text_to_image"] == 1, found
-
-
-CASES = {
-    "masked_lm": (MLM, BERT),
-    "vit": (Classification(), VIT),
-    "bert": (Classification(), dataclasses.replace(BERT, head="classification", classes=5, layers=1)),
-    "contrastive": (PAIRS, CLIP),
-}
-# plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
-DESCENT = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return functools.cache(lambda name: train(name, Mesh(), 1))
-
-
-def train(name, mesh_cfg, devices, strategy="jit"):
-    """State and metrics after one step, and how far parameters moved."""
-    cfg, config = CASES[name]
-    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
-    task = tasks.build(cfg, config, DATA)
-    optimizers = {loss.name: DESCENT.build(1, task.axes()[loss.trains]) for loss in task.losses}
-    layout = state.layout(task, optimizers, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    now = jax.jit(lambda key: state.init(task, optimizers, key), out_shardings=shardings)(jax.random.key(0))
-    before = jax.tree.map(np.asarray, now.params)
-    batch = padded() if name == "masked_lm" else synthetic(cfg, config)
-    batch = jax.device_put(batch, task.shardings(mesh, batch))
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
-    now, metrics = step.build_step(task, optimizers, mesh, layout, rows, strategy=strategy)(now, batch)
-    after = jax.tree.map(np.asarray, now.params)
-    moved = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True))
-    return after, {key: float(value) for key, value in metrics.items()}, moved
-
-
-@pytest.mark.parametrize(
-    ("name", "mesh", "strategy"),
-    [
-        *((name, Mesh(data=2, fsdp=2, tensor=2), "jit") for name in CASES),
-        ("contrastive", Mesh(), "jit"),
-        ("contrastive", Mesh(), "pmap"),
-    ],
-)
-def test_a_step_on_eight_devices_is_that_of_one(alone, name, mesh, strategy):
-    """Dropout and what is hidden included; the others of a pair are those of all devices."""
-    expected, metrics, moved = alone(name)
-    found, metrics8, _ = train(name, mesh, 8, strategy)
-    assert metrics8 == pytest.approx(metrics, rel=1e-4, abs=1e-5) and moved > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
 @pytest.mark.parametrize(
@@ -381,8 +210,6 @@ def test_a_classifier_of_texts_sees_segment_ids_and_types():
         (MLM, BERTConfig(head="none"), DATA, "got task masked_lm with BERTConfig with head none"),
         (MLM, BERT, Stdlib(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
         (MaskedLM(mask_token=V), BERT, DATA, "got task.mask_token 48, .*try --task.mask-token 47"),
-        (PAIRS, VIT, DATA, "got task contrastive with ViTConfig, expected a model of images and texts"),
-        (PAIRS, CLIP, Stdlib(seq_len=17), "got data.seq_len 17, expected at most model.context 16"),
         (Classification(), BERT, DATA, "classification with BERTConfig, expected a classifier"),
         (CausalLM(), BERT, DATA, "got task causal_lm with BERTConfig"),
     ],
@@ -396,8 +223,3 @@ def test_what_does_not_fit_together_is_refused(task, config, data, message):
 def test_a_share_of_nothing_or_of_all_is_refused(share):
     with pytest.raises(UserError, match="got task.mask_fraction .*, expected (above 0|below 1)"):
         MaskedLM(mask_fraction=share)
-
-
-def test_pairs_do_not_come_from_a_text():
-    with pytest.raises(UserError, match="got data stdlib, expected a source of records"):
-        open_source(Stdlib(), "train", Contrastive())
