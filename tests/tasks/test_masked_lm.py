@@ -142,7 +142,7 @@ def test_sums_of_texts_of_different_lengths_are_those_of_one_device_on_eight(mas
     batch, key = padded(), jax.random.key(3)
     total, aux = loss(params, {}, batch, key)
     mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
-    placed = jax.device_put(params, rules.place(mesh, task.axes(), jax.eval_shape(lambda: params)))
+    placed = jax.device_put(params, rules.shardings_of(mesh, task.axes(), jax.eval_shape(lambda: params)))
     with jax.set_mesh(mesh):
         spread = jax.device_put(batch, task.shardings(mesh, batch))
         total8, aux8 = jax.jit(task.losses[0].fn)(placed, {}, spread, key)
