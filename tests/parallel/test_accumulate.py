@@ -19,7 +19,7 @@ MODELS = {**steps.MODELS, "deep": dataclasses.replace(steps.MODELS["llama"], lay
     ("name", "cfg", "accumulate"),
     [
         ("llama", Mesh(data=2, context=2, tensor=2, sequence=True), 2),
-        ("mixtral", Mesh(data=2, fsdp=2, expert=2), 2),
+        ("mixtral", Mesh(data=2, expert=2), 2),
         ("deep", Mesh(data=2, stage=2, fsdp=2), 1),
     ],
     ids=lambda x: x if isinstance(x, str) else None,

@@ -159,7 +159,7 @@ def test_a_pipeline_of_several_rounds_keeps_no_weights_from_tick_to_tick_but_the
         ({"tensor": 2}, {}),
         ({"fsdp": 2, "tensor": 2, "sequence": True}, {"remat": "dots"}),
     ],
-    ids="-".join,
+    ids=lambda x: "-".join(x) or "alone",
 )
 def test_steps_are_those_of_one_device(axes, changes):
     got = measure(dataclasses.replace(MODELS["mixtral"], **changes), Mesh(data=1, expert=2, **axes))

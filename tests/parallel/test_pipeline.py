@@ -46,7 +46,8 @@ def place(cfg):
         ("gpt2", mesh(stage=4, rounds=2), {}),
         ("gpt2", mesh(stage=2, data=2, rounds=2, microbatches=2), {"remat": "full"}),
         ("llama", mesh(stage=2, fsdp=2, rounds=2), {"remat": "dots"}),
-        ("llama", mesh(stage=2, context=2, tensor=2, sequence=True), {}),
+        ("llama", mesh(stage=2, tensor=2, sequence=True), {}),
+        ("llama", mesh(stage=2, context=2), {}),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )

@@ -13,8 +13,6 @@ from jaxmodels.train import load_run
 from tests.quick import FLAGS
 
 FIELDS = [
-    "--optim",
-    "adamw",  # compiles in half of Muon's time
     "--metrics.every",
     "1",
     "--checkpoint.every",

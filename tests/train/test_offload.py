@@ -53,7 +53,7 @@ def test_steps_are_the_same_and_the_optimizer_lies_with_the_host():
 def test_a_run_goes_on_where_its_optimizer_lay_elsewhere(root, tmp_path, capsys):
     small = ["--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--eval.every", "0"]
     few = ["--data.seq-len", "16", "--data.batch-size", "8", "--eval.batches", "2"]
-    shared = [*small, *few, "--optim", "adamw", "--checkpoint.every", "2", "--metrics.progress", "none"]
+    shared = [*small, *few, "--checkpoint.every", "2", "--metrics.progress", "none"]
     config = str(root / "configs" / "gpt_stdlib.py")
     for name, options in {"one": ["4"], "two": ["4", "--optim.offload", "True"]}.items():
         assert cli.main(["train", config, "--run-dir", str(tmp_path / name), *shared, "--train.steps", *options]) == 0
