@@ -66,7 +66,9 @@ def test_a_table_that_is_none_is_refused(tmp_path):
         tables.records(table(tmp_path / name, **fields), "train")
 
     with pytest.raises(UserError, match="a.json, which is one JSON array, expected JSON lines, try jq -c"):
-        opened("a.json", '[{"text": "a"}]')
+        opened("a.json", '[{"text": "a"}]\n')
+    with pytest.raises(UserError, match="a.jsonl, whose lines are JSON arrays, expected an object a line"):
+        opened("a.jsonl", '["a", 1]\n["b", 0]\n')
     with pytest.raises(UserError, match="a.xls, expected a table: one of .csv, .tsv, .jsonl, .json, .parquet"):
         opened("a.xls", "x")
     with pytest.raises(UserError, match="which is empty"):
