@@ -129,8 +129,8 @@ def test_a_run_whose_rank_is_killed_goes_on_by_itself_and_ends_with_the_bits_of_
         assert [row.get(name) for row in rows] == [row.get(name) for row in whole], name
     ours, theirs = (load_run(folder / name).params for name in ("killed", "two"))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
-    told = [(row["event"], row.get("kind"), row["step"]) for row in events.read(folder / "killed")]
-    assert [row for row in told if row[0] in ("failed", "done")] == [("failed", "killed", 5), ("done", None, 6)]
+    told = [(row["event"], row.get("kind"), row["rank"]) for row in events.read(folder / "killed")]
+    assert [row for row in told if row[0] in ("failed", "done")] == [("failed", "killed", 0), ("done", None, None)]
     assert "rank 0 failed first" in shown and "resumed at step 3 of 6" in shown
 
 
