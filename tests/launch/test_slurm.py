@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from jaxmodels import cli, load_run
 from jaxmodels.errors import UserError
+from jaxmodels.launch import record
 from jaxmodels.launch.place import Job, State, Status
 from jaxmodels.launch.slurm import Slurm, seconds
 from tests.launch import slurm_cluster
@@ -271,3 +275,51 @@ def test_where_there_is_no_slurm_it_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)
     with pytest.raises(UserError, match="got no program 'sbatch' here"):
         hand_in(job(tmp_path), Slurm())
+
+
+CONFIG = """
+from jaxmodels.config import Config, Text
+from jaxmodels.models.gpt2 import GPT2Config
+
+
+def get_config() -> Config:
+    model = GPT2Config(layers=2, width=64, heads=2, vocab_size=32, context=32)
+    return Config(model=model, data=Text(seq_len=32, batch_size=32, path=("letters.txt",), tokenizer="chars"))
+"""
+PLACE = """
+from jaxmodels.launch.slurm import Slurm
+
+
+def get_place() -> Slurm:
+    return Slurm(nodes=2, processes=1, platform="cpu")
+"""
+
+
+@pytest.mark.timeout(900)
+def test_a_training_that_was_told_to_stop_ends_with_the_bits_of_one_that_was_not(slurm, tmp_path, monkeypatch):
+    """Both at once, on the same two nodes, by the command."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for file, text in (("config.py", CONFIG), ("place.py", PLACE), ("letters.txt", "bcdfghjkl" * 2000)):
+        (tmp_path / file).write_text(text)
+    fields = "--train.steps 500 --optim.warmup-steps 1 --eval.batches 1 --checkpoint.every 0 --metrics.loggers".split()
+    submitted = {}
+    for name in ("told", "left"):
+        command = ["train", "config.py", "--run-dir", name, "--mesh.data", "2", "--resume", "auto", *fields]
+        assert cli.main(["launch", "place.py", "--name", name, "--", *command]) == 0
+        found = record.read(name)
+        submitted[name] = (found.place, found.job, found.handle)
+    end = time.monotonic() + 400
+    while not (metrics := tmp_path / "told" / "metrics.jsonl").exists() or not metrics.read_text():
+        assert time.monotonic() < end, list(submitted["told"][0].logs(*submitted["told"][1:]))
+        time.sleep(0.05)
+    subprocess.run(["scancel", "--signal=TERM", "--batch", submitted["told"][2]], check=True)
+    for name, restarts in (("told", 1), ("left", 0)):
+        status = until(submitted[name], *ENDED, limit=400)
+        said = list(submitted[name][0].logs(*submitted[name][1:]))
+        assert (status.state, status.restarts) == (State.DONE, restarts), "\n".join(said)
+    told, left = (jax.tree.leaves(load_run(tmp_path / name).params) for name in ("told", "left"))
+    assert len(told) == len(left) > 5
+    for ours, theirs in zip(told, left, strict=True):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
