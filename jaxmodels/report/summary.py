@@ -65,7 +65,8 @@ def described(c: Column) -> dict[str, str]:
     """Describe one run in a few rows."""
     networks = tasks.build(c.cfg.task, c.cfg.model, c.cfg.data).networks
     sizes = [f"{model.count():,}" + (f" ({name})" if len(networks) > 1 else "") for name, model in networks.items()]
-    steps = f"{int(c.rows[-1]['step']):,} of {c.cfg.train.steps:,}" if c.rows else f"{c.cfg.train.steps:,}"
+    done = int(c.rows[-1]["step"]) if c.rows else c.saved.step if c.saved else None
+    steps = f"{'' if done is None else f'{done:,} of '}{c.cfg.train.steps:,}"
     minutes = training_minutes(c.rows)
     versions = ", ".join(f"{name} {version}" for name, version in c.origin.get("versions", {}).items())
     source = f"{c.cfg.data.kind} {c.cfg.data.name}".strip()
