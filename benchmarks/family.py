@@ -20,14 +20,29 @@ from benchmarks.sizes import SIZES, Size
 Run = Callable[[], Any]
 
 
+def job(size: Size) -> Any:
+    """Return the job that the family's training is, on one device, with AdamW as PyTorch has it."""
+    import jax
+
+    from jaxmodels import tasks
+    from jaxmodels.config import AdamW, Config, Constant, Synthetic, Train
+    from jaxmodels.train.job import assemble
+
+    everything = ("matrix", "embedding", "bias", "norm")
+    cfg = Config(
+        model=size.config,
+        task=tasks.TASKS.find(size.task)(),  # pyright: ignore
+        data=Synthetic(seq_len=size.length, batch_size=size.batch),
+        optim=AdamW(b2=0.999, decay_on=everything, clip_norm=None, schedule=Constant()),
+        train=Train(steps=1000),
+    )
+    return assemble(cfg, jax.devices()[:1], opened=False)
+
+
 def arrays(size: Size) -> dict[str, np.ndarray]:
     """Return a batch of token ids, classes, or numbers in [0, 1)."""
-    from jaxmodels import tasks
-    from jaxmodels.config import Stdlib
-
     config, rng = size.config, np.random.default_rng(0)
-    data = Stdlib(seq_len=size.length, batch_size=size.batch)
-    spec = tasks.build(tasks.TASKS.find(size.task)(), config, data).batch_spec(size.batch)  # pyright: ignore
+    spec = job(size).task.batch_spec(size.batch)
     found: dict[str, np.ndarray] = {}
     for name, leaf in spec.items():
         whole = np.issubdtype(leaf.dtype, np.integer)
@@ -43,18 +58,11 @@ def ours(size: Size, batch: dict[str, np.ndarray]) -> dict[str, Run]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmodels import tasks
-    from jaxmodels.config import AdamW, Constant, Stdlib
     from jaxmodels.models.families import create
     from jaxmodels.train import state, step
 
-    adamw = AdamW(b2=0.999, decay_on=("matrix", "embedding", "bias", "norm"), clip_norm=None, schedule=Constant())
-    task = tasks.build(
-        tasks.TASKS.find(size.task)(),  # pyright: ignore
-        size.config,
-        Stdlib(seq_len=size.length, batch_size=size.batch),
-    )
-    optimizers = {loss.name: adamw.build(1000, task.axes()[loss.trains]) for loss in task.losses}
+    assembled = job(size)
+    task, optimizers = assembled.task, assembled.optimizers
     take = jax.jit(
         lambda now, batch: step.advance(task, optimizers, now, batch, accumulate=1, ema=None), donate_argnums=0
     )

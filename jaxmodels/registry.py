@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -145,17 +144,17 @@ class Registry:
 def subclass_of(base: type, what: str = "") -> Check:
     """The check of classes that derive from `base` and have what its abstract methods ask for.
 
-    `base` itself will do where it is complete; one that all kinds of something have in common says of `what`.
+    With `what`, they are the kinds of a section and `base` is what they have in common: a frozen dataclass each.
     """
 
     def check(found: Any) -> str:
-        section = dataclasses.is_dataclass(base)
+        section = bool(what)
         if not (isinstance(found, type) and issubclass(found, base)):
             return (
                 f"which is {_sort(found)}, expected a {'frozen dataclass' if section else 'class'} that derives from "
                 f"{base.__name__}, try class Mine({base.__name__})"
             )
-        if what and found is base:
+        if section and found is base:
             return f"which every {what} has in common, expected a class that derives from it"
         own = [name for name, kind in inspect.get_annotations(found).items() if "ClassVar" not in str(kind)]
         if section and own and "__dataclass_fields__" not in vars(found):
@@ -177,10 +176,10 @@ def incomplete(kind: type) -> str:
 
 
 def _unlike(kind: type, base: type) -> str:
-    """Which required method of a class cannot be called as that of its base is; nothing, if all can."""
-    for name in sorted(getattr(base, "__abstractmethods__", ())):
-        own, asked = getattr(kind, name), getattr(base, name)
-        if not _can_be_called(own, [each.name for each in inspect.signature(asked).parameters.values()]):
+    """Which method of a class cannot be called as that of its base is; nothing, if all can."""
+    for name, asked in inspect.getmembers(base, inspect.isfunction):
+        own = getattr(kind, name)
+        if not name.startswith("_") and own is not asked and not _can_be_called(own, _named(asked)):
             return f"whose {name} takes {_parameters(own)}, expected {name}{_parameters(asked)}"
     return ""
 
@@ -195,13 +194,18 @@ def instance_of(kind: type, form: str) -> Check:
     return check
 
 
+def function(found: Any) -> str:
+    """The check of functions of any arguments."""
+    return "" if callable(found) else f"which is {_sort(found)}, expected a function"
+
+
 def function_of(*arguments: str) -> Check:
     """The check of functions that are called with so many arguments."""
 
     def check(found: Any) -> str:
         form = f"function({', '.join(arguments)})"
-        if not callable(found):
-            return f"which is {_sort(found)}, expected a {form}"
+        if wrong := function(found):
+            return f"{wrong}({', '.join(arguments)})"
         return "" if _can_be_called(found, arguments) else f"which takes {_parameters(found)}, expected a {form}"
 
     return check
@@ -215,6 +219,10 @@ def _can_be_called(function: Callable[..., Any], arguments: Sequence[str]) -> bo
     except ValueError:  # one of another language, which does not say
         return True
     return True
+
+
+def _named(function: Callable[..., Any]) -> list[str]:
+    return [each.name for each in inspect.signature(function).parameters.values() if each.kind is not each.KEYWORD_ONLY]
 
 
 def _parameters(function: Callable[..., Any]) -> str:

@@ -11,12 +11,14 @@ import pytest
 from jaxmodels import config as configs
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import AdamW, Config, Constant, OptimConfig, Train
+from jaxmodels.config import VAE, WSD, AdamW, Config, Constant, Images, Metrics, Momentum, OptimConfig, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.config import FAMILIES
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.models.vae import VAEConfig
 from jaxmodels.registry import Registry
+from jaxmodels.train import tune
 from jaxmodels.train.optim import OPTIMIZERS
 from jaxmodels.train.schedules import SCHEDULES
 
@@ -188,6 +190,10 @@ class Schedule(ScheduleConfig):
     pass
 
 
+class Deaf(Logger):
+    def scalars(self, values): ...
+
+
 class Tokenizer(BaseTokenizer):
     vocab_size = 3
 
@@ -199,10 +205,12 @@ def one(first):
 
 
 kernel = one
+number = 3
 '''
 
 
 def test_what_is_not_finished_is_refused_when_it_is_named(package, tmp_path):
+    from jaxmodels.commands import COMMANDS
     from jaxmodels.data.section import SOURCES, TRANSFORMS
     from jaxmodels.data.tokenizer import TOKENIZERS
     from jaxmodels.models.kernels.kernel import KERNELS
@@ -216,6 +224,8 @@ def test_what_is_not_finished_is_refused_when_it_is_named(package, tmp_path):
         (SCHEDULES, "Schedule", "which has no method share"),
         (TOKENIZERS, "Tokenizer", "which has no method decode"),
         (LOGGERS, "Tokenizer", "which is a class, expected a class that derives from Logger"),
+        (LOGGERS, "Deaf", r"whose scalars takes \(self, values\), expected scalars\(self, step, values\)"),
+        (COMMANDS, "number", "which is an int, expected a function"),
         (METRICS, "one", r"which takes \(first\), expected a function\(outputs, batch\)"),
         (TRANSFORMS, "one", r"which takes \(first\), expected a function\(image, rng\)"),
         (KERNELS, "kernel", r"which is a function, expected a .*Kernel, try mine = Kernel\(attend, features\)"),
@@ -288,9 +298,70 @@ def test_a_name_is_given_once():
 def test_a_config_of_another_format_is_refused():
     written = configs.to_json(configs.load(FILE))
     assert written["format"] == 2
-    for version in (None, 1, 3, "2"):
-        with pytest.raises(UserError, match=r"got a config of format .*, expected 2"):
+    for version in (None, 0, 3, "2", 2.0, True):
+        with pytest.raises(UserError, match=r"got a config of format .*, expected one of 1, 2, try the version"):
             configs.from_json({**written, "format": version})
+
+
+def test_a_config_of_the_first_format_is_read_as_it_was_meant():
+    """As the version before kinds wrote it: all fields of all kinds in one section, kinds under names of their own."""
+    every = {
+        "task": {"name": "vae", "beta": 4.0, "multi_label": False, "label_smoothing": 0.1, "pixels": "gaussian"},
+        "data": {"source": "images", "path": ["set"], "name": "mnist", "eval_fraction": 0.3, "threads": 2},
+        "optim": {
+            "name": "momentum", "peak_lr": 0.5, "schedule": "wsd", "final_lr_fraction": 0.3, "decay_fraction": 0.5,
+            "b1": 0.8, "b2": 0.9, "eps": 1e-6, "weight_decay": 0.2, "clip_norm": None,
+        },
+        "metrics": {"every": 7, "tensorboard": True, "progress": "none"},
+    }  # fmt: skip
+    rest = {name: {} for name in ("augment", "train", "eval", "checkpoint", "mesh", "profile", "init")}
+    model = {"family": "vae", **dataclasses.asdict(VAEConfig(latents=3))}
+    read = configs.from_json(json.loads(json.dumps({"model": model, **every, **rest})))
+    assert read == Config(
+        model=VAEConfig(latents=3),
+        task=VAE(beta=4.0, pixels="gaussian"),
+        data=Images(path=("set",), eval_fraction=0.3, threads=2),
+        optim=Momentum(
+            peak_lr=0.5, schedule=WSD(final_lr_fraction=0.3, decay_fraction=0.5), b1=0.8, weight_decay=0.2,
+            clip_norm=None,
+        ),
+        metrics=Metrics(every=7, loggers=("tensorboard",), progress="none"),
+    )  # fmt: skip
+    quiet = {**every, "metrics": {"tensorboard": False}, "optim": {"name": "adamw", "schedule": "constant"}}
+    read = configs.from_json({"model": model, **quiet, **rest})
+    assert read.metrics.loggers == () and read.optim == AdamW(schedule=Constant())
+    for section, wrong, said in (
+        ("task", {"name": "vea"}, "got task 'vea', expected one of"),
+        ("task", {"name": 3}, "got task.class None, expected text"),
+        ("optim", {"name": "adamw", "schedule": "cosin"}, "got schedule 'cosin'"),
+        ("data", "images", "section 'data' is 'images'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            configs.from_json({"model": model, **every, **rest, section: wrong})
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--task.name", "vae"], "got --task.name vae, expected a kind as the option of its section, try --task vae"),
+        (["--data.source=table"], "try --data table"),
+        (["--optim.name", "muon"], "try --optim muon"),
+        (["--optim.schedule.name", "wsd"], "try --optim.schedule wsd"),
+        (["--model.family", "llama"], "try --model llama"),
+        (["--optim.final-lr-fraction", "0.2"], "did you mean '--optim.schedule.final-lr-fraction'"),
+        (["--data.name", "mnist"], "got '--data.name', expected an option of"),
+    ],
+)
+def test_the_kind_as_a_field_is_told_how_it_is_written(argv, said):
+    with pytest.raises(UserError, match=said):
+        configured([FILE, *argv], f"jaxmodels train {FILE}", RunOptions)
+
+
+def test_a_field_called_name_is_no_kind():
+    cfg, _ = configured([FILE, "--data", "tfds", "--data.name", "table"], "jaxmodels train", RunOptions)
+    assert cfg.data.name == "table"
+    with pytest.raises(UserError, match="try optim=adamw,muon"):
+        tune.parse("optim.name=adamw,muon", cfg)
 
 
 PIECES = '''

@@ -27,6 +27,13 @@ def test_the_public_names_are_these():
     assert sorted(jaxmodels.__all__) == sorted(set(jaxmodels.__all__))
 
 
+def test_training_in_python_is_a_function_of_the_package_that_trains():
+    from jaxmodels.train import load_run, train
+
+    assert load_run.__doc__ and train.__doc__ and callable(train)
+    assert "train" not in jaxmodels.__all__  # the package has the name
+
+
 def test_configs_import_sections_and_their_kinds_from_one_place():
     assert set(config.__all__) >= SECTIONS | KINDS
     for name in SECTIONS:

@@ -37,9 +37,13 @@ class Regression(TaskConfig):
         def metrics(params, stats, batch):
             return sums(params, stats, batch)[0]
 
+        def predicts(params, stats, batch):
+            outputs, _ = forward(("model", model), params, stats, normalized(batch["inputs"], data))
+            return {"number": outputs[:, 0]}
+
         (inputs,) = model.inputs(1)
         fields = {
             "inputs": BatchField(inputs.shape[1:], np.float32, stored=np.uint8),
             "labels": BatchField((), below=100),
         }
-        return Task({"model": model}, (Loss("loss", "model", loss),), metrics, fields)
+        return Task({"model": model}, (Loss("loss", "model", loss),), metrics, fields, predicts=predicts)

@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import get_type_hints
 
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.registry import OUTSIDE, Registry
+from jaxmodels.registry import OUTSIDE, Registry, function
 
 COMMANDS = Registry(
     "command",
@@ -47,6 +47,7 @@ COMMANDS = Registry(
         "launch logs": "jaxmodels.commands.launch_logs:logs",
         "launch cancel": "jaxmodels.commands.launch_cancel:cancel",
     },
+    function,
 )
 """A name of two words is a command in a group. Installed packages add theirs by entry points."""
 

@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import tyro
 
+from jaxmodels.config import TFDS, docs
+from jaxmodels.data.section import FilesConfig, RecordsConfig, SplitsConfig
 from jaxmodels.errors import UserError, check_place, printable
-from jaxmodels.fields import Beams, Natural, Section
+from jaxmodels.fields import Beams, Section
+
+
+def _as_it_is(owner: type, *names: str) -> list[tuple[str, Any, Any]]:
+    """Fields of a section that are left as they are in the run unless they are given."""
+    hints, about = get_type_hints(owner, include_extras=True), docs(owner)
+    several = {name for name in names if get_origin(hints[name]) is tuple}
+    return [
+        (
+            name,
+            Annotated[hints[name] if name in several else hints[name] | None, tyro.conf.arg(help=about[name])],
+            dataclasses.field(default=() if name in several else None),
+        )
+        for name in names
+    ]
+
+
+_FIELDS = (
+    *_as_it_is(FilesConfig, "path"),
+    *_as_it_is(TFDS, "dir"),
+    *_as_it_is(SplitsConfig, "name", "eval_split"),
+    *_as_it_is(RecordsConfig, "input_field", "label_field", "target_field", "group_field", "captions", "class_names"),
+    *_as_it_is(RecordsConfig, "bad_records"),
+)
 
 
 @dataclass(frozen=True)
-class EvalData(Section, section="data"):
-    """What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."""
-
+class _Kind(Section, section="data"):
     source: Annotated[str | None, tyro.conf.arg(name="data", prefix_name=False)] = None
     """Another kind of data than the run's, as in training: table, images, text, tokens, tfds, huggingface."""
-    path: tuple[str, ...] = ()
-    """Files, globs or a folder, all of which is evaluated on (table, images, text, tokens)."""
-    dir: str | None = None
-    """TFDS data directory."""
-    name: str | None = None
-    """Name of the set (tfds, huggingface)."""
-    eval_split: str | None = None
-    """Split of the set (tfds, huggingface)."""
-    input_field: str | None = None
-    """Field of a record that is the model's input."""
-    label_field: str | None = None
-    """Field of a record that holds the class, or several."""
-    target_field: str | None = None
-    """Field of a record that holds the translation."""
-    group_field: str | None = None
-    """Field of a record that names its group: each metric is given for each group too."""
-    captions: tuple[str, ...] = ()
-    """Texts of an image's class, one or several, in which {label} stands for the class's name (contrastive)."""
-    class_names: tuple[str, ...] = ()
-    """Names of the classes in captions, in the order of the classes (contrastive)."""
-    bad_records: Natural | None = None
-    """Records that cannot be read are named, counted and left out, up to so many."""
 
     def given(self) -> dict[str, Any]:
         """The fields that are set."""
         return {name: value for name, value in vars(self).items() if value not in (None, ())}
 
+
+if TYPE_CHECKING:
+    EvalData = _Kind
+else:
+    EvalData = dataclasses.make_dataclass("EvalData", _FIELDS, bases=(_Kind,), frozen=True)
+    EvalData.__doc__ = "What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."
 
 OWN_DATA = EvalData()
 """What the run was evaluated on."""
@@ -74,7 +82,8 @@ def evaluate(
         beams: width of the search for translations, 4 when not given; 1: the likeliest token each time.
         data: what it is evaluated on, where not on the run's own data.
     """
-    from jaxmodels.train import judge, load_run
+    from jaxmodels.generate import judge
+    from jaxmodels.train import load_run
     from jaxmodels.train import run as runs
 
     runs.compilation_cache()

@@ -23,7 +23,7 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
 
     from jaxmodels.hf import beside, save
     from jaxmodels.models.families import create, family_of
-    from jaxmodels.train.saved import read_run
+    from jaxmodels.train import saved
 
     limit = size(shard_size)
     cfg, _ = configs.read(run)
@@ -31,8 +31,9 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
     form = hf.format_of(family_of(cfg.model).name)
     form.describe(cfg.model)  # before anything is read
     with save.complete(directory) as part:
-        more = beside.back(run, part, cfg)
-        opened = read_run(run, best=best)
+        kept = saved.read_kept(run)
+        more = beside.back(run, part, cfg, kept.classes if kept.train else ())
+        opened = saved.read_run(run, best=best)
         with progress("writing", 4 * model.count()) as done:
             params, stats = opened.params["model"], opened.stats.get("model", {})
             save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done)

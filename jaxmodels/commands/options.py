@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from jaxmodels.commands import usage
 from jaxmodels.commands.parsing import HELP, Configured, NoOptions, parse
-from jaxmodels.config import AnyModel, Config, kind_name, kinds_of, load, replaced, with_kinds
+from jaxmodels.config import AnyModel, Config, kind_name, kinds_of, load, meant_kind, replaced, with_kinds
 from jaxmodels.errors import UserError, nearest
 
 __all__ = ["Configured", "NoOptions", "configured", "take_kinds"]
@@ -38,6 +39,13 @@ def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, 
         given[name] = kind
     for name in sorted(given, key=lambda name: name.count(".")):  # nested kinds belong to the new kind
         config = replaced(config, name, given[name])
+    for argument, value in itertools.pairwise([*rest, ""]):
+        option, equals, own = argument.partition("=")
+        if section := meant_kind(config, option.removeprefix("--"), own if equals else value):
+            raise UserError(
+                f"got {option} {own or value}, expected a kind as the option of its section, "
+                f"try --{section} {own or value}"
+            )
     return config, rest
 
 

@@ -146,11 +146,9 @@ def _wide_terminal() -> Iterator[None]:
 def _unknown(name: str, known: Sequence[str], prog: str) -> str:
     """Format the message about an unknown option, with the nearest one of its section, or of all."""
     section, _, field_name = name.rpartition(".")
-    here = [option.rpartition(".")[2] for option in known if section and option.startswith(section + ".")]
-    close = difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)
-    if close:
-        close = [f"{section}.{close[0]}"]
-    else:  # an option of another section, or of none
+    here = {option.rpartition(".")[2]: option for option in known if section and option.startswith(section + ".")}
+    close = [here[found] for found in difflib.get_close_matches(field_name, here, n=1, cutoff=0.5)]
+    if not close:  # an option of another section, or of none
         close = [option for option in known if option.endswith("." + field_name.lstrip("-"))]
     if not close and not here:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance
 from jaxmodels.config.files import from_json, load, read, save, to_json
-from jaxmodels.config.kinds import kind_name, kinds_of, of_kind, replaced, with_kinds
+from jaxmodels.config.kinds import kind_name, kinds_of, meant_kind, of_kind, replaced, with_kinds
 from jaxmodels.config.sections import AnyModel, Config
 from jaxmodels.data.corpus import Stdlib, Text
 from jaxmodels.data.folders import Images
@@ -37,5 +37,5 @@ __all__ = [
     "HuggingFace", "Images", "Init", "Linear", "Lion", "MaskedLM", "Mesh", "Metrics", "Momentum", "Muon",
     "OptimConfig", "Profile", "RMSprop", "ScheduleConfig", "Seq2Seq", "Stdlib", "Synthetic", "Table", "TaskConfig",
     "Text", "Tokens", "Train", "differences", "docs", "documentation", "flatten", "from_json", "kind_name",
-    "kinds_of", "load", "of_kind", "provenance", "read", "replaced", "save", "to_json", "with_kinds",
+    "kinds_of", "load", "meant_kind", "of_kind", "provenance", "read", "replaced", "save", "to_json", "with_kinds",
 ]  # fmt: skip

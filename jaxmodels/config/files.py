@@ -8,16 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from jaxmodels.config.formats import FORMAT, KIND, current
 from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of, of_kind
 from jaxmodels.config.sections import AnyModel, Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import checked, shown
 from jaxmodels.registry import given_by
-
-FORMAT = 2
-"""The format version that `to_json` writes."""
-KIND = "class"
-"""The JSON key of a section's kind; no field can have this name."""
 
 
 def load(path: str | Path) -> Config:
@@ -50,7 +46,7 @@ def _encoded(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Config:
-    """Rebuild the config that `to_json` wrote.
+    """Rebuild the config that `to_json` wrote, in today's format or an older one.
 
     Raises:
         UserError: a section or a value is missing, unknown, or of another type, or a kind is not installed here.
@@ -58,8 +54,7 @@ def from_json(value: Any) -> Config:
     sections = [f.name for f in dataclasses.fields(Config)]
     if not isinstance(value, Mapping):
         raise UserError(f"got a config that is {shown(value)}, expected an object with sections {', '.join(sections)}")
-    if (version := value.get("format", 1)) != FORMAT:
-        raise UserError(f"got a config of format {shown(version)}, expected {FORMAT}, try the version that wrote it")
+    value = current(value)
     for name in sections:
         if not isinstance(value.get(name), Mapping):
             what = f"is {shown(value[name])}" if name in value else "is missing"

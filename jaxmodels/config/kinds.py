@@ -10,6 +10,8 @@ from jaxmodels.config.sections import Config
 from jaxmodels.errors import UserError
 from jaxmodels.registry import Registry
 
+_KIND = ("name", "kind", "class", "type", "source", "family")
+
 
 def kinds_of(section: Any) -> Registry | None:
     """Return the registry of a section's kinds, None if it has only one."""
@@ -34,6 +36,15 @@ def with_kinds(owner: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             if kinds_of(value) is not None:
                 yield prefix + field.name, value
             yield from with_kinds(value, f"{prefix}{field.name}.")
+
+
+def meant_kind(config: Config, field: str, value: str) -> str:
+    """The section whose kind is given as if it were a field (task.name, data.source), "" where none is."""
+    section, _, last = field.rpartition(".")
+    owner = dict(with_kinds(config)).get(section)
+    if owner is None or last in {each.name for each in dataclasses.fields(owner)}:
+        return ""
+    return section if last in _KIND and value in owner.kinds.names() else ""
 
 
 def of_kind(section: Any, name: str) -> Any:

@@ -12,6 +12,14 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import rules
 
+IGNORED = -1
+"""What stands in the place of a target or label that does not count, in no loss and no metric.
+
+A batch says so in the array that is to be predicted, and not in a second one of its shape beside it: the two cannot
+disagree, and only one is packed, sent to the devices and cut over the mesh. The losses make their weights of it. Whole
+rows that do not count, whatever a task predicts of them, have the weight 0 in a batch's `weight` (B,).
+"""
+
 
 @dataclass(frozen=True)
 class BatchField:
@@ -29,10 +37,13 @@ class BatchField:
     """The dtype in the data, if it differs: image bytes, which stand for [0, 1]."""
     optional: bool = False
     """Whether a batch may lack it."""
+    usual: bool = False
+    """Whether batches of real data have it although it is optional; a plan includes it then."""
 
-    def rows(self, count: int) -> jax.ShapeDtypeStruct:
-        """Return the array for this many examples."""
-        return jax.ShapeDtypeStruct((count, *(self.shape or ())), self.dtype)
+    def rows(self, count: int, stored: bool = False) -> jax.ShapeDtypeStruct:
+        """Return the array for this many examples, as the task computes with it or as it is stored."""
+        dtype = self.dtype if self.stored is None or not stored else self.stored
+        return jax.ShapeDtypeStruct((count, *(self.shape or ())), dtype)
 
 
 Contract = Mapping[str, BatchField]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.data import pixels, transforms
+from jaxmodels.data.contract import IGNORED
 from jaxmodels.data.fields import named_field, named_groups, numbered
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.records import Reader, Records, Row
@@ -100,7 +101,7 @@ class Pictures(Source):
                 f"got {self._records.label}, whose records have {'several labels' if self._several else 'no label'}, "
                 "expected one class each, try --data.balance False"
             )
-        labels = np.full(len(self), -1, np.int32)
+        labels = np.full(len(self), IGNORED, np.int32)
         for rows in Reader(self._records, (self._label,), self._limit).all():
             labels[[row.index for row in rows]] = [row[self._label] for row in rows]
         return labels
@@ -150,7 +151,7 @@ class Pictures(Source):
                 else:
                     labels[k] = row[self._label]
         if self.split == "eval":
-            labels[replaced] = -1
+            labels[replaced] = IGNORED
         if not self._group:
             return {"labels": labels}
         return {"labels": labels, "group": np.array([self._group_of(row[self._group]) for row in rows], np.int32)}

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from jaxmodels.data.contract import IGNORED
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 
@@ -51,8 +52,9 @@ class Source(ABC):
         Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,) or, if an
         example may have several, float32 (B, classes); masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32
         (B, T); contrastive: images (B, H, W, C), tokens int32 (B, T), labels and classes int32 (B,).
-        A target or label of -1 is ignored. Rows of text have `segment_ids` (B, T), which are 0 for padding, and targets
-        of seq2seq have `target_segment_ids`; `positions` (B, T) restart with each text in a row.
+        A target or label that does not count is `contract.IGNORED`. Rows of text have `segment_ids` (B, T), which
+        are 0 for padding, and targets of seq2seq have `target_segment_ids`; `positions` (B, T) restart with each text
+        in a row.
         """
 
     @abstractmethod
@@ -127,12 +129,12 @@ class Windows(Source):
         return {"tokens": tokens, "targets": targets, **self._bytes(targets)}
 
     def _rows(self, i: int, starts: np.ndarray) -> np.ndarray:
-        """Return the tokens of an array from each start on, (B, T + 1), with -1 past its end."""
+        """Return the tokens of an array from each start on, (B, T + 1), with IGNORED past its end."""
         array, width = self.arrays[i], self.seq_len + 1
         whole = starts + width <= len(array)
         if whole.all():
             return self._windows[i][starts]
-        rows = np.full((len(starts), width), -1, np.int32)
+        rows = np.full((len(starts), width), IGNORED, np.int32)
         for row, start in zip(rows, starts.tolist(), strict=True):
             part = array[start : start + width]
             row[: len(part)] = part

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxmodels.data.contract import IGNORED
 from jaxmodels.data.source import Source, Split, fingerprint
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
@@ -61,9 +62,13 @@ class Rows(Source):
 
 def single(ids: Sequence[np.ndarray], length: int) -> dict[str, np.ndarray]:
     """Lay out texts to classify, one per row, cut or padded: `inputs` and `segment_ids` (N, length)."""
-    out = lay([[i] for i in range(len(ids))], length, [(text[:length],) for text in ids], ("inputs",), "segment_ids")
+    out = lay([[i] for i in range(len(ids))], length, [(text[:length],) for text in ids], {"inputs": 0}, "segment_ids")
     del out["positions"]
     return out
+
+
+_PREDICTED = {"tokens": 0, "targets": IGNORED}
+"""What a model reads and what it is to predict, with what fills up their rows."""
 
 
 def plan(lengths: np.ndarray, room: int) -> list[list[int]]:
@@ -107,7 +112,8 @@ def packed(
         for text in ids:
             whole = np.concatenate([first, text, end])
             pairs += zip(_pieces(whole[:-1], length), _pieces(whole[1:], length), strict=True)
-    return lay(plan(np.array([len(a) for a, _ in pairs]), length), length, pairs, ("tokens", "targets"), "segment_ids")
+    rows = plan(np.array([len(a) for a, _ in pairs]), length)
+    return lay(rows, length, pairs, _PREDICTED, "segment_ids")
 
 
 def wrapped(ids: Sequence[np.ndarray], length: int, tokenizer: Tokenizer) -> list[np.ndarray]:
@@ -143,8 +149,8 @@ def translations(
     follow = [np.concatenate([y[: length - 1], stop]) for y in targets]
     sizes = np.array([max(len(x), len(y)) for x, y in zip(inputs, tokens, strict=True)])
     rows = plan(sizes, length) if pack else [[i] for i in range(len(inputs))]
-    first = lay(rows, length, [(x,) for x in inputs], ("inputs",), "segment_ids")
-    second = lay(rows, length, list(zip(tokens, follow, strict=True)), ("tokens", "targets"), "target_segment_ids")
+    first = lay(rows, length, [(x,) for x in inputs], {"inputs": 0}, "segment_ids")
+    second = lay(rows, length, list(zip(tokens, follow, strict=True)), _PREDICTED, "target_segment_ids")
     del first["positions"], second["positions"]  # an encoder-decoder derives them from the segment ids
     return first | second
 
@@ -153,11 +159,14 @@ def lay(
     rows: Sequence[Sequence[int]],
     length: int,
     texts: Sequence[tuple[np.ndarray, ...]],
-    names: tuple[str, ...],
+    names: Mapping[str, int],
     marks: str,
 ) -> dict[str, np.ndarray]:
-    """Lay texts into the rows of a plan; `marks` numbers the texts of a row from 1, and is 0 for padding."""
-    fill = {name: -1 if name == "targets" else 0 for name in (*names, marks, "positions")}
+    """Lay texts into the rows of a plan; `marks` numbers the texts of a row from 1, and is 0 for padding.
+
+    `names` are the arrays' names, each with what pads its rows.
+    """
+    fill = {**names, marks: 0, "positions": 0}
     out = {name: np.full((len(rows), length), value, np.int32) for name, value in fill.items()}
     for r, members in enumerate(rows):
         at = 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.generate.sample import with_cache
 from jaxmodels.models.model import Model
 
 
@@ -63,7 +64,7 @@ def decode(
     room = -(-int(limits.max(initial=1)) // 16) * 16  # rounded up, so that similar limits share a compiled program
     ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
     marks = (ends[0] if start is None else jnp.int32(start), ends)
-    found = _decode(model, params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
+    found = _decode(with_cache(model), params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
     return Decoded(*jax.tree.map(np.asarray, found))
 
 

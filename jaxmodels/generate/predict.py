@@ -73,13 +73,16 @@ def kind_of(run: Run) -> given.Kind:
 def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
     """What makes a value ready, and what answers to a batch of them."""
     answers = run.config.task.answers
-    if not answers:
+    predicts = None if answers else run.task.predicts
+    if not answers and predicts is None:
         raise UserError(
             f"got a run of task {run.config.task.kind}, expected one that says something of a record, "
             f"try jaxmodels report {run.directory}, which shows the images that it makes"
         )
     if kind_of(run) == "text" and run.tokenizer is None:
         raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
+    if predicts is not None:
+        return _inputs(run), _own(run, predicts)
     if answers in ("class", "classes"):
         return _inputs(run), _classifier(run)
     if answers == "caption":
@@ -162,6 +165,27 @@ def _classifier(run: Run) -> Answers:
     def answers(ready: Sequence[Any]) -> list[Answer]:
         batch = {name: np.stack([each[name] for each in ready]) for name in ready[0]}
         return [chosen(row, names, several) for row in np.asarray(shares(run.params["model"], batch))]
+
+    return answers
+
+
+def _own(run: Run, predicts: Callable[..., Any]) -> Answers:
+    """What the run's task itself has to say, by the names that it gives."""
+
+    @jax.jit
+    def said(params: Any, stats: Any, batch: Any) -> Any:
+        return predicts(params, stats, batch)
+
+    def answers(ready: Sequence[Any]) -> list[Answer]:
+        batch = {name: np.stack([each[name] for each in ready]) for name in ready[0]}
+        found = {name: np.asarray(x) for name, x in said(run.params, run.stats, batch).items()}
+        return [one({name: x[i] for name, x in found.items()}) for i in range(len(ready))]
+
+    def one(values: dict[str, np.ndarray]) -> Answer:
+        wrong = [name for name, x in values.items() if not np.isfinite(x).all()]
+        if wrong:
+            return {"error": f"the model's {wrong[0]} is no finite number"}
+        return {name: x.tolist() for name, x in values.items()}
 
     return answers
 
@@ -271,7 +295,7 @@ def _writer(run: Run, tokenizer: Tokenizer, tokens: int) -> Answers:
 
 def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
     """A text as its row of tokens, with the places of `[MASK]`."""
-    section, gap = run.config.data, _gap(run, tokenizer)
+    section, gap = run.config.data, _gap(run)
     special = section.pack or not section.real  # whole texts; windows of joined ones have none
 
     def encode(text: str) -> np.ndarray:
@@ -296,13 +320,14 @@ def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
     return ready
 
 
-def _gap(run: Run, tokenizer: Tokenizer) -> int:
+def _gap(run: Run) -> int:
     """The id that stands where a token was taken out."""
-    own = getattr(run.config.task, "mask_token", None)
-    if own is not None:
-        return own
-    ids = tokenizer.encode(MASK)
-    return int(ids[0]) if len(ids) == 1 else run.model.config.vocab_size - 1
+    if (gap := run.task.gap) is None:
+        raise UserError(
+            f"got a run of task {run.config.task.kind}, which does not say what stands for a missing token, expected "
+            "one that does, try Task(gap=…) in it"
+        )
+    return gap
 
 
 def _filler(run: Run, tokenizer: Tokenizer) -> Answers:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.models.families import create
+from jaxmodels.models.kernels.kernel import kernel_of
 from jaxmodels.models.model import Model
 
 
@@ -77,6 +79,7 @@ def sample(
             f"got repetition_penalty {repetition_penalty}, expected a number above 0, try 1.2, or 1 for no penalty"
         )
     run, longest = _cached if cached else _uncached, int(lengths.max()) + tokens
+    model = with_cache(model) if cached else model
     # lengths are rounded up, so that prompts of similar length share a compiled program
     room = -(-longest // 64) * 64 if model.longest is None else min(-(-longest // 64) * 64, model.longest)
     padded = np.zeros((len(rows), room), np.int32)
@@ -89,6 +92,18 @@ def sample(
         if (stops := np.flatnonzero(np.isin(row[length:], ends))).size:
             row[length + stops[0] :] = row[length + stops[0]]
     return np.stack(found) if (lengths == lengths[0]).all() else found
+
+
+@functools.lru_cache(maxsize=8)
+def with_cache(model: Model) -> Model:
+    """The model with an attention kernel that reads a cache: its own or, where that cannot, the one that `auto` takes.
+
+    A model may be trained with a kernel that sees whole sequences alone; what it computes is the same with any other.
+    """
+    name = getattr(model.config, "attention", "auto")
+    if name == "auto" or kernel_of(name).features >= {"segment_ids", "q_offset array", "kv_length"}:
+        return model
+    return create(model.config, attention="auto")
 
 
 def _rows(prompt: Any) -> list[np.ndarray]:

@@ -76,8 +76,11 @@ def carry(source: Path, run: Path, fresh: Sequence[str]) -> None:
         path.write_text(json.dumps({name: value for name, value in values.items() if name not in _NAMES}, indent=2))
 
 
-def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
-    """Write the files that a run keeps beside its weights into a folder; return more settings for config.json."""
+def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the files that a run keeps beside its weights into a folder; return more settings for config.json.
+
+    `classes` are the names of those that it was trained on here; an imported run has its names among its files.
+    """
     tokenizer = data.load_tokenizer(run) if (run / FILE).is_file() else None
     kept, settings = run / KEPT, {}
     # with a tokenizer of its own, the files that came with the weights, and their ids, no longer apply
@@ -91,7 +94,8 @@ def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
         if len(special.objects(kept / "config.json").get("id2label") or ()) != getattr(cfg.model, "classes", None):
             how |= {*_NAMES}
         settings = {name: value for name, value in special.objects(kept / "config.json").items() if name not in how}
-    settings |= _of_images(run, part, cfg)
+    _of_images(run, part, cfg)
+    settings |= _names_of(cfg, classes)
     if own and tokenizer is not None:
         translates = cfg.task.answers == "translation"
         tokenizers.save(tokenizer, part, translates)
@@ -101,10 +105,8 @@ def back(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
     return settings
 
 
-def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
-    """Write how a run turns images into inputs, unless its file says so already; return the names of classes."""
-    from jaxmodels.train.saved import KEPT as DATA
-
+def _of_images(run: Path, part: Path, cfg: Config) -> None:
+    """Write how a run turns images into inputs, unless its file says so already."""
     family = family_of(cfg.model).name
     if pixels.known(family):
         shape, file = cfg.model.input_shape, part / pixels.FILE  # pyright: ignore
@@ -113,12 +115,14 @@ def _of_images(run: Path, part: Path, cfg: Config) -> dict[str, Any]:
             file.write_text(json.dumps(pixels.describe(cfg, shape), indent=2) + "\n")
             if cfg.augment.crop is not None and shape[0] != shape[1]:
                 log.warning("%s: the central 7/8 of images that are not square is not in %s", run, pixels.FILE)
-    data_kept = special.objects(run / DATA) if (run / DATA).is_file() else {}
+
+
+def _names_of(cfg: Config, classes: Sequence[str]) -> dict[str, Any]:
+    """The names of a classifier's classes, as transformers has them; of those without a name, the number."""
     count = getattr(cfg.model, "classes", None)
-    names = list(map(str, data_kept.get("classes") or ()))
-    if not count or not data_kept.get("train") or not names or len(names) > count:
-        return {}  # an imported run has its names in config.json
-    names = distinct(names + [str(i) for i in range(len(names), count)])
+    if not count or not classes or len(classes) > count:
+        return {}
+    names = distinct([*classes, *map(str, range(len(classes), count))])
     return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {x: i for i, x in enumerate(names)}}
 
 

@@ -6,14 +6,65 @@ Dims: B rows, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
+from jaxmodels.fields import Depth, Dim, Positive
 from jaxmodels.models import layers
+from jaxmodels.models.checks import check_rotary_heads
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context
-from jaxmodels.models.model import Params
+from jaxmodels.models.kernels.kernel import Attention
+from jaxmodels.models.model import Dtype, Params, Remat
+
+
+@dataclass(frozen=True)
+class RotaryConfig(ModelConfig):
+    """What decoders with RMSNorm, rotary positions and grouped heads have in common; the defaults are LLaMA 7B's."""
+
+    vocab_size: Dim = 32000
+    """Rows of the embedding (V)."""
+    context: Dim = 2048
+    """Tokens that the published model was trained on at once; rotary positions do not limit it."""
+    layers: Depth = 32
+    """Blocks."""
+    heads: Depth = 32
+    """Query heads (H)."""
+    kv_heads: Depth | None = None
+    """Key and value heads (G), shared by groups of query heads; as many as `heads` when not given."""
+    width: Dim = 4096
+    """Size of the residual stream (D)."""
+    head_dim: Dim | None = None
+    """Size of a head (K); width / heads when not given."""
+    mlp_width: Dim = 11008
+    """Hidden units of the gated MLP, or of each expert (F)."""
+    window: Dim | None = None
+    """Tokens that each one sees, itself included (Mistral); None: all before it."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary wavelengths."""
+    norm_eps: Positive = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tied: bool = False
+    """Whether the output layer is the embedding."""
+    dtype: Dtype = "float32"
+    """Type of activations and products (not a router's); parameters stay float32."""
+    attention: Attention = "auto"
+    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
+    remat: Remat = "none"
+    """What the backward pass recomputes: nothing, all but weight products, or blocks; offload: inputs on the host."""
+    unroll: Depth = 1
+    """Blocks unrolled in each iteration of the scan over layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rotary_heads(self)
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.heads
 
 
 class Body(NamedTuple):

@@ -13,70 +13,26 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxmodels.fields import Depth, Dim, Positive
 from jaxmodels.models import layers
-from jaxmodels.models.checks import check_rotary_heads
-from jaxmodels.models.config import ModelConfig
-from jaxmodels.models.decoder import Decoder, output_table
+from jaxmodels.models.decoder import Decoder, RotaryConfig, output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import token_inputs
-from jaxmodels.models.kernels.kernel import Attention
-from jaxmodels.models.model import Dtype, Family, Remat
+from jaxmodels.models.model import Family
 from jaxmodels.models.rotary import RopeScaling, rotary_frequencies
 
 
 @dataclass(frozen=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(RotaryConfig):
     """LLaMA; the defaults are LLaMA 7B."""
 
-    vocab_size: Dim = 32000
-    """Rows of the embedding (V)."""
-    context: Dim = 2048
-    """Tokens that the published model was trained on at once; rotary positions do not limit it."""
-    layers: Depth = 32
-    """Blocks."""
-    heads: Depth = 32
-    """Query heads (H)."""
-    kv_heads: Depth | None = None
-    """Key and value heads (G), shared by groups of query heads; as many as `heads` when not given."""
-    width: Dim = 4096
-    """Size of the residual stream (D)."""
-    head_dim: Dim | None = None
-    """Size of a head (K); width / heads when not given."""
-    mlp_width: Dim = 11008
-    """Hidden units of the gated MLP (F)."""
-    rope_theta: Positive = 10_000.0
-    """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling = RopeScaling()
     """Llama 3.1's scaling; none with a factor of 1."""
-    window: Dim | None = None
-    """Tokens that each one sees, itself included (Mistral); None: all before it."""
     qkv_bias: bool = False
     """Whether the projections of queries, keys and values have biases (Qwen2)."""
     qk_norm: bool = False
     """Whether each head's queries and keys go through RMSNorm (Qwen3)."""
-    norm_eps: Positive = 1e-5
-    """Added to the mean square in RMSNorm."""
-    tied: bool = False
-    """Whether the output layer is the embedding."""
-    dtype: Dtype = "float32"
-    """Type of activations and products; parameters stay float32."""
-    attention: Attention = "auto"
-    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
-    remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but weight products, or blocks; offload: inputs on the host."""
-    unroll: Depth = 1
-    """Blocks unrolled in each iteration of the scan over layers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_rotary_heads(self)
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.width // self.heads
 
 
 class Block(nn.Module):

@@ -17,15 +17,12 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Positive, Weight
 from jaxmodels.models import experts, layers
-from jaxmodels.models.checks import check_rotary_heads
-from jaxmodels.models.config import ModelConfig
-from jaxmodels.models.decoder import Decoder, output_table
+from jaxmodels.models.decoder import Decoder, RotaryConfig, output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import token_inputs
-from jaxmodels.models.kernels.kernel import Attention
-from jaxmodels.models.model import Dtype, Family, Remat
+from jaxmodels.models.model import Family
 from jaxmodels.models.rotary import rotary_frequencies
 from jaxmodels.parallel import rules
 
@@ -33,25 +30,13 @@ Sums = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
-class MixtralConfig(ModelConfig):
+class MixtralConfig(RotaryConfig):
     """Mixtral; the defaults are Mixtral 8x7B."""
 
-    vocab_size: Dim = 32000
-    """Rows of the embedding (V)."""
     context: Dim = 32768
-    """Tokens that the published model was trained on at once; rotary positions do not limit it."""
-    layers: Depth = 32
-    """Blocks."""
-    heads: Depth = 32
-    """Query heads (H)."""
     kv_heads: Depth | None = 8
-    """Key and value heads (G), shared by groups of query heads; as many as `heads` when not given."""
-    width: Dim = 4096
-    """Size of the residual stream (D)."""
-    head_dim: Dim | None = None
-    """Size of a head (K); width / heads when not given."""
     mlp_width: Dim = 14336
-    """Hidden units of each expert (F)."""
+    rope_theta: Positive = 1e6
     experts: Depth = 8
     """Experts of a block (E)."""
     experts_per_token: Depth = 2
@@ -64,35 +49,14 @@ class MixtralConfig(ModelConfig):
     """Weight of the loss that is least when all experts are chosen equally often."""
     z_loss: Weight = 0.0
     """Weight of the router's mean squared log partition function."""
-    window: Dim | None = None
-    """Tokens that each one sees, itself included; None: all before it."""
-    rope_theta: Positive = 1e6
-    """Base of the rotary wavelengths."""
-    norm_eps: Positive = 1e-5
-    """Added to the mean square in RMSNorm."""
-    tied: bool = False
-    """Whether the output layer is the embedding."""
-    dtype: Dtype = "float32"
-    """Type of activations and products, but for the router's; parameters stay float32."""
-    attention: Attention = "auto"
-    """Attention kernel: auto, xla, blockwise, cudnn, splash, tokamax, ring, ulysses."""
-    remat: Remat = "none"
-    """What the backward pass recomputes: nothing, all but weight products, or blocks; offload: inputs on the host."""
-    unroll: Depth = 1
-    """Blocks unrolled in each iteration of the scan over layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rotary_heads(self)
         if not 1 <= self.experts_per_token <= self.experts:
             raise UserError(
                 f"got experts_per_token {self.experts_per_token}, expected from 1 to all {self.experts} experts, "
                 f"try experts_per_token {min(max(self.experts_per_token, 1), self.experts)}"
             )
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.width // self.heads
 
     def capacity(self, tokens: int) -> int:
         """The places that an expert has for this many tokens of a row."""

@@ -73,7 +73,7 @@ class Arithmetic:
         from jaxmodels.train import state as states
 
         self.cfg, self.topology = cfg, topology
-        self.task = tasks.build(cfg.task, cfg.model, cfg.data)
+        self.task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
         self.updates = self.task.updates
         self.axes = self.task.axes()
         optimizers = states.optimizers(cfg, self.task)
@@ -156,7 +156,7 @@ class Arithmetic:
 
         wanted = {"remat": remat, "attention": kernel}
         model = dataclasses.replace(self.cfg.model, **{k: v for k, v in wanted.items() if hasattr(self.cfg.model, k)})
-        task = tasks.build(self.cfg.task, model, self.cfg.data)
+        task = tasks.build(self.cfg.task, model, self.cfg.data, self.cfg.train)
         spec = self.task.batch_spec(_ROWS)
         found, hosted = [0.0, 0.0, 0.0, 0.0], 0.0
         given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.params, spec))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -120,12 +121,13 @@ class Classification(ScoredConfig):
             measure = measures.multiple if self.multi_label else measures.single
             return {"loss": (s.loss, s.count), **measure(logits, labels)}
 
-        (inputs,), whole = model.inputs(1, data.seq_len), tokens(data, optional=True)
+        (inputs,), types = model.inputs(1, data.seq_len), tokens(data, optional=True)
+        segments = dataclasses.replace(types, usual=True)
         reads_text = jnp.issubdtype(inputs.dtype, jnp.integer)
         label = BatchField((classes,), np.float32, below=2) if self.multi_label else BatchField((), below=classes)
         if reads_text:
             ids = tokens(data, getattr(model.config, "vocab_size", None))
-            fields = {"inputs": ids, "labels": label, "segment_ids": whole, "types": whole}
+            fields = {"inputs": ids, "labels": label, "segment_ids": segments, "types": types}
         else:
             fields = {"inputs": numbers(inputs.shape[1:]), "labels": label}
 

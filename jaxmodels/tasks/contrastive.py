@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.data import examples
-from jaxmodels.data.contract import BatchField
+from jaxmodels.data.contract import IGNORED, BatchField
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
@@ -79,7 +79,8 @@ class Contrastive(TaskConfig):
         def score(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Scores, Scores, Params]:
             (seen, read, scale), stats = embed(params, stats, batch, **how)
             counts = rows(batch) > 0
-            others, targets = everywhere(counts), jnp.where(counts, first(len(counts)) + jnp.arange(len(counts)), -1)
+            others, own = everywhere(counts), first(len(counts)) + jnp.arange(len(counts))
+            targets = jnp.where(counts, own, IGNORED)
             classes = batch.get("classes")
             same = None if classes is None else others & (classes[:, None] == everywhere(classes)[None])
 
@@ -111,11 +112,11 @@ class Contrastive(TaskConfig):
             own = {"classes": batch["classes"]} if "classes" in batch else {}
             return {"images": jnp.minimum(scale, LARGEST) * seen, "texts": read, "weight": rows(batch), **own}
 
-        label = BatchField((), optional=True)
+        label = BatchField((), optional=True, usual=True)
         fields = {
             "images": numbers(model.config.input_shape),
             "tokens": tokens(data, model.config.vocab_size),
-            "segment_ids": tokens(data, optional=True),
+            "segment_ids": tokens(data, optional=True, usual=True),
             "labels": label,
             "classes": label,
         }

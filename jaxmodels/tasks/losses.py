@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.data.contract import IGNORED
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel.platform import platform
 from jaxmodels.parallel.rules import add_up, apart, gather, pieces
@@ -124,7 +125,7 @@ def _linear(features: Any, unembedding: Any, targets: Any, how: tuple[float, flo
         return jax.tree.map(jnp.add, sums, tuple(cross_entropy(_logits(h, unembedding), t, smoothing, z_loss))), None
 
     zero = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
-    return jax.lax.scan(body, zero, (_cut(features, chunk, 0), _cut(targets, chunk, -1)))[0]
+    return jax.lax.scan(body, zero, (_cut(features, chunk, 0), _cut(targets, chunk, IGNORED)))[0]
 
 
 def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[float, float, int]) -> Any:
@@ -155,7 +156,7 @@ def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[fl
 
     counts = (zeros(), zeros(), zeros(dtype=jnp.int32), zeros(dtype=jnp.int32))
     start = (counts, zeros(*unembedding.shape))
-    (sums, dw), dh = jax.lax.scan(body, start, (_cut(features, chunk, 0), _cut(targets, chunk, -1)))
+    (sums, dw), dh = jax.lax.scan(body, start, (_cut(features, chunk, 0), _cut(targets, chunk, IGNORED)))
     dw = add_up(dw, ("batch", "seq"), ("vocab", "embed")).astype(unembedding.dtype)
     return jax.tree.map(jnp.sum, sums), (_join(dh, features.shape), dw)
 

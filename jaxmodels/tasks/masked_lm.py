@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.data import examples
+from jaxmodels.data.contract import IGNORED
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
@@ -108,13 +109,13 @@ class MaskedLM(ScoredConfig):
         loss, metrics = scored(score)
         needs = "a token that may be masked: no padding, none of task.keep"
         losses = (Loss("loss", "model", loss),)
-        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity)
+        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity, gap=gap)
 
 
 def mask(
     key: jax.Array, tokens: jax.Array, free: jax.Array, fraction: float, gap: int, vocab_size: int
 ) -> tuple[jax.Array, ...]:
-    """Mask a fraction of one text's tokens; return the text, the positions (P,) and their tokens (P,), -1 where unused.
+    """Mask a fraction of one text's tokens; return the text, the positions and their tokens (P,), IGNORED if unused.
 
     The fraction is of the tokens that are free, rounded, and at least one. Of 10 masked positions 8 get `gap`, one gets
     a random token and one keeps its token (Devlin et al. 2018, section 3.1).
@@ -128,4 +129,4 @@ def mask(
     chance = jax.random.uniform(dice, (most,))
     noise = jax.random.randint(other, (most,), 0, vocab_size, tokens.dtype)
     instead = jnp.where(chance < 0.8, gap, jnp.where(chance < 0.9, noise, there))
-    return tokens.at[at].set(jnp.where(taken, instead, there)), at, jnp.where(taken, there, -1)
+    return tokens.at[at].set(jnp.where(taken, instead, there)), at, jnp.where(taken, there, IGNORED)

@@ -62,7 +62,7 @@ class Seq2Seq(ScoredConfig):
             }
             return forward(("model", model), params, stats, batch["inputs"], batch["tokens"], **packed)[0]
 
-        ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True)
+        ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True, usual=True)
         fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
         loss, metrics = scored(score)
         losses = (Loss("loss", "model", loss),)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxmodels.data.contract import BatchField, Contract
+from jaxmodels.data.contract import IGNORED, BatchField, Contract
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
@@ -99,6 +99,11 @@ class Task:
     same seed gives the same latents."""
     autoencoder: Autoencoder | None = None
     """Conversions between an autoencoder's images and its inputs and outputs."""
+    predicts: Callable[[Params, Params, Batch], Mapping[str, jax.Array]] | None = None
+    """`predicts(params, stats, batch)`: what `jaxmodels predict` prints for each record if `answers` is "", as arrays
+    (B, …) by name. The batch has only `inputs` and, for texts, `segment_ids`."""
+    gap: int | None = None
+    """The id of a masked token."""
     outputs: Callable[[Params, Params, Batch], Any] | None = None
     """`outputs(params, stats, batch)`: the model's outputs for a batch in evaluation mode, such as logits, which
     metrics from outside are computed from."""
@@ -140,6 +145,11 @@ class Task:
     def batch_spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return shapes and dtypes of a batch of `rows` examples, without optional fields."""
         return {name: field.rows(rows) for name, field in self.fields.items() if not field.optional}
+
+    def stored_spec(self, rows: int, real: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch as data are expected to give it, with what `real` ones usually have."""
+        fields = {name: field for name, field in self.fields.items() if not field.optional or (real and field.usual)}
+        return {name: field.rows(rows, stored=True) for name, field in fields.items()}
 
     def batch_axes(self, name: str, rank: int) -> rules.Names:
         """Return the logical axes of a batch's array; in one that the task does not read, only the rows have a name."""
@@ -274,9 +284,9 @@ def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
 
 
-def tokens(data: DataConfig, below: int | None = None, optional: bool = False) -> BatchField:
+def tokens(data: DataConfig, below: int | None = None, optional: bool = False, usual: bool = False) -> BatchField:
     """Token ids (T,), or something that goes with each token."""
-    return BatchField((data.seq_len,), np.int32, ("seq",), below, optional=optional)
+    return BatchField((data.seq_len,), np.int32, ("seq",), below, optional=optional, usual=usual)
 
 
 def packed(data: DataConfig) -> dict[str, BatchField]:
@@ -321,10 +331,10 @@ def rows(batch: Batch) -> jax.Array:
 
 
 def counted(batch: Batch, labels: jax.Array) -> jax.Array:
-    """Return labels or targets (B, …), set to -1 (ignored) in the batch's rows of weight 0."""
+    """Return labels or targets (B, …), set to IGNORED in the batch's rows of weight 0."""
     if "weight" not in batch:
         return labels
-    return jnp.where(batch["weight"].reshape(-1, *(1,) * (labels.ndim - 1)) > 0, labels, -1)
+    return jnp.where(batch["weight"].reshape(-1, *(1,) * (labels.ndim - 1)) > 0, labels, IGNORED)
 
 
 def seeds(inputs: jax.Array) -> jax.Array:

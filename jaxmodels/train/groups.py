@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -51,9 +52,7 @@ def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -
     names = {jax.tree_util.keystr(path, simple=True, separator="/"): axis for path, axis in leaves}
     sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
     stacks = {
-        name.partition("layers/")[0]: shape[0]
-        for (name, axis), shape in zip(names.items(), sizes, strict=True)
-        if axis[:1] == ("layers",)
+        name: shape[0] for (name, axis), shape in zip(names.items(), sizes, strict=True) if axis[:1] == ("layers",)
     }
     if layer_decay != 1 and not stacks:
         raise UserError(
@@ -62,8 +61,9 @@ def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -
         )
 
     def above(name: str) -> int:
-        # layers of its own tower, or of the deepest tower that it feeds
-        return max([depth for tower, depth in stacks.items() if name.startswith(tower)] or stacks.values())
+        # layers of the stack nearest to it in the tree, its own tower's, or of the deepest one that it feeds
+        near = {stack: _shared(name, stack) for stack in stacks}
+        return max(depth for stack, depth in stacks.items() if near[stack] == max(near.values()))
 
     def factor(name: str, axis: Any, shape: tuple[int, ...]) -> Any:
         stacked = axis[:1] == ("layers",)
@@ -81,6 +81,12 @@ def factors(freeze: Sequence[str], layer_decay: float, shapes: Any, axes: Any) -
         return None
     found = [factor(name, axis, shape) for (name, axis), shape in zip(names.items(), sizes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def _shared(a: str, b: str) -> int:
+    """How many steps from the root two paths have in common."""
+    pairs = zip(a.split("/"), b.split("/"), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def check_freeze(patterns: Sequence[str], networks: Mapping[str, Any]) -> None:

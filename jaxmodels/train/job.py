@@ -115,7 +115,7 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
     if cfg.eval.batch_size:
         check_batch_size(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
     check_lengths(task.fields, sizes)
-    shapes = task.batch_spec(cfg.data.batch_size)
+    shapes = task.stored_spec(cfg.data.batch_size, cfg.data.real)
     sources: dict[data.Split, data.Source] = {}
     if opened:
         sources = {split: data.open_for(cfg, split, task.fields) for split in ("train", "eval")}

@@ -68,6 +68,8 @@ def parse_choice(text: str, cfg: Config) -> Choice:
     name, equals, wanted = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     known = configs.flatten(cfg)
+    if section := configs.meant_kind(cfg, name, wanted.split(",")[0].strip()):
+        raise UserError(f"got --space {text!r}, expected kinds of the section, try {section}={wanted}")
     if name not in known or not equals:
         raise UserError(
             f"got --space {text!r}, expected FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C"

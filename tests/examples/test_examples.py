@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmodels import load_run
 from jaxmodels.cli import main
+from jaxmodels.generate import sample
 from tests.conftest import ROOT
 from tests.quick import own_lines
 
-OUTSIDE = ("own_model", "own_task", "own_source", "own_logger", "own_launcher")
+OUTSIDE = ("own_kernel", "own_launcher", "own_logger", "own_model", "own_source", "own_task")
 PACKAGES = [str(ROOT / "examples" / name) for name in OUTSIDE]
 CONFIG = """
 from own_model import DenseConfig
@@ -94,6 +97,46 @@ def test_commands_take_runs_of_what_is_outside(folder, run, capsys, tmp_path):
     assert main(["data", "inspect", f"{run}.py", "--out", str(tmp_path / "seen.png")]) == 0
     assert main(["report", f"runs/{run}", "--out", str(tmp_path / "report")]) == 0
     capsys.readouterr()
+
+
+def test_predict_says_what_the_model_the_source_and_the_task_from_outside_say(folder, capsys):
+    assert main(["predict", "runs/photos", "photos/low"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 16 and all(set(each) == {"where", "number"} for each in found)
+    assert len({each["number"] for each in found}) == 16
+    (folder / "new.txt").write_text("[1.0, 2.0, 3.0]\n[1.0, 2.0]\n")
+    assert main(["predict", "runs/sensor", "new.txt"]) == 0
+    good, bad = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert good["label"] in ("low", "high") and sum(good["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert "shape" in bad["error"]
+
+
+def test_a_plan_compiles_them_in_its_child_process(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *PACKAGES]))
+    assert main(["plan", "photos.py", "--on", "v5e:1x1", "--json", str(tmp_path / "plan.json")]) == 0
+    (found,) = json.loads((tmp_path / "plan.json").read_text())
+    capsys.readouterr()
+    run = load_run("runs/photos")
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert jax.tree.leaves(run.stats) == []
+
+
+def test_a_kernel_from_outside_trains_samples_and_is_exported(folder, capsys, tmp_path):
+    small = "--model.layers 1 --model.width 16 --model.heads 2 --model.context 16 --data.seq-len 16 --data.batch-size 8"
+    options = f"{small} --train.steps 1 --eval.batches 1 --metrics.progress none --model.attention own_kernel:plain"
+    config = str(ROOT / "configs" / "gpt_stdlib.py")
+    assert main(["train", config, "--run-dir", "runs/kernel", *options.split()]) == 0
+    capsys.readouterr()
+    assert main(["sample", "runs/kernel", "--tokens", "4", "--temperature", "0"]) == 0  # it knows no cache: auto's does
+    found = capsys.readouterr().out.removesuffix("\n")
+    run = load_run("runs/kernel")
+    prompt = run.tokenizer.encode("\n")
+    row = sample(run.model, run.params["model"], prompt, 4, temperature=0, cached=False)[0]
+    assert found.endswith(run.tokenizer.decode(row[len(prompt) :]).rstrip("\n"))
+    assert main(["export", "runs/kernel", str(tmp_path / "weights")]) == 0
+    assert (tmp_path / "weights" / "model.safetensors").is_file()
+    assert main(["export", "runs/sensor", str(tmp_path / "none")]) == 2
+    assert "which transformers does not have" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_options_take_kinds_from_outside(folder, capsys):

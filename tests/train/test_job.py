@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxmodels import cli
 from jaxmodels import config as configs
-from jaxmodels.config import Text
+from jaxmodels.config import Classification, Config, Contrastive, Images, Seq2Seq, Table, Text
 from jaxmodels.train.job import assemble
+from tests import zoo
 
 SMALL = (
     "--model.layers 1 --model.width 16 --model.heads 2 --model.context 16 --data.seq-len 16 --data.batch-size 8 "
@@ -46,6 +48,37 @@ def test_a_plan_of_packed_texts_has_the_fields_that_a_run_has(root, tmp_path):
     )
     runs, planned = assemble(cfg), assemble(cfg, opened=False)
     assert runs.batch == planned.batch and "segment_ids" in planned.batch
+
+
+def model_of(name):
+    _, model = zoo.ZOO[name]
+    return dataclasses.replace(model, vocab_size=256) if hasattr(model, "vocab_size") else model
+
+
+@pytest.mark.parametrize("kind", ["images", "texts", "pairs", "captions"])
+def test_a_plan_has_the_batch_of_a_run(tmp_path, kind):
+    """Bytes of images, and the segment ids that fill up texts: without them another program would be planned."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(20):
+            Image.fromarray(np.full((8, 8, 3), 10 * k, np.uint8)).save(tmp_path / name / f"{k}.png")
+    lines = [f"text {k},ein Text {k},{'ab'[k % 2]}\n" for k in range(40)]
+    (tmp_path / "table.csv").write_text("".join(["text,translation,label\n", *lines]))
+    small = {"batch_size": 8, "eval_fraction": 0.3}
+    images = Images(path=(str(tmp_path),), seq_len=16, captions=("a {label}",), **small)
+    table = Table(path=(str(tmp_path / "table.csv"),), seq_len=16, **small)
+    model, task, data = {
+        "images": (model_of("cnn"), Classification(), Images(path=(str(tmp_path),), **small)),
+        "texts": (model_of("bert-classifier"), Classification(), dataclasses.replace(table, input_field="text")),
+        "pairs": (
+            model_of("transformer"),
+            Seq2Seq(),
+            dataclasses.replace(table, input_field="text", target_field="translation", tokenizer="words:40"),
+        ),
+        "captions": (model_of("clip"), Contrastive(), images),
+    }[kind]
+    runs, planned = (assemble(Config(model, task, data), opened=opened) for opened in (True, False))
+    assert runs.batch == planned.batch
 
 
 def test_the_job_is_assembled_on_the_devices_that_it_is_given(root):

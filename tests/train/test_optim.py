@@ -353,6 +353,16 @@ def test_towers_have_depths_of_their_own():
     assert scales["scale/log"] == scales["text/projection/w"] == scales["image/norm/scale"] == 1
 
 
+def test_a_stack_is_known_by_its_axes_whatever_it_is_called():
+    made = Axes(("layers", "embed"), "matrix"), Axes(("embed",), "embedding", before_stack=True)
+    axes = {"far": {"blocks": {"w": made[0]}, "start": made[1]}, "near": {"inner": {"w": made[0]}}, "first": made[1]}
+    depths = {"far": {"blocks": {"w": 3}, "start": 1}, "near": {"inner": {"w": 2}}, "first": 1}
+    shapes = jax.tree.map(lambda n: jax.ShapeDtypeStruct((n, 4) if n > 1 else (4,), jnp.float32), depths)
+    scales = named(groups.factors((), 0.5, shapes, axes))
+    assert scales["far/start"] == 0.5**3 and scales["first"] == 0.5**3  # of its own tower, of the deepest that it feeds
+    np.testing.assert_array_equal(scales["near/inner/w"].reshape(-1), [0.5, 1.0])
+
+
 def test_a_single_number_is_frozen_too():
     model = create(ZOO["clip"][1])
     cfg = SGD(freeze=("scale/*", "image/*"), weight_decay=0.0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmodels import data
 from jaxmodels.errors import UserError
+from jaxmodels.generate import bleu, translate_texts
 from jaxmodels.tasks.metrics import inception_score
 from jaxmodels.tasks.task import normalized
 from jaxmodels.train.saved import Evaluation, Run, load_run
@@ -19,8 +20,6 @@ _AT_ONCE = 100
 
 def judge_translations(saved: Evaluation, beams: int = 4) -> dict[str, float]:
     """Compute the BLEU score of a translation run on its evaluation set."""
-    from jaxmodels.generate import bleu, translate_texts
-
     assert saved.tokenizer is not None
     sources, references = data.open_pairs(saved.config.data, "eval")
     found = translate_texts(saved.model, saved.params["model"], saved.tokenizer, sources, beams=beams)
