@@ -59,7 +59,11 @@ def draw(name: str, rows: Sequence[Event]) -> Picture:
 
     many = sum(row["event"] == "failed" for row in rows) > LABELS
     for index, part in enumerate(parts):
-        known = [row for row in part if isinstance(row.get("step"), int) and row["event"] != "slow"]
+        # before its state is there an attempt is at no step yet
+        early = [row for row in part if row["event"] == "phase" and row.get("phase") in ("start", "restore")]
+        known = [
+            row for row in part if isinstance(row.get("step"), int) and row["event"] != "slow" and row not in early
+        ]
         above.plot([at(row) for row in known], [row["step"] for row in known], color=COLORS[0], linewidth=1.3)
         saved = [row for row in part if row["event"] == "saved"]
         above.plot([at(r) for r in saved], [r["step"] for r in saved], "o", color=SAVED, markersize=4)

@@ -17,7 +17,8 @@ def story(run: Path) -> None:
         events.append(run, event, time=moment + seconds, **fields)
 
     for attempt, (at, first, processes) in enumerate([(0, 0, 8), (70, 20, 8), (140, 40, 4)]):
-        tell(at, "start", attempt=attempt, processes=processes)
+        tell(at, "start", attempt=attempt, processes=processes, step=first or None)
+        tell(at + 5, "phase", rank=0, phase="restore", step=0)
         tell(at + 10, "phase", rank=0, phase="compile", step=None)
         tell(at + 25, "phase", rank=0, phase="step", step=first)
         tell(at + 45, "saved", rank=0, phase="save", step=first + 20)
@@ -39,6 +40,7 @@ def test_attempts_failures_and_what_was_slow_are_shown(tmp_path: Path) -> None:
     assert [label.get_text() for label in below.get_yticklabels()] == [
         f"{i} ({n} processes)" for i, n in enumerate((8, 8, 4))
     ]
+    assert [min(line.get_ydata()) for line in above.lines if line.get_linestyle() == "-"] == [0, 20, 40]
     assert below.get_xlabel() == "minutes since the start"
     assert picture.caption == "3 attempts; the last event is: done."
     assert [row[1:3] for row in table.rows] == [("killed", "3"), ("slow", "5"), ("link", "4")]
