@@ -154,7 +154,7 @@ def forecast_table(found: dict[str, Any]) -> str:
     return f"""\
 failures of {found["nodes"]:,} node(s), of each every {found["node_hours"]:,.0f} h, of the job every \
 {hours(found["mean_seconds"])}, on average
-  a save: {found["state_bytes"] / 1e9:,.1f} GB, stops the steps {found["save_blocks"]:.3g} s, is complete after \
+  a save: {found["state_bytes"] / 1e9:,.4g} GB, stops the steps {found["save_blocks"]:.3g} s, is complete after \
 {found["save_seconds"]:.3g} s ({found["save_rate"]:g} GB/s a node); a restart: {found["restart_seconds"]:g} s
   best interval {found["interval_seconds"]:,.4g} s: --checkpoint.every {found["interval_steps"]} (exact \
 {found["exact_seconds"]:,.4g} s, Young {found["young_seconds"]:,.4g} s, Daly {found["daly_seconds"]:,.4g} s)

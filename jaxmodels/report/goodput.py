@@ -170,7 +170,7 @@ def settle(chosen: Sequence[Attempt], checkpoint: int) -> list[Attempt]:
     for attempt in reversed(chosen):
         steps, waits = attempt.points[-1][1:]
         good, awaited = kept(attempt, limit)
-        lost = steps + waits - good - awaited
+        lost = (steps - good) + (waits - awaited)
         if attempt.clean:
             good += attempt.open
         else:
