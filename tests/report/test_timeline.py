@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from jaxmodels.launch import events
 from jaxmodels.report import timeline
 from jaxmodels.report.pieces import Picture, Table
@@ -40,7 +42,7 @@ def test_attempts_failures_and_what_was_slow_are_shown(tmp_path: Path) -> None:
     assert [label.get_text() for label in below.get_yticklabels()] == [
         f"{i} ({n} processes)" for i, n in enumerate((8, 8, 4))
     ]
-    assert [min(line.get_ydata()) for line in above.lines if line.get_linestyle() == "-"] == [0, 20, 40]
+    assert [np.min(line.get_ydata()) for line in above.lines if line.get_linestyle() == "-"] == [0, 20, 40]
     assert below.get_xlabel() == "minutes since the start"
     assert picture.caption == "3 attempts; the last event is: done."
     assert [row[1:3] for row in table.rows] == [("killed", "3"), ("slow", "5"), ("link", "4")]
