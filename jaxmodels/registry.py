@@ -1,4 +1,4 @@
-"""What can be chosen by name: this package's own, what other packages register, and any `package.module:Name`."""
+"""What can be chosen by name: built in, registered by other packages, or given as `package.module:Name`."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from jaxmodels.errors import UserError, nearest
 T = TypeVar("T")
 
 OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-"""How something that has no short name is written: package.module:Name."""
+"""The pattern of package.module:Name, for things without a short name."""
 
 Check = Callable[[Any], str]
-"""What is wrong with something from outside, as the end of "got task my.tasks:Mine, …"; nothing, if it will do."""
+"""Says what is wrong with something from outside, as the end of "got task my.tasks:Mine, …"; empty if nothing is."""
 
 
 class Registry:
-    """Classes or functions of one sort by their names; each is imported when it is asked for.
+    """Classes or functions of one kind by name; each is imported when it is needed.
 
-    A name is found among this package's own, what the decorator `register` has been given in this process, the entry
-    points of installed packages (of the group `group`), or by `package.module:Name`. Modules are found as Python
+    Names are looked up among the built-in ones, those registered in this process with the decorator `register`, the
+    entry points of installed packages (in the group `group`), or as `package.module:Name`. Modules are found as Python
     finds them, so a run that names one can be read in any process that can import it.
     """
 
     def __init__(self, what: str, group: str, builtin: Mapping[str, str], check: Check = lambda found: "") -> None:
-        """`what` is how messages call one of them; `builtin` maps short names to `module:Name`.
+        """`what` is the noun for one of them in messages; `builtin` maps short names to `module:Name`.
 
-        What comes from outside is held to `check` as soon as it is named, and not in the middle of work.
+        Things from outside are checked by `check` as soon as they are named, rather than in the middle of work.
         """
         self.what, self.group, self.builtin, self.check = what, group, dict(builtin), check
         self._registered: dict[str, Any] = {}
 
     def names(self) -> list[str]:
-        """All short names that can be chosen here."""
+        """Return all short names that can be chosen here."""
         return list(dict.fromkeys([*self.builtin, *self._registered, *self._entry_points()]))
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that gives something a short name, for the processes that import its module.
+        """Return a decorator that gives something a short name, in processes that import its module.
 
         Raises:
             UserError: the name is taken.
@@ -61,10 +61,10 @@ class Registry:
         return keep
 
     def find(self, name: str) -> Any:
-        """What the name stands for, imported if need be.
+        """Return what the name stands for, importing it if need be.
 
         Raises:
-            UserError: there is no such name, its module cannot be imported, or what it stands for will not do.
+            UserError: there is no such name, its module cannot be imported, or it fails the check.
         """
         if name in self._registered:
             return self._checked(name, self._registered[name])
@@ -81,10 +81,10 @@ class Registry:
         )
 
     def name_of(self, found: Any) -> str:
-        """The name by which `find` gives this again in any process: a short one, or `package.module:Name`.
+        """Return the name by which `find` finds this in any process: a short one, or `package.module:Name`.
 
         Raises:
-            UserError: it lies where another process cannot import it, or it will not do.
+            UserError: it is defined where another process cannot import it, or it fails the check.
         """
         address = _address(found)
         for name, value in self.builtin.items():
@@ -124,7 +124,7 @@ class Registry:
             ) from error
         except UserError:
             raise
-        except Exception as error:  # whatever a module of the user's does
+        except Exception as error:  # a user's module may raise anything
             raise UserError(
                 f"got {self.what} {address}, whose module fails with {type(error).__name__}: {error}, "
                 "expected one that Python can import"
@@ -135,16 +135,16 @@ class Registry:
                 public = [each for each in vars(loaded) if not each.startswith("_")]
                 raise UserError(
                     f"got {self.what} {address}, expected a name of {module}"
-                    f"{nearest(part, public) or f', try one that stands in {module}'}"
+                    f"{nearest(part, public) or f', try one that {module} defines'}"
                 )
             found = getattr(found, part)
         return found
 
 
 def subclass_of(base: type, what: str = "") -> Check:
-    """The check of classes that derive from `base` and have what its abstract methods ask for.
+    """Check that a class derives from `base` and implements its abstract methods.
 
-    With `what`, they are the kinds of a section and `base` is what they have in common: a frozen dataclass each.
+    With `what`, the classes are kinds of a section, each a frozen dataclass, and `base` is their common base.
     """
 
     def check(found: Any) -> str:
@@ -167,7 +167,7 @@ def subclass_of(base: type, what: str = "") -> Check:
 
 
 def incomplete(kind: type) -> str:
-    """Which methods a class lacks that its bases ask for; nothing, if it has all of them."""
+    """Say which required methods a class lacks; empty if it has all of them."""
     lacking = sorted(getattr(kind, "__abstractmethods__", ()))
     if not lacking:
         return ""
@@ -176,7 +176,7 @@ def incomplete(kind: type) -> str:
 
 
 def _unlike(kind: type, base: type) -> str:
-    """Which method of a class cannot be called as that of its base is; nothing, if all can."""
+    """Say which method of a class cannot be called like that of its base; empty if all can."""
     for name, asked in inspect.getmembers(base, inspect.isfunction):
         own = getattr(kind, name)
         if not name.startswith("_") and own is not asked and not _can_be_called(own, _named(asked)):
@@ -185,7 +185,7 @@ def _unlike(kind: type, base: type) -> str:
 
 
 def instance_of(kind: type, form: str) -> Check:
-    """The check of objects of a class, which are made as `form` shows."""
+    """Check that something is an object of a class; `form` shows how to create one."""
 
     def check(found: Any) -> str:
         said = f"{kind.__module__}.{kind.__qualname__}"
@@ -195,12 +195,12 @@ def instance_of(kind: type, form: str) -> Check:
 
 
 def function(found: Any) -> str:
-    """The check of functions of any arguments."""
+    """Check that something is a function, with any arguments."""
     return "" if callable(found) else f"which is {_sort(found)}, expected a function"
 
 
 def function_of(*arguments: str) -> Check:
-    """The check of functions that are called with so many arguments."""
+    """Check that something is a function that can be called with these arguments."""
 
     def check(found: Any) -> str:
         form = f"function({', '.join(arguments)})"
@@ -216,7 +216,7 @@ def _can_be_called(function: Callable[..., Any], arguments: Sequence[str]) -> bo
         inspect.signature(function).bind(*arguments)
     except TypeError:
         return False
-    except ValueError:  # one of another language, which does not say
+    except ValueError:  # a function written in another language, without a signature
         return True
     return True
 
@@ -235,17 +235,17 @@ def _sort(found: Any) -> str:
 
 
 def given_by(path: str | Path, what: str, function: str, gives: str, module_name: str = "") -> Any:
-    """What a Python file's function returns: a config's `get_config()`, a place's `get_place()`.
+    """Return the result of a Python file's function: a config's `get_config()`, a place's `get_place()`.
 
     Args:
         path: the file; it can import its neighbors.
-        what: how messages call what it is: config.
-        function: the name of the function, which takes nothing.
-        gives: how messages call what it returns: a Config.
-        module_name: by which Python keeps the module, so that the source of its classes is found; empty: not at all.
+        what: the noun for it in messages, such as config.
+        function: the name of the function, which takes no arguments.
+        gives: the noun for what it returns, such as a Config.
+        module_name: the module's name in sys.modules, so that the source of its classes is found; empty: none.
 
     Raises:
-        UserError: no such file, no such function in it, or an error inside it.
+        UserError: there is no such file, no such function in it, or an error inside it.
     """
     path = Path(path)
     if not path.is_file():
@@ -267,7 +267,7 @@ def given_by(path: str | Path, what: str, function: str, gives: str, module_name
         return getattr(module, function)()
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a file of the user's does
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f" in line {lines[-1]}" if lines else ""
         raise UserError(

@@ -17,7 +17,7 @@ from jaxmodels.fields import Beams, Section
 
 
 def _as_it_is(owner: type, *names: str) -> list[tuple[str, Any, Any]]:
-    """Fields of a section that are left as they are in the run unless they are given."""
+    """Return the fields of a section that keep the run's values unless they are given."""
     hints, about = get_type_hints(owner, include_extras=True), docs(owner)
     several = {name for name in names if get_origin(hints[name]) is tuple}
     return [
@@ -42,10 +42,10 @@ _FIELDS = (
 @dataclass(frozen=True)
 class _Kind(Section, section="data"):
     source: Annotated[str | None, tyro.conf.arg(name="data", prefix_name=False)] = None
-    """Another kind of data than the run's, as in training: table, images, text, tokens, tfds, huggingface."""
+    """Kind of data, if it differs from the run's: table, images, text, tokens, tfds, huggingface."""
 
     def given(self) -> dict[str, Any]:
-        """The fields that are set."""
+        """Return the fields that are set."""
         return {name: value for name, value in vars(self).items() if value not in (None, ())}
 
 
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     EvalData = _Kind
 else:
     EvalData = dataclasses.make_dataclass("EvalData", _FIELDS, bases=(_Kind,), frozen=True)
-    EvalData.__doc__ = "What a run is evaluated on, where not on its own data. Classes and tokenizer stay the run's."
+    EvalData.__doc__ = "Data to evaluate on instead of the run's own. Classes and tokenizer stay the run's."
 
 OWN_DATA = EvalData()
 """What the run was evaluated on."""
@@ -70,17 +70,17 @@ def evaluate(
     beams: Beams | None = None,
     data: EvalData = OWN_DATA,
 ) -> None:
-    """Metrics of a run on held-out data, its own or others; of a translator BLEU too.
+    """Compute metrics of a run on held-out data, its own or other data; for a translation run, also BLEU.
 
     Args:
         run: run directory.
-        split: another split of a set than the run's own (tfds, huggingface).
-        best: the best checkpoint instead of the newest.
-        json: write the metrics to this file too.
-        data_dir: another TFDS data directory than the run's own.
-        classifier: a run of a classifier that judges 1,000 images which a generative model makes.
-        beams: width of the search for translations, 4 when not given; 1: the likeliest token each time.
-        data: what it is evaluated on, where not on the run's own data.
+        split: split to evaluate on instead of the run's own (tfds, huggingface).
+        best: use the best checkpoint instead of the newest.
+        json: also write the metrics to this file.
+        data_dir: TFDS data directory to use instead of the run's own.
+        classifier: a classifier's run, which judges 1,000 images that a generative model generates.
+        beams: width of the beam search for translations; default 4; 1: greedy.
+        data: data to evaluate on instead of the run's own.
     """
     from jaxmodels.generate import judge
     from jaxmodels.train import load_run
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def table(found: dict[str, float]) -> str:
-    """Metrics as text: single ones in a column, those of classes and groups as rows of a table."""
+    """Format metrics: single ones in a column, those of classes and groups as rows of a table."""
     lines = [f"  {name:18s} {value:.6g}" for name, value in found.items() if "/" not in name]
     nested = [name for name in found if "/" in name]
     for kind in dict.fromkeys("group" if name.startswith("group/") else "class" for name in nested):
@@ -119,7 +119,7 @@ def table(found: dict[str, float]) -> str:
             first, second = name.split("/", 1)
             if kind == "group":
                 first, second = second.split("/", 1)
-                if "/" in second:  # classes within a group: in the file
+                if "/" in second:  # classes within a group are only in the file
                     continue
             row, column = (first, second) if kind == "group" else (second, first)
             if column == "gap" or first == "gap":

@@ -1,4 +1,4 @@
-"""What a saved run says of a record: classes, captions, continuations, translations, tokens for gaps."""
+"""Predictions of a saved run for records: classes, captions, continuations, translations, masked tokens."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from jaxmodels.train.saved import Run
 
 Answer = dict[str, Any]
 Answers = Callable[[Sequence[Any]], Sequence[Answer]]
-"""What is said of a batch of records that are ready."""
+"""Computes the answers for a batch of prepared records."""
 
 LISTED = 100
-"""With more classes than so many, the likeliest of them alone are listed."""
+"""With more classes than this, only the likeliest are listed."""
 LIKELIEST = 5
 MASK = "[MASK]"
 
@@ -42,7 +42,7 @@ def said(
     size: int,
     threads: ThreadPoolExecutor,
 ) -> Iterator[Answer]:
-    """An answer to each record, in order; `answers` is always given `size` of them that are `ready`."""
+    """Yield an answer for each record, in order; `answers` always receives `size` records prepared by `ready`."""
 
     def prepare(value: Any) -> Any:
         try:
@@ -54,7 +54,7 @@ def said(
     while chunk := list(islice(rest, size)):
         made = list(threads.map(prepare, [value for _, value in chunk]))
         good = [value for value in made if not isinstance(value, Bad)]
-        # filled up, so that nothing is compiled for a batch of another size
+        # padded, so that nothing is compiled for another batch size
         found = iter(answers([*good, *[good[0]] * (size - len(good))])[: len(good)] if good else [])
         for (where, value), own in zip(chunk, made, strict=True):
             if isinstance(own, Bad):
@@ -64,14 +64,14 @@ def said(
 
 
 def kind_of(run: Run) -> given.Kind:
-    """What a run's model reads."""
+    """Return what a run's model reads."""
     if "model" in run.networks and np.issubdtype(run.model.inputs(1)[0].dtype, np.integer):
         return "text"
     return "array" if run.kept.kind == "array" or len(_shape(run)) != 3 else "image"
 
 
 def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
-    """What makes a value ready, and what answers to a batch of them."""
+    """Return the function that prepares a value, and the one that answers a batch of them."""
     answers = run.config.task.answers
     predicts = None if answers else run.task.predicts
     if not answers and predicts is None:
@@ -99,7 +99,7 @@ def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], 
 
 
 def _inputs(run: Run) -> Callable[[Any], Any]:
-    """A record as a row of each of a classifier's inputs."""
+    """Return the function that turns a record into a row of each of a classifier's inputs."""
     kind = kind_of(run)
     if kind != "text":
         return _images(run) if kind == "image" else _array(run)
@@ -146,7 +146,7 @@ def _array(run: Run) -> Callable[[Any], Any]:
 
 
 def _shape(run: Run) -> tuple[int, ...]:
-    """Of one example of numbers or pixels."""
+    """Return the shape of one example of numbers or pixels."""
     return tuple(run.networks[next(iter(run.networks))].inputs(1)[0].shape[1:])
 
 
@@ -170,7 +170,7 @@ def _classifier(run: Run) -> Answers:
 
 
 def _own(run: Run, predicts: Callable[..., Any]) -> Answers:
-    """What the run's task itself has to say, by the names that it gives."""
+    """Answer with what the run's task itself predicts, by the task's names."""
 
     @jax.jit
     def said(params: Any, stats: Any, batch: Any) -> Any:
@@ -191,7 +191,7 @@ def _own(run: Run, predicts: Callable[..., Any]) -> Answers:
 
 
 def _captioned(run: Run) -> Answers:
-    """The class whose captions are nearest to an image."""
+    """Answer with the class whose captions are closest to an image."""
     section, tokenizer = run.config.data, run.tokenizer
     names = section.class_names or run.kept.classes
     if tokenizer is None:
@@ -221,7 +221,7 @@ def _captioned(run: Run) -> Answers:
 
 
 def chosen(shares: np.ndarray, names: Sequence[str], several: bool = False) -> Answer:
-    """The class or, of several, those above 1/2, with the probabilities of all."""
+    """Return the class, or with `several` all classes above 1/2, and all probabilities."""
     if not np.isfinite(shares).all():
         return {"error": "the model's probabilities are no finite numbers"}
     order = np.argsort(-shares, kind="stable")[:LIKELIEST] if len(shares) > LISTED else range(len(shares))
@@ -272,7 +272,7 @@ def _prompt(run: Run, tokenizer: Tokenizer, tokens: int) -> Callable[[Any], Any]
     def ready(value: Any) -> Any:
         ids = np.append(
             np.array(tokenizer.before, np.int32), tokenizer.encode(_text(value))
-        )  # as a text is begun in sample
+        )  # as `sample` begins a text
         if most is not None and len(ids) > most:
             raise UserError(f"has {len(ids)} tokens, expected at most {most} with --tokens {tokens}")
         return ids
@@ -294,9 +294,9 @@ def _writer(run: Run, tokenizer: Tokenizer, tokens: int) -> Answers:
 
 
 def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
-    """A text as its row of tokens, with the places of `[MASK]`."""
+    """Return the function that turns a text into a row of tokens and the positions of `[MASK]`."""
     section, gap = run.config.data, _gap(run)
-    special = section.pack or not section.real  # whole texts; windows of joined ones have none
+    special = section.pack or not section.real  # for whole texts only; windows of joined texts have none
 
     def encode(text: str) -> np.ndarray:
         if list(tokenizer.encode(MASK)) == [gap]:
@@ -321,7 +321,7 @@ def _gaps(run: Run, tokenizer: Tokenizer) -> Callable[[Any], Any]:
 
 
 def _gap(run: Run) -> int:
-    """The id that stands where a token was taken out."""
+    """Return the id of the mask token."""
     if (gap := run.task.gap) is None:
         raise UserError(
             f"got a run of task {run.config.task.kind}, which does not say what stands for a missing token, expected "
@@ -338,7 +338,8 @@ def _filler(run: Run, tokenizer: Tokenizer) -> Answers:
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
         most = max(len(each["places"]) for each in ready)
-        at = np.zeros((len(ready), 1 << (most - 1).bit_length()), np.int32)  # few numbers of places, few programs
+        # rounded up, so that few programs are compiled
+        at = np.zeros((len(ready), 1 << (most - 1).bit_length()), np.int32)
         for row, each in zip(at, ready, strict=True):
             row[: len(each["places"])] = each["places"]
         tokens, segments = (np.stack([each[name] for each in ready]) for name in ("tokens", "segment_ids"))
