@@ -141,7 +141,7 @@ def test_differences_and_provenance():
     assert configs.provenance(other, "optim.peak_lr", origin) == "command line"
     assert configs.provenance(cfg, "model.width", {"file": FILE}) == f"config file {FILE}"
     assert configs.provenance(cfg, "optim.b1", {"file": FILE}) == "default"
-    assert configs.documentation(cfg, "optim.b1").startswith("Decay of the momentum")
+    assert configs.documentation(cfg, "optim.b1").startswith("Decay rate of the momentum")
 
 
 def test_a_config_of_another_version_is_refused_by_name():
@@ -231,7 +231,7 @@ def test_models_lists_presets_and_shows_a_tree(capsys, monkeypatch):
         (["import", "DIR"], "got too few arguments, expected --out PATH"),
         (
             ["import", "DIR", "--ou", "RUN"],
-            "got '--ou', expected --out PATH the run directory to make, did you mean '--out'?",
+            "got '--ou', expected --out PATH the run directory to create, did you mean '--out'?",
         ),
         (["sample", "RUN", "--promt", "a"], "did you mean '--prompt'?"),
     ],

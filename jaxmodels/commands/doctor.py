@@ -1,4 +1,4 @@
-"""`jaxmodels doctor [PLACE]`: whether machines are fit for a job, and which rank is not, in under a minute."""
+"""`jaxmodels doctor [PLACE]`: examine machines before a job, and name what is off."""
 
 from __future__ import annotations
 

@@ -32,28 +32,25 @@ class PlanOptions(Section):
     """The hardware to plan for, and the fields of the experiment."""
 
     on: str = ""
-    """Hardware and topology, or several separated by commas: h100:4x8 (4 nodes of 8 GPUs), v5e:16x16,
-    v5p:4x4x4,8x8x8."""
+    """Hardware and topology, or several separated by commas: h100:4x8 (4 nodes of 8 GPUs), v5p:4x4x4,8x8x8."""
     search: bool = False
-    """Search meshes, microbatches, rematerialization and attention kernels for the fastest step and the least
-    memory."""
+    """Search meshes, microbatches, remat and attention kernels."""
     scaling: bool = False
-    """Show how the step scales over the topologies of --on, and along which axis of the mesh."""
+    """Show how the step scales over the topologies of --on."""
     failures: bool = False
-    """Forecast the cost of node failures: expected goodput, the best interval between saves, and when the job ends."""
+    """Forecast goodput and the end of the job under failures."""
     node_hours: Positive | None = None
-    """Mean hours between failures of a node. Default: 6300, as observed on 2,048 nodes with H100s (Llama 3)."""
+    """Mean hours between failures of a node. Default: 6300."""
     save_rate: Positive | None = None
-    """Rate at which a node writes checkpoints, in GB/s. Default: 1."""
+    """GB/s at which a node writes checkpoints. Default: 1."""
     restart: Positive | None = None
-    """Seconds from a failure to the first new step. Default: 300."""
+    """Seconds from a failure to the next step. Default: 300."""
     candidates: Count | None = None
     """How many candidates a search compiles. Default: 40."""
     workers: Workers | None = None
-    """How many are compiled at a time. Default: half as many as there are cores."""
+    """How many are compiled at a time. Default: half the cores."""
     out: Path | None = None
-    """File for the options of `train` that a search found (default: h100-4x8.args and so on), or for the picture of the
-    scaling (default: scaling.png)."""
+    """File for the options found (h100-4x8.args) or the picture (scaling.png)."""
     json: Path | None = None
     """Write the plans to this file too."""
 

@@ -6,7 +6,8 @@ import dataclasses
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
@@ -58,7 +59,9 @@ def _option(name: str, kind: Any) -> str:
     """Format an option and the values it takes."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
-    takes = {bool: "", int: "N", Path: "PATH", Path | None: "PATH"}
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(each for each in get_args(kind) if each is not NoneType)
+    takes = {bool: "", int: "N", float: "NUMBER", Path: "PATH"}
     text = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else takes.get(kind, "TEXT")
     return f"--{name.replace('_', '-')} {text}{' ...' if get_origin(kind) is tuple else ''}".strip()
 

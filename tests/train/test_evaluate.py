@@ -27,12 +27,13 @@ from jaxmodels.config import (
 from jaxmodels.data import Loader, Order, open_source
 from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
+from jaxmodels.generate import judge
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.metrics import inception_score
-from jaxmodels.train import evaluate, judge, load_run
+from jaxmodels.train import evaluate, load_run
 from jaxmodels.train import run as runs
 
 CLASSES, GROUPS, N = 7, ("north", "south", "empty", "west"), 50
