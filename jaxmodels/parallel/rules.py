@@ -21,6 +21,8 @@ from jaxmodels.errors import UserError, nearest
 DATA, STAGE = "data", "stage"
 AXES = (DATA, STAGE, "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest network) first."""
+OF_PARAMETERS = (STAGE, "fsdp", "expert", "tensor")
+"""Mesh axes that split parameters; along the others each device holds the same ones."""
 SEQUENCE = "sequence"
 """An axis of size one, by which a mesh says that it also splits the residual stream's tokens over `tensor`.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.parallel.hardware import Hardware
+from jaxmodels.parallel.rules import OF_PARAMETERS
 
 NODE_HOURS = 6300.0
 """Hours between failures of a node of 8 GPUs: 419 unexpected interruptions of 2,048 nodes in 54 days.
@@ -108,7 +109,7 @@ def forecast(
     memory, mesh, step = plan["memory"], plan["mesh"], plan["step_seconds"]
     device = sum(memory[name] for name in ("parameters", "optimizer", "average", "statistics", "host"))
     # each part of the state is written once, by the first of the devices that hold it
-    cut = math.prod(size for axis, size in mesh.items() if axis in ("stage", "fsdp", "expert", "tensor"))
+    cut = math.prod(mesh.get(axis, 1) for axis in OF_PARAMETERS)
     local = math.ceil(plan["devices"] / nodes)
     written = device * min(local, cut)
     seconds = written / (save_rate * 1e9)
