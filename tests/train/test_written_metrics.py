@@ -53,7 +53,7 @@ def test_a_line_that_is_none_is_said_and_left_out_and_the_run_goes_on(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(GOOD[:31] + line + b"\n" + GOOD[31:] + b'{"step": 3, "trai')
     record = metrics.Record(tmp_path, 2, expected=2)
-    assert caplog.text.count("\n") == 1 and "has no metrics of a step in line 2; left out" in caplog.text
+    assert caplog.text.count("\n") == 1 and "has no metrics of a step in line 2; skipped" in caplog.text
     record.scalars(3, {"train/loss": 0.25})
     record.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == GOOD + b'{"step": 3, "train/loss": 0.25}\n'
