@@ -15,7 +15,7 @@ import pytest
 
 from jaxmodels import config as configs
 from jaxmodels.cli import explain, main
-from jaxmodels.commands import COMMANDS
+from jaxmodels.commands import COMMANDS, options, parsing, places
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Adam, AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
@@ -105,8 +105,9 @@ def test_every_number_has_a_range():
 def kinds_of(command, monkeypatch):
     """What a command's arguments are parsed as."""
     found = []
-    for module in ("parsing", "options", "places"):
-        monkeypatch.setattr(f"jaxmodels.commands.{module}.parse", lambda kind, *rest: found.append(kind) or exit(0))
+    # all are imported before the first is changed, so that none keeps the change for good
+    for module in (parsing, options, places):
+        monkeypatch.setattr(module, "parse", lambda kind, *rest: found.append(kind) or exit(0))
     main([*command.split(), "local" if command == "launch" else FILE])
     return found
 

@@ -197,5 +197,7 @@ def test_a_run_on_labels_that_are_all_ignored_ends_with_one_line_and_without_a_b
     with pytest.raises(UserError, match="got nothing to evaluate, expected a label of 0 or above in the data"):
         runs.train(cfg, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
-    with pytest.raises(UserError, match="got nothing to train on in 2 consecutive batches, expected a label of 0 or above"):
+    with pytest.raises(
+        UserError, match="got nothing to train on in 2 consecutive batches, expected a label of 0 or above"
+    ):
         runs.train(replace(cfg, eval=Eval(), checkpoint=Checkpoint()), tmp_path / "other")
