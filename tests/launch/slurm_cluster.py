@@ -81,7 +81,7 @@ def running(root: Path) -> Iterator[dict[str, str]]:
         _start(["slurmctld"], environ)
         for node in (host, "localhost", "taken"):
             _start(["slurmd", "-N", node], environ)
-        for _ in range(100):
+        for _ in range(300):
             states = subprocess.run(["sinfo", "-h", "-o", "%T %D"], env=environ, capture_output=True, text=True)
             if states.stdout.split() == ["idle", "3"]:
                 break
