@@ -37,6 +37,8 @@ def process() -> NoReturn:
     except BaseException:  # with several processes, or with --traceback
         traceback.print_exc()
         code = 1
+        if (distributed := sys.modules.get("jaxmodels.parallel.distributed")) is not None:
+            distributed.finalize(code)  # at once, before the others end of it
     # more Ctrl-Cs would only interrupt the exit
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -1,9 +1,14 @@
 """A process ends with the exit code of what happened, also while its threads compute."""
 
+import atexit
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
+
+from jaxmodels import cli
 from tests.quick import FLAGS
 
 TINY = "--model.layers 1 --model.width 16 --model.heads 2 --model.context 32 --data.seq-len 32 --data.batch-size 2"
@@ -19,3 +24,17 @@ def test_a_run_that_fails_ends_with_1_each_time(root, tmp_path):
         ended = subprocess.run([*command, *where], cwd=root, env=env, capture_output=True, text=True)
         assert ended.returncode == 1, ended.stderr
         assert ended.stderr.splitlines()[-1].startswith("error: got loss nan"), ended.stderr
+
+
+def test_an_error_that_nobody_foresaw_ends_one_of_several_processes_at_once(monkeypatch, capsys):
+    """JAX's barrier at exit would hold it for 20 s, in which the others fail of it and look like the first."""
+
+    def fails():
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(cli, "main", fails)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: pytest.fail("waited for others"))
+    monkeypatch.setitem(sys.modules, "jaxmodels.parallel.distributed", SimpleNamespace(finalize=sys.exit))
+    with pytest.raises(SystemExit) as end:
+        cli.process()
+    assert end.value.code == 1 and "KeyError: 'no such thing'" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.models.families import create
 from jaxmodels.models.kernels.kernel import kernel_of
-from jaxmodels.models.model import Model
+from jaxmodels.models.model import Model, quantized
 
 
 class How(NamedTuple):
@@ -103,7 +103,8 @@ def with_cache(model: Model) -> Model:
     name = getattr(model.config, "attention", "auto")
     if name == "auto" or kernel_of(name).features >= {"segment_ids", "q_offset array", "kv_length"}:
         return model
-    return create(model.config, attention="auto")
+    made = create(model.config, attention="auto")
+    return quantized(made, model.rule) if model.rule else made
 
 
 def _rows(prompt: Any) -> list[np.ndarray]:

@@ -83,6 +83,8 @@ class Model:
     """The most tokens `apply` takes; None: no limit."""
     auxiliary: bool = False
     """Whether `apply(..., auxiliary=True)` gives `(outputs, {name: loss})`: weighted losses to add to the mean."""
+    rule: quantization.Rule | None = None
+    """Which of its products are in eight bits; None: none of them."""
 
     def count(self) -> int:
         """Number of parameters, from shapes alone."""
@@ -191,4 +193,4 @@ def quantized(model: Model, rule: quantization.Rule) -> Model:
         with quantization.ambient(rule):
             return model.apply(*args, **kwargs)
 
-    return dataclasses.replace(model, apply=apply)
+    return dataclasses.replace(model, apply=apply, rule=rule)

@@ -11,10 +11,12 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.generate import sample as public
-from jaxmodels.generate.sample import How, _cached, choose, penalize, sample
+from jaxmodels.generate.sample import How, _cached, choose, penalize, sample, with_cache
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.kernels.quantized import Rule
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.lstm import LSTMConfig
+from jaxmodels.models.model import quantized
 
 V = 23
 CONFIGS = {
@@ -212,6 +214,17 @@ def test_a_mistake_is_refused(length, tokens, options, message):
     with pytest.raises(UserError) as error:
         sample(model, params, np.zeros((1, length), np.int32), tokens, **options)
     assert message in str(error.value)
+
+
+def test_a_model_whose_kernel_reads_no_cache_samples_with_its_own_products():
+    made = jaxmodels.create("gpt2", layers=1, width=32, heads=2, vocab_size=64, context=16, attention="ring")
+    model = quantized(made, Rule("int8"))
+    cached, plain = with_cache(model), with_cache(made)
+    params, tokens = plain.init(jax.random.key(0)), jnp.arange(8)[None]
+    assert cached.config.attention == plain.config.attention == "auto"
+    expected = quantized(plain, Rule("int8")).apply(params, tokens)
+    np.testing.assert_array_equal(cached.apply(params, tokens), expected)
+    assert float(jnp.abs(expected - plain.apply(params, tokens)).max()) > 1e-4
 
 
 def test_the_context_may_be_filled_to_the_last_token():
