@@ -26,6 +26,9 @@ from tests.zoo import ZOO
 
 GIB = 2**30
 COMPILERS = {"h100": "jax_cuda12_plugin", **dict.fromkeys(("v5e", "v5p", "v6e", "v7"), "libtpu")}
+# two compilations for TPUs take minutes on a busy machine
+pytestmark = pytest.mark.timeout(900)
+
 CONFIG = Config(
     model=LlamaConfig(
         vocab_size=4096, context=512, layers=2, heads=4, kv_heads=2, width=512, mlp_width=1024, dtype="bfloat16"
