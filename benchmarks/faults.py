@@ -138,7 +138,7 @@ def run(options: Options) -> None:
     """Injure a job again and again, and hold it to one that is left alone.
 
     Raises:
-        UserError: it cannot be watched on this system.
+        UserError: it cannot be watched on this system, or has ended before all faults.
     """
     if sys.platform != "linux":
         raise UserError("got a system without /proc, expected Linux, by which processes are found")
@@ -148,6 +148,11 @@ def run(options: Options) -> None:
         if alone.process.wait() != 0:
             raise RuntimeError(alone.log.read_text()[-3000:])
         rows = injure(injured, options)
+        if len(rows) < options.faults:
+            raise UserError(
+                f"got the end of the job after {len(rows)} of {options.faults} faults, expected it after all of them, "
+                f"try --steps {2 * options.steps}"
+            )
         same = _params(alone) == _params(injured)
         orphans = injured.left()
     right = sum(row["right"] for row in rows)
