@@ -173,7 +173,7 @@ def memory(device: Any) -> dict[str, Any]:
         with jax.default_device(device):
             jnp.zeros(int(0.8 * (limit - used)), jnp.uint8).block_until_ready().delete()
         given = True
-    except Exception:
+    except jax.errors.JaxRuntimeError:  # it is out of memory
         given = False
     return {"limit": limit, "free": limit - used, "given": given}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -12,14 +11,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from jaxmodels.errors import ExitCode, UserError
 from jaxmodels.launch.output import growing
-from jaxmodels.launch.place import Job, State, Status, write
+from jaxmodels.launch.place import Job, Place, State, Status, write
+from jaxmodels.launch.ranks import signalled_with_parent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG = 1
 
 
 def log(job: Job) -> Path:
@@ -42,7 +41,10 @@ class Supervised(Protocol):
 def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a process that gets no signals of the terminal, only those that are passed on; ended with this one."""
     return subprocess.Popen(
-        list(command), stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_told_with_parent()
+        list(command),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=signalled_with_parent(signal.SIGTERM),
     )
 
 
@@ -73,24 +75,25 @@ def stay(job: Job, begin: Callable[[], Supervised]) -> str:
     return handle
 
 
-def status(job: Job, handle: str) -> Status:
-    """How a job goes whose command may have ended."""
-    with contextlib.suppress(FileNotFoundError):
-        return Status.ended(int((job.directory / "code").read_text()))
-    if _alive(handle):
-        return Status(State.RUNNING)
-    return Status(State.GONE, "its command ended without a word: killed, or the machine was started again")
+class Foreground(Place):
+    """A place that the command stays with: its job is known by the process of the command."""
 
+    stays: ClassVar[bool] = True
 
-def logs(job: Job, handle: str, follow: bool) -> Iterator[str]:
-    """The lines of a job's output, with `follow` until its command has ended."""
-    return growing(log(job), lambda: follow and _alive(handle))
+    def status(self, job: Job, handle: str) -> Status:
+        with contextlib.suppress(FileNotFoundError):
+            return Status.ended(int((job.directory / "code").read_text()))
+        if _alive(handle):
+            return Status(State.RUNNING)
+        return Status(State.GONE, "its command ended without a word: killed, or the machine was started again")
 
+    def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
+        return growing(log(job), lambda: follow and _alive(handle))
 
-def cancel(handle: str) -> None:
-    """Tell a job to save and stop, as Ctrl-C does."""
-    if _alive(handle):
-        os.kill(int(handle.split()[1]), signal.SIGTERM)
+    def cancel(self, job: Job, handle: str) -> None:
+        """Tell the job to save and stop, as Ctrl-C does."""
+        if _alive(handle):
+            os.kill(int(handle.split()[1]), signal.SIGTERM)
 
 
 def _alive(handle: str) -> bool:
@@ -117,17 +120,3 @@ def _born(pid: int) -> str:
             return "0"
         return ""
     return "" if fields[0] == "Z" else fields[19]
-
-
-def _told_with_parent() -> Callable[[], None] | None:
-    """A hook for the child (Linux only), which is told to save and stop when its parent is killed."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def hook() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return hook

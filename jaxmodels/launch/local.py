@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from jaxmodels.fields import Workers
 from jaxmodels.launch import foreground
-from jaxmodels.launch.place import Job, Place, Status
+from jaxmodels.launch.place import Job
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local(Place):
+class Local(foreground.Foreground):
     """Processes on this machine, which the command stays with until they have ended."""
-
-    stays: ClassVar[bool] = True
 
     processes: Workers = 2
     """Processes to start: one for each GPU, or one for all of them."""
@@ -39,12 +36,3 @@ class Local(Place):
 
     def locks(self, job: Job) -> str:
         return ""  # here they are as they are
-
-    def status(self, job: Job, handle: str) -> Status:
-        return foreground.status(job, handle)
-
-    def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
-        return foreground.logs(job, handle, follow)
-
-    def cancel(self, job: Job, handle: str) -> None:
-        foreground.cancel(handle)

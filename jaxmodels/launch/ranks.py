@@ -254,21 +254,21 @@ def _start(
             stdout=writing,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=signalled_with_parent(signal.SIGKILL),
         )
     finally:
         os.close(writing)
     return process, reading
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return a hook for the child (Linux only), which ends it even when its launcher is killed."""
+def signalled_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+    """Return a hook for a child (Linux only), which gets this signal when its parent ends, even if that is killed."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def hook() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -8,15 +8,14 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from jaxmodels.errors import ExitCode, UserError
 from jaxmodels.fields import Count, Range, Workers
 from jaxmodels.launch import foreground
 from jaxmodels.launch.hosts import Hosts
-from jaxmodels.launch.place import Job, Place, Status
+from jaxmodels.launch.place import Job
 
 GOES_ALONG = ("JAX_*", "JAXMODELS_*", "XLA_*", "NCCL_*", "LIBTPU_INIT_ARGS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
 """Environment variables that hosts get from here; ssh itself takes none along."""
@@ -39,10 +38,8 @@ exit $code
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSH(Place):
+class SSH(foreground.Foreground):
     """Hosts that are reached by ssh and share this directory; the command stays with them until all have ended."""
-
-    stays: ClassVar[bool] = True
 
     hosts: tuple[str, ...]
     """The hosts as ssh takes them, [USER@]HOST; ranks meet on the first one. ssh must ask for no password."""
@@ -109,12 +106,3 @@ class SSH(Place):
         commands = {host: ["ssh", *options, host, f"exec sh -c {shlex.quote(script)}"] for host, script in scripts}
         with open(foreground.log(job), "a") as log:
             return foreground.stay(job, lambda: Hosts(commands, self.min_hosts or len(self.hosts), log))
-
-    def status(self, job: Job, handle: str) -> Status:
-        return foreground.status(job, handle)
-
-    def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
-        return foreground.logs(job, handle, follow)
-
-    def cancel(self, job: Job, handle: str) -> None:
-        foreground.cancel(handle)

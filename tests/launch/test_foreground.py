@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxmodels.errors import UserError
-from jaxmodels.launch import foreground
+from jaxmodels.launch.local import Local
 from jaxmodels.launch.place import State
 from tests.launch.jobs import job
 
@@ -49,25 +49,25 @@ def wait_for(file: Path) -> None:
 
 def test_cancel_from_another_process_saves_and_the_code_is_kept(command, tmp_path: Path) -> None:
     handle = (tmp_path / "handle").read_text()
-    assert foreground.status(job(tmp_path), handle).state is State.RUNNING
-    foreground.cancel(handle)
+    assert Local().status(job(tmp_path), handle).state is State.RUNNING
+    Local().cancel(job(tmp_path), handle)
     command.wait(timeout=30)
-    found = foreground.status(job(tmp_path), handle)
+    found = Local().status(job(tmp_path), handle)
     assert (found.state, found.code) == (State.SAVED, 75) and (tmp_path / "told").exists()
-    foreground.cancel(handle)  # one that has ended is left alone
+    Local().cancel(job(tmp_path), handle)  # one that has ended is left alone
 
 
 def test_a_command_that_is_killed_has_its_job_save_and_is_gone(command, tmp_path: Path) -> None:
     command.send_signal(signal.SIGKILL)
     command.wait(timeout=30)
     wait_for(tmp_path / "told")
-    assert foreground.status(job(tmp_path), (tmp_path / "handle").read_text()).state is State.GONE
+    assert Local().status(job(tmp_path), (tmp_path / "handle").read_text()).state is State.GONE
 
 
 def test_another_process_with_its_number_is_not_taken_for_it_nor_one_of_another_machine(
     command, tmp_path: Path
 ) -> None:
     host, pid, born = (tmp_path / "handle").read_text().split()
-    assert foreground.status(job(tmp_path), f"{host} {pid} {int(born) - 1}").state is State.GONE
+    assert Local().status(job(tmp_path), f"{host} {pid} {int(born) - 1}").state is State.GONE
     with pytest.raises(UserError, match="got a job that was started on elsewhere, expected one of this machine"):
-        foreground.status(job(tmp_path), f"elsewhere {pid} {born}")
+        Local().status(job(tmp_path), f"elsewhere {pid} {born}")
