@@ -1,6 +1,8 @@
 """Eight virtual CPU devices, a persistent compilation cache, and where the real data sets lie."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.quick import FLAGS
@@ -18,6 +20,25 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("PJRT_NPROC", "32")
 
 import pytest
+
+from jaxmodels.registry import Registry
+
+
+@pytest.fixture(autouse=True)
+def names_of_one_test() -> Iterator[None]:
+    """Forget, after each test, the names that it registered: the next one in this process chooses among its own."""
+    registries = {
+        id(value): value
+        for name, module in list(sys.modules.items())
+        if name.startswith("jaxmodels.")
+        for value in vars(module).values()
+        if isinstance(value, Registry)
+    }
+    before = {key: dict(registry._registered) for key, registry in registries.items()}
+    yield
+    for key, registry in registries.items():
+        registry._registered.clear()
+        registry._registered.update(before[key])
 
 
 @pytest.fixture(scope="session")
