@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 
 FILE = "events.jsonl"
 Name = Literal[
-    "start",  # of an attempt: attempt, processes, nodes, devices
+    "start",  # of an attempt: attempt, processes, nodes, devices, job
     "phase",  # the run as a whole has entered another phase: attempt
     "saved",  # a checkpoint is complete
-    "slow",  # a rank, or the whole, holds up the steps: kind (slow | starved), factor, since
-    "failed",  # kind, and why; device, stacks
+    "slow",  # a rank, or the whole, holds up the steps: kind (slow | starved), factor, since; until: not any more
+    "failed",  # kind, and why; device, stacks; leader: it is the supervisor of node 0
     "restart",  # after a failure: attempt, fruitless
     "shrunk", "grown",  # the next attempt has fewer or more nodes: nodes, processes
     "preempted",  # told to stop by a signal; what was done is saved

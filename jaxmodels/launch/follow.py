@@ -9,10 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import ExitCode, UserError
 from jaxmodels.launch.cluster import Cluster
+from jaxmodels.launch.events import append
 from jaxmodels.launch.here import Here
 from jaxmodels.launch.ranks import Assignment
 from jaxmodels.launch.wire import LOST_SECONDS, Link, Message
@@ -39,21 +41,32 @@ def signals_to(events: Events[Any]) -> Iterator[None]:
 def follow(here: Here, where: Cluster) -> int:
     """Do what node 0 says until it says that all is over; returns the exit code of the whole.
 
-    Where node 0 is silent, this node's ranks are ended, and it is looked for anew.
+    Where node 0 is silent, this node's ranks are ended, and it is looked for anew. If it does not come back, the code
+    is 75: the job has to be started again, and its last checkpoint is where it goes on.
     """
     here.node = where.node
     events: Events[Any] = Events()
     here.ended = lambda: events.put(None)
+    said: Message | None = None
     with signals_to(events):
         while (link := _join(here, where, events)) is not None:
-            code = _serve(here, link, events)
+            said = {}
+            code = _serve(here, link, events, said)
+            kind = "link" if link.silent() > LOST_SECONDS else "died"
             here.kill()
             link.close()
             if code is not None:
                 return code
             here.console.say(f"node 0 ({where.host}) is gone: the ranks here were ended, and it is looked for anew")
+            if said.get("heir") and said.get("run"):
+                message = f"the supervisor of node 0 ({where.host}) is gone, seen from node {where.node}"
+                with contextlib.suppress(OSError):
+                    append(Path(said["run"]), "failed", kind=kind, leader=True, message=message)
     here.console.say(f"no supervisor of node 0 at {where.host}:{where.port + 1}")
-    return ExitCode.FAILED
+    if said is None:
+        return ExitCode.FAILED
+    here.console.say("the job has to be started again, and goes on from its last checkpoint")
+    return ExitCode.SAVED
 
 
 def _join(here: Here, where: Cluster, events: Events[Any]) -> Link | None:
@@ -75,8 +88,8 @@ def _join(here: Here, where: Cluster, events: Events[Any]) -> Link | None:
     return None
 
 
-def _serve(here: Here, link: Link, events: Events[Any]) -> int | None:
-    """Obey until the end; None: node 0 is gone."""
+def _serve(here: Here, link: Link, events: Events[Any], said: Message) -> int | None:
+    """Obey until the end; None: node 0 is gone, and `said` is what it last told of itself."""
     attempt = -1
     due = 0.0
     while True:
@@ -89,6 +102,8 @@ def _serve(here: Here, link: Link, events: Events[Any]) -> int | None:
             elif event[0] is link:
                 if event[1] is None:
                     return None
+                if event[1].get("do") == "ping":
+                    said.update(event[1])
                 attempt, code = _obey(here, link, event[1], attempt)
                 if code is not None:
                     return code

@@ -27,6 +27,8 @@ _SETTLE_SECONDS = 1.0
 # Ranks end together: one that still runs this long after another has ended never will.
 _LEAVE_SECONDS = 60.0
 _TICK_SECONDS = 1.0
+# Attempts without a newer checkpoint after which a job that its scheduler starts again and again is given up.
+_ATTEMPTS = 3
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Leader:
         self.events: Events[Any] = Events()
         self.limits, self.story = Limits(), Story()
         self.remotes: dict[int, Remote] = {}
+        self.planned = 0
+        """Ranks of all nodes together."""
         self.told = False
         self.growing = False
         """The attempt under way was told to stop because a node has come back."""
@@ -79,19 +83,24 @@ class Leader:
                 self.story.tell("failed", kind="link", message="nodes are missing")
                 return ExitCode.FAILED
             processes = sum(one.processes for one in crew)
+            self.planned = max(self.planned, processes)
             if attempt and len(crew) != nodes:
                 self.story.tell("shrunk" if len(crew) < nodes else "grown", nodes=len(crew), processes=processes)
             smaller, nodes = len(crew) < self.where.nodes, len(crew)
             outcome = self._attempt(attempt, crew, processes)
+            if (newest := self.story.newest()) > max(best, self.story.found):
+                best, fruitless, self.story.earlier = newest, 0, 0
+            if outcome.code == ExitCode.SAVED and self._hopeless(fruitless + 1):
+                return ExitCode.FAILED
             if outcome.code is not None and not (outcome.code == ExitCode.MISTAKE and smaller):
                 return outcome.code
-            # a mesh or a batch that the nodes that are left cannot hold is no mistake of the user's: all are waited for
-            least = self.where.nodes if outcome.code == ExitCode.MISTAKE else self.min_nodes
-            if (newest := self.story.newest()) > best:
-                best, fruitless = newest, 0
+            # a mesh, a batch or a state that the nodes that are left cannot hold is no mistake of the user's: all are
+            # waited for
+            full = outcome.failure is not None and outcome.failure.kind == "memory"
+            least = self.where.nodes if smaller and (full or outcome.code == ExitCode.MISTAKE) else self.min_nodes
             if outcome.failure is not None:
                 fruitless += 1
-                if fruitless > self.restarts:
+                if fruitless + self.story.earlier > self.restarts:
                     if self.restarts:
                         self.here.console.say(f"given up after {self.restarts} restarts without progress")
                     return ExitCode.FAILED
@@ -100,6 +109,14 @@ class Leader:
                 )
                 self.story.tell("restart", attempt=attempt + 1, fruitless=fruitless)
             attempt += 1
+
+    def _hopeless(self, fruitless: int) -> bool:
+        """Whether to end a job whose attempts, these and its earlier supervisors', came to no newer checkpoint."""
+        count = fruitless + self.story.earlier
+        if count <= max(self.restarts, _ATTEMPTS) or not self.story.job:
+            return False
+        self.here.console.say(f"given up: {count} attempts of job {self.story.job} came to no newer checkpoint")
+        return True
 
     def _gather(self, patience: float, least: int) -> list[Here | Remote] | None:
         """The nodes that are there, node 0 first; None: too few, or told to stop."""
@@ -124,8 +141,7 @@ class Leader:
         try:
             event = self.events.get(timeout=max(0.0, seconds))
         except queue.Empty:
-            for remote in self.remotes.values():
-                remote.link.send({"do": "ping"})
+            self._ping()
             return None
         if isinstance(event, int):
             self.told = self.told or event > 0
@@ -133,6 +149,12 @@ class Leader:
         if event is not None:
             self._hear(*event)
         return None
+
+    def _ping(self) -> None:
+        """Let the other nodes know that this one is there, and where its end is to be noted, and by whom."""
+        for node, remote in self.remotes.items():
+            heir = node == min(self.remotes)
+            remote.link.send({"do": "ping", "run": str(self.story.run or ""), "heir": heir})
 
     def _hear(self, link: Link, message: Message | None) -> None:
         """Take a message of another node, perhaps its first."""
@@ -156,13 +178,13 @@ class Leader:
         began = time.monotonic()
         try:
             for one in crew:
-                one.start(Assignment(attempt, first, processes, coordinator))
+                one.start(Assignment(attempt, first, processes, coordinator, self.planned))
                 first += one.processes
             seen = [rank for one in crew for rank in one.seen()]
             newest = self.story.newest()
             self.story.tell(
                 "start", step=newest if newest >= 0 else None, attempt=attempt, processes=processes, nodes=len(crew),
-                devices=_devices(seen),
+                devices=_devices(seen), job=self.story.job or None,
             )  # fmt: skip
             late, failure = self._watch(crew)
             seen, found = _stacks(crew)
@@ -187,6 +209,10 @@ class Leader:
             self.here.console.say("saved and stopped; the same command goes on from there")
             return _Outcome(ExitCode.SAVED)
         rank = failure.rank
+        if self.told and rank is not None and rank.code == -signal.SIGTERM and not _begun(rank):
+            self.story.tell("preempted", rank)
+            self.here.console.say("stopped before the first step; the same command goes on from the last checkpoint")
+            return _Outcome(ExitCode.SAVED)
         if rank is not None and rank.code == ExitCode.MISTAKE:
             self.here.console.say(
                 f"rank {rank.rank} ended with exit code 2, a mistake in what was asked (see its message)"
@@ -201,6 +227,7 @@ class Leader:
         """Wait until all ranks have ended, one has failed or is overdue; returns how it is late, or what failed."""
         deadline, late, told = math.inf, "", False
         noted: set[int] = set()
+        leaving: set[str] = set()
         size = len(crew)
         checked, warned = 0.0, False
         while True:
@@ -233,7 +260,10 @@ class Leader:
                     good = rank.code in GOOD
                     until = now + (_LEAVE_SECONDS if good else _SETTLE_SECONDS)
                     reason = f"still running {_LEAVE_SECONDS:.0f} s after rank {rank.rank} ended" if good else ""
+                    leaving |= {reason} if good else set()
                     deadline, late = _sooner(deadline, late, until, reason)
+            if now >= deadline and late in leaving and any(_goes_on(rank) for rank in seen):
+                deadline = now + _LEAVE_SECONDS  # the workers of a search end one by one
             if now >= deadline:
                 return late, None
             if any(rank.frozen > FROZEN_SECONDS for rank in seen):
@@ -241,9 +271,10 @@ class Leader:
             if now - checked < _TICK_SECONDS:
                 continue
             checked = now
-            for remote in self.remotes.values():
-                remote.link.send({"do": "ping"})
+            self._ping()
             self.story.look(seen, self.here.run())
+            if self._hopeless(0):
+                return "", Failure("died", "attempts before this one ended without a newer checkpoint")
             if noted or told:
                 continue
             overdue = self.limits.overdue(seen)
@@ -256,7 +287,8 @@ class Leader:
                 self._warn(crew, overdue)
             if (slow := self.limits.slow(seen)) is not None:
                 self.here.console.say(self.story.slow(slow, seen))
-            if size < self.where.nodes and len(self.remotes) + 1 > size:
+            # not before all are at their steps, where they can save
+            if size < self.where.nodes and len(self.remotes) + 1 > size and all(_begun(rank) for rank in seen):
                 self.growing = True
                 self.here.console.say("a node has come back: all save, and go on with it")
                 self.events.put(0)
@@ -318,6 +350,15 @@ def _lost(remote: Remote) -> Failure:
 
 def _devices(seen: Sequence[Seen]) -> str:
     return ", ".join(sorted({one.device for one in seen if one.device}))
+
+
+def _begun(rank: Seen) -> bool:
+    """Whether a rank is at its steps, or has polled; it may not yet hear a signal before."""
+    return rank.step >= 0 or rank.polls > 0
+
+
+def _goes_on(rank: Seen) -> bool:
+    return rank.code is None and rank.polls > 0 and rank.age < _LEAVE_SECONDS
 
 
 def _step(seen: Sequence[Seen]) -> int | None:

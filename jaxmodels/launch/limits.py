@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxmodels.launch.pauses import ENOUGH
 from jaxmodels.launch.seen import Seen
 
 MARGIN_SECONDS = 15.0
-"""Beyond the longest pause so far after which a job is said to go on no more."""
+"""Beyond what is normal (`jaxmodels.launch.pauses`) after which a job is said to go on no more."""
 PATIENCE_SECONDS = 60.0
 """The same after which it is ended: a file system that hangs may go on by itself."""
 IDLE_SECONDS = 60.0
 """Without computing that are normal in a phase of which nothing is known yet, or whose length nothing bounds."""
 
-# phases that come again and again in the same way, so that their own past says how long they may last
-_REGULAR = ("step", "data", "evaluation")
-_ENOUGH = 3
 # of a core: what a waiting process still does
 _BUSY = 0.02
 _WINDOW_SECONDS, _WINDOW_STEPS = 5.0, 8
@@ -33,7 +32,7 @@ class Overdue:
     age: float
     """Seconds since any rank has reported."""
     learned: float
-    """The longest such time that is normal for it."""
+    """Up to how many are normal for it."""
     hopeless: bool
     """Whether to end it."""
 
@@ -50,18 +49,15 @@ class Slow:
     """So many times as long a step takes as it would without."""
     since: float
     """Unix seconds."""
-
-
-def _regular(one: Seen) -> bool:
-    """Whether the rank's own past says how long its phase may last; one that tells of no phases polls alone."""
-    return one.phase in _REGULAR or (one.phase == "start" and one.pauses == one.polls)
+    until: float | None = None
+    """The same; None: it goes on."""
 
 
 class Limits:
     """Learns from what is seen of the ranks, about once a second, over all attempts of a job."""
 
     def __init__(self) -> None:
-        self._longest: dict[str, float] = {}
+        self._normal: dict[str, float] = {}
         self._cpu: deque[tuple[float, float]] = deque()
         self._pace: deque[float] = deque(maxlen=256)
         self.begin()
@@ -72,20 +68,23 @@ class Limits:
         self._window: list[Seen] = []
         self._opened = 0.0
         self._suspected: Slow | None = None
+        self._said: Slow | None = None
         self._told: set[tuple[str, int | None]] = set()
 
     def overdue(self, seen: Sequence[Seen]) -> Overdue | None:
         """How long the run has been without any progress, where that is longer than it may be."""
+        found: dict[str, float] = {}
         for one in seen:
-            if one.pauses >= _ENOUGH:
-                self._longest[one.phase] = max(self._longest.get(one.phase, 0.0), one.longest)
+            if one.pauses >= ENOUGH:
+                found[one.phase] = max(found.get(one.phase, 0.0), one.normal)
+        self._normal |= found
         running = [one for one in seen if one.code is None]
         if not running:
             return None
         idle = self._idle(running)
-        learned = max(self._longest.get(one.phase, 0.0) for one in running)
+        learned = max(self._normal.get(one.phase, 0.0) for one in running)
         age = min(one.age for one in running)
-        if not all(_regular(one) and one.phase in self._longest for one in running):
+        if not all(one.regular and one.phase in self._normal for one in running):
             learned = max(IDLE_SECONDS, learned)
             age = min(age, idle)
         if age <= learned + MARGIN_SECONDS:
@@ -101,7 +100,7 @@ class Limits:
         return now - self._cpu[0][0]
 
     def slow(self, seen: Sequence[Seen]) -> Slow | None:
-        """A rank that holds up the steps, or a whole that is slower than it was: once, when it has lasted a while."""
+        """What holds up the steps, a rank or the whole: said once it has lasted a while, and again when it is over."""
         now = time.time()
         if not self._window or any(one.code is not None for one in seen) or len(self._window) != len(seen):
             self._window, self._opened = list(seen), now
@@ -117,7 +116,8 @@ class Limits:
         if found is None:
             self._suspected = None
             self._told.clear()
-            return None
+            over, self._said = self._said, None
+            return None if over is None else dataclasses.replace(over, until=opened)
         kind, rank, factor = found
         before, self._suspected = self._suspected, Slow(kind, rank, factor, opened)
         if before is None or (before.kind, before.rank) != (kind, rank):
@@ -126,7 +126,8 @@ class Limits:
         if (kind, rank) in self._told:
             return None
         self._told.add((kind, rank))
-        return self._suspected
+        self._said = self._suspected
+        return self._said
 
     def _judge(self, seen: Sequence[Seen], now: float) -> tuple[str, int | None, float] | None:
         """Kind, rank and factor of what holds up this window's steps."""
@@ -150,7 +151,7 @@ class Limits:
                 return "starved" if data[worst] > own[worst] else "slow", seen[worst].rank, factor
         if (waits := max(data)) > _STARVED * pace:
             return "starved", seen[0].rank if len(seen) == 1 else None, pace / max(pace - waits, 0.02 * pace)
-        if len(self._pace) >= _ENOUGH and pace > 1.5 * statistics.median(self._pace):
+        if len(self._pace) >= ENOUGH and pace > 1.5 * statistics.median(self._pace):
             return "slow", seen[0].rank if len(seen) == 1 else None, pace / statistics.median(self._pace)
         self._pace.append(pace)
         return None

@@ -22,12 +22,13 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from jaxmodels.errors import UserError
 from jaxmodels.launch.console import Console
+from jaxmodels.launch.pauses import Pauses
 from jaxmodels.launch.seen import Frame, Seen, stacks
 
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
@@ -46,12 +47,15 @@ class Assignment:
     """Ranks of all nodes together."""
     coordinator: str
     """HOST:PORT at which they join."""
+    planned: int = 0
+    """Ranks while no node is lost."""
 
 
 @dataclass
 class _Rank:
     seen: Seen
     process: subprocess.Popen[bytes]
+    pauses: Pauses = field(default_factory=Pauses)
     ended: float = 0.0
     stopped: float = 0.0
     reader: threading.Thread | None = None
@@ -109,7 +113,7 @@ class Ranks:
         """How each of them is now."""
         now = time.monotonic()
         for rank in self._ranks:
-            rank.seen.read(self.folder)
+            rank.seen.read(self.folder, rank.pauses)
             if rank.seen.code is None:
                 state, rank.seen.cpu = _process(rank.process.pid, rank.seen.cpu)
                 rank.stopped = (rank.stopped or now) if state == "T" else 0.0
@@ -196,6 +200,7 @@ def environments(processes: int, devices: int | None, platform: Platform, given:
     common |= {
         "JAX_COORDINATOR_ADDRESS": given.coordinator,
         "JAXMODELS_NUM_PROCESSES": str(given.count),
+        "JAXMODELS_PLANNED_PROCESSES": str(max(given.planned, given.count)),
         "JAXMODELS_ATTEMPT": str(given.attempt),
         "PYTHONUNBUFFERED": "1",
     }

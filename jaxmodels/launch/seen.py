@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jaxmodels.launch.pauses import Pauses
 from jaxmodels.parallel.progress import LAYOUT
 
 # A process writes its stacks within this time, even while it spins in Python.
@@ -49,9 +50,11 @@ class Seen:
     """Seconds in which its loop waited for devices, so far."""
     data_wait: float = 0.0
     pauses: int = 0
-    """Times between two reports in this phase so far."""
-    longest: float = 0.0
-    """The longest of them."""
+    """Times between two turns of its loop in this phase that are known."""
+    normal: float = 0.0
+    """Seconds up to which the next one is normal (`jaxmodels.launch.pauses`)."""
+    regular: bool = False
+    """Whether that bounds it also where anything is computed."""
     cpu: float = 0.0
     """Seconds of computing by its process so far."""
     error: dict[str, str] = field(default_factory=dict)
@@ -61,12 +64,15 @@ class Seen:
     tail: list[str] = field(default_factory=list)
     """Its last lines, once it has ended."""
 
-    def read(self, folder: Path) -> None:
+    def read(self, folder: Path, past: Pauses) -> None:
         """Take what the rank has left in its supervisor's folder (`jaxmodels.parallel.progress`)."""
         with contextlib.suppress(OSError, struct.error):
-            found = LAYOUT.unpack((folder / f"{self.rank}.report").read_bytes())
-            self.polls, self.step, at, self.device_wait, self.data_wait, self.pauses, self.longest = found[:7]
-            self.phase = found[7].rstrip(b"\0").decode(errors="replace")
+            report = (folder / f"{self.rank}.report").read_bytes()
+            past.take(report)
+            self.polls, self.step, at, self.device_wait, self.data_wait, _, phase = LAYOUT.unpack_from(report)
+            self.phase = phase.rstrip(b"\0").decode(errors="replace")
+            self.pauses, self.normal = past.of(self.phase)
+            self.regular = past.regular(self.phase)
             self.age = max(0.0, time.time() - at) if at else 0.0
 
 

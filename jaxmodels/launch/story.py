@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,11 @@ class Story:
 
     def __init__(self) -> None:
         self.run: Path | None = None
+        self.job = _job()
+        self.found = -1
+        """Step of the newest checkpoint that was there before this supervisor; -1: there was none."""
+        self.earlier = 0
+        """Attempts of this job by supervisors before this one that came to no newer checkpoint than that."""
         self._waiting: list[dict[str, Any]] = []
         self._saved: set[int] = set()
         self._looked, self._opened = 0.0, time.time()
@@ -49,6 +56,11 @@ class Story:
         if self.run is None and run is not None:
             self.run = run
             self._saved = {step for step, moment in _checkpoints(run).items() if moment < self._opened}
+            self.found = max(self._saved, default=-1)
+            self.earlier = fruitless(events.read(run), self.job, self.found)
+            for row in self._waiting:
+                if row["event"] == "start" and self.found >= 0:
+                    row["step"] = self.found
             self._write()
         first = next((one for one in seen if one.rank == 0), None)
         if first is None:
@@ -70,11 +82,14 @@ class Story:
                     self.tell("saved", first, phase="save", step=step, time=moment)
 
     def slow(self, found: Slow, seen: Sequence[Seen]) -> str:
-        """Note a rank that holds up the steps; returns it in words."""
+        """Note a rank that holds up the steps, or does so no more; returns it in words."""
         rank = next((one for one in seen if one.rank == found.rank), None)
-        self.tell("slow", rank, kind=found.kind, factor=round(found.factor, 2), since=found.since)
+        over = {} if found.until is None else {"until": found.until}
+        self.tell("slow", rank, kind=found.kind, factor=round(found.factor, 2), since=found.since, **over)
         who = "all ranks together are" if rank is None else f"rank {rank.rank} on {rank.host} ({rank.device}) is"
         what = "waiting for data" if found.kind == "starved" else "slow"
+        if over:
+            return f"{who} not {what} any more"
         since = time.strftime("%H:%M:%S", time.localtime(found.since))
         return f"warning: {who} {what}: a step takes {found.factor:.1f} times as long as without, since {since}"
 
@@ -87,6 +102,27 @@ class Story:
             except OSError:
                 return
             self._waiting.pop(0)
+
+
+def fruitless(rows: Sequence[dict[str, Any]], job: str, newest: int) -> int:
+    """Attempts of a job that began at its newest checkpoint, or without one (-1), and came no further.
+
+    Those that lost the supervisor of node 0 are left out: they had no time to, and are no fault of the job's.
+    """
+    count = 0
+    for row in rows if job else ():
+        if row["event"] == "start" and row.get("job") == job:
+            count += (-1 if row["step"] is None else row["step"]) == newest
+        elif row["event"] == "failed" and row.get("leader") and count:
+            count -= 1
+    return count
+
+
+def _job() -> str:
+    """Name of the job that this is an attempt of, where `jaxmodels launch` has submitted it."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return str(json.loads(os.environ.get("JAXMODELS_JOB", "{}")).get("name", ""))
+    return ""
 
 
 def _checkpoints(run: Path) -> dict[int, float]:

@@ -90,6 +90,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def planned() -> int:
+    """Processes of this run while no node is lost; a supervisor that goes on with fewer says it."""
+    return max(_integer("JAXMODELS_PLANNED_PROCESSES", "1"), jax.process_count())
+
+
 def barrier(name: str) -> None:
     """Wait until every process is here, however long that takes; `name` must be the same in all of them.
 

@@ -17,15 +17,20 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Phase = Literal["start", "restore", "compile", "step", "data", "evaluation", "save", "idle"]
 """What a process can be doing."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
-
-LAYOUT = struct.Struct("@qqdddqd16s")
-"""A report: polls, steps done, Unix time of the report, seconds waited for devices and for data, pauses in this phase
-so far and the longest of them, the phase. Numbers have eight bytes each, so that none is read half-written."""
+LAYOUT = struct.Struct("@qqdddq16s")
+"""A report: polls, steps done, Unix time of the report, seconds waited for devices and for data, pauses so far, the
+phase. Numbers have eight bytes each, so that none is read half-written."""
+PAUSE = struct.Struct("@dq")
+"""Behind it, the newest KEPT pauses, number n in place n % KEPT: seconds, and the phase by its place in PHASES."""
+KEPT = 64
+# a loop comes round in these by polls, and leaves them in between for its data, or to save
+_LOOP = ("step", "evaluation")
 
 
 class _Report:
@@ -34,34 +39,42 @@ class _Report:
     def __init__(self, folder: Path, rank: str) -> None:
         self.folder, self.rank = folder, rank
         self.polls = 0
-        self.step, self.phase = -1, "start"
+        self.step = -1
+        self.phase: Phase = "start"
         self.at = time.time()
         self.device = self.data = 0.0
-        self.pauses: dict[str, tuple[int, float]] = {}
+        self.pauses = 0
+        self.spent: dict[str, float] = {}
         # Open to the end of the process; the supervisor takes the file for a sign that the handler is there.
         stacks = os.open(folder / f"{rank}.part", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.write(stacks, f"0x{threading.main_thread().ident:016x}\n".encode())
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         os.rename(folder / f"{rank}.part", folder / f"{rank}.stack")
         file = os.open(folder / f"{rank}.report", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.write(file, bytes(LAYOUT.size))  # a full disk is noticed here, and not by a signal later
-        self.map = mmap.mmap(file, LAYOUT.size)
+        size = LAYOUT.size + KEPT * PAUSE.size
+        os.write(file, bytes(size))  # a full disk is noticed here, and not by a signal later
+        self.map = mmap.mmap(file, size)
         os.close(file)
         self.write()
 
-    def turn(self, phase: str) -> None:
-        """Count the time since the last report as the present phase's, and go on in `phase`."""
+    def turn(self, phase: Phase, polled: bool = False) -> None:
+        """Count the time since the last report as the present phase's, and go on in `phase`.
+
+        A pause is the time in a phase: from one poll to the next in a loop's, from begin to end in any other.
+        """
         now = time.time()
-        count, longest = self.pauses.get(self.phase, (0, 0.0))
-        # The first time is no measure of the others: programs are loaded and compiled, caches filled.
-        self.pauses[self.phase] = count + 1, max(longest, now - self.at) if count else 0.0
+        spent = self.spent.get(self.phase, 0.0) + now - self.at
+        if polled or self.phase not in _LOOP:
+            place = LAYOUT.size + self.pauses % KEPT * PAUSE.size
+            PAUSE.pack_into(self.map, place, spent, PHASES.index(self.phase))
+            self.pauses, spent = self.pauses + 1, 0.0
+        self.spent[self.phase] = spent
         self.at, self.phase = now, phase
         self.write()
 
     def write(self) -> None:
-        count, longest = self.pauses.get(self.phase, (0, 0.0))
         LAYOUT.pack_into(
-            self.map, 0, self.polls, self.step, self.at, self.device, self.data, count, longest, self.phase.encode()
+            self.map, 0, self.polls, self.step, self.at, self.device, self.data, self.pauses, self.phase.encode()
         )
 
 
@@ -71,7 +84,7 @@ _report: _Report | None = None
 def begin() -> None:
     """Begin to report, where a supervisor wants it."""
     global _report
-    folder = os.environ.get("JAXMODELS_PROGRESS_DIR")
+    folder = os.environ.pop("JAXMODELS_PROGRESS_DIR", None)  # so that no child takes the report for its own
     if folder and _report is None:
         with contextlib.suppress(OSError):
             _report = _Report(Path(folder), os.environ.get("JAXMODELS_PROCESS_ID", "0"))
@@ -88,7 +101,7 @@ def poll() -> None:
     """The loop has come round once more: a step, or a batch of an evaluation; equally often in all processes."""
     if _report is not None:
         _report.polls += 1
-        _report.turn(_report.phase)
+        _report.turn(_report.phase, polled=True)
 
 
 def waited(device: float = 0.0, data: float = 0.0) -> None:

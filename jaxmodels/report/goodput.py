@@ -20,6 +20,7 @@ from jaxmodels.train.checkpoint import Checkpointer
 BUCKETS = {
     "productive": "steps whose result the run has kept",
     "data wait": "devices had nothing to do, for want of a batch",
+    "straggler": "steps took longer, since a rank was slower than the others",
     "start": "from the start of the process to the first step, but for what follows",
     "restore": "reading a checkpoint",
     "compile": "tracing and compiling, or waiting for it",
@@ -31,6 +32,7 @@ BUCKETS = {
 }
 """What time can go to; each second of a run is in one."""
 
+_ENDS = ("start", "failed", "preempted", "mistake", "done", "cancelled")
 _LIVE_SECONDS = 5.0  # a record older than that is of no process that runs
 _OWN = {"start": "start", "restore": "restore", "compile": "compile", "evaluation": "evaluation", "save": "save",
         "idle": "idle"}  # fmt: skip
@@ -86,6 +88,11 @@ def account(run: Path, now: float | None = None) -> dict[str, Any]:
     kept = settle(chosen, newest_checkpoint(run))
     total, happened = dict.fromkeys(BUCKETS, 0.0), events.read(run)
     shown = []
+    for attempt in kept:
+        for bucket, seconds in held_up(happened, attempt).items():
+            moved = min(seconds, attempt.seconds["productive"])
+            attempt.seconds["productive"] -= moved
+            attempt.seconds[bucket] += moved
     for attempt, after in itertools.zip_longest(kept, kept[1:]):
         gap = max(0.0, after.began - attempt.until) if after else 0.0
         attempt.seconds["idle" if attempt.clean or "KeyboardInterrupt" in attempt.ended else "restart"] += gap
@@ -196,6 +203,37 @@ def kept(attempt: Attempt, limit: float) -> tuple[float, float]:
     (a, steps_a, waits_a), (b, steps_b, waits_b) = points[at - 1 : at + 1]
     share = (limit - a) / (b - a)
     return steps_a + share * (steps_b - steps_a), waits_a + share * (waits_b - waits_a)
+
+
+def held_up(happened: Sequence[dict[str, Any]], attempt: Attempt) -> dict[str, float]:
+    """Seconds by which an attempt's steps took longer because of a single rank, as its supervisor saw it.
+
+    A rank that waits for its data is left out if it is rank 0, whose own record has that wait already.
+    """
+    spans: list[tuple[dict[str, Any], float]] = []
+    current, processes = None, 0
+    for row in happened:
+        slow = row["event"] == "slow" and isinstance(row.get("factor"), int | float) and row["factor"] > 1
+        if current is not None and (slow or row["event"] in _ENDS):
+            spans.append((current, row.get("until") or row.get("since") or row["time"]))
+            current = None
+        if row["event"] == "start":
+            processes = row.get("processes", 0)
+        # the only process is compared with its own past, and waits for nobody
+        if slow and row.get("until") is None and row.get("rank") is not None and processes > 1:
+            current = row
+    if current is not None:
+        spans.append((current, math.inf))
+    loop = [attempt.points[-1][1], *(attempt.seconds[name] for name in ("data wait", "evaluation", "save"))]
+    steps = loop[0] / sum(loop) if sum(loop) > 0 else 0.0
+    found = {"data wait": 0.0, "straggler": 0.0}
+    for row, until in spans:
+        if (row.get("kind"), row["rank"]) == ("starved", 0):
+            continue
+        lasted = max(0.0, min(until, attempt.until) - max(row.get("since", row["time"]), attempt.began))
+        bucket = "data wait" if row.get("kind") == "starved" else "straggler"
+        found[bucket] += lasted * steps * (1 - 1 / row["factor"])
+    return found
 
 
 def cause(happened: Sequence[dict[str, Any]], attempt: Attempt, after: Attempt | None) -> str:

@@ -14,17 +14,23 @@ from jax.sharding import Mesh
 
 from jaxmodels.config import Eval
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.parallel import rules
+from jaxmodels.parallel import progress, rules
 from jaxmodels.tasks.metrics import unique
 from jaxmodels.tasks.task import Batch, Sums, Task, Whole
 
 Evaluate = Callable[[Any, Any, Iterable[Batch]], dict[str, float] | None]
 
 
+def _never() -> bool:
+    """Let a supervisor know that the loop has come round; go on."""
+    progress.poll()
+    return False
+
+
 def build_evaluate(
     task: Task,
     mesh: Mesh,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = _never,
     *,
     classes: Sequence[str] = (),
     groups: Sequence[str] = (),
@@ -82,6 +88,7 @@ def build_evaluate(
             if ahead is not None:
                 take(ahead)
         if task.whole is not None and kept:
+            progress.phase("idle")  # batches do not say how long this takes
             totals = sum_pairs(task.whole, {name: np.concatenate([x[name] for x in kept]) for name in kept[0]}, groups)
         if not totals or not totals[""]["loss"][1] > 0:
             raise UserError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from jaxmodels import data, tasks
-from jaxmodels.config import Config
+from jaxmodels.config import Config, Contrastive
 from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import mesh as meshes
@@ -38,6 +40,8 @@ class Job:
     """A training batch, as `jax.ShapeDtypeStruct`s with shardings."""
     sources: Mapping[data.Split, data.Source] = field(default_factory=dict)
     """The examples of each split. Empty in a job that was assembled from shapes alone."""
+    accumulate: int = 1
+    """Microbatches of a step: `train.accumulate`, or more on fewer processes than planned (`on_fewer`)."""
 
     def lower(self, platforms: tuple[str, ...] | None = None) -> Any:
         """Lower the training step to what XLA compiles, for `platforms` if they are not those of this machine."""
@@ -55,7 +59,7 @@ class Job:
     def _options(self) -> dict[str, Any]:
         train = self.config.train
         return {
-            "accumulate": train.accumulate,
+            "accumulate": self.accumulate,
             "ema": train.ema,
             "offload": self.config.optim.offload,
             "xla": train.xla,
@@ -125,7 +129,43 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
     optimizers, layout = states.compose(cfg, task, mesh)
     placed = task.shardings(mesh, shapes)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in shapes.items()}
-    return Job(cfg, mesh, task, optimizers, layout, batch, sources)
+    return Job(cfg, mesh, task, optimizers, layout, batch, sources, cfg.train.accumulate)
+
+
+def on_fewer(job: Job, processes: int, planned: int) -> Job:
+    """Return a job, planned for more processes, with so many microbatches that a device has no more rows at a time.
+
+    The batch of a step stays the same. So does the job where microbatches would change what a step computes: a device
+    then has more rows at a time.
+    """
+    if processes >= planned or not additive(job):
+        return job
+    least = -(-job.accumulate * planned // processes)
+    rows, sizes, updates = job.config.data.batch_size, dict(job.mesh.shape), job.task.updates
+    fits = (n for n in range(least, rows + 1) if rows % smallest_batch(sizes, n, updates) == 0)
+    return dataclasses.replace(job, accumulate=next(fits, job.accumulate))
+
+
+def additive(job: Job) -> bool:
+    """Whether microbatches give the gradient of the whole batch: nothing is random, and no example depends on others.
+
+    Examples depend on others by batch statistics, by a contrastive loss, and by the balance of experts.
+    """
+    whole = isinstance(job.config.task, Contrastive) or getattr(job.config.model, "experts", 0)
+    if whole or jax.tree.leaves(job.layout.stats):
+        return False
+    key = jax.eval_shape(jax.random.key, 0)
+
+    def random(loss: tasks.Loss) -> bool:
+        def value(key: jax.Array, params: Any, batch: Any) -> Any:
+            return loss.fn(params, job.layout.stats, batch, key, 0)
+
+        traced: Any = jax.make_jaxpr(value)(key, job.layout.params, job.batch)
+        jaxpr = getattr(traced, "jaxpr", traced)
+        return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
+
+    with jax.set_mesh(job.mesh):
+        return not any(map(random, job.task.losses))
 
 
 def check_options(cfg: Config) -> None:
@@ -168,6 +208,17 @@ def check_options(cfg: Config) -> None:
             raise UserError(f"got {name} {getattr(getattr(cfg, section), last)} with {why}")
 
 
+def smallest_batch(mesh_sizes: Mapping[str, int], accumulate: int, updates: int = 1) -> int:
+    """Return what a batch size must be a multiple of."""
+    microbatches = rules.Stages.of(mesh_sizes).microbatches
+    return rules.shards(mesh_sizes, _batch_axes(mesh_sizes)) * accumulate * updates * max(1, microbatches)
+
+
+def _batch_axes(mesh_sizes: Mapping[str, int]) -> tuple[str, ...]:
+    staged = rules.Stages.of(mesh_sizes).microbatches
+    return (rules.RULES if staged else rules.rules_of(mesh_sizes))["batch"]
+
+
 def check_batch_size(
     mesh_sizes: Mapping[str, int],
     batch_size: int,
@@ -177,10 +228,8 @@ def check_batch_size(
     updates: int = 1,
 ) -> None:
     """Refuse a batch size that does not divide evenly; `updates` is how many updates of a step share the batch."""
-    microbatches = rules.Stages.of(mesh_sizes).microbatches
-    axes = (rules.RULES if microbatches else rules.rules_of(mesh_sizes))["batch"]
-    rows = rules.shards(mesh_sizes, axes)
-    least = rows * accumulate * updates * max(1, microbatches)
+    microbatches, axes = rules.Stages.of(mesh_sizes).microbatches, _batch_axes(mesh_sizes)
+    rows, least = rules.shards(mesh_sizes, axes), smallest_batch(mesh_sizes, accumulate, updates)
     if batch_size % least:
         better = max(1, round(batch_size / least)) * least
         parts = {"train.accumulate": accumulate, "task.critic_steps": updates, "mesh.microbatches": microbatches}

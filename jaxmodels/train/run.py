@@ -28,7 +28,7 @@ from jaxmodels.parallel import distributed, hardware, progress
 from jaxmodels.train import beginning, directory, loggers, loop, saved
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
-from jaxmodels.train.job import Job, assemble
+from jaxmodels.train.job import Job, assemble, on_fewer
 from jaxmodels.train.manifest import atomic_write
 from jaxmodels.train.metrics import Clock, Record
 from jaxmodels.train.phases import Phases
@@ -67,7 +67,7 @@ def train(
     if main:
         directory.check_writable(run)
     chosen = loggers.find_loggers(cfg.metrics.loggers)
-    job = assemble(cfg)
+    job = on_fewer(assemble(cfg), jax.process_count(), distributed.planned())
     job.check_metric()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
     with contextlib.ExitStack() as stack:
@@ -263,6 +263,9 @@ def describe(job: Job, run: Path) -> None:
         jax.devices()[0].device_kind,
         sizes,
     )
+    if (planned := distributed.planned()) > (here := jax.process_count()):
+        how = f"{job.accumulate} microbatches" if job.accumulate > job.config.train.accumulate else "more rows a device"
+        log.info("on %d of %d processes: %s keep the batch at %d", here, planned, how, job.config.data.batch_size)
     log.info("train: %s", job.sources["train"].describe())
     log.info("eval:  %s", job.sources["eval"].describe())
     log.info("run:   %s", run)

@@ -26,7 +26,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, format_of
 from jaxmodels.models.families import create, family_of
 from jaxmodels.models.model import Model
-from jaxmodels.parallel import mesh
+from jaxmodels.parallel import mesh, progress
 from jaxmodels.tasks.task import Task, normalized
 from jaxmodels.train import evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
@@ -216,7 +216,11 @@ class Evaluation(Run):
         everywhere = NamedSharding(where, PartitionSpec())
         params, stats = jax.device_put((self.params, self.stats), everywhere)
         found = evaluate.build_evaluate(self.task, where, classes=self.source.class_names, groups=self.source.groups)
-        return found(params, stats, self._loader(where).once()) or {}
+        progress.phase("evaluation", self.step)
+        try:
+            return found(params, stats, self._loader(where).once()) or {}
+        finally:
+            progress.phase("idle")
 
     def _loader(self, where: jax.sharding.Mesh) -> data.Loader:
         size = self.config.eval.batch_size or self.config.data.batch_size

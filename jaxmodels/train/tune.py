@@ -23,6 +23,7 @@ import jax
 from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, check_place, nearest
+from jaxmodels.parallel import progress
 from jaxmodels.train import run as runs
 from jaxmodels.train.loop import NotFinite
 from jaxmodels.train.space import TuneOptions
@@ -236,11 +237,20 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
             raise
         finally:
             for process in others:
-                process.wait()
+                _await(process)
     reasons = [trial.user_attrs.get(_REFUSED) for trial in study.get_trials(deepcopy=False, states=_ended())]
     if reasons and all(reasons):
         raise UserError(f"got {len(reasons)} trials, all refused, the last because: {reasons[-1]}")
     return out
+
+
+def _await(process: subprocess.Popen[bytes]) -> None:
+    """Wait for another worker, which works for this process too, as a supervisor shall know."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+            return
+        progress.poll()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxmodels.launch import events
+from jaxmodels.launch import events, story
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +63,9 @@ RANK = textwrap.dedent("""
             (run / "checkpoints" / str(step)).mkdir(exist_ok=True)
 
     told = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
-    long = case == "slow" or (case.endswith("fewer") and attempt == 0) or (case == "back_fewer" and attempt == 1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75) if case == "requeued" else told.append(True))
+    long = case in ("slow", "requeued", "first_gone") or (case.endswith("fewer") and attempt == 0)
+    long = long or (case == "back_fewer" and attempt == 1)
     for step in range(first, 1000 if long else max(80, first + 20)):
         if told:
             save(step)
@@ -96,7 +97,7 @@ RANK = textwrap.dedent("""
         meet(places, rank, count, step)
         progress.waited(device=time.perf_counter() - before)
         progress.poll()
-        if step == 20:
+        if step == 20 and case != "requeued":
             save(step)
             print("saved", flush=True)
         if case == "slow" and step % 50 == 49 and '"event": "slow"' in (run / "events.jsonl").read_text():
@@ -116,10 +117,12 @@ COLLECTIVE = textwrap.dedent("""
 """)
 DRIVER = """
 import sys
-from jaxmodels.launch import lead, limits, node, wire
+from jaxmodels.launch import follow, lead, limits, node, wire
 from jaxmodels.launch.cluster import Cluster
 limits.MARGIN_SECONDS, limits.PATIENCE_SECONDS, lead.FROZEN_SECONDS = 1.5, 3.0, 1.0
 wire.LOST_SECONDS = lead.LOST_SECONDS = 4.0
+if sys.argv[-2] == "first_gone":
+    follow.JOIN_SECONDS = 15.0
 limits._WINDOW_SECONDS = 1.0
 at, nodes, port = map(int, sys.argv[1:4])
 least = 1 if "fewer" in sys.argv[-2] else None
@@ -139,8 +142,9 @@ ONE_NODE = (
     "slow",
     "hopeless",
     "mistake",
+    "requeued",
 )
-TWO_NODES = ("gone_fewer", "silent_fewer", "back_fewer")
+TWO_NODES = ("first_gone", "gone_fewer", "silent_fewer", "back_fewer")
 
 
 class Case:
@@ -152,6 +156,10 @@ class Case:
         self.nodes = 2 if name in TWO_NODES else 1
         self.run.mkdir()
         self.output, self.code = "", 0
+        if name == "requeued":  # supervisors before this one have started it three times
+            for attempt in range(3):
+                events.append(self.run, "start", attempt=attempt, job="demo")
+                events.append(self.run, "preempted")
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -159,7 +167,7 @@ class Case:
         numbers = [str(number) for number in (node, self.nodes, port)]
         return subprocess.Popen(
             [sys.executable, "-c", DRIVER, *numbers, str(self.script), self.name, str(self.run)],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "JAXMODELS_JOB": '{"name": "demo"}'}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -171,13 +179,20 @@ class Case:
             assert process.stdout is not None
             for line in process.stdout:
                 self.output += line
-                if other is not None and "saved" in line and self.output.count("saved") == 1:
+                if self.name == "requeued" and "] at " in line:
+                    process.send_signal(signal.SIGTERM)
+                if self.name == "first_gone" and "saved" in line:
+                    time.sleep(3.0)  # in which the supervisors tell each other where the run is
+                    process.kill()
+                elif other is not None and "saved" in line and self.output.count("saved") == 1:
                     other.send_signal(signal.SIGSTOP if "silent" in self.name else signal.SIGKILL)
                 if other is not None and self.name == "back_fewer" and "launch: restart" in line:
                     self.output += other.communicate()[0]
                     other = self._start(1, port)
             self.code = process.wait()
             if other is not None:
+                if self.name == "first_gone":
+                    self.code = other.wait()
                 other.kill()
                 self.output += other.communicate()[0]
 
@@ -306,3 +321,32 @@ def test_a_node_that_comes_back_is_taken_in_after_all_have_saved(cases: dict[str
     assert first == 20 < second
     assert case.output.count(f"ended at {max(79, second + 19)}") == 2
     assert case.left() == []
+
+
+def test_without_node_0_the_others_note_it_end_their_ranks_and_ask_to_be_started_again(cases: dict[str, Case]) -> None:
+    case = cases["first_gone"].finish()
+    assert case.code == 75, case.output
+    (failed,) = case.events("failed")
+    assert (failed["kind"], failed["leader"]) == ("died", True) and "supervisor of node 0" in failed["message"]
+    assert "is gone: the ranks here were ended" in case.output and "has to be started again" in case.output
+    assert story.fruitless(events.read(case.run), "demo", -1) == 0
+    assert case.left() == []
+
+
+def test_a_job_that_is_started_again_and_again_without_progress_is_given_up(cases: dict[str, Case]) -> None:
+    case = cases["requeued"].finish()
+    assert case.code == 1, case.output
+    assert "given up: 4 attempts of job demo came to no newer checkpoint" in case.output
+    assert case.left() == []
+
+
+def test_only_attempts_of_the_same_job_at_the_same_checkpoint_are_without_progress() -> None:
+    def start(job: str | None, step: int | None) -> dict:
+        return {"event": "start", "step": step, **({"job": job} if job else {})}
+
+    rows = [start("a", None), start("b", 20), start("a", 20), {"event": "preempted"}, start(None, 20), start("a", 20)]
+    assert story.fruitless(rows, "a", 20) == 2
+    assert story.fruitless([*rows, {"event": "failed", "leader": True}], "a", 20) == 1
+    assert story.fruitless([*rows, {"event": "failed"}], "a", 20) == 2
+    assert story.fruitless(rows, "a", 40) == 0
+    assert story.fruitless(rows, "", 20) == 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
 from jaxmodels.launch import limits
 from jaxmodels.launch.limits import Limits, Slow
+from jaxmodels.launch.pauses import Pauses
 from jaxmodels.launch.seen import Seen
+from jaxmodels.parallel import progress
 
 
 class Clock:
@@ -75,11 +78,22 @@ def test_who_holds_up_the_steps_is_said_once_and_nobody_else(
         assert one.factor == pytest.approx(said[2], rel=0.01)
 
 
-def paused(phase: str, age: float, longest: float, **more: float) -> list[Seen]:
-    return [Seen(0, "host", "cpu", phase=phase, polls=50, pauses=50, longest=longest, age=age, **more)]  # type: ignore[arg-type]
+def test_a_holdup_that_is_over_is_said_with_its_end(clock: Clock) -> None:
+    found = Limits()
+    (slow,) = steps(clock, found, [0.9, 0.1], [0.0, 0.0])
+    assert slow.until is None
+    found._window = []  # an evaluation comes in between
+    (over,) = steps(clock, found, [0.9, 0.9], [0.0, 0.0])
+    assert (over.kind, over.rank, over.since) == ("slow", 1, 1000) and over.until == 1040
+    found._window = []
+    assert steps(clock, found, [0.9, 0.9], [0.0, 0.0]) == []
 
 
-def test_a_pause_is_too_long_beyond_the_longest_so_far_and_then_hopeless(clock: Clock) -> None:
+def paused(phase: str, age: float, normal: float, regular: bool = True) -> list[Seen]:
+    return [Seen(0, "host", "cpu", phase=phase, polls=50, pauses=50, normal=normal, regular=regular, age=age)]
+
+
+def test_a_pause_is_too_long_beyond_what_is_normal_and_then_hopeless(clock: Clock) -> None:
     found = Limits()
     assert found.overdue(paused("step", 0.0, 2.0)) is None
     assert found.overdue(paused("step", 16.9, 2.0)) is None
@@ -92,12 +106,67 @@ def test_a_pause_is_too_long_beyond_the_longest_so_far_and_then_hopeless(clock: 
     assert found.overdue([dataclasses.replace(paused("step", 20.0, 0.0)[0], pauses=0)]) is not None
 
 
+def reported(pauses: Sequence[float], phase: str = "step") -> tuple[int, float]:
+    """What is known of these pauses, and what is normal, once a rank has reported them one by one."""
+    past, report = Pauses(), bytearray(progress.LAYOUT.size + progress.KEPT * progress.PAUSE.size)
+    for number, seconds in enumerate([1000.0, *pauses]):  # the first one of all compiles
+        place = progress.LAYOUT.size + number % progress.KEPT * progress.PAUSE.size
+        progress.PAUSE.pack_into(report, place, seconds, progress.PHASES.index(phase))
+        progress.LAYOUT.pack_into(report, 0, 0, 0, 0.0, 0.0, 0.0, number + 1, phase.encode())
+        past.take(bytes(report))
+    return past.of(phase)
+
+
+@pytest.mark.parametrize(
+    ("series", "least", "most"),
+    [
+        # few pauses are generous
+        ([10.0] * 3, 23.3, 23.4),
+        ([10.0] * 8, 15.0, 15.0),
+        # even steps, with a little noise
+        ([1.0 + 0.01 * (n % 10) for n in range(200)], 1.1, 1.2),
+        # every tenth step writes metrics for 20 s: that is normal, and twice that is not
+        ([20.0 if n % 10 == 9 else 0.5 for n in range(200)], 20.0, 32.0),
+        # steps become slower and slower, as sequences grow: the next one is normal
+        ([1.0 + 0.05 * n for n in range(200)], 11.0, 20.0),
+        # they became ten times slower long ago: what was before is forgotten
+        ([1.0] * 1000 + [10.0] * 256, 10.0, 10.2),
+        # a file system was away for a minute, once; and again: that is how it is here
+        ([1.0] * 100 + [60.0] + [1.0] * 100, 1.0, 1.1),
+        ([1.0] * 100 + [60.0] + [1.0] * 50 + [60.0] + [1.0] * 50, 60.0, 92.0),
+        ([1.0] * 20 + [60.0], 60.0, 120.0),
+    ],
+    ids=["three", "eight", "even", "bimodal", "drift", "slower", "once", "twice", "early"],
+)
+def test_what_is_normal_is_the_median_and_the_spread_of_what_was(
+    series: Sequence[float], least: float, most: float
+) -> None:
+    count, normal = reported(series)
+    assert count == min(len(series), 256)
+    assert least <= normal <= most + 1e-9
+
+
+def test_a_long_evaluation_or_save_says_nothing_of_the_steps() -> None:
+    past, report = Pauses(), bytearray(progress.LAYOUT.size + progress.KEPT * progress.PAUSE.size)
+    series = [("step", 30.0), ("step", 1.0), ("save", 90.0), ("step", 1.0), ("save", 90.0), ("evaluation", 50.0)] * 8
+    for number, (phase, seconds) in enumerate(series):
+        place = progress.LAYOUT.size + number * progress.PAUSE.size
+        progress.PAUSE.pack_into(report, place, seconds if number else 500.0, progress.PHASES.index(phase))
+    progress.LAYOUT.pack_into(report, 0, 0, 0, 0.0, 0.0, 0.0, len(series), b"step")
+    past.take(bytes(report))
+    assert past.of("step")[1] == pytest.approx((1.0 + 1.5 * 29.0) * (1 + 4 / 23))
+    assert past.of("save")[1] == pytest.approx(90.0 * (1 + 4 / 15))
+    assert past.of("evaluation")[1] == pytest.approx(50.0 * (1 + 4 / 7))
+    assert past.of("compile") == (0, 0.0)
+    assert [past.regular(phase) for phase in ("step", "data", "evaluation", "save")] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("phase", ["save", "compile", "restore", "start"])
 def test_where_nothing_bounds_a_phase_it_may_last_while_anything_is_computed(clock: Clock, phase: str) -> None:
     busy, idle = Limits(), Limits()
     for second in range(0, 200, 5):
         clock.now += 5
-        one = dataclasses.replace(paused(phase, float(second), 1.0)[0], pauses=4, cpu=0.5 * second)
+        one = dataclasses.replace(paused(phase, float(second), 1.0, False)[0], cpu=0.5 * second)
         assert busy.overdue([one]) is None
         late = idle.overdue([dataclasses.replace(one, cpu=3.0)])
         assert (late is not None) == (second > 75), second

@@ -83,6 +83,32 @@ def test_a_hang_is_idle_but_for_the_step_that_was_under_way(tmp_path: Path):
     assert spent(found) == {"productive": 100, "start": 20, "lost work": 1, "idle": 299}
 
 
+def test_steps_that_wait_for_another_rank_are_not_all_productive(tmp_path: Path):
+    # in its loop it is at steps for 200 s of 250
+    folder = run(tmp_path / "run", line(1000, 200, start=50, steps=200, save=50, saved=200, ended="done"))
+    events.append(folder, "start", time=1010, processes=4)
+    slow = {"rank": 2, "kind": "slow", "factor": 2.0, "since": 1100}
+    events.append(folder, "slow", time=1115, **slow)
+    # 100 s, of which 80 are steps, that took twice as long
+    events.append(folder, "slow", time=1210, **slow, until=1200)
+    events.append(folder, "slow", time=1250, rank=3, kind="starved", factor=4.0, since=1240)
+    # warnings without a factor end nothing; nor does what all ranks wait for count, which rank 0 has seen itself
+    events.append(folder, "slow", time=1255, rank=1, kind="stuck", since=1250)
+    events.append(folder, "slow", time=1270, rank=None, kind="starved", factor=2.0, since=1260)
+    events.append(folder, "slow", time=1280, rank=0, kind="starved", factor=2.0, since=1270)
+    events.append(folder, "done", time=1300)
+    lost = {"straggler": 80 * (1 - 1 / 2), "data wait": 20 * 0.8 * (1 - 1 / 4)}
+    found = spent(account(folder))
+    assert found == pytest.approx({"productive": 200 - sum(lost.values()), "start": 50, "save": 50, **lost})
+
+
+def test_the_only_process_has_no_straggler(tmp_path: Path):
+    folder = run(tmp_path / "run", line(1000, 200, steps=200, saved=200, ended="done"))
+    events.append(folder, "start", time=1010, processes=1)
+    events.append(folder, "slow", time=1115, rank=0, kind="slow", factor=2.0, since=1100)
+    assert spent(account(folder)) == {"productive": 200}
+
+
 def test_time_between_attempts_is_a_restart_after_a_failure_and_idle_after_a_stop(tmp_path: Path):
     def between(ended: str | None) -> dict[str, float]:
         first = line(0, 10, steps=10, saved=10, ended=ended)

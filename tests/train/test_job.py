@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmodels import cli
+from jaxmodels import cli, tasks
 from jaxmodels import config as configs
-from jaxmodels.config import Classification, Config, Contrastive, Images, Seq2Seq, Table, Text
-from jaxmodels.train.job import assemble
+from jaxmodels.config import Classification, Config, Contrastive, Images, Mesh, Seq2Seq, Synthetic, Table, Text
+from jaxmodels.train.job import assemble, on_fewer
 from tests import zoo
 
 SMALL = (
@@ -107,3 +107,30 @@ def test_an_option_that_would_change_nothing_is_refused_before_any_work(root, tm
     errors = capsys.readouterr().err
     assert said in errors and "expected" in errors and "try" in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_on_fewer_processes_microbatches_keep_the_rows_of_a_device(root):
+    cfg = gpt(root)
+    cfg = dataclasses.replace(
+        cfg,
+        mesh=Mesh(data=2),
+        data=dataclasses.replace(cfg.data, batch_size=24),
+        train=dataclasses.replace(cfg.train, accumulate=2),
+    )
+    job = assemble(cfg, jax.devices()[:2], opened=False)
+    # rows of a device at a time: 24 / (2 * 2) = 6 here, so 24 / (2 * 4) and 24 / (2 * 3) are as many or fewer
+    found = [on_fewer(job, processes, planned).accumulate for processes, planned in ((2, 2), (1, 2), (2, 3), (5, 6))]
+    assert found == [2, 4, 3, 3]
+    # 24 rows are not 2 * 5 equal parts
+    assert on_fewer(job, 2, 5).accumulate == 6
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "clip", "mixtral", "vae"])
+def test_what_microbatches_would_change_keeps_its_batch_in_one(root, name):
+    task, model = zoo.ZOO[name]
+    data = Synthetic(batch_size=8, seq_len=zoo.T) if hasattr(model, "context") else Synthetic(batch_size=8)
+    cfg = Config(model=model, task=tasks.TASKS.find(task)(), data=data, mesh=Mesh(data=1))
+    assert on_fewer(assemble(cfg, jax.devices()[:1], opened=False), 1, 2).accumulate == 1
+    if name == "gpt2":
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(model, dropout=0.0))
+        assert on_fewer(assemble(cfg, jax.devices()[:1], opened=False), 1, 2).accumulate == 2
