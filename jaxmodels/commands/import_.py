@@ -11,11 +11,13 @@ from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.commands.progress import progress
 from jaxmodels.config import Config
+from jaxmodels.data import special
 from jaxmodels.data.corpus import Stdlib
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.special import text_of
 from jaxmodels.data.synthetic import Synthetic
 from jaxmodels.data.tokenizer import FILE
+from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, load, pixels, save
 from jaxmodels.models.families import family_of
 from jaxmodels.tasks import TaskConfig
@@ -46,6 +48,8 @@ def import_run(directory: Path, /, out: Path) -> None:
             params, stats = load.nested(load.read(source, done=done))
         state = {"params": {"model": params}, "stats": {"model": stats}}
         cfg = experiment(config, source.format.task(config), out if tokenizer else None)
+        if cfg.task.answers == "class":
+            cfg = classifying(cfg, directory)
         if pixels.known(source.format.family):
             seen = pixels.read(directory, source.format.family, config.input_shape)
             for remark in seen.remarks:
@@ -79,6 +83,21 @@ def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
         data = Stdlib(tokenizer=str(tokenizer / FILE)) if tokenizer else Stdlib()
     length = min(data.seq_len, getattr(model, "context", data.seq_len))
     return Config(model=model, task=made, data=replace(data, seq_len=length))
+
+
+def classifying(cfg: Config, directory: Path) -> Config:
+    """Set whether the classes of an imported classifier exclude each other.
+
+    Raises:
+        UserError: its outputs are numbers, and not the logits of classes.
+    """
+    problem = special.objects(directory / "config.json").get(beside.PROBLEM)
+    if problem == "regression":
+        raise UserError(
+            f"got {directory / 'config.json'} with {beside.PROBLEM} {problem!r}, expected a classifier, "
+            "try another model, or jaxmodels.load_pretrained for its outputs in Python"
+        )
+    return replace(cfg, task=replace(cfg.task, multi_label=True)) if problem == beside.SEVERAL else cfg
 
 
 def masking(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer) -> TaskConfig:

@@ -13,6 +13,7 @@ from jaxmodels.data import corpus as corpora
 from jaxmodels.data import records as recorded
 from jaxmodels.data import texts
 from jaxmodels.data.balance import Balanced
+from jaxmodels.data.classes import check_differ, tell_similar
 from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.records import Kind, Reader, Records, Row
@@ -205,10 +206,14 @@ def labeled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, 
             f"got data.mean {cfg.mean} for a model of inputs {shape}, expected one number or {shape[-1]}, one for each "
             "channel, try --data.mean 0.5 --data.std 0.5"
         )
+    if label is not None and split == "train" and not opening.classes:
+        tell_similar(train.fields[label].names, label, train.label)
+    records = train if split == "train" else open_records(cfg, split, opening.classes)
+    if label is not None and not optional:
+        check_differ(records, label, split)
     if kind == "image":
         from jaxmodels.data import images
 
-        records = train if split == "train" else open_records(cfg, split, opening.classes)
         source = images.Pictures(records, opening, field=field, label=label)
     else:
         source = _rows(opening, train, field, label)
@@ -281,14 +286,3 @@ def labels_of(rows: Sequence[Row], label: str, several: bool, classes: int) -> n
     for at, row in zip(out, rows, strict=True):
         at[list(row[label])] = 1
     return out
-
-
-def check_classes(source: Source, num_classes: int | None) -> None:
-    """Raise UserError if the data have more classes than the model."""
-    if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
-        shown = [*source.class_names[:5], *["..."] * (len(source.class_names) > 5)]
-        names = f" ({', '.join(shown)})" if source.class_names else ""
-        raise UserError(
-            f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}{names}, "
-            f"try --model.classes {source.num_classes}"
-        )

@@ -97,5 +97,10 @@ def named_groups(field: Field, values: Callable[[], Iterable[Any]]) -> tuple[tup
     """Return the names of a field's groups, and the number of each value's group; without names, those of `values`."""
     if field.kind == "label" and field.names:
         return field.names, int
-    known = sorted(set(values()))
-    return tuple(map(str, known)), {value: at for at, value in enumerate(known)}.__getitem__
+
+    def own(value: Any) -> Any:
+        return value.strip() if isinstance(value, str) else value
+
+    known = sorted({own(value) for value in values()})
+    numbers = {value: at for at, value in enumerate(known)}
+    return tuple(map(str, known)), lambda value: numbers[own(value)]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxmodels.data import idx
+from jaxmodels.data.classes import spaced, tell_trimmed
 from jaxmodels.data.records import (
     Bad,
     Field,
@@ -150,8 +151,11 @@ def _root(paths: Sequence[str], option: str) -> Path:
 
 
 def _named(folder: str) -> str:
-    """Return the class of a folder, with its accents composed: some systems store them as separate characters."""
-    return unicodedata.normalize("NFC", folder)
+    """Return the class of a folder: its name without white space around it, and with its accents composed.
+
+    Some systems store accents as separate characters.
+    """
+    return unicodedata.normalize("NFC", folder.strip())
 
 
 def _classes(root: Path) -> list[str]:
@@ -165,11 +169,14 @@ def _images(root: Path, names: Sequence[str], all_of_them: bool = True) -> list[
     """
     found: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
+    folders: list[str] = []
     for entry in os.scandir(root):
         if _named(entry.name) in names and entry.is_dir():
+            folders.append(entry.name)
             found += _below(root, entry.name, others, (_identity(root),))
         elif not entry.is_dir():
             others[_kind(entry)] += 1
+    _tell_spaced(root, tuple(sorted(spaced(folders))))
     empty = sorted(set(names) - {_named(name.split("/")[0]) for name, _ in found})
     _tell(root, tuple(sorted(others.items())))
     if empty and all_of_them:
@@ -217,3 +224,9 @@ def _tell(root: Path, others: tuple[tuple[str, int], ...]) -> None:
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others)
         _log.warning("left out files of %s that are not images: %s", root, kinds)
+
+
+@functools.lru_cache(16)
+def _tell_spaced(root: Path, folders: tuple[str, ...]) -> None:
+    """Log once which classes' folders have white space around their names."""
+    tell_trimmed(Counter(folders), "the classes", str(root))

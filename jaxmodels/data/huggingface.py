@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmodels.data.classes import spaced, tell_trimmed
 from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad, Field, Records, digest
@@ -67,7 +69,11 @@ def records(cfg: HuggingFace, split: Split) -> Records:
             f"got data.name {cfg.name!r}, {wanted} ({reason[:200]}), expected a set and a split that exist, "
             f"try another --data.name or --data.{option.replace('_', '-')}"
         ) from error
-    classes = {cfg.label_field: _classes(train[cfg.label_field])} if named else {}
+    classes: dict[str, tuple[str, ...]] = {}
+    if named:
+        values = _each(train[cfg.label_field])
+        tell_trimmed(spaced(values) if split == "train" else Counter(), cfg.label_field, f"huggingface {cfg.name}")
+        classes[cfg.label_field] = _classes(values)
     return _Set(datasets, data, f"huggingface {cfg.name}", wanted, classes)
 
 
@@ -77,10 +83,14 @@ def _is_text(feature: Any) -> bool:
     return getattr(inner, "dtype", None) in ("string", "large_string")
 
 
+def _each(column: Iterable[Any]) -> list[Any]:
+    """Return the values of a column, those of its lists one by one."""
+    return [v for value in column for v in (value if isinstance(value, list) else [value])]
+
+
 def _classes(values: Iterable[Any]) -> tuple[str, ...]:
-    """Return the classes that a column of texts names, as in tables."""
-    each = (v for value in values for v in (value if isinstance(value, list) else [value]))
-    return tuple(sorted({name for v in each if (name := name_of(v)) is not None}, key=in_order))
+    """Return the classes that texts name, as in tables."""
+    return tuple(sorted({name for v in values if (name := name_of(v)) is not None}, key=in_order))
 
 
 def _part(datasets: Any, saved: Any, wanted: str, option: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.data import corpus
+from jaxmodels.data.classes import spaced, tell_trimmed
 from jaxmodels.data.files import File, open_file, shown
 from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, hash_fraction
 from jaxmodels.data.section import FilesConfig, RecordsConfig
@@ -150,7 +152,12 @@ class _Rows(Records):
 
 
 def name_of(value: Any) -> str | None:
-    """Normalize a value to the name of its class: true is 1; 2.0, "2.0", "02" and " 2" are 2; None if it names none."""
+    """Normalize a value to the name of its class; None if it names none.
+
+    true is 1; 2.0, "2.0", "02" and " 2" are 2. White space around a name is left out, and accents are composed.
+    """
+    if isinstance(value, str):
+        value = value.strip() if value.isascii() else unicodedata.normalize("NFC", value.strip())
     if value is None or value != value or value == "":
         return None
     if isinstance(value, str):
@@ -205,6 +212,9 @@ class _Scan:
         self.places = np.array(places, np.float64)
         found = {name: self.columns[name].field() for name in sorted(self.columns)}
         self.fields = {name: field for name, field in found.items() if field}
+        for name, field in self.fields.items():
+            if field.kind in ("label", "labels"):
+                tell_trimmed(self.columns[name].spaced, name, self.label)
 
 
 class _Column:
@@ -217,16 +227,22 @@ class _Column:
         """How often each name of a class or group occurs; each of several labels counts."""
         self.numbers: Counter[str] = Counter()
         """How often each value occurs as a number."""
+        self.spaced: Counter[str] = Counter()
+        """Names of classes or groups with white space around them."""
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     def see(self, value: Any, typed: bool) -> None:
         kind = _kind(value, typed)
+        if kind == "text" and (self.is_label or self.is_group) and name_of(value) is None:
+            kind = "missing"
         self.kinds[kind] += 1
         if kind == "texts" or (isinstance(value, list) and self.is_label):
             self.names.update(name for v in value if (name := name_of(v)) is not None)
+            self.spaced.update(spaced(value))
         elif kind in ("text", "whole", "number") and (self.is_label or self.is_group):
             name = str(name_of(value))
             self.names[name] += 1
+            self.spaced.update(spaced([value]) if kind == "text" else ())
             self.numbers[name] += kind != "text"
         if kind == "list":
             self.shapes[np.shape(value)] += 1

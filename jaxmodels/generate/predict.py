@@ -72,8 +72,8 @@ def kind_of(run: Run) -> given.Kind:
 
 def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], Answers]:
     """Return the function that prepares a value, and the one that answers a batch of them."""
+    predicts = run.task.predicts  # refuses a model that no task trains
     answers = run.config.task.answers
-    predicts = None if answers else run.task.predicts
     if not answers and predicts is None:
         raise UserError(
             f"got a run of task {run.config.task.kind}, expected one that says something of a record, "
@@ -81,7 +81,7 @@ def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], 
         )
     if kind_of(run) == "text" and run.tokenizer is None:
         raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
-    if predicts is not None:
+    if not answers and predicts is not None:
         return _inputs(run), _own(run, predicts)
     if answers in ("class", "classes"):
         return _inputs(run), _classifier(run)

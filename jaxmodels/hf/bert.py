@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmodels.errors import UserError
-from jaxmodels.hf.table import Format, Settings, Weight, block, classes, labels
+from jaxmodels.hf.table import Format, Settings, Weight, block, classes, classifies, labels
 from jaxmodels.models.bert import BERTConfig
 
 HEADS = {
@@ -104,7 +104,8 @@ def weights(c: BERTConfig) -> list[Weight]:
 
 
 def task(c: BERTConfig) -> str:
-    return {"pretraining": "", "none": ""}.get(c.head, c.head)  # no task trains these two
+    # no task trains the first two
+    return {"pretraining": "", "none": "", "classification": classifies(c)}.get(c.head, c.head)
 
 
 FORMAT = Format(

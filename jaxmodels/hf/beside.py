@@ -29,6 +29,8 @@ TEXT = (*TOKENIZER, "chat_template*", "generation_config.json")
 """Files that depend on the ids of a tokenizer."""
 FILES = (*TEXT, "preprocessor_config.json", "processor_config.json", "config.json")
 _NAMES = ("id2label", "label2id")
+PROBLEM, SEVERAL = "problem_type", "multi_label_classification"
+"""The setting that says what a classifier's outputs are, and its value for classes independent of each other."""
 
 
 def keep(directory: Path, run: Path) -> None:
@@ -93,9 +95,13 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
         how = {"dtype", "torch_dtype", "auto_map", "transformers_version", *(special.NAMES if own else ())}
         if len(special.objects(kept / "config.json").get("id2label") or ()) != getattr(cfg.model, "classes", None):
             how |= {*_NAMES}
+        if getattr(cfg.model, "classes", 1) != 1 and cfg.task.answers == "class":
+            how |= {PROBLEM}
         settings = {name: value for name, value in special.objects(kept / "config.json").items() if name not in how}
     _of_images(run, part, cfg)
     settings |= _names_of(cfg, classes)
+    if cfg.task.answers == "classes":
+        settings[PROBLEM] = SEVERAL  # otherwise transformers would take the likeliest alone
     if own and tokenizer is not None:
         translates = cfg.task.answers == "translation"
         tokenizers.save(tokenizer, part, translates)

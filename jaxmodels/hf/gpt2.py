@@ -79,6 +79,12 @@ FORMAT = Format(
     config=config,
     describe=describe,
     weights=weights,
+    names={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     prefix="transformer.",
     copies={"lm_head.weight": "transformer.wte.weight"},
     skipped=(r"\.attn\.(masked_)?bias$",),

@@ -36,11 +36,13 @@ def rope(s: Settings) -> dict[str, Any]:
     old = inner.values.get("type", "default")
     kind = Settings({"rope_type": old, **inner.values}, s.where, s).only("rope_type", "default", "llama3")
     if kind == "llama3":
+        # beside the others rather than among them, as in files of Phi3, it counts
+        original = s.whole("original_max_position_embeddings", None)
         found["rope_scaling"] = RopeScaling(
             float(inner.number("factor")),
             float(inner.number("low_freq_factor")),
             float(inner.number("high_freq_factor")),
-            inner.whole("original_max_position_embeddings"),
+            original or inner.whole("original_max_position_embeddings"),
         )
     return found
 

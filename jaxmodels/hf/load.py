@@ -71,7 +71,7 @@ def described(directory: Path) -> tuple[Format, Any]:
     if settings.values.get("quantization_config") is not None:
         settings.refused.append("a quantization_config (computed here: weights that are not quantized)")
     try:
-        config = form.config(settings)
+        config = form.config(settings.renamed(form.names))
     except UserError as error:  # the files set this field, so the message must not suggest an option
         raise UserError(f"{settings.where}: {str(error).partition(', try --')[0]}") from None
     settings.check()

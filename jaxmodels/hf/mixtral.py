@@ -49,6 +49,7 @@ FORMAT = Format(
     config=config,
     describe=describe,
     weights=weights,
+    names={"num_experts": "num_local_experts"},
     prefix="model.",
     copies={"lm_head.weight": "model.embed_tokens.weight"},
     skipped=(r"rotary_emb\.inv_freq$",),

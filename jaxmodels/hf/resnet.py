@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmodels.errors import UserError
-from jaxmodels.hf.table import Format, Settings, Weight, classes, labels, side
+from jaxmodels.hf.table import Format, Settings, Weight, classes, classifies, labels, side
 from jaxmodels.models.resnet import ResNetConfig
 
 
@@ -76,5 +76,5 @@ FORMAT = Format(
     prefix="resnet.",
     skipped=(r"num_batches_tracked$",),
     counters={"running_var": "num_batches_tracked"},
-    task=lambda config: "classification",
+    task=classifies,
 )

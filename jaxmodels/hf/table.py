@@ -86,6 +86,8 @@ class Format:
     """Makes config.json from our config; raises UserError where transformers has no such model."""
     weights: Callable[[Any], Iterable[Weight]]
     """Makes the rows for our config; rows whose leaf the model lacks are dropped."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Other names under which transformers reads a setting (its `attribute_map`), and the name that is read here."""
     prefix: str = ""
     """Prefix of the body's names in a model with a head; files of a body alone lack it."""
     copies: Mapping[str, str] = field(default_factory=dict)
@@ -174,6 +176,14 @@ class Settings:
             raise UserError(f"got {path} without model_type, expected a config of transformers, try another directory")
         return Settings(values, str(path))
 
+    def renamed(self, names: Mapping[str, str]) -> Settings:
+        """Return the settings with those of other names under the names that are read.
+
+        Where both are there, the other one counts, as in transformers, which sets it later.
+        """
+        found = {own: self.values[other] for other, own in names.items() if self.values.get(other) is not None}
+        return Settings({**self.values, **found}, self.where, self)
+
     def get(self, name: str, default: Any = ...) -> Any:
         """Return a setting; refuse it where it is missing and has no default."""
         value = self.values.get(name)
@@ -260,6 +270,11 @@ class Settings:
 def classes(s: Settings) -> int:
     """Return the number of a classifier's classes: that of the named ones, or two where config.json does not say."""
     return len(s.section("id2label").values) or s.whole("num_labels", 2)
+
+
+def classifies(config: Any) -> str:
+    """Return the task of a classifier; none of a single output, which is a score, since its softmax is always 1."""
+    return "" if config.classes == 1 else "classification"
 
 
 def labels(count: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from jaxmodels.errors import UserError
@@ -10,13 +11,21 @@ from jaxmodels.models.transformer import TransformerConfig
 
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "gated-gelu": "gated_gelu"}
 """Our activation for each `feed_forward_proj`; both GELUs are the tanh form."""
+DENSE = {"relu": "relu", "gelu_new": "gelu_new", "gated-gelu": "gelu_new"}
+"""The `dense_act_fn` that transformers derives from each `feed_forward_proj`."""
 _FARTHEST = 1_000_000  # a table has an entry for each distance up to this one
 
 
 def config(s: Settings) -> TransformerConfig:
     activation = s.only("feed_forward_proj", *ACTIVATIONS)
+    # transformers derives these two from the activation, but what a file says of them counts
+    for name, derived in (("is_gated_act", activation == "gated-gelu"), ("dense_act_fn", DENSE[activation])):
+        if name in s.values and s.values[name] != derived:
+            s.wrong(name, s.values[name], f"{json.dumps(derived)} with feed_forward_proj {json.dumps(activation)}", ...)
     # version 5 of transformers has a setting for scaled features, and ties all weights; before, one setting meant both
     tied = s.flag("scale_decoder_outputs", s.flag("tie_word_embeddings", True))
+    if "scale_decoder_outputs" in s.values and s.values["scale_decoder_outputs"] is None:
+        tied = False  # as transformers takes null
     if tied:
         s.only("tie_word_embeddings", True)
     s.only("is_encoder_decoder", True)
@@ -102,6 +111,12 @@ FORMAT = Format(
     config=config,
     describe=describe,
     weights=weights,
+    names={
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    },
     copies={
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmodels.errors import UserError
-from jaxmodels.hf.table import Format, Settings, Weight, block, classes, labels, patch, side
+from jaxmodels.hf.table import Format, Settings, Weight, block, classes, classifies, labels, patch, side
 from jaxmodels.models.vit import ViTConfig
 
 
@@ -85,5 +85,5 @@ FORMAT = Format(
     weights=weights,
     prefix="vit.",
     skipped=(r"^vit\.pooler\.",),
-    task=lambda config: "classification",
+    task=classifies,
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.data import examples
+from jaxmodels.data.classes import check_classes
 from jaxmodels.data.contract import BatchField
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
@@ -63,7 +64,7 @@ class Classification(ScoredConfig):
     def examples(self, opening: Opening) -> Source:
         kinds = ("image", "array") if opening.inputs_shape else ("text",)
         source = examples.labeled(opening, kinds)
-        examples.check_classes(source, opening.num_classes)
+        check_classes(source, opening.num_classes)
         return source
 
     def build(self, model: Model, data: DataConfig) -> Task:
@@ -77,6 +78,11 @@ class Classification(ScoredConfig):
             raise UserError(
                 f"got data.seq_len {data.seq_len}, expected at most model.context {model.longest}, "
                 f"try --model.context {data.seq_len}"
+            )
+        if classes == 1 and not self.multi_label:
+            raise UserError(
+                "got model.classes 1, expected 2 or more, since the probability of a single class is always 1 (a score "
+                "or a regression is not computed here), try --model.classes 2"
             )
         blends = bool(self.mixup or self.cutmix)
         if blends and len(model.inputs(1)[0].shape) != 4:

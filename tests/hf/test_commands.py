@@ -351,3 +351,28 @@ def test_an_imported_body_that_no_task_trains_is_named_by_what_can_be_done_with_
         assert cli.main([command, str(tmp_path / "run")]) == 2
         said = capsys.readouterr().err
         assert "no task trains" in said and "try jaxmodels export" in said and "--task" not in said
+
+
+@pytest.mark.parametrize(("problem", "classes"), [("multi_label_classification", 2), (None, 1), ("regression", 2)])
+def test_what_a_classifier_s_outputs_are_is_kept(problem, classes, tmp_path, capsys):
+    """Classes that exclude each other, independent ones, or no classes at all: a score, whose softmax would be 1."""
+    (tmp_path / "in").mkdir()
+    size = data.train_bpe([TEXT], 300, tmp_path / "in" / "tokenizer.json").vocab_size
+    model = jaxmodels.create(BERTConfig(size, 16, 2, 1, 2, 16, 32, head="classification", classes=classes))
+    save.save_pretrained(tmp_path / "in", model, filled(model), more={"problem_type": problem} if problem else {})
+    if problem == "regression":
+        with pytest.raises(UserError, match="with problem_type 'regression', expected a classifier"):
+            import_run(tmp_path / "in", tmp_path / "run")
+        return
+    import_run(tmp_path / "in", tmp_path / "run")
+    (tmp_path / "new.txt").write_text("return x\n")
+    capsys.readouterr()
+    assert cli.main(["predict", str(tmp_path / "run"), str(tmp_path / "new.txt")]) == (0 if problem else 2)
+    found = capsys.readouterr()
+    if problem:
+        assert "labels" in json.loads(found.out)
+    else:
+        assert "no task trains" in found.err and len(found.err.splitlines()) == 1
+    export_run(tmp_path / "run", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.get("problem_type") == problem

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -190,6 +191,32 @@ def test_rotary_settings_of_before_version_5_are_read(tmp_path):
             change(tmp_path, rope_parameters=None)
         config = jaxmodels.load_pretrained(tmp_path)[0].config
         assert (config.rope_theta, config.rope_scaling) == (500.0, scaling)
+
+
+def test_settings_are_read_under_the_other_names_that_transformers_gives_them(tmp_path):
+    """Heads above all, since no tensor's shape depends on their number."""
+    saved(GPT2, tmp_path)
+    change(tmp_path, n_head=None, n_positions=None, num_attention_heads=2, max_position_embeddings=GPT2.context)
+    assert jaxmodels.load_pretrained(tmp_path)[0].config == dataclasses.replace(GPT2, heads=2)
+    change(tmp_path, n_head=4)  # transformers sets the other name last
+    assert jaxmodels.load_pretrained(tmp_path)[0].config.heads == 2
+
+
+def test_the_context_before_scaling_counts_beside_the_other_rotary_settings(tmp_path):
+    saved(dataclasses.replace(LLAMA, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)), tmp_path)
+    change(tmp_path, original_max_position_embeddings=8)
+    assert jaxmodels.load_pretrained(tmp_path)[0].config.rope_scaling.original_context == 8
+
+
+@pytest.mark.parametrize("contradiction", [{"dense_act_fn": "silu"}, {"is_gated_act": True}, {"is_gated_act": "no"}])
+def test_what_transformers_derives_from_a_t5_s_activation_must_agree_with_it(root, tmp_path, contradiction):
+    """A file that says something else is computed otherwise there."""
+    shutil.copytree(root / "tests" / "golden" / "t5", tmp_path / "t5")
+    change(tmp_path / "t5", feed_forward_proj="relu", dense_act_fn="relu", is_gated_act=False)
+    jaxmodels.load_pretrained(tmp_path / "t5")
+    change(tmp_path / "t5", **contradiction)
+    with pytest.raises(UserError, match=f'{next(iter(contradiction))} .*expected: .* with feed_forward_proj "relu"'):
+        jaxmodels.load_pretrained(tmp_path / "t5")
 
 
 # ---- meshes

@@ -113,9 +113,10 @@ def test_evaluation_blends_nothing():
         ),
         ({"cutmix": 1.0}, MLPConfig(input_shape=(7,)), "got .* task.cutmix 1.0 for MLPConfig, expected a model of im"),
         ({"multi_label": True, "label_smoothing": 0.1}, MODEL, "got task.multi_label with label smoothing"),
+        ({}, MLPConfig(input_shape=SHAPE, classes=1), "got model.classes 1, expected 2 or more"),
     ],
 )
-def test_what_cannot_be_blended_or_smoothed_is_refused(fields, config, message):
+def test_what_cannot_be_blended_or_smoothed_or_told_apart_is_refused(fields, config, message):
     with pytest.raises(UserError, match=message):
         tasks.build(Classification(**fields), config, Stdlib(seq_len=8))
 

@@ -1,0 +1,81 @@
+"""Classes of labels: whether there is anything to tell apart, and names that are probably meant to be the same."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxmodels.data.records import Bad, Records
+from jaxmodels.data.source import Source, Split
+from jaxmodels.errors import UserError
+
+_AT_ONCE = 1024
+
+_log = logging.getLogger("jaxmodels")
+
+
+def check_classes(source: Source, num_classes: int | None) -> None:
+    """Raise UserError if the data have more classes than the model."""
+    if num_classes is not None and source.num_classes is not None and source.num_classes > num_classes:
+        shown = [*source.class_names[:5], *["..."] * (len(source.class_names) > 5)]
+        names = f" ({', '.join(shown)})" if source.class_names else ""
+        raise UserError(
+            f"got a model of {num_classes} classes, expected at least the data's {source.num_classes}{names}, "
+            f"try --model.classes {source.num_classes}"
+        )
+
+
+def check_differ(records: Records, label: str, split: Split) -> None:
+    """Refuse to train on examples of one class; warn if those of an evaluation have only one.
+
+    Records are read until two of them differ, the first ones from all over the set, since it may be sorted.
+
+    Raises: UserError.
+    """
+    field, found = records.fields[label], set[int]()
+    if field.kind != "label":  # several labels of an example are told apart one by one
+        return
+    size = len(records)
+    spread = np.unique(np.linspace(0, size - 1, min(size, _AT_ONCE)).astype(np.int64)).tolist()
+    for some in (spread, *(range(at, min(at + _AT_ONCE, size)) for at in range(0, size, _AT_ONCE))):
+        rows = records.read(some, [label])
+        found |= {row[label] for row in rows if not isinstance(row, Bad) and row[label] >= 0}
+        if len(found) > 1:
+            return
+    for only in found:
+        name = field.names[only] if only < len(field.names) else str(only)
+        if split == "eval":
+            _log.warning("evaluation has one class alone (%s is %r throughout %s)", label, name, records.label)
+            continue
+        # a split by hash may have put all others aside
+        others = len(field.names) > 1
+        raise UserError(
+            f"got {records.label}, where {label} is {name!r} in all {size:,} records to train on, expected two classes "
+            f"or more, try {'another split or more data' if others else 'another --data.label-field or other data'}"
+        )
+
+
+def tell_similar(names: Iterable[str], label: str, where: str) -> None:
+    """Warn of classes that are told apart by nothing but the case of letters."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    if pairs := [" and ".join(map(repr, same)) for same in alike.values() if len(same) > 1]:
+        more = f", and {len(pairs) - 1:,} more such" if len(pairs) > 1 else ""
+        _log.warning("classes of %s in %s that differ only by case are kept apart: %s%s", label, where, pairs[0], more)
+
+
+def spaced(values: Iterable[Any]) -> Counter[str]:
+    """Count the names that have white space around them."""
+    return Counter(value for value in values if isinstance(value, str) and value != value.strip())
+
+
+def tell_trimmed(names: Counter[str], label: str, where: str) -> None:
+    """Log once per set that white space around names of classes was left out, if there was any."""
+    if names:
+        count, example = names.total(), min(names)
+        _log.warning("left out white space around %s of %s in %s, such as %r", f"{count:,}", label, where, example)
