@@ -77,6 +77,13 @@ RANK = textwrap.dedent("""
         time.sleep(0.01)
         if rank == 1 and case == "slow":
             time.sleep(0.04)
+        if case == "one_by_one" and step == 40:
+            if rank == 1:
+                (places / "1").write_text("999999999")  # nobody waits for it any more
+                os._exit(0)
+            for _ in range(40):
+                time.sleep(0.1)
+                progress.poll()
         if rank == 1 and step == 40 and (attempt == 0 or case == "hopeless"):
             print("at", time.time(), flush=True)
             if case in ("killed", "hopeless"):
@@ -123,6 +130,8 @@ limits.MARGIN_SECONDS, limits.PATIENCE_SECONDS, lead.FROZEN_SECONDS = 1.5, 3.0, 
 wire.LOST_SECONDS = lead.LOST_SECONDS = 4.0
 if sys.argv[-2] == "first_gone":
     follow.JOIN_SECONDS = 15.0
+if sys.argv[-2] == "one_by_one":
+    lead._LEAVE_SECONDS = 1.5
 limits._WINDOW_SECONDS = 1.0
 at, nodes, port = map(int, sys.argv[1:4])
 least = 1 if "fewer" in sys.argv[-2] else None
@@ -143,6 +152,7 @@ ONE_NODE = (
     "hopeless",
     "mistake",
     "requeued",
+    "one_by_one",
 )
 TWO_NODES = ("first_gone", "gone_fewer", "silent_fewer", "back_fewer")
 
@@ -338,6 +348,12 @@ def test_a_job_that_is_started_again_and_again_without_progress_is_given_up(case
     assert case.code == 1, case.output
     assert "given up: 4 attempts of job demo came to no newer checkpoint" in case.output
     assert case.left() == []
+
+
+def test_a_rank_that_goes_on_alone_is_left_to_it(cases: dict[str, Case]) -> None:
+    case = cases["one_by_one"].finish()
+    assert case.code == 0, case.output
+    assert case.output.count("ended at 79") == 1 and case.events("failed") == []
 
 
 def test_only_attempts_of_the_same_job_at_the_same_checkpoint_are_without_progress() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -87,3 +89,11 @@ def test_a_process_says_how_far_it_is_and_where(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "3.error").exists()
     (stack,) = stacks(tmp_path, {3: os.getpid()}).values()
     assert any(function == "test_a_process_says_how_far_it_is_and_where" for _, _, function in stack)
+
+
+def test_any_command_reports_and_its_children_do_not_for_it(tmp_path: Path) -> None:
+    environment = os.environ | {"JAXMODELS_PROGRESS_DIR": str(tmp_path), "JAXMODELS_PROCESS_ID": "1"}
+    code = "import os; from jaxmodels import cli; cli.main = lambda: print(sorted(os.environ)) or 0; cli.process()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "JAXMODELS_PROCESS_ID" in done.stdout and "JAXMODELS_PROGRESS_DIR" not in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"1.report", "1.stack"}

@@ -31,6 +31,7 @@ from jaxmodels.generate import judge
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.vae import VAEConfig
+from jaxmodels.parallel import progress
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.metrics import inception_score
 from jaxmodels.train import evaluate, load_run
@@ -110,6 +111,13 @@ def test_an_evaluation_told_to_stop_gives_nothing(classifier):
     task, params = classifier
     measure = evaluate.build_evaluate(task, make_mesh(Mesh(), jax.devices()[:1]), lambda: True)
     assert measure(params, {}, [examples().batch(np.arange(8), np.zeros(8, int))]) is None
+
+
+def test_a_supervisor_hears_of_each_batch(classifier, monkeypatch):
+    told = []
+    monkeypatch.setattr(progress, "poll", lambda: told.append(None))
+    measured(classifier, examples(), size=50)
+    assert len(told) == -(-N // 50)
 
 
 TEXT = "the cat sat on the mat, and the café was full of other cats.\n" * 30
