@@ -122,7 +122,7 @@ class Contrastive(TaskConfig):
         }
         return Task(
             {"model": model},
-            (Loss("loss", "model", loss),),
+            (Loss("loss", "model", loss, compares=True),),
             metrics,
             fields,
             needs="a pair, with a label of 0 or above if it has one",

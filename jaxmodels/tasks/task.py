@@ -56,6 +56,8 @@ class Loss:
     fn: Callable[..., tuple[jax.Array, Aux]]
     updates: int = 1
     """How many times a step updates the network, each time on its own share of the batch."""
+    compares: bool = False
+    """Whether examples of a batch are compared with each other, so that microbatches compute another loss."""
 
 
 class Whole(NamedTuple):

@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from jaxmodels import data, tasks
-from jaxmodels.config import Config, Contrastive
+from jaxmodels.config import Config
 from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import mesh as meshes
@@ -151,8 +151,8 @@ def additive(job: Job) -> bool:
 
     Examples depend on others by batch statistics, by a contrastive loss, and by the balance of experts.
     """
-    whole = isinstance(job.config.task, Contrastive) or getattr(job.config.model, "experts", 0)
-    if whole or jax.tree.leaves(job.layout.stats):
+    compares = any(loss.compares for loss in job.task.losses)
+    if compares or getattr(job.config.model, "experts", 0) or jax.tree.leaves(job.layout.stats):
         return False
     key = jax.eval_shape(jax.random.key, 0)
 
