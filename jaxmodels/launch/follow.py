@@ -21,6 +21,8 @@ from jaxmodels.launch.wire import LOST_SECONDS, Link, Message
 
 JOIN_SECONDS = 300.0
 """In which node 0 has to answer: pods and containers of one job start minutes apart."""
+RETURN_SECONDS = 60.0
+"""In which node 0 has to be back once it is gone; a pod is replaced in less, and elsewhere nobody starts it alone."""
 _TICK_SECONDS = 1.0
 
 Events = queue.SimpleQueue  # its put() may be called in a signal handler
@@ -49,7 +51,7 @@ def follow(here: Here, where: Cluster) -> int:
     here.ended = lambda: events.put(None)
     said: Message | None = None
     with signals_to(events):
-        while (link := _join(here, where, events)) is not None:
+        while (link := _join(here, where, events, JOIN_SECONDS if said is None else RETURN_SECONDS)) is not None:
             said = {}
             code = _serve(here, link, events, said)
             kind = "link" if link.silent() > LOST_SECONDS else "died"
@@ -69,9 +71,9 @@ def follow(here: Here, where: Cluster) -> int:
     return ExitCode.SAVED
 
 
-def _join(here: Here, where: Cluster, events: Events[Any]) -> Link | None:
+def _join(here: Here, where: Cluster, events: Events[Any], patience: float) -> Link | None:
     """Connect to node 0; None: it does not answer, or this one was told to stop meanwhile."""
-    deadline = time.monotonic() + JOIN_SECONDS
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
             while True:

@@ -128,8 +128,7 @@ from jaxmodels.launch import follow, lead, limits, node, wire
 from jaxmodels.launch.cluster import Cluster
 limits.MARGIN_SECONDS, limits.PATIENCE_SECONDS, lead.FROZEN_SECONDS = 1.5, 3.0, 1.0
 wire.LOST_SECONDS = lead.LOST_SECONDS = 4.0
-if sys.argv[-2] == "first_gone":
-    follow.JOIN_SECONDS = 15.0
+follow.RETURN_SECONDS = 10.0
 if sys.argv[-2] == "one_by_one":
     lead._LEAVE_SECONDS = 1.5
 limits._WINDOW_SECONDS = 1.0

@@ -23,6 +23,8 @@ from tests.launch.test_faults import two_ports
 from tests.quick import FLAGS
 
 STEPS, BATCH = 48, 8
+# attempts with as many processes compile once
+CACHE = {"XDG_CACHE_HOME": "cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # The first attempt stops where it will be killed, after a checkpoint. The second one takes its time after some
 # steps, until the node that has come back makes it save.
 SOURCE = """
@@ -67,14 +69,15 @@ class Telling(Synthetic):
 SPEC = """
 from telling import Telling
 
-from jaxmodels.config import Checkpoint, Config, Eval, Metrics, Train
-from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.config import Checkpoint, Classification, Config, Eval, Metrics, Train
+from jaxmodels.models.mlp import MLPConfig
 
 
 def get_config():
     return Config(
-        model=GPT2Config(vocab_size=32, context=8, layers=1, heads=2, width=16),
-        data=Telling(seq_len=8, batch_size=BATCH, prefetch=0),
+        model=MLPConfig(input_shape=(4, 4, 1), classes=4, hidden=(16,)),
+        task=Classification(),
+        data=Telling(batch_size=BATCH, prefetch=0),
         train=Train(steps=STEPS),
         eval=Eval(batches=1),
         checkpoint=Checkpoint(every=10),
@@ -91,7 +94,7 @@ class Node:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxmodels.launch.node", "--processes", "1", "--platform", "cpu", *where, "--",
              "train", "spec.py", "--run-dir", "run"],
-            cwd=folder, env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "XLA_FLAGS": FLAGS}, text=True,
+            cwd=folder, env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "XLA_FLAGS": FLAGS, **CACHE}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         self.output = ""
