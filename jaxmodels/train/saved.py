@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ from jaxmodels.tasks.task import Task, normalized
 from jaxmodels.train import evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import atomic_write
+
+log = logging.getLogger("jaxmodels")
 
 KEPT = "data.json"
 
@@ -65,7 +69,7 @@ def keep_facts(run: Path, train: data.Source, held_out: data.Source) -> None:
 def read_kept(run: Path) -> Kept:
     """Read the facts about a run's data; empty if the run is too old to have kept them."""
     path = run / KEPT
-    if not path.is_file():
+    if not os.path.lexists(path):
         return Kept()
     values = special.objects(path, "facts about a run's data")
     found = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(Kept)}
@@ -133,7 +137,10 @@ class Run:
 
     @cached_property
     def kept(self) -> Kept:
-        """Facts about the run's data; empty if the run is too old to have kept them."""
+        """Facts about the run's data; empty, with a warning, if the run lost them or is too old to have kept them."""
+        named = self.config.task.answers in ("class", "classes") and self.config.data.real
+        if named and self.step and not os.path.lexists(self.directory / KEPT):
+            log.warning("%s has no %s, which names its classes: they are numbers here", self.directory, KEPT)
         return read_kept(self.directory)
 
     def class_name(self, index: int) -> str:
@@ -259,6 +266,15 @@ def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
             raise
         raise UserError(f"{error}, or other data than the run's own with {section.instead}") from error
     check_batch(task.fields, data.spec(source, section.batch_size))
+    names = source.class_names
+    if given and names and not run.kept.classes and names != tuple(map(str, range(len(names)))):
+        log.warning(
+            "%s does not name its classes, so those of %s are taken for 0 to %s in this order: %s",
+            run.directory,
+            section.kind,
+            len(names) - 1,
+            ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""),
+        )
     known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     return Evaluation(**{**known, "config": cfg}, source=source)
 
@@ -289,6 +305,11 @@ def evaluation_data(run: Run, given: Mapping[str, Any]) -> DataConfig:
         )
     if run.tokenizer is not None and "tokenizer" in known:
         fields["tokenizer"] = str(run.directory)
+    elif given and section.tokenizer not in ("", "bytes") and not Path(section.tokenizer).expanduser().exists():
+        # it would be learned anew, from other texts
+        raise UserError(
+            f"got {run.directory} without {TOKENIZER}, by which it reads texts, expected it there, try another copy"
+        )
     return section.evaluated_on(fields)
 
 

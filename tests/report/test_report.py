@@ -154,6 +154,27 @@ def test_a_run_without_its_data_keeps_its_curves(trained, tmp_path):
     assert kept["train"] in text and kept["eval"] in text
 
 
+def test_the_page_of_a_run_that_was_stopped_says_how_far_it_is(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "slow", run)
+    shutil.rmtree(run / "checkpoints")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    first = [line for line in lines if json.loads(line)["step"] <= 15]
+    (run / "metrics.jsonl").write_text("\n".join(first) + "\n")
+
+    def steps():
+        (row,) = re.findall(
+            r"<tr>(?:(?!</tr>).)*>steps<.*?</tr>", build.write({"run": run}, None, None, False).read_text(), re.S
+        )
+        return re.sub("<[^>]*>", " ", row).split()
+
+    assert steps() == "steps 15 of 40, batches of 64".split()
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert steps() == "steps 40 of 40, batches of 64".split()
+    (run / "metrics.jsonl").unlink()
+    assert steps() == "steps 40, batches of 64".split(), "how far it came is not known"
+
+
 def test_the_page_of_an_imported_run_says_that_it_was_not_trained_here(root, tmp_path, capsys):
     run = tmp_path / "run"
     import_run(root / "tests" / "golden" / "t5", out=run)

@@ -162,6 +162,26 @@ def test_what_a_run_keeps_of_its_data_is_read_or_refused(tmp_path, text):
         read_kept(tmp_path)
 
 
+def test_a_run_that_lost_the_names_of_its_classes_says_so(moved, tmp_path, caplog):
+    (moved / "data.json").unlink()
+    run = load_run(moved)
+    assert run.class_name(1) == "1" and run.class_name(0) == "0"
+    assert [line for line in caplog.messages if "no data.json, which names its classes" in line] == caplog.messages
+    caplog.clear()
+    run.evaluation({"path": (csv(tmp_path / "new.csv", rows(20)),)})
+    assert caplog.messages[-1].endswith("those of table are taken for 0 to 1 in this order: bad, good")
+    (moved / "data.json").mkdir()
+    with pytest.raises(UserError, match="data.json, expected facts about a run's data"):
+        load_run(moved).class_name(0)
+
+
+def test_a_run_that_lost_its_tokenizer_learns_no_other_one(texts, tmp_path):
+    shutil.copytree(texts / "run", tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="run without tokenizer.json, by which it reads texts"):
+        load_run(tmp_path / "run").evaluation({"path": (csv(tmp_path / "new.csv", rows(20)),)})
+
+
 def test_the_metrics_of_a_run_are_its_lines_and_a_hole_is_told(texts, tmp_path, caplog):
     run = jaxmodels.load_run(texts / "run")
     assert [row["step"] for row in run.metrics] == [10, 20, 30] and run.metrics[-1]["eval/accuracy"] > 0.5
