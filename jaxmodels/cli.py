@@ -32,10 +32,6 @@ def process() -> NoReturn:
     with contextlib.suppress(AttributeError):  # a closed or replaced stream
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     commands.began = _began()
-    if "JAXMODELS_PROGRESS_DIR" in os.environ:
-        from jaxmodels.parallel import progress
-
-        progress.begin()
     try:
         code = main()
     except BaseException:  # with several processes, or with --traceback

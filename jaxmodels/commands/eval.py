@@ -83,9 +83,11 @@ def evaluate(
         data: data to evaluate on instead of the run's own.
     """
     from jaxmodels.generate import judge
+    from jaxmodels.parallel import progress
     from jaxmodels.train import load_run
     from jaxmodels.train import run as runs
 
+    progress.begin()
     runs.compilation_cache()
     if json is not None:
         check_place(json, "--json")

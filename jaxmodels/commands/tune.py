@@ -10,10 +10,12 @@ from jaxmodels.train.space import TuneOptions
 
 def tune(given: Configured, options: TuneOptions) -> None:
     """Search, then print the best trials, draw a picture, and show how to run the best one again."""
+    from jaxmodels.parallel import progress
     from jaxmodels.report import search as pictures
     from jaxmodels.train import tune as searching
     from jaxmodels.train.run import compilation_cache
 
+    progress.begin()
     compilation_cache()
     cfg, file, argv = given.config, given.file, [given.file, *given.overrides]
     cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", loggers=()))

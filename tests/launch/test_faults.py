@@ -62,6 +62,8 @@ RANK = textwrap.dedent("""
         if rank == 0:
             (run / "checkpoints" / str(step)).mkdir(exist_ok=True)
 
+    if case == "full_fewer" and attempt == 1:
+        fail(MemoryError("cannot allocate 8 GiB"))
     told = []
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75) if case == "requeued" else told.append(True))
     long = case in ("slow", "requeued", "first_gone") or (case.endswith("fewer") and attempt == 0)
@@ -153,7 +155,7 @@ ONE_NODE = (
     "requeued",
     "one_by_one",
 )
-TWO_NODES = ("first_gone", "gone_fewer", "silent_fewer", "back_fewer")
+TWO_NODES = ("first_gone", "gone_fewer", "silent_fewer", "back_fewer", "full_fewer")
 
 
 class Case:
@@ -195,7 +197,8 @@ class Case:
                     process.kill()
                 elif other is not None and "saved" in line and self.output.count("saved") == 1:
                     other.send_signal(signal.SIGSTOP if "silent" in self.name else signal.SIGKILL)
-                if other is not None and self.name == "back_fewer" and "launch: restart" in line:
+                again = {"back_fewer": 1, "full_fewer": 2}.get(self.name)
+                if other is not None and "launch: restart" in line and self.output.count("launch: restart") == again:
                     self.output += other.communicate()[0]
                     other = self._start(1, port)
             self.code = process.wait()
@@ -329,6 +332,14 @@ def test_a_node_that_comes_back_is_taken_in_after_all_have_saved(cases: dict[str
     (first, second) = (row["step"] for row in case.events("saved"))
     assert first == 20 < second
     assert case.output.count(f"ended at {max(79, second + 19)}") == 2
+    assert case.left() == []
+
+
+def test_where_fewer_nodes_have_too_little_memory_all_are_waited_for(cases: dict[str, Case]) -> None:
+    case = cases["full_fewer"].finish()
+    assert case.code == 0, case.output
+    assert [row["kind"] for row in case.events("failed")] == ["died", "memory"]
+    assert [row["processes"] for row in case.events("start")] == [2, 1, 2], case.output
     assert case.left() == []
 
 

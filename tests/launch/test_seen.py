@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxmodels import cli
 from jaxmodels.launch import seen as module
 from jaxmodels.launch.pauses import Pauses
 from jaxmodels.launch.seen import Frame, Seen, grouped, held_up_by, stacks
@@ -66,6 +65,7 @@ def test_a_process_says_how_far_it_is_and_where(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(progress, "_report", None)
     monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.1)
     progress.begin()
+    assert "JAXMODELS_PROGRESS_DIR" not in os.environ, "a child would report for it"
     one = Seen(3, "host", "cpu")
     progress.phase("step", 5)
     for pause in (0.2, 0.0, 0.05):
@@ -91,9 +91,12 @@ def test_a_process_says_how_far_it_is_and_where(tmp_path: Path, monkeypatch: pyt
     assert any(function == "test_a_process_says_how_far_it_is_and_where" for _, _, function in stack)
 
 
-def test_any_command_reports_and_its_children_do_not_for_it(tmp_path: Path) -> None:
-    environment = os.environ | {"JAXMODELS_PROGRESS_DIR": str(tmp_path), "JAXMODELS_PROCESS_ID": "1"}
-    code = "import os; from jaxmodels import cli; cli.main = lambda: print(sorted(os.environ)) or 0; cli.process()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "JAXMODELS_PROCESS_ID" in done.stdout and "JAXMODELS_PROGRESS_DIR" not in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"1.report", "1.stack"}
+@pytest.mark.parametrize("words", [["eval", "nowhere"], ["tune", "configs/mlp_mnist.py"]])
+def test_an_evaluation_and_a_search_report_too(
+    words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[bool] = []
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(progress, "begin", lambda: begun.append(True))
+    assert cli.main(words) == 2
+    assert begun == [True], capsys.readouterr().err
