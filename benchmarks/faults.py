@@ -1,247 +1,270 @@
-"""Faults at random on a job of several processes: each is named, and the job ends with the bits of one left alone."""
+"""Faults at random on a job of two SLURM nodes: each is named, and the job ends with the bits of one left alone."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import itertools
 import random
 import signal
+import statistics
 import subprocess
-import sys
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
+import numpy as np
 
-from benchmarks import record
-from jaxmodels.errors import ExitCode, UserError
-from jaxmodels.launch import events
-
-# dropout uses the key and the average lags behind, so that all that a state can hold changes
-SMALL = (
-    "--model.width 32 --model.layers 1 --model.context 32 --data.seq-len 32 --data.batch-size 8 --model.dropout 0.1 "
-    "--train.ema 0.99 --eval.batches 2 --checkpoint.keep 3 --metrics.progress none"
-).split()
-SIGNALS = {"killed": signal.SIGKILL, "died": signal.SIGSEGV, "frozen": signal.SIGSTOP}
-INSIDE = ("raised", "memory", "not-finite", "stuck")
-JOB = ("preempted", "supervisor killed")
-FAULTS = (*SIGNALS, *INSIDE, *JOB)
-# Found by every rank as it starts: what it is told to do, it does in its main thread.
-_STRIKE = """
-import os, signal, time
-
-class NotFinite(RuntimeError):
-    pass
-
-def strike(number, frame):
-    with open(os.environ["JAXMODELS_FAULT"]) as file:
-        kind = file.read()
-    while kind == "stuck":
-        time.sleep(1)
-    raise {"raised": KeyError, "memory": MemoryError, "not-finite": NotFinite}[kind]("a fault made on purpose")
-
-if "JAXMODELS_FAULT" in os.environ and "JAXMODELS_PROCESS_ID" in os.environ:
-    signal.signal(signal.SIGUSR2, strike)
-"""
-_PATIENCE = 600.0
-# JAX and the supervisor need up to 15 s beyond what they have learned
-_IN_TIME = 30.0
+from benchmarks import hosts, record, slurm
+from benchmarks.injured import EVERY, PACE, Job, prepare
+from benchmarks.injury import SLOWER
+from benchmarks.strikes import IN_TIME, KINDS, LASTING, LOSSES, STOPS, strike
+from jaxmodels.errors import UserError
+from jaxmodels.plan.failures import Failures
+from jaxmodels.report import goodput
+from jaxmodels.train import phases
 
 
 @dataclass(frozen=True)
 class Options:
-    """How many faults, and of what job."""
+    """How many faults, and which."""
 
     faults: int = 100
-    """Faults, one after another."""
-    config: str = "configs/gpt_stdlib.py"
-    """The config to train, made small."""
-    processes: int = 2
-    """Ranks of the job, on this machine."""
-    steps: int = 60
-    """Steps of training for each fault."""
+    """Faults, in rounds of all kinds in a random order."""
+    jobs: int = 2
+    """Jobs that are injured at the same time, each on a SLURM of its own, since most of a fault is waiting."""
+    kinds: tuple[str, ...] = KINDS
+    """Kinds to draw from."""
+    mean: float = 6.0
+    """Seconds of training between faults, on average; exponential, as real ones are."""
     seed: int = 0
     """Decides kinds, ranks and moments."""
     out: Path | None = None
     """Folder for the results; by default, benchmarks/results."""
 
 
-class Run:
-    """A job's run directory, and the supervisor that works on it."""
+@dataclass
+class Trial:
+    """What became of one job."""
 
-    def __init__(self, folder: Path, options: Options) -> None:
-        self.folder, self.log = folder / "run", folder / "output.txt"
-        folder.mkdir()
-        self.order = folder / "order"
-        (folder / "sitecustomize.py").write_text(_STRIKE)
-        self.command = [
-            sys.executable, "-m", "jaxmodels.launch.node", "--processes", str(options.processes), "--platform", "cpu",
-            "--restarts", "5", "--", "train", options.config, "--run-dir", str(self.folder),
-            "--train.steps", str(options.steps * options.faults), "--checkpoint.every", "20", "--eval.every", "200",
-            *SMALL,
-        ]  # fmt: skip
-        path = f"{folder}{os.pathsep}{record.ROOT}"
-        self.environment = {**os.environ, "PYTHONPATH": path, "JAXMODELS_FAULT": str(self.order)}
-        self.pids: set[int] = set()
-
-    def start(self) -> None:
-        """Start the supervisor."""
-        with self.log.open("a") as file:
-            self.process = subprocess.Popen(
-                self.command, cwd=record.ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT
-            )
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        """Its events of a name."""
-        return [row for row in events.read(self.folder) if row["event"] == name]
-
-    def ranks(self) -> dict[int, int]:
-        """The process of each rank."""
-        found = {}
-        pid = self.process.pid
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            for child in children:
-                for word in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-                    if word.startswith(b"JAXMODELS_PROCESS_ID="):
-                        found[int(word.partition(b"=")[2])] = int(child)
-        except OSError:
-            return {}
-        self.pids.update(found.values())
-        return found
-
-    def trains(self, since: int) -> bool:
-        """Whether it takes steps, in an attempt that began behind so many events."""
-        return any(
-            row["event"] == "phase" and row["phase"] == "step" and (row["step"] or 0) >= 0
-            for row in events.read(self.folder)[since:]
-        )
-
-    def left(self) -> list[int]:
-        """Ranks that run though their job has ended."""
-        deadline = time.monotonic() + 10
-        while (found := [pid for pid in self.pids if _runs(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return found
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    saved: int = 0
+    """Steps when it was told to stop."""
+    same: bool = False
+    """It had the bits of one that was left alone."""
+    left: list[str] = field(default_factory=list)
+    """Processes that it left behind."""
 
 
 def run(options: Options) -> None:
-    """Injure a job again and again, and hold it to one that is left alone.
+    """Injure jobs again and again, and hold them to others that are left alone. Ctrl-C ends it with what there is.
 
     Raises:
-        UserError: it cannot be watched on this system, or has ended before all faults.
+        UserError: this machine cannot play two hosts with SLURM, or a kind of fault is none of ours.
     """
-    if sys.platform != "linux":
-        raise UserError("got a system without /proc, expected Linux, by which processes are found")
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        alone, injured = Run(Path(folder) / "alone", options), Run(Path(folder) / "injured", options)
-        alone.start()
-        if alone.process.wait() != 0:
-            raise RuntimeError(alone.log.read_text()[-3000:])
-        rows = injure(injured, options)
-        if len(rows) < options.faults:
-            raise UserError(
-                f"got the end of the job after {len(rows)} of {options.faults} faults, expected it after all of them, "
-                f"try --steps {2 * options.steps}"
-            )
-        same = _params(alone) == _params(injured)
-        orphans = injured.left()
-    right = sum(row["right"] for row in rows)
-    late = [row for row in rows if row["seconds"] is not None and row["seconds"] > _IN_TIME]
-    most = max((row["lost"] for row in rows if row["lost"] is not None), default=0)
-    notes = [
-        f"{right} of {len(rows)} faults were named rightly, {len(rows) - len(late)} within {_IN_TIME:.0f} s",
-        f"the job ended {'with' if same else 'WITHOUT'} the bits of the one that was left alone",
-        f"at most {most} steps were lost by a fault, with a checkpoint every 20",
-        f"{len(orphans)} processes were left behind",
-    ]
+    record.check("kind of fault", options.kinds, KINDS)
+    if lacking := hosts.missing("mount") or slurm.missing():
+        raise UserError(f"got a machine that cannot play SLURM hosts ({lacking}), expected root on Linux with SLURM")
+    kinds, stop = draw(options), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has a command in the background ignore the first one
+        signal.signal(number, signal.default_int_handler)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        trials = [pool.submit(trial, options, kinds, number, stop) for number in range(options.jobs)]
+        try:
+            wait(trials)
+        except KeyboardInterrupt:
+            print("interrupted: each job has its present fault, and is compared", flush=True)
+            stop.set()
+        found = [one.result() for one in trials]
+    rows = [row for one in found for row in one.rows]
+    notes = judge(found, options)
     print("\n".join(notes))
     columns = {
-        "fault": "fault",
-        "rank": "rank",
-        "named": "named",
-        "of": "of rank",
-        "seconds": "after, s",
-        "lost": "steps lost",
+        "fault": "fault", "count": "times", "right": "named rightly", "median": "named after, s (median)",
+        "most": "at most, s", "lost": "steps lost, at most", "back": "trains again after, s (median)", "wrong": "wrong",
+    }  # fmt: skip
+    title = "Faults at random on two SLURM nodes"
+    print(record.write("faults", title, by_kind(rows), out=options.out, notes=notes, columns=columns))
+
+
+def draw(options: Options) -> deque[str]:
+    """The kinds of all faults, in their order."""
+    rng = random.Random(options.seed)
+    rounds = -(-options.faults // len(options.kinds))
+    kinds = [kind for _ in range(rounds) for kind in rng.sample(options.kinds, len(options.kinds))]
+    return deque(kinds[: options.faults])
+
+
+def trial(options: Options, kinds: deque[str], number: int, stop: threading.Event) -> Trial:
+    """One job with its share of the faults, and its comparison with another."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as name, _cluster(Path(name)) as (on, environment):
+        job, found = Job("injured", Path(name), on, environment, PACE), Trial()
+        try:
+            injure(job, options, kinds, random.Random(f"{options.seed} {number}"), stop, found)
+            if found.rows:
+                found.saved, found.left = job.stop(), job.left()
+                found.same = compare(job, Job("alone", Path(name), on, environment, 0.0), found.saved)
+                found.notes += account(job, found.rows)
+        except RuntimeError as error:
+            found.notes.append(f"job {number} ended early: {error}")
+            print(found.notes[-1], flush=True)
+        return found
+
+
+@contextlib.contextmanager
+def _cluster(folder: Path) -> Iterator[tuple[hosts.Hosts, dict[str, str]]]:
+    """Two hosts with SLURM; nothing is left of it afterwards, jobs included."""
+    (folder / "slurm").mkdir()
+    prepare(folder)
+    try:
+        with hosts.two(folder) as on, slurm.on(on, folder / "slurm") as environment:
+            yield on, environment
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder / "disk")], check=False)
+
+
+def injure(
+    job: Job, options: Options, kinds: deque[str], rng: random.Random, stop: threading.Event, found: Trial
+) -> None:
+    """Run the job with its faults, and note what was made of each."""
+    job.submit()
+    while not stop.is_set():
+        if not job.wait(job.trains):
+            raise RuntimeError(f"it did not train\n{job.output()[-2000:]}")
+        job.began = job.began or time.time()
+        stop.wait(rng.expovariate(1 / options.mean))
+        try:
+            kind = kinds.popleft()
+        except IndexError:
+            return
+        row = strike(job, kind, rng)
+        found.rows.append(row)
+        shown = ("fault", "rank", "named", "of", "seconds", "lost", "back", "lasted", "right")
+        cells = (f"{name}={record.show(row[name])}" for name in shown)
+        print(f"{options.faults - len(kinds):3d} {time.strftime('%H:%M:%S')}", *cells, flush=True)
+        if not row["right"]:
+            print("   ", row, flush=True)
+
+
+def compare(job: Job, alone: Job, saved: int) -> bool:
+    """Whether a job that is left alone has the same parameters, average and optimizer's state after so many steps."""
+    alone.submit("--checkpoint.every", str(saved))
+    ended = alone.wait(lambda: alone.saved() == saved, 1200.0)
+    alone.launch("cancel", alone.name)
+    alone.wait(lambda: not alone.processes())
+    return ended and all(bits(alone, saved, part) == bits(job, saved, part) for part in ("params", "ema", "opt_state"))
+
+
+def bits(job: Job, step: int, part: str) -> dict[str, bytes]:
+    """The bits of all arrays of a part of the state after so many steps, by their names."""
+    import jax
+
+    from jaxmodels.train.checkpoint import Checkpointer
+
+    tree, _, _ = Checkpointer(job.run / "checkpoints").restore_params(step, subtree=part)
+    return {jax.tree_util.keystr(path): leaf.tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def by_kind(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kind, with its faults."""
+
+    def numbers(of: Sequence[dict[str, Any]], name: str) -> list[float]:
+        return [row[name] for row in of if row[name] is not None]
+
+    found = []
+    for kind in sorted({row["fault"] for row in rows}, key=KINDS.index):
+        own = [row for row in rows if row["fault"] == kind]
+        seconds, lost, back = (numbers(own, name) for name in ("seconds", "lost", "back"))
+        wrong = Counter(f"{row['named']} of rank {row['of']}" for row in own if not row["right"])
+        found.append(
+            {
+                "fault": kind,
+                "count": len(own),
+                "right": sum(row["right"] for row in own),
+                "median": statistics.median(seconds) if seconds else None,
+                "most": max(seconds, default=None),
+                "lost": max(lost, default=None),
+                "back": statistics.median(back) if back else None,
+                "wrong": "; ".join(f"{count} {what}" for what, count in wrong.items()) or None,
+                "faults": own,
+            }
+        )
+    return found
+
+
+def judge(trials: Sequence[Trial], options: Options) -> list[str]:
+    """What the proof comes to, in sentences."""
+    rows = [row for one in trials for row in one.rows]
+    right = sum(row["right"] for row in rows)
+    lost = [row["lost"] for row in rows if row["lost"] is not None]
+    stayed, left = sum(row["left"] for row in rows), sum(len(one.left) for one in trials)
+    warned = sum(row["other_warnings"] for row in rows)
+    ends = [f"after {one.saved:,} steps {'the' if one.same else 'NOT the'} bits" for one in trials]
+    short = [f"it ended after {len(rows)} of {options.faults} faults"] if len(rows) < options.faults else []
+    return [
+        *short,
+        f"{right} of {len(rows)} faults were named rightly, by kind and rank, within {IN_TIME:.0f} s",
+        f"{len(trials)} jobs were told to stop then, and had {', '.join(ends)} of one that was left alone: parameters, "
+        "their average, state of the optimizer",
+        f"at most {max(lost, default=0)} steps were computed again after a fault, with a checkpoint every {EVERY}; "
+        f"more than {EVERY}, as the save under way was cut off, after {sum(steps > EVERY for steps in lost)} faults",
+        f"{stayed} processes stayed behind an attempt, {left} behind a job",
+        f"{warned} warnings of slowness came beside the faults; the machine did other work meanwhile",
+        f"steps are held back to {PACE} s each, in place of a model of a size worth launching; all jobs, of two "
+        "ranks each, share the machine with their SLURM",
+        *(f"job {i}: {note}" for i, one in enumerate(trials) for note in one.notes),
+    ]
+
+
+def account(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The forecast of `jaxmodels plan --failures`, with what was measured put in, against `jaxmodels goodput`."""
+    found = goodput.account(job.run)
+    failures = [row for row in rows if row["fault"] in LOSSES and row["back"] is not None]
+    stops = [row for row in rows if row["fault"] in STOPS and row["back"] is not None]
+    held = [row for row in rows if row["fault"] in LASTING]
+    pairs = [
+        (before, after)
+        for before, after in itertools.pairwise(phases.read(job.run))
+        if before["began"] == after["began"] and after["step"] - before["step"] == EVERY
+        and not any(row["began"] < after["time"] and before["time"] < row["began"] + row["lasted"] for row in held)
+    ]  # fmt: skip
+    if not pairs or not failures:
+        return []
+    step = statistics.median((a["seconds"]["step"] - b["seconds"]["step"]) / EVERY for b, a in pairs)
+    blocked = statistics.median(a["seconds"]["save"] - b["seconds"]["save"] for b, a in pairs)
+    asked = {row["step"]: row["time"] for row in phases.read(job.run)}
+    ended = [row["time"] - asked[row["step"]] for row in job.events("saved") if row["step"] in asked]
+    pending = max(0.0, statistics.median(ended) - blocked)
+    began = job.began - found["began"]
+    down = {name: sum(row["back"] for row in of) for name, of in (("failures", failures), ("stops", stops))}
+    slower = sum(row["lasted"] * SLOWER / (SLOWER + step) for row in held)
+    up = found["wall_seconds"] - began - sum(down.values())
+    rates = Failures(up / len(failures), blocked, pending, 0.0)
+    work, interval = found["steps"] * step, EVERY * step
+    expected = work / rates.goodput(interval)
+    wall = began + expected + slower + sum(down.values())
+    ends = wall - expected + np.percentile(rates.finish(work, interval), (5, 95))
+    share = (work + slower) / wall
+    gaps = {
+        "of time": wall / found["wall_seconds"],
+        "of goodput": share / found["goodput"],
+        "of the time between restarts alone, which is what the forecast computes": (expected + slower) / up,
     }
-    print(record.write("faults", "Faults at random", rows, out=options.out, notes=notes, columns=columns))
-
-
-def injure(job: Run, options: Options) -> list[dict[str, Any]]:
-    """Run the job to its end, with its faults on the way; returns what was made of each."""
-    rng, rows = random.Random(options.seed), []
-    job.start()
-    kinds = [kind for _ in range(-(-options.faults // len(FAULTS))) for kind in rng.sample(FAULTS, len(FAULTS))]
-    since = 0
-    for kind in kinds[: options.faults]:
-        rank = rng.randrange(options.processes)
-        if not _wait(job, lambda since=since: job.trains(since)):
-            break  # it has ended before
-        time.sleep(rng.uniform(0.0, 1.5))
-        since = len(events.read(job.folder))
-        row = strike(job, kind, rank)
-        if row is None:
-            break
-        rows.append(row)
-        print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-    _wait(job, lambda: False)
-    if job.process.returncode != 0:
-        raise RuntimeError(job.log.read_text()[-3000:])
-    return rows
-
-
-def strike(job: Run, kind: str, rank: int) -> dict[str, Any] | None:
-    """Make one fault and wait until it is named; None: the job had just ended."""
-    ranks, failures = job.ranks(), len(job.events("failed"))
-    if rank not in ranks:
-        return None
-    began = time.time()
-    row: dict[str, Any] = {"fault": kind, "rank": rank, "named": None, "of": None, "seconds": None, "lost": None}
-    if kind in JOB:
-        job.process.send_signal(signal.SIGTERM if kind == "preempted" else signal.SIGKILL)
-        code = job.process.wait()
-        wanted = ExitCode.SAVED if kind == "preempted" else -signal.SIGKILL
-        named = bool(job.events("preempted")) if kind == "preempted" else not job.left()
-        row |= {"rank": None, "named": kind, "seconds": time.time() - began, "right": code == wanted and named}
-        job.start()
-        return row
-    job.order.write_text(kind)
-    os.kill(ranks[rank], SIGNALS.get(kind, signal.SIGUSR2))
-    if not _wait(job, lambda: len(job.events("failed")) > failures):
-        return None
-    failed = job.events("failed")[-1]
-    row |= {"named": failed["kind"], "of": failed["rank"], "seconds": failed["time"] - began}
-    row["right"] = (failed["kind"], failed["rank"]) == (kind, rank)
-    if _wait(job, lambda: any(r["time"] > failed["time"] for r in job.events("start"))) and failed["step"] is not None:
-        row["lost"] = max(0, failed["step"] - (job.events("start")[-1]["step"] or 0))
-    return row
-
-
-def _wait(job: Run, until: Any) -> bool:
-    """Wait for something to be so; False: the job ended before."""
-    deadline = time.monotonic() + _PATIENCE
-    while not until():
-        if job.process.poll() is not None:
-            return bool(until())
-        if time.monotonic() > deadline:
-            job.process.kill()
-            raise RuntimeError(f"nothing happened for {_PATIENCE:.0f} s\n{job.log.read_text()[-3000:]}")
-        job.ranks()
-        time.sleep(0.1)
-    return True
-
-
-def _params(job: Run) -> list[bytes]:
-    """The bits of the job's last parameters."""
-    from jaxmodels.train.saved import read_run
-
-    return [leaf.tobytes() for leaf in jax.tree.leaves(read_run(job.folder).params)]
+    return [
+        f"measured: a step {step:.4f} s; a save stops steps {blocked:.3f} s, and is complete {pending:.2f} s later; "
+        f"{len(failures)} failures, each {down['failures'] / len(failures):.1f} s from it to the first new step, after "
+        f"{rates.mean:.1f} s of training; {len(stops)} stops of {down['stops'] / max(1, len(stops)):.1f} s",
+        f"forecast by jaxmodels.plan.failures of {found['steps']:,} steps with these: {wall:,.0f} s (5 to 95 %: "
+        f"{ends[0]:,.0f} to {ends[1]:,.0f} s), goodput {share:.1%}",
+        f"`jaxmodels goodput`: {found['wall_seconds']:,.0f} s, goodput {found['goodput']:.1%}",
+        "forecast against that: " + ", ".join(f"{gap - 1:+.1%} {what}" for what, gap in gaps.items()),
+        "faults come at random while the job trains, and none while it restarts: so the forecast has restarts of no "
+        "length, and their measured time is added",
+        "where the time went: " + ", ".join(f"{name} {spent:.0f} s" for name, spent in found["seconds"].items()),
+    ]

@@ -18,6 +18,7 @@ Name = Literal[
     "start",  # of an attempt: attempt, processes, nodes, devices, job
     "phase",  # the run as a whole has entered another phase: attempt
     "saved",  # a checkpoint is complete
+    "unsaved",  # one could not be written, and the run goes on: message
     "slow",  # a rank, or the whole, holds up the steps: kind (slow | starved), factor, since; until: not any more
     "failed",  # kind, and why; device, stacks; leader: it is the supervisor of node 0
     "restart",  # after a failure: attempt, fruitless

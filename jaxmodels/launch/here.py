@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxmodels.launch.cluster import Cluster
 from jaxmodels.launch.console import Console
@@ -61,6 +62,10 @@ class Here:
     def run(self) -> Path | None:
         """The directory of the run, once rank 0 has said it."""
         return None if self._ranks is None else self._ranks.run()
+
+    def unsaved(self) -> dict[str, Any] | None:
+        """The newest checkpoint that rank 0 could not write."""
+        return None if self._ranks is None else self._ranks.unsaved()
 
     def tell(self) -> None:
         """Tell them to save and stop."""

@@ -209,7 +209,8 @@ class Leader:
             self.here.console.say("saved and stopped; the same command goes on from there")
             return _Outcome(ExitCode.SAVED)
         rank = failure.rank
-        if self.told and rank is not None and rank.code == -signal.SIGTERM and not _begun(rank):
+        stopped = rank is None or rank.code in (None, -signal.SIGTERM)
+        if self.told and stopped and not any(one.polls for one in seen):  # there was nothing to save yet
             self.story.tell("preempted", rank)
             self.here.console.say("stopped before the first step; the same command goes on from the last checkpoint")
             return _Outcome(ExitCode.SAVED)
@@ -273,6 +274,7 @@ class Leader:
             checked = now
             self._ping()
             self.story.look(seen, self.here.run())
+            self.story.unsaved(self.here.unsaved(), seen)
             if self._hopeless(0):
                 return "", Failure("died", "attempts before this one ended without a newer checkpoint")
             if noted or told:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxmodels.errors import UserError
 from jaxmodels.launch.console import Console
@@ -133,6 +133,12 @@ class Ranks:
         """The directory of the run, where rank 0 is here and has said it."""
         with contextlib.suppress(OSError, ValueError):
             return Path(json.loads((self.folder / "0.run").read_text()))
+        return None
+
+    def unsaved(self) -> dict[str, Any] | None:
+        """Step, message and time of the newest checkpoint that rank 0 could not write, where it is here."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.folder / "0.unsaved").read_text())
         return None
 
     def tell(self) -> None:

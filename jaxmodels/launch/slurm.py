@@ -205,6 +205,7 @@ again() {{
 told() {{
   if ! ending; then
     warned=1
+    echo "launch: told to save, $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%L) before the time limit"
     scancel --signal=TERM "$SLURM_JOB_ID.0"
   elif [ -n "$warned" ] || preempted; then
     again  # now, as SLURM may not wait for the end; where it starts the job again by itself, nothing need be asked

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Story:
         self._saved: set[int] = set()
         self._looked, self._opened = 0.0, time.time()
         self._phase = self._next = ""
-        self._attempt = 0
+        self._attempt, self._unsaved = 0, (0, 0.0)
 
     def begin(self, attempt: int) -> None:
         """Another attempt."""
@@ -80,6 +80,13 @@ class Story:
                 if step not in self._saved:
                     self._saved.add(step)
                     self.tell("saved", first, phase="save", step=step, time=moment)
+
+    def unsaved(self, found: Mapping[str, Any] | None, seen: Sequence[Seen]) -> None:
+        """Note a checkpoint that could not be written, once."""
+        first = next((one for one in seen if one.rank == 0), None)
+        if found and (self._attempt, found["time"]) != self._unsaved:
+            self._unsaved = self._attempt, found["time"]
+            self.tell("unsaved", first, phase="save", **found)
 
     def slow(self, found: Slow, seen: Sequence[Seen]) -> str:
         """Note a rank that holds up the steps, or does so no more; returns it in words."""

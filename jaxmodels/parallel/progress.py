@@ -116,6 +116,11 @@ def run(directory: Path) -> None:
     _note("run", str(directory.absolute()))
 
 
+def unsaved(step: int, message: str) -> None:
+    """Say that the state of so many steps could not be saved; the run goes on."""
+    _note("unsaved", {"step": step, "message": message[:500], "time": time.time()})
+
+
 def failed(error: BaseException, message: str | None = None) -> None:
     """Say what this process ends with."""
     said = message or " ".join("".join(traceback.format_exception_only(error)).split())

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.parallel import progress
 from jaxmodels.train.arrays import (
     await_all,
     check_structure,
@@ -301,6 +302,7 @@ class Checkpointer:
         error = CheckpointError(message)
         error.__cause__ = failure
         logger.error("%s", error)
+        progress.unsaved(step, message)
         self._error = error
 
     def _tidy(self, saved: int) -> None:

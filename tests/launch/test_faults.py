@@ -35,6 +35,8 @@ RANK = textwrap.dedent("""
     print("pid", os.getpid(), flush=True)
     if case == "mistake":
         sys.exit(2)
+    if case == "told_early":
+        time.sleep(600)
     progress.begin()
     if rank == 0:
         progress.run(run)
@@ -106,6 +108,8 @@ RANK = textwrap.dedent("""
         meet(places, rank, count, step)
         progress.waited(device=time.perf_counter() - before)
         progress.poll()
+        if step == 20 and rank == 0 and case == "raised" and attempt == 0:
+            progress.unsaved(10, "checkpoint of step 10 NOT saved: No space left on device")
         if step == 20 and case != "requeued":
             save(step)
             print("saved", flush=True)
@@ -154,6 +158,7 @@ ONE_NODE = (
     "mistake",
     "requeued",
     "one_by_one",
+    "told_early",
 )
 TWO_NODES = ("first_gone", "gone_fewer", "silent_fewer", "back_fewer", "full_fewer")
 
@@ -190,6 +195,8 @@ class Case:
             assert process.stdout is not None
             for line in process.stdout:
                 self.output += line
+                if self.name == "told_early" and "] pid" in line and self.output.count("] pid") == 2:
+                    process.send_signal(signal.SIGTERM)
                 if self.name == "requeued" and "] at " in line:
                     process.send_signal(signal.SIGTERM)
                 if self.name == "first_gone" and "saved" in line:
@@ -278,6 +285,12 @@ def test_each_kind_is_named_with_rank_and_step_and_a_restart_goes_on_from_the_ch
     assert case.left() == []
 
 
+def test_a_checkpoint_that_could_not_be_saved_is_told_once(cases: dict[str, Case]) -> None:
+    (unsaved,) = cases["raised"].finish().events("unsaved")
+    assert (unsaved["rank"], unsaved["step"], unsaved["phase"]) == (0, 10, "save")
+    assert unsaved["message"] == "checkpoint of step 10 NOT saved: No space left on device"
+
+
 def test_the_stacks_of_all_ranks_are_kept_grouped_by_likeness(cases: dict[str, Case]) -> None:
     (failed,) = cases["stuck"].finish().events("failed")
     groups = {tuple(group["ranks"]): group["stack"][0] for group in failed["stacks"]}
@@ -308,6 +321,12 @@ def test_a_mistake_never_restarts(cases: dict[str, Case]) -> None:
     case = cases["mistake"].finish()
     assert case.code == 2, case.output
     assert case.output.count("pid") == 2 and "restart" not in case.output
+
+
+def test_told_to_stop_before_its_first_step_a_job_has_nothing_to_save(cases: dict[str, Case]) -> None:
+    case = cases["told_early"].finish()
+    assert case.code == 75, case.output
+    assert "stopped before the first step" in case.output and case.left() == []
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gone_fewer", "died"), ("silent_fewer", "link")])

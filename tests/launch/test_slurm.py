@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import slurm as cluster
 from jaxmodels import cli, load_run
 from jaxmodels.errors import UserError
 from jaxmodels.launch import record
 from jaxmodels.launch.place import Job, State, Status
 from jaxmodels.launch.slurm import Slurm, seconds
-from tests.launch import slurm_cluster
 from tests.launch.jobs import job
 
 # Called as an interpreter would be; the last word says how this job's supervisors behave. `$0.d` is its own folder.
@@ -48,7 +48,9 @@ esac
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """The environment of a SLURM cluster, for this process too."""
-    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as environ, pytest.MonkeyPatch.context() as patch:
+    if lacking := cluster.missing():
+        pytest.skip(lacking)
+    with cluster.here(tmp_path_factory.mktemp("slurm")) as environ, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", environ["PATH"])
         patch.setenv("SLURM_CONF", environ["SLURM_CONF"])
         yield environ
