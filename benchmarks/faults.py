@@ -242,7 +242,7 @@ def account(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
     ended = [row["time"] - asked[row["step"]] for row in job.events("saved") if row["step"] in asked]
     pending = max(0.0, statistics.median(ended) - blocked)
     began = job.began - found["began"]
-    down = {name: sum(row["back"] for row in of) for name, of in (("failures", failures), ("stops", stops))}
+    down = {name: sum(row["down"] for row in of) for name, of in (("failures", failures), ("stops", stops))}
     slower = sum(row["lasted"] * SLOWER / (SLOWER + step) for row in held)
     up = found["wall_seconds"] - began - sum(down.values())
     rates = Failures(up / len(failures), blocked, pending, 0.0)

@@ -36,6 +36,8 @@ class Found:
     seconds: float | None = None
     """From the fault, or from when SLURM told of it, to its name."""
     said: str = ""
+    since: float = 0.0
+    """When the job stopped making steps for it, where that was not at once."""
 
 
 def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
     found = _MADE.get(kind, rank_fault)(job, kind, rank)
     ends = kind in LOSSES or kind in STOPS
     back = job.wait(lambda: job.trains() and (not ends or not before & set(job.pids())))
-    lasted = time.time() - began
+    lasted, down = time.time() - began, time.time() - max(found.since, began)
     failed = [row for row in job.events("failed") if row["time"] > began]
     warned = [row for row in job.events("slow") if row["time"] > began and row["kind"] != kind]
     at = {"not-finite": found.rank}.get(kind, rank if kind not in (*STOPS, "disk", "launcher") else None)
@@ -57,6 +59,7 @@ def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
         "seconds": found.seconds,
         "lost": job.lost(before, began) if ends and back else None,
         "back": lasted if ends and back else None,
+        "down": down if ends and back else None,
         "lasted": lasted,
         "began": began,
         "started_by_slurm": job.starts() - starts,
@@ -150,7 +153,7 @@ def told(job: Job, since: int, kind: str, pattern: str) -> Found:
     found = by_event(job, began - 1, "preempted")
     if found.seconds is None:
         return Found()
-    return Found(kind, None, found.seconds - 1, str(job.said(pattern, since)))
+    return Found(kind, None, found.seconds - 1, job.said(pattern, since), began - 1 + found.seconds)
 
 
 def kill_supervisor(job: Job, kind: str, rank: int) -> Found:
