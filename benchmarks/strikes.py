@@ -49,7 +49,7 @@ def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
     back = job.wait(lambda: job.trains() and (not ends or not before & set(job.pids())))
     lasted, down = time.time() - began, time.time() - max(found.since, began)
     failed = [row for row in job.events("failed") if row["time"] > began]
-    warned = [row for row in job.events("slow") if row["time"] > began and row["kind"] != kind]
+    warned = [row for row in job.events("slow") if row["time"] > began and row["kind"] != kind and "until" not in row]
     at = {"not-finite": found.rank}.get(kind, rank if kind not in (*STOPS, "disk", "launcher") else None)
     return {
         "fault": kind,
@@ -91,7 +91,7 @@ def by_event(job: Job, began: float, *names: str) -> Found:
 
     def rows() -> list[dict[str, Any]]:
         job.look()
-        return [row for row in job.events(*names) if row["time"] > began]
+        return [row for row in job.events(*names) if row["time"] > began and "until" not in row]
 
     if not job.wait(rows):
         return Found()
