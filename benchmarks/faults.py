@@ -111,8 +111,8 @@ def trial(options: Options, kinds: deque[str], number: int, stop: threading.Even
                 found.saved, found.left = job.stop(), job.left()
                 found.same = compare(job, Job("alone", Path(name), on, environment, 0.0), found.saved)
                 found.notes += account(job, found.rows)
-        except RuntimeError as error:
-            found.notes.append(f"job {number} ended early: {error}")
+        except Exception as error:  # what has been found until then goes into the record
+            found.notes.append(f"it ended early: {error!r}")
             print(found.notes[-1], flush=True)
         return found
 

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import injury, record
 from benchmarks.hosts import Hosts
 from jaxmodels.launch import events
+from jaxmodels.launch.pauses import Pauses
 from jaxmodels.launch.seen import Seen
 from jaxmodels.train import phases
 
@@ -165,7 +166,7 @@ class Job:
         for pid, environ in self.processes().items():
             if "JAXMODELS_PROCESS_ID" in environ and "JAXMODELS_PROGRESS_DIR" in environ:
                 one = Seen(int(environ["JAXMODELS_PROCESS_ID"]), "", "")
-                one.read(Path(environ["JAXMODELS_PROGRESS_DIR"]))
+                one.read(Path(environ["JAXMODELS_PROGRESS_DIR"]), Pauses())
                 self._steps[pid] = max(self._steps.get(pid, -1), one.step)
                 found.append(one)
         return found
