@@ -228,18 +228,20 @@ def account(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
     failures = [row for row in rows if row["fault"] in LOSSES and row["back"] is not None]
     stops = [row for row in rows if row["fault"] in STOPS and row["back"] is not None]
     held = [row for row in rows if row["fault"] in LASTING]
+    every = phases.read(job.run)
     pairs = [
-        (before, after)
-        for before, after in itertools.pairwise(phases.read(job.run))
+        (before["seconds"], after["seconds"])
+        for before, after in itertools.pairwise(every)
         if before["began"] == after["began"] and after["step"] - before["step"] == EVERY
         and not any(row["began"] < after["time"] and before["time"] < row["began"] + row["lasted"] for row in held)
     ]  # fmt: skip
     if not pairs or not failures:
         return []
-    step = statistics.median((a["seconds"]["step"] - b["seconds"]["step"]) / EVERY for b, a in pairs)
-    blocked = statistics.median(a["seconds"]["save"] - b["seconds"]["save"] for b, a in pairs)
-    asked = {row["step"]: row["time"] for row in phases.read(job.run)}
-    ended = [row["time"] - asked[row["step"]] for row in job.events("saved") if row["step"] in asked]
+    step = statistics.fmean((a[name] - b[name]) / EVERY for b, a in pairs for name in ("step", "data")) * 2
+    # each save and each attempt's end has a line
+    blocked = found["seconds"]["save"] / max(1, len(every) - len({row["began"] for row in every}))
+    asked = {row["step"]: row["time"] for row in every}
+    ended = [row["time"] - asked[row["step"]] for row in job.events("saved") if row["step"] in asked] or [blocked]
     pending = max(0.0, statistics.median(ended) - blocked)
     began = job.began - found["began"]
     down = {name: sum(row["down"] for row in of) for name, of in (("failures", failures), ("stops", stops))}
