@@ -15,7 +15,7 @@ BENCHMARKS = {
     "step": "a training step through the engine against a bare jitted step and other frameworks",
     "families": "every family against its PyTorch reference: forward and train step",
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
-    "faults": "a job of several processes under faults at random: each is named, and the bits stay the same",
+    "faults": "jobs on a SLURM of two hosts under faults at random: each is named, and the bits stay the same",
     "startup": "time to import, and to say that an option is mistyped",
     "data": "training on real data against synthetic batches",
     "loader": "images and tokens from files: against tf.data and torch's DataLoader",

@@ -43,6 +43,7 @@ class Found:
 def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
     """Make one fault in a job that trains, wait until it is named and the job trains again, and say how that was."""
     rank = 1 if kind == "link" else rng.randrange(2)
+    job.look()
     before, starts, began = set(job.pids()), job.starts(), time.time()
     found = _MADE.get(kind, rank_fault)(job, kind, rank)
     ends = kind in LOSSES or kind in STOPS
