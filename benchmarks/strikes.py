@@ -49,8 +49,8 @@ def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
     ends = kind in LOSSES or kind in STOPS
     back = job.wait(lambda: job.trains() and (not ends or not before & set(job.pids())))
     lasted, down = time.time() - began, time.time() - max(found.since, began)
-    failed = [row for row in job.events("failed") if row["time"] > began]
-    warned = [row for row in job.events("slow") if row["time"] > began and row["kind"] != kind and "until" not in row]
+    failed = [row for row in job.events("failed") if row["time"] > began and not _beside(row)]
+    warned = [row for row in job.events("slow") if row["time"] > began and row["kind"] != kind and not _beside(row)]
     at = {"not-finite": found.rank}.get(kind, rank if kind not in (*STOPS, "disk", "launcher") else None)
     return {
         "fault": kind,
@@ -92,7 +92,7 @@ def by_event(job: Job, began: float, *names: str) -> Found:
 
     def rows() -> list[dict[str, Any]]:
         job.look()
-        return [row for row in job.events(*names) if row["time"] > began and "until" not in row]
+        return [row for row in job.events(*names) if row["time"] > began and not _beside(row)]
 
     if not job.wait(rows):
         return Found()
@@ -194,6 +194,11 @@ _MADE: dict[str, Callable[[Job, str, int], Found]] = {
     "supervisor": kill_supervisor,
     "launcher": kill_launcher,
 }
+
+
+def _beside(row: dict[str, Any]) -> bool:
+    """Whether an event says of a holdup that it is over, or what the other node has seen of the same link."""
+    return "until" in row or row.get("leader") is True
 
 
 def _runs(pid: int) -> bool:

@@ -61,7 +61,8 @@ def follow(here: Here, where: Cluster) -> int:
                 return code
             here.console.say(f"node 0 ({where.host}) is gone: the ranks here were ended, and it is looked for anew")
             if said.get("heir") and said.get("run"):
-                message = f"the supervisor of node 0 ({where.host}) is gone, seen from node {where.node}"
+                what = "has not been heard of: its link is down" if kind == "link" else "is gone"
+                message = f"the supervisor of node 0 ({where.host}) {what}, seen from node {where.node}"
                 with contextlib.suppress(OSError):
                     append(Path(said["run"]), "failed", kind=kind, leader=True, message=message)
     here.console.say(f"no supervisor of node 0 at {where.host}:{where.port + 1}")
