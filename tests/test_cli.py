@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
@@ -106,7 +107,7 @@ def kinds_of(command, monkeypatch):
     """What a command's arguments are parsed as."""
     found = []
     # all are imported before the first is changed, so that none keeps the change for good
-    for module in (parsing, options, places):
+    for module in (parsing, options, places, importlib.import_module("jaxmodels.commands.eval")):
         monkeypatch.setattr(module, "parse", lambda kind, *rest: found.append(kind) or exit(0))
     main([*command.split(), "local" if command == "launch" else FILE])
     return found

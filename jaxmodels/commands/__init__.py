@@ -1,8 +1,8 @@
 """The commands of `jaxmodels`: one module each, found by one table.
 
 A command is a function: its parameters are its arguments and options, its docstring is its help, and it returns an exit
-code or None. If its first parameter is a `Configured`, it takes a config file and any of its fields, and its own
-options are a dataclass, the second parameter. The first line of its module gives its usage and purpose; `jaxmodels
+code or None. If its first parameter is a `parsing.Configured`, it takes a config file and any of its fields, and its
+own options are a dataclass, the second parameter. The first line of its module gives its usage and purpose; `jaxmodels
 --help` reads that line without importing the module.
 """
 
@@ -14,6 +14,7 @@ import importlib.abc
 import importlib.util
 import inspect
 import re
+from collections.abc import Callable
 from importlib import metadata
 from typing import get_type_hints
 
@@ -89,22 +90,7 @@ def run(name: str, argv: list[str]) -> int:
     Raises:
         UserError: an argument is wrong, or the command finds a mistake.
     """
-    from jaxmodels.commands.parsing import Configured, NoOptions, Placed, parse
-
-    function, prog = COMMANDS.find(name), f"jaxmodels {name}"
-    kinds = [get_type_hints(function)[each] for each in inspect.signature(function).parameters]
-    if kinds[:1] == [Placed]:
-        from jaxmodels.commands.places import placed
-
-        return function(*placed(argv, prog, kinds[1])) or 0
-    if kinds[:1] != [Configured]:
-        return parse(function, argv, prog) or 0
-    from jaxmodels.commands.options import configured
-
-    more = kinds[1] if len(kinds) > 1 else NoOptions
-    config, options = configured(argv, prog, more)
-    given = Configured(config, argv[0], argv[1:])
-    return function(given, *[options] * (len(kinds) > 1)) or 0
+    return _bound(name, argv)() or 0
 
 
 def check(name: str, argv: list[str]) -> None:
@@ -113,16 +99,19 @@ def check(name: str, argv: list[str]) -> None:
     Raises:
         UserError: an argument is wrong.
     """
-    from jaxmodels.commands.parsing import Configured, NoOptions, parse
+    _bound(name, argv)
+
+
+def _bound(name: str, argv: list[str]) -> Callable[[], int | None]:
+    """Return the call of a command with its arguments, once they are known to be valid."""
+    from jaxmodels.commands.parsing import Given, NoOptions, bind
 
     function, prog = COMMANDS.find(name), f"jaxmodels {name}"
     kinds = [get_type_hints(function)[each] for each in inspect.signature(function).parameters]
-    if kinds[:1] == [Configured]:
-        from jaxmodels.commands.options import configured
-
-        configured(argv, prog, kinds[1] if len(kinds) > 1 else NoOptions)
-    else:
-        parse(functools.wraps(function)(lambda *args, **kwargs: None), argv, prog)
+    if not (kinds and isinstance(kinds[0], type) and issubclass(kinds[0], Given)):
+        return bind(function, argv, prog)
+    given, options = kinds[0].read(argv, prog, kinds[1] if len(kinds) > 1 else NoOptions)
+    return functools.partial(function, given, *[options] * (len(kinds) > 1))
 
 
 def listed(group: str = "") -> str:

@@ -3,85 +3,111 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import tyro
 
-from jaxmodels.config import TFDS, docs
-from jaxmodels.data.section import FilesConfig, RecordsConfig, SplitsConfig
+from jaxmodels.commands.parsing import Given, parse
+from jaxmodels.config import TFDS, docs, read
+from jaxmodels.data.section import SOURCES, DataConfig, FilesConfig, RecordsConfig, SplitsConfig
 from jaxmodels.errors import UserError, check_place, printable
 from jaxmodels.fields import Beams, Section
 
-
-def _as_it_is(owner: type, *names: str) -> list[tuple[str, Any, Any]]:
-    """Return the fields of a section that keep the run's values unless they are given."""
-    hints, about = get_type_hints(owner, include_extras=True), docs(owner)
-    several = {name for name in names if get_origin(hints[name]) is tuple}
-    return [
-        (
-            name,
-            Annotated[hints[name] if name in several else hints[name] | None, tyro.conf.arg(help=about[name])],
-            dataclasses.field(default=() if name in several else None),
-        )
-        for name in names
-    ]
-
-
-_FIELDS = (
-    *_as_it_is(FilesConfig, "path"),
-    *_as_it_is(TFDS, "dir"),
-    *_as_it_is(SplitsConfig, "name", "eval_split"),
-    *_as_it_is(RecordsConfig, "input_field", "label_field", "target_field", "group_field", "captions", "class_names"),
-    *_as_it_is(RecordsConfig, "bad_records"),
-)
+_OF: Mapping[type[DataConfig], tuple[str, ...]] = {
+    FilesConfig: ("path",),
+    SplitsConfig: ("name", "eval_split"),
+    TFDS: ("dir",),
+    RecordsConfig: (
+        "input_field", "label_field", "target_field", "group_field", "captions", "class_names", "bad_records",
+    ),
+}  # fmt: skip
+"""The fields that say which data a run is evaluated on; the others say what its model sees of them."""
 
 
 @dataclass(frozen=True)
-class _Kind(Section, section="data"):
-    source: Annotated[str | None, tyro.conf.arg(name="data", prefix_name=False)] = None
-    """Kind of data, if it differs from the run's: table, images, text, tokens, tfds, huggingface."""
+class EvalOptions(Section):
+    """Metrics of a run on held-out data, its own or other data; for a translation run, also BLEU."""
 
-    def given(self) -> dict[str, Any]:
-        """Return the fields that are set."""
-        return {name: value for name, value in vars(self).items() if value not in (None, ())}
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
+    split: str | None = None
+    """Split to evaluate on instead of the run's own, for data with named splits."""
+    best: bool = False
+    """Use the best checkpoint instead of the newest."""
+    json: Path | None = None
+    """Also write the metrics to this file."""
+    data_dir: str | None = None
+    """TFDS data directory to use instead of the run's own."""
+    classifier: Path | None = None
+    """A classifier's run, which judges 1,000 images that a generative model generates."""
+    beams: Beams | None = None
+    """Width of the beam search for translations; default 4; 1: greedy."""
 
 
-if TYPE_CHECKING:
-    EvalData = _Kind
-else:
-    EvalData = dataclasses.make_dataclass("EvalData", _FIELDS, bases=(_Kind,), frozen=True)
-    EvalData.__doc__ = "Data to evaluate on instead of the run's own. Classes and tokenizer stay the run's."
+@dataclass(frozen=True)
+class OtherData(Given):
+    """Data to evaluate on instead of the run's own. Classes and tokenizer stay the run's."""
 
-OWN_DATA = EvalData()
-"""What the run was evaluated on."""
+    kind: str | None
+    """Kind of data; None: the run's."""
+    fields: Mapping[str, Any]
+    """The fields that differ from the run's."""
+
+    @classmethod
+    def read(cls, argv: list[str], prog: str, more: type) -> tuple[OtherData, Any]:
+        section = _options(_kind_of_data(argv))
+        options = [("data", section, dataclasses.field(default=section()))]
+        both = dataclasses.make_dataclass("Options", options, bases=(more,), frozen=True, kw_only=True)
+        both.__doc__ = more.__doc__
+        found = parse(both, argv, prog)
+        given = {name: value for name, value in vars(found.data).items() if value not in (None, ())}
+        own = more(**{field.name: getattr(found, field.name) for field in dataclasses.fields(more)})
+        return cls(given.pop(_KIND, None), given), own
 
 
-def evaluate(
-    run: str,
-    /,
-    split: str | None = None,
-    best: bool = False,
-    json: Path | None = None,
-    data_dir: str | None = None,
-    classifier: Path | None = None,
-    beams: Beams | None = None,
-    data: EvalData = OWN_DATA,
-) -> None:
-    """Compute metrics of a run on held-out data, its own or other data; for a translation run, also BLEU.
+_KIND = "of_kind"
+"""The option `--data` among the fields of a section; no field of data can have the name of this method."""
 
-    Args:
-        run: run directory.
-        split: split to evaluate on instead of the run's own (tfds, huggingface).
-        best: use the best checkpoint instead of the newest.
-        json: also write the metrics to this file.
-        data_dir: TFDS data directory to use instead of the run's own.
-        classifier: a classifier's run, which judges 1,000 images that a generative model generates.
-        beams: width of the beam search for translations; default 4; 1: greedy.
-        data: data to evaluate on instead of the run's own.
+
+def _kind_of_data(argv: list[str]) -> type[DataConfig]:
+    """Return the kind of data that the arguments are about: the one of `--data`, or else the run's."""
+    for argument, value in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == "--data" or argument.startswith("--data="):
+            return SOURCES.find(argument.partition("=")[2] or value)
+    run = next((each for each in argv if (Path(each) / "config.json").is_file()), None)
+    return DataConfig if run is None else type(read(run)[0].data)
+
+
+def _options(kind: type[DataConfig]) -> type:
+    """Make a section of optional fields, for those that a kind of data can be evaluated with.
+
+    It has the fields of other kinds too, which are refused later, with the reason; and those that no kind of this
+    package has.
     """
+    owners = {name: owner for owner, names in _OF.items() for name in names}
+    shared = {field.name for owner in (*_OF, DataConfig) for field in dataclasses.fields(owner)}
+    own = {field.name: kind for field in dataclasses.fields(kind) if field.name in owners or field.name not in shared}
+    kinds = f"{', '.join(SOURCES.names())}, or package.module:Name"
+    about = f"Kind of data, if it differs from the run's: {kinds}. Its fields are options."
+    named = tyro.conf.arg(name="data", prefix_name=False, help=about)
+    fields: list[Any] = [(_KIND, Annotated[str | None, named], dataclasses.field(default=None))]
+    for name, owner in (owners | own).items():
+        hint = get_type_hints(owner, include_extras=True)[name]
+        several = get_origin(hint) is tuple
+        hint = hint if several else hint | None
+        about = tyro.conf.arg(help=docs(owner).get(name, ""))
+        fields.append((name, Annotated[hint, about], dataclasses.field(default=() if several else None)))
+    made = dataclasses.make_dataclass("EvalData", fields, bases=(Section,), frozen=True)
+    made.section, made.__doc__ = "data", OtherData.__doc__
+    return made
+
+
+def evaluate(given: OtherData, options: EvalOptions) -> None:
+    """Measure the run and print its metrics."""
     from jaxmodels.generate import judge
     from jaxmodels.parallel import progress
     from jaxmodels.train import load_run
@@ -89,24 +115,24 @@ def evaluate(
 
     progress.begin()
     runs.compilation_cache()
-    if json is not None:
-        check_place(json, "--json")
-    given = data.given() | {
-        name: value for name, value in (("eval_split", split), ("dir", data_dir)) if value is not None
-    }
-    opened = load_run(run, best=best).evaluation(given)
-    translates = opened.config.task.answers == "translation" and opened.config.data.real
-    if beams is not None and not translates:
-        raise UserError(f"got --beams {beams} for a run of task {opened.config.task.kind}, try it without")
-    judged = judge.judge_images(opened, classifier) if classifier is not None else {}
-    found = opened.measure()
+    if options.json is not None:
+        check_place(options.json, "--json")
+    fields = {**given.fields, "eval_split": options.split, "dir": options.data_dir}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    evaluation = load_run(options.run, best=options.best).evaluation(fields, kind=given.kind)
+    run = evaluation.run
+    translates = run.config.task.answers == "translation" and run.config.data.real
+    if options.beams is not None and not translates:
+        raise UserError(f"got --beams {options.beams} for a run of task {run.config.task.kind}, try it without")
+    judged = judge.judge_images(run, options.classifier) if options.classifier is not None else {}
+    found = evaluation.measure()
     if translates:
-        found |= judge.judge_translations(opened, 4 if beams is None else beams)
+        found |= judge.judge_translations(run, 4 if options.beams is None else options.beams)
     found |= judged
-    print(printable(f"{run}, step {opened.step}, on {opened.source.describe()}\n{table(found)}"))
-    if json is not None:
-        facts = {"run": run, "step": opened.step, "data": opened.source.describe()}
-        json.write_text(dumps({**facts, **found}, indent=2) + "\n")
+    print(printable(f"{options.run}, step {run.step}, on {evaluation.source.describe()}\n{table(found)}"))
+    if options.json is not None:
+        facts = {"run": options.run, "step": run.step, "data": evaluation.source.describe()}
+        options.json.write_text(dumps({**facts, **found}, indent=2) + "\n")
 
 
 def table(found: dict[str, float]) -> str:

@@ -9,9 +9,10 @@ import inspect
 import io
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import check_call
@@ -23,8 +24,21 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs
 HELP = {"-h", "--help"}
 
 
+class Given(ABC):
+    """The first parameter of a command whose options depend on what it is given, such as a config or a place."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Self, Any]:
+        """Read all arguments; return what was given, and the command's own options, a `more`.
+
+        Raises:
+            UserError: an argument is wrong.
+        """
+
+
 @dataclass(frozen=True)
-class Configured:
+class Configured(Given):
     """The config file that a command was given, and the config with the command line's changes."""
 
     config: Config
@@ -32,15 +46,28 @@ class Configured:
     overrides: list[str]
     """The arguments after the file."""
 
+    @classmethod
+    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Configured, Any]:
+        from jaxmodels.commands.options import configured
+
+        config, options = configured(argv, prog, more)
+        return Configured(config, argv[0], argv[1:]), options
+
 
 @dataclass(frozen=True)
-class Placed:
+class Placed(Given):
     """The place that a command was given, with the command line's changes, and what follows `--`."""
 
     place: Place
     file: str
     """The file that defines the place; empty if the place was named."""
     command: tuple[str, ...]
+
+    @classmethod
+    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:
+        from jaxmodels.commands.places import placed
+
+        return placed(argv, prog, more)
 
 
 @dataclass(frozen=True)
@@ -51,13 +78,9 @@ class NoOptions:
 def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
     """Parse command-line arguments into a typed object (tyro), with mistakes as one-line `UserError`s.
 
-    `kind` is a dataclass, or a function that is called once all arguments are known to be valid. `--help` prints the
-    help and exits with 0.
+    `--help` prints the help and exits with 0.
     """
     import tyro
-
-    if not isinstance(kind, type):
-        kind = _later(kind)
 
     given: dict[str, Any] = {}
     if default is not None:
@@ -79,7 +102,19 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any
             tyro.cli(kind, args=["--help"], **given)
         known = sorted(set(re.findall(r"--[a-z][\w.-]*", usage.getvalue())))
         raise UserError(_unknown(unknown[0].split("=")[0], known, prog))
-    return value if isinstance(kind, type) else value()
+    return value
+
+
+def bind(function: Callable[..., Any], argv: Sequence[str], prog: str) -> Callable[[], Any]:
+    """Return the call of a function with arguments from the command line, once all of them are known to be valid."""
+
+    @functools.wraps(function)
+    def arguments(*args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return inspect.signature(function).bind(*args, **kwargs)
+
+    found = parse(arguments, argv, prog)
+    check_call(function, found.arguments)
+    return functools.partial(function, *found.args, **found.kwargs)
 
 
 def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> list[str]:
@@ -111,23 +146,6 @@ def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> li
             raise UserError(f"got {name} twice, expected it once, try {prog} with one of the two")
         merged.setdefault(name, [part[0]]).extend(part[1:])
     return [*parts[0], *(arg for part in merged.values() for arg in part)]
-
-
-def _later(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that calling it only binds the arguments and returns a function that does the work.
-
-    tyro would otherwise run the command before it reports unknown options.
-    """
-
-    @functools.wraps(function)
-    def bind(*args: Any, **kwargs: Any) -> Any:
-        def call() -> Any:
-            check_call(function, inspect.signature(function).bind(*args, **kwargs).arguments)
-            return function(*args, **kwargs)
-
-        return call
-
-    return bind
 
 
 @contextlib.contextmanager
@@ -190,5 +208,5 @@ def _one_line(message: str, prog: str) -> str:
     if own := re.match(r"Error parsing \w+: (got .*)", text):  # from a section's own check
         return own[1]
     if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
-        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3]}, try {_help(prog, wrong[1])}"
+        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3].removeprefix('{None}|')}, try {_help(prog, wrong[1])}"
     return f"got {text}, try {prog} --help" if text else message

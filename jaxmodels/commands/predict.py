@@ -13,6 +13,7 @@ from jaxmodels.data import given
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Beams, Count
 from jaxmodels.generate.predict import Answer, kind_of, predictor, said
+from jaxmodels.tasks.task import Answers, tasks_that_answer
 from jaxmodels.train.saved import load_run
 
 
@@ -37,11 +38,11 @@ def predict(
         run: run directory.
         files: images, folders of images, tables (CSV, JSON lines, Parquet), text files, or -.
         input_field: table column to read, if its name differs from that in training.
-        tokens: largest number of tokens to continue a text by (causal_lm); default 100.
-        beams: width of the beam search for translations (seq2seq); default 4.
-        captions: texts of an image's class, one or several, such as 'a photo of a {label}' (contrastive); those of the
-            training when not given.
-        class_names: names of the classes that captions are of (contrastive); those of the training when not given.
+        tokens: largest number of tokens to continue a text by, for a language model; default 100.
+        beams: width of the beam search, for a translator; default 4.
+        captions: texts of an image's class, one or several, such as 'a photo of a {label}', for a model of images and
+            texts; those of the training when not given.
+        class_names: names of the classes that captions are of; those of the training when not given.
         best: use the best checkpoint instead of the newest.
     """
     from jaxmodels.train.run import compilation_cache
@@ -49,20 +50,18 @@ def predict(
     compilation_cache()
     opened = load_run(run, best=best)
     own = opened.config.task
-    options: dict[tuple[str, str], dict[str, Any]] = {
-        ("causal_lm", "continuation"): {"tokens": tokens},
-        ("seq2seq", "translation"): {"beams": beams},
-        ("contrastive", "caption"): {
-            "captions": " ".join(captions) or None,
-            "class-names": " ".join(class_names) or None,
-        },
-    }
-    for (task, answer), given_here in options.items():
-        for name, value in given_here.items():
-            if value is not None and own.answers != answer:
-                raise UserError(
-                    f"got --{name} {value} for a run of {own.kind}, expected it for {task} alone, try it without"
-                )
+    options: tuple[tuple[str, Any, Answers], ...] = (
+        ("tokens", tokens, "continuation"),
+        ("beams", beams, "translation"),
+        ("captions", " ".join(captions) or None, "caption"),
+        ("class-names", " ".join(class_names) or None, "caption"),
+    )
+    for name, value, answer in options:
+        if value is not None and own.answers != answer:
+            raise UserError(
+                f"got --{name} {value} for a run of {own.kind}, expected it for {tasks_that_answer(answer)} alone, "
+                "try it without"
+            )
     if captions or class_names:
         section: Any = opened.config.data
         section = section if section.real else section.of_kind("images")  # an imported model has no data of its own

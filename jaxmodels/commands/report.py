@@ -30,7 +30,7 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
         if split is not None and not hasattr(cfg.data, "eval_split"):
             raise UserError(
                 f"got --split {split!r} for {run}, whose data {cfg.data.kind} has no splits, "
-                "expected runs of tfds or huggingface, try it without"
+                "expected data with named splits, try it without"
             )
     check_place(out or Path(runs[0]) / "report", "--out", folder=True)
     found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)

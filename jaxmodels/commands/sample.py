@@ -39,6 +39,7 @@ def sample(
     from jaxmodels import config as configs
     from jaxmodels.generate import asked
     from jaxmodels.generate.texts import continued, opening
+    from jaxmodels.tasks import tasks_that_answer
     from jaxmodels.train import load_run
     from jaxmodels.train.run import compilation_cache
 
@@ -51,7 +52,8 @@ def sample(
         instead = "predict" if cfg.task.answers else "report"
         files = " FILE" if instead == "predict" else ""
         raise UserError(
-            f"got a run of task {cfg.task.kind}, expected causal_lm or seq2seq, try jaxmodels {instead} {run}{files}"
+            f"got a run of task {cfg.task.kind}, expected {tasks_that_answer('continuation', 'translation')}, "
+            f"try jaxmodels {instead} {run}{files}"
         )
     if cfg.task.answers == "translation":
         if given:

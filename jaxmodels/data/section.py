@@ -163,7 +163,7 @@ class TextsConfig(DataConfig):
     vocabulary of at most that size, trained on the training texts. package.module:Name: your own."""
     pack: bool = False
     """Whether a row holds as many whole texts as fit, separated by segment ids, rather than one text or a window of all
-    texts joined (causal_lm, masked_lm, seq2seq)."""
+    texts joined."""
 
 
 @dataclass(frozen=True)
@@ -176,13 +176,13 @@ class RecordsConfig(TextsConfig):
     label_field: str = "label"
     """Record field that holds the class, or several classes."""
     target_field: str = ""
-    """Record field that holds the translation (seq2seq)."""
+    """Record field that holds the translation of the input."""
     group_field: str = ""
     """Record field that names its group. Each metric is reported for each group, with the largest difference."""
     class_names: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
     """Names of the classes in captions, if the data's own are unsuitable."""
     captions: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Captions of an image by its class (contrastive): "the digit {label}". Each example gets one of them."""
+    """Captions of an image by its class: "the digit {label}". Each example gets one of them."""
     bad_records: Natural = 100
     """How many unreadable records to tolerate. Each is named in the log, counted and left out."""
     balance: bool = False

@@ -49,12 +49,9 @@ class Source(ABC):
     def batch(self, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return fresh arrays of the examples `indices`, each as it appears in its epoch.
 
-        Shapes: causal_lm: tokens, targets int32 (B, T); classification: inputs (B, ...), labels int32 (B,) or, if an
-        example may have several, float32 (B, classes); masked_lm: as causal_lm; seq2seq: inputs, tokens, targets int32
-        (B, T); contrastive: images (B, H, W, C), tokens int32 (B, T), labels and classes int32 (B,).
-        A target or label that does not count is `contract.IGNORED`. Rows of text have `segment_ids` (B, T), which
-        are 0 for padding, and targets of seq2seq have `target_segment_ids`; `positions` (B, T) restart with each text
-        in a row.
+        Shapes: each (N, …), as the fields of the task say (`Task.fields`). A target or label that does not count is
+        `contract.IGNORED`. Rows of text have `segment_ids` (N, T), which are 0 for padding, and `positions` (N, T),
+        which restart with each text in a row; targets that are texts of their own have `target_segment_ids`.
         """
 
     @abstractmethod

@@ -12,17 +12,17 @@ from jaxmodels import data
 from jaxmodels.errors import UserError
 from jaxmodels.generate import bleu, translate_texts
 from jaxmodels.tasks.metrics import inception_score
-from jaxmodels.tasks.task import normalized
-from jaxmodels.train.saved import Evaluation, Run, load_run
+from jaxmodels.tasks.task import normalized, tasks_that_answer
+from jaxmodels.train.saved import Run, load_run
 
 _AT_ONCE = 100
 
 
-def judge_translations(saved: Evaluation, beams: int = 4) -> dict[str, float]:
-    """Compute the BLEU score of a translation run on its evaluation set."""
-    assert saved.tokenizer is not None
-    sources, references = data.open_pairs(saved.config.data, "eval")
-    found = translate_texts(saved.model, saved.params["model"], saved.tokenizer, sources, beams=beams)
+def judge_translations(run: Run, beams: int = 4) -> dict[str, float]:
+    """Compute the BLEU score of a translation run on the evaluation set that its config names."""
+    assert run.tokenizer is not None
+    sources, references = data.open_pairs(run.config.data, "eval")
+    found = translate_texts(run.model, run.params["model"], run.tokenizer, sources, beams=beams)
     return {"bleu": bleu(found, references)}
 
 
@@ -35,13 +35,14 @@ def judge_images(run: Run, classifier: Path, count: int = 1000) -> dict[str, flo
     samples = run.task.samples
     if samples is None:
         raise UserError(
-            f"got --classifier for a run of task {run.config.task.kind}, expected a vae or a gan, try it without"
+            f"got --classifier for a run of task {run.config.task.kind}, expected one whose model generates images, "
+            "try it without"
         )
     judge = load_run(classifier)
     if judge.config.task.answers not in ("class", "classes"):
         raise UserError(
-            f"got classifier {classifier} of task {judge.config.task.kind}, expected classification, "
-            "try the run of a classifier"
+            f"got classifier {classifier} of task {judge.config.task.kind}, "
+            f"expected {tasks_that_answer('class', 'classes')}, try the run of a classifier"
         )
     made, seen_as = jax.eval_shape(lambda: samples(run.params, run.stats, 1)), judge.model.inputs(1)[0]
     if made.shape != seen_as.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,6 +72,9 @@ class BERTConfig(ModelConfig):
                 f"got head {self.head} with classes {self.classes}, expected classes for head classification and for "
                 f"no other, try {hint}"
             )
+
+    def idle(self, parameters: Iterable[str]) -> tuple[str, ...]:
+        return () if any("/pooler/" in name for name in parameters) else ("pool",)
 
 
 class Block(nn.Module):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 from jaxmodels.fields import Section
 from jaxmodels.registry import Registry
 
@@ -30,3 +33,10 @@ FAMILIES = Registry(
 
 class ModelConfig(Section, section="model", kinds=FAMILIES):
     """The sizes and choices of a model; each family has its own."""
+
+    stacked: ClassVar[bool] = True
+    """Whether a parameter of the layers is one array for all of them, so that their number shows in its shape."""
+
+    def idle(self, parameters: Iterable[str]) -> tuple[str, ...]:
+        """The fields that change nothing of what these parameters compute, which are given by their paths."""
+        return ()

@@ -5,13 +5,15 @@ Dims: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
 import jax
 
+from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Positive
 from jaxmodels.models import layers
 from jaxmodels.models.checks import check_rotary_heads
@@ -19,6 +21,7 @@ from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.decoding import Context
 from jaxmodels.models.kernels.kernel import Attention
 from jaxmodels.models.model import Dtype, Params, Remat
+from jaxmodels.registry import incomplete
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,19 @@ class Body(NamedTuple):
     """What the losses of `auxiliary` are computed from."""
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Tokens (B, T) to logits (B, T, V) in float32, or with `head=False` to features (B, T, D).
 
-    A family says what its blocks are (`blocks`) and what normalizes their result (`norm`), and replaces what it does
-    in another way. With `auxiliary`, `(outputs, {name: weighted loss})`.
+    A family implements `body`, and overrides what it does in another way. With `auxiliary`, the call returns
+    `(outputs, {name: weighted loss})`.
     """
 
     config: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if lacking := incomplete(cls):
+            raise UserError(f"got network {cls.__module__}:{cls.__qualname__}, {lacking}")
+        return super().__new__(cls)
 
     @nn.compact
     def __call__(
@@ -124,25 +132,35 @@ class Decoder(nn.Module):
         """The residual stream before the first block, from the embedded tokens (B, T, D)."""
         return layers.shard(x, "batch", "residual", None)
 
+    @abstractmethod
     def body(self, x: jax.Array, ctx: Context, cache: dict[str, Any] | None, train: bool) -> Body:
-        """x through all blocks and the last norm."""
+        """Apply all blocks and the last norm to x (B, T, D)."""
+
+    def losses(self, sums: Any) -> dict[str, jax.Array]:
+        """Weighted losses to add to the mean, from what all blocks gave beside the residual stream."""
+        return {}
+
+
+class BlockDecoder(Decoder):
+    """A decoder whose blocks are alike: one scan over stacked layers, and a norm behind them.
+
+    A family implements `blocks`, and overrides `norm` where it has another one.
+    """
+
+    @abstractmethod
+    def blocks(self, train: bool) -> tuple[Any, ...]:
+        """Return the class of the blocks, and what it takes beside the config; a block returns (x, (kv, sums))."""
+
+    def norm(self) -> Callable[[jax.Array], jax.Array]:
+        """Return the last norm."""
+        return layers.RMSNorm(self.config.norm_eps, name="norm")
+
+    def body(self, x: jax.Array, ctx: Context, cache: dict[str, Any] | None, train: bool) -> Body:
         c = self.config
         block, *given = self.blocks(train)
         stack = layers.scan_layers(block, c.layers, c.remat, c.unroll)(c, *given, name="layers")
         x, (kv, sums) = stack(x, None if cache is None else cache["layers"], ctx)
         return Body(layers.shard(self.norm()(x), "batch", "seq", None), {"layers": kv}, sums)
-
-    def blocks(self, train: bool) -> tuple[Any, ...]:
-        """The class of the blocks, and what it takes beside the config; a block returns (x, (kv, sums))."""
-        raise NotImplementedError
-
-    def norm(self) -> Callable[[jax.Array], jax.Array]:
-        """The last norm."""
-        return layers.RMSNorm(self.config.norm_eps, name="norm")
-
-    def losses(self, sums: Any) -> dict[str, jax.Array]:
-        """Weighted losses to add to the mean, from what all blocks gave beside the residual stream."""
-        return {}
 
 
 def output_table(c: Any, params: Params) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxmodels.fields import Depth, Dim, Dropped
 from jaxmodels.models import layers
 from jaxmodels.models.checks import divide
 from jaxmodels.models.config import ModelConfig
-from jaxmodels.models.decoder import Decoder
+from jaxmodels.models.decoder import BlockDecoder
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -90,7 +90,7 @@ class Block(nn.Module):
         return layers.shard(x, "batch", "residual", None), (kv, None)
 
 
-class GPT2(Decoder):
+class GPT2(BlockDecoder):
     """A decoder with learned positions, whose output layer is the embedding."""
 
     config: GPT2Config

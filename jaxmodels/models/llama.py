@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 
 from jaxmodels.models import layers
-from jaxmodels.models.decoder import Decoder, RotaryConfig, output_table
+from jaxmodels.models.decoder import BlockDecoder, RotaryConfig, output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -62,7 +62,7 @@ class Block(nn.Module):
         return layers.shard(x, "batch", "residual", None), (kv, None)
 
 
-class Llama(Decoder):
+class Llama(BlockDecoder):
     """A decoder with rotary positions."""
 
     config: LlamaConfig

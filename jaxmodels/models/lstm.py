@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,8 @@ from jaxmodels.models.model import Dtype, Family, Params
 @dataclass(frozen=True)
 class LSTMConfig(ModelConfig):
     """An LSTM; the defaults are the medium language model of Zaremba et al. 2014."""
+
+    stacked: ClassVar[bool] = False
 
     vocab_size: Dim = 10000
     """Rows of the embedding, and of a language model's output layer, which is a matrix of its own (V)."""
@@ -296,7 +298,7 @@ def _language_model(config: LSTMConfig) -> None:
     if config.classes is not None:
         raise UserError(
             f"got an LSTM with classes {config.classes}, expected a language model, "
-            "try --task classification or classes None"
+            "try --model.classes None, or a --task of classes"
         )
 
 

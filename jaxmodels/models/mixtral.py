@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Positive, Weight
 from jaxmodels.models import experts, layers
-from jaxmodels.models.decoder import Decoder, RotaryConfig, output_table
+from jaxmodels.models.decoder import BlockDecoder, RotaryConfig, output_table
 from jaxmodels.models.decoding import Context, KeyValues, empty_cache
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
@@ -157,7 +157,7 @@ class Block(nn.Module):
         return layers.shard(x + y, "batch", "residual", None), (kv, routed)
 
 
-class Mixtral(Decoder):
+class Mixtral(BlockDecoder):
     """A decoder whose blocks have experts; with `auxiliary` it gives the router's weighted losses beside its outputs.
 
     With `capacity`, places are counted in the tokens of a call: what is decoded token by token through a cache always

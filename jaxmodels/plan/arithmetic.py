@@ -11,15 +11,18 @@ import functools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxmodels.config import Config
+from jaxmodels.config import Config, Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.plan import roofline
 from jaxmodels.plan.roofline import Places, passes
 from jaxmodels.plan.topology import Topology
+
+if TYPE_CHECKING:  # jax is imported when a guess is made
+    from jaxmodels.train.job import Job
 
 KNOBS = {"remat": "none", "attention": "auto", "unroll": 1}
 """Fields that decide how a model is computed, and the behavior of a model without them."""
@@ -67,17 +70,13 @@ class Arithmetic:
     def __init__(self, cfg: Config, topology: Topology) -> None:
         import jax
 
-        from jaxmodels import tasks
         from jaxmodels.parallel import rules
-        from jaxmodels.tasks import flops
-        from jaxmodels.train import state as states
 
         self.cfg, self.topology = cfg, topology
-        self.task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train)
+        job = _job(cfg)
+        self.task, self.shapes = job.task, _unplaced(job.layout)
         self.updates = self.task.updates
         self.axes = self.task.axes()
-        optimizers = states.optimizers(cfg, self.task)
-        self.shapes = jax.eval_shape(lambda: states.init(self.task, optimizers, jax.random.key(0)))
         self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
         leaves = zip(jax.tree.leaves(self.shapes.params), _names(self.axes), strict=True)
         self.parameters = [(leaf.shape, names) for leaf, names in leaves]
@@ -88,7 +87,7 @@ class Arithmetic:
         self.width = 2 if getattr(cfg.model, "dtype", "float32") == "bfloat16" else 4
         self.layers = max([s[n.index("layers")] for s, n in self.parameters if "layers" in n], default=1)
         self.wide = self._sizes(lambda axes: rules.RULES["mlp"][0] in axes)
-        counted = flops.per_step(cfg.task, cfg.model, cfg.data)
+        counted = job.flops()
         self.model_flops, self.attention_flops = counted.model, counted.attention
         self.visible = counted.attention - counted.model + counted.visible
         self.rules = rules
@@ -152,15 +151,13 @@ class Arithmetic:
     def _trace(self, remat: str, kernel: str) -> Saved:
         import jax
 
-        from jaxmodels import tasks
-
         wanted = {"remat": remat, "attention": kernel}
         model = dataclasses.replace(self.cfg.model, **{k: v for k, v in wanted.items() if hasattr(self.cfg.model, k)})
-        task = tasks.build(self.cfg.task, model, self.cfg.data, self.cfg.train)
-        spec = self.task.batch_spec(_ROWS)
+        job = _job(dataclasses.replace(self.cfg, model=model))
+        spec = {name: jax.ShapeDtypeStruct((_ROWS, *x.shape[1:]), x.dtype) for name, x in job.batch.items()}
         found, hosted = [0.0, 0.0, 0.0, 0.0], 0.0
         given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.params, spec))}
-        for loss in task.losses:
+        for loss in job.task.losses:
 
             def residuals(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
                 def total(trained: Any) -> Any:
@@ -335,6 +332,22 @@ class Arithmetic:
         group = np.moveaxis(where, names.index(axis), 0).reshape(shape[names.index(axis)], -1)[:, 0]
         _, rate = Places(self.topology, dict(sizes), self.topology.coordinates()).link([group.tolist()])
         return rate * roofline.shares(self.topology.hardware)["link"]
+
+
+def _job(cfg: Config) -> Job:
+    """Assemble the job on one device: shapes are those of any mesh, which candidates differ in."""
+    import jax
+
+    from jaxmodels.train.job import assemble
+
+    return assemble(dataclasses.replace(cfg, mesh=Mesh()), jax.devices()[:1], opened=False)
+
+
+def _unplaced(tree: Any) -> Any:
+    """Shapes and dtypes without shardings."""
+    import jax
+
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 def _bytes(tree: Any) -> float:

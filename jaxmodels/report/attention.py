@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from jaxmodels.models.attention import recording
 from jaxmodels.report.pieces import Picture, Piece, blank, grid, length, pieces_of, pixels, show
 from jaxmodels.tasks.task import normalized
-from jaxmodels.train.saved import Evaluation
+from jaxmodels.train.saved import Evaluation, Run
 
 LOOKED_AT = 64
 GOOD_LENGTH, LONGEST = 14, 32
@@ -24,23 +24,24 @@ IMAGES, LAYERS, HEADS = 4, 8, 16
 """How many of each are shown at most."""
 
 
-def pieces(saved: Evaluation) -> list[Piece]:
+def pieces(evaluation: Evaluation) -> list[Piece]:
     """Map the attention of each layer (mean over heads) and of the last layer's heads, for one example; empty if
     none."""
-    if "model" not in saved.networks:
+    run = evaluation.run
+    if "model" not in run.networks:
         return []
-    batch, answers = saved.examples(0, LOOKED_AT), saved.config.task.answers
+    batch, answers = evaluation.examples(0, LOOKED_AT), run.config.task.answers
     if answers == "translation":
-        return cross(saved, batch)
+        return cross(evaluation, batch)
     if answers == "caption":
-        seen = of_images(saved, batch["images"], lambda x: saved.apply(x, None))
-        return seen + of_texts(saved, batch, "tokens", lambda tokens, **named: saved.apply(None, tokens, **named))
+        seen = of_images(run, batch["images"], lambda x: run.apply(x, None))
+        return seen + of_texts(evaluation, batch, "tokens", lambda tokens, **named: run.apply(None, tokens, **named))
     tokens = "tokens" if "tokens" in batch else "inputs"
     inputs = batch[tokens]
     if inputs.ndim == 4:
-        return of_images(saved, inputs, saved.apply) if hasattr(saved.model.config, "patch") else []
+        return of_images(run, inputs, run.apply) if hasattr(run.model.config, "patch") else []
     if inputs.ndim == 2 and inputs.dtype.kind in "iu":
-        return of_texts(saved, batch, tokens, saved.apply)
+        return of_texts(evaluation, batch, tokens, run.apply)
     return []
 
 
@@ -51,11 +52,11 @@ def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndar
     return kept
 
 
-def of_images(saved: Evaluation, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
+def of_images(run: Run, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
     """Show which patches the output draws on, overlaid on the images."""
-    config = saved.model.config
+    config = run.model.config
     inputs = inputs[:IMAGES]
-    kept = weights(apply, normalized(jnp.asarray(inputs), saved.config.data))
+    kept = weights(apply, normalized(jnp.asarray(inputs), run.config.data))
     height, width, _ = config.input_shape
     rows, columns = height // config.patch, width // config.patch
     token = kept[0].shape[-1] > rows * columns
@@ -110,7 +111,9 @@ def overlay(axis: Any, image: np.ndarray, heat: np.ndarray) -> None:
     blank(axis)
 
 
-def of_texts(saved: Evaluation, batch: dict[str, np.ndarray], tokens: str, apply: Callable[..., Any]) -> list[Piece]:
+def of_texts(
+    evaluation: Evaluation, batch: dict[str, np.ndarray], tokens: str, apply: Callable[..., Any]
+) -> list[Piece]:
     """Map tokens against tokens."""
     ids, segments = batch[tokens], batch.get("segment_ids")
     row, count = choose(ids, segments)
@@ -118,21 +121,22 @@ def of_texts(saved: Evaluation, batch: dict[str, np.ndarray], tokens: str, apply
     kept = [each[0, :, :count, :count] for each in weights(apply, ids[row : row + 1], **named)]
     if not kept:
         return []
-    return maps(kept, [pieces_of(saved.source.tokenizer, ids[row, :count])] * 2, "attention", "Attention")
+    return maps(kept, [pieces_of(evaluation.source.tokenizer, ids[row, :count])] * 2, "attention", "Attention")
 
 
-def cross(saved: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
+def cross(evaluation: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
     """Map a decoder's tokens against the source's."""
+    run = evaluation.run
     row, count = choose(batch["inputs"], batch.get("segment_ids"))
     named = {name: batch[name][row : row + 1] for name in ("segment_ids", "target_segment_ids") if name in batch}
     sources, targets = batch["inputs"][row], batch["targets"][row]
     segments = batch["target_segment_ids"][row] if "target_segment_ids" in batch else None
     written = length(segments, np.where(targets < 0, 0, targets), LONGEST)
-    kept = weights(saved.apply, sources[None], batch["tokens"][row][None], **named)
+    kept = weights(run.apply, sources[None], batch["tokens"][row][None], **named)
     # in order: the encoder's layers, the decoder's self-attention, the decoder's attention to the source
-    layers = saved.model.config.decoder_layers or saved.model.config.layers
+    layers = run.model.config.decoder_layers or run.model.config.layers
     kept = [each[0, :, :written, :count] for each in kept[-layers:]]
-    tokenizer = saved.source.tokenizer
+    tokenizer = evaluation.source.tokenizer
     labels = [pieces_of(tokenizer, targets[:written]), pieces_of(tokenizer, sources[:count])]
     return maps(
         kept, labels, "attention", "The decoder's attention to the source, as it predicts each token at the left"

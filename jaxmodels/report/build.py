@@ -33,14 +33,14 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
     opened: dict[str, Evaluation] = {}
     columns, closed = [], []
     for name, run in runs.items():
-        saved, why = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best, given))
+        evaluation, why = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best, given))
         if why:
             closed.append(Part((), name if several else "", f"Without the checkpoint: {why}"))
         values = None
-        if saved is not None:
-            opened[name] = saved
-            values, _ = attempt(f"the metrics of {name}", lambda saved=saved: evaluated(saved, split))
-        columns.append(summary.column(name, run, saved, curves.last(run) if values is None else values))
+        if evaluation is not None:
+            opened[name] = evaluation
+            values, _ = attempt(f"the metrics of {name}", lambda evaluation=evaluation: evaluated(evaluation, split))
+        columns.append(summary.column(name, run, evaluation, curves.last(run) if values is None else values))
     sections = [
         Section("Runs" if several else "Run", [part("what was run", lambda: summary.facts(columns)), *closed]),
         Section("Metrics", [part("the metrics", lambda: summary.results(columns))]),
@@ -53,9 +53,11 @@ def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: b
     for title, pieces in PARTS.items():
         parts = [
             part(
-                f"{title.lower()} of {name}", lambda saved=saved, pieces=pieces: pieces(saved), name if several else ""
+                f"{title.lower()} of {name}",
+                lambda evaluation=evaluation, pieces=pieces: pieces(evaluation),
+                name if several else "",
             )
-            for name, saved in opened.items()
+            for name, evaluation in opened.items()
         ]
         if parts := [each for each in parts if each.pieces or each.note]:
             sections.append(Section(title, parts))
@@ -70,12 +72,12 @@ def open_run(run: Path, best: bool, given: Mapping[str, Any]) -> Evaluation:
     return load_run(run, best=best).evaluation(given)
 
 
-def evaluated(saved: Evaluation, split: str | None) -> Mapping[str, float]:
+def evaluated(evaluation: Evaluation, split: str | None) -> Mapping[str, float]:
     """Return the metrics of the checkpoint: as training recorded them, or measured now if it did not."""
-    rows = saved.metrics if split is None else []
-    row = next((row for row in rows if row["step"] == saved.step), {})
+    rows = evaluation.run.metrics if split is None else []
+    row = next((row for row in rows if row["step"] == evaluation.run.step), {})
     found = {name: value for name, value in row.items() if name.startswith("eval/")}
-    return found or {f"eval/{name}": value for name, value in saved.measure().items()}
+    return found or {f"eval/{name}": value for name, value in evaluation.measure().items()}
 
 
 def attempt(what: str, make: Callable[[], Any]) -> tuple[Any, str]:

@@ -16,37 +16,39 @@ LISTED = 40
 """With more classes than this, cells have no numbers and axes no names."""
 
 
-def pieces(saved: Evaluation) -> list[Piece]:
+def pieces(evaluation: Evaluation) -> list[Piece]:
     """Draw the confusion matrix of a single-label classifier, and its most confident mistakes."""
-    if saved.config.task.answers != "class":
+    run = evaluation.run
+    if run.config.task.answers != "class":
         return []
-    labels, predicted, confidence = predictions(saved)
-    classes = saved.model.config.classes
+    labels, predicted, confidence = predictions(evaluation)
+    classes = run.model.config.classes
     found: list[Piece] = [
         Picture(
             "confusion",
-            draw(counts(labels, predicted, classes), [saved.class_name(i) for i in range(classes)]),
+            draw(counts(labels, predicted, classes), [evaluation.class_name(i) for i in range(classes)]),
             f"Each row holds the examples of one class, by predicted class. {len(labels):,} examples, "
             f"{np.mean(labels == predicted):.2%} of them right; shades are shares of a row.",
         )
     ]
     wrong = np.flatnonzero((labels != predicted) & (labels >= 0))
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:WORST]
-    return [*found, mistakes(saved, worst, labels, predicted, confidence)] if len(worst) else found
+    return [*found, mistakes(evaluation, worst, labels, predicted, confidence)] if len(worst) else found
 
 
-def predictions(saved: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def predictions(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return labels, predicted classes and their probabilities over the whole evaluation set, each (N,)."""
+    run = evaluation.run
 
     @jax.jit
     def choose(params: Any, inputs: Any, named: Any) -> tuple[jax.Array, jax.Array]:
-        shares = jax.nn.softmax(saved.apply(inputs, params=params, **named))
+        shares = jax.nn.softmax(run.apply(inputs, params=params, **named))
         return shares.argmax(-1), shares.max(-1)
 
     parts = []
-    for batch in saved.batches():
-        inputs, named = saved.inputs(batch)
-        parts.append((batch["labels"], *jax.device_get(choose(saved.params["model"], inputs, named))))
+    for batch in evaluation.batches():
+        inputs, named = run.inputs(batch)
+        parts.append((batch["labels"], *jax.device_get(choose(run.params["model"], inputs, named))))
     labels, predicted, confidence = (np.concatenate(each) for each in zip(*parts, strict=True))
     return labels, predicted, confidence
 
@@ -82,12 +84,13 @@ def draw(matrix: np.ndarray, names: list[str]) -> Figure:
 
 
 def mistakes(
-    saved: Evaluation, worst: np.ndarray, labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
+    evaluation: Evaluation, worst: np.ndarray, labels: np.ndarray, predicted: np.ndarray, confidence: np.ndarray
 ) -> Piece:
     """Show the examples at these indices, with their class and the prediction."""
-    batch = saved.source.batch(worst, np.zeros_like(worst))
+    batch = evaluation.source.batch(worst, np.zeros_like(worst))
     said = [
-        (saved.class_name(int(labels[i])), saved.class_name(int(predicted[i])), f"{confidence[i]:.1%}") for i in worst
+        (evaluation.class_name(int(labels[i])), evaluation.class_name(int(predicted[i])), f"{confidence[i]:.1%}")
+        for i in worst
     ]
     caption = "The mistakes that the model is most confident of."
     inputs = batch["inputs"]
@@ -102,11 +105,11 @@ def mistakes(
             axis.set_title(f"{true} → {wrong}\n{sure}", fontsize=8.5, parse_math=False)
         return Picture("mistakes", whole, caption + " Above each: true → predicted, and its confidence.")
     texts = (
-        [shortened(saved.source.texts[int(at)]) for at in worst.tolist()]
-        if len(saved.source.texts)
+        [shortened(evaluation.source.texts[int(at)]) for at in worst.tolist()]
+        if len(evaluation.source.texts)
         else numbers(inputs)
     )
-    head = ("text" if len(saved.source.texts) else "input", "true", "predicted", "confidence")
+    head = ("text" if len(evaluation.source.texts) else "input", "true", "predicted", "confidence")
     return Table(head, [(words, *each) for words, each in zip(texts, said, strict=True)], caption)
 
 

@@ -15,18 +15,19 @@ PAIRS = 30
 LOOKED_AT = 1000
 
 
-def pieces(saved: Evaluation) -> list[Piece]:
+def pieces(evaluation: Evaluation) -> list[Piece]:
     """Show a grid over two latents, and originals above their reconstructions."""
-    if (task := saved.task.autoencoder) is None:
+    run = evaluation.run
+    if (task := run.task.autoencoder) is None:
         return []
-    inputs = saved.examples(0, LOOKED_AT)["inputs"]
+    inputs = evaluation.examples(0, LOOKED_AT)["inputs"]
     images = pixels(inputs)
     seen = np.asarray(task.seen(jnp.asarray(images)))
-    outputs, mean, log_variance = saved.apply(jnp.asarray(seen))
+    outputs, mean, log_variance = run.apply(jnp.asarray(seen))
     size = mean.shape[-1]
     used = np.asarray(gaussian_kl(mean[..., None], log_variance[..., None]).mean(0))
     axes = (0, 1) if size == 2 else tuple(int(i) for i in np.argsort(-used)[:2])
-    decoded = np.asarray(task.shown(saved.apply(latents=jnp.asarray(codes(size, axes)))))
+    decoded = np.asarray(task.shown(run.apply(latents=jnp.asarray(codes(size, axes)))))
     caption = (
         f"{SIDE}×{SIDE} latent vectors at equal quantiles of the prior: "
         f"latent {axes[0]} grows to the right, latent {axes[-1]} upwards."

@@ -12,22 +12,23 @@ import numpy as np
 
 from jaxmodels.models.families import create
 from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, length, pieces_of, pixels, show
-from jaxmodels.train.saved import Evaluation
+from jaxmodels.train.saved import Evaluation, Run
 
 LOOKED_AT = 200
 IMAGES, TEXTS, LONGEST = 10, 8, 60
 
 
-def pieces(saved: Evaluation) -> list[Piece]:
+def pieces(evaluation: Evaluation) -> list[Piece]:
     """Show the contribution of each pixel or token to the logit of the predicted class."""
-    if saved.config.task.answers not in ("class", "classes"):
+    run = evaluation.run
+    if run.config.task.answers not in ("class", "classes"):
         return []
-    batch = saved.examples(0, LOOKED_AT)
+    batch = evaluation.examples(0, LOOKED_AT)
     inputs = batch["inputs"]
     if inputs.ndim == 4:
-        return [of_images(saved, batch)]
-    if inputs.ndim == 2 and inputs.dtype.kind in "iu" and "embed" in saved.params["model"]:
-        return [of_texts(saved, batch)]
+        return [of_images(evaluation, batch)]
+    if inputs.ndim == 2 and inputs.dtype.kind in "iu" and "embed" in run.params["model"]:
+        return [of_texts(evaluation, batch)]
     return []
 
 
@@ -46,10 +47,11 @@ def attribute(logits: Callable[[jax.Array], jax.Array], x: jax.Array) -> tuple[n
     return np.asarray(slope * x), np.asarray(found.argmax(-1)), np.asarray(jax.nn.softmax(found).max(-1))
 
 
-def of_images(saved: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
+def of_images(evaluation: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
     """Show images of different predicted classes, each with its map."""
-    x, named = saved.inputs(batch)
-    found, predicted, confidence = attribute(lambda x: saved.apply(x, **named), x)
+    run = evaluation.run
+    x, named = run.inputs(batch)
+    found, predicted, confidence = attribute(lambda x: run.apply(x, **named), x)
     _, first = np.unique(predicted, return_index=True)
     rows = np.sort(first)[:IMAGES]
     images = pixels(batch["inputs"])
@@ -60,7 +62,7 @@ def of_images(saved: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
     for i, row in enumerate(rows):
         left, right = axes.flat[2 * i], axes.flat[2 * i + 1]
         show(left, images[row])
-        left.set_title(saved.class_name(int(predicted[row])), fontsize=9, parse_math=False)
+        left.set_title(evaluation.class_name(int(predicted[row])), fontsize=9, parse_math=False)
         heat = found[row].sum(-1)
         limit = max(float(np.abs(heat).max()), 1e-12)
         right.imshow(heat, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -74,18 +76,21 @@ def of_images(saved: Evaluation, batch: dict[str, np.ndarray]) -> Picture:
     return Picture("saliency", figure, caption)
 
 
-def of_texts(saved: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
+def of_texts(evaluation: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
     """Show texts with a number for each token: the sum over its embedding."""
+    run = evaluation.run
     texts = []
     for row in range(min(TEXTS, len(batch["inputs"]))):
         ids = batch["inputs"][row]
         named = {name: batch[name][row : row + 1] for name in ("segment_ids", "types") if name in batch}
-        found, predicted, confidence = of_tokens(saved, ids, named)
+        found, predicted, confidence = of_tokens(run, ids, named)
         count = length(named["segment_ids"][0] if "segment_ids" in named else None, ids, LONGEST)
         found = found[:count]
-        true, chosen = saved.class_name(int(batch["labels"][row])), saved.class_name(predicted)
+        true, chosen = evaluation.class_name(int(batch["labels"][row])), evaluation.class_name(predicted)
         heading = f"predicted {chosen}, {confidence:.0%}; {'right' if true == chosen else 'it is ' + true}"
-        texts.append((heading, pieces_of(saved.source.tokenizer, ids[:count]), found / max(np.abs(found).max(), 1e-12)))
+        texts.append(
+            (heading, pieces_of(evaluation.source.tokenizer, ids[:count]), found / max(np.abs(found).max(), 1e-12))
+        )
     caption = (
         "Gradient × input of the predicted class, summed over each token's embedding: blue is evidence for it, red "
         "against it; the strongest token of each text has full color."
@@ -93,14 +98,14 @@ def of_texts(saved: Evaluation, batch: dict[str, np.ndarray]) -> Tokens:
     return Tokens(texts, caption)
 
 
-def of_tokens(saved: Evaluation, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndarray, int, float]:
+def of_tokens(run: Run, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndarray, int, float]:
     """Return gradient × input of each token (T,) of one text, the class and its probability.
 
     The model reads a vocabulary made of this text alone: row t of its embedding is the token at position t, so that
     each token has a separate gradient.
     """
-    model = create(dataclasses.replace(saved.model.config, vocab_size=len(ids)))
-    params = saved.params["model"]
+    model = create(dataclasses.replace(run.model.config, vocab_size=len(ids)))
+    params = run.params["model"]
     places = jnp.arange(len(ids))[None]
 
     def logits(rows: jax.Array) -> jax.Array:

@@ -15,10 +15,11 @@ SEED = 1
 """Seed of the fresh images; the images over time have other latents."""
 
 
-def pieces(saved: Evaluation) -> list[Piece]:
+def pieces(evaluation: Evaluation) -> list[Piece]:
     """Show samples from the same latents during training, and a grid of fresh ones."""
+    run = evaluation.run
     found: list[Piece] = []
-    moments = over_time(saved.directory / "samples", saved.step)
+    moments = over_time(run.directory / "samples", run.step)
     if moments:
         columns = min(len(moments), MOMENTS)
         figure, axes = grid(-(-len(moments) // columns), columns, 2.0, 2.3)
@@ -26,8 +27,8 @@ def pieces(saved: Evaluation) -> list[Piece]:
             show(axis, tile(images[:16], 4, 1))
             axis.set_title(f"step {step:,}", fontsize=10)
         found.append(Picture("samples", figure, "Images from the same latents at several steps."))
-    if saved.task.samples is not None and saved.task.autoencoder is None:  # a VAE's codes have a picture of their own
-        images = np.asarray(saved.task.samples(saved.params, saved.stats, SIDE * SIDE, SEED))
+    if run.task.samples is not None and run.task.autoencoder is None:  # a VAE's codes have a picture of their own
+        images = np.asarray(run.task.samples(run.params, run.stats, SIDE * SIDE, SEED))
         found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, unselected."))
     return found
 

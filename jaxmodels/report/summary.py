@@ -30,7 +30,7 @@ class Column:
     cfg: Config
     origin: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]]
-    saved: Evaluation | None
+    evaluation: Evaluation | None
     """The run with its evaluation data; None if its checkpoint or data are missing."""
     kept: Kept
     """Facts about the data that the run keeps, since the data may be gone."""
@@ -38,14 +38,14 @@ class Column:
     """Metrics of the evaluation."""
 
 
-def column(name: str, run: Path, saved: Evaluation | None, values: Mapping[str, float]) -> Column:
+def column(name: str, run: Path, evaluation: Evaluation | None, values: Mapping[str, float]) -> Column:
     """Collect the column of a run."""
     cfg, origin = configs.read(run)
     try:
         kept = read_kept(run)
     except UserError:  # damaged: the page does without it
         kept = Kept()
-    return Column(name, run, cfg, origin, metrics.read(run), saved, kept, values)
+    return Column(name, run, cfg, origin, metrics.read(run), evaluation, kept, values)
 
 
 def facts(columns: Sequence[Column]) -> list[Piece]:
@@ -65,7 +65,7 @@ def described(c: Column) -> dict[str, str]:
     """Describe one run in a few rows."""
     networks = tasks.build(c.cfg.task, c.cfg.model, c.cfg.data).networks
     sizes = [f"{model.count():,}" + (f" ({name})" if len(networks) > 1 else "") for name, model in networks.items()]
-    done = int(c.rows[-1]["step"]) if c.rows else c.saved.step if c.saved else None
+    done = int(c.rows[-1]["step"]) if c.rows else c.evaluation.run.step if c.evaluation else None
     steps = f"{'' if done is None else f'{done:,} of '}{c.cfg.train.steps:,}"
     minutes = training_minutes(c.rows)
     versions = ", ".join(f"{name} {version}" for name, version in c.origin.get("versions", {}).items())
@@ -75,10 +75,12 @@ def described(c: Column) -> dict[str, str]:
         "parameters": ", ".join(sizes),
         "task": c.cfg.task.kind,
         "trained on": c.kept.train or source,
-        "evaluated on": c.saved.source.describe() if c.saved else c.kept.eval or source,
+        "evaluated on": c.evaluation.source.describe() if c.evaluation else c.kept.eval or source,
         "steps": f"{steps}, batches of {c.cfg.data.batch_size}",
         "training": "not known" if minutes is None else f"{minutes:.1f} minutes of steps",
-        "checkpoint": f"step {c.saved.step:,}" if c.saved else "none that can be opened here with its data",
+        "checkpoint": f"step {c.evaluation.run.step:,}"
+        if c.evaluation
+        else "none that can be opened here with its data",
         "config": str(c.origin.get("file") or "not known"),
         "versions": versions or "not known",
         "commit": str(c.origin.get("commit") or "not known"),

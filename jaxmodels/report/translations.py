@@ -10,14 +10,15 @@ COUNT = 12
 BEAMS = 4
 
 
-def pieces(saved: Evaluation) -> list[Piece]:
+def pieces(evaluation: Evaluation) -> list[Piece]:
     """Tabulate source, reference and hypothesis of the first held-out pairs."""
-    tokenizer = saved.source.tokenizer
-    if saved.config.task.answers != "translation" or tokenizer is None:
+    run = evaluation.run
+    tokenizer = evaluation.source.tokenizer
+    if run.config.task.answers != "translation" or tokenizer is None:
         return []
     from jaxmodels.generate.translation import translate_texts
 
-    sources, references = (texts[:COUNT] for texts in data.open_pairs(saved.config.data, "eval"))
-    hypotheses = translate_texts(saved.model, saved.params["model"], tokenizer, sources, beams=BEAMS)
+    sources, references = (texts[:COUNT] for texts in data.open_pairs(run.config.data, "eval"))
+    hypotheses = translate_texts(run.model, run.params["model"], tokenizer, sources, beams=BEAMS)
     rows = list(zip(sources, references, hypotheses, strict=True))
     return [Table(("source", "reference", "hypothesis"), rows, f"The first held-out pairs; {BEAMS} beams.")]

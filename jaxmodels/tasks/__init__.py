@@ -9,9 +9,9 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.models.families import create
 from jaxmodels.models.kernels.quantized import Rule
 from jaxmodels.models.model import quantized
-from jaxmodels.tasks.task import TASKS, Aux, Loss, Sums, Task, TaskConfig
+from jaxmodels.tasks.task import TASKS, Aux, Loss, Sums, Task, TaskConfig, tasks_that_answer
 
-__all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "build"]
+__all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "build", "tasks_that_answer"]
 
 
 def build(task: TaskConfig, model: Any, data: DataConfig, train: Any = None, metrics: Sequence[str] = ()) -> Task:

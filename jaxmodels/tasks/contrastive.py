@@ -16,7 +16,6 @@ from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
-from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.layers import shard
 from jaxmodels.models.model import Model
 from jaxmodels.parallel.rules import REPLICAS
@@ -60,7 +59,7 @@ class Contrastive(TaskConfig):
         return examples.captioned(opening)
 
     def build(self, model: Model, data: DataConfig) -> Task:
-        if not isinstance(model.config, CLIPConfig):
+        if [len(x.shape) for x in model.inputs(1)] != [4, 2]:
             raise UserError(
                 f"got task contrastive with {type(model.config).__name__}, expected a model of images and texts, "
                 "try CLIPConfig or another --task"

@@ -16,7 +16,6 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Natural, Range
-from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.task import (
@@ -58,8 +57,8 @@ class MaskedLM(ScoredConfig):
 
     def build(self, model: Model, data: DataConfig) -> Task:
         config = model.config
-        if not isinstance(config, BERTConfig) or config.head != "masked_lm":
-            head = f" with head {config.head}" if isinstance(config, BERTConfig) else ""
+        if getattr(config, "head", None) != "masked_lm":
+            head = f" with head {config.head}" if hasattr(config, "head") else ""
             raise UserError(
                 f"got task masked_lm with {type(config).__name__}{head}, expected an encoder that gives logits of each "
                 "token, try BERTConfig with head masked_lm or another --task"

@@ -208,6 +208,19 @@ Answers = Literal["", "class", "classes", "caption", "continuation", "translatio
 its translation; the masked tokens; nothing."""
 
 
+def tasks_that_answer(*answers: Answers) -> str:
+    """Name the tasks whose models predict one of these, such as "causal_lm or seq2seq", for a message."""
+    found = []
+    for name in TASKS.names():
+        try:
+            kind = TASKS.find(name)
+            answer = kind.answers if isinstance(kind.answers, str) else kind().answers  # it may depend on a field
+        except (UserError, TypeError):  # of another package: it cannot be imported, or has a field without a default
+            continue
+        found += [name] * (answer in answers)
+    return " or ".join(found)
+
+
 @dataclass(frozen=True)
 class TaskConfig(Section, section="task", kinds=TASKS):
     """What a model is trained to do. Your own task derives from this class and implements `build` and `examples`."""

@@ -18,9 +18,7 @@ from jaxmodels.data import special
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load, pixels
 from jaxmodels.hf.load import described
-from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.families import family_of
-from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train.arrays import named_leaves, nest
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import Job
@@ -107,17 +105,14 @@ def check_same_model(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
             f"got init.source {source} with a {type(other).__name__}, expected a {type(model).__name__}, "
             "try another --init.source"
         )
-    pooled = any("/pooler/" in name for name in kept)
-    wrong = {}
+    idle, wrong = model.idle(kept), {}
     for name, ours in flat_fields(model).items():
         theirs = flat_fields(other)[name]
-        told = name in SHAPED and not (name == "layers" and isinstance(model, LSTMConfig))  # its layers are not stacked
-        if ours == theirs or name in FREE or told:
+        told = name in SHAPED and (name != "layers" or model.stacked)
+        if ours == theirs or name in FREE or name in idle or told:
             continue
         if name == "input_shape" and (math.prod(ours) != math.prod(theirs) or ours[-1] != theirs[-1]):
             continue  # shows in the parameters' shapes, or does not affect them
-        if name == "pool" and isinstance(model, BERTConfig) and not pooled:
-            continue
         wrong[name] = (ours, theirs)
     if wrong:
         differ = ", ".join(f"model.{name} {ours!r} for {theirs!r}" for name, (ours, theirs) in wrong.items())

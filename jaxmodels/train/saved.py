@@ -100,7 +100,7 @@ class Run:
     stats: dict[str, Any]
     """Batch statistics of the networks that have them."""
     step: int
-    meta: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    meta: Mapping[str, Any] = field(default_factory=dict)
     """What was saved with the checkpoint besides its arrays."""
 
     @property
@@ -160,15 +160,16 @@ class Run:
         named = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
         return normalized(jax.numpy.asarray(batch["inputs"]), self.config.data), named
 
-    def evaluation(self, data: Mapping[str, Any] | None = None) -> Evaluation:
-        """Open the data that the run was evaluated on, or other data: `data` gives the fields of the section to change.
+    def evaluation(self, data: Mapping[str, Any] | None = None, *, kind: str | None = None) -> Evaluation:
+        """Open the data that the run was evaluated on, or other data: `data` gives the fields of the section to change,
+        and `kind` names another kind of section.
 
         Classes are always those that the run was trained on, and text is read by the run's own tokenizer.
 
         Raises:
             UserError: the data are not here or do not fit the run.
         """
-        return _evaluation(self, data or {})
+        return _evaluation(self, data or {}, kind)
 
 
 def load_run(directory: str | Path, *, best: bool = False) -> Run:
@@ -212,30 +213,33 @@ def _task(cfg: Config) -> Task:
 
 
 @dataclass(frozen=True)
-class Evaluation(Run):
-    """A run with the examples to evaluate it on; see `Run.evaluation`."""
+class Evaluation:
+    """A run beside the examples to evaluate it on; see `Run.evaluation`."""
 
+    run: Run
+    """The run, whose config names these data."""
     source: data.Source
 
     def measure(self) -> dict[str, float]:
         """Compute the metrics of the whole evaluation set."""
         where = mesh.make_mesh(Mesh())
         everywhere = NamedSharding(where, PartitionSpec())
-        params, stats = jax.device_put((self.params, self.stats), everywhere)
-        found = evaluate.build_evaluate(self.task, where, classes=self.source.class_names, groups=self.source.groups)
-        progress.phase("evaluation", self.step)
+        params, stats = jax.device_put((self.run.params, self.run.stats), everywhere)
+        task, source = self.run.task, self.source
+        found = evaluate.build_evaluate(task, where, classes=source.class_names, groups=source.groups)
+        progress.phase("evaluation", self.run.step)
         try:
             return found(params, stats, self._loader(where).once()) or {}
         finally:
             progress.phase("idle")
 
     def _loader(self, where: jax.sharding.Mesh) -> data.Loader:
-        size = self.config.eval.batch_size or self.config.data.batch_size
-        if self.task.whole is None:  # otherwise pairs are compared, including those with padding rows
+        size = self.run.config.eval.batch_size or self.run.config.data.batch_size
+        if self.run.task.whole is None:  # otherwise pairs are compared, including those with padding rows
             size = -(-size // where.size) * where.size
-        shardings = self.task.shardings(where, data.spec(self.source, size))
-        order = data.Order(len(self.source), size, self.config.train.seed)
-        return data.Loader(self.source, order, shardings, prefetch=self.config.data.prefetch)
+        shardings = self.run.task.shardings(where, data.spec(self.source, size))
+        order = data.Order(len(self.source), size, self.run.config.train.seed)
+        return data.Loader(self.source, order, shardings, prefetch=self.run.config.data.prefetch)
 
     def examples(self, first: int, last: int) -> dict[str, np.ndarray]:
         """Return the examples from `first` to `last`, or to the end of the data, as a batch."""
@@ -244,30 +248,31 @@ class Evaluation(Run):
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """Yield all examples in order; the last batch may be smaller."""
-        size = self.config.eval.batch_size or self.config.data.batch_size
+        size = self.run.config.eval.batch_size or self.run.config.data.batch_size
         last = len(self.source)
-        if self.config.eval.batches is not None:
-            last = min(last, self.config.eval.batches * size)
+        if self.run.config.eval.batches is not None:
+            last = min(last, self.run.config.eval.batches * size)
         for first in range(0, last, size):
             yield self.examples(first, min(first + size, last))
 
     def class_name(self, index: int) -> str:
+        """The name of a class in these data, or its number."""
         names = self.source.class_names
         return names[index] if index < len(names) else str(index)
 
 
-def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
-    task, section = run.task, evaluation_data(run, given)
+def _evaluation(run: Run, given: Mapping[str, Any], kind: str | None) -> Evaluation:
+    task, section = run.task, evaluation_data(run, given, kind)
     cfg = dataclasses.replace(run.config, data=section)
     try:
         source = data.open_for(cfg, "eval", task.fields, run.kept.classes)
     except UserError as error:
-        if given:
+        if given or kind:
             raise
         raise UserError(f"{error}, or other data than the run's own with {section.instead}") from error
     check_batch(task.fields, data.spec(source, section.batch_size))
     names = source.class_names
-    if given and names and not run.kept.classes and names != tuple(map(str, range(len(names)))):
+    if (given or kind) and names and not run.kept.classes and names != tuple(map(str, range(len(names)))):
         log.warning(
             "%s does not name its classes, so those of %s are taken for 0 to %s in this order: %s",
             run.directory,
@@ -275,33 +280,32 @@ def _evaluation(run: Run, given: Mapping[str, Any]) -> Evaluation:
             len(names) - 1,
             ", ".join(names[:10]) + (", ..." if len(names) > 10 else ""),
         )
-    known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
-    return Evaluation(**{**known, "config": cfg}, source=source)
+    return Evaluation(dataclasses.replace(run, config=cfg), source)
 
 
-def evaluation_data(run: Run, given: Mapping[str, Any]) -> DataConfig:
-    """Return a run's section `data`, changed to evaluate on other data; `source` names another kind.
+def evaluation_data(run: Run, given: Mapping[str, Any], kind: str | None = None) -> DataConfig:
+    """Return a run's section `data`, changed to evaluate on other data, or on data of another kind.
 
     Raises:
         UserError: such data have no such field.
     """
     own, answers = run.config.data, run.config.task.answers
-    fields = {name: value for name, value in given.items() if name != "source"}
-    section = own.of_kind(given["source"]) if given.get("source", own.kind) != own.kind else own
+    fields = dict(given)
+    section = own if kind in (None, own.kind) else own.of_kind(kind)
     known = {field.name for field in dataclasses.fields(section)}
     if wrong := [name for name in fields if name not in known]:
         raise UserError(
             f"got {_flag(wrong[0])} {_shown(fields[wrong[0]])} for data {section.kind}, which has no such field, "
             f"expected a field of that kind of data, try {section.instead}"
         )
-    if not own.real and not given and imported(run.directory, run.kept):
-        kind = "table" if answers in ("class", "classes", "translation") else "text"
+    if not own.real and not (given or kind) and imported(run.directory, run.kept):
+        wanted = "table" if answers in ("class", "classes", "translation") else "text"
         reads = run.tokenizer is not None and answers != "caption"
         texts = reads or answers in ("translation", "continuation", "gaps")
         captions = " --data.captions 'a photo of a {label}'" if answers == "caption" else ""
         raise UserError(
             f"got {run.directory}, an imported model without data of its own, expected data to evaluate on, "
-            f"try --data {f'{kind} --data.path FILE' if texts else f'images --data.path FOLDER{captions}'}"
+            f"try --data {f'{wanted} --data.path FILE' if texts else f'images --data.path FOLDER{captions}'}"
         )
     if run.tokenizer is not None and "tokenizer" in known:
         fields["tokenizer"] = str(run.directory)

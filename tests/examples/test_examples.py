@@ -149,6 +149,48 @@ def test_options_take_kinds_from_outside(folder, capsys):
     assert "Regression" in capsys.readouterr().err
 
 
+PROBES = '''
+from dataclasses import dataclass
+from typing import Literal
+
+from own_source import Lines, Readings
+
+
+@dataclass(frozen=True)
+class Probes(Readings):
+    first: int = 1
+    """The first line to read."""
+    order: Literal["up", "down"] = "up"
+    """Which way to read."""
+
+    def records(self, split):
+        lines = list(enumerate(open(self.path).read().splitlines(), 1))[self.first - 1 :]
+        return Lines(self.path, lines[:: 1 if self.order == "up" else -1])
+'''
+
+
+def test_eval_takes_the_fields_that_only_a_source_from_outside_has(folder, capsys, monkeypatch, tmp_path):
+    (tmp_path / "probes.py").write_text(PROBES)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "more.txt").write_text("".join(f"{i},1,2,{'high' if i % 2 else 'low'}\n" for i in range(20)))
+    more = ["--data.path", str(tmp_path / "more.txt")]
+    assert main(["eval", "runs/sensor", *more]) == 0  # the run's own kind
+    assert "4 arrays" in (said := capsys.readouterr().out) and "more.txt" in said
+    probes = ["eval", "--data", "probes:Probes", *more, "runs/sensor"]
+    assert main([*probes, "--data.first", "6", "--data.order", "down"]) == 0
+    assert "15 arrays" in capsys.readouterr().out
+    for wrong, hint in (
+        (["--data.first", "six"], "got --data.first 'six', expected INT"),
+        (["--data.order", "dwn"], "expected one of up, down"),
+        (["--data.frist", "6"], "did you mean '--data.first'?"),
+        (["--data.name", "mnist"], "got --data.name 'mnist' for data probes:Probes, which has no such field"),
+    ):
+        assert main([*probes, *wrong]) == 2
+        assert hint in capsys.readouterr().err
+    assert main([*probes, "--help"]) == 0
+    assert "The first line to read." in capsys.readouterr().out
+
+
 def test_another_process_finds_them_or_says_what_is_missing(folder):
     done = in_another_process(folder, "eval", "runs/sensor")
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import pytest
 import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.models import flops
+from jaxmodels.models.decoder import BlockDecoder, Decoder
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.rotary import RopeScaling, rotary_frequencies, rotate
@@ -319,3 +320,16 @@ def test_rotation_turns_each_pair_by_its_angle_and_scores_see_distances_only():
     close(turned(q, 7), np.concatenate([expected.real, expected.imag]), 1e-5)
     assert turned(q, 11) @ turned(k, 4) == pytest.approx(turned(q, 107) @ turned(k, 100), abs=1e-4)
     assert turned(q, 11) @ turned(k, 4) != pytest.approx(turned(q, 12) @ turned(k, 4), abs=1e-3)
+
+
+def test_an_unfinished_decoder_is_refused_with_what_it_lacks():
+    class Unfinished(BlockDecoder):
+        """A decoder without blocks."""
+
+    class Bare(Decoder):
+        """A decoder without a body."""
+
+    with pytest.raises(UserError, match=r"Unfinished, which has no method blocks, .* try def blocks\(self, train\)"):
+        Unfinished(None)
+    with pytest.raises(UserError, match=r"Bare, which has no method body, .*try def body\(self, x, ctx, "):
+        Bare(config=None)

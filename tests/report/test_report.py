@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -24,7 +25,7 @@ from jaxmodels.report import attention, build, confusion, curves, latents, page,
 from jaxmodels.report.pieces import Picture, tile
 from jaxmodels.report.pieces import Table as Cells
 from jaxmodels.train import run as runs
-from jaxmodels.train.saved import Evaluation, load_run
+from jaxmodels.train.saved import Evaluation, Run, load_run
 from tests.sections import task_of
 from tests.zoo import ZOO, arrays, example
 
@@ -198,7 +199,7 @@ def test_confusion_is_that_of_scikit_learn(trained):
     found = confusion.counts(labels, predicted, 10)
     np.testing.assert_array_equal(found, confusion_matrix(labels, predicted, labels=range(10)))
     np.testing.assert_allclose(
-        accuracy_score(labels, predicted), curves.last(saved.directory)["eval/accuracy"], atol=1e-6
+        accuracy_score(labels, predicted), curves.last(saved.run.directory)["eval/accuracy"], atol=1e-6
     )
     assert confusion.counts(np.array([-1, 1]), np.array([0, 0]), 2).tolist() == [[0, 0], [1, 0]], "-1 is no label"
 
@@ -229,7 +230,7 @@ def stand_in(name, params):
     task, config = ZOO[name]
     cfg = SimpleNamespace(task=task_of(task))
     source = SimpleNamespace(tokenizer=None)
-    return Evaluation(None, cfg, {"model": create(config)}, {"model": params}, {}, 0, source=source)
+    return Evaluation(Run(Path(), cfg, {"model": create(config)}, {"model": params}, {}, 0), source)
 
 
 @pytest.mark.parametrize("name", ["bert-classifier", "lstm-both-ways"])
@@ -238,7 +239,7 @@ def test_tokens_have_a_saliency_each_that_adds_up_to_that_of_the_embedding(name)
     params = arrays(model)
     ids = np.array([3, 7, 3, 9, 3, 7], np.int32)
     named = {"segment_ids": np.ones((1, 6), np.int32)}
-    found, predicted, _ = saliency.of_tokens(stand_in(name, params), ids, named)
+    found, predicted, _ = saliency.of_tokens(stand_in(name, params).run, ids, named)
 
     def logit(table):
         return model.apply({**params, "embed": {"w": table}}, ids[None], **named)[0, predicted]

@@ -175,7 +175,7 @@ def lines(run):
 
 def test_a_run_opened_again_measures_what_it_measured(run_of):
     opened = load_run(run_of / "classifier").evaluation()
-    assert opened.step == 2
+    assert opened.run.step == 2
     last = {name: value for name, value in lines(run_of / "classifier")[-1].items() if name.startswith("eval/")}
     found = {f"eval/{name}": value for name, value in opened.measure().items()}
     assert len(last) > 5 and last == pytest.approx({name: found[name] for name in last}, rel=1e-5)
@@ -226,7 +226,7 @@ def test_images_are_judged_by_a_classifier_on_the_command_line(run_of, tmp_path,
 
 def test_what_cannot_judge_or_be_judged_is_refused(run_of):
     opened = {name: load_run(run_of / name) for name in ("classifier", "vae")}
-    with pytest.raises(UserError, match="got --classifier for a run of task classification, expected a vae or a gan"):
+    with pytest.raises(UserError, match="got --classifier for a run of task classification, expected one whose model"):
         judge.judge_images(opened["classifier"], run_of / "classifier")
     with pytest.raises(UserError, match="got classifier .* of task vae, expected classification, try"):
         judge.judge_images(opened["vae"], run_of / "vae")
