@@ -208,5 +208,6 @@ def _one_line(message: str, prog: str) -> str:
     if own := re.match(r"Error parsing \w+: (got .*)", text):  # from a section's own check
         return own[1]
     if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
-        return f"got {wrong[1]} {wrong[2]}, expected {wrong[3].removeprefix('{None}|')}, try {_help(prog, wrong[1])}"
+        kind = re.sub(r"^\{None\}\|(.*)", r"\1 or None", wrong[3])
+        return f"got {wrong[1]} {wrong[2]}, expected {kind}, try {_help(prog, wrong[1])}"
     return f"got {text}, try {prog} --help" if text else message
