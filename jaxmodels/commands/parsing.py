@@ -195,8 +195,10 @@ def _one_line(message: str, prog: str) -> str:
     text = " ".join(lines)
     if choice := re.match(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)", text):
         got, option, names = choice.groups()
-        names = names.replace("'", "")
-        return f"got {option} {got!r}, expected one of {names}{nearest(got, names.split(', '))}"
+        known = names.replace("'", "").split(", ")
+        if "None" in known:  # tyro lists these in an order that differs from process to process
+            known = [*sorted(name for name in known if name != "None"), "None"]
+        return f"got {option} {got!r}, expected one of {', '.join(known)}{nearest(got, known)}"
     if missing := re.match(r"Missing from .*?: (.*)", text):
         wanted, _, unknown = missing[1].partition("Unrecognized options:")
         parts = [part.strip().rstrip(".") for part in wanted.split("(required)")[:-1]]

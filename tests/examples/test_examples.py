@@ -181,7 +181,7 @@ def test_eval_takes_the_fields_that_only_a_source_from_outside_has(folder, capsy
     assert "15 arrays" in capsys.readouterr().out
     for wrong, hint in (
         (["--data.first", "six"], "got --data.first 'six', expected INT or None"),
-        (["--data.order", "dwn"], "expected one of down, None, up"),
+        (["--data.order", "dwn"], "expected one of down, up, None"),
         (["--data.frist", "6"], "did you mean '--data.first'?"),
         (["--data.name", "mnist"], "got --data.name 'mnist' for data probes:Probes, which has no such field"),
     ):
