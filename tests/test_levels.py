@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 LEVELS = (
-    "errors fields registry launch.events",
+    "errors fields registry parts launch.events",
     "parallel",
     "models",
     "data",

@@ -13,6 +13,7 @@ from jaxmodels.config import DataConfig
 from jaxmodels.data import special
 from jaxmodels.errors import check_place
 from jaxmodels.fields import Section
+from jaxmodels.parts import MARK, filled
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,16 @@ def write(data: DataConfig, out: Path) -> None:
 def together(out: Path) -> Iterator[Path]:
     """A folder to write into, whose files come into `out` once all are there: no tokens beside another tokenizer."""
     new, part = not out.exists(), out / ".part"
-    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if not (part / special.FILE).exists():
-            (out / special.FILE).unlink(missing_ok=True)
-        for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".bin"):
-            file.replace(out / file.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if new:
-            with contextlib.suppress(OSError):  # not empty
-                out.rmdir()
+    with filled(part, out):
+        try:
+            yield part
+            if not (part / special.FILE).exists():
+                (out / special.FILE).unlink(missing_ok=True)
+            for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".bin"):
+                if file.name != MARK:
+                    file.replace(out / file.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            if new:
+                with contextlib.suppress(OSError):  # not empty
+                    out.rmdir()

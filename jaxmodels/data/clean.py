@@ -22,6 +22,7 @@ from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import TABLES, open_file, shown
 from jaxmodels.errors import UserError, check_place, nearest
 from jaxmodels.fields import Natural, Section, Share
+from jaxmodels.parts import locked
 
 _AT_ONCE = 512
 _EXAMPLES = 3
@@ -312,15 +313,16 @@ def clean(paths: Sequence[str], out: Path, text_field: str, lines: bool, rules: 
     out.parent.mkdir(parents=True, exist_ok=True)
     check_place(out, "--out")
     part, report = out.with_name(out.name + ".part"), Report()
-    try:
-        with part.open("w+b") as file:
-            duplicates = Duplicates(rules, file, text_field)
-            texts = read(files, text_field, lines)
-            while chunk := list(islice(texts, _AT_ONCE)):
-                _sift(chunk, rules, duplicates, report, file, text_field)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    with locked(part, out):
+        try:
+            with part.open("w+b") as file:
+                duplicates = Duplicates(rules, file, text_field)
+                texts = read(files, text_field, lines)
+                while chunk := list(islice(texts, _AT_ONCE)):
+                    _sift(chunk, rules, duplicates, report, file, text_field)
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)
     facts = {"inputs": [str(f) for f in files], "rules": dataclasses.asdict(rules), **report.facts()}
     beside(out).write_bytes(_encoded(facts, indent=1))
     return report

@@ -18,11 +18,10 @@ from jaxmodels.hf import files
 from jaxmodels.hf.load import flatten, leaves_of
 from jaxmodels.models.families import family_of
 from jaxmodels.models.model import Model
+from jaxmodels.parts import MARK, filled
 
 SHARD = 5_000_000_000
 """The largest file of weights in bytes, as in transformers."""
-MARK = ".jaxmodels-part"
-"""A file that marks a folder as still being written."""
 OVERRIDE = ("id2label", "label2id", *special.NAMES)
 """Settings in which `more` of `save_pretrained` takes precedence over the model's config."""
 
@@ -40,24 +39,20 @@ def complete(directory: Path) -> Iterator[Path]:
     if part.exists() and any(part.iterdir() if part.is_dir() else [part]) and not (part / MARK).is_file():
         raise UserError(f"got {part}, which is there already and no unfinished {directory.name}, try another directory")
     made = [folder for folder in (part.parent, *part.parent.parents) if not folder.exists()]
-    try:
-        if part.is_dir():
-            shutil.rmtree(part)  # left by a process that was killed
-        part.mkdir(parents=True)
-        (part / MARK).touch()
-    except OSError as error:
-        raise UserError(
-            f"got {directory}, which cannot be written ({error.strerror}), expected a place for a folder, try another"
-        ) from error
-    try:
-        yield part
-        (part / MARK).unlink()
-        part.rename(directory)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+    with filled(part, directory):
+        try:
+            yield part
+            try:
+                part.rename(directory)
+            except OSError as error:
+                raise UserError(f"got {directory}, which is there by now, expected no or an empty directory") from error
+            (directory / MARK).unlink()  # not before, or another process could take the folder for its own
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            for folder in made:
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+            raise
 
 
 def save_pretrained(
