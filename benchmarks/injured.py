@@ -32,7 +32,7 @@ def get_config():
         train=Train(steps={steps}, ema=0.99),
         eval=Eval(every=0, batches=1),
         checkpoint=Checkpoint(every={every}),
-        metrics=Metrics(progress="none", loggers=(), every=100),
+        metrics=Metrics(progress="plain", loggers=(), every=100),
     )
 """
 PLACE = """

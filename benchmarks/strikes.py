@@ -118,11 +118,17 @@ def fill_disk(job: Job, kind: str, rank: int) -> Found:
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(2**20))
-    missed = job.wait(lambda: job.said(r"checkpoint of step \d+ NOT saved: .*No space left on device", since))
+
+    def unsaved() -> list[dict[str, Any]]:
+        return [row for row in job.events("unsaved") if row["time"] > began]
+
+    # the event itself may not fit on the disk
+    line = r"checkpoint of step \d+ NOT saved: .*No space left on device"
+    missed = job.wait(lambda: job.said(line, since) or unsaved())
     seconds, saved = time.time() - began, job.saved()
     path.unlink()
-    good = missed and job.wait(lambda: job.saved() > saved and job.events("unsaved"))
-    rows = [row for row in job.events("unsaved") if row["time"] > began]
+    good = missed and job.wait(lambda: job.saved() > saved and unsaved())
+    rows = unsaved()
     if not (good and rows):
         return Found()
     return Found(kind if "No space left" in rows[0]["message"] else None, None, seconds, rows[0]["message"])
