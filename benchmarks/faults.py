@@ -79,7 +79,7 @@ def run(options: Options) -> None:
         try:
             wait(trials)
         except KeyboardInterrupt:
-            print("interrupted: each job has its present fault, and is compared", flush=True)
+            print("interrupted: each job ends its present fault, and is compared", flush=True)
             stop.set()
         found = [one.result() for one in trials]
     rows = [row for one in found for row in one.rows]
@@ -138,7 +138,8 @@ def injure(
         if not job.wait(job.trains):
             raise RuntimeError(f"it did not train\n{job.output()[-2000:]}")
         job.began = job.began or time.time()
-        stop.wait(rng.expovariate(1 / options.mean))
+        if stop.wait(rng.expovariate(1 / options.mean)):
+            return
         try:
             kind = kinds.popleft()
         except IndexError:
