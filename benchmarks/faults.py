@@ -137,7 +137,6 @@ def injure(
     while not stop.is_set():
         if not job.wait(job.trains):
             raise RuntimeError(f"it did not train\n{job.output()[-2000:]}")
-        job.began = job.began or time.time()
         if stop.wait(rng.expovariate(1 / options.mean)):
             return
         try:
@@ -240,12 +239,12 @@ def account(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
     if not pairs or not failures:
         return []
     step = statistics.fmean((a[name] - b[name]) / EVERY for b, a in pairs for name in ("step", "data")) * 2
-    # each save and each attempt's end has a line
-    blocked = found["seconds"]["save"] / max(1, len(every) - len({row["began"] for row in every}))
-    asked = {row["step"]: row["time"] for row in every}
-    ended = [row["time"] - asked[row["step"]] for row in job.events("saved") if row["step"] in asked] or [blocked]
+    saved, asked = job.events("saved", "unsaved"), {row["step"]: row["time"] for row in every}
+    blocked = found["seconds"]["save"] / max(1, len(saved))
+    ended = [row["time"] - asked[row["step"]] for row in saved if row["step"] in asked] or [blocked]
     pending = max(0.0, statistics.median(ended) - blocked)
-    began = job.began - found["began"]
+    first = every[0]
+    began = first["time"] - first["began"] - sum(first["seconds"][name] for name in ("step", "data", "save"))
     down = {name: sum(row["down"] for row in of) for name, of in (("failures", failures), ("stops", stops))}
     slower = sum(row["lasted"] * SLOWER / (SLOWER + step) for row in held)
     up = found["wall_seconds"] - began - sum(down.values())
@@ -254,7 +253,7 @@ def account(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
     expected = work / rates.goodput(interval)
     wall = began + expected + slower + sum(down.values())
     ends = wall - expected + np.percentile(rates.finish(work, interval), (5, 95))
-    share = (work + slower) / wall
+    share = work / wall
     gaps = {
         "of time": wall / found["wall_seconds"],
         "of goodput": share / found["goodput"],

@@ -64,12 +64,11 @@ class Job:
         self.orders.mkdir()
         own = {injury.FOLDER: str(self.orders), injury.PACE: str(pace), "XDG_CACHE_HOME": str(folder / "cache")}
         path = f"{folder / 'hook'}{os.pathsep}{record.ROOT}"
+        own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # its programs are small, and are compiled often
         self.environment = {**environment, **own, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
         self.directory = folder / "runs/launch" / name
         self.log = self.directory / "output.log"
         self.followed = folder / f"{name}.txt"
-        self.began = 0.0
-        """When it first trained."""
         self._steps: dict[int, int] = {}
         self._known: dict[tuple[str, str, bytes], dict[str, str] | None] = {}
 

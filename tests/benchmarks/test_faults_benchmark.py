@@ -135,7 +135,8 @@ def test_a_run_as_the_forecast_says_has_no_gap(tmp_path: Path) -> None:
             now += restart
     (tmp_path / "phases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "checkpoints" / str(first)).mkdir(parents=True)
-    job = SimpleNamespace(run=tmp_path, began=1e6, events=lambda *names: [])
+    saved = [{"step": EVERY * (i + 1), "time": 0.0} for i in range(3 * attempts)]
+    job = SimpleNamespace(run=tmp_path, events=lambda *names: saved)
     notes = account(job, failures)  # type: ignore[arg-type]
     (found,) = [note for note in notes if note.startswith("forecast against that")]
     gap = float(found.split()[3].rstrip("%"))
