@@ -152,7 +152,9 @@ def test_a_job_that_is_told_to_save_starts_again_and_ends(jobs, folder):
 def test_a_job_saves_before_its_time_limit_and_goes_on(jobs, folder):
     status = until(jobs["limit"], *ENDED)
     assert (status.state, status.restarts) == (State.DONE, 1)
-    assert list(jobs["limit"][0].logs(*jobs["limit"][1:])).count("saved") == 2
+    lines = list(jobs["limit"][0].logs(*jobs["limit"][1:]))
+    assert lines.count("saved") == 2
+    assert any(re.fullmatch(r"launch: told to save, \d+:\d\d before the time limit", line) for line in lines)
 
 
 def test_where_slurm_does_not_requeue_a_preempted_job_a_successor_goes_on(jobs, folder):
