@@ -56,8 +56,8 @@ class Trial:
     notes: list[str] = field(default_factory=list)
     saved: int = 0
     """Steps when it was told to stop."""
-    same: bool = False
-    """It had the bits of one that was left alone."""
+    same: bool | None = None
+    """It had the bits of one that was left alone; None: it was not compared."""
     left: list[str] = field(default_factory=list)
     """Processes that it left behind."""
 
@@ -206,7 +206,8 @@ def judge(trials: Sequence[Trial], options: Options) -> list[str]:
     lost = [row["lost"] for row in rows if row["lost"] is not None]
     stayed, left = sum(row["left"] for row in rows), sum(len(one.left) for one in trials)
     warned = sum(row["other_warnings"] for row in rows)
-    ends = [f"after {one.saved:,} steps {'the' if one.same else 'NOT the'} bits" for one in trials]
+    said = {True: "the bits", False: "NOT the bits", None: "bits that were not compared with those"}
+    ends = [f"after {one.saved:,} steps {said[one.same]}" for one in trials]
     short = [f"it ended after {len(rows)} of {options.faults} faults"] if len(rows) < options.faults else []
     return [
         *short,

@@ -32,7 +32,7 @@ def show(runs: Mapping[str, Path]) -> list[Piece]:
         rows = sorted(told, key=lambda row: row["time"])
         if rows:
             found.append(draw(name if len(runs) > 1 else "", rows))
-            if failures := [row for row in rows if row["event"] in ("failed", "slow")]:
+            if failures := [row for row in rows if row["event"] in ("failed", "slow", "unsaved")]:
                 found.append(table(rows[0]["time"], failures))
     return found
 
@@ -132,4 +132,4 @@ def table(began: float, rows: Sequence[Event]) -> Table:
         kind = str(row.get("kind", row["event"]))
         where = ["–" if row.get(name) is None else str(row[name]) for name in ("rank", "host", "phase", "step")]
         lines.append((f"{row['time'] - began:,.1f} s", kind, *where, slow[:300]))
-    return Table(head, lines, "Failures and what held up steps.")
+    return Table(head, lines, "Failures, what held up steps, and checkpoints that could not be saved.")

@@ -102,7 +102,7 @@ def test_the_record_counts_each_kind_and_what_was_wrong() -> None:
     shown = {row["fault"]: row for row in by_kind(rows)}
     assert (shown["killed"]["count"], shown["killed"]["right"]) == (2, 1)
     assert shown["killed"]["wrong"] == "1 died of rank 0" and shown["slow"]["wrong"] is None
-    notes = judge([Trial(rows, saved=90, same=True), Trial(saved=60)], Options(faults=5))
+    notes = judge([Trial(rows, saved=90, same=True), Trial(saved=60, same=False)], Options(faults=5))
     assert notes[:2] == [
         "it ended after 3 of 5 faults",
         "2 of 3 faults were named rightly, by kind and rank, within 30 s",

@@ -28,6 +28,7 @@ def story(run: Path) -> None:
             tell(60, "failed", rank=3, kind="killed", phase="step", step=34, message="killed by SIGKILL")
         if attempt == 1:
             tell(110, "slow", rank=5, kind="slow", factor=1.8, since=moment + 100, phase="step", step=38)
+            tell(120, "unsaved", rank=0, phase="save", step=40, message="No space left on device")
             tell(130, "failed", rank=4, kind="link", phase="step", step=55, message="node 1 has not been heard of")
     tell(260, "phase", rank=0, phase="evaluation", step=100)
     tell(290, "done", step=100)
@@ -45,7 +46,8 @@ def test_attempts_failures_and_what_was_slow_are_shown(tmp_path: Path) -> None:
     assert [np.min(line.get_ydata()) for line in above.lines if line.get_linestyle() == "-"] == [0, 20, 40]
     assert below.get_xlabel() == "minutes since the start"
     assert picture.caption == "3 attempts; the last event is: done."
-    assert [row[1:3] for row in table.rows] == [("killed", "3"), ("slow", "5"), ("link", "4")]
+    assert [row[1:3] for row in table.rows] == [("killed", "3"), ("slow", "5"), ("unsaved", "0"), ("link", "4")]
+    assert table.rows[2][-1] == "No space left on device"
     assert picture.png().startswith(b"\x89PNG")
 
 
