@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.launch.test_faults import two_ports
 from tests.quick import FLAGS
 
-STEPS, BATCH = 48, 8
+STEPS, BATCH = 80, 8
 # attempts with as many processes compile once
 CACHE = {"XDG_CACHE_HOME": "cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # The first attempt stops where it will be killed, after a checkpoint. The second one takes its time after some
@@ -157,4 +157,4 @@ def test_a_run_that_loses_a_node_and_gets_it_back_has_the_losses_and_examples_of
     runs.train(config.load(tmp_path / "spec.py"), tmp_path / "alone")
     alone, found = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert list(found.values()) == pytest.approx(list(alone.values()), abs=1e-5)
-    assert min(np.abs(np.diff(list(alone.values())))) > 1e-4, "another order of examples would not show"
+    assert np.median(np.abs(np.diff(list(alone.values())))) > 1e-3, "another order of examples would not show"
