@@ -1,4 +1,4 @@
-"""`jaxmodels doctor [PLACE]`: examine machines before a job, and name what is off."""
+"""`jaxmodels doctor [PLACE]`: examine machines before a job, and report faults."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def doctor(place: str = "", /, run_dir: Path = Path("runs"), mesh: Mesh = Mesh()
     """Examine this machine, or those of a place: versions, devices, memory, disk, clocks, ports and collectives.
 
     Args:
-        place: where to launch it, as `jaxmodels launch PLACE -- doctor` does; here alone when not given.
-        run_dir: where runs lie: the disk that is examined.
-        mesh: the mesh whose collectives are examined.
+        place: examine all machines of this place, as `jaxmodels launch PLACE -- doctor` does; default: this machine.
+        run_dir: directory of runs, whose disk is examined.
+        mesh: mesh whose collectives are examined.
     """
     if place:
         given = [f"--run-dir={run_dir}"]

@@ -9,10 +9,10 @@ from jaxmodels.errors import printable
 
 
 def goodput(run: Path, /, json: bool = False) -> None:
-    """Say how much of a run's time went into steps that it has kept, and where the rest went.
+    """Report how much of a run's time went into steps that were kept, and where the rest went.
 
     Args:
-        run: run directory; nothing else is asked.
+        run: run directory.
         json: print JSON instead of a table; times in seconds.
     """
     from jaxmodels.report.goodput import account, table

@@ -17,13 +17,13 @@ class LaunchOptions(Section):
     """How a job is submitted."""
 
     name: str | None = None
-    """Name of the job; of its command and the time when not given."""
+    """Name of the job; by default made from its command and the time."""
     dry_run: bool = False
-    """Print what would be submitted, and submit nothing."""
+    """Print what would be submitted without submitting it."""
 
 
 def launch(given: Placed, options: LaunchOptions) -> int:
-    """Submit a job; returns the exit code of one that the command stays with, else 0."""
+    """Submit a job; return its exit code if it runs in the foreground, else 0."""
     name = options.name or record.name_for(given.command)
     record.check_name(name)
     job = Job(name, given.command, record.JOBS / name, code.here())

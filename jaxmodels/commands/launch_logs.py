@@ -1,4 +1,4 @@
-"""`jaxmodels launch logs NAME`: what a job has printed."""
+"""`jaxmodels launch logs NAME`: the output of a job."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from jaxmodels.launch import record
 
 
 def logs(name: str, /, follow: bool = False) -> None:
-    """What a job has printed, line by line.
+    """Print the output of a job.
 
     Args:
         name: the job's name.
-        follow: go on until the job has ended.
+        follow: continue until the job has ended.
     """
     found = record.read(name)
     for line in found.place.logs(found.job, found.handle, follow):

@@ -1,4 +1,4 @@
-"""`jaxmodels launch status [NAME]`: how a job goes, or all of them."""
+"""`jaxmodels launch status [NAME]`: the state of one job, or of all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from jaxmodels.launch.place import State, Status
 
 
 def status(name: str | None = None, /) -> None:
-    """How a job goes, or all jobs that were submitted from this directory.
+    """Print the state of one job, or of all jobs that were submitted from this directory.
 
     Args:
-        name: the job's name, as `jaxmodels launch` has printed it.
+        name: the job's name, as `jaxmodels launch` printed it.
     """
     names = record.names() if name is None else [name]
     if not names:

@@ -1,4 +1,4 @@
-"""The arguments of `jaxmodels launch`: a place and its fields, and behind `--` the command that goes there."""
+"""The arguments of `jaxmodels launch`: a place and its fields, and after `--` the command to run there."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _EXAMPLE = "train configs/gpt_stdlib.py --mesh.fsdp 2"
 
 
 def placed(argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:
-    """The place named first in `argv`, overridden by the rest, what follows `--`, and a `more` of the options beside.
+    """Return the place named first in `argv`, overridden by its options, the command after `--`, and a `more` of the
+    other options.
 
     Raises:
-        UserError: no place named, an option that is wrong, or a command that cannot be launched.
+        UserError: no place is named, an option is wrong, or the command cannot be launched.
     """
     split = argv.index("--") if "--" in argv else len(argv)
     own, command = argv[:split], tuple(argv[split + 1 :])
@@ -53,7 +54,7 @@ def placed(argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:
 
 
 def _place(name: str) -> Place | type[Place]:
-    """The place of a file or a name; its class, where it has fields without a default."""
+    """Return the place that a file or a name stands for; its class, if it has fields without a default."""
     if name.endswith(".py") or "/" in name:
         return place_in(name)
     known = PLACES.names()
@@ -74,11 +75,11 @@ def _place(name: str) -> Place | type[Place]:
 
 
 def check(place: Place, command: Sequence[str]) -> None:
-    """Refuse before it goes what could be no job there.
+    """Check a command before it is submitted.
 
     Raises:
-        UserError: it is no command that can be launched; where it would wait before it runs, a config or an option
-            that is wrong.
+        UserError: it is no command that can be launched; or, at a place where it would wait in a queue, its config or
+            an option is wrong.
     """
     name = command[0]
     if name not in _COMMANDS:
@@ -86,7 +87,7 @@ def check(place: Place, command: Sequence[str]) -> None:
             f"got command {name!r} after --, expected one of {', '.join(_COMMANDS)}"
             f"{nearest(name, _COMMANDS) or f', try -- {_EXAMPLE}'}"
         )
-    inside = place.from_image and len(command) > 1 and not Path(command[1]).exists()  # a file of the image's
+    inside = place.from_image and len(command) > 1 and not Path(command[1]).exists()  # a file of the image
     if not place.stays and not inside and name != "benchmarks":
         commands.check(name, list(command[1:]))
 
@@ -110,17 +111,17 @@ def _help(prog: str) -> str:
        {prog} logs NAME [--follow]
        {prog} cancel NAME
 
-Run a command on many processes, which are watched and started again where that helps. COMMAND is one of
-{", ".join(_COMMANDS)}, with what it takes: -- {_EXAMPLE}
+Run a command on many processes, which are supervised and restarted after failures. COMMAND is one of
+{", ".join(_COMMANDS)}, with its arguments: -- {_EXAMPLE}
 
 places: a file with get_place(), a name, or package.module:Name
 {listed}
 
   --help after a place   its fields, each an option
-  --name NAME            name of the job; of its command and the time when not given
-  --dry-run              print what would be submitted, and submit nothing
+  --name NAME            name of the job; by default made from its command and the time
+  --dry-run              print what would be submitted without submitting it
 
-exit codes: 0 done (or handed over, where the place has a queue), 2 a mistake in what was asked, 75 stopped but saved
-(run it again), 1 anything else
+exit codes: 0 done (or submitted, if the place has a queue), 2 a mistake in what was asked, 75 stopped but saved (run it
+again), 1 anything else
 
   {prog} local --processes 2 -- {_EXAMPLE}"""

@@ -1,4 +1,4 @@
-"""What goes with a job: the code and the packages that it was submitted with."""
+"""The code and the packages that a job was submitted with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from jaxmodels.errors import UserError
 
 _MOST_NAMES = 50
-_RUNS = "runs"  # what commands write is no code
+_RUNS = "runs"  # output of commands, not code
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class Code:
     """The working directory and the environment that a job was submitted with."""
 
     directory: Path
-    """The directory from which the job was submitted, and where it runs unless an image has its own."""
+    """The directory from which the job was submitted, and in which it runs unless it runs from an image."""
     python: str
-    """The interpreter it was submitted with."""
+    """The interpreter that submitted it."""
     revision: str = ""
     """The commit of the directory; empty outside git."""
     changed: tuple[str, ...] = ()
-    """Files that are not as in that commit, or not in it."""
+    """Files that differ from that commit or are missing from it."""
     lock: tuple[str, ...] = ()
     """Versions of Python and of all installed packages, name==version, as `pip freeze` gives them."""
 
     def mark(self, name: str, lock_file: str) -> str:
-        """What a run records of the job that made it, as JSON for the environment variable JAXMODELS_JOB.
+        """Return what a run records about its job, as JSON for the environment variable JAXMODELS_JOB.
 
         Args:
             name: the job's name.
-            lock_file: where its lock lies, to which its nodes hold their packages; empty: nowhere.
+            lock_file: the file with the versions that its nodes must have; empty: none.
         """
         found = {"name": name, "revision": self.revision, "changed": self.changed[:_MOST_NAMES]}
         if len(self.changed) > _MOST_NAMES:
@@ -48,7 +48,7 @@ class Code:
         return json.dumps({**found, **({"lock": lock_file} if lock_file else {})})
 
     def notice(self) -> str:
-        """What is worth saying before the job goes: what is not committed. Empty: everything is."""
+        """Return a warning about changes that are not committed; empty if everything is."""
         if not self.revision:
             return f"{self.directory} is not under git: no revision of the code is recorded"
         if not self.changed:
@@ -58,7 +58,7 @@ class Code:
 
 
 def here(directory: Path | None = None) -> Code:
-    """The code and the packages of this process."""
+    """Return the code and the packages of this process."""
     directory = Path.cwd() if directory is None else directory.resolve()
     revision = _git(directory, "rev-parse", "HEAD").strip()
     changed: list[str] = []
@@ -75,7 +75,7 @@ def here(directory: Path | None = None) -> Code:
 
 
 def lock() -> tuple[str, ...]:
-    """Versions of Python and of every installed package, as `pip freeze` gives them."""
+    """Return the versions of Python and of every installed package, as `pip freeze` gives them."""
     found = {}
     for package in metadata.distributions():
         name = package.metadata["Name"]
@@ -85,10 +85,10 @@ def lock() -> tuple[str, ...]:
 
 
 def check(environ: Mapping[str, str]) -> None:
-    """Hold this machine to the lock of the job that it is part of, if there is one.
+    """Check that this machine has the package versions that its job was submitted with, if it recorded them.
 
     Raises:
-        UserError: a package has another version here, or is not installed.
+        UserError: a package has another version here or is not installed.
     """
     try:
         file = json.loads(environ.get("JAXMODELS_JOB", "{}")).get("lock", "")
@@ -107,7 +107,7 @@ def check(environ: Mapping[str, str]) -> None:
 
 
 def _origin(package: metadata.Distribution) -> str:
-    """The version of a package, or the place that it was installed from."""
+    """Return the version of a package, or where it was installed from."""
     try:
         direct = json.loads(package.read_text("direct_url.json") or "{}")
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a place to launch on is: it renders a job, submits it, and says how it goes, what it prints, and ends it."""
+"""The base class of places to launch on: a place renders, submits, reports on and cancels jobs."""
 
 from __future__ import annotations
 
@@ -35,51 +35,51 @@ LOCK = "lock.txt"
 
 @dataclass(frozen=True)
 class Job:
-    """One of our commands, as it goes to a place."""
+    """A command that is submitted to a place."""
 
     name: str
-    """Lower-case letters, digits and hyphens, at most 40, so that it is a name everywhere."""
+    """At most 40 lower-case letters, digits and hyphens, which every place accepts as a name."""
     command: tuple[str, ...]
-    """What follows `jaxmodels launch PLACE --`, such as train configs/gpt_stdlib.py --mesh.fsdp 8."""
+    """The arguments after `jaxmodels launch PLACE --`, such as train configs/gpt_stdlib.py --mesh.fsdp 8."""
     directory: Path
-    """Where its rendered files, its record and its output lie."""
+    """The directory of its rendered files, its record and its output."""
     code: Code
 
     def started(self, handle: str) -> None:
-        """Note the handle of a job that runs in the foreground, for `status` and `cancel` from another terminal."""
+        """Record the handle of a foreground job, so that `status` and `cancel` work from another terminal."""
         write(self.directory / "handle", handle)
 
 
 class State(enum.StrEnum):
-    """Where a job is on its way."""
+    """The state of a job."""
 
     WAITING = "waiting"
-    """The place has not begun it."""
+    """The place has not started it."""
     STARTING = "starting"
     RUNNING = "running"
     SAVED = "saved"
-    """It stopped with all saved, and the same command goes on from there."""
+    """It saved a checkpoint and stopped; the same command continues from there."""
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
     GONE = "gone"
-    """The place knows nothing of it any more."""
+    """The place no longer knows it."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a job goes."""
+    """The state of a job, as its place reports it."""
 
     state: State
     detail: str = ""
-    """What the place says of it, in one line."""
+    """Details from the place, in one line."""
     code: int | None = None
     """The exit code of a job that has ended, where the place knows it."""
     restarts: int = 0
 
     @classmethod
     def ended(cls, code: int, restarts: int = 0) -> Status:
-        """The status of a job that ended with a code."""
+        """Return the status of a job that ended with this exit code."""
         states = {ExitCode.DONE: State.DONE, ExitCode.SAVED: State.SAVED}
         detail = "a mistake in what was asked" if code == ExitCode.MISTAKE else ""
         return cls(states.get(code, State.FAILED), detail, code, restarts)  # type: ignore[call-overload]
@@ -87,21 +87,21 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Place(Section, kinds=PLACES):
-    """Where jobs run. A kind of place has its own fields, and the five methods; it keeps nothing between calls."""
+    """Where jobs run. Each kind of place has its own fields and implements five methods; it keeps no state."""
 
     stays: ClassVar[bool] = False
-    """Whether `submit` stays until the job has ended, so that the command ends with the job's exit code."""
+    """Whether `submit` returns only when the job has ended, so that the command exits with the job's exit code."""
     from_image: ClassVar[bool] = False
-    """Whether a job runs in a container, which has its own files, and not in this directory."""
+    """Whether a job runs in a container with its own files instead of this directory."""
 
     restarts: Natural = 3
-    """Restarts without progress in between after which a job is given up."""
+    """How many restarts in a row may make no progress before the job is given up."""
     grace: Positive = 60.0
-    """Seconds that a job has to save when it is told to stop."""
+    """Seconds that a job has to save after it was told to stop."""
 
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:
-        """What would be submitted, as texts by the names of files; nothing else is submitted.
+        """Return everything that would be submitted: the texts of files, by their names.
 
         Raises:
             UserError: this place cannot run the job.
@@ -109,26 +109,26 @@ class Place(Section, kinds=PLACES):
 
     @abstractmethod
     def submit(self, job: Job) -> str:
-        """Start the job from what was rendered into its directory; returns what the place calls it.
+        """Submit the files that were rendered into the job's directory; return the handle by which the place knows it.
 
-        Signals wait until this is over, and then what it returns is cancelled; so it hands over once, and waits for
-        nothing, unless it stays in the foreground.
+        Signals are held back until this returns; after a signal the handle is cancelled. So a place submits once and
+        waits for nothing, unless the job runs in the foreground.
 
         Raises:
-            UserError: the place refused it; nothing of it is left there.
+            UserError: the place refused the job, and nothing of it remains there.
         """
 
     @abstractmethod
     def status(self, job: Job, handle: str) -> Status:
-        """How the job goes."""
+        """Return the state of the job."""
 
     @abstractmethod
     def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
-        """What the job has printed, line by line; with `follow`, until it ends."""
+        """Yield the lines that the job has printed; with `follow`, until it ends."""
 
     @abstractmethod
     def cancel(self, job: Job, handle: str) -> None:
-        """Tell the job to save and stop, as far as the place lets it."""
+        """Tell the job to save and stop, as far as the place supports that."""
 
     def supervisor(
         self,
@@ -140,16 +140,16 @@ class Place(Section, kinds=PLACES):
         python: str = "python",
         environment: Mapping[str, str] | None = None,
     ) -> list[str]:
-        """The command that starts and watches a node's ranks.
+        """Return the command that starts and supervises the ranks of a node.
 
         Args:
             job: the job.
             processes: ranks on this node.
-            devices: devices of each of them; None: as many as the node has for each.
+            devices: devices per rank; None: an equal share of the node's.
             platform: auto, cpu, gpu or tpu.
             more: further options of `python -m jaxmodels.launch.node`.
             python: the interpreter.
-            environment: variables that it gets beside those that are there.
+            environment: additional environment variables.
         """
         options = ["--processes", str(processes), *([] if devices is None else ["--devices", str(devices)])]
         options += ["--platform", platform, "--restarts", str(self.restarts), "--grace", f"{self.grace:g}", *more]
@@ -158,17 +158,17 @@ class Place(Section, kinds=PLACES):
         return ["env", *set_to, python, "-m", "jaxmodels.launch.node", *options, "--", *job.command]
 
     def locks(self, job: Job) -> str:
-        """The file with the versions that a job must find; empty for one from an image, which has its own."""
+        """Return the file with the package versions that the job requires; empty if it runs from an image."""
         return "" if self.from_image else str(job.directory.resolve() / LOCK)
 
 
 def call(command: Sequence[str], stdin: str = "", seconds: float = 60.0) -> str:
-    """What a program of a place (sbatch, kubectl, gcloud) prints.
+    """Run a place's client program (sbatch, kubectl, gcloud) and return its output.
 
-    It runs in a session of its own, so that Ctrl-C does not end it halfway.
+    It runs in its own session, so that Ctrl-C does not interrupt it.
 
     Raises:
-        UserError: it is not installed, it refuses, or it takes longer than `seconds`.
+        UserError: it is not installed, it fails, or it takes longer than `seconds`.
     """
     if shutil.which(command[0]) is None:
         raise UserError(
@@ -190,7 +190,7 @@ def call(command: Sequence[str], stdin: str = "", seconds: float = 60.0) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file atomically."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     os.replace(part, path)

@@ -1,4 +1,4 @@
-"""The record of a job that was submitted: what, where, with which code, and what the place calls it."""
+"""Records of submitted jobs: the command, the place, the code, and the handle by which the place knows the job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxmodels.launch.place import LOCK, PLACES, Job, Place, write
 from jaxmodels.registry import given_by
 
 JOBS = Path("runs/launch")
-"""Where jobs have their directories."""
+"""The directory that holds a directory for each job."""
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _FILE = "job.json"
 
@@ -34,11 +34,11 @@ class Record:
     place: Place
     job: Job
     handle: str
-    """What the place calls it; empty: the submission was cut off by the end of this machine's process."""
+    """The name by which the place knows it; empty: the process that submitted it was killed before it was known."""
 
 
 def name_for(command: tuple[str, ...], moment: float | None = None) -> str:
-    """A name for a job, of its command and the time: train-gpt-stdlib-1129-151200."""
+    """Make a job's name from its command and the time: train-gpt-stdlib-1129-151200."""
     words = [command[0], *(Path(word).stem for word in command[1:2] if not word.startswith("-"))]
     text = re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-")
     text = text if text[:1].isalpha() else f"job-{text}"
@@ -46,7 +46,7 @@ def name_for(command: tuple[str, ...], moment: float | None = None) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError where a name is not one that every place can take."""
+    """Raise UserError if some place could not accept this name."""
     if not _NAME.fullmatch(name):
         better = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].rstrip("-")
         raise UserError(
@@ -56,16 +56,16 @@ def check_name(name: str) -> None:
 
 
 def submit(place: Place, file: str, job: Job) -> Record:
-    """Submit a job, with a record of it in its directory; nothing is left of one that is interrupted or refused.
+    """Submit a job and write its record; nothing remains of a job that was interrupted or refused.
 
     Args:
-        place: where it goes.
-        file: the file that gave the place; empty where it was named.
-        job: what goes.
+        place: where the job is submitted.
+        file: the file that defines the place; empty if the place was named.
+        job: the job.
 
     Raises:
-        UserError: there is a job of that name, or the place refuses it.
-        KeyboardInterrupt: it was interrupted; what had been submitted is cancelled.
+        UserError: a job of that name exists, or the place refuses it.
+        KeyboardInterrupt: the submission was interrupted; what had been submitted is cancelled.
     """
     rendered = place.render(job)
     try:
@@ -94,14 +94,14 @@ def submit(place: Place, file: str, job: Job) -> Record:
                 raise KeyboardInterrupt
         return Record(place, job, handle)
     except BaseException:
-        if not (job.directory / "handle").exists():  # else there is something that the record is needed for
+        if not (job.directory / "handle").exists():  # otherwise the place has the job, and the record is needed
             shutil.rmtree(job.directory, ignore_errors=True)
         raise
 
 
 @contextlib.contextmanager
 def _held() -> Iterator[list[int]]:
-    """Keep signals back while something is handed over; a second one ends the wait."""
+    """Hold signals back during a submission; a second signal interrupts it."""
     signalled: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -132,16 +132,16 @@ def _described(place: Place, file: str, job: Job) -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """All jobs of this directory, the one submitted last at the end."""
+    """Return the names of all jobs submitted from this directory, the newest last."""
     files = sorted(JOBS.glob(f"*/{_FILE}"), key=lambda path: path.stat().st_mtime)
     return [path.parent.name for path in files]
 
 
 def read(name: str) -> Record:
-    """The record of a job.
+    """Read the record of a job.
 
     Raises:
-        UserError: there is none, or its place is not here any more.
+        UserError: there is no such job, or its place can no longer be found.
     """
     directory = JOBS / name
     if not (directory / _FILE).is_file():
@@ -165,10 +165,10 @@ def read(name: str) -> Record:
 
 
 def place_in(file: str | Path) -> Place:
-    """The place that a file's `get_place()` gives.
+    """Return the place that a file defines by `get_place()`.
 
     Raises:
-        UserError: it gives none.
+        UserError: the file defines none.
     """
     place = given_by(file, "place", "get_place", "a Place", f"place_{Path(file).stem}")
     if not isinstance(place, Place):
