@@ -1,1 +1,1 @@
-"""Launch: one job, on this machine or a cluster, started, watched and started again."""
+"""Launch: jobs of several processes, on this machine or a cluster, that are supervised and restarted."""

@@ -1,6 +1,6 @@
-"""What one process measures of its machine and its devices before a job: right results, and how fast they come.
+"""Checks by one process of its machine and its devices before a job: whether results are right, and how fast.
 
-Numbers that are computed are small whole ones, exact in every type that is used, so that a single wrong bit shows.
+The numbers computed are small integers, exact in every type that is used, so that a single wrong bit shows.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CHANGING = (
     "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "NCCL_SOCKET_IFNAME", "NCCL_ALGO",
     "NCCL_PROTO", "OMP_NUM_THREADS",
 )  # fmt: skip
-"""Environment variables that change what JAX computes, how fast, or what it says."""
+"""Environment variables that change what JAX computes, how fast, or what it logs."""
 
 _MB = 1_000_000
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions of what computes, and the variables that change it."""
+    """Return the versions of the packages that compute, and the variables that change what they do."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -49,7 +49,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def best_of(times: int, work: Callable[[], Any]) -> float:
-    """Seconds of the quickest of several runs: what slows one of them down is no property of the machine."""
+    """Return the seconds of the fastest of several runs, since other work may slow some of them down."""
     taken = []
     for _ in range(times):
         began = time.perf_counter()
@@ -59,7 +59,7 @@ def best_of(times: int, work: Callable[[], Any]) -> float:
 
 
 def operands(size: int) -> tuple[Any, Any]:
-    """Two matrices of whole numbers from -3 to 3, whose product is exact in bfloat16 with sums in float32."""
+    """Make two matrices of integers from -3 to 3, whose product is exact in bfloat16 with sums in float32."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def operands(size: int) -> tuple[Any, Any]:
 
 
 def multiply(a: Any, b: Any) -> Any:
-    """The product under test."""
+    """Compute the product under test."""
     return _compiled()(a, b)
 
 
@@ -81,9 +81,9 @@ def _compiled() -> Callable[[Any, Any], Any]:
 
 
 def product(device: Any) -> dict[str, Any]:
-    """FLOP/s of a matrix product on a device, and how many of its rows are wrong.
+    """Measure the FLOP/s of a matrix product on a device, and count its wrong rows.
 
-    A product of n^3 is checked by n^2 work on the host: C x must be A (B x) for a random x of whole numbers.
+    The host checks it with n^2 operations instead of n^3: C x must equal A (B x) for a random vector x of integers.
     """
     import jax
     import jax.numpy as jnp
@@ -115,7 +115,7 @@ def product(device: Any) -> dict[str, Any]:
 
 
 def stream(device: Any) -> dict[str, Any]:
-    """Bytes a second between a device and its memory, by adding 1 to an array; whether it was added everywhere."""
+    """Measure the bandwidth of a device's memory by adding 1 to an array, and count the wrong results."""
     import jax
     import jax.numpy as jnp
 
@@ -137,9 +137,9 @@ def stream(device: Any) -> dict[str, Any]:
 
 
 def copies(device: Any) -> dict[str, Any]:
-    """Bytes a second from the host to a device and back, and how many bytes came back wrong.
+    """Measure the bytes per second from the host to a device and back, and count the bytes that came back wrong.
 
-    A CPU's memory is the host's, so there is no way between them to measure.
+    A CPU device shares the host's memory, so there is no link to measure.
     """
     import jax
     import numpy as np
@@ -157,9 +157,9 @@ def copies(device: Any) -> dict[str, Any]:
 
 
 def memory(device: Any) -> dict[str, Any]:
-    """Bytes that programs may have on a device, bytes that are free, and whether most of those can be had.
+    """Return the memory limit of a device, its free bytes, and whether most of them can be allocated.
 
-    A CPU's are those that the kernel, a container's limit and the process' own leave.
+    For a CPU, these are what the kernel, the container's limit and the process's own limit leave.
     """
     import jax
     import jax.numpy as jnp
@@ -179,7 +179,7 @@ def memory(device: Any) -> dict[str, Any]:
 
 
 def host_memory() -> int:
-    """Bytes that this process can still have: of the machine, of its container, and of its own limit."""
+    """Return how many bytes this process can still allocate: within the machine, its container and its own limit."""
     import resource
 
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -198,9 +198,9 @@ def host_memory() -> int:
 
 
 def disk(folder: Path, name: str) -> dict[str, Any]:
-    """Bytes a second to and from the disk of a folder, or of the nearest one that is there; its room; what is wrong.
+    """Measure the disk of a folder, or of its nearest parent that exists: speed, free space, and problems.
 
-    The file stays until `forget`, so that others can look whether they see it.
+    The file stays until `forget`, so that other processes can check that they see it.
     """
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -231,13 +231,13 @@ def disk(folder: Path, name: str) -> dict[str, Any]:
 
 
 def forget(found: dict[str, Any]) -> None:
-    """Remove the file that `disk` left."""
+    """Remove the file that `disk` wrote."""
     with contextlib.suppress(OSError):
         Path(found["path"]).unlink()
 
 
 def local(run_dir: Path, rank: int) -> dict[str, Any]:
-    """All that a process can find out alone."""
+    """Run all checks that need no other process."""
     import jax
 
     devices: dict[str, Any] = {}
@@ -251,7 +251,7 @@ def local(run_dir: Path, rank: int) -> dict[str, Any]:
                 "stream": stream(device),
                 "copies": copies(device),
             }
-        except Exception as error:  # whatever it is, others must hear of it
+        except Exception as error:  # whatever it is, rank 0 must report it
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             devices[str(device)] = {"kind": device.device_kind, "platform": device.platform, "problem": said}
     return {**surroundings(), "devices": devices, "disk": disk(run_dir, f".doctor-{os.getpid()}-{rank}")}

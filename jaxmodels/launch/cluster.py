@@ -22,29 +22,29 @@ _METADATA_TRIES, _METADATA_SECONDS = 6, 5.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes of a job, one supervisor on each, and where they meet."""
+    """The nodes of a job, each with one supervisor, and the address at which they meet."""
 
     nodes: int
     node: int
-    """Which one this is, from 0."""
+    """The number of this node, from 0."""
     host: str
     """Name or address of node 0."""
     port: int
-    """For the coordinator of jax.distributed; the next one is the supervisors' own."""
+    """Port of jax.distributed's coordinator; the supervisors use the next one."""
 
     @property
     def coordinator(self) -> str:
-        """HOST:PORT, an IPv6 address in brackets."""
+        """HOST:PORT, with an IPv6 address in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def found(environ: Mapping[str, str]) -> Cluster:
-    """The nodes that the environment tells of: of Open MPI, SLURM, TPUs or Kubernetes; else this machine alone.
+    """Find the nodes of the job in the environment of Open MPI, SLURM, TPUs or Kubernetes; else this machine alone.
 
     Two jobs, or two steps of one job, that run on the same machine at the same time get different ports.
 
     Raises:
-        UserError: it tells of several nodes, and not of all that is needed to find them.
+        UserError: the environment names several nodes, but not all that is needed to reach them.
     """
     # mpirun inside a SLURM job leaves the variables of SLURM too, which then count its daemons and not its ranks
     for ask in (_open_mpi, _slurm, _tpu_pods, _kubernetes, _tpu_machines):
@@ -88,7 +88,7 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _tpu_pods(environ: Mapping[str, str]) -> Cluster | None:
-    """TPUs of GKE: the numbers are those by which libtpu knows its hosts, so that the two agree."""
+    """TPUs of GKE; nodes are numbered as libtpu numbers its hosts."""
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
     if not hosts or "TPU_WORKER_ID" not in environ:
         return None
@@ -96,7 +96,7 @@ def _tpu_pods(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Cluster | None:
-    """Pods of an Indexed Job, or of the jobs of a JobSet, which `kubernetes.py` tells how many they are."""
+    """Pods of an Indexed Job, or of the jobs of a JobSet; `kubernetes.py` sets their number in the environment."""
     if not {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
         return None
     names = ("JAXMODELS_NODES", "JAXMODELS_NODES_PER_JOB", "JAXMODELS_JOB_INDEX", "JAXMODELS_COORDINATOR_HOST")
@@ -129,7 +129,7 @@ def _tpu_machines(environ: Mapping[str, str]) -> Cluster | None:
 
 
 def _slices(environ: Mapping[str, str], hosts: list[str], worker: int) -> Cluster:
-    """The hosts of all slices, those of the first one first; `worker` counts within this one."""
+    """The hosts of all slices, slice by slice; `worker` counts within this slice."""
     slices = _number(environ, "MEGASCALE_NUM_SLICES", "1")
     index = _number(environ, "MEGASCALE_SLICE_ID", "0")
     first = environ.get("MEGASCALE_COORDINATOR_ADDRESS", "") if slices > 1 else hosts[0]
@@ -142,7 +142,7 @@ def _slices(environ: Mapping[str, str], hosts: list[str], worker: int) -> Cluste
 
 
 def first_host(hosts: str) -> str:
-    """The first of SLURM's list of hosts: of node[003-7,9]-ib,login it is node003-ib."""
+    """Return the first of SLURM's list of hosts: node003-ib for node[003-7,9]-ib,login."""
     first = re.match(r"(?:[^,[]|\[[^]]*\])+", hosts)
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0] if first else hosts)
 
@@ -152,7 +152,7 @@ def _port(job: int) -> int:
 
 
 def _alone() -> Cluster:
-    """This machine: a port that is free, and so is the next."""
+    """This machine, with a port that is free and whose successor is free too."""
     while True:
         with socket.socket() as one, socket.socket() as next_one:
             one.bind(("127.0.0.1", 0))
@@ -175,10 +175,10 @@ def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
 
 
 def _metadata(environ: Mapping[str, str], key: str) -> str | None:
-    """What the metadata server says of this machine; None: this machine has none, or it does not know the key.
+    """Return what the metadata server knows about this machine; None if there is no server, or it lacks the key.
 
     Raises:
-        UserError: there is one, and it does not answer.
+        UserError: there is a server, but it does not answer.
     """
     host = environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"

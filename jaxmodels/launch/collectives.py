@@ -1,4 +1,4 @@
-"""Each collective along each axis of a mesh: whether every device gets what it should, and how fast."""
+"""Checks of each collective along each axis of a mesh: whether every device receives the right data, and how fast."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SENT = {
     "all_to_all": lambda size: (size - 1) / size,
     "permute": lambda size: 1,
 }
-"""How much a device must send at least, in parts of what it has."""
+"""The least that a device must send, as a multiple of the data that it holds."""
 _LEAST = 2**16
-"""Numbers of a device, or as many more as have room for the gather."""
+"""The least count of numbers per device."""
 
 
 def contribution(place: int, count: int) -> np.ndarray:
-    """What a device gives: whole numbers that say whose they are, and whose sums are exact."""
+    """Make the data of a device: integers that identify it, and whose sums are exact."""
     return ((np.arange(count) * 7 + place * 31) % 257).astype(np.float32)
 
 
 def measure(mesh: Any) -> list[dict[str, Any]]:
-    """Each collective along each axis of more than one device, with what this process' devices got wrong.
+    """Measure each collective along each axis of more than one device, and check what this process's devices received.
 
-    `wrong` has pairs of places in the mesh: the device that has a wrong part, and the one that it came from (-1 where a
-    sum does not tell).
+    `wrong` holds pairs of positions in the mesh: the device with a wrong part, and the device that sent it (-1 if it
+    cannot be known, since the result is a sum).
     """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
@@ -85,7 +85,7 @@ def _body(kind: str, axis: str, size: int) -> Any:
 
 
 def _group(mesh: Any, axis: str, place: int) -> list[int]:
-    """Places of the devices that a device meets along an axis, in their order."""
+    """Return the positions of the devices that a device communicates with along an axis, in order."""
     places = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
     number = mesh.axis_names.index(axis)
     lines = np.moveaxis(places, number, -1).reshape(-1, places.shape[number])
@@ -93,7 +93,7 @@ def _group(mesh: Any, axis: str, place: int) -> list[int]:
 
 
 def _wrong(kind: str, got: np.ndarray, place: int, group: list[int], each: int) -> list[tuple[int, int]]:
-    """Where a device's result is not what it should be: itself, and from whom the wrong part came."""
+    """Compare a device's result with what it should be: pairs of its position and that of a wrong part's sender."""
     mine, size = group.index(place), len(group)
     parts = {other: contribution(other, each) for other in group}
     piece = slice(mine * each // size, (mine + 1) * each // size)

@@ -31,7 +31,7 @@ class Console:
         self._closed = False
 
     def begin(self, ranks: int) -> None:
-        """Forget what earlier ranks have written: so many others begin, on all nodes together."""
+        """Forget the output of earlier ranks; `ranks` new ones start, on all nodes together."""
         self.tails: defaultdict[int, deque[str]] = defaultdict(lambda: deque(maxlen=200))
         self._digits = len(str(ranks - 1))
         self._mistakes: dict[str, int] = {}
@@ -55,8 +55,8 @@ class Console:
             self._note(f"[{rank:>{self._digits}}] {text}")
 
     def say(self, message: str) -> None:
-        """Write a message of the launcher's own to standard error."""
-        with contextlib.suppress(OSError):  # nobody reads it any more
+        """Write a message of the launcher to standard error."""
+        with contextlib.suppress(OSError):  # nobody reads it
             print(f"launch: {message}", file=sys.stderr, flush=True)
         self._note(f"launch: {message}")
 

@@ -1,6 +1,7 @@
-"""Whether machines are fit for a job: every rank measures itself, then all together, and rank 0 says what is off.
+"""Examines machines before a job: each rank checks itself, then all check each other, and rank 0 reports the faults.
 
-Ranks tell each other by the coordinator, not by what is being tested. A rank that does not answer is named too.
+Ranks exchange results through the coordinator, not through the links under test. A rank that does not answer is a
+fault too.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from jaxmodels.parallel import distributed, hardware
 from jaxmodels.parallel.mesh import Mesh, make_mesh
 
 LOCAL_SECONDS, TOGETHER_SECONDS = 60.0, 45.0
-"""How long a rank may take for what it measures alone, and for what all measure together."""
+"""How long a rank may take for the checks of itself, and for those with all others."""
 SLOW = {"cpu": 0.4}
-"""Share of the ranks' median below which a rank is slow; of accelerators, which nobody else uses, 0.8."""
+"""Fraction of the ranks' median below which a rank is slow; 0.8 for accelerators, which nobody else uses."""
 FAR = 0.5
-"""Share of the table's figure below which an accelerator is slow, whatever the others reach."""
+"""Fraction of the hardware table's figure below which an accelerator is slow, whatever the others reach."""
 SHORT = 0.75
-"""Share of the ranks' median below which a device has too little memory; of the table's, what JAX takes by default."""
+"""Fraction of the ranks' median below which a device has too little memory; also what JAX preallocates by default."""
 SKEW_SECONDS = 1.0
 ROOM = 5e9
-"""Bytes free below which a disk is nearly full."""
+"""Free bytes below which a disk is nearly full."""
 DISK = 20e6
-"""Bytes a second below which a disk is slow."""
+"""Bytes per second below which a disk is slow."""
 
 
 def examine(run_dir: Path, cfg: Mesh, say: Callable[[str], Any] = print) -> int:
-    """Examine this process' machine and, with others, theirs; rank 0 says what it found. Returns the exit code.
+    """Examine the machines of all ranks, and report on rank 0; return the exit code.
 
     Raises:
         UserError: the mesh does not fit the devices.
@@ -85,10 +86,10 @@ def examine(run_dir: Path, cfg: Mesh, say: Callable[[str], Any] = print) -> int:
 
 @contextlib.contextmanager
 def _no_longer_than(seconds: float, rank: int) -> Any:
-    """End the process where what all do together hangs; the others end by themselves."""
+    """End this process if the checks with all ranks hang; the others end by themselves."""
 
     def end() -> None:
-        print(f"doctor: rank {rank} hangs in what all ranks do together", file=sys.stderr, flush=True)
+        print(f"doctor: rank {rank} hangs in the checks that all ranks make together", file=sys.stderr, flush=True)
         os._exit(ExitCode.FAILED)
 
     timer = threading.Timer(seconds, end)
@@ -101,7 +102,7 @@ def _no_longer_than(seconds: float, rank: int) -> Any:
 
 
 def _clock() -> list[float]:
-    """The time at which this process leaves each of some barriers, which all leave at once."""
+    """Return the times at which this process leaves some barriers, which all processes leave at once."""
     times = []
     for _ in range(3):
         distributed.barrier("doctor clock")
@@ -110,7 +111,7 @@ def _clock() -> list[float]:
 
 
 def _ports(rank: int, count: int) -> list[str]:
-    """Which ranks this one cannot reach by TCP: the next one, and rank 0."""
+    """Check that this rank reaches the next one and rank 0 by TCP; return the problems."""
     if count == 1:
         return []
     host = distributed.own_address()
@@ -129,11 +130,11 @@ def _ports(rank: int, count: int) -> list[str]:
     return problems
 
 
-# ---- what is off
+# ---- faults
 
 
 def judge(ranks: dict[int, dict[str, Any]], places: list[tuple[int, str]]) -> list[str]:
-    """What is off, a line each, with rank, host and device; `places`: rank and device of each place in the mesh."""
+    """Describe each fault in a line, with rank, host and device; `places` has rank and device by position in the mesh."""
     found = [*_differences(ranks), *_devices(ranks), *_machines(ranks), *_together(ranks, places)]
     return [f"rank {rank} on {ranks[rank]['host']}{where}: {what}" for rank, where, what in found]
 
@@ -142,7 +143,7 @@ Finding = tuple[int, str, str]
 
 
 def _differences(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
-    """Versions and variables that are not those of most ranks."""
+    """Find versions and variables that differ from those of most ranks."""
     for kind, word in (("versions", "has"), ("environment", "has variable")):
         names = {name for each in ranks.values() for name in each[kind]}
         for name in sorted(names):
@@ -154,7 +155,7 @@ def _differences(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
 
 
 def _devices(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
-    """Devices that compute wrong, that are slow, and that have little memory."""
+    """Find devices that compute wrong results, are slow, or have little memory."""
     every = [(rank, name, each) for rank, found in ranks.items() for name, each in found["devices"].items()]
     yield from ((rank, f" ({name})", each["problem"]) for rank, name, each in every if "problem" in each)
     every = [(rank, name, each) for rank, name, each in every if "problem" not in each]
@@ -196,7 +197,7 @@ def _devices(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
 
 
 def _machines(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
-    """Disks and clocks."""
+    """Find faults of disks and clocks."""
     for rank, each in ranks.items():
         disk = each["disk"]
         if disk["problem"]:
@@ -218,7 +219,7 @@ def _machines(ranks: dict[int, dict[str, Any]]) -> Iterable[Finding]:
 
 
 def _together(ranks: dict[int, dict[str, Any]], places: list[tuple[int, str]]) -> Iterable[Finding]:
-    """Ports, and collectives: a part that is wrong for all that got it is its sender's fault."""
+    """Find faults of ports and collectives: a part that is wrong for all its receivers is its sender's fault."""
     for rank, each in ranks.items():
         yield from ((rank, "", problem) for problem in each.get("ports", ()))
     wrong: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -232,7 +233,7 @@ def _together(ranks: dict[int, dict[str, Any]], places: list[tuple[int, str]]) -
         sums += [f"{kind} along {axis}"] * bool(pairs and not senders)
         for sender in senders:
             to = {receiver for receiver, other in pairs if other == sender}
-            # a receiver that gets wrong parts of several is at fault itself
+            # a receiver that gets wrong parts from several senders is at fault itself
             lone = next((place for place in to if sum(place == r for r, _ in pairs) > 1), None)
             blamed.setdefault(sender if lone is None else lone, []).append(f"{kind} along {axis}")
     for place, what in blamed.items():
@@ -256,15 +257,15 @@ MEASURES: tuple[tuple[str, Callable[[dict[str, Any]], float], Callable[[hardware
     ("copy to the host", _measure("copies", "back"), lambda row: row.host / 8, GIGA),
     ("memory", _measure("memory", "free"), lambda row: row.memory, GIB),
 )
-"""What is measured of each device, what the table says of it, and its unit. Copies are from memory that is not pinned,
-which reaches a part of the link's speed."""
+"""What is measured of each device, the hardware table's figure, and the unit. Copies are from memory that is not
+pinned, which reaches only a part of the link's speed."""
 
 
-# ---- what was measured
+# ---- measurements
 
 
 def described(ranks: dict[int, dict[str, Any]], axes: dict[str, int]) -> list[str]:
-    """What was measured, from the least to the most."""
+    """Describe what was measured, as ranges from the lowest to the highest."""
     first = ranks[min(ranks)]
     every = [each for found in ranks.values() for each in found["devices"].values() if "problem" not in each]
     if not every:

@@ -1,4 +1,4 @@
-"""Jobs that the command stays with: their handle is the command's own process, and their output is kept in a file."""
+"""Foreground jobs: the command runs until the job has ended, and its process is the job's handle."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def log(job: Job) -> Path:
-    """The file that keeps what a job prints."""
+    """Return the file with the output of a job."""
     return job.directory / "log.txt"
 
 
 class Supervised(Protocol):
-    """What the command stays with: a process, or several as one."""
+    """A process that the command waits for, or several that act as one."""
 
     def send_signal(self, number: int, /) -> object:
         """Pass on a signal."""
         ...
 
     def wait(self) -> int:
-        """Wait for the end; returns the exit code."""
+        """Wait until it has ended; return the exit code."""
         ...
 
 
 def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a process that gets no signals of the terminal, only those that are passed on; ended with this one."""
+    """Start a process that gets no signals from the terminal, only those passed on, and that ends with this one."""
     return subprocess.Popen(
         list(command),
         stdin=subprocess.DEVNULL,
@@ -49,7 +49,7 @@ def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def stay(job: Job, begin: Callable[[], Supervised]) -> str:
-    """Begin a job and wait for its end, pass signals on to it, and note its exit code; returns its handle."""
+    """Start a job, pass signals on to it, wait until it has ended, and record its exit code; return its handle."""
     handle = f"{socket.gethostname()} {os.getpid()} {_born(os.getpid())}"
     early: list[int] = []
     supervised: Supervised | None = None
@@ -76,7 +76,7 @@ def stay(job: Job, begin: Callable[[], Supervised]) -> str:
 
 
 class Foreground(Place):
-    """A place that the command stays with: its job is known by the process of the command."""
+    """A place whose jobs run in the foreground: the handle of a job is the process of the command."""
 
     stays: ClassVar[bool] = True
 
@@ -109,7 +109,7 @@ def _alive(handle: str) -> bool:
 
 
 def _born(pid: int) -> str:
-    """When a process began, as the kernel counts, so that another one with its number is not taken for it."""
+    """Return when a process started, in kernel ticks, so that a later process with its id is not taken for it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Programs on several hosts as one: started by ssh, their lines on one screen, stopped together."""
+"""Programs on several hosts, which act as one: they are started by ssh, share a screen, and are stopped together."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from typing import TextIO
 from jaxmodels.errors import ExitCode, printable
 
 NO_CONNECTION = 255
-"""What ssh itself ends with."""
-# within this time node 0 notices by itself that a node is gone, or that nothing is left to do
+"""Exit code of ssh itself when it cannot connect."""
+# within this time node 0 notices that a node is lost, or that nothing is left to do
 _SETTLE_SECONDS = 30.0
 _SAVE_SECONDS, _FOLLOW_SECONDS, _LEAVE_SECONDS = 60.0, 10.0, 15.0
 _RETURN_SECONDS = 10.0
 
 
 class Hosts:
-    """One supervisor on each host; that of the first one speaks for all."""
+    """One supervisor per host; the exit code of the first host's is that of all."""
 
     def __init__(self, commands: Mapping[str, Sequence[str]], least: int, log: TextIO) -> None:
         """Start them.
 
         Args:
-            commands: by the host's name, what reaches it; a line on its standard input names a signal, and its end is
-                the end of this process.
-            least: hosts without which the job cannot go on; where others are lost, they are tried again.
-            log: a file that keeps what they print.
+            commands: for each host the command that reaches it; a line on its standard input names a signal, and the
+                input ends with this process.
+            least: how many hosts the job needs to continue; lost ones are tried again.
+            log: file for their output.
         """
         self._screen = _Screen(log)
         self._ended: queue.SimpleQueue[_Host] = queue.SimpleQueue()
@@ -47,13 +47,13 @@ class Hosts:
             raise
 
     def send_signal(self, number: int) -> None:
-        """Pass a signal on to all hosts: each tells them to save and stop, and a second SIGINT to stop at once."""
+        """Pass a signal on to all hosts: it tells them to save and stop; a second SIGINT stops them at once."""
         self._stopping = True
         for host in self._hosts:
             host.tell(signal.Signals(number).name.removeprefix("SIG"))
 
     def wait(self) -> int:
-        """Wait until all have ended; returns the exit code of the first host, or 2 for a mistake on any."""
+        """Wait until all have ended; return the exit code of the first host, or 2 if any host reported a mistake."""
         first, mistake, deadline = self._hosts[0], False, 0.0
         again: dict[_Host, float] = {}
         while first.code is None:
@@ -70,7 +70,7 @@ class Hosts:
                 continue
             self._screen.say(f"{host.name} {_ending(host)}")
             if host.code == ExitCode.MISTAKE and host.starts > 1:
-                continue  # what is wrong with it now must not end the others, and would be so again
+                continue  # a restarted host's mistake must not end the others, and trying again would repeat it
             mistake = mistake or host.code == ExitCode.MISTAKE
             running = sum(each.code is None for each in self._hosts)
             if mistake or running < self._least:
@@ -88,7 +88,7 @@ class Hosts:
         return ExitCode.FAILED if first.code is None or first.code not in tuple(ExitCode) else first.code
 
     def _leave(self, seconds: float) -> None:
-        """See to it that nothing of ours is left anywhere, after so many seconds in which all may end by themselves."""
+        """Give all hosts so many seconds to end by themselves, then make sure that no process of the job remains."""
         until = time.monotonic() + seconds
         for host in self._hosts:
             host.reader.join(timeout=max(0.0, until - time.monotonic()))
@@ -119,7 +119,7 @@ class _Host:
                 os.write(self.process.stdin.fileno(), f"{name}\n".encode())
 
     def leave(self, until: float) -> None:
-        """Wait for its end for as long as there is time, and let go of it then."""
+        """Wait until it ends, at most until the deadline, and then close its connection."""
         with contextlib.suppress(OSError, ValueError):
             if self.process.stdin is not None:
                 self.process.stdin.close()

@@ -1,4 +1,4 @@
-"""The place that is this machine."""
+"""The place `local`: processes on this machine."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxmodels.launch.place import Job
 
 @dataclass(frozen=True, kw_only=True)
 class Local(foreground.Foreground):
-    """Processes on this machine, which the command stays with until they have ended."""
+    """Processes on this machine; the command runs until they have ended."""
 
     processes: Workers = 2
     """Processes to start: one for each GPU, or one for all of them."""
     devices: Workers | None = None
-    """Devices of each process: GPUs in order, or virtual ones of the CPU; None: all GPUs shared out, or one."""
+    """Devices per process: GPUs in order, or virtual CPU devices. None: an equal share of all GPUs, or one."""
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """auto uses GPUs or TPUs where there are any, unless JAX_PLATFORMS says cpu."""
 
     def render(self, job: Job) -> dict[str, str]:
-        return {"job.sh": f"#!/bin/sh\n# what this command runs itself\nexec {shlex.join(self._command(job))}\n"}
+        return {"job.sh": f"#!/bin/sh\n# what jaxmodels launch runs\nexec {shlex.join(self._command(job))}\n"}
 
     def submit(self, job: Job) -> str:
         return foreground.stay(job, lambda: foreground.start(self._command(job)))
@@ -35,4 +35,4 @@ class Local(foreground.Foreground):
         return self.supervisor(job, self.processes, self.devices, self.platform, more, sys.executable)
 
     def locks(self, job: Job) -> str:
-        return ""  # here they are as they are
+        return ""  # the environment is that of the submission

@@ -1,4 +1,4 @@
-"""What a job prints, line by line: out of a file that grows, or from a command that follows it."""
+"""The output of a job, line by line: from a file that grows, or from a command that follows it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _POLL_SECONDS = 1.0
 
 
 def growing(path: Path, going: Callable[[], bool]) -> Iterator[str]:
-    """The lines of a file, until nothing `going` on adds to it any more; none where it is not there."""
+    """Yield the lines of a file, as long as `going()` is true; none if there is no file."""
     position, rest = 0, b""
     while True:
-        more = going()  # asked first, so that nothing is missed between the two
+        more = going()  # asked before the file is read, so that its last lines are not missed
         if path.exists():
             with open(path, "rb") as file:
                 file.seek(position)
@@ -32,7 +32,7 @@ def growing(path: Path, going: Callable[[], bool]) -> Iterator[str]:
 
 
 def stream(command: Sequence[str]) -> Iterator[str]:
-    """The lines that a command prints; it is ended when they are not wanted any more.
+    """Yield the lines that a command prints; the command is killed when the iterator is closed.
 
     Raises:
         UserError: it is not installed, or it fails.

@@ -1,4 +1,4 @@
-"""The place that is a list of hosts, for those who have no scheduler."""
+"""The place `ssh`: a list of hosts without a scheduler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxmodels.launch.hosts import Hosts
 from jaxmodels.launch.place import Job
 
 GOES_ALONG = ("JAX_*", "JAXMODELS_*", "XLA_*", "NCCL_*", "LIBTPU_INIT_ARGS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")
-"""Environment variables that hosts get from here; ssh itself takes none along."""
+"""Environment variables that are sent to the hosts; ssh itself sends none."""
 _OF_RANKS = ("JAX_COORDINATOR_*", "JAX_LOCAL_*", "JAXMODELS_NUM_PROCESSES", "JAXMODELS_PROCESS_ID", "JAXMODELS_JOB")
 
 _SCRIPT = """#!/bin/sh
@@ -27,7 +27,7 @@ cd {directory} || exit {mistake}
 exec 3<&0
 {command} </dev/null &
 supervisor=$!
-# lines that come in name signals to pass on; the end of them is the end of the command that sent them
+# each line of input names a signal to pass on; the input ends with the command that sends them
 {{ while read -r signal; do kill -s "$signal" $supervisor; done <&3; kill -s TERM $supervisor; }} 2>/dev/null &
 told=$!
 wait $supervisor
@@ -39,28 +39,28 @@ exit $code
 
 @dataclass(frozen=True, kw_only=True)
 class SSH(foreground.Foreground):
-    """Hosts that are reached by ssh and share this directory; the command stays with them until all have ended."""
+    """Hosts that are reached by ssh and share this directory; the command runs until all have ended."""
 
     hosts: tuple[str, ...]
     """The hosts as ssh takes them, [USER@]HOST; ranks meet on the first one. ssh must ask for no password."""
     processes: Workers = 1
     """Processes on each host: one for each GPU, or one for all of them."""
     devices: Workers | None = None
-    """Devices of each process; None: the GPUs of a host shared out evenly, or one of the CPU."""
+    """Devices per process. None: an equal share of a host's GPUs, or one CPU device."""
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """auto uses GPUs or TPUs where there are any, unless JAX_PLATFORMS says cpu."""
     directory: str = ""
-    """The working directory on the hosts; this one when not given."""
+    """The working directory on the hosts; default: this one."""
     python: str = ""
-    """The interpreter on the hosts; this one when not given."""
+    """The interpreter on the hosts; default: this one."""
     address: str = ""
-    """The first host's address as the others know it; its name when not given."""
+    """The first host's address, as the other hosts reach it; default: its name."""
     port: Annotated[int, Range(1024, 65534)] | None = None
-    """Port on the first host where ranks meet, and supervisors at the next one; None: one that the job's name gives."""
+    """Port of the coordinator on the first host; supervisors use the next one. None: a function of the job's name."""
     min_hosts: Count | None = None
-    """Go on with so many hosts where others are lost; None: only with all of them."""
+    """Continue on as few hosts as this if others are lost. None: only on all of them."""
     config: str = ""
-    """A configuration file for ssh, instead of the usual ones (ssh -F)."""
+    """A configuration file of ssh to use instead of the default ones (ssh -F)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class SSH(foreground.Foreground):
 
     def render(self, job: Job) -> dict[str, str]:
         first = self.address or self.hosts[0].rpartition("@")[2]
-        # two ports, by the name, so that jobs on the same hosts rarely meet; below those of outgoing connections
+        # a pair of ports for each name, so that jobs on the same hosts rarely collide; below the ephemeral ports
         port = self.port or 20000 + 2 * (zlib.crc32(job.name.encode()) % 5000)
         taken_along = {
             name: value
