@@ -134,7 +134,7 @@ def _ports(rank: int, count: int) -> list[str]:
 
 
 def judge(ranks: dict[int, dict[str, Any]], places: list[tuple[int, str]]) -> list[str]:
-    """Describe each fault in a line, with rank, host and device; `places` has rank and device by position in the mesh."""
+    """Describe each fault in a line, with rank, host and device; `places` has rank and device by mesh position."""
     found = [*_differences(ranks), *_devices(ranks), *_machines(ranks), *_together(ranks, places)]
     return [f"rank {rank} on {ranks[rank]['host']}{where}: {what}" for rank, where, what in found]
 

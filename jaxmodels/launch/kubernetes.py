@@ -1,4 +1,4 @@
-"""The place that is a Kubernetes cluster: an Indexed Job, or a JobSet of as many jobs as there are slices of TPUs."""
+"""The place `kubernetes`: an Indexed Job, or a JobSet with one job for each slice of TPUs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jaxmodels.launch.slices import Slice
 # names that the rendered objects and the commands about them share
 _CONTAINER, _JOBS = "ranks", "slice"
 _SETTLING = 30
-"""Seconds beyond the time to save in which ranks and supervisor end, before Kubernetes kills the pod."""
+"""Seconds after the time to save in which ranks and supervisor end, before Kubernetes kills the pod."""
 _KEPT = 7 * 24 * 3600
-"""Seconds after which Kubernetes deletes a job that has ended, and with it what it printed."""
+"""Seconds after which Kubernetes deletes a job that has ended, with its output."""
 _PAIRS = {
     "selectors": (r"[^=\s]+=[^=\s]*", "key=value"),
     "variables": (r"[A-Za-z_]\w*=.*", "NAME=value"),
@@ -35,41 +35,41 @@ class Kubernetes(Place):
     from_image: ClassVar[bool] = True
 
     image: str
-    """Container image with jaxmodels, and with the configs in its working directory."""
+    """Container image with jaxmodels installed and the configs in its working directory."""
     kind: Literal["JobSet", "Job"] = "JobSet"
-    """JobSet (0.10 or newer must be installed) starts all pods anew together; Job is what every cluster has."""
+    """JobSet (0.10 or newer must be installed) restarts all pods together; every cluster has Job."""
     nodes: Count = 1
-    """Pods, where there are no TPUs: `tpu` says it itself."""
+    """Number of pods; on TPUs it follows from `tpu`."""
     tpu: str = ""
-    """Slices of TPUs as `jaxmodels plan` writes them: v5e:4x4, or v5e:2x4x4 for two of them."""
+    """Slices of TPUs as `jaxmodels plan` writes them: v5e:4x4, or v5e:2x4x4 for two slices."""
     gpus: Natural = 0
-    """NVIDIA GPUs of each pod."""
+    """NVIDIA GPUs per pod."""
     processes: Workers = 1
-    """Processes of each pod: one for each GPU, or one for all of them. On TPUs there is one."""
+    """Processes per pod: one for each GPU, or one for all of them. On TPUs there is one."""
     selectors: tuple[str, ...] = ()
     """Labels that the machines must have: cloud.google.com/gke-accelerator=nvidia-h100-80gb."""
     cpu: str = ""
-    """CPUs that a pod asks for, as Kubernetes writes it: 8."""
+    """CPUs that a pod requests, as Kubernetes writes it: 8."""
     memory: str = ""
-    """Memory that a pod asks for: 64Gi."""
+    """Memory that a pod requests: 64Gi."""
     queue: str = ""
-    """Kueue's local queue; empty: the pods are scheduled at once."""
+    """Local queue of Kueue; empty: no queue, the pods are scheduled at once."""
     priority: str = ""
-    """Priority class of the pods, by which Kueue orders jobs too."""
+    """Priority class of the pods, also of the job in Kueue's queue."""
     topology: str = ""
-    """Label of machines that a slice has to itself, no other slice beside it: cloud.google.com/gke-nodepool."""
+    """Label of groups of machines, each used by one slice alone: cloud.google.com/gke-nodepool."""
     claims: tuple[str, ...] = ()
-    """Volume claims and where they are mounted, which is where runs must lie to go on: runs:/app/runs."""
+    """Volume claims and their mount points. Runs must lie on one to survive a restart: runs:/app/runs."""
     variables: tuple[str, ...] = ()
-    """Environment of the pods: NAME=value."""
+    """Environment variables of the pods: NAME=value."""
     host_network: bool = False
-    """Whether a pod uses its machine's own network, which is faster between slices, and has to itself its ports."""
+    """Whether a pod uses its machine's network, which is faster between slices, and has its ports to itself."""
     service_account: str = ""
-    """Account of the pods, by which they reach buckets; no permission in the cluster is needed."""
+    """Service account of the pods, which gives them access to buckets; it needs no permission in the cluster."""
     namespace: str = "default"
-    """Namespace in which the job is made."""
+    """Namespace of the job."""
     context: str = ""
-    """Which cluster of kubectl's configuration; empty: the current one."""
+    """Context in kubectl's configuration; empty: the current one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ class Kubernetes(Place):
 
     @property
     def slices(self) -> Slice | None:
-        """The TPUs; None: there are none."""
+        """The TPUs; None if there are none."""
         return Slice.of(self.tpu) if self.tpu else None
 
     def render(self, job: Job) -> dict[str, str]:
@@ -109,7 +109,7 @@ class Kubernetes(Place):
             )
 
         class Plain(yaml.SafeDumper):
-            """Writes what occurs twice twice."""
+            """Writes repeated values out instead of as YAML aliases."""
 
             def ignore_aliases(self, data: Any) -> bool:
                 return True
@@ -122,7 +122,7 @@ class Kubernetes(Place):
         try:
             self._kubectl("create", "--filename", file)
         except UserError:
-            # the service may have been made, and the job not; a job of that name may have been there before
+            # the service may exist without the job; a job of that name may have existed before
             if self.kind == "Job" and not self._kubectl("get", "job", job.name, "--ignore-not-found").strip():
                 self._kubectl("delete", "service", job.name, "--ignore-not-found")
             raise
@@ -142,7 +142,7 @@ class Kubernetes(Place):
 
     def cancel(self, job: Job, handle: str) -> None:
         write(job.directory / "cancelled", "")
-        # the pods are told, and have the time to save; nobody waits for them here
+        # the pods get SIGTERM and the time to save; this does not wait for them
         kinds = [self.kind.lower()] if self.kind == "JobSet" else ["job", "service"]
         for kind in kinds:
             self._kubectl("delete", kind, job.name, "--ignore-not-found", "--wait=false")
@@ -173,7 +173,7 @@ class Kubernetes(Place):
         return _filled({"name": job.name, "namespace": self.namespace, "labels": labels, "annotations": notes})
 
     def _jobset(self, job: Job) -> dict[str, Any]:
-        """A JobSet; what a job fails with says whether all are started again, and whether that counts.
+        """A JobSet: by the exit code of a job all are restarted or not, and the restart counts or not.
 
         A job ends by its `podFailurePolicy`, whose rule is named in the message that JobSet's own rules read. What no
         rule names (a supervisor that was killed, an image that is not there) starts all again, and counts.
@@ -195,7 +195,7 @@ class Kubernetes(Place):
                 "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
                 "failurePolicy": {
                     "maxRestarts": self.restarts,
-                    # no pod of the last attempt is left when one of the next looks for its peers
+                    # no pod of the last attempt remains when one of the next looks for its peers
                     "restartStrategy": "BlockingRecreate",
                     "rules": [
                         {"name": "over", "action": "FailJobSet", **by_rule, "onJobFailureMessagePatterns": over},
@@ -213,7 +213,7 @@ class Kubernetes(Place):
         }
 
     def _indexed(self, job: Job) -> dict[str, Any]:
-        """An Indexed Job, whose pods are replaced one by one: all of them end with 75, or the job has failed."""
+        """An Indexed Job, whose pods are replaced one by one; it has failed unless all of them end with 75."""
         rules = [
             {"action": "Ignore", **_DISRUPTED},
             {"action": "Ignore", **_exits(ExitCode.SAVED)},
@@ -221,12 +221,12 @@ class Kubernetes(Place):
         ]
         spec = self._job(job, rules, self.restarts, f"{job.name}-0.{job.name}")
         spec["ttlSecondsAfterFinished"] = _KEPT
-        spec["podReplacementPolicy"] = "Failed"  # not while the last one still saves
+        spec["podReplacementPolicy"] = "Failed"  # not while the previous pod still saves
         spec["template"]["spec"]["subdomain"] = job.name
         return {"apiVersion": "batch/v1", "kind": "Job", "metadata": self._metadata(job), "spec": spec}
 
     def _service(self, job: Job) -> dict[str, Any]:
-        """What gives the pods of an Indexed Job their names, before they are ready too."""
+        """The headless service that gives the pods of an Indexed Job their DNS names, even before they are ready."""
         return {
             "apiVersion": "v1",
             "kind": "Service",
@@ -297,7 +297,7 @@ class Kubernetes(Place):
         )
 
     def _environment(self, coordinator: str) -> list[dict[str, Any]]:
-        """What `cluster.found` reads; a pod's index within its job comes from Kubernetes itself."""
+        """The variables that `cluster.found` reads; Kubernetes itself sets a pod's index within its job."""
         job_index = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/job-index']"}}
         return [
             {"name": "JAXMODELS_NODES", "value": str(self._jobs * self._pods)},
@@ -316,12 +316,12 @@ def _exits(*codes: ExitCode) -> dict[str, Any]:
 
 
 def _filled(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without the fields that hold nothing."""
+    """Leave out empty fields."""
     return {name: value for name, value in fields.items() if value not in (None, "", {}, [])}
 
 
 def read(found: dict[str, Any]) -> Status:
-    """How a Job or a JobSet goes, as Kubernetes describes it."""
+    """Return the state of a Job or a JobSet from Kubernetes' description of it."""
     spec, now = found["spec"], found.get("status", {})
     held = {each["type"]: each.get("message", "") for each in now.get("conditions", []) if each["status"] == "True"}
     replicated = now.get("replicatedJobsStatus")

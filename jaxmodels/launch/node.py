@@ -1,7 +1,7 @@
-"""The supervisor of a node: it starts the node's ranks and watches them; that of node 0 leads, the others report to it.
+"""The supervisor of a node starts its ranks and watches them. Node 0's supervisor leads; the others report to it.
 
-When a rank fails, all are ended, what failed first is named, and all start again from the last good checkpoint: on the
-same nodes, or on those that are left. Every event goes to the run's events.jsonl.
+When a rank fails, all ranks are ended, the first failure is named, and all ranks restart from the last good checkpoint:
+on the same nodes, or on those that remain. Every event goes to the run's events.jsonl.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from jaxmodels.launch.lead import Leader
 from jaxmodels.launch.ranks import Platform
 
 _ALONE = {"TPU_SKIP_MDS_QUERY": "1"}
-"""An environment that tells of no other node."""
+"""An environment that names no other node."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What this node starts, and how often the job is started again."""
+    """What this node starts, and how often the job is restarted."""
 
     processes: int = 2
     devices: int | None = None
-    """Devices of each process: virtual ones of a CPU, or GPUs, assigned in order; None: one, or all GPUs shared out."""
+    """Devices per process: virtual CPU devices, or GPUs in order. None: one, or an equal share of all GPUs."""
     platform: Platform = "auto"
     """auto uses GPUs or TPUs where there are any, unless JAX_PLATFORMS says cpu."""
     restarts: int = 3
-    """Restarts without progress in between after which the job is given up."""
+    """How many restarts in a row may make no progress before the job is given up."""
     min_nodes: int | None = None
-    """Go on with so many nodes where others are lost; None: with all of them alone."""
+    """Continue on as few nodes as this if others are lost. None: only on all of them."""
     grace: float = 60.0
-    """Seconds that the processes have to save after this one is told to stop."""
+    """Seconds that the processes have to save after this one was told to stop."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,18 +50,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start and watch this node's ranks as the arguments say; returns the exit code."""
+    """Start and watch this node's ranks as the arguments say; return the exit code."""
     parser = _Parser("python -m jaxmodels.launch.node", description=__doc__, allow_abbrev=False)
     parser.add_argument("--processes", type=int, required=True, help="ranks of this node")
     parser.add_argument("--devices", type=int, help="devices of each rank")
     parser.add_argument("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
-    parser.add_argument("--nodes", type=int, help="by default what the environment says, as the next two are")
-    parser.add_argument("--node", type=int, help="which one this is, from 0")
+    parser.add_argument("--nodes", type=int, help="default: as the environment says, like the next two")
+    parser.add_argument("--node", type=int, help="number of this node, from 0")
     parser.add_argument("--coordinator", help="HOST:PORT of node 0, where ranks meet; supervisors meet at PORT + 1")
-    parser.add_argument("--restarts", type=int, default=3, help="without progress in between (default: 3)")
-    parser.add_argument("--min-nodes", type=int, help="go on with so many where others are lost")
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="restarts in a row that may make no progress (default: 3)"
+    )
+    parser.add_argument("--min-nodes", type=int, help="continue on as few as this if others are lost")
     parser.add_argument("--grace", type=float, default=60.0, help="seconds to save when told to stop (default: 60)")
-    parser.add_argument("--log", type=Path, help="a file that keeps what the ranks print")
+    parser.add_argument("--log", type=Path, help="file for the output of the ranks")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- train configs/x.py …")
     try:
         given = parser.parse_args(arguments)
@@ -78,16 +80,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def program(command: Sequence[str]) -> list[str]:
-    """The process that one of our commands is: `train configs/x.py`, or `benchmarks scaling`."""
+    """Return the program that runs a command: `train configs/x.py`, or `benchmarks scaling`."""
     own = "benchmarks" if command[:1] == ["benchmarks"] else "jaxmodels"
     return [sys.executable, "-m", own, *(command[1:] if own == "benchmarks" else command)]
 
 
 def run(command: Sequence[str], options: Node, where: Cluster | None = None, log: Path | None = None) -> int:
-    """Run `command` in every process of every node until it is done, and return the exit code of the whole.
+    """Run `command` in every process of every node until it is done; return the exit code of the job.
 
-    The code is 0 when all are done, 75 when all saved and stopped (run it again), 2 for a user's mistake, and 1 for
-    anything else: also when the job failed again and again without progress.
+    The code is 0 if all are done, 75 if all saved and stopped (run it again), 2 for a user's mistake, and 1 for
+    anything else, such as a job that failed repeatedly without progress.
 
     Raises:
         UserError: the options cannot be met on this machine.
@@ -108,7 +110,7 @@ def run(command: Sequence[str], options: Node, where: Cluster | None = None, log
 
 
 def _cluster(nodes: int | None, node: int | None, coordinator: str | None) -> Cluster:
-    """The nodes as they were given, else as the environment says."""
+    """Return the nodes as given, or else as the environment says."""
     if nodes is None and node is None and coordinator is None:
         return cluster.found(os.environ)
     nodes, node = nodes or 1, node or 0

@@ -1,4 +1,4 @@
-"""Slices of TPUs as Google Cloud rents them: hosts, chips of a host, and the names of both services for them."""
+"""Slices of TPUs in Google Cloud: their hosts, the chips of a host, and their names in GKE and Cloud TPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxmodels.plan.topology import parse
 
 _HOST = 4
 _WHOLE = 8
-"""Chips of the largest machine: of v5e and v6e a slice up to that size is one machine; of the others four chips are."""
+"""Chips of the largest machine: a slice of v5e or v6e of up to this size is one machine; other machines have four."""
 
 # Source: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, cloud.google.com/tpu/docs/runtimes
 _GKE = {
@@ -31,20 +31,20 @@ _RUNTIME = {
 
 @dataclass(frozen=True)
 class Slice:
-    """One or several slices of TPUs of one shape."""
+    """One or several slices of TPUs of the same shape."""
 
     kind: str
-    """v5e, as `jaxmodels plan` calls it."""
+    """The TPU, as `jaxmodels plan` names it: v5e."""
     shape: tuple[int, ...]
     """Chips along each dimension."""
     count: int = 1
 
     @classmethod
     def of(cls, text: str) -> Slice:
-        """The slices that a plan calls by this name: v5e:4x4, v5e:2x4x4 for two.
+        """Parse the name that a plan gives to slices: v5e:4x4, or v5e:2x4x4 for two.
 
         Raises:
-            UserError: it is no TPU, or comes in no such shape.
+            UserError: it is no TPU, or there is no such shape.
         """
         found = parse(text)
         if found.hardware.platform != "tpu":
@@ -53,7 +53,7 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """Of one slice."""
+        """Chips of one slice."""
         return math.prod(self.shape)
 
     @property
@@ -63,27 +63,27 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        """Of one slice."""
+        """Hosts of one slice."""
         return self.chips // self.chips_per_host
 
     @property
     def topology(self) -> str:
-        """4x4."""
+        """The shape of one slice as text: 4x4."""
         return "x".join(map(str, self.shape))
 
     @property
     def gke(self) -> str:
-        """What GKE's machines are labelled with."""
+        """The accelerator label of GKE's machines."""
         return self._named(_GKE, "GKE")
 
     @property
     def type(self) -> str:
-        """The kind of chip to Cloud TPU."""
+        """The kind of chip, as Cloud TPU names it."""
         return self._named(_TYPE, "Cloud TPU's queued resources")
 
     @property
     def runtime(self) -> str:
-        """The software of a TPU machine that Cloud TPU recommends for JAX."""
+        """The software version that Cloud TPU recommends for JAX on these machines."""
         return self._named(_RUNTIME, "Cloud TPU's queued resources")
 
     def _named(self, names: dict[str, str], service: str) -> str:

@@ -1,4 +1,4 @@
-"""The place that is a SLURM cluster: a batch job, which SLURM or the job itself starts again where it has saved."""
+"""The place `slurm`: a batch job, which SLURM or the job itself restarts from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from jaxmodels.fields import Count, Workers
 from jaxmodels.launch.output import growing
 from jaxmodels.launch.place import Job, Place, State, Status, call, write
 
-# beyond the time to save: for asking SLURM to start the job again, and for ranks to be started and to stop
+# seconds beyond the time to save, in which ranks start and stop and SLURM is asked to restart the job
 _MARGIN = 30
-# what SLURM calls a job that has not ended
+# SLURM's states of jobs that have not ended
 _WAITING = {name: State.WAITING for name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")}
 _RUNNING = {name: State.RUNNING for name in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "RESIZING")}
 _GOES_ON = (State.WAITING, State.STARTING, State.RUNNING)
@@ -25,42 +25,42 @@ _GOING = {**_WAITING, "CONFIGURING": State.STARTING, **_RUNNING}
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm(Place):
-    """Nodes of a SLURM cluster that this machine submits to; the working directory lies on a disk that they share."""
+    """Nodes of the SLURM cluster that this machine submits to; the working directory must be on a shared disk."""
 
     nodes: Count = 1
     """Nodes of the job, with one supervisor each."""
     min_nodes: Count | None = None
-    """Nodes with which the job goes on where others are lost; None: it needs all of them."""
+    """Continue on as few nodes as this if others are lost. None: only on all of them."""
     processes: Workers = 1
     """Processes on each node: one for each GPU, or one for all of them."""
     devices: Workers | None = None
-    """Devices of each process; None: the node's GPUs divided among the processes."""
+    """Devices per process. None: an equal share of the node's GPUs."""
     platform: Literal["auto", "cpu", "gpu"] = "auto"
     """auto uses GPUs where a node has any."""
     partition: str = ""
-    """Empty: the cluster's default."""
+    """Partition; empty: the cluster's default."""
     account: str = ""
-    """What the time is charged to."""
+    """Account that the time is charged to."""
     qos: str = ""
     """Quality of service."""
     gres: str = ""
-    """Generic resources of each node: gpu:8 or gpu:h100:8."""
+    """Generic resources per node: gpu:8 or gpu:h100:8."""
     constraint: str = ""
     """Features that the nodes must have."""
     cpus: Count | None = None
-    """CPUs of each node for the supervisor and all ranks; None: the cluster's default."""
+    """CPUs per node, for the supervisor and all ranks; None: the cluster's default."""
     time: str = ""
-    """Time limit of one attempt, as SLURM writes it: 4:00:00 or 2-00:00:00. The job saves before it, and goes on."""
+    """Time limit of one attempt, as SLURM writes it: 4:00:00 or 2-00:00:00. The job saves before, and continues."""
     directives: tuple[str, ...] = ()
     """Further options of sbatch, one each: --exclusive --mem=0."""
     setup: tuple[str, ...] = ()
-    """Lines of shell on the first node before the job starts, whose environment the ranks get: "module load cuda"."""
+    """Shell commands for the first node before the job starts; ranks get their environment: "module load cuda"."""
     image: str = ""
-    """Container in which the supervisors run; empty: the environment that the job was submitted with."""
+    """Container image in which the supervisors run; empty: the environment that the job was submitted from."""
     container: Literal["pyxis", "apptainer"] = "pyxis"
-    """What runs the image: Pyxis, which is a plugin of srun, or Apptainer."""
+    """Container runtime: Pyxis, which is a plugin of srun, or Apptainer."""
     mounts: tuple[str, ...] = ()
-    """Directories that the container sees beside the working directory: /data or /data:/inside."""
+    """Directories to mount in the container beside the working directory: /data or /data:/inside."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +80,7 @@ class Slurm(Place):
 
     @property
     def warning(self) -> int:
-        """Seconds before its time limit at which the job is told to save."""
+        """How many seconds before its time limit the job is told to save."""
         return int(self.grace) + _MARGIN
 
     def locks(self, job: Job) -> str:

@@ -1,4 +1,4 @@
-"""The place that is TPU machines of Google Cloud, asked for as queued resources, and again when they are taken away."""
+"""The place `tpu`: Cloud TPU machines, requested as queued resources, and again after each preemption."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxmodels.launch.slices import Slice
 
 _POLL_SECONDS = 20.0
 _UNANSWERED = 30
-"""Questions in a row to which there may be no answer, as when the network is away, before the job is given up."""
+"""How many requests in a row may fail, such as during an outage of the network, before the job is given up."""
 _STATES = {
     "CREATING": State.WAITING,
     "ACCEPTED": State.WAITING,
@@ -40,31 +40,31 @@ _SSH_LOST = 255
 
 @dataclass(frozen=True, kw_only=True)
 class TPU(Place):
-    """TPU machines that `gcloud` asks for; the command stays, and asks again after each preemption."""
+    """TPU machines, requested by `gcloud`; the command keeps running and requests them again after each preemption."""
 
     stays: ClassVar[bool] = True
     from_image: ClassVar[bool] = True
 
     tpu: str
-    """Slices of TPUs as `jaxmodels plan` writes them: v6e:16x16, or v6e:2x16x16 for two of them."""
+    """Slices of TPUs as `jaxmodels plan` writes them: v6e:16x16, or v6e:2x16x16 for two slices."""
     image: str
-    """Container image with jaxmodels and libtpu, and with the configs in its working directory."""
+    """Container image with jaxmodels and libtpu installed and the configs in its working directory."""
     zone: str
-    """Where the TPUs are: us-east5-b."""
+    """Zone of the TPUs: us-east5-b."""
     project: str = ""
-    """Empty: the one that gcloud is set to."""
+    """Project; empty: the one that gcloud is configured for."""
     capacity: Literal["spot", "reserved", "on-demand"] = "spot"
-    """Spot machines are taken away when others pay more; the job then goes on with the next ones."""
+    """Spot machines may be preempted at any time; the job then continues on the next ones."""
     reservation: str = ""
-    """Which reservation, where there are several."""
+    """Name of the reservation, if there are several."""
     runtime: str = ""
-    """Software of the machines; empty: what Cloud TPU recommends for JAX on this TPU."""
+    """Software version of the machines; empty: the one that Cloud TPU recommends for JAX on this TPU."""
     service_account: str = ""
-    """Account of the machines, by which they reach buckets and the image."""
+    """Service account of the machines, which gives them access to buckets and the image."""
     setup: tuple[str, ...] = ()
-    """Lines of shell on each machine before the job starts: "gcsfuse my-bucket /mnt/runs"."""
+    """Shell commands to run on each machine before the job starts: "gcsfuse my-bucket /mnt/runs"."""
     mounts: tuple[str, ...] = ()
-    """Directories of the machines that the container sees: /mnt/runs:/app/runs, where runs must lie to go on."""
+    """Directories to mount in the container. Runs must lie in one to survive a preemption: /mnt/runs:/app/runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,7 @@ class TPU(Place):
         for mount in self.mounts:
             if not re.fullmatch(r"/[^:]*:/[^:]*(:r[ow])?", mount):
                 raise UserError(f"got mounts {mount!r}, expected two directories, try --mounts /mnt/runs:/app/runs")
-        _ = self.slices.type  # a TPU that this service does not have
+        _ = self.slices.type  # refuses a TPU that this service does not offer
 
     @property
     def slices(self) -> Slice:
@@ -87,7 +87,7 @@ class TPU(Place):
                 "got no mounts, expected a directory for the runs that outlives the machines, try --setup "
                 "'gcsfuse my-bucket /mnt/runs' --mounts /mnt/runs:/app/runs"
             )
-        ask = f"#!/bin/sh\n# asks for the machines; the same after each preemption\nexec {shlex.join(self._ask(job))}\n"
+        ask = f"#!/bin/sh\n# requests the machines, again after each preemption\nexec {shlex.join(self._ask(job))}\n"
         return {"create.sh": ask, "worker.sh": self._worker(job)}
 
     def submit(self, job: Job) -> str:
@@ -126,8 +126,8 @@ class TPU(Place):
         twice = (job.directory / "cancelled").exists()
         write(job.directory / "cancelled", "")
         if self._state(job)[0] == "ACTIVE" and not twice:
-            self._tell(job)  # the command that stays sees them end, and gives the machines back
-        else:  # there is nothing to save, or no command that stays any more
+            self._tell(job)  # the foreground command sees them end, and releases the machines
+        else:  # nothing to save, or the foreground command is gone
             self._delete(job)
 
     def _gcloud(self, *words: str) -> list[str]:
@@ -136,7 +136,7 @@ class TPU(Place):
 
     def _ask(self, job: Job) -> list[str]:
         slices = self.slices
-        # where chips lie in three dimensions, their number alone does not say the shape
+        # with three dimensions the number of chips does not determine the shape
         flat = len(slices.shape) == 2
         shape = [f"--accelerator-type={slices.type}-{slices.chips}"]
         return self._gcloud(
@@ -153,12 +153,12 @@ class TPU(Place):
         )
 
     def _nodes(self, job: Job) -> list[str]:
-        """What Cloud TPU calls the slices."""
+        """The slices' accelerator type, as Cloud TPU names it."""
         count = self.slices.count
         return [job.name] if count == 1 else [f"{job.name}-{i}" for i in range(count)]
 
     def _worker(self, job: Job) -> str:
-        """What runs on every machine. A container that a lost connection has left behind makes place for the next."""
+        """The script for every machine; it first removes a container that a lost connection has left behind."""
         volumes = [word for mount in self.mounts for word in ("--volume", mount)]
         run = ["sudo", "docker", "run", "--rm", f"--name={job.name}", "--privileged", "--network=host"]
         run += ["--shm-size=16g", *volumes, self.image]
@@ -170,7 +170,7 @@ class TPU(Place):
         return "\n".join(["#!/bin/sh", *lines, f"exec {shlex.join([*run, *supervisor])}", ""])
 
     def _state(self, job: Job) -> tuple[str, str]:
-        """The state of the queued resource and what the service says of it; empty where there is none."""
+        """Return the state of the queued resource and the service's message; empty if it does not exist."""
         try:
             said = call(self._gcloud("queued-resources", "describe", job.name, "--format=json"))
         except UserError as refusal:
@@ -182,14 +182,14 @@ class TPU(Place):
         return state.get("state", "STATE_UNSPECIFIED"), why
 
     def _delete(self, job: Job) -> None:
-        with contextlib.suppress(UserError):  # it is gone already, or goes
+        with contextlib.suppress(UserError):  # it is gone already, or going
             call(self._gcloud("queued-resources", "delete", job.name, "--force", "--async"))
 
     def _tell(self, job: Job) -> None:
         """Tell the supervisors to save and stop."""
         kill = f"sudo docker kill --signal=TERM {job.name}"
         for node in self._nodes(job):
-            with contextlib.suppress(UserError):  # its machines are going
+            with contextlib.suppress(UserError):  # its machines are being deleted
                 call(self._gcloud("tpu-vm", "ssh", node, "--worker=all", f"--command={kill}"))
 
     def _told(self, stop: threading.Event) -> None:
@@ -198,7 +198,7 @@ class TPU(Place):
         stop.set()
 
     def _stay(self, job: Job, stop: threading.Event) -> ExitCode:
-        """Ask for the machines, run the job on them, and ask again, until it has ended; nothing is left rented."""
+        """Request the machines and run the job on them, again after each preemption, and release them at the end."""
         left = self.restarts
         try:
             call(self._ask(job), seconds=300.0)
@@ -211,7 +211,7 @@ class TPU(Place):
                     if code in (ExitCode.DONE, ExitCode.FAILED, ExitCode.MISTAKE):
                         return ExitCode(code)
                     if code != ExitCode.SAVED and self._patiently(job)[0] == "ACTIVE":
-                        left -= 1  # the machines are there, and the job is not
+                        left -= 1  # the machines are there, but the job is not
                         self._say(job, f"the connection was lost or the job killed (code {code}): once more")
                 elif state in ("SUSPENDED", "FAILED"):
                     left -= state == "FAILED"
@@ -228,7 +228,7 @@ class TPU(Place):
             self._delete(job)
 
     def _patiently(self, job: Job) -> tuple[str, str]:
-        """The state; a service that does not answer for a while is asked again."""
+        """Return the state; failed requests are repeated for a while."""
         for unanswered in range(_UNANSWERED):
             try:
                 return self._state(job)
@@ -240,7 +240,7 @@ class TPU(Place):
         raise AssertionError
 
     def _again(self, job: Job, stop: threading.Event) -> None:
-        """Delete the request, wait until it is gone, and make the same one again."""
+        """Delete the queued resource, wait until it is gone, and request the same one again."""
         self._delete(job)
         while self._patiently(job)[0] and not stop.is_set():
             time.sleep(_POLL_SECONDS)
@@ -248,7 +248,7 @@ class TPU(Place):
             call(self._ask(job), seconds=300.0)
 
     def _attempt(self, job: Job, stop: threading.Event) -> int:
-        """Run the job on all machines of all slices; returns the code of the whole."""
+        """Run the job on all machines of all slices; return its exit code."""
         command = f"--command={(job.directory / 'worker.sh').read_text()}"
         running = [
             subprocess.Popen(
@@ -292,8 +292,8 @@ class TPU(Place):
             self._say(job, text if index is None else f"slice {index}: {text}", "")
 
     def _say(self, job: Job, text: str, who: str = "launch: ") -> None:
-        """Show a line, and keep it."""
+        """Print a line, and append it to the log."""
         with open(job.directory / "log.txt", "a") as log:
             log.write(f"{who}{text}\n")
-        with contextlib.suppress(OSError):  # nobody looks any more
+        with contextlib.suppress(OSError):  # nobody reads it
             print(f"{who}{text}", file=sys.stderr if who else sys.stdout, flush=True)
