@@ -1,4 +1,4 @@
-"""Which rank failed first, and how, from how all of them ended."""
+"""Finds which rank failed first, and how, from the ends of all ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxmodels.launch.events import Kind
 from jaxmodels.launch.seen import Frame, Seen, held_up_by
 
 FROZEN_SECONDS = 5.0
-"""After which a stopped rank counts as frozen; JAX's heartbeat ends its peers some seconds later."""
+"""Seconds after which a stopped rank counts as frozen; JAX's heartbeat ends its peers some seconds later."""
 LAST_LINES = 12
 GOOD = (ExitCode.DONE, ExitCode.SAVED)
 
@@ -34,10 +34,10 @@ class Failure:
     kind: Kind
     why: str
     rank: Seen | None = None
-    """None: it is none of a single rank."""
+    """The rank that failed; None if it was not a single rank."""
 
     def message(self, moment: float) -> str:
-        """For a person, with the last lines of the rank."""
+        """The failure as text, with the last lines of the rank's output."""
         if self.rank is None:
             return f"failed {moment:.1f} s after the start: {self.why}"
         tail = [line for line in self.rank.tail if line.strip()]
@@ -51,12 +51,12 @@ class Failure:
 
 
 def first_failure(seen: Sequence[Seen], found: dict[int, list[Frame]], late: str = "") -> Failure | None:
-    """What failed first; None: nothing did.
+    """Find what failed first; None if nothing did.
 
     Args:
         seen: every rank.
-        found: the stacks of those that still run.
-        late: why they are taken to run for too long, where they are.
+        found: the stacks of the ranks that still run.
+        late: why those ranks are thought to hang, if they are.
     """
     failed = sorted((one for one in seen if one.code is not None and one.code not in GOOD), key=lambda one: -one.ended)
     texts = {one.rank: "\n".join(one.tail) for one in seen}
@@ -99,7 +99,7 @@ def _stuck(seen: Sequence[Seen], found: dict[int, list[Frame]], late: str) -> Fa
 
 
 def _ended(one: Seen) -> Failure:
-    """What a rank's own end says."""
+    """Describe the end of a single rank."""
     code = one.code or 0
     if code < 0:
         try:

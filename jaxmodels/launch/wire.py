@@ -1,4 +1,4 @@
-"""What supervisors say to each other: lines of JSON over TCP, from every node to node 0 and back."""
+"""Messages between supervisors: lines of JSON over TCP, from every node to node 0 and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxmodels.launch.ranks import Assignment
 from jaxmodels.launch.seen import Frame, Seen
 
 LOST_SECONDS = 10.0
-"""Without a word after which a node's link is taken to be down; JAX's own heartbeat gives up after 15 s."""
+"""Seconds without a message after which a node's link counts as down; JAX's own heartbeat gives up after 15 s."""
 _ANSWER_SECONDS = 5.0
 _KILL_SECONDS = 15.0
 _LONGEST_LINE = 2**24
@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 
 class Link:
-    """A connection: messages go out by `send`, and those that come are given to `heard`; None: it has ended."""
+    """A connection: `send` sends messages, and `heard` is called with those that come, or with None at the end."""
 
     def __init__(self, connection: socket.socket, heard: Callable[[Link, Message | None], object]) -> None:
         self.connection, self.heard = connection, heard
@@ -36,7 +36,7 @@ class Link:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """Send, or drop what cannot be sent: that the link is down is noticed by who listens."""
+        """Send a message, or drop it if the link is down, which the receiving side notices."""
         with self._lock, contextlib.suppress(OSError):
             self.connection.settimeout(_ANSWER_SECONDS)
             self.connection.sendall(json.dumps(message).encode() + b"\n")
@@ -66,7 +66,7 @@ class Link:
                     message = json.loads(line)
                 except ValueError:
                     message = None
-                if not isinstance(message, dict):  # whoever this is, it is none of ours
+                if not isinstance(message, dict):  # the sender is no supervisor
                     data = b""
                     break
                 self.last = time.monotonic()
@@ -77,16 +77,16 @@ class Link:
 
 
 class Remote:
-    """Another node, as node 0 sees it; it does what `Here` does for its own."""
+    """Another node, as node 0 sees it; it does for that node what `Here` does for its own."""
 
     def __init__(self, link: Link, hello: Message, changed: Callable[[], object]) -> None:
-        """`changed` is called, in another thread, when one of its ranks has ended, or the link."""
+        """`changed` is called, in another thread, when one of its ranks or the link has ended."""
         self.link, self._changed = link, changed
         self.node, self.host, self.processes = int(hello["node"]), str(hello["host"]), int(hello["processes"])
         self.lost = ""
-        """Why it counts as lost; empty while it does not."""
+        """Why the node counts as lost; empty if it does not."""
         self.refused = ""
-        """The user's mistake that keeps it from starting its ranks."""
+        """The user's mistake that keeps the node from starting its ranks."""
         self._seen: list[Seen] = []
         self._received = time.monotonic()
         self._attempt = -1
@@ -96,14 +96,14 @@ class Remote:
         link.heard = lambda _, message: self.take(message)
 
     def take(self, message: Message | None) -> None:
-        """Take what has come from it."""
+        """Handle a message from the node."""
         if message is None:
             self.lost = self.lost or "died"
             self._answered.set()
             self._killed.set()
             self._changed()
             return
-        if message.get("attempt") != self._attempt:  # of ranks that are no more
+        if message.get("attempt") != self._attempt:  # about ranks of an earlier attempt
             return
         if "seen" in message:
             before = {one.rank for one in self._seen if one.code is not None}
@@ -120,7 +120,7 @@ class Remote:
             self._changed()
 
     def start(self, given: Assignment) -> None:
-        """Have it start its ranks."""
+        """Tell the node to start its ranks."""
         self._attempt, self._seen, self.refused = given.attempt, [], ""
         self._killed.clear()
         self._seen = [Seen(given.first + i, self.host, "") for i in range(self.processes)]
@@ -128,7 +128,7 @@ class Remote:
         self.link.send({"do": "start", **dataclasses.asdict(given)})
 
     def seen(self) -> list[Seen]:
-        """How each of its ranks was when it last said so."""
+        """Return the state of each of its ranks, as last reported."""
         later = time.monotonic() - self._received
         return [
             dataclasses.replace(one, age=one.age + later, ended=one.ended + later * (one.code is not None))
@@ -136,30 +136,30 @@ class Remote:
         ]
 
     def ask(self) -> None:
-        """Ask where the main threads of its ranks stand."""
+        """Ask for the stacks of its ranks' main threads."""
         self._answered.clear()
         self._stacks = None
         self.link.send({"do": "stacks"})
 
     def stacks(self) -> dict[int, list[Frame]]:
-        """The answer, waited for."""
+        """Wait for the answer."""
         if not self.lost:
             self._answered.wait(_ANSWER_SECONDS)
         return self._stacks or {}
 
     def tell(self) -> None:
-        """Have its ranks told to save and stop."""
+        """Tell its ranks to save and stop."""
         self.link.send({"do": "tell"})
 
     def kill(self) -> None:
-        """Have its ranks killed, and wait until they are."""
+        """Kill its ranks, and wait until they have ended."""
         if not self.lost:
             self.link.send({"do": "kill"})
             self._killed.wait(_KILL_SECONDS)
 
 
 class Door:
-    """Where other nodes come to node 0."""
+    """The port on which node 0 accepts other nodes."""
 
     def __init__(self, port: int, heard: Callable[[Link, Message | None], object]) -> None:
         self._heard = heard
@@ -178,5 +178,5 @@ class Door:
             Link(connection, self._heard)
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Stop accepting connections."""
         self._socket.close()

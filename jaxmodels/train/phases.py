@@ -1,7 +1,7 @@
-"""Where a run's wall time goes: the trainer's one clock, and `phases.jsonl`, in which a run keeps what it shows.
+"""Where a run's wall time goes: the clock of the trainer, and `phases.jsonl`, in which the run records it.
 
 An attempt is one process (rank 0) that works on a run. It adds lines to the file: one at each save, which stays, and a
-last one that is written over each second, so that after a kill the file is right to about a second.
+last one that is rewritten each second, so that after a kill the file is right to about a second.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import jax
 
 FILE = "phases.jsonl"
 Phase = Literal["start", "restore", "compile", "step", "data", "evaluation", "save", "idle"]
-"""What a trainer does: step is what it is there for, data is a wait for a batch in which devices had nothing to do."""
+"""The phases of a trainer. In `data` the devices had nothing to do for want of a batch."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-_WIDTH = 1024  # bytes of a line, blanks included, so that the last one can be written over in place
+_WIDTH = 1024  # bytes of a line, padded with blanks, so that the last one can be rewritten in place
 _EVERY = 1.0  # seconds
 _NOTICED = 1e-3  # seconds of a wait for data from which on the next one is looked at closely
 
 
 class Phases:
-    """One attempt's clock: all of its time belongs to one phase or another. Seconds, of the main thread."""
+    """The clock of one attempt: each second of the main thread belongs to one phase."""
 
     def __init__(self, began: float | None = None, tell: Callable[[Phase, int], Any] = lambda phase, step: None):
-        """`began`: Unix seconds at which the process began, now by default; `tell` hears of each change of phase."""
+        """`began`: Unix seconds when the process started, by default now; `tell` is called at each change of phase."""
         now = time.time()
         self.began = now if began is None else min(began, now)
         self.step = 0
         """Steps done."""
         self.first: int | None = None
-        """Steps that were done when this attempt's loop began; None: it has not."""
+        """Steps that were done when this attempt's loop began; None if it has not begun."""
         self.saved: int | None = None
-        """Steps of the newest complete checkpoint that this attempt has written or begun with."""
+        """Step of the newest complete checkpoint that this attempt has written or started from."""
         self.ended: str | None = None
-        """How the attempt ended; None: it has not, or had no time to say so."""
+        """How the attempt ended; None if it has not, or had no time to record it."""
         self.phase: Phase = "start"
         self._tell = tell
         self._origin = time.perf_counter() - (now - self.began)
@@ -57,7 +57,7 @@ class Phases:
     # ---- marking
 
     def enter(self, phase: Phase) -> None:
-        """From now on the time is this phase's."""
+        """Count the time from now on to this phase."""
         with self._lock:
             now = time.perf_counter()
             self._seconds[self.phase] += now - self._since
@@ -67,7 +67,7 @@ class Phases:
 
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
-        """The time within is this phase's, what comes then that of the phase before."""
+        """Count the time within the context to this phase, and afterwards to the phase before it."""
         before = self.phase
         self.enter(phase)
         try:
@@ -76,24 +76,24 @@ class Phases:
             self.enter(before)
 
     def begin(self, step: int) -> None:
-        """The loop begins, after so many steps."""
+        """Note that the loop begins, with so many steps done."""
         self.first = self.step = step
         self.enter("step")
 
     def done(self, step: int) -> None:
-        """So many steps are done on the devices, as of now."""
+        """Note that the devices have done so many steps by now."""
         with self._lock:
             self.step = step
             self._read = self._shown()["step"]
 
     def move(self, seconds: float, source: Phase, target: Phase) -> None:
-        """Time of one phase turns out to have been another's."""
+        """Move seconds from one phase to another."""
         with self._lock:
             self._seconds[source] -= seconds
             self._seconds[target] += seconds
 
     def compiled(self, seconds: float) -> None:
-        """The main thread has traced or compiled for so long, up to now, within another phase than `compile`."""
+        """Note that the main thread has traced or compiled for so long until now, in another phase than `compile`."""
         end = time.perf_counter()
         begin, known = max(end - seconds, self._since), 0.0
         while self._compiled and self._compiled[-1][0] >= begin:  # traced within what has been traced
@@ -106,7 +106,7 @@ class Phases:
     # ---- reading
 
     def seconds(self) -> dict[Phase, float]:
-        """Seconds of each phase up to now; they add up to the attempt's time."""
+        """Return the seconds of each phase until now; they add up to the attempt's time."""
         with self._lock:
             return self._shown()
 
@@ -116,7 +116,7 @@ class Phases:
         return shown
 
     def line(self) -> dict[str, Any]:
-        """What a record keeps: times, steps and the phase under way.
+        """Return what is recorded: times, steps and the current phase.
 
         `open` seconds at the end of `step` are of a step that is not known to be done.
         """
@@ -138,7 +138,7 @@ class Phases:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Phases]:
-        """Hear of what JAX compiles in this thread; at the end, keep how the attempt ended."""
+        """Count JAX's compilations in this thread, and at the end of the context record how the attempt ended."""
         main = threading.get_ident()
 
         def heard(event: str, duration_secs: float, **kwargs: Any) -> None:
@@ -157,23 +157,23 @@ class Phases:
                 self._record.close()
 
     def record(self, run: Path, **facts: Any) -> None:
-        """Keep this attempt in the run's file from now on, with such facts as where it runs."""
+        """Record this attempt in the run's file from now on, with facts such as where it runs."""
         self._record = _Record(run, self.line, {"host": socket.gethostname()[:64], **facts})
 
     def keep(self) -> None:
-        """Have a line of its own stay in the record: a state of so many steps is about to be saved."""
+        """Keep a line for the state of so many steps, which is about to be saved."""
         if self._record is not None:
             self._record.keep()
 
 
 class _Record:
-    """The file's last line, written over each second by a thread, until it is kept and another one begins."""
+    """The last line of the file, which a thread rewrites each second until the line is kept and the next one begins."""
 
     def __init__(self, run: Path, line: Callable[[], Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
         self.line, self.facts = line, facts
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.file = -1
-        with contextlib.suppress(OSError):  # what cannot be kept costs no run
+        with contextlib.suppress(OSError):  # a record that cannot be written ends no run
             self.file = os.open(run / FILE, os.O_RDWR | os.O_CREAT, 0o666)
         self.at = self._end()
         self.write()
@@ -181,7 +181,7 @@ class _Record:
         self.thread.start()
 
     def _end(self) -> int:
-        """Where the next line goes: behind what is there, even if it is torn."""
+        """Return where the next line goes: after everything in the file, even a torn line."""
         size = os.fstat(self.file).st_size if self.file >= 0 else 0
         end = -(-size // _WIDTH) * _WIDTH
         if end > size:
@@ -213,7 +213,7 @@ class _Record:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `phases.jsonl` in their order; what is torn is passed over."""
+    """Read the lines of a run's `phases.jsonl` in order, without torn ones."""
     path = run / FILE
     if not path.is_file():
         return []
@@ -241,11 +241,11 @@ def _whole(row: Mapping[str, Any]) -> bool:
 
 
 class Starved:
-    """How long devices had nothing to do while the loop waited for a batch.
+    """Measures how long devices had nothing to do while the loop waited for a batch.
 
-    A wait in which they still worked on the step before costs nothing. When that step ended is known only to who waits
-    for it, so where the last wait was noticed a thread does; the first one of several counts in full, unless the step
-    was still under way behind it.
+    A wait during which they still worked on the step before costs nothing. When that step ended is known only by
+    waiting for it, which a thread does if the last wait was noticeable. So the first of several waits counts in full,
+    unless the step was still running after it.
     """
 
     def __init__(self) -> None:
@@ -254,16 +254,16 @@ class Starved:
         self.ended: Future[float] | None = None
 
     def dispatched(self, metrics: Any) -> None:
-        """A step has been handed to the devices, which will give these metrics."""
+        """Note that a step was dispatched, which will give these metrics."""
         self.ended = None
         if self.noticed:
             self.pool = self.pool or ThreadPoolExecutor(1, thread_name_prefix="jaxmodels-device")
             self.ended = self.pool.submit(_end_of, metrics)
 
     def wait(self, asked: float, metrics: Any | None) -> float:
-        """Seconds without work for the devices since a batch was asked for, which is here now.
+        """Return the seconds without work for the devices since the batch that has come now was asked for.
 
-        `metrics`: of the step before; None: it had been waited for.
+        `metrics`: those of the step before; None if they had been waited for.
         """
         now = time.perf_counter()
         self.noticed = now - asked > _NOTICED
@@ -283,6 +283,6 @@ class Starved:
 
 
 def _end_of(metrics: Any) -> float:
-    with contextlib.suppress(Exception):  # the loop will meet it when it reads them
+    with contextlib.suppress(Exception):  # the loop meets the error when it reads them
         jax.block_until_ready(metrics)
     return time.perf_counter()
