@@ -139,6 +139,7 @@ def test_every_number_of_every_command_has_a_range(command, monkeypatch):
         ("sample RUN --top-p 7", "got top_p 7.0, expected at most 1"),
         ("sample RUN --top-k 0", "got top_k 0, expected at least 1"),
         ("sample RUN --seed -1", "got seed -1, expected at least 0"),
+        ("sample RUN --temperature 0 --top-k 3", "got --top-k 3 with --temperature 0, at which nothing is drawn"),
         ("eval RUN --beams 0", "got beams 0, expected at least 1"),
         ("eval RUN --data.bad-records -1", "got data.bad_records -1, expected at least 0"),
         ("predict RUN FILE --beams 99999", "got beams 99999, expected at most 1024"),

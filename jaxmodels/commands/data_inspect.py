@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxmodels.commands.options import Configured
 from jaxmodels.config import Config
-from jaxmodels.errors import check_place
+from jaxmodels.errors import UserError, check_place
 from jaxmodels.fields import Section
 
 
@@ -38,6 +38,9 @@ def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
     from jaxmodels.data.source import Source, Split, Windows, unigram_loss
 
     fields = tasks.build(cfg.task, cfg.model, cfg.data).fields
+    pictured = any(len(fields[name].shape or ()) == 3 for name in ("images", "inputs") if name in fields)
+    if out != InspectOptions.out and not pictured:
+        raise UserError(f"got --out {out} for a model that reads no images, expected one that does, try it without")
     sources: dict[Split, Source] = {}
     for split in ("train", "eval"):
         source = sources[split] = open_for(cfg, split, fields)

@@ -47,6 +47,13 @@ def sample(
     options = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"repetition_penalty": repetition_penalty}
     given = {name: value for name, value in options.items() if value is not None}
+    idle = [name for name in ("top_k", "top_p", "seed") if name in given]
+    if temperature == 0 and idle:
+        flag = f"--{idle[0].replace('_', '-')}"
+        raise UserError(
+            f"got {flag} {given[idle[0]]} with --temperature 0, at which nothing is drawn, expected a temperature "
+            f"above 0, try it without {flag}"
+        )
     cfg, _ = configs.read(run)
     if cfg.task.answers not in ("continuation", "translation"):
         instead = "predict" if cfg.task.answers else "report"

@@ -39,10 +39,10 @@ def judge_images(run: Run, classifier: Path, count: int = 1000) -> dict[str, flo
             "try it without"
         )
     judge = load_run(classifier)
-    if judge.config.task.answers not in ("class", "classes"):
+    if judge.config.task.answers != "class":  # the score is of classes that exclude each other
         raise UserError(
             f"got classifier {classifier} of task {judge.config.task.kind}, "
-            f"expected {tasks_that_answer('class', 'classes')}, try the run of a classifier"
+            f"expected {tasks_that_answer('class')} with one label an image, try the run of such a classifier"
         )
     made, seen_as = jax.eval_shape(lambda: samples(run.params, run.stats, 1)), judge.model.inputs(1)[0]
     if made.shape != seen_as.shape:

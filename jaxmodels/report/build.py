@@ -28,12 +28,19 @@ PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
 
 def write(runs: Mapping[str, Path], out: Path | None, split: str | None, best: bool) -> Path:
     """Write the page and return its path. What cannot be drawn is named in the log and on the page; the rest is
-    shown."""
+    shown.
+
+    Raises:
+        UserError: a run has no such split, or no best checkpoint, and that was asked for.
+    """
     several, given = len(runs) > 1, {} if split is None else {"eval_split": split}
     opened: dict[str, Evaluation] = {}
     columns, closed = [], []
     for name, run in runs.items():
-        evaluation, why = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best, given))
+        if given or best:
+            evaluation, why = open_run(run, best, given), ""
+        else:
+            evaluation, why = attempt(f"the checkpoint of {name}", lambda run=run: open_run(run, best, given))
         if why:
             closed.append(Part((), name if several else "", f"Without the checkpoint: {why}"))
         values = None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +91,8 @@ def test_inspect_shows_the_text_that_the_model_sees(folder, capsys):
     assert shown.count("Batch ") == 3 and "Batch 1, row 0" in shown and "says hello" in shown
     assert "train: text, 10 files" in shown and "eval: text, 10 files" in shown and "fingerprint" in shown
     assert "unigram" in shown and "\x1b" not in shown and "\\x1b[31mred" in shown
+    with pytest.raises(UserError, match="got --out x.png for a model that reads no images"):
+        show(Config(GPT2Config(vocab_size=256), data=data), out=Path("x.png"))
 
 
 def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
@@ -103,11 +106,8 @@ def test_inspect_draws_images_and_names_classes(shared_data, capsys, tmp_path):
     assert str(picture) in shown and "shift 2, cutout 6" in shown
     assert shown.count("Batch ") == 2 and shown.count("    | ") >= 20 and "@" in shown and "    label " in shown
     data = TFDS(dir=place, name="sst2", train_split="train[:50]")
-    show(
-        Config(BERTConfig(head="classification", classes=2), task=Classification(), data=data),
-        out=tmp_path / "no.png",
-    )
-    assert "(positive)" in capsys.readouterr().out and not (tmp_path / "no.png").exists()
+    show(Config(BERTConfig(head="classification", classes=2), task=Classification(), data=data))
+    assert "(positive)" in capsys.readouterr().out
 
 
 def test_the_picture_shows_each_image_as_several_epochs_change_it(shared_data, tmp_path):

@@ -212,6 +212,17 @@ def test_another_split_is_measured_anew(trained):
     np.testing.assert_allclose(found["eval/accuracy"], (labels == predicted).mean(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("asked", "said"), [(["--split", "nonsense"], "nonsense"), (["--best"], "no best checkpoint")])
+def test_what_is_asked_of_a_report_takes_effect_or_is_refused(trained, tmp_path, capsys, asked, said):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "fast", run)
+    if "--best" in asked:
+        for manifest in run.glob("checkpoints/*/manifest.json"):
+            manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "best": False}))
+    assert main(["report", str(run), "--out", str(tmp_path / "page"), *asked]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "page").exists()
+
+
 def test_saliency_of_a_linear_model_is_weight_times_input():
     model = create(MLPConfig(input_shape=(2, 3, 1), classes=4, hidden=()))
     params = arrays(model)
