@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import record
 from benchmarks.injured import Job
 
 SIGNALS = {"killed": signal.SIGKILL, "died": signal.SIGSEGV, "frozen": signal.SIGSTOP}
@@ -70,7 +71,7 @@ def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
         and (found.kind, found.rank) == (kind, at)
         and len(failed) <= (kind in LOSSES)
         and (found.seconds or 0.0) < IN_TIME,
-        "said": found.said[:300],
+        "said": found.said.replace(f"{record.ROOT}/", "").replace(f"{job.folder}/", "")[:300],
     }
 
 
