@@ -21,7 +21,7 @@ class Hosts:
     """Two hosts, h1 and h2, that ssh reaches with the options of `config` from within the first one."""
 
     def __init__(self, folder: Path, hosts: namespaces.Hosts) -> None:
-        self.folder, self.config = folder, folder / "ssh_config"
+        self.folder, self.config, self.namespaces = folder, folder / "ssh_config", hosts
         self.inside = hosts.network(0)
         """What a command begins with that runs in the network of the first host."""
         self.each = [hosts.inside(i) for i in range(len(namespaces.NAMES))]

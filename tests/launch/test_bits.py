@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import slurm
 from tests.conftest import ROOT
 from tests.launch.namespaces import two_hosts
 
@@ -31,16 +33,24 @@ def get_config():
         metrics=Metrics(progress="none", loggers=()),
     )
 """
+PLACE = """
+from jaxmodels.launch.slurm import Slurm
+
+
+def get_place():
+    return Slurm(nodes=2, processes=1, platform="cpu")
+"""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "spec.py").write_text(CONFIG)
+    (tmp_path / "place.py").write_text(PLACE)
     return tmp_path
 
 
-def start(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+def start(folder: Path, *command: str, given: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
+    environment = {**given, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -59,20 +69,34 @@ def spec(run: str) -> Sequence[str]:
     return "train", "spec.py", "--run-dir", run
 
 
-@pytest.mark.timeout(600)  # six processes that compile
-def test_local_open_mpi_and_ssh_between_hosts_give_the_same_bits(folder: Path) -> None:
+@pytest.mark.timeout(900)  # eight processes that compile
+def test_local_open_mpi_ssh_and_slurm_on_two_hosts_give_the_same_bits(folder: Path) -> None:
     ours, cpu = [sys.executable, "-m", "jaxmodels"], ["--platform", "cpu"]
     start(folder, *ours, "launch", "local", "--processes", "2", *cpu, "--", *spec("runs/local"))
-    ran = ["local"]
+    ran, lacking = ["local"], [slurm.missing()] if slurm.missing() else []
     if (mpirun := shutil.which("mpirun")) is not None:
         start(folder, mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", *ours, *spec("runs/ranks"))
         ran.append("ranks")
+    else:
+        lacking.append("needs Open MPI: no mpirun here")
     with two_hosts(folder) as hosts:
         place = ["launch", "ssh", "--config", str(hosts.config), "--hosts", "h1", "h2", *cpu]
         start(folder, *hosts.inside, *ours, *place, "--", *spec("runs/ssh"))
         ran.append("ssh")
+        if not slurm.missing():
+            (folder / "cluster").mkdir()
+            with slurm.on(hosts.namespaces, folder / "cluster") as environ:
+                head = hosts.namespaces.inside(0, folder)
+                start(folder, *head, *ours, "launch", "place.py", "--", *spec("runs/slurm"), given=environ)
+                end = time.monotonic() + 300
+                while start(folder, *head, "squeue", "--noheader", given=environ).stdout.strip():
+                    assert time.monotonic() < end, "the job of SLURM does not end"
+                    time.sleep(0.5)
+            ran.append("slurm")
     expected = parameters(folder / "runs/local")
     for name in ran:
         found = parameters(folder / "runs" / name)
         assert found.keys() == expected.keys() and len(found) >= 4
         assert all(np.array_equal(found[leaf], expected[leaf]) for leaf in expected), name
+    if lacking:
+        pytest.skip(f"{', '.join(ran)} give the same bits; the others: {'; '.join(lacking)}")
