@@ -98,7 +98,10 @@ class TPU(Place):
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, lambda *_: self._told(stop)) for number in numbers}
         try:
+            if self._state(job)[0]:
+                raise self._taken(job)
             job.started(handle)
+            self._first(job)
             code = self._stay(job, stop)
         finally:
             for number, handler in previous.items():
@@ -197,11 +200,27 @@ class TPU(Place):
             raise KeyboardInterrupt
         stop.set()
 
-    def _stay(self, job: Job, stop: threading.Event) -> ExitCode:
-        """Request the machines and run the job on them, again after each preemption, and release them at the end."""
-        left = self.restarts
+    def _taken(self, job: Job) -> UserError:
+        return UserError(
+            f"got queued resource {job.name}, which is there already in {self.zone}, expected a new name, try another "
+            "--name"
+        )
+
+    def _first(self, job: Job) -> None:
+        """Request the machines; where that fails, delete what it may have created, but never what others have."""
         try:
             call(self._ask(job), seconds=300.0)
+        except BaseException as error:
+            if isinstance(error, UserError) and re.search("already.exists", str(error), re.IGNORECASE):
+                (job.directory / "handle").unlink()  # so that no record of the job remains
+                raise self._taken(job) from error
+            self._delete(job)
+            raise
+
+    def _stay(self, job: Job, stop: threading.Event) -> ExitCode:
+        """Run the job on its machines, requested again after each preemption, and release them at the end."""
+        left = self.restarts
+        try:
             while True:
                 state, why = self._patiently(job)
                 if stop.is_set() or (job.directory / "cancelled").exists():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jaxmodels.errors import UserError
-from jaxmodels.launch import tpu
+from jaxmodels.launch import record, tpu
 from jaxmodels.launch.place import State
 from jaxmodels.launch.tpu import TPU
 from tests.launch.jobs import job
@@ -36,6 +36,11 @@ with open(root + "/lock", "w") as lock:
     noun, verb, name = words[2:5]
     queued = cloud["queued"]
     if verb == "create":
+        if cloud.get("others"):  # somebody was faster
+            queued[name] = ["ACTIVE"]
+            keep()
+        if cloud.get("refuses"):
+            sys.exit("ERROR: (gcloud) RESOURCE_EXHAUSTED: quota")
         if name in queued:
             sys.exit("ERROR: ALREADY_EXISTS: " + name)
         queued[name] = cloud["lives"].pop(0)
@@ -83,8 +88,8 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("CLOUD", str(tmp_path))
     monkeypatch.setattr(tpu, "_POLL_SECONDS", 0.01)
 
-    def start(lives, runs=()):
-        state = {"queued": {}, "lives": lives, "runs": list(runs), "name": "demo"}
+    def start(lives, runs=(), **more):
+        state = {"queued": {}, "lives": lives, "runs": list(runs), "name": "demo", **more}
         (tmp_path / "cloud.json").write_text(json.dumps(state))
 
     return start
@@ -163,12 +168,31 @@ def test_machines_that_somebody_deletes_are_not_asked_for_again(cloud, tmp_path)
     assert len(calls(tmp_path, "create")) == 1
 
 
+@pytest.mark.parametrize("state", [{"queued": {"demo": ["ACTIVE"]}}, {"others": True}])
+def test_a_name_that_somebody_else_has_is_refused_and_their_machines_are_left_alone(
+    cloud, tmp_path, monkeypatch, state
+):
+    cloud([], **state)
+    monkeypatch.setattr(record, "JOBS", tmp_path / "jobs")
+    one = job(tmp_path / "jobs" / "demo")
+    with pytest.raises(UserError, match="got queued resource demo, which is there already in us-east5-b, .* --name"):
+        record.submit(PLACE, "", one)
+    assert not calls(tmp_path, "delete") and rented(tmp_path) and not one.directory.exists()
+
+
+def test_a_first_request_that_fails_is_deleted_in_case_it_was_made_all_the_same(cloud, tmp_path):
+    cloud([], refuses=True)
+    with pytest.raises(UserError, match="RESOURCE_EXHAUSTED"):
+        submit(tmp_path)
+    assert len(calls(tmp_path, "delete")) == 1
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_signal_lets_the_job_save_and_gives_the_machines_back(cloud, tmp_path, waiting):
     cloud([["WAITING_FOR_RESOURCES"] if waiting else COMING], [("told", None)])
 
     def interrupt():
-        sign = '"describe"' if waiting else '"ssh"'
+        sign = '"create"' if waiting else '"ssh"'
         while not (tmp_path / "calls").exists() or sign not in (tmp_path / "calls").read_text():
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
