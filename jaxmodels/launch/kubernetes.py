@@ -119,12 +119,16 @@ class Kubernetes(Place):
 
     def submit(self, job: Job) -> str:
         file = str(job.directory / f"{self.kind.lower()}.yaml")
+        kinds = ",".join(self._kinds)
+        if there := self._kubectl("get", kinds, job.name, "--ignore-not-found", "--output=name").split():
+            raise UserError(f"got {there[0]}, which is there already, expected a new name, try another --name")
         try:
             self._kubectl("create", "--filename", file)
-        except UserError:
-            # the service may exist without the job; a job of that name may have existed before
-            if self.kind == "Job" and not self._kubectl("get", "job", job.name, "--ignore-not-found").strip():
-                self._kubectl("delete", "service", job.name, "--ignore-not-found")
+        except UserError as refusal:
+            # one of the two may have been created; what somebody else has created since is left alone
+            others = rf'(\w+)s\S* "{job.name}" already exists'
+            if ours := ",".join(kind for kind in self._kinds if kind not in re.findall(others, str(refusal))):
+                self._kubectl("delete", ours, job.name, "--ignore-not-found", "--wait=false")
             raise
         return f"{self.namespace}/{job.name}"
 
@@ -143,9 +147,12 @@ class Kubernetes(Place):
     def cancel(self, job: Job, handle: str) -> None:
         write(job.directory / "cancelled", "")
         # the pods get SIGTERM and the time to save; this does not wait for them
-        kinds = [self.kind.lower()] if self.kind == "JobSet" else ["job", "service"]
-        for kind in kinds:
-            self._kubectl("delete", kind, job.name, "--ignore-not-found", "--wait=false")
+        self._kubectl("delete", ",".join(self._kinds), job.name, "--ignore-not-found", "--wait=false")
+
+    @property
+    def _kinds(self) -> list[str]:
+        """The kinds of the objects that a job consists of; all have its name."""
+        return ["jobset"] if self.kind == "JobSet" else ["job", "service"]
 
     @property
     def _jobs(self) -> int:

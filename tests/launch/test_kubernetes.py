@@ -294,15 +294,21 @@ def test_a_job_says_which_code_it_failed_with():
 
 
 KUBECTL = """#!/bin/sh
-# keeps the objects that it is given as files, as a cluster would
+# keeps the objects that it is given as files, as a cluster would; refuse holds the kind that it does not create
 echo "$@" >> "$CLUSTER/calls"
+create() {
+  [ "$(cat "$CLUSTER/refuse" 2> /dev/null)" = "$1" ] && { echo "$1s is forbidden" >&2; refused=1; return; }
+  [ -e "$CLUSTER/$1" ] && { echo "(AlreadyExists): $1s \\"demo\\" already exists" >&2; refused=1; return; }
+  touch "$CLUSTER/$1"
+}
 case " $* " in
-  *" create "*) [ -e "$CLUSTER/refuse" ] && { touch "$CLUSTER/service"; echo "jobs is forbidden" >&2; exit 1; }
-    touch "$CLUSTER/job" "$CLUSTER/service";;
+  *" create "*) [ -e "$CLUSTER/meanwhile" ] && touch "$CLUSTER/service"
+    create service; create job; exit $refused;;
+  *" get "*"--output=name "*) for kind in service job; do [ -e "$CLUSTER/$kind" ] && echo "$kind/demo"; done;;
   *" get "*) [ -e "$CLUSTER/job" ] &&
     echo '{"kind": "Job", "spec": {"parallelism": 2}, "status": {"active": 2, "ready": 2}}';;
+  *" delete job,service "*) rm -f "$CLUSTER/job" "$CLUSTER/service";;
   *" delete job "*) rm -f "$CLUSTER/job";;
-  *" delete service "*) rm -f "$CLUSTER/service";;
   *" logs "*) echo "[pod/demo-0-x/ranks] step 1"; echo "[pod/demo-1-y/ranks] step 1";;
 esac
 exit 0
@@ -335,8 +341,24 @@ def test_a_job_goes_to_the_cluster_and_is_followed_and_deleted(kubectl):
     assert all(call.startswith("--context=there --namespace=team ") for call in calls)
 
 
-def test_a_job_that_the_cluster_refuses_leaves_no_service_behind(kubectl):
-    (kubectl / "refuse").touch()
-    with pytest.raises(UserError, match="jobs is forbidden"):
+@pytest.mark.parametrize("kind", ["job", "service"])
+def test_a_job_that_the_cluster_refuses_in_part_leaves_nothing_behind(kubectl, kind):
+    (kubectl / "refuse").write_text(kind)
+    with pytest.raises(UserError, match=f"{kind}s is forbidden"):
         CPUS.submit(job(kubectl))
-    assert not (kubectl / "service").exists()
+    assert not (kubectl / "service").exists() and not (kubectl / "job").exists()
+
+
+@pytest.mark.parametrize("there", ["service", "job"])
+def test_a_name_that_is_taken_is_refused_and_what_has_it_is_left_alone(kubectl, there):
+    (kubectl / there).touch()
+    with pytest.raises(UserError, match=f"got {there}/demo, which is there already, .* --name"):
+        CPUS.submit(job(kubectl))
+    assert (kubectl / there).exists() and "delete" not in (kubectl / "calls").read_text()
+
+
+def test_what_somebody_creates_in_between_is_left_alone_and_the_rest_deleted(kubectl):
+    (kubectl / "meanwhile").touch()
+    with pytest.raises(UserError, match='services "demo" already exists'):
+        CPUS.submit(job(kubectl))
+    assert (kubectl / "service").exists() and not (kubectl / "job").exists()
