@@ -11,7 +11,6 @@ A folder with a plain number is complete by construction: it is written as `1000
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import json
 import logging
@@ -49,6 +48,7 @@ from jaxmodels.train.manifest import (
     megabytes,
     read_manifest,
     read_meta,
+    remove,
     render,
     seal,
     verify,
@@ -282,13 +282,13 @@ class Checkpointer:
             final.rename(replaced)
         folder.rename(final)
         flush(self.directory)
-        _remove(replaced)
+        remove(replaced)
 
     def _report(self, step: int, failure: Exception, size: int) -> None:
         cause = re.search(r"([^:]+) \[os_error_code", str(failure))  # TensorStore's message is a page of paths
         reason = cause[1].strip() if cause else " ".join(str(failure).split())[:300] or type(failure).__name__
         if _is_main():
-            _remove(self._folder(step, ".saving"))
+            remove(self._folder(step, ".saving"))
         last_good = max(self.steps(), default=None)
         try:
             free = megabytes(shutil.disk_usage(self.directory).free)
@@ -319,7 +319,7 @@ class Checkpointer:
                 record.with_suffix(".tmp").rename(record)
             for step in set(self.steps()) - kept:
                 # Renamed first: a kill during the removal must not leave half of a numbered folder.
-                _remove(self._folder(step).rename(self._folder(step, ".retired")))
+                remove(self._folder(step).rename(self._folder(step, ".retired")))
         except OSError as error:
             logger.error("checkpoint %d is saved, but tidying up after it failed: %s", saved, error)
 
@@ -329,7 +329,7 @@ class Checkpointer:
             if path.suffix == ".replaced" and path.is_dir() and not path.with_suffix("").exists():
                 path.rename(path.with_suffix(""))
             elif path.suffix in (".saving", ".replaced", ".retired"):
-                _remove(path)
+                remove(path)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -375,19 +375,7 @@ class Checkpointer:
         )
 
 
-# ---- files and processes
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder or file; if that fails, rename it out of the way of the next one of its name."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-    if os.path.lexists(path) and path.name.count(".") == 1:
-        with contextlib.suppress(OSError):
-            path.rename(path.with_name(f"{path.stem}.{time.time_ns()}.retired"))
+# ---- processes
 
 
 def _is_main() -> bool:

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +142,18 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or file; if that fails, rename it out of the way of the next one of its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if os.path.lexists(path) and path.name.count(".") == 1:
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(f"{path.stem}.{time.time_ns()}.retired"))
 
 
 def megabytes(size: float) -> str:
