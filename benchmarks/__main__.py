@@ -13,6 +13,7 @@ from jaxmodels.registry import Registry
 BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
+    "exact": "FLOPs, bytes, memory and collectives of steps as compiled, held to their records",
     "families": "every family against its PyTorch reference: forward and train step",
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
     "faults": "jobs on a SLURM of two hosts under faults at random: each is named, and the bits stay the same",
@@ -45,11 +46,11 @@ def main(argv: Sequence[str]) -> int:
         import tyro
 
         about = BENCHMARKS.get(name) or (run.__doc__ or "").partition("\n")[0]
-        run(tyro.cli(get_type_hints(run)["options"], prog=f"python -m benchmarks {name}", description=about, args=rest))
+        kind = get_type_hints(run)["options"]
+        return run(tyro.cli(kind, prog=f"python -m benchmarks {name}", description=about, args=rest)) or 0
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -82,8 +82,10 @@ class Compiled:
         )
 
 
-def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Compiled:
+def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program: str = "") -> Compiled:
     """The compiled step of a config for a topology, from the cache if possible.
+
+    With `program`, a hash of the lowered step, a cached one is taken however the package's code has changed.
 
     Raises:
         UserError: the config does not fit the topology, or its compiler is not installed.
@@ -102,7 +104,7 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None) -> Comp
         "config": configs.to_json(cfg),
         "on": topology.name,
         "versions": caches.versions(),
-        "source": caches.source(),
+        "source": program or caches.source(),
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "plan"
