@@ -19,16 +19,12 @@ def status(name: str | None = None, /) -> None:
     width = max(map(len, names), default=0)
     for each in names:
         try:
-            found = _status(record.read(each))
-            said = [found.state.value]
-            said += [f"exit code {found.code}"] if found.code is not None else []
-            said += [f"{found.restarts} restart{'s' * (found.restarts != 1)}"] if found.restarts else []
-            said += [found.detail] if found.detail else []
+            said = str(_status(record.read(each)))
         except UserError as error:
             if name is not None:
                 raise
-            said = [f"unknown: {error}"]
-        print(printable(f"{each:{width}}  {', '.join(said)}"))
+            said = f"unknown: {error}"
+        print(printable(f"{each:{width}}  {said}"))
 
 
 def _status(found: record.Record) -> Status:

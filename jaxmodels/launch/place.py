@@ -84,6 +84,12 @@ class Status:
         detail = "a mistake in what was asked" if code == ExitCode.MISTAKE else ""
         return cls(states.get(code, State.FAILED), detail, code, restarts)  # type: ignore[call-overload]
 
+    def __str__(self) -> str:
+        said = [self.state.value]
+        said += [f"exit code {self.code}"] if self.code is not None else []
+        said += [f"{self.restarts} restart{'s' * (self.restarts != 1)}"] if self.restarts else []
+        return ", ".join([*said, self.detail] if self.detail else said)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place(Section, kinds=PLACES):

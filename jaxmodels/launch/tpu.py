@@ -32,9 +32,11 @@ _STATES = {
     "SUSPENDING": State.WAITING,
     "SUSPENDED": State.WAITING,
     "DELETING": State.WAITING,
-    "FAILED": State.FAILED,
+    "FAILED": State.WAITING,  # it is deleted and requested again, until the command gives up
 }
-"""All states of a queued resource. Source: cloud.google.com/tpu/docs/queued-resources, and its API's enumeration."""
+"""All states of a queued resource, and of the job while its command has not ended it.
+
+Source: cloud.google.com/tpu/docs/queued-resources, and its API's enumeration."""
 _SSH_LOST = 255
 
 

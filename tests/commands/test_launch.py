@@ -48,6 +48,8 @@ class Queue(Place):
         return f"{self.path}/{job.name}"
 
     def status(self, job, handle):
+        if (Path(self.path) / "done").exists():
+            return Status.ended(0, 1)
         return Status(State.WAITING, "behind others") if Path(handle).exists() else Status(State.CANCELLED)
 
     def logs(self, job, handle, follow=False):
@@ -144,6 +146,14 @@ def test_a_job_is_found_by_its_name_until_it_is_cancelled(here: Path, capsys) ->
     assert main("launch cancel mine".split()) == 0 and not (here / "notes/mine").exists()
     capsys.readouterr()
     assert main("launch status mine".split()) == 0 and capsys.readouterr().out == "mine  cancelled\n"
+
+
+def test_cancel_leaves_a_job_alone_that_has_ended_and_says_how(here: Path, capsys) -> None:
+    assert main("launch notes.py --name mine -- train cfg.py".split()) == 0
+    (here / "queue/done").touch()
+    capsys.readouterr()
+    assert main("launch cancel mine".split()) == 0 and (here / "queue/mine").exists()
+    assert capsys.readouterr().out == "mine has ended: done, exit code 0, 1 restart\n"
 
 
 @pytest.mark.parametrize(("how", "code"), [("interrupted", 130), ("full", 2)])

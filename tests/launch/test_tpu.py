@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from jaxmodels.commands.launch_cancel import cancel
 from jaxmodels.errors import UserError
 from jaxmodels.launch import record, tpu
-from jaxmodels.launch.place import State
+from jaxmodels.launch.place import Job, State
 from jaxmodels.launch.tpu import TPU
 from tests.launch.jobs import job
 
@@ -102,6 +103,20 @@ def submit(directory: Path, place: TPU = PLACE) -> State:
         (directory / name).write_text(text)
     handle = place.submit(one)
     return place.status(one, handle).state
+
+
+def submitted(directory: Path, monkeypatch) -> Job:
+    """A job with its record, as a command that was killed leaves it."""
+    monkeypatch.setattr(record, "JOBS", directory / "jobs")
+    one = job(directory / "jobs" / "demo")
+
+    def killed(place, job):
+        job.started("handle")
+        return "handle"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TPU, "submit", killed)
+        return record.submit(PLACE, "", one).job
 
 
 def calls(directory: Path, verb: str) -> list[list[str]]:
@@ -205,25 +220,42 @@ def test_a_signal_lets_the_job_save_and_gives_the_machines_back(cloud, tmp_path,
 def test_cancel_from_elsewhere_tells_the_workers_and_the_job_is_cancelled(cloud, tmp_path):
     cloud([COMING], [("told", None)])
 
-    def cancel():
+    def interrupt():
         while not (tmp_path / "calls").exists() or '"ssh"' not in (tmp_path / "calls").read_text():
             time.sleep(0.02)
         assert PLACE.status(job(tmp_path), "").state is State.RUNNING
         PLACE.cancel(job(tmp_path), "")
 
-    threading.Thread(target=cancel, daemon=True).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     assert submit(tmp_path) is State.CANCELLED and not rented(tmp_path)
 
 
-def test_machines_whose_command_was_killed_are_deleted_by_cancelling_twice(cloud, tmp_path):
-    cloud([])
-    (tmp_path / "cloud.json").write_text(json.dumps({"queued": {"demo": ["ACTIVE"]}}))
-    PLACE.cancel(job(tmp_path), "")
+def test_machines_whose_command_was_killed_are_deleted_by_cancelling_twice(cloud, tmp_path, monkeypatch):
+    cloud([], queued={"demo": ["ACTIVE"]})
+    one = submitted(tmp_path, monkeypatch)
+    cancel("demo")
     assert rented(tmp_path) and len(calls(tmp_path, "ssh")) == 1
-    PLACE.cancel(job(tmp_path), "")
+    cancel("demo")
     assert not rented(tmp_path) and len(calls(tmp_path, "ssh")) == 1
-    assert PLACE.status(job(tmp_path), "").state is State.WAITING  # DELETING
-    assert PLACE.status(job(tmp_path), "").state is State.CANCELLED
+    assert PLACE.status(one, "").state is State.WAITING  # DELETING
+    assert PLACE.status(one, "").state is State.CANCELLED
+
+
+@pytest.mark.parametrize("states", [["FAILED"], []])
+def test_cancel_reaches_a_command_whose_machines_are_about_to_be_asked_for_again(cloud, tmp_path, monkeypatch, states):
+    cloud([], queued={"demo": states} if states else {})
+    one = submitted(tmp_path, monkeypatch)
+    cancel("demo")
+    assert (one.directory / "cancelled").exists() and not rented(tmp_path)
+
+
+def test_a_job_that_has_ended_is_not_cancelled(cloud, tmp_path, monkeypatch, capsys):
+    cloud([])
+    one = submitted(tmp_path, monkeypatch)
+    (one.directory / "code").write_text("75")
+    cancel("demo")
+    assert capsys.readouterr().out == "demo has ended: saved, exit code 75\n"
+    assert PLACE.status(one, "").state is State.SAVED and not (tmp_path / "calls").exists()
 
 
 def test_several_slices_are_one_request_and_run_at_once(cloud, tmp_path):
