@@ -13,7 +13,7 @@ def cancel(name: str, /) -> None:
     Args:
         name: the job's name.
     """
-    found = record.read(name)
+    found = record.submitted(name)
     now = found.place.status(found.job, found.handle)
     going = now.state in (State.WAITING, State.STARTING, State.RUNNING)
     # a command that stays with its job may be about to request the machines again

@@ -13,6 +13,6 @@ def logs(name: str, /, follow: bool = False) -> None:
         name: the job's name.
         follow: continue until the job has ended.
     """
-    found = record.read(name)
+    found = record.submitted(name)
     for line in found.place.logs(found.job, found.handle, follow):
         print(printable(line), flush=True)

@@ -164,6 +164,18 @@ def read(name: str) -> Record:
     return Record(place, job, handle.read_text() if handle.is_file() else "")
 
 
+def submitted(name: str) -> Record:
+    """Read the record of a job that was handed to its place.
+
+    Raises:
+        UserError: there is no such job, or its submission was cut off.
+    """
+    found = read(name)
+    if not found.handle:
+        raise UserError(f"got job {name}, expected one that was submitted: the submission was cut off")
+    return found
+
+
 def place_in(file: str | Path) -> Place:
     """Return the place that a file defines by `get_place()`.
 

@@ -156,6 +156,21 @@ def test_cancel_leaves_a_job_alone_that_has_ended_and_says_how(here: Path, capsy
     assert capsys.readouterr().out == "mine has ended: done, exit code 0, 1 restart\n"
 
 
+def test_a_job_whose_submission_was_cut_off_is_said_to_be_so_and_nothing_is_done(here: Path, capsys) -> None:
+    for name, place in (("queued", "notes.py"), ("here", "local --processes 1")):
+        assert main(f"launch {place} --name {name} -- benchmarks --help".split()) == 0
+        (here / "runs/launch" / name / "handle").unlink()
+        capsys.readouterr()
+        for asked in (f"cancel {name}", f"logs {name}", f"logs {name} --follow"):
+            assert main(f"launch {asked}".split()) == 2
+            out, err = capsys.readouterr()
+            said = f"error: got job {name}, expected one that was submitted: the submission was cut off\n"
+            assert (out, err) == ("", said)
+        assert main(f"launch status {name}".split()) == 0
+        assert capsys.readouterr().out == f"{name}  gone, the submission was cut off\n"
+    assert (here / "queue/queued").exists()
+
+
 @pytest.mark.parametrize(("how", "code"), [("interrupted", 130), ("full", 2)])
 def test_an_interrupted_or_refused_submission_leaves_nothing(here: Path, how: str, code: int, monkeypatch) -> None:
     monkeypatch.setenv("QUEUE", how)
