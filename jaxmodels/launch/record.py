@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -156,10 +157,11 @@ def read(name: str) -> Record:
         named, fields = found["place"], found["fields"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"got {directory / _FILE} that is no record of a job ({error!r})") from error
-    if "file" in named:
-        place = dataclasses.replace(place_in(named["file"]), **fields)
-    else:
-        place = PLACES.find(named["class"])(**fields)
+    make = partial(dataclasses.replace, place_in(named["file"])) if "file" in named else PLACES.find(named["class"])
+    try:
+        place = make(**fields)
+    except TypeError as error:  # the place's fields have changed since
+        raise UserError(f"got {directory / _FILE} with other fields than its place has now ({error})") from error
     handle = directory / "handle"
     return Record(place, job, handle.read_text() if handle.is_file() else "")
 

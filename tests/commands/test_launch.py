@@ -171,6 +171,23 @@ def test_a_job_whose_submission_was_cut_off_is_said_to_be_so_and_nothing_is_done
     assert (here / "queue/queued").exists()
 
 
+def test_a_job_whose_place_has_other_fields_by_now_is_unknown_and_hides_no_other(here: Path, capsys) -> None:
+    for place, name in (("notes.py", "file"), ("local --processes 1", "kind")):
+        assert main(f"launch {place} --name {name} -- benchmarks --help".split()) == 0
+        written = here / "runs/launch" / name / "job.json"
+        fields = written.read_text().replace('"restarts"', '"attempts"')
+        written.write_text(fields)
+    assert main("launch notes.py --name whole -- train cfg.py".split()) == 0
+    capsys.readouterr()
+    assert main(["launch", "status"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    for line, name in zip(said, ("file ", "kind "), strict=False):
+        assert line.startswith(f"{name}  unknown: got runs/launch/{name.strip()}/job.json with other fields than"), line
+        assert "'attempts'" in line
+    assert said[2] == "whole  waiting, behind others"
+    assert main("launch cancel kind".split()) == 2
+
+
 @pytest.mark.parametrize(("how", "code"), [("interrupted", 130), ("full", 2)])
 def test_an_interrupted_or_refused_submission_leaves_nothing(here: Path, how: str, code: int, monkeypatch) -> None:
     monkeypatch.setenv("QUEUE", how)
