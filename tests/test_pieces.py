@@ -1,5 +1,6 @@
 """Tokenizers, transforms, metrics and benchmarks from outside the tree do what the tree's own do."""
 
+import importlib
 import sys
 
 import jax
@@ -10,12 +11,24 @@ from PIL import Image
 
 from benchmarks.__main__ import main
 from jaxmodels import data, tasks
-from jaxmodels.config import Augment, CausalLM, Classification, Contrastive, Images, Table
+from jaxmodels.config import (
+    Augment,
+    CausalLM,
+    Classification,
+    Config,
+    Contrastive,
+    Eval,
+    Images,
+    Synthetic,
+    Table,
+    Train,
+)
 from jaxmodels.data.tokenizer import build, load_tokenizer
 from jaxmodels.errors import UserError
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.train import run as runs
 
 PIECES = '''
 import numpy as np
@@ -65,6 +78,30 @@ def margin(outputs, batch):
 
 def total(outputs, batch):
     return outputs.sum()
+
+
+def listed(outputs, batch):
+    return [1.0, 2.0]
+
+
+def lost(outputs, batch):
+    return None
+
+
+def triple(outputs, batch):
+    return outputs[:, 0], outputs[:, 0], outputs[:, 0]
+
+
+def weighed(outputs, batch):
+    return outputs[:, 0], outputs
+
+
+def accuracy(outputs, batch):
+    return outputs[:, 0]
+
+
+def f1(outputs, batch):
+    return outputs[:, 0]
 
 
 @dataclass
@@ -148,6 +185,37 @@ def test_a_metric_from_outside_is_a_mean_over_the_examples_that_count():
         wrong.metrics(params, {}, batch)
     with pytest.raises(UserError, match="does not give its model's outputs"):
         tasks.build(Contrastive(), CLIPConfig(), Table(seq_len=8), None, ("own_pieces:margin",))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["total"], "got shape () from metric 'total', expected a value for each of the 8 examples"),
+        (["listed"], "got list from metric 'listed', expected a value for each of the 8 examples"),
+        (["lost"], "got NoneType from metric 'lost', expected a value for each"),
+        (["triple"], "got shape (8,) and shape (8,) and shape (8,) from metric 'triple', expected a value for each"),
+        (["weighed"], "got shape (8,) and shape (8, 3) from metric 'weighed', expected a value for each"),
+        (["accuracy"], "got a metric 'accuracy', which the task has already, expected another name"),
+        (["f1"], "got a metric 'f1', which the task has already, expected another name"),
+        (["margin", "margin"], "got eval.metrics own_pieces:margin and own_pieces:margin, all of which would be named"),
+        (["margin", "piecemeal:margin"], "got eval.metrics own_pieces:margin and piecemeal:margin, all of which would"),
+    ],
+)
+def test_metrics_from_outside_that_cannot_be_computed_are_refused_before_the_first_step(
+    tmp_path, monkeypatch, names, message
+):
+    monkeypatch.setitem(sys.modules, "piecemeal", importlib.import_module("own_pieces"))
+    names = tuple(name if ":" in name else f"own_pieces:{name}" for name in names)
+    cfg = Config(
+        model=MLPConfig((2, 2, 1), 3, ()),
+        task=Classification(),
+        data=Synthetic(batch_size=8),
+        train=Train(steps=2),
+        eval=Eval(metrics=names),
+    )
+    with pytest.raises(UserError) as error:
+        runs.train(cfg, tmp_path / "run")
+    assert message in str(error.value) and not (tmp_path / "run").exists()
     tasks.build(CausalLM(), GPT2Config(layers=1, width=16, heads=2), Table(seq_len=8), None, ("own_pieces:margin",))
 
 

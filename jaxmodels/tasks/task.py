@@ -114,10 +114,19 @@ class Task:
         """Return the task with metrics from outside, each named by the last part of its address.
 
         Raises:
-            UserError: the task does not expose its outputs, or already has a metric of that name.
+            UserError: the task does not expose its outputs, or two metrics would have one name.
         """
         outputs, whole = self.outputs, self.metrics
-        own = {name.rpartition(":")[2]: METRICS.find(name) for name in names}
+        own: dict[str, Any] = {}
+        for name in names:
+            short = name.rpartition(":")[2]
+            if short in own:
+                same = [each for each in names if each.rpartition(":")[2] == short]
+                raise UserError(
+                    f"got eval.metrics {' and '.join(same)}, all of which would be named {short}, expected names that "
+                    "differ, try one of them"
+                )
+            own[short] = METRICS.find(name)
         if not own:
             return self
         if outputs is None:
@@ -126,16 +135,21 @@ class Task:
                 "try --task classification"
             )
 
-        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-            found = whole(params, stats, batch)
+        def check_free(found: Any) -> None:
             if taken := sorted(set(found) & set(own)):
                 raise UserError(f"got a metric {taken[0]!r}, which the task has already, expected another name")
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            found = whole(params, stats, batch)
+            check_free(found)
             said = outputs(params, stats, batch)
-            return {**found, **{name: mean_of(metric(said, batch), batch) for name, metric in own.items()}}
+            return {**found, **{name: mean_of(name, metric(said, batch), batch) for name, metric in own.items()}}
 
         def summarize(totals: Totals, classes: Sequence[str]) -> dict[str, float]:
             theirs = {name: total for name, total in totals.items() if name not in own}
-            return {**self.summarize(theirs, classes), **divide({name: totals[name] for name in own if name in totals})}
+            found = self.summarize(theirs, classes)
+            check_free(found)
+            return {**found, **divide({name: totals[name] for name in own if name in totals})}
 
         return dataclasses.replace(self, metrics=metrics, summarize=summarize)
 
@@ -296,6 +310,9 @@ def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
 
 def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """Divide sums into metrics; a mean over nothing is left out."""
+    for name, (total, _) in totals.items():
+        if np.size(total) != 1:
+            raise UserError(f"got a sum of shape {np.shape(total)} as metric {name!r}, expected a number, try its sum")
     return {name: float(total) / float(count) for name, (total, count) in totals.items() if count > 0}
 
 
@@ -325,15 +342,21 @@ def normalized(x: jax.Array, data: DataConfig) -> jax.Array:
     return (x - jnp.array(data.mean, x.dtype)) / jnp.array(data.std, x.dtype) if data.mean else x
 
 
-def mean_of(values: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum and count values (B, …), or values and their weights, over the examples that count."""
-    values, weights = values if isinstance(values, tuple) else (values, jnp.ones_like(values))
+def mean_of(name: str, found: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sum and count values (B, …) of a metric, or values and their weights, over the examples that count."""
+    parts: Sequence[Any] = found if isinstance(found, tuple) else (found,)
     counts = rows(batch)
-    if values.shape[:1] != counts.shape or weights.shape != values.shape:
+    shapes: list[Any] = [getattr(part, "shape", None) for part in parts]
+    if not 1 <= len(parts) <= 2 or None in shapes or shapes[0] != shapes[-1] or shapes[0][:1] != counts.shape:
+        given = [
+            type(part).__name__ if shape is None else f"shape {shape}"
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
         raise UserError(
-            f"got a metric of shape {values.shape} and weights {weights.shape}, expected a value for each of the "
-            f"{len(counts)} examples, try a function of outputs and batch that gives one for each"
+            f"got {' and '.join(given) or '()'} from metric {name!r}, expected a value for each of the {len(counts)} "
+            "examples, or values and their weights, try a function of outputs and batch that returns an array of them"
         )
+    values, weights = parts if len(parts) == 2 else (parts[0], jnp.ones(shapes[0]))
     weights = weights * counts.reshape(-1, *(1,) * (values.ndim - 1))
     return (jnp.where(weights > 0, values, 0) * weights).sum(), weights.sum()
 

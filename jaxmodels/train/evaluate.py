@@ -48,9 +48,9 @@ def build_evaluate(
     @jax.jit
     def add(params: Any, stats: Any, batch: Batch) -> dict[str, Sums]:
         def of(group: jax.Array) -> Sums:
-            return task.metrics(params, stats, mask_rows(batch, batch["group"] == group))
+            return checked_sums(task.metrics(params, stats, mask_rows(batch, batch["group"] == group)))
 
-        found = {"": task.metrics(params, stats, batch)}
+        found = {"": checked_sums(task.metrics(params, stats, batch))}
         if groups and "group" in batch:
             # only weights differ between groups, so the network runs once
             found["group"] = jax.vmap(of)(jnp.arange(len(groups)))
@@ -107,6 +107,30 @@ def _first(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: ("loss", "accuracy", name).index(name))
 
 
+NUMBERS = (jax.Array, np.ndarray, np.number, int, float)
+
+
+def checked_sums(found: Any) -> Any:
+    """Return the sums that a task's metrics are, if that is what they are.
+
+    Raises:
+        UserError: they are not named, one is not (sum, count), or there is no loss among them.
+    """
+    form = "{'loss': (sum, count), …}"
+    if not isinstance(found, Mapping):
+        raise UserError(f"got metrics of the task as {type(found).__name__}, expected {form}")
+    for name, pair in found.items():
+        parts = pair if isinstance(pair, tuple | list) else ()
+        if len(parts) != 2 or not all(isinstance(x, NUMBERS) for x in parts) or np.size(parts[1]) != 1:
+            given = f"({', '.join(type(x).__name__ for x in parts)})" if parts else type(pair).__name__
+            raise UserError(f"got metric {name!r} of the task as {given}, expected its sum and its count, try {form}")
+    if "loss" not in found:
+        raise UserError(
+            f"got metrics {', '.join(map(str, found)) or '{}'} of the task, expected a loss too, try {form}"
+        )
+    return found
+
+
 def mask_rows(batch: Batch, rows: jax.Array) -> Batch:
     """Return the batch with weight 0 for all except these rows (B,)."""
     return {**batch, "weight": jnp.where(rows, batch.get("weight", 1.0), 0.0)}
@@ -114,7 +138,7 @@ def mask_rows(batch: Batch, rows: jax.Array) -> Batch:
 
 def sum_pairs(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
     """Sum metrics that compare examples with each other: over all examples, and over each group's own."""
-    found: dict[str, Any] = {"": whole.sums(kept)}
+    found: dict[str, Any] = {"": checked_sums(whole.sums(kept))}
     if groups and "group" in kept:
         each = [whole.sums({name: x[kept["group"] == g] for name, x in kept.items()}) for g in range(len(groups))]
         found["group"] = jax.tree.map(lambda *x: np.stack(x), *each)
@@ -138,6 +162,19 @@ def compare_groups(
     return found
 
 
+def metric_sums(task: Task, mesh: Mesh, batch: Mapping[str, jax.ShapeDtypeStruct]) -> Sums:
+    """Return the shapes of the metrics' sums, from the shapes of a batch alone.
+
+    Raises:
+        UserError: the task's metrics are no sums with their counts.
+    """
+    params = {network: model.shapes() for network, model in task.networks.items()}
+    with jax.set_mesh(mesh):
+        return jax.eval_shape(
+            lambda *given: checked_sums(task.metrics(*given)), params, jax.eval_shape(task.stats), dict(batch)
+        )
+
+
 def metric_names(
     task: Task,
     mesh: Mesh,
@@ -147,10 +184,7 @@ def metric_names(
     groups: Sequence[str] = (),
 ) -> list[str]:
     """Return the names of the metrics that an evaluation may report, from the shapes of its batches alone."""
-    params = {network: model.shapes() for network, model in task.networks.items()}
-    with jax.set_mesh(mesh):
-        sums = jax.eval_shape(task.metrics, params, jax.eval_shape(task.stats), dict(batch))
-    ones = {name: (np.ones(total.shape), 1.0) for name, (total, _) in sums.items()}
+    ones = {name: (np.ones(total.shape), 1.0) for name, (total, _) in metric_sums(task, mesh, batch).items()}
     found = _first(task.summarize(ones, classes))
     if "group" in batch:
         each = [f"group/{group}/{name}" for group in unique(groups) for name in found]
@@ -173,13 +207,16 @@ def check_metric(
     *,
     classes: Sequence[str] = (),
     groups: Sequence[str] = (),
+    outside: bool = False,
 ) -> None:
-    """Refuse an `eval.metric` that evaluations do not report, and an `eval.mode` of the wrong direction.
+    """Refuse an `eval.metric` that evaluations do not report, an `eval.mode` of the wrong direction, and metrics from
+    outside that are no sums.
 
-    `batch` returns the shapes of a batch; it is not called for the loss, which every task has.
+    `batch` returns the shapes of a batch; it is not called for the loss of our own tasks (`outside` is false), which
+    all have it.
 
     Raises:
-        UserError: the metric or the mode is wrong.
+        UserError: the metric or the mode is wrong, or what the task measures.
     """
     metric, mode = cfg.metric, cfg.mode
     right = [way for way, names in _DIRECTIONS.items() if metric.removeprefix("eval/").startswith(names)]
@@ -187,7 +224,10 @@ def check_metric(
         raise UserError(
             f"got eval.mode {mode} for eval.metric {metric}, expected {right[0]}, try --eval.mode {right[0]}"
         )
-    if metric == "eval/loss":
+    if metric == "eval/loss" and outside:
+        metric_sums(task, mesh, batch())  # not their summary: a task's own may not take numbers that are made up
+        return
+    if metric == "eval/loss" and not cfg.metrics:
         return
     found = metric_names(task, mesh, batch(), classes=classes, groups=groups)
     whole = [f"eval/{name}" for name in found]

@@ -77,10 +77,11 @@ class Job:
         return data.Loader(source, data.Order(len(source), size, cfg.train.seed), shardings, prefetch=cfg.data.prefetch)
 
     def check_metric(self) -> None:
-        """Refuse an `eval.metric` that evaluations do not report."""
-        source, batch = self.sources["eval"], self.loader("eval").abstract
+        """Refuse an `eval.metric` that evaluations do not report, and metrics from outside that are no sums."""
+        cfg, source, batch = self.config, self.sources["eval"], self.loader("eval").abstract
+        outside = not type(cfg.task).__module__.startswith("jaxmodels.")
         evaluate.check_metric(
-            self.config.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups
+            cfg.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups, outside=outside
         )
 
     def evaluation(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:

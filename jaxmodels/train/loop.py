@@ -33,7 +33,7 @@ EMPTY = 100
 
 
 class NotFinite(RuntimeError):
-    """The loss is not finite."""
+    """The loss, or another metric of a step, is not finite."""
 
 
 @dataclass
@@ -104,7 +104,8 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
     """Train from `start` to the config's last step, or until told to stop.
 
     Raises:
-        NotFinite: a step's loss is not finite. The message names the step, its examples and the last good checkpoint.
+        NotFinite: a step's loss, or another of its metrics, is not finite. The message names the step, its examples and
+            the last good checkpoint.
         UserError: too many consecutive batches had nothing to train on.
     """
     steps, evaluated = cfg.train.steps, {}
@@ -135,18 +136,18 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
             log.warning("nothing to train on in the batch of step %d: its loss is left out, its gradient is 0", done)
         clock.tick(waited)
         phases.done(done)
-        loss = next((value for name, value in values.items() if name.endswith("loss")), 0.0)
-        if not all(math.isfinite(value) for value in values.values()):
+        losses = [name for name in values if name.endswith("loss")]
+        if wrong := [name for name in [*losses, *values] if not math.isfinite(values[name])]:
             ids = hooks.examples(done - 1)
             shown = ", ".join(map(str, ids[:16])) + (", …" if len(ids) > 16 else "")
             good = hooks.last_good(done)
             raise NotFinite(
-                f"got loss {loss} at step {done}, on examples {shown}; last good checkpoint: "
+                f"got {wrong[0]} {values[wrong[0]]} at step {done}, on examples {shown}; last good checkpoint: "
                 f"{'none' if good is None else f'step {good}'}; try a lower --optim.peak-lr or "
                 "--optim.clip-norm 1.0"
             )
         if not nothing:
-            report.display.progress(done, loss, clock.rate)
+            report.display.progress(done, values[losses[0]] if losses else 0.0, clock.rate)
         if done % cfg.metrics.every == 0 or done == steps:
             row = {f"train/{name}": value for name, value in values.items()}
             row |= {"train/learning_rate": hooks.learning_rate(done - 1), **clock.read()}
@@ -162,6 +163,20 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
         unsaved = False
         clock.pause()
 
+    def evaluate() -> dict[str, float] | None:
+        """Evaluate. If that fails, save what was trained before the error goes on."""
+        try:
+            return hooks.evaluate(state)
+        except Exception:
+            # of several processes perhaps one alone failed, and a save would wait for the others
+            if unsaved and trained and jax.process_count() == 1:
+                try:
+                    save()
+                    log.error("the evaluation failed; step %d is saved, and the same command evaluates it again", now)
+                except Exception as error:  # the first error explains more
+                    log.error("the evaluation failed, and step %d could NOT be saved: %s", now, error)
+            raise
+
     batches = hooks.batches(start.step, steps)
     now, ended = start.step, "done"
     phases.begin(start.step)
@@ -171,7 +186,7 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
             if due and progress.evaluated < now:
                 read()
                 with phases.during("evaluation"):
-                    found = hooks.evaluate(state)
+                    found = evaluate()
                 clock.pause()
                 if found is None:
                     ended = "preempted"

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -34,6 +35,7 @@ from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel import progress
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.metrics import inception_score
+from jaxmodels.tasks.task import Task, divide
 from jaxmodels.train import evaluate, load_run
 from jaxmodels.train import run as runs
 
@@ -148,6 +150,15 @@ def test_bits_a_byte_are_the_loss_by_the_bytes_that_targets_stand_for(tmp_path, 
 SHAPE = (4, 4, 1)
 
 
+class Own(Classification):
+    """A task from outside whose metrics are whatever a test says."""
+
+    measures: ClassVar[Any] = None
+
+    def build(self, model, data):
+        return replace(super().build(model, data), metrics=lambda *_: self.measures(), summarize=Task.summarize)
+
+
 BASE = Config(
     model=MLPConfig(SHAPE, 5, ()),
     task=Classification(),
@@ -202,6 +213,36 @@ def test_a_metric_to_judge_by_that_there_is_not_is_refused_before_anything_is_do
     with pytest.raises(UserError, match=message):
         runs.train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ({"error": (1.0, 2)}, "got metrics error of the task, expected a loss too, try {'loss': (sum, count)"),
+        ({}, "got metrics {} of the task, expected a loss too"),
+        (None, "got metrics of the task as NoneType, expected {'loss'"),
+        ([(1.0, 2)], "got metrics of the task as list, expected {'loss'"),
+        ({"loss": 1.0}, "got metric 'loss' of the task as float, expected its sum and its count"),
+        ({"loss": (1.0, 2), "error": None}, "got metric 'error' of the task as NoneType, expected its sum and"),
+        ({"loss": (1.0, 2), "error": (1.0, 2, 3)}, "got metric 'error' of the task as (float, int, int), expected"),
+        ({"loss": (1.0, 2), "error": {"sum": 1.0}}, "got metric 'error' of the task as dict, expected its sum"),
+        ({"loss": (1.0, np.ones(3))}, "got metric 'loss' of the task as (float, ndarray), expected its sum"),
+        ({"loss": (1.0, 2), "error": ("high", 2)}, "got metric 'error' of the task as (str, int), expected its sum"),
+    ],
+)
+def test_metrics_of_a_task_from_outside_that_are_no_sums_are_refused_before_anything_is_done(
+    tmp_path, monkeypatch, measures, message
+):
+    monkeypatch.setattr(Own, "measures", lambda self: measures)
+    with pytest.raises(UserError) as error:
+        runs.train(replace(BASE, task=Own()), tmp_path / "run")
+    assert message in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_sum_that_is_an_array_needs_a_summary_of_its_own():
+    assert divide({"loss": (np.ones(()), 2), "error": (np.ones(3), 0)} | {"error": (1, 0)}) == {"loss": 0.5}
+    with pytest.raises(UserError, match=r"got a sum of shape \(3,\) as metric 'error', expected a number"):
+        divide({"error": (np.ones(3), 2)})
 
 
 def test_a_generative_run_keeps_samples_of_the_same_latents(run_of):

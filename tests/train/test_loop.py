@@ -295,6 +295,46 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(make: Make, bad: int
     assert [row["step"] for row in world.rows()] == list(range(1, bad))
 
 
+def test_the_metric_that_is_not_finite_is_the_one_that_is_named(make: Make) -> None:
+    world, step = make(eval_=Eval()), World.step
+
+    def steps(state: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        state, metrics = step(world, state, batch)
+        return state, {"accuracy": Value(world, state, 0.5), "grad_norm": Value(world, state, float("inf")), **metrics}
+
+    world.step = steps  # type: ignore[method-assign]
+    with pytest.raises(NotFinite, match=r"got grad_norm inf at step 1, on examples .* try a lower --optim.peak-lr or"):
+        world.train()
+    world.losses[1] = float("nan")
+    with pytest.raises(NotFinite, match="got loss nan at step 1, on examples"):
+        world.train()
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_what_was_trained_is_saved_when_an_evaluation_fails(make: Make, every: int) -> None:
+    world, good = make(steps=5, eval_=Eval(every=every), checkpoint=Checkpoint(every=0)), World.evaluate
+
+    def fails(state: Any) -> dict[str, float]:
+        raise KeyError("no such metric")
+
+    world.evaluate = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="no such metric"):
+        world.train()
+    assert list(world.saved) == [every or 5]
+    world.evaluate = lambda state: good(world, state)  # type: ignore[method-assign]
+    result = world.train()
+    assert world.events[0] == f"evaluate {every or 5}" and (result.ended, result.step) == ("done", 5)
+    assert "eval/loss" in result.metrics
+
+
+def test_nothing_is_saved_when_an_evaluation_fails_before_anything_was_trained(make: Make) -> None:
+    world = make(steps=2, eval_=Eval(every=1), checkpoint=Checkpoint(every=0))
+    world.empty, world.evaluate = {1}, lambda state: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        world.train()
+    assert not world.saved
+
+
 def test_a_damaged_checkpoint_that_was_gone_back_behind_is_not_called_good(make: Make) -> None:
     world = make()
     world.stop_after = 5
