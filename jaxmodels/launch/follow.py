@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
-import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from jaxmodels.launch.cluster import Cluster
 from jaxmodels.launch.events import append
 from jaxmodels.launch.here import Here
 from jaxmodels.launch.ranks import Assignment
+from jaxmodels.launch.signals import handled
 from jaxmodels.launch.wire import LOST_SECONDS, Link, Message
 
 JOIN_SECONDS = 300.0
@@ -26,18 +25,6 @@ RETURN_SECONDS = 60.0
 _TICK_SECONDS = 1.0
 
 Events = queue.SimpleQueue  # its put() may be called in a signal handler
-
-
-@contextlib.contextmanager
-def signals_to(events: Events[Any]) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into events, so that they end nothing by themselves."""
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, lambda number, _: events.put(number)) for number in caught}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def follow(here: Here, where: Cluster) -> int:
@@ -50,7 +37,7 @@ def follow(here: Here, where: Cluster) -> int:
     events: Events[Any] = Events()
     here.ended = lambda: events.put(None)
     said: Message | None = None
-    with signals_to(events):
+    with handled(lambda number, _: events.put(number)):
         while (link := _join(here, where, events, JOIN_SECONDS if said is None else RETURN_SECONDS)) is not None:
             said = {}
             code = _serve(here, link, events, said)

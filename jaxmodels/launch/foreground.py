@@ -17,8 +17,7 @@ from jaxmodels.errors import ExitCode, UserError
 from jaxmodels.launch.output import growing
 from jaxmodels.launch.place import Job, Place, State, Status, write
 from jaxmodels.launch.ranks import signalled_with_parent
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from jaxmodels.launch.signals import handled
 
 
 def log(job: Job) -> Path:
@@ -61,16 +60,12 @@ def stay(job: Job, begin: Callable[[], Supervised]) -> str:
             with contextlib.suppress(ProcessLookupError):
                 supervised.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
+    with handled(pass_on):
         job.started(handle)
         supervised = begin()
         for number in early:
             supervised.send_signal(number)
         code = supervised.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     write(job.directory / "code", str(code if code >= 0 else ExitCode.FAILED.value))
     return handle
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from jaxmodels.errors import ExitCode
 from jaxmodels.launch.cluster import Cluster
-from jaxmodels.launch.follow import JOIN_SECONDS, Events, signals_to
+from jaxmodels.launch.follow import JOIN_SECONDS, Events
 from jaxmodels.launch.here import Here
 from jaxmodels.launch.limits import Limits, Overdue
 from jaxmodels.launch.ranks import Assignment
 from jaxmodels.launch.seen import Frame, Seen, grouped
+from jaxmodels.launch.signals import handled
 from jaxmodels.launch.story import Story
 from jaxmodels.launch.watch import FROZEN_SECONDS, GOOD, Failure, first_failure
 from jaxmodels.launch.wire import LOST_SECONDS, Door, Link, Message, Remote
@@ -58,7 +59,7 @@ class Leader:
     def lead(self) -> int:
         """Run the job; returns its exit code."""
         door, code = None, int(ExitCode.FAILED)
-        with signals_to(self.events):
+        with handled(lambda number, _: self.events.put(number)):
             try:
                 if self.where.nodes > 1:
                     door = Door(self.where.port + 1, lambda link, message: self.events.put((link, message)))

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.launch.code import Code
 from jaxmodels.launch.place import LOCK, PLACES, Job, Place, write
+from jaxmodels.launch.signals import handled
 from jaxmodels.registry import given_by
 
 JOBS = Path("runs/launch")
@@ -110,12 +110,8 @@ def _held() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         signalled.append(number)
 
-    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(note):
         yield signalled
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _described(place: Place, file: str, job: Job) -> dict[str, Any]:

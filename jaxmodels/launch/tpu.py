@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from jaxmodels.errors import ExitCode, UserError
 from jaxmodels.launch.output import growing
 from jaxmodels.launch.place import Job, Place, State, Status, call, write
+from jaxmodels.launch.signals import handled
 from jaxmodels.launch.slices import Slice
 
 _POLL_SECONDS = 20.0
@@ -95,19 +95,12 @@ class TPU(Place):
     def submit(self, job: Job) -> str:
         handle = f"{self.zone}/{job.name}"
         stop = threading.Event()
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-            numbers.append(signal.SIGHUP)
-        previous = {number: signal.signal(number, lambda *_: self._told(stop)) for number in numbers}
-        try:
+        with handled(lambda *_: self._told(stop)):
             if self._state(job)[0]:
                 raise self._taken(job)
             job.started(handle)
             self._first(job)
             code = self._stay(job, stop)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         write(job.directory / "code", str(int(code)))
         return handle
 

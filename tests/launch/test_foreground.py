@@ -26,11 +26,11 @@ foreground.stay(job(Path(sys.argv[1])), lambda: foreground.start(["sh", "-c", sc
 """
 
 
-@pytest.fixture
-def command(tmp_path: Path, root: Path):
-    """A command that stays with a job, which has begun."""
+@pytest.fixture(params=[()])
+def command(tmp_path: Path, root: Path, request: pytest.FixtureRequest):
+    """A command that stays with a job, which has begun; its parameter are words before it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(tmp_path)],
+        [*request.param, sys.executable, "-c", COMMAND, str(tmp_path)],
         cwd=tmp_path,
         env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
     )
@@ -55,6 +55,14 @@ def test_cancel_from_another_process_saves_and_the_code_is_kept(command, tmp_pat
     found = Local().status(job(tmp_path), handle)
     assert (found.state, found.code) == (State.SAVED, 75) and (tmp_path / "told").exists()
     Local().cancel(job(tmp_path), handle)  # one that has ended is left alone
+
+
+@pytest.mark.parametrize("command", [("nohup",)], indirect=True)
+def test_a_lost_terminal_ends_nothing_under_nohup(command, tmp_path: Path) -> None:
+    command.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        command.wait(timeout=1)
+    assert not (tmp_path / "told").exists()
 
 
 def test_a_command_that_is_killed_has_its_job_save_and_is_gone(command, tmp_path: Path) -> None:
