@@ -128,9 +128,9 @@ class TPU(Place):
         else:  # nothing to save, or the foreground command is gone
             self._delete(job)
 
-    def _gcloud(self, *words: str) -> list[str]:
+    def _gcloud(self, *words: str, alpha: bool = False) -> list[str]:
         where = [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
-        return ["gcloud", "compute", "tpus", *words, *where, "--quiet"]
+        return ["gcloud", *["alpha"] * alpha, "compute", "tpus", *words, *where, "--quiet"]
 
     def _ask(self, job: Job) -> list[str]:
         slices = self.slices
@@ -148,6 +148,8 @@ class TPU(Place):
             *{"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[self.capacity],
             *([f"--reservation={self.reservation}"] if self.reservation else []),
             *([f"--service-account={self.service_account}"] if self.service_account else []),
+            # without alpha there is no --reservation, and --type is v2, v3 or v4
+            alpha=bool(self.reservation) or not (flat or slices.type == "v4"),
         )
 
     def _nodes(self, job: Job) -> list[str]:

@@ -33,6 +33,12 @@ with open(root + "/lock", "w") as lock:
     def keep():
         json.dump(cloud, open(root + "/part", "w"))
         os.replace(root + "/part", root + "/cloud.json")
+    if words[0] == "alpha":
+        del words[0]
+    elif any(word.startswith("--reservation=") for word in words):
+        sys.exit("ERROR: (gcloud) unrecognized arguments: --reservation")
+    elif any(word.startswith("--type=") and word[7:] not in ("v2", "v3", "v4") for word in words):
+        sys.exit("ERROR: (gcloud) argument --type: Invalid choice")
     assert words[:2] == ["compute", "tpus"] and "--zone=us-east5-b" in words and "--quiet" in words, words
     noun, verb, name = words[2:5]
     queued = cloud["queued"]
@@ -265,6 +271,22 @@ def test_several_slices_are_one_request_and_run_at_once(cloud, tmp_path):
     assert "--node-count=2" in create and "--node-prefix=demo" in create
     assert sorted(call[4] for call in calls(tmp_path, "ssh")) == ["demo-0", "demo-1"]
     assert "slice 1: worker of demo-1" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "track"),
+    [
+        ({}, "compute"),
+        ({"tpu": "v4:2x2x2"}, "compute"),
+        ({"tpu": "v5p:2x2x2"}, "alpha"),
+        ({"capacity": "reserved", "reservation": "mine"}, "alpha"),
+    ],
+)
+def test_alpha_is_asked_only_for_what_no_other_version_of_gcloud_s_command_has(cloud, tmp_path, change, track):
+    cloud([COMING], [(0, None)])
+    place = dataclasses.replace(PLACE, **change)
+    assert submit(tmp_path, place) is State.DONE
+    assert place.render(job(tmp_path))["create.sh"].split("gcloud ")[1].startswith(track)
 
 
 @pytest.mark.parametrize(
