@@ -14,6 +14,7 @@ import re
 import select
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -155,14 +156,31 @@ def _of_files(error: OSError) -> tuple[str, int] | None:
 
 
 def unexpected(error: Exception) -> str:
-    """Return the message for an unforeseen error; the traceback is kept in a file."""
+    """Return the message for an unforeseen error, with the line of the user's own code that it arose in, if there is
+    one; the traceback is kept in a file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    frame = _in_own_code(error)
+    whose = f"in {frame.filename}, line {frame.lineno}, in {frame.name}" if frame else "a fault of jaxmodels"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="jaxmodels-", suffix=".traceback", delete=False) as file:
             traceback.print_exception(error, file=file)
     except OSError:
-        return f"{text} (a fault of jaxmodels: run it again with --traceback to see where)"
-    return f"{text} (a fault of jaxmodels: the traceback is in {file.name}, and printed with --traceback)"
+        return f"{text} ({whose}: run it again with --traceback to see where)"
+    return f"{text} ({whose}: the traceback is in {file.name}, and printed with --traceback)"
+
+
+def _in_own_code(error: Exception) -> traceback.FrameSummary | None:
+    """Return the last frame of an error that is neither in a package nor Python's own; None if there is none."""
+    paths = sysconfig.get_paths()
+    known = tuple(
+        os.path.realpath(path) + os.sep for path in (Path(__file__).parent, paths["stdlib"], paths["purelib"])
+    )
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = os.path.realpath(frame.filename)
+        installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
+        if os.path.isfile(path) and not path.startswith(known) and not installed:
+            return frame
+    return None
 
 
 def _several() -> bool:

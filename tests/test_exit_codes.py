@@ -1,6 +1,8 @@
 """A process ends with the exit code of what happened, also while its threads compute."""
 
 import atexit
+import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxmodels import cli
+from jaxmodels import cli, commands
 from tests.quick import FLAGS
 
 TINY = "--model.layers 1 --model.width 16 --model.heads 2 --model.context 32 --data.seq-len 32 --data.batch-size 2"
@@ -24,6 +26,21 @@ def test_a_run_that_fails_ends_with_1_each_time(root, tmp_path):
         ended = subprocess.run([*command, *where], cwd=root, env=env, capture_output=True, text=True)
         assert ended.returncode == 1, ended.stderr
         assert ended.stderr.splitlines()[-1].startswith("error: got loss nan"), ended.stderr
+
+
+def test_an_error_in_code_from_outside_names_its_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "own_code.py").write_text("import json\n\n\ndef build(text):\n    return json.loads(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = importlib.import_module("own_code")
+    monkeypatch.setattr(commands, "run", lambda *argv: own.build("{"))  # it fails in the standard library
+    assert cli.main(["models", "gpt2"]) == 1
+    said = capsys.readouterr().err
+    assert f"(in {tmp_path}/own_code.py, line 5, in build: the traceback is in {tmp_path}" in said
+    assert said.startswith("error: JSONDecodeError: ") and "a fault of jaxmodels" not in said
+    monkeypatch.setattr(commands, "run", functools.partial(commands.split, 3))
+    assert cli.main(["models", "gpt2"]) == 1
+    assert "(a fault of jaxmodels: the traceback is in" in capsys.readouterr().err
 
 
 def test_an_error_that_nobody_foresaw_ends_one_of_several_processes_at_once(monkeypatch, capsys):
