@@ -59,13 +59,19 @@ def preset(name: str) -> Any:
     """The config of a published model, or a family's default.
 
     Raises:
-        UserError: no such name; says the nearest.
+        UserError: no such name; says the nearest. Or two families have a preset of that name.
     """
     if ":" in name:
         return family(name).config()
     known: dict[str, Any] = {}
     for key in FAMILIES.names():
-        known |= {key: family(key).config()} | dict(family(key).presets)
+        own = {key: family(key).config(), **family(key).presets}
+        if name in own and name in known:
+            raise UserError(
+                f"got preset {name!r} twice, the second time of model family {key!r}, expected a name that is free, "
+                "try another one there"
+            )
+        known |= own
     if name not in known:
         hint = nearest(name, known) or ", try jaxmodels models, which lists them"
         raise UserError(f"got model {name!r}, expected one of {', '.join(FAMILIES.names())} or a preset{hint}")

@@ -93,6 +93,14 @@ def test_a_family_does_not_take_the_name_of_another(package):
     assert family("gpt2").config is GPT2Config
 
 
+def test_a_preset_does_not_take_the_name_of_another(package):
+    (package / "outside_package" / "models.py").write_text(FAMILY.replace("outside-wide", "gpt2-medium"))
+    assert jaxmodels.create(ADDRESS).config.classes == 3
+    with pytest.raises(UserError, match="got preset 'gpt2-medium' twice, the second time of model family 'outside-lin"):
+        jaxmodels.create("gpt2-medium")
+    assert jaxmodels.create("gpt2").config.layers == 12
+
+
 def test_a_family_is_created_by_its_address_and_then_by_its_names(package):
     model = jaxmodels.create(ADDRESS, classes=4)
     x = jnp.ones((2, 2, 2, 1))
