@@ -78,7 +78,7 @@ def check(place: Place, command: Sequence[str]) -> None:
     """Check a command before it is submitted.
 
     Raises:
-        UserError: it is no command that can be launched; or, at a place where it would wait in a queue, its config or
+        UserError: it is no command that can be launched; or, at a place where it may wait for machines, its config or
             an option is wrong.
     """
     name = command[0]
@@ -88,7 +88,8 @@ def check(place: Place, command: Sequence[str]) -> None:
             f"{nearest(name, _COMMANDS) or f', try -- {_EXAMPLE}'}"
         )
     inside = place.from_image and len(command) > 1 and not Path(command[1]).exists()  # a file of the image
-    if not place.stays and not inside and name != "benchmarks":
+    waits = not place.stays or place.from_image  # the others start the command at once, which checks itself
+    if waits and not inside and name != "benchmarks":
         commands.check(name, list(command[1:]))
 
 

@@ -74,6 +74,9 @@ def get_config():
 """
 
 
+TPU = "tpu --tpu v6e:4x4 --zone us-east5-b --image i:1 --mounts /mnt/runs:/app/runs"
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with a place and a config, under no version control."""
@@ -109,6 +112,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("notes.py -- train cgf.py", "expected a Python file with get_config(), did you mean 'cfg.py'"),
         ("notes.py -- train cfg.py --optim.peek-lr 3", "did you mean '--optim.peak-lr'?"),
         ("notes.py -- eval runs/x --stepp 3", "did you mean"),
+        (f"{TPU} -- train cfg.py --optim.peek-lr 3", "did you mean '--optim.peak-lr'?"),
         ("notes.py --nodes 1.5 -- train cfg.py", "got --nodes '1.5', expected INT"),
         ("status nothing", "got job 'nothing', expected a job in runs/launch"),
         ("logs nothing", "got job 'nothing'"),
