@@ -164,7 +164,7 @@ class TPU(Place):
         run += ["--shm-size=16g", *volumes, self.image]
         lines = [
             f"sudo docker rm --force {job.name} > /dev/null 2>&1",
-            *(f"{{ {line}; }} || exit 1" for line in self.setup),
+            *(f"{{ {line}\n}} || exit 1" for line in self.setup),  # a line may end in a comment
         ]
         supervisor = self.supervisor(job, 1, None, "tpu")
         return "\n".join(["#!/bin/sh", *lines, f"exec {shlex.join([*run, *supervisor])}", ""])

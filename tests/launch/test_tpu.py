@@ -305,7 +305,7 @@ def test_the_request_says_what_is_wanted(change, words, tmp_path):
 
 
 def test_the_workers_script_runs_the_supervisor_in_the_image_with_the_words_as_they_are(tmp_path):
-    place = dataclasses.replace(PLACE, setup=("mountpoint /mnt || false",))
+    place = dataclasses.replace(PLACE, setup=("mountpoint /mnt || false  # the bucket",))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sudo").write_text('#!/bin/sh\n[ "$2" = run ] && for word in "$@"; do echo "<$word>"; done\n')
     (tmp_path / "bin" / "mountpoint").write_text("#!/bin/sh\nexit 0\n")
