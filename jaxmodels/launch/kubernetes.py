@@ -272,7 +272,8 @@ class Kubernetes(Place):
         container = {
             "name": _CONTAINER,
             "image": self.image,
-            "command": self.supervisor(job, self.processes, devices, platform),
+            # Kubernetes replaces $(NAME), and $$ by $
+            "command": [word.replace("$", "$$") for word in self.supervisor(job, self.processes, devices, platform)],
             "env": self._environment(coordinator),
             "resources": _filled(
                 {"limits": limits, "requests": _filled({"cpu": self.cpu, "memory": self.memory})},

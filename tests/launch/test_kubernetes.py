@@ -238,6 +238,14 @@ def test_a_pod_runs_the_supervisor_with_the_words_as_they_are(tmp_path):
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
 
 
+def test_kubernetes_replaces_nothing_in_the_words(tmp_path):
+    words = ["train", "cfg.py", "--name", "$(HOME) $$ $HOME $$(HOME) $"]
+    command = rendered(CPUS, tmp_path, *words)[1]["spec"]["template"]["spec"]["containers"][0]["command"]
+    # as Kubernetes does: $(NAME) by a variable, and $$ by $
+    expanded = [re.sub(r"\$(\$|\(\w+\))", lambda found: "$" if found[1] == "$" else "/root", word) for word in command]
+    assert expanded[-4:] == words
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
