@@ -362,10 +362,15 @@ def mean_of(name: str, found: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def rows(batch: Batch) -> jax.Array:
-    """Return 1 for each example that counts, 0 if its weight is 0 or its label below 0; (B,) float32."""
+    """Return 1 for each example that counts, (B,) float32: 0 if its weight is 0, its label below 0, or all of several.
+
+    Labels (B,) that are not integers are numbers to predict, which may be below 0.
+    """
     size = len(next(iter(batch.values())))
-    labels = batch["labels"].reshape(size, -1)[:, 0] if "labels" in batch else jnp.zeros(size)
-    return (counted(batch, labels) >= 0).astype(jnp.float32)
+    labels = batch.get("labels", jnp.zeros(size, int))
+    if labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.floating):
+        labels = jnp.zeros(size, int)
+    return (counted(batch, labels.reshape(size, -1).max(-1)) >= 0).astype(jnp.float32)
 
 
 def counted(batch: Batch, labels: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks.task import rows
 from jaxmodels.train import evaluate, job, state, step
 from jaxmodels.train import run as runs
 from tests.sections import task_of
@@ -113,6 +114,22 @@ def advanced(task, batch, accumulate=1):
     advance = jit(functools.partial(step.advance, task, optimizers, accumulate=accumulate, ema=None))
     after, metrics = advance(now, jax.tree.map(jnp.asarray, batch))
     return now, after, {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (np.array([0, 3, -1, 2], np.int32), [1, 1, 0, 0]),
+        (np.array([[-1, 1], [0, -1], [-1, -1], [1, 1]], np.float32), [1, 1, 0, 0]),
+        (np.array([-0.5, 3.0, -7.0, 2.0], np.float32), [1, 1, 1, 0]),
+        (None, [1, 1, 1, 0]),
+    ],
+)
+def test_a_row_does_not_count_without_weight_or_with_none_of_its_labels(labels, expected):
+    batch = {"inputs": np.ones((4, 2)), "weight": np.array([1, 1, 1, 0], np.float32)}
+    batch |= {} if labels is None else {"labels": labels}
+    counts = rows(jax.tree.map(jnp.asarray, batch))
+    assert counts.dtype == jnp.float32 and counts.tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["classification", "causal_lm"])
