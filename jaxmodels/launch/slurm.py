@@ -52,7 +52,7 @@ class Slurm(Place):
     time: str = ""
     """Time limit of one attempt, as SLURM writes it: 4:00:00 or 2-00:00:00. The job saves before, and continues."""
     directives: tuple[str, ...] = ()
-    """Further options of sbatch, one each: --exclusive --mem=0."""
+    """Further options of sbatch, one each, with or without their dashes: exclusive mem=0."""
     setup: tuple[str, ...] = ()
     """Shell commands for the first node before the job starts; ranks get their environment: "module load cuda"."""
     image: str = ""
@@ -69,8 +69,10 @@ class Slurm(Place):
         if self.mounts and not self.image:
             raise UserError("got mounts without an image, expected a container to mount them in, try --image IMAGE")
         for directive in self.directives:
-            if not re.match(r"-\w|--\w", directive) or "\n" in directive:
-                raise UserError(f"got directive {directive!r}, expected an option of sbatch, try --exclusive")
+            if not re.fullmatch(r"--?\w.*|\w[\w-]*(=.*)?", directive):
+                raise UserError(
+                    f"got directive {directive!r}, expected an option of sbatch, try --directives exclusive"
+                )
         limit = seconds(self.time)
         if limit is not None and limit <= self.warning:
             raise UserError(
@@ -145,11 +147,12 @@ class Slurm(Place):
         options = [f"--{name}={_quoted(value)}" for name, value in directives.items() if value]
         options += ["--requeue", "--open-mode=append"]
         options += ["--no-kill"] if self.min_nodes is not None else []
+        options += [each if each.startswith("-") else f"--{each}" for each in self.directives]
         more = () if self.min_nodes is None else ("--min-nodes", str(self.min_nodes))
         python = "python" if self.image else job.code.python
         command = self.supervisor(job, self.processes, self.devices, self.platform, more, python)
         return _SCRIPT.format(
-            directives="\n".join(f"#SBATCH {option}" for option in (*options, *self.directives)),
+            directives="\n".join(f"#SBATCH {option}" for option in options),
             directory=shlex.quote(str(directory)),
             setup="".join(f"{line}\n" for line in self.setup),
             srun=shlex.join([*self._srun(job), *command]),

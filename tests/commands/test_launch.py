@@ -133,6 +133,11 @@ def test_a_dry_run_prints_what_would_be_submitted_and_submits_nothing(here: Path
     assert not (here / "runs").exists() and not (here / "queue").exists()
 
 
+def test_options_of_sbatch_are_given_without_their_dashes(here: Path, capsys) -> None:
+    assert main("launch slurm --directives exclusive mem=0 --dry-run -- train cfg.py".split()) == 0
+    assert "\n#SBATCH --exclusive\n#SBATCH --mem=0\n" in capsys.readouterr().out
+
+
 def test_a_job_is_found_by_its_name_until_it_is_cancelled(here: Path, capsys) -> None:
     assert main("launch notes.py --path notes --name mine -- train cfg.py".split()) == 0
     out, err = capsys.readouterr()

@@ -216,14 +216,14 @@ def test_where_slurm_lets_nothing_start_again_the_job_says_how_to_go_on(tmp_path
 def test_the_script_says_what_the_place_says(tmp_path):
     place = Slurm(
         nodes=4, min_nodes=3, processes=8, devices=1, platform="gpu", partition="gpu", account="a b", qos="high",
-        gres="gpu:h100:8", constraint="ib", cpus=64, time="1-00:00:00", directives=("--exclusive",),
+        gres="gpu:h100:8", constraint="ib", cpus=64, time="1-00:00:00", directives=("--exclusive", "mem=0", "-w a"),
         setup=("module load cuda",), restarts=5,
     )  # fmt: skip
     text = place.render(job(tmp_path / "50%"))["job.sh"]
     for line in (
         "--nodes=4", "--ntasks-per-node=1", "--cpus-per-task=64", "--partition=gpu", '--account="a b"', "--qos=high",
         "--gres=gpu:h100:8", "--constraint=ib", "--time=1-00:00:00", "--signal=B:TERM@90", "--requeue", "--no-kill",
-        "--open-mode=append", "--exclusive", f"--output={tmp_path}/50%%/output.log",
+        "--open-mode=append", "--exclusive", "--mem=0", "-w a", f"--output={tmp_path}/50%%/output.log",
     ):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text, line
     (srun,) = [line for line in text.split("\n") if line.startswith("srun ")]
@@ -266,7 +266,8 @@ def test_time_limits_are_read_as_slurm_reads_them(text, limit):
         ({"time": "4h"}, "got time '4h'"),
         ({"nodes": 2, "min_nodes": 3}, "got min_nodes 3 of 2 nodes"),
         ({"mounts": ("/data",)}, "got mounts without an image"),
-        ({"directives": ("exclusive",)}, "got directive 'exclusive'"),
+        ({"directives": ("exclusive mem",)}, "got directive 'exclusive mem', .* try --directives exclusive"),
+        ({"directives": ("",)}, "got directive ''"),
         ({"directives": ("--a\nrm -rf /",)}, "got directive"),
     ],
 )
