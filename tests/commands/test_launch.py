@@ -165,9 +165,22 @@ def test_cancel_leaves_a_job_alone_that_has_ended_and_says_how(here: Path, capsy
     assert capsys.readouterr().out == "mine has ended: done, exit code 0, 1 restart\n"
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets jobs of this machine be done without a process."""
+
+    def stay(job, begin) -> str:
+        job.started("machine 1 1")
+        (job.directory / "code").write_text("0")
+        return "machine 1 1"
+
+    monkeypatch.setattr("jaxmodels.launch.foreground.stay", stay)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_job_whose_submission_was_cut_off_is_said_to_be_so_and_nothing_is_done(here: Path, capsys) -> None:
-    for name, place in (("queued", "notes.py"), ("here", "local --processes 1")):
-        assert main(f"launch {place} --name {name} -- benchmarks --help".split()) == 0
+    for name, place in (("queued", "notes.py"), ("here", "local")):
+        assert main(f"launch {place} --name {name} -- train cfg.py".split()) == 0
         (here / "runs/launch" / name / "handle").unlink()
         capsys.readouterr()
         for asked in (f"cancel {name}", f"logs {name}", f"logs {name} --follow"):
@@ -180,9 +193,10 @@ def test_a_job_whose_submission_was_cut_off_is_said_to_be_so_and_nothing_is_done
     assert (here / "queue/queued").exists()
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_job_whose_place_has_other_fields_by_now_is_unknown_and_hides_no_other(here: Path, capsys) -> None:
-    for place, name in (("notes.py", "file"), ("local --processes 1", "kind")):
-        assert main(f"launch {place} --name {name} -- benchmarks --help".split()) == 0
+    for place, name in (("notes.py", "file"), ("local", "kind")):
+        assert main(f"launch {place} --name {name} -- train cfg.py".split()) == 0
         written = here / "runs/launch" / name / "job.json"
         fields = written.read_text().replace('"restarts"', '"attempts"')
         written.write_text(fields)
