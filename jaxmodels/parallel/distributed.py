@@ -33,6 +33,7 @@ _BARRIER_SECONDS = 24 * 3600
 _barriers: collections.Counter[str] = collections.Counter()
 # Pods and containers of one job start minutes apart; processes on one machine do not.
 _JOIN_SECONDS, _JOIN_LOCAL_SECONDS = 300, 60
+_OF_CLUSTERS = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "TPU_", "MEGASCALE_")
 
 
 def initialize() -> None:
@@ -53,7 +54,14 @@ def initialize() -> None:
     heartbeat = _integer("JAXMODELS_HEARTBEAT_SECONDS", str(_HEARTBEAT_SECONDS))
     timeouts: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": _SHUTDOWN_SECONDS}
     if explicit is None:
-        jax.distributed.initialize(initialization_timeout=_JOIN_SECONDS, **timeouts)
+        try:
+            jax.distributed.initialize(initialization_timeout=_JOIN_SECONDS, **timeouts)
+        except ValueError as error:  # JAX misses some of the variables that describe a job
+            found = [name for name in os.environ if name.startswith(_OF_CLUSTERS)]
+            raise UserError(
+                f"got {', '.join(sorted(found)[:4])} in the environment, expected all variables of such a job "
+                f"({' '.join(str(error).split())}), try unsetting them for one process, or jaxmodels launch for several"
+            ) from error
     else:
         address, count, index = explicit
         local = _is_loopback(address.rpartition(":")[0])

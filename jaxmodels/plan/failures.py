@@ -25,6 +25,8 @@ SAVE_RATE = 1.0
 """GB/s that a node writes to where checkpoints lie."""
 RESTART = 300.0
 """Seconds from a failure to the first new step."""
+# Up to this share of the mean time between failures Daly's approximation is exact to seven digits.
+_SHORT = 1e-6
 TRIALS = 1000
 
 
@@ -58,6 +60,8 @@ class Failures:
         """The interval of the highest goodput, exactly; at least as long as a save takes, for they do not overlap."""
         from scipy.special import lambertw
 
+        if self.blocked < _SHORT * self.mean:  # there the exact form is a difference of nearly equal numbers
+            return max(self.daly(), self.pending)
         exact = self.mean * (1 + float(lambertw(-math.exp(-1 - self.blocked / self.mean)).real))
         return max(exact, self.pending)
 

@@ -78,6 +78,17 @@ def test_among_others_jax_finds_the_peers(
     assert 10 <= joined[0]["heartbeat_timeout_seconds"] <= 30 >= joined[0]["shutdown_timeout_seconds"] >= 10
 
 
+def test_a_job_of_which_only_some_variables_are_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+
+    def initialize(**given: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=r"got .*OMPI_COMM_WORLD_SIZE.*\(coordinator_address should be defined"):
+        distributed.initialize()
+
+
 def test_a_launcher_s_word_goes_before_a_cluster_s(
     joined: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

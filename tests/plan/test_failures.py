@@ -53,6 +53,14 @@ def test_the_best_interval_is_where_goodput_is_highest_and_near_young_and_daly(b
     assert dataclasses.replace(rates, pending=3 * best).best_interval() == 3 * best
 
 
+@pytest.mark.parametrize("hours", [1e3, 1e6, 1e9, 1e15])
+def test_however_rare_failures_are_the_best_interval_is_known(hours: float):
+    rates = Failures(mean=hours * HOUR, blocked=0.01, pending=0, restart=300)
+    assert rates.best_interval() == pytest.approx(rates.young(), rel=1e-3)
+    assert rates.goodput(rates.best_interval()) <= 1
+    assert dataclasses.replace(rates, blocked=0.0, pending=7.0).best_interval() == 7.0
+
+
 def test_llama_3s_interruptions_and_its_goodput():
     """16,384 H100s, 54 days, 419 unexpected interruptions, more than 90 % effective training time.
 
