@@ -146,13 +146,20 @@ def test_a_machine_name_that_others_cannot_reach_is_warned_of(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_asks_for_a_stop_and_the_handlers_are_put_back(number: signal.Signals, monkeypatch) -> None:
     monkeypatch.setattr(distributed, "_leave_terminal", lambda: None)
-    before = signal.getsignal(number)
-    with distributed.Preemption() as preemption:
-        assert not preemption.requested(3) and preemption.step is None
-        signal.raise_signal(number)
-        assert preemption.requested(4) and preemption.requested(5)
-        assert preemption.step == 4
-    assert signal.getsignal(number) is before
+
+    def before(number: int, frame: Any) -> None:
+        pass
+
+    outside = signal.signal(number, before)  # tests that run under nohup have SIGHUP ignored
+    try:
+        with distributed.Preemption() as preemption:
+            assert not preemption.requested(3) and preemption.step is None
+            signal.raise_signal(number)
+            assert preemption.requested(4) and preemption.requested(5)
+            assert preemption.step == 4
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, outside)
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_one_after_sigterm() -> None:
