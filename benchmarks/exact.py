@@ -26,20 +26,10 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import Workers
 
 RECORDS = Path(__file__).parent / "exact"
-ON = {"cpu": counts.CPU, "h100": "h100:2x8", "v5e": "v5e:4x4", "v5p": "v5p:2x2x4"}
-"""The hardware of the cases: a CPU with eight devices, two nodes of GPUs, and 16 chips of two TPUs."""
+ON = {"cpu": counts.CPU, "h100": "h100:2x8"}
+"""The hardware of the cases: a CPU with eight devices, and two nodes of GPUs."""
 GPT2 = ("gpt2_openwebtext", "--data.batch-size", "128")
-LLAMA = (
-    "llama3_8b_c4",
-    "--model.layers",
-    "4",
-    "--data.batch-size",
-    "64",
-    "--data.seq-len",
-    "512",
-    "--model.remat",
-    "full",
-)
+LLAMA = "llama3_8b_c4 --model.layers 4 --data.batch-size 64 --data.seq-len 512 --model.remat full".split()
 # `blockwise`, which CPUs take by themselves, has loops whose length only the data say
 XLA = ("--model.attention", "xla")
 
@@ -156,7 +146,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 def versions(name: str) -> dict[str, str]:
     """Return the versions that decide what a case is compiled to."""
-    compilers = {"h100": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "v5e": ("libtpu",), "v5p": ("libtpu",)}
+    compilers = {"h100": ("jax-cuda12-plugin", "jax-cuda13-plugin")}
     wanted = ("jax", "jaxlib", *compilers.get(name.rpartition("-")[2], ()))
     return {package: number for package, number in record.versions().items() if package in wanted}
 

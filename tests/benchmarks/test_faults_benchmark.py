@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from benchmarks import faults, hosts, injury
@@ -41,7 +42,6 @@ def test_a_rank_obeys_an_order_once(tmp_path: Path) -> None:
 
 
 def test_a_spoiled_step_has_a_loss_that_is_no_number_and_a_starved_one_waits(tmp_path: Path, monkeypatch) -> None:
-    jax = pytest.importorskip("jax")
     from jaxmodels.train.state import State
 
     monkeypatch.setattr(injury, "SLOWER", 0.0)
