@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
         about = BENCHMARKS.get(name) or (run.__doc__ or "").partition("\n")[0]
         kind = get_type_hints(run)["options"]
-        return run(tyro.cli(kind, prog=f"python -m benchmarks {name}", description=about, args=rest)) or 0
+        found = run(tyro.cli(kind, prog=f"python -m benchmarks {name}", description=about, args=rest))
+        return found if isinstance(found, int) else 0  # others return what they wrote, or nothing
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2

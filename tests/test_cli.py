@@ -1,6 +1,5 @@
 """What the command line does with values, repeated options and files that are not what they should be."""
 
-import contextlib
 import dataclasses
 import errno
 import importlib
@@ -9,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -20,7 +18,7 @@ from jaxmodels.commands import COMMANDS, options, parsing, places
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Adam, AdamW, Checkpoint, Config, Cosine, Eval, Mesh, Table, Text, Train
-from jaxmodels.errors import UserError, check_place, nearest, printable
+from jaxmodels.errors import UserError, nearest, printable
 from jaxmodels.fields import Section, ranges
 from jaxmodels.launch.place import PLACES
 from jaxmodels.models.config import FAMILIES
@@ -219,63 +217,6 @@ def test_an_option_that_does_not_exist_is_called_unknown_however_often_it_is_giv
     assert main(["train", FILE, "--optim.beta3", "1", "--optim.beta3", "2"]) == 2
     said = capsys.readouterr().err
     assert "'--optim.beta3', expected an option of" in said and "twice" not in said
-
-
-@pytest.mark.parametrize(
-    ("place", "folder", "said"),
-    [
-        ("new.json", False, ""),
-        ("file", False, ""),
-        ("new", True, ""),
-        ("a/new/folder", True, ""),
-        (".", True, ""),
-        (".", False, "which is a folder, expected a place for a file"),
-        ("file", True, "which is a file, expected a place for a folder"),
-        ("no/new.json", False, "whose folder does not exist"),
-        ("file/new.json", False, "file is no folder"),
-        ("file/new/folder", True, "file is no folder"),
-        ("kept/new.json", False, "which cannot be written"),
-        ("kept/new/folder", True, "which cannot be written"),
-    ],
-)
-def test_a_place_is_one_that_can_be_written(place, folder, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    (tmp_path / "kept").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "kept")  # root may write everywhere
-    with (
-        pytest.raises(UserError, match=f"got --out {re.escape(place)}, .*{said}") if said else contextlib.nullcontext()
-    ):
-        check_place(Path(place), "--out", folder)
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "kept"}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "report {run} --out {file}",
-        "tune {config} --space optim.peak_lr=1e-4:1 --out {file}",
-        "plan {config} --on h100:1x8 --json {run}",
-        "data prepare {config} --out {file}",
-        "data train-tokenizer {config} --out {run}",
-        "data clean {config} --out {run}",
-        "data inspect {config} --out {run}",
-        "export {run} {file}",
-        "eval {run} --json {run}",
-    ],
-)
-def test_a_place_that_cannot_be_written_is_refused_before_any_work(line, tmp_path, monkeypatch, capsys):
-    for work in ("jaxmodels.train.load_run", "jaxmodels.train.saved.load_run", "jaxmodels.data.corpus.read",
-                 "jaxmodels.plan.compile.compiled"):  # fmt: skip
-        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("work was done"))
-    run, file = tmp_path / "run", tmp_path / "file"
-    run.mkdir()
-    file.write_text("as it was")
-    configs.save(configs.load(FILE), run / "config.json", {})
-    places = {"run": str(run), "file": str(file), "config": FILE}
-    assert main([word.format(**places) for word in line.split()]) == 2
-    assert f"got {'' if 'export' in line else line.split()[-2] + ' '}{tmp_path}" in capsys.readouterr().err
-    assert file.read_text() == "as it was" and [path.name for path in run.iterdir()] == ["config.json"]
 
 
 def test_a_flag_given_twice_is_refused(capsys):

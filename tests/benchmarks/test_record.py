@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks import record
-from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks import record, startup
+from benchmarks.__main__ import BENCHMARKS, FOUND, main
 
 
 def test_interleaved_functions_take_turns_after_one_call_each_to_compile():
@@ -70,3 +71,13 @@ def test_without_a_name_the_benchmarks_are_listed(capsys):
     assert main(["--help"]) == 0 and main([]) == 2
     shown = capsys.readouterr().out
     assert all(name in shown for name in BENCHMARKS)
+
+
+@pytest.mark.parametrize(("returned", "code"), [(1, 1), (0, 0), (None, 0), (Path("written.md"), 0)])
+def test_a_number_that_a_benchmark_returns_is_its_exit_code(returned, code, monkeypatch):
+    def run(options: startup.Options):
+        return returned
+
+    run.__annotations__ = {"options": startup.Options}
+    monkeypatch.setattr(FOUND, "find", lambda name: run)
+    assert main(["startup"]) == code
