@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -76,8 +77,8 @@ class Foreground(Place):
     stays: ClassVar[bool] = True
 
     def status(self, job: Job, handle: str) -> Status:
-        with contextlib.suppress(FileNotFoundError):
-            return Status.ended(int((job.directory / "code").read_text()))
+        if (code := job.ended()) is not None:
+            return Status.ended(code)
         if _alive(handle):
             return Status(State.RUNNING)
         return Status(State.GONE, "its command ended without a word: killed, or the machine was started again")
@@ -95,9 +96,11 @@ def _alive(handle: str) -> bool:
     """Whether the command still runs.
 
     Raises:
-        UserError: it was started on another machine.
+        UserError: it was started on another machine, or the handle is damaged.
     """
-    host, pid, born = handle.split()
+    if not re.fullmatch(r"\S+ \d+ \d*", handle):
+        raise UserError(f"got the handle {handle!r} of a job, expected its host, process and start")
+    host, pid, born = handle.split(" ")
     if host != socket.gethostname():
         raise UserError(f"got a job that was started on {host}, expected one of this machine, try the same there")
     return _born(int(pid)) == born

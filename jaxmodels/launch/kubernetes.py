@@ -25,6 +25,8 @@ _PAIRS = {
     "variables": (r"[A-Za-z_]\w*=.*", "NAME=value"),
     "claims": (r"[a-z0-9.-]+:/.*", "claim:/mounted/here"),
 }
+_OURS = ("JAXMODELS_", "JAX_COORDINATOR_", "JOB_COMPLETION_INDEX")
+"""How the names of variables begin by which supervisors and ranks find each other."""
 _DISRUPTED = {"onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
 
 
@@ -93,6 +95,10 @@ class Kubernetes(Place):
             for value in getattr(self, field):
                 if not re.fullmatch(form, value, re.DOTALL):
                     raise UserError(f"got {field} {value!r}, expected {example}, try --{field} {example}")
+        for value in self.variables:
+            name = value.partition("=")[0]
+            if name.startswith(_OURS):
+                raise UserError(f"got variable {name}, which every job sets itself, expected another one")
 
     @property
     def slices(self) -> Slice | None:

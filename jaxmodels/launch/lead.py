@@ -54,6 +54,8 @@ class Leader:
         self.told = False
         self.growing = False
         """The attempt under way was told to stop because a node has come back."""
+        self.cancelled = False
+        """A second Ctrl-C ended the ranks before they had saved."""
         here.ended = lambda: self.events.put(None)
 
     def lead(self) -> int:
@@ -200,6 +202,12 @@ class Leader:
         self, seen: Sequence[Seen], found: dict[int, list[Frame]], failure: Failure | None, moment: float
     ) -> _Outcome:
         """What the end of an attempt means, said and noted."""
+        if self.cancelled:
+            self.story.tell("cancelled", step=_step(seen))
+            self.here.console.say(
+                "ended by the second signal before all was saved; the same command continues from the last checkpoint"
+            )
+            return _Outcome(ExitCode.FAILED)
         if failure is None:
             if all(one.code == ExitCode.DONE for one in seen):
                 self.story.tell("done", step=_step(seen))
@@ -238,7 +246,8 @@ class Leader:
             if number is not None:
                 # a second SIGTERM, as schedulers send, must not end what the first one made them save
                 if told and number == signal.SIGINT:
-                    return "still running when the second signal came", None
+                    self.cancelled = True
+                    return "", None
                 told = True
                 for one in crew:
                     one.tell()

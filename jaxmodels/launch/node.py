@@ -7,6 +7,8 @@ on the same nodes, or on those that remain. Every event goes to the run's events
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from jaxmodels.errors import ExitCode, UserError
+from jaxmodels.errors import ExitCode, UserError, check_place
 from jaxmodels.launch import cluster, code
 from jaxmodels.launch.cluster import Cluster
 from jaxmodels.launch.console import Console
@@ -44,6 +46,27 @@ class Node:
     """Seconds that the processes have to save after this one was told to stop."""
 
 
+def _count(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of at least {least}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"got {message}, expected other options, try python -m jaxmodels.launch.node --help")
@@ -52,31 +75,45 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str]) -> int:
     """Start and watch this node's ranks as the arguments say; return the exit code."""
     parser = _Parser("python -m jaxmodels.launch.node", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--processes", type=int, required=True, help="ranks of this node")
-    parser.add_argument("--devices", type=int, help="devices of each rank")
+    parser.add_argument("--processes", type=_count, required=True, help="ranks of this node")
+    parser.add_argument("--devices", type=_count, help="devices of each rank")
     parser.add_argument("--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto")
     parser.add_argument("--nodes", type=int, help="default: as the environment says, like the next two")
     parser.add_argument("--node", type=int, help="number of this node, from 0")
     parser.add_argument("--coordinator", help="HOST:PORT of node 0, where ranks meet; supervisors meet at PORT + 1")
     parser.add_argument(
-        "--restarts", type=int, default=3, help="restarts in a row that may make no progress (default: 3)"
+        "--restarts", type=_natural, default=3, help="restarts in a row that may make no progress (default: 3)"
     )
     parser.add_argument("--min-nodes", type=int, help="continue on as few as this if others are lost")
-    parser.add_argument("--grace", type=float, default=60.0, help="seconds to save when told to stop (default: 60)")
+    parser.add_argument("--grace", type=_positive, default=60.0, help="seconds to save when told to stop (default: 60)")
     parser.add_argument("--log", type=Path, help="file for the output of the ranks")
+    parser.add_argument("--ended", type=Path, help="file to which this supervisor's exit code is added when it ends")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- train configs/x.py …")
+    given, ended = None, int(ExitCode.FAILED)
     try:
         given = parser.parse_args(arguments)
-        command = given.command[1:] if given.command[:1] == ["--"] else given.command
-        if not command:
-            raise UserError("got no command, expected one of ours after --, try -- train configs/gpt_stdlib.py")
-        code.check(os.environ)
-        where = _cluster(given.nodes, given.node, given.coordinator)
-        options = Node(given.processes, given.devices, given.platform, given.restarts, given.min_nodes, given.grace)
-        return run(program(command), options, where, given.log)
+        ended = _start(given)
     except UserError as mistake:
         print(f"launch: error: {mistake}", file=sys.stderr)
-        return ExitCode.MISTAKE
+        ended = ExitCode.MISTAKE
+    finally:
+        if given is not None and given.ended is not None:
+            with contextlib.suppress(OSError), given.ended.open("a") as file:
+                file.write(f"{int(ended)}\n")
+    return ended
+
+
+def _start(given: argparse.Namespace) -> int:
+    """Start and watch the ranks; return the job's exit code."""
+    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    if not command:
+        raise UserError("got no command, expected one of ours after --, try -- train configs/gpt_stdlib.py")
+    if given.log is not None:
+        check_place(given.log, "--log")
+    code.check(os.environ)
+    where = _cluster(given.nodes, given.node, given.coordinator)
+    options = Node(given.processes, given.devices, given.platform, given.restarts, given.min_nodes, given.grace)
+    return run(program(command), options, where, given.log)
 
 
 def program(command: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import os
 import shutil
@@ -48,6 +49,20 @@ class Job:
     def started(self, handle: str) -> None:
         """Record the handle of a foreground job, so that `status` and `cancel` work from another terminal."""
         write(self.directory / "handle", handle)
+
+    def ended(self) -> int | None:
+        """Return the exit code that was recorded at the job's end; None if there is none yet.
+
+        Raises:
+            UserError: what is recorded is no exit code.
+        """
+        path = self.directory / "code"
+        try:
+            return int(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"got {path} that is no exit code, expected a number") from error
 
 
 class State(enum.StrEnum):
@@ -104,6 +119,13 @@ class Place(Section, kinds=PLACES):
     """How many restarts in a row may make no progress before the job is given up."""
     grace: Positive = 60.0
     """Seconds that a job has to save after it was told to stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            if field.default is dataclasses.MISSING and not getattr(self, field.name):
+                option = field.name.replace("_", "-")
+                raise UserError(f"got no {field.name}, expected one, try --{option} {field.name.upper()}")
 
     @abstractmethod
     def render(self, job: Job) -> dict[str, str]:

@@ -107,8 +107,8 @@ class Slurm(Place):
             return Status(_GOING[state], reason, None, restarts)
         if _cancelled(job).exists() or state == "CANCELLED":
             return Status(State.CANCELLED, "", None, restarts)
-        if (job.directory / "code").exists():
-            return Status.ended(int((job.directory / "code").read_text()), restarts)
+        if (code := job.ended()) is not None:
+            return Status.ended(code, restarts)
         if state == "COMPLETED":
             return Status.ended(0, restarts)
         if state:  # NODE_FAIL, OUT_OF_MEMORY, TIMEOUT, PREEMPTED, BOOT_FAIL, DEADLINE: ended before it could say so
@@ -148,7 +148,9 @@ class Slurm(Place):
         options += ["--requeue", "--open-mode=append"]
         options += ["--no-kill"] if self.min_nodes is not None else []
         options += [each if each.startswith("-") else f"--{each}" for each in self.directives]
-        more = () if self.min_nodes is None else ("--min-nodes", str(self.min_nodes))
+        # where a job continues on fewer nodes, the first supervisor to end does not end it
+        alone = self.min_nodes is None
+        more = ("--ended", str(directory / "ended")) if alone else ("--min-nodes", str(self.min_nodes))
         python = "python" if self.image else job.code.python
         command = self.supervisor(job, self.processes, self.devices, self.platform, more, python)
         return _SCRIPT.format(
@@ -186,7 +188,7 @@ _SCRIPT = """\
 
 record={directory}
 echo "$SLURM_JOB_ID started" >> "$record/attempts"
-rm -f "$record/code"
+rm -f "$record/code" "$record/ended"
 
 # SLURM is ending the job: its time is over, it was cancelled, or others need the nodes
 ending() {{ [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *JobState=COMPLETING* ]]; }}
@@ -221,6 +223,9 @@ step=$!
 while kill -0 "$step" 2> /dev/null; do wait "$step"; done  # a signal ends a wait, and not what is waited for
 wait "$step"
 code=$?
+# srun ends the other supervisors when one has ended, and returns the highest code; the job's is that of the first one
+first=$(head -n 1 "$record/ended" 2> /dev/null)
+[ "${{first:-75}}" -eq 75 ] || code=$first
 
 if [ -e "$record/cancelled" ]; then
   echo "$code" > "$record/code"

@@ -105,8 +105,7 @@ class TPU(Place):
         return handle
 
     def status(self, job: Job, handle: str) -> Status:
-        with contextlib.suppress(FileNotFoundError):
-            code = int((job.directory / "code").read_text())
+        if (code := job.ended()) is not None:
             if (job.directory / "cancelled").exists() and code == ExitCode.SAVED:
                 return Status(State.CANCELLED, "", code)
             return Status.ended(code)

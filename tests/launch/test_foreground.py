@@ -79,3 +79,11 @@ def test_another_process_with_its_number_is_not_taken_for_it_nor_one_of_another_
     assert Local().status(job(tmp_path), f"{host} {pid} {int(born) - 1}").state is State.GONE
     with pytest.raises(UserError, match="got a job that was started on elsewhere, expected one of this machine"):
         Local().status(job(tmp_path), f"elsewhere {pid} {born}")
+
+
+def test_what_is_damaged_in_the_record_of_a_job_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="got the handle 'host 1' of a job"):
+        Local().status(job(tmp_path), "host 1")
+    (tmp_path / "code").write_text("twelve")
+    with pytest.raises(UserError, match="code that is no exit code"):
+        Local().status(job(tmp_path), "host 1 2")

@@ -257,6 +257,8 @@ def test_kubernetes_replaces_nothing_in_the_words(tmp_path):
         ({"selectors": ("a b",)}, "got selectors 'a b', expected key=value"),
         ({"claims": ("runs",)}, "got claims 'runs', expected claim:/mounted/here"),
         ({"variables": ("1=2",)}, "got variables '1=2', expected NAME=value"),
+        ({"variables": ("JAXMODELS_NODES=3",)}, "got variable JAXMODELS_NODES, which every job sets itself"),
+        ({"image": ""}, "got no image, expected one, try --image IMAGE"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(change, said):

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxmodels.launch import node
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # A training run in small: a psum each step, and what happens at step 20 by the case's name.
@@ -61,7 +63,7 @@ RANK = textwrap.dedent("""
                 if case == "done":
                     time.sleep(rank)
                     sys.exit(distributed.finalize(0))
-                if case in ("sleeps_1", "spins_0") and rank == int(case[-1]):
+                if case in ("sleeps_1", "spins_0", "cancelled_1") and rank == int(case[-1]):
                     hang()
                 if rank == 1 and case == "exception":
                     raise KeyError("no such thing")
@@ -87,7 +89,7 @@ DRIVER = (
     "sys.exit(run(sys.argv[1:], options))"
 )
 CASES = ("done", "mistake", "late_mistake", "exception", "killed_0", "killed_1", "frozen_0", "frozen_1", "frozen_early",
-         "interrupt", "terminated", "launcher_killed", "sleeps_1", "spins_0")  # fmt: skip
+         "interrupt", "terminated", "launcher_killed", "cancelled_1", "sleeps_1", "spins_0")  # fmt: skip
 
 
 class Case:
@@ -112,10 +114,18 @@ class Case:
                 if "] at " in line and self.output.count("] at ") == 2:
                     if self.name in ("terminated", "sleeps_1"):
                         self.process.send_signal(signal.SIGTERM)
+                    elif self.name == "cancelled_1":
+                        threading.Thread(target=self._interrupt, daemon=True).start()
                     elif self.name == "launcher_killed":
                         self.process.kill()
             self.code = self.process.wait()
             self.ended = time.time()
+
+    def _interrupt(self) -> None:
+        """Press Ctrl-C again and again, as signals that come at once are one."""
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
 
     def finish(self) -> Case:
         self.thread.join(timeout=120)
@@ -230,6 +240,29 @@ def test_a_signal_stops_all_ranks_at_the_same_step_with_75(cases: dict[str, Case
     assert sorted(rank for rank, _ in steps) == ["0", "1"], case.output
     assert steps[0][1] == steps[1][1] != "20", case.output
     assert alive(case) == []
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_save_and_is_no_failure(cases: dict[str, Case]) -> None:
+    case = cases["cancelled_1"].finish()
+    assert case.code == 1, case.output
+    assert "launch: ended by the second signal before all was saved" in case.output
+    assert "rank 1" not in case.output and alive(case) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--restarts", "-1"), "'-1', expected a number of at least 0"),
+        (("--processes", "0"), "'0', expected a number of at least 1"),
+        (("--grace", "nan"), "'nan', expected a number above 0"),
+        (("--log", "/dev/null/x"), "got --log /dev/null/x"),
+    ],
+)
+def test_a_supervisor_refuses_what_it_cannot_do_and_notes_how_it_ended(tmp_path, capsys, option, said) -> None:
+    ended = ["--ended", str(tmp_path / "ended")]
+    assert node.main([*ended, "--processes", "1", *option, "--", "train", "x.py"]) == 2
+    assert said in capsys.readouterr().err
+    assert option[0] != "--log" or (tmp_path / "ended").read_text() == "2\n"
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along(cases: dict[str, Case]) -> None:

@@ -20,7 +20,7 @@ from jaxmodels.launch.place import Job, State, Status
 from jaxmodels.launch.slurm import Slurm, seconds
 from tests.launch.jobs import job
 
-# Called as an interpreter would be; the last word says how this job's supervisors behave. `$0.d` is its own folder.
+# Called as an interpreter would be; the last word says how this job's supervisors behave.
 STAND_IN = f"""#!/bin/bash
 mode="${{@: -1}}"
 folder="$(dirname "$0")/$mode"
@@ -28,18 +28,20 @@ mkdir -p "$folder"
 echo "$SLURM_PROCID" >> "$folder/starts.$SLURM_PROCID"
 attempt=$(wc -l < "$folder/starts.$SLURM_PROCID")
 echo "$mode attempt $attempt of task $SLURM_PROCID"
-trap 'echo saved; sleep 0.5; exit 75' TERM
-wait_for_it() {{ touch "$folder/waits.$SLURM_PROCID"; for i in $(seq 600); do sleep 0.1; done; exit 1; }}
+while [ $# -gt 1 ]; do [ "$1" = --ended ] && ended=$2; shift; done
+end() {{ echo "$1" >> "$ended"; exit "$1"; }}
+trap 'echo saved; sleep 0.5; end 75' TERM
+wait_for_it() {{ touch "$folder/waits.$SLURM_PROCID"; for i in $(seq 600); do sleep 0.1; done; end 1; }}
 case $mode in
-  mistake) exit 2;;
-  broken) exit 1;;
-  killed) [ $attempt = 1 ] && [ "$SLURM_PROCID" = 1 ] && kill -KILL $$; exit 0;;
+  mistake) [ "$SLURM_PROCID" = 0 ] || wait_for_it; end 2;;
+  broken) end 1;;
+  killed) [ $attempt = 1 ] && {{ [ "$SLURM_PROCID" = 0 ] || kill -KILL $$; wait_for_it; }}; end 0;;
   peers*) {sys.executable} -SEc "
 import os, sys
 sys.path.insert(0, '{Path(__file__).resolve().parents[2]}')
 from jaxmodels.launch.cluster import found
 print('found', found(os.environ))";;
-  again|limit|preempted) [ $attempt = 1 ] && wait_for_it; exit 0;;
+  again|limit|preempted) [ $attempt = 1 ] && wait_for_it; end 0;;
   *) wait_for_it;;
 esac
 """
