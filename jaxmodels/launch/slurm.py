@@ -187,8 +187,6 @@ _SCRIPT = """\
 {directives}
 
 record={directory}
-echo "$SLURM_JOB_ID started" >> "$record/attempts"
-rm -f "$record/code" "$record/ended"
 
 # SLURM is ending the job: its time is over, it was cancelled, or others need the nodes
 ending() {{ [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *JobState=COMPLETING* ]]; }}
@@ -217,6 +215,9 @@ told() {{
   fi
 }}
 trap told TERM
+
+echo "$SLURM_JOB_ID started" >> "$record/attempts"
+rm -f "$record/code" "$record/ended"
 
 {setup}{srun} &
 step=$!
