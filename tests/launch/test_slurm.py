@@ -30,7 +30,7 @@ attempt=$(wc -l < "$folder/starts.$SLURM_PROCID")
 echo "$mode attempt $attempt of task $SLURM_PROCID"
 while [ $# -gt 1 ]; do [ "$1" = --ended ] && ended=$2; shift; done
 end() {{ echo "$1" >> "$ended"; exit "$1"; }}
-trap 'echo saved; sleep 0.5; end 75' TERM
+trap 'trap "" TERM; echo saved; sleep 0.5; end 75' TERM
 wait_for_it() {{ touch "$folder/waits.$SLURM_PROCID"; for i in $(seq 600); do sleep 0.1; done; end 1; }}
 case $mode in
   mistake) [ "$SLURM_PROCID" = 0 ] || wait_for_it; end 2;;
