@@ -202,6 +202,17 @@ def test_the_command_line_in_a_process_of_its_own():
     assert traced.returncode == 1 and "Traceback" in traced.stderr and "UserError" in traced.stderr
 
 
+@pytest.mark.parametrize("origin", [None, "x", {"file": 3, "overrides": "x", "versions": [1], "commit": {}}])
+def test_an_origin_that_is_damaged_takes_nothing_from_a_run(tmp_path, origin):
+    path = tmp_path / "config.json"
+    configs.save(Config(model=MLPConfig()), path, {})
+    for more in (origin, {"overrides": [1], "job": {"name": "a"}}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "origin": more}))
+        _, found = configs.read(tmp_path)
+        assert found == ({"job": {"name": "a"}} if more is not origin else {})
+        assert configs.provenance(Config(model=MLPConfig()), "optim.peak_lr", found) == "default"
+
+
 def test_a_command_takes_flags(capsys):
     from jaxmodels.cli import main
 

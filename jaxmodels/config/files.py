@@ -103,7 +103,7 @@ def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
     """
     path = Path(run) / "config.json"
     if not path.is_file():
-        near = [str(p.parent) for p in Path(run).parent.glob("*/config.json")]
+        near = [str(p.parent) for p in Path(run).parent.glob("*/config.json") if p.is_file()]
         raise UserError(f"got run {str(run)!r}, expected a directory with config.json{nearest(str(run), near)}")
     try:
         value = json.loads(path.read_text())
@@ -115,5 +115,15 @@ def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
         config = from_json(value)
     except UserError as error:
         raise UserError(f"{error} (in {path})") from error
-    origin = value.get("origin", {})
-    return config, origin if isinstance(origin, dict) else {}
+    return config, _known(value.get("origin"))
+
+
+def _known(origin: Any) -> dict[str, Any]:
+    """An origin without the parts that are not what `save` writes: a run needs none of them."""
+    if not isinstance(origin, Mapping):
+        return {}
+    kinds = {"file": str, "overrides": list, "versions": Mapping, "commit": str}
+    found = {name: value for name, value in origin.items() if isinstance(value, kinds.get(name, object))}
+    if not all(isinstance(word, str) for word in found.get("overrides", [])):
+        del found["overrides"]
+    return found

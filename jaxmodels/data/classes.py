@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from jaxmodels.data.source import Source, Split
 from jaxmodels.errors import UserError
 
 _AT_ONCE = 1024
+_SHOWN = 5
+_MISSING = ("nan", "null", "none", "n/a", "#n/a", "<na>", "nil", "?", "-")
 
 _log = logging.getLogger("jaxmodels")
 
@@ -36,7 +38,7 @@ def check_differ(records: Records, label: str, split: Split) -> None:
 
     Raises: UserError.
     """
-    field, found = records.fields[label], set[int]()
+    field, found, bad = records.fields[label], set[int](), list[Bad]()
     if field.kind != "label":  # several labels of an example are told apart one by one
         return
     size = len(records)
@@ -46,21 +48,67 @@ def check_differ(records: Records, label: str, split: Split) -> None:
         found |= {row[label] for row in rows if not isinstance(row, Bad) and row[label] >= 0}
         if len(found) > 1:
             return
+        bad += [row for row in rows if isinstance(row, Bad)] if some is not spread else []
     for only in found:
         name = field.names[only] if only < len(field.names) else str(only)
         if split == "eval":
             _log.warning("evaluation has one class alone (%s is %r throughout %s)", label, name, records.label)
             continue
         # a split by hash may have put all others aside
-        others = len(field.names) > 1
+        others = [other for at, other in enumerate(field.names) if at != only]
+        left = f" that can be read (the first of {len(bad):,} others: {bad[0]})" if bad else ""
+        none = f" (there is no record of {_listed([repr(other) for other in others])})" if others else ""
         raise UserError(
-            f"got {records.label}, where {label} is {name!r} in all {size:,} records to train on, expected two classes "
-            f"or more, try {'another split or more data' if others else 'another --data.label-field or other data'}"
+            f"got {records.label}, where {label} is {name!r} in all {size - len(bad):,} records to train on{left}, "
+            f"expected two classes or more{none}, "
+            f"try {'another split or more data' if others else 'another --data.label-field or other data'}"
         )
 
 
+def tell_unlearned(train: Records, held_out: Records, label: str) -> None:
+    """Warn of classes that occur in evaluation alone, since nothing can learn them.
+
+    Records to train on are read until every class of the others is found.
+    """
+    field = train.fields[label]
+    if field.kind not in ("label", "labels"):
+        return
+    left = Counter(at for each in _labels(held_out, label) for at in each)
+    for each in _labels(train, label):
+        if not left:
+            return
+        for at in each:
+            left.pop(at, None)
+    if left:
+        ordered = sorted(left.items())
+        names = [f"{field.names[at] if at < len(field.names) else at} ({often:,})" for at, often in ordered]
+        _log.warning(
+            "classes of %s that are held out to evaluate on, and of which there are none to train on: %s",
+            label,
+            _listed(names),
+        )
+
+
+def _labels(records: Records, label: str) -> Iterator[tuple[int, ...]]:
+    """The known labels of each record."""
+    size = len(records)
+    for at in range(0, size, _AT_ONCE):
+        for row in records.read(range(at, min(at + _AT_ONCE, size)), [label]):
+            if not isinstance(row, Bad):
+                value = row[label]
+                yield tuple(each for each in (value if isinstance(value, tuple) else (value,)) if each >= 0)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f", and {more:,} more" if more > 0 else "")
+
+
 def tell_similar(names: Iterable[str], label: str, where: str) -> None:
-    """Warn of classes that are told apart by nothing but the case of letters."""
+    """Warn of classes that are told apart by nothing but the case of letters, or whose name often stands for none."""
+    names = list(names)
+    if missing := [name for name in names if name.casefold() in _MISSING]:
+        _log.warning("%s of %s is taken for the name of a class: %s", label, where, _listed(list(map(repr, missing))))
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(name.casefold(), []).append(name)

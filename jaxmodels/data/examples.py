@@ -13,7 +13,7 @@ from jaxmodels.data import corpus as corpora
 from jaxmodels.data import records as recorded
 from jaxmodels.data import texts
 from jaxmodels.data.balance import Balanced
-from jaxmodels.data.classes import check_differ, tell_similar
+from jaxmodels.data.classes import check_differ, tell_similar, tell_unlearned
 from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.records import Kind, Reader, Records, Row
@@ -211,6 +211,8 @@ def labeled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, 
     records = train if split == "train" else open_records(cfg, split, opening.classes)
     if label is not None and not optional:
         check_differ(records, label, split)
+        if split == "eval" and not opening.classes and (kind != "image" or records.apart):
+            tell_unlearned(train, records, label)
     if kind == "image":
         from jaxmodels.data import images
 

@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import mmap
 import sys
 from abc import ABC, abstractmethod
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import UserError
+
+_log = logging.getLogger("jaxmodels")
 
 BOM = codecs.BOM_UTF8
 _BEGINNING = 1 << 16
@@ -30,7 +33,7 @@ _MARKS = {  # UTF-32LE's begins with UTF-16LE's
 }  # fmt: skip
 _COMPRESSED = {
     b"\x1f\x8b": "gzip -d", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bzip2 -d", b"\xfd7zXZ\0": "xz -d",
-    b"PK\3\4": "unzip",
+    b"PK\3\4": "unzip, or saving as CSV what Excel or NumPy wrote",
 }  # fmt: skip
 
 
@@ -182,13 +185,17 @@ class _Csv(_Lines):
         start, end, _ = next(self._cut(), (self._start, self._start, 1))
         header = self._cells(self._bytes[start:end])
         header = header if isinstance(header, str) else [name.strip() for name in header]
-        if isinstance(header, str) or len(set(header)) < len(header) or not header or not all(header):
+        named = [] if isinstance(header, str) else [name for name in header if name]
+        if not named or len(set(named)) < len(named):
+            twice = next((name for name in named if named.count(name) > 1), None)
             raise UserError(
                 f"got {path} with the first row {shown(header)}, expected the names of the columns, each once, "
-                "try adding such a row"
+                f"try {'adding such a row' if twice is None else f'renaming one of the columns {twice!r}'}"
             )
-        self._names = header
-        self.columns = tuple(header)
+        if unnamed := len(header) - len(named):
+            _log.warning("left out %d of the %d columns of %s, for want of a name", unnamed, len(header), path)
+        self._names = list(header)
+        self.columns = tuple(named)
 
     def _separator(self, suffix: str) -> str:
         """Return the file's own separator, or one that gives the first and second row equally many cells."""
@@ -218,7 +225,8 @@ class _Csv(_Lines):
             return f"has {len(cells)} columns, expected {len(self._names)}"
         if b"\0" in raw:
             return "has a zero byte"
-        return dict(zip(self._names, cells, strict=True))
+        # a column without a name, such as the row numbers that pandas writes, is none of the record's
+        return {name: cell for name, cell in zip(self._names, cells, strict=True) if name}
 
     def _cut(self) -> Iterator[tuple[int, int, int]]:
         at, number = self._start, 0

@@ -104,6 +104,8 @@ def records(cfg: Images, split: Split) -> Records:
 
 
 class _Folder(Records):
+    apart = True
+
     def __init__(self, root: Path, names: Sequence[str], files: Sequence[tuple[str, int]]) -> None:
         self.root, self.label = root, f"images of {root}"
         self.fields = {"image": Field("image", shape=(None, None, None)), "label": Field("label", tuple(names))}

@@ -108,6 +108,8 @@ def _part(datasets: Any, saved: Any, wanted: str, option: str) -> Any:
 
 
 class _Set(Records):
+    apart = True
+
     def __init__(
         self, datasets: Any, data: Any, label: str, split: str, classes: Mapping[str, tuple[str, ...]]
     ) -> None:

@@ -72,6 +72,8 @@ def records(root: Path, cfg: FilesConfig, split: Split) -> Records:
 
 
 class _Set(Records):
+    apart = True
+
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, names: tuple[str, ...], label: str) -> None:
         self._pixels, self._labels, self.label = pixels, labels, label
         self.fields = {"image": Field("image", shape=(*pixels.shape[1:], 1)), "label": Field("label", names)}

@@ -69,6 +69,8 @@ class Records(ABC):
     fields: Mapping[str, Field]
     fingerprint: str
     whole: bool = False
+    apart: bool = False
+    """Whether a label can be read without reading the image beside it."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -82,6 +82,8 @@ def _check_names(train: _Scan, here: _Scan, cfg: Table) -> None:
 class _Rows(Records):
     """Some rows of files, read from the files when needed."""
 
+    apart = True
+
     def __init__(self, scan: _Scan, fields: Mapping[str, Field], chosen: np.ndarray) -> None:
         self.fields, self._files = fields, scan.files
         self._which, self._rows = scan.which[chosen], scan.rows[chosen]

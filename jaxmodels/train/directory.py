@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
-from jaxmodels.errors import UserError, printable
+from jaxmodels.errors import UserError, check_place, printable
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
 from jaxmodels.train.manifest import atomic_write
@@ -25,6 +25,8 @@ log = logging.getLogger("jaxmodels")
 
 Resume = Literal["auto", "must", "never"]
 LOCK = ".lock"
+CONTINUED = (LOCK, "log.txt", "metrics.jsonl", "phases.jsonl")
+"""Files that are written to, and not replaced, where a run goes on."""
 NEUTRAL = (
     "metrics.",
     "profile.",
@@ -39,24 +41,32 @@ NEUTRAL = (
 """Fields that may differ when a run is resumed, because they do not change what is computed."""
 
 
-def check_writable(run: Path) -> None:
-    """Refuse a directory that cannot be written to, before any work; creates nothing.
+def check_writable(run: Path, option: str = "--run-dir") -> None:
+    """Refuse a directory that cannot be written to, before any work; creates nothing. `option` names it.
 
     Raises:
-        UserError: it is not a directory, or another process writes there.
+        UserError: it is not a directory, it or a file that a run continues may not be written, or another process
+            writes there.
     """
     for path in (run, run / "checkpoints"):
         if os.path.lexists(path) and not path.is_dir():
             raise UserError(
-                f"got {path}, which is not a directory, expected one or nothing there, try another --run-dir"
+                f"got {option} {path}, which is not a directory, expected one or nothing there, try another {option}"
+            )
+    check_place(run, option, folder=True)
+    for path in (run / name for name in ("checkpoints", *CONTINUED)):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise UserError(
+                f"got {option} {run}, where {path.name} may not be written, expected the right to go on with it, "
+                f"try another {option}, or chmod -R u+w {run} as its owner"
             )
     if (run / LOCK).is_file():
-        with held(run):
+        with held(run, option):
             pass
 
 
 @contextlib.contextmanager
-def held(run: Path) -> Iterator[None]:
+def held(run: Path, option: str = "--run-dir") -> Iterator[None]:
     """Hold the lock of a directory, created if need be, as its only writer. Readers need no lock.
 
     The lock is the kernel's (NFS passes it on to the server), so it ends with the process, however that ends. The
@@ -75,7 +85,7 @@ def held(run: Path) -> Iterator[None]:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     raise UserError(
                         f"got run directory {run}, to which {_holder(path)} is writing, expected one writer, "
-                        "try another --run-dir, or wait until it ends"
+                        f"try another {option}, or wait until it ends"
                     ) from None
                 log.warning(
                     "%s cannot be locked (%s): nothing prevents a second run from writing there",
@@ -107,7 +117,7 @@ def prepared(cfg: Config, run: Path, resume: Resume, origin: Mapping[str, Any]) 
 
     Raises:
         UserError: it holds another experiment and `resume` is not "must" (shown in the message), or `resume`
-            is "must" and there is no checkpoint.
+            is "must" and there is no checkpoint, or a config.json that cannot be read and would be replaced.
     """
     check_writable(run)
     checkpoints = Checkpointer(run / "checkpoints")
@@ -122,6 +132,8 @@ def prepared(cfg: Config, run: Path, resume: Resume, origin: Mapping[str, Any]) 
             print(printable(f"moved the run that was in {run} to {aside}"))
         elif resume == "auto" and checkpoints.steps():
             check_same_config(cfg, run)
+        elif resume == "must" and os.path.lexists(run / "config.json"):
+            check_known_config(run)
         with atomic_write(run / "config.json") as part:
             configs.save(cfg, part, origin)
         yield
@@ -137,6 +149,17 @@ def check_same_config(cfg: Config, run: Path) -> None:
             f"got run directory {run} of another config ({shown}), expected the same, try another "
             "--run-dir, --resume must to continue with the change, or --resume never to start anew"
         )
+
+
+def check_known_config(run: Path) -> None:
+    """Raise UserError if the config that is there cannot be read."""
+    try:
+        configs.read(run)
+    except UserError as error:
+        raise UserError(
+            f"got --resume must for {run}, whose config cannot be read ({error}), expected one, since it may be "
+            "all that says what the run was, try repairing it, or moving config.json aside"
+        ) from None
 
 
 class _Terminal(logging.Handler):

@@ -22,8 +22,9 @@ import jax
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
-from jaxmodels.errors import UserError, check_place, nearest
+from jaxmodels.errors import UserError, nearest
 from jaxmodels.parallel import progress
+from jaxmodels.train import directory
 from jaxmodels.train import run as runs
 from jaxmodels.train.loop import NotFinite
 from jaxmodels.train.space import TuneOptions
@@ -142,7 +143,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         raise UserError("got no --space, expected fields to choose, try --space optim.peak_lr=1e-4:1e-1:log")
     choices = [parse_choice(text, cfg) for text in options.space]
     out = Path(options.out or f"runs/{Path(file).stem}-tune")
-    check_place(out, "--out", folder=True)
+    check_free(out)
     (out / "trials").mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # the heartbeat, multivariate TPE
@@ -242,6 +243,19 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     if reasons and all(reasons):
         raise UserError(f"got {len(reasons)} trials, all refused, the last because: {reasons[-1]}")
     return out
+
+
+def check_free(out: Path) -> None:
+    """Refuse, before any work, a directory that is no place for a search, such as that of a run.
+
+    Raises:
+        UserError: it cannot be written, or it holds a run, which another process may be writing.
+    """
+    directory.check_writable(out, "--out")
+    if (out / "config.json").exists():
+        raise UserError(
+            f"got --out {out}, which holds a run, expected a directory for the search alone, try --out {out}-tune"
+        )
 
 
 def _await(process: subprocess.Popen[bytes]) -> None:

@@ -73,14 +73,24 @@ def test_a_table_that_is_none_is_refused(tmp_path):
         opened("a.xls", "x")
     with pytest.raises(UserError, match="which is empty"):
         opened("b.csv", "")
-    with pytest.raises(UserError, match="expected the names of the columns, each once"):
+    with pytest.raises(UserError, match="expected the names of the columns, each once, try renaming one .* 'a'"):
         opened("c.csv", "a,a\n1,2\n")
+    with pytest.raises(UserError, match="expected the names of the columns, each once, try adding such a row"):
+        opened("c.csv", ",\n1,2\n")
     with pytest.raises(UserError, match="which is not a Parquet file"):
         opened("d.parquet", "text")
     with pytest.raises(UserError, match="got 0 records to train on in table e.csv, expected at least 1"):
         opened("e.csv", "text,label\n")
     with pytest.raises(UserError, match="got data.eval_fraction 1.5"):
         opened("f.csv", "text\na\n", eval_fraction=1.5)
+
+
+def test_a_column_without_a_name_such_as_row_numbers_of_pandas_is_left_out_with_a_word(tmp_path, caplog):
+    lines = [f"{i},text {i},{'ab'[i % 2]}," for i in range(20)]
+    records = read(tmp_path / "a.csv", "\n".join([",text,label,", *lines]))
+    assert set(records.fields) == {"text", "label"}
+    assert values(records, "text", "label") == [(f"text {i}", i % 2) for i in range(20)]
+    assert caplog.messages == [f"left out 2 of the 4 columns of {tmp_path / 'a.csv'}, for want of a name"]
 
 
 @pytest.mark.parametrize("quoted", [[7], [7, 30], [7, 30, 31], [39]])
@@ -115,6 +125,7 @@ def test_two_stray_quotes_do_not_make_one_text_of_what_is_between(tmp_path, capl
         ("a.jsonl", '{"text": "日本語の文"}\n'.encode("utf-32-le"), "try iconv -f UTF-32LE -t UTF-8"),
         ("a.csv.gz", b"\x1f\x8b\x08", "compressed, expected text, try gzip -d"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd", "compressed, expected text, try zstd -d"),
+        ("a.csv", b"PK\3\4" + b"\0" * 40, "compressed, expected text, try unzip, or saving as CSV what Excel"),
         ("a.csv", b"\0\1\2" * 400, "binary"),
         ("a.csv", "\n\ntext,label\na,0\n", r"with the first row \[\], expected the names of the columns"),
         ("a.json", '{"text": "a",\n"label": 0}\n', "of whose 2 rows none can be read .*a.json:1: invalid JSON"),

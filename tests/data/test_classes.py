@@ -11,11 +11,11 @@ from PIL import Image
 from jaxmodels.config import Classification, Images, Table
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
-from tests.data.written import read, table, values
+from tests.data.written import read, table, values, write
 
 
-def opened(data: Any, split: Any = "train", **shape: Any) -> Any:
-    return open_source(data, split, Classification(), num_classes=9, **shape)
+def opened(data: Any, split: Any = "train", classes: int = 9, **shape: Any) -> Any:
+    return open_source(data, split, Classification(), num_classes=classes, **shape)
 
 
 def csv(labels):
@@ -50,6 +50,18 @@ def test_classes_that_differ_only_by_case_are_kept_apart_with_a_word(tmp_path, c
     assert [line for line in caplog.messages if line.endswith("are kept apart: 'Good' and 'good'")]
 
 
+def test_a_class_that_is_named_as_a_missing_value_is_told(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text(csv(["good", "NaN", "nan", "Nancy"] * 5))
+    assert opened(table(tmp_path / "a.csv")).num_classes == 4
+    assert "label of table a.csv is taken for the name of a class: 'NaN', 'nan'" in caplog.messages
+
+
+def test_records_that_cannot_be_read_do_not_count_as_those_of_one_class(tmp_path):
+    (tmp_path / "a.csv").write_text(csv(["good,", "bad"] * 20))
+    with pytest.raises(UserError, match=r"all 20 .* that can be read \(the first of 20 others: .*a.csv:2: has 3 col"):
+        opened(table(tmp_path / "a.csv", eval_fraction=0))
+
+
 @pytest.mark.parametrize("labels", [["good"] * 30, ["good", "good "] * 15, ["1"] * 30, ["0"] * 30, ["-1"] * 30])
 def test_one_class_is_nothing_to_learn_from(tmp_path, labels):
     (tmp_path / "a.csv").write_text(csv(labels))
@@ -67,8 +79,36 @@ def test_a_split_that_leaves_one_class_to_train_on_is_refused_and_one_to_evaluat
     assert caplog.messages == ["evaluation has one class alone (label is 'a' throughout table train.csv)"]
     # the hash of the row of b puts it aside
     (tmp_path / "few.csv").write_text(csv(["a"] * 20 + ["b"]))
-    with pytest.raises(UserError, match="try another split or more data"):
+    with pytest.raises(UserError, match=r"\(there is no record of 'b'\), try another split or more data"):
         opened(Table(path=(str(tmp_path / "few.csv"),), eval_fraction=0.5))
+
+
+def test_classes_that_are_held_out_alone_are_told_by_name(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text(csv(["a", "b"] * 20 + [f"rare {i}" for i in range(10, 30)]))
+    data = Table(path=(str(tmp_path / "a.csv"),), eval_fraction=0.5)
+    source, learned = opened(data, "eval", 22), set(opened(data, "train", 22).labels().tolist())
+    names = [source.class_names[at] for at in sorted(set(source.labels().tolist()) - learned)]
+    assert len(names) > 5 and "a" not in names
+    told = ", ".join(f"{name} (1)" for name in names[:5])
+    assert caplog.messages == [
+        "classes of label that are held out to evaluate on, and of which there are none to train on: "
+        f"{told}, and {len(names) - 5} more"
+    ]
+
+
+def test_a_class_of_images_or_one_of_several_that_is_held_out_alone_is_told(tmp_path, caplog):
+    for at in range(20):
+        (tmp_path / f"{at:02}").mkdir()
+        Image.new("L", (4, 4), at).save(tmp_path / f"{at:02}" / "0.png")
+    rows = [{"text": f"text {at}", "label": ["all", f"only {at}"]} for at in range(20)]
+    for data, shape in (
+        (Images(path=(str(tmp_path),), eval_fraction=0.5), {"inputs_shape": (4, 4, 1)}),
+        (table(write(tmp_path / "a.jsonl", rows), eval_fraction=0.5), {}),
+    ):
+        source = opened(data, "eval", 21, **shape)
+        said = caplog.messages.pop() if caplog.messages else ""
+        assert said.endswith(f"(1), and {len(source) - 5} more") and "all" not in said.rpartition(": ")[2]
+        caplog.clear()
 
 
 def test_one_folder_is_one_class(tmp_path):

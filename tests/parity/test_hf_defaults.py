@@ -1,4 +1,4 @@
-"""What a config.json leaves out is taken as transformers takes it: each setting that is read is left out in turn."""
+"""What a config.json says counts, and what it leaves out is taken as transformers takes it: each setting in turn."""
 
 import json
 
@@ -35,6 +35,27 @@ UNLIKE = {
 }  # fmt: skip
 """Configs few settings of which are the defaults."""
 WORDS = ("architectures", "model_type")  # what says which model it is
+WITHOUT_EFFECT = {
+    "where it came from": ("_name_or_path", "dtype"),
+    "the form of a result of transformers": (
+        "return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "use_cache",
+    ),
+    "how transformers cuts or rounds a product that is the same": (
+        "chunk_size_feed_forward", "pretraining_tp", "reorder_and_upcast_attn",
+    ),
+    "only weights that are not in the file": ("initializer_range", "initializer_factor", "logit_scale_init_value"),
+    "read where tokens are made or drawn": ("bos_token_id", "eos_token_id", "pad_token_id"),
+    "read with the names of the classes": ("problem_type", "id2label", "label2id"),
+    "a part that a model with these weights has not": (
+        "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+        "pooler_act", "pooler_output_size", "encoder_stride", "out_features", "out_indices", "stage_names",
+        "t5.classifier_dropout", "text_config.projection_dim", "vision_config.projection_dim",
+    ),
+    "what the family is in any case": ("is_encoder_decoder", "t5.is_decoder"),
+    "layer_types beside it counts": ("max_window_layers",),
+    "the file has another embedding or not": ("t5.tie_word_embeddings",),
+}  # fmt: skip
+"""Settings that decide nothing of what is computed, by the reason; those that do so in one place alone with it."""
 
 
 def converted(values):
@@ -61,13 +82,42 @@ def places(values):
             yield from ((name, inner) for inner in value if inner != "model_type")
 
 
-def without(values, place):
-    copy = json.loads(json.dumps(values))
-    inside = copy
+def copied(values, place):
+    """A copy of the settings, and what is around a place in it."""
+    inside = copy = json.loads(json.dumps(values))
     for name in place[:-1]:
         inside = inside[name]
+    return copy, inside
+
+
+def without(values, place):
+    copy, inside = copied(values, place)
     del inside[place[-1]]
     return copy
+
+
+def others(value):
+    """Values that a setting does not have."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value // 2] if value > 1 else [value + 1]
+    if isinstance(value, float):
+        return [2 * value + 0.125]
+    if isinstance(value, list):
+        return [[*others(value[0])[:1], *value[1:]], []]
+    if isinstance(value, dict):
+        return [{**value, name: other} for name, inner in value.items() for other in others(inner)]
+    return ["another"] if isinstance(value, str) else [True, 3, "another"]
+
+
+def told(values):
+    """Our config with the remarks on theirs, or what is wrong with theirs."""
+    settings = Settings(values, "config.json")
+    try:
+        return hf.format_of(hf.family_of(values["model_type"])).config(settings), settings.remarks
+    except UserError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("kind", UNLIKE)
@@ -91,6 +141,25 @@ def test_a_setting_that_is_left_out_is_that_of_transformers(kind, monkeypatch):
         assert converted(less) == converted(complete), place
         tried += 1
     assert tried >= 6
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_setting_that_is_changed_is_computed_or_refused_or_has_no_effect(kind):
+    values = json.loads(json.dumps(UNLIKE[kind].to_dict()))
+    values["architectures"] = values["architectures"] or ["X"]
+    before, listed = told(values), {name for names in WITHOUT_EFFECT.values() for name in names}
+    ignored = set()
+    for place in places(values):
+        if place[-1] in (*WORDS, "text_config", "vision_config"):  # what is inside has a place of its own
+            continue
+        names = {place[-1], ".".join(place), f"{kind}.{place[-1]}"}
+        for other in others(copied(values, place)[1][place[-1]]):
+            changed, inside = copied(values, place)
+            inside[place[-1]] = other
+            if told(changed) == before:
+                assert names & listed, (place, other)
+                ignored |= names & listed
+    assert {"dtype", "return_dict"} < ignored
 
 
 def test_the_towers_of_the_first_clip_files_are_read_as_transformers_reads_them():

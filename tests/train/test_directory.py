@@ -91,6 +91,34 @@ def test_what_is_no_directory_is_refused_before_any_work(tmp_path: Path, what: s
         directory.check_writable(run)
 
 
+@pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl", "log.txt", "phases.jsonl", directory.LOCK])
+def test_what_may_not_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (run := tmp_path / "run").mkdir()
+    kept = run / name
+    if name:
+        kept.mkdir() if name == "checkpoints" else kept.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != kept)  # root may write everywhere
+    said = f"where {name} may not be written, expected the right to go on" if name else "which cannot be written"
+    with pytest.raises(UserError, match=rf"got --run-dir {run}, {said}"):
+        directory.check_writable(run)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"model": {}}', "a folder"])
+def test_a_config_that_cannot_be_read_is_not_replaced_by_one_that_goes_on(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "4" / "manifest.json").touch()
+    config = tmp_path / "config.json"
+    config.mkdir() if damage == "a folder" else config.write_text(damage)
+    with pytest.raises(UserError, match="got --resume must for .*, whose config cannot be read .*moving config"):
+        directory.prepared(CFG, tmp_path, "must", {}).__enter__()
+    assert config.is_dir() or config.read_text() == damage
+    config.rename(tmp_path / "aside")
+    with directory.prepared(CFG, tmp_path, "must", {}):
+        assert config.is_file()
+
+
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("before")

@@ -19,7 +19,7 @@ from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config, Muon
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.train import tune
+from jaxmodels.train import directory, tune
 from jaxmodels.train.loop import NotFinite
 from jaxmodels.train.space import TuneOptions
 
@@ -219,6 +219,17 @@ def test_a_disk_that_is_full_keeps_no_part_of_a_new_study(played, tmp_path, monk
     with pytest.raises(RuntimeError, match="full"):
         tune.search(CFG, options, "tiny.py", [])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_does_not_go_into_the_directory_of_a_run(file, tmp_path, capsys):
+    with directory.held(tmp_path):
+        assert tuned(file, tmp_path, 1) == 2
+    assert f"got run directory {tmp_path}, to which process" in (said := capsys.readouterr().err)
+    assert "try another --out" in said
+    (tmp_path / "config.json").write_text("{}")
+    assert tuned(file, tmp_path, 1) == 2
+    assert f"got --out {tmp_path}, which holds a run, expected" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json"}
 
 
 def test_a_directory_s_name_may_have_any_character(played, tmp_path):
