@@ -229,7 +229,7 @@ def test_a_mistake_found_after_joining_does_not_wait_in_the_barrier(cases: dict[
     case = cases["late_mistake"].finish()
     assert case.code == 2, case.output
     assert "rank 1 ended with exit code 2" in case.output
-    assert case.seconds_since_the_event() < 10
+    assert case.seconds_since_the_event() < 30
 
 
 @pytest.mark.parametrize("name", ["terminated", "interrupt"])
