@@ -13,6 +13,7 @@ from jaxmodels.registry import Registry
 BENCHMARKS = {
     "attention": "attention kernels over sequence lengths: time, memory, error",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
+    "scaling": "a training step over numbers of devices and mesh axes, measured beside its plan",
     "exact": "FLOPs, bytes, memory and collectives of steps as compiled, held to their records",
     "families": "every family against its PyTorch reference: forward and train step",
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
@@ -43,15 +44,16 @@ def main(argv: Sequence[str]) -> int:
     name, *rest = argv
     try:
         run = FOUND.find(name)
-        import tyro
+        from jaxmodels.commands.parsing import parse
 
-        about = BENCHMARKS.get(name) or (run.__doc__ or "").partition("\n")[0]
-        kind = get_type_hints(run)["options"]
-        found = run(tyro.cli(kind, prog=f"python -m benchmarks {name}", description=about, args=rest))
-        return found if isinstance(found, int) else 0  # others return what they wrote, or nothing
+        found = run(parse(get_type_hints(run)["options"], rest, f"python -m benchmarks {name}"))
+        code = found if isinstance(found, int) else 0  # others return what they wrote, or nothing
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+        code = 2
+    if (distributed := sys.modules.get("jaxmodels.parallel.distributed")) is not None:
+        code = distributed.finalize(code)  # several processes leave together
+    return code
 
 
 if __name__ == "__main__":

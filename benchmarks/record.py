@@ -127,7 +127,9 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     about = environment()
     record = {"title": title, **about, "notes": list(notes), "rows": [dict(row) for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    part = folder / f"{name}.json.part"
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(folder / f"{name}.json")  # whole at any moment, since some benchmarks go on from it
     state = " (with changes that are not committed)" if about["changed"] else ""
     lines = [
         f"# {title}",
