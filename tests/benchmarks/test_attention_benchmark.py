@@ -32,7 +32,7 @@ def test_a_run_measures_what_runs_here_and_lists_the_rest_with_reasons(tmp_path,
     ("arguments", "message"),
     [
         (["--kernels", "flash"], "got kernel 'flash', expected some of xla"),
-        (["--heads", "4", "--kv-heads", "3"], "got 4 heads and 3 of keys"),
+        (["--kv-heads", "3"], "got 2 heads and 3 of keys"),
         (["--kernels", "splash"], "got no kernel that runs here, splash runs on TPU"),
     ],
 )
