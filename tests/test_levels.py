@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
@@ -35,9 +36,9 @@ def level(module: str) -> tuple[int, str]:
     return max(fit)[1:] if fit else (len(LEVELS), inside.split(".")[0])
 
 
-def imports(root: Path, file: Path) -> Iterator[str]:
-    """The modules of jaxmodels that a file imports anywhere in it, in functions and for types too."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(root: Path, file: Path, types: bool = True) -> Iterator[str]:
+    """The modules of jaxmodels that a file imports anywhere in it, in functions too; and with `types`, for types."""
+    for node in walk(ast.parse(file.read_text()), types):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: imports are written out"
             if (node.module or "").split(".")[0] == "jaxmodels":
@@ -47,6 +48,14 @@ def imports(root: Path, file: Path) -> Iterator[str]:
                     yield f"{node.module}.{alias.name}" if is_module else str(node.module)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "jaxmodels")
+
+
+def walk(node: ast.AST, types: bool) -> Iterator[ast.AST]:
+    """Every node of a tree; without `types`, none of those below `if TYPE_CHECKING`."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if types or not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from walk(child, types)
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:
@@ -65,6 +74,15 @@ def test_no_import_runs_upward(root):
             if above > here and other != "jaxmodels":
                 found.setdefault(f"{name} -> {theirs}", set()).add(f"{module} imports {other}")
     assert not found, {edge: sorted(lines) for edge, lines in found.items()}
+
+
+def test_no_modules_import_each_other_in_a_circle(root):
+    """An import inside a function counts: it may hide a circle. One for types alone does not, since it never runs."""
+    graph = {module: {*imports(root, file, types=False)} - {module, "jaxmodels"} for module, file in modules(root)}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(" is imported by ".join(error.args[1])) from None
 
 
 def test_only_config_joins_sections(root):

@@ -1,4 +1,4 @@
-"""A place to launch on that is in no package: this machine, behind the terminal's back."""
+"""A place of your own to launch on: this machine, in the background."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ echo $? > {code}.part && mv {code}.part {code}
 
 @dataclass(frozen=True, kw_only=True)
 class Background(Place):
-    """Processes on this machine that go on when the terminal is closed."""
+    """Processes on this machine that continue when the terminal is closed."""
 
     processes: Workers = 2
     """Processes to start."""

@@ -1,7 +1,7 @@
 """The commands of `jaxmodels`: one module each, found by one table.
 
 A command is a function: its parameters are its arguments and options, its docstring is its help, and it returns an exit
-code or None. If its first parameter is a `parsing.Configured`, it takes a config file and any of its fields, and its
+code or None. If its first parameter is a `options.Configured`, it takes a config file and any of its fields, and its
 own options are a dataclass, the second parameter. The first line of its module gives its usage and purpose; `jaxmodels
 --help` reads that line without importing the module.
 """

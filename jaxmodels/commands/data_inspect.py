@@ -34,12 +34,11 @@ def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
     import numpy as np
 
     from jaxmodels import tasks
-    from jaxmodels.data import Loader, Order, open_for, preview
+    from jaxmodels.data import Loader, Order, contract, open_for, preview
     from jaxmodels.data.source import Source, Split, Windows, unigram_loss
 
     fields = tasks.build(cfg.task, cfg.model, cfg.data).fields
-    pictured = any(len(fields[name].shape or ()) == 3 for name in ("images", "inputs") if name in fields)
-    if out != InspectOptions.out and not pictured:
+    if out != InspectOptions.out and not contract.images(fields):
         raise UserError(f"got --out {out} for a model that reads no images, expected one that does, try it without")
     sources: dict[Split, Source] = {}
     for split in ("train", "eval"):
@@ -59,7 +58,7 @@ def show(cfg: Config, n: int = 3, out: Path = Path("inspect.png")) -> None:
         step, row = divmod(k, order.batch_size)
         example = {name: x[row] for name, x in loader.local(step).items()}
         print(f"\nBatch {step}, row {row}: example {order.indices(step)[row]} of epoch {order.epochs(step)[row]}")
-        print(preview.show(example, train))
+        print(preview.show(example, train, fields))
     first = np.concatenate([order.indices(k) for k in range(-(-preview.IMAGES // order.batch_size))])
-    if preview.grid(train, first[: preview.IMAGES], out):
+    if preview.grid(train, first[: preview.IMAGES], out, fields):
         print(f"\n{out}: training images with their labels, each as several epochs augment it")

@@ -31,11 +31,11 @@ def prepare(given: Configured, options: PrepareOptions) -> None:
 
 def write(data: DataConfig, out: Path) -> None:
     """Tokenize the texts of a source once, into train.bin and val.bin for `--data tokens`."""
-    from jaxmodels.data import corpus, tokens
+    from jaxmodels.data import corpus, examples, tokens
     from jaxmodels.data.source import Split
 
     check_place(out, "--out", folder=True)
-    texts = data.corpus()
+    texts = examples.texts_of(data)
     tokenizer = corpus.build_tokenizer(texts, data, None)
     splits: tuple[tuple[Split, str], ...] = (("train", "train.bin"), ("eval", "val.bin"))
     counts = {}

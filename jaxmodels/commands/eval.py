@@ -17,15 +17,8 @@ from jaxmodels.data.section import SOURCES, DataConfig, FilesConfig, RecordsConf
 from jaxmodels.errors import UserError, check_place, printable
 from jaxmodels.fields import Beams, Section
 
-_OF: Mapping[type[DataConfig], tuple[str, ...]] = {
-    FilesConfig: ("path",),
-    SplitsConfig: ("name", "eval_split"),
-    TFDS: ("dir",),
-    RecordsConfig: (
-        "input_field", "label_field", "target_field", "group_field", "captions", "class_names", "bad_records",
-    ),
-}  # fmt: skip
-"""The fields that say which data a run is evaluated on; the others say what its model sees of them."""
+_OWNERS: tuple[type[DataConfig], ...] = (FilesConfig, SplitsConfig, TFDS, RecordsConfig)
+"""The classes of this package with fields that say which data a run is evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +79,13 @@ def _options(kind: type[DataConfig]) -> type:
     """Make a section of optional fields, for those that a kind of data can be evaluated with.
 
     It has the fields of other kinds too, which are refused later, with the reason; and those that no kind of this
-    package has.
+    package has, unless their class names others (`evaluated_by`).
     """
-    owners = {name: owner for owner, names in _OF.items() for name in names}
-    shared = {field.name for owner in (*_OF, DataConfig) for field in dataclasses.fields(owner)}
-    own = {field.name: kind for field in dataclasses.fields(kind) if field.name in owners or field.name not in shared}
+    owners = {name: owner for owner in _OWNERS for name in vars(owner)["evaluated_by"]}
+    shared = {field.name for owner in (*_OWNERS, DataConfig) for field in dataclasses.fields(owner)}
+    names = [field.name for field in dataclasses.fields(kind)]
+    own_names = vars(kind).get("evaluated_by", [name for name in names if name not in shared])
+    own = {name: kind for name in names if name in owners or name in own_names}
     kinds = f"{', '.join(SOURCES.names())}, or package.module:Name"
     about = f"Kind of data, if it differs from the run's: {kinds}. Its fields are options."
     named = tyro.conf.arg(name="data", prefix_name=False, help=about)

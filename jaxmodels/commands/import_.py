@@ -39,7 +39,7 @@ def import_run(directory: Path, /, out: Path) -> None:
     with save.complete(out) as part:
         source = load.open_source(directory)
         config = source.model.config
-        # before the weights, since something may be damaged, or a link may lead elsewhere
+        # before the weights, because a file may be damaged, or be a link to elsewhere
         beside.keep(directory, part)
         tokenizer = data.load_tokenizer(directory) if (directory / FILE).is_file() else None
         if tokenizer is not None:
@@ -76,7 +76,7 @@ def import_run(directory: Path, /, out: Path) -> None:
 def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
     """Build the config of an imported run: its model, and data that the model can take."""
     if task not in tasks.TASKS.names():
-        return Config(model=model)  # only to be exported again; no task trains it
+        return Config(model=model)  # it can only be exported again, because no task trains it
     made = tasks.TASKS.find(task)()
     data: DataConfig = Synthetic()
     if made.answers == "continuation" or (made.answers == "gaps" and tokenizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from jaxmodels.commands.parsing import Placed
+from jaxmodels.commands.places import Placed
 from jaxmodels.errors import UserError, printable
 from jaxmodels.fields import Section
 from jaxmodels.launch import code, record

@@ -8,7 +8,7 @@ from jaxmodels.launch.place import State
 
 
 def cancel(name: str, /) -> None:
-    """Tell a job to save and stop; one that has ended is left alone.
+    """Tell a job to save and stop, unless it has ended.
 
     Args:
         name: the job's name.
@@ -16,7 +16,7 @@ def cancel(name: str, /) -> None:
     found = record.submitted(name)
     now = found.place.status(found.job, found.handle)
     going = now.state in (State.WAITING, State.STARTING, State.RUNNING)
-    # a command that stays with its job may be about to request the machines again
+    # the command of a place that stays with its job may be about to request the machines again
     if going or (now.state is State.GONE and found.place.stays):
         found.place.cancel(found.job, found.handle)
     if going:

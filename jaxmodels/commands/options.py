@@ -5,14 +5,30 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jaxmodels.commands import usage
-from jaxmodels.commands.parsing import HELP, Configured, NoOptions, parse
+from jaxmodels.commands.parsing import HELP, Given, NoOptions, parse
 from jaxmodels.config import AnyModel, Config, kind_name, kinds_of, load, meant_kind, replaced, with_kinds
 from jaxmodels.errors import UserError, nearest
 
 __all__ = ["Configured", "NoOptions", "configured", "take_kinds"]
+
+
+@dataclass(frozen=True)
+class Configured(Given):
+    """The config file that a command was given, and the config with the command line's changes."""
+
+    config: Config
+    file: str
+    overrides: list[str]
+    """The arguments after the file."""
+
+    @classmethod
+    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Configured, Any]:
+        config, options = configured(argv, prog, more)
+        return Configured(config, argv[0], argv[1:]), options
 
 
 def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, list[str]]:

@@ -12,14 +12,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import check_call
-
-if TYPE_CHECKING:  # a command imports what it needs when it runs
-    from jaxmodels.config import Config
-    from jaxmodels.launch.place import Place
 
 HELP = {"-h", "--help"}
 
@@ -35,39 +31,6 @@ class Given(ABC):
         Raises:
             UserError: an argument is wrong.
         """
-
-
-@dataclass(frozen=True)
-class Configured(Given):
-    """The config file that a command was given, and the config with the command line's changes."""
-
-    config: Config
-    file: str
-    overrides: list[str]
-    """The arguments after the file."""
-
-    @classmethod
-    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Configured, Any]:
-        from jaxmodels.commands.options import configured
-
-        config, options = configured(argv, prog, more)
-        return Configured(config, argv[0], argv[1:]), options
-
-
-@dataclass(frozen=True)
-class Placed(Given):
-    """The place that a command was given, with the command line's changes, and what follows `--`."""
-
-    place: Place
-    file: str
-    """The file that defines the place; empty if the place was named."""
-    command: tuple[str, ...]
-
-    @classmethod
-    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:
-        from jaxmodels.commands.places import placed
-
-        return placed(argv, prog, more)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import ast
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from jaxmodels import commands
-from jaxmodels.commands.parsing import HELP, Placed, parse
+from jaxmodels.commands.parsing import HELP, Given, parse
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.launch.place import PLACES, Place
 from jaxmodels.launch.record import place_in
@@ -18,6 +19,20 @@ from jaxmodels.registry import OUTSIDE
 
 _COMMANDS = ("train", "eval", "tune", "doctor", "benchmarks")
 _EXAMPLE = "train configs/gpt_stdlib.py --mesh.fsdp 2"
+
+
+@dataclass(frozen=True)
+class Placed(Given):
+    """The place that a command was given, with the command line's changes, and what follows `--`."""
+
+    place: Place
+    file: str
+    """The file that defines the place; empty if the place was named."""
+    command: tuple[str, ...]
+
+    @classmethod
+    def read(cls, argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:
+        return placed(argv, prog, more)
 
 
 def placed(argv: list[str], prog: str, more: type) -> tuple[Placed, Any]:

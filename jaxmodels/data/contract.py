@@ -50,6 +50,16 @@ Contract = Mapping[str, BatchField]
 """A batch's fields by name. A batch may have others, such as each row's `group`; only their rows are sharded."""
 
 
+def texts(fields: Contract) -> list[str]:
+    """Return the names of the fields that hold token ids: numbers below the size of a vocabulary, along a sequence."""
+    return [name for name, field in fields.items() if field.axes == ("seq",) and field.below is not None]
+
+
+def images(fields: Contract) -> list[str]:
+    """Return the names of the fields that hold images (H, W, C)."""
+    return [name for name, field in fields.items() if len(field.shape or ()) == 3]
+
+
 def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
     """Check a batch of the data against what the task takes; integers may stand for floats.
 

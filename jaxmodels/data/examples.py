@@ -43,8 +43,14 @@ def open_records(data: DataConfig, split: Split, classes: Sequence[str] = ()) ->
     return recorded.Known(found, label, classes) if classes and label in found.fields else found
 
 
-def corpus_of(data: RecordsConfig) -> corpora.Corpus:
-    """Make a corpus of the texts of records."""
+def texts_of(data: DataConfig) -> corpora.Corpus:
+    """Open a source's texts: its own, or those of a field of its records.
+
+    Raises:
+        UserError: the source has none, or they cannot be read.
+    """
+    if not isinstance(data, RecordsConfig) or type(data).corpus is not DataConfig.corpus:
+        return data.corpus()
     train = open_records(data, "train")
     field = input_field(train, data, ("text",))
     return _Readers(data, train, (field,)).corpus(field)
@@ -101,8 +107,9 @@ def language(opening: Opening, masked: bool = False) -> Source:
     data, split = opening.data, opening.split
     opening.check(_LANGUAGE, "texts")
     if not data.pack:
-        return data.windows(split, opening.vocab_size)
-    corpus = data.corpus()
+        own = data.windows(split, opening.vocab_size)
+        return own or corpora.windows(texts_of(data), data, split, opening.vocab_size)
+    corpus = texts_of(data)
     tokenizer = corpora.build_tokenizer(corpus, data, opening.vocab_size)
     ids = [x for x in tokenizer.encode_many(list(corpus.documents(split))) if len(x)]
     parts = texts.wrapped(ids, data.seq_len, tokenizer) if masked else ids

@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxmodels.data import contract
+from jaxmodels.data.contract import Contract
 from jaxmodels.data.source import Source
 
 _SHADES = " .:-=+*#%@"
 _WIDTH = 32
 IMAGES = 8
 """Examples of a grid."""
+_ALONGSIDE = ("labels", "classes", "group", "weight")
+"""Fields that are numbers of an example beside what it shows; its label has a line of its own."""
 
 _EPOCHS, _SIDE, _SMALL = 6, 112, 64
 _GAP, _LINE = 4, 20
 
 
-def show(example: dict[str, np.ndarray], source: Source) -> str:
-    """Format one example of a batch as text."""
-    marks = example.get("segment_ids")
-    if "images" in example:
-        parts = [_image(example["images"]), "    caption:", _text(example["tokens"], source, marks)]
-    elif "inputs" in example and "tokens" in example:
-        targets = np.maximum(example["targets"], 0)
-        parts = ["    source:", _text(example["inputs"], source, marks)]
-        parts += ["    target:", _text(targets, source, example.get("target_segment_ids"))]
-    elif "tokens" in example:
-        parts = [_text(example["tokens"], source, marks)]
-    elif source.tokenizer is not None:
-        parts = [_text(example["inputs"], source, marks)]
+def show(example: Mapping[str, np.ndarray], source: Source, fields: Contract) -> str:
+    """Format one example of a batch as text, where `fields` says what each of its arrays is."""
+    texts = [name for name in contract.texts(fields) if name in example]
+    images = [name for name in contract.images(fields) if name in example]
+    marks, parts = example.get("segment_ids"), list[str]()
+    for name in images:
+        parts += [*_titled(name, len(images) > 1), _image(example[name])]
+    if "inputs" in texts and "targets" in texts:  # what a decoder reads besides is the target, shifted by one
+        target = np.maximum(example["targets"], 0)
+        parts += ["    source:", _text(example["inputs"], source, marks)]
+        parts += ["    target:", _text(target, source, example.get("target_segment_ids"))]
     else:
-        x = example["inputs"]
-        parts = [_image(x) if x.ndim == 3 else _numbers(x)]
-    if "targets" in example:
+        read = [name for name in texts if name != "targets"]
+        for name in read:
+            title = "caption" if images else name
+            parts += [*_titled(title, bool(images) or len(read) > 1), _text(example[name], source, marks)]
+    for name, field in fields.items():
+        if name in example and name not in (*texts, *images, *_ALONGSIDE) and field.axes != ("seq",):
+            parts += [*_titled(name, name != "inputs"), _numbers(np.asarray(example[name]))]
+    if "targets" in texts:
         parts.append(f"    {int((example['targets'] < 0).sum())} of {len(example['targets'])} targets ignored")
     if "labels" in example:
         parts.append(f"    {_label(example, source)}")
     return "\n".join(parts)
 
 
-def _label(example: dict[str, np.ndarray], source: Source) -> str:
+def _titled(name: str, said: bool) -> list[str]:
+    return [f"    {name}:"] if said else []
+
+
+def _label(example: Mapping[str, np.ndarray], source: Source) -> str:
+    if "labels" not in example:
+        return "no label"
     label = example["labels"]
     names = source.class_names
     if label.ndim:
@@ -89,20 +102,23 @@ def _image(x: np.ndarray) -> str:
     return "\n".join([said, *(f"    | {row}".rstrip() for row in rows)])
 
 
-def grid(source: Source, indices: Sequence[int] | np.ndarray, out: Path) -> bool:
+def grid(source: Source, indices: Sequence[int] | np.ndarray, out: Path, fields: Contract) -> bool:
     """Write a PNG of a source's images, a row per example and a column per epoch; False if it has no images."""
     rows = np.asarray(indices, np.int64)
     batch = source.batch(np.repeat(rows, _EPOCHS), np.tile(np.arange(_EPOCHS), len(rows)))
-    images = batch.get("images", batch["inputs"] if "inputs" in batch else np.empty(0))
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+    shown = [name for name in contract.images(fields) if name in batch]
+    if not shown:
+        return False
+    images = batch[shown[0]]
+    if images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
         return False
     titles = []
     for k, index in enumerate(rows.tolist()):
         example = {name: x[k * _EPOCHS] for name, x in batch.items()}
         caption = ""
-        if "images" in batch and source.tokenizer is not None:
-            ids = example["tokens"][example["segment_ids"] > 0] if "segment_ids" in example else example["tokens"]
-            caption = f', "{_lines(source.tokenizer.decode(ids), "")}"'
+        for name in contract.texts(fields) if source.tokenizer is not None else ():
+            ids = example[name][example["segment_ids"] > 0] if "segment_ids" in example else example[name]
+            caption += f', "{_lines(source.tokenizer.decode(ids), "")}"'
         titles.append(f"example {index}: {_label(example, source)}{caption}")
     _draw(images.reshape(len(rows), _EPOCHS, *images.shape[1:]), titles, out)
     return True

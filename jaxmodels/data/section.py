@@ -67,6 +67,9 @@ class DataConfig(Section, section="data", kinds=SOURCES):
     """How a sample from a language model of its texts begins."""
     real: ClassVar[bool] = True
     """Whether its examples mean anything."""
+    evaluated_by: ClassVar[tuple[str, ...]] = ()
+    """Those of its own fields that say which data `jaxmodels eval` takes; the others say what a model sees of them. A
+    kind of yours need not say so: all fields that only it has can then be given."""
     instead: ClassVar[str] = "--data table --data.path FILE"
     """Options that name other data to evaluate on."""
 
@@ -99,11 +102,9 @@ class DataConfig(Section, section="data", kinds=SOURCES):
         """
         raise UserError(f"got data {self.kind}, expected a source of texts, try --data stdlib")
 
-    def windows(self, split: Split, vocab_size: int | None) -> Windows:
-        """Open the tokens of a split, all texts joined, in windows of `seq_len`."""
-        from jaxmodels.data import corpus
-
-        return corpus.windows(self.corpus(), self, split, vocab_size)
+    def windows(self, split: Split, vocab_size: int | None) -> Windows | None:
+        """Open the tokens of a split in windows of `seq_len`; None if it has no tokens, but texts."""
+        return None
 
     def examples(self, opening: Opening, task: Any) -> Source:
         """Make the examples of a split for a task."""
@@ -168,7 +169,14 @@ class TextsConfig(DataConfig):
 
 @dataclass(frozen=True)
 class RecordsConfig(TextsConfig):
-    """A source of records with named fields. Your own source defines its fields and `records(split)`."""
+    """A source of records with named fields. Your own source defines its fields and `records(split)`.
+
+    Its texts, where a task asks for them, are those of one field.
+    """
+
+    evaluated_by: ClassVar[tuple[str, ...]] = (
+        "input_field", "label_field", "target_field", "group_field", "captions", "class_names", "bad_records",
+    )  # fmt: skip
 
     input_field: str = ""
     """Record field that is the model's input; found automatically if there is only one. sentence+en: one for each of
@@ -196,16 +204,12 @@ class RecordsConfig(TextsConfig):
     @abstractmethod
     def records(self, split: Split) -> Records: ...
 
-    def corpus(self) -> Corpus:
-        from jaxmodels.data import examples
-
-        return examples.corpus_of(self)
-
 
 @dataclass(frozen=True)
 class FilesConfig(DataConfig):
     """A source in files, a fraction of which is held out."""
 
+    evaluated_by: ClassVar[tuple[str, ...]] = ("path",)
     instead: ClassVar[str] = "--data.path FILE"
 
     path: tuple[str, ...] = ()
@@ -235,6 +239,7 @@ class FilesConfig(DataConfig):
 class SplitsConfig(DataConfig):
     """A source of named sets with splits."""
 
+    evaluated_by: ClassVar[tuple[str, ...]] = ("name", "eval_split")
     instead: ClassVar[str] = "--split test"
 
     name: str = ""

@@ -18,7 +18,7 @@ from jaxmodels.errors import UserError
 Split = Literal["train", "eval"]
 
 _BLOCK, _BLOCKS, _WHOLE = 1 << 14, 256, 1 << 26
-_MOST = 1 << 24  # larger than any vocabulary
+_MOST = 1 << 24  # more than any vocabulary
 _GOLDEN = 2654435769  # 2^32 / golden ratio: multiples of it, mod 2^32, stay evenly spread
 
 
@@ -84,7 +84,7 @@ class Windows(Source):
         vocab_size: int | None = None,
         check: int | None = None,
     ) -> None:
-        """`check`: refuse tokens of this id or above, which a file without a description may contain."""
+        """With `check`, tokens of this id or above are refused, which a file without a description may contain."""
         if seq_len < 1:
             raise UserError(f"got data.seq_len {seq_len}, expected at least 1, try --data.seq-len 256")
         self.arrays, self.seq_len, self.split, self.label, self._check = tuple(arrays), seq_len, split, label, check
@@ -191,7 +191,7 @@ def _too_large(token: int, vocab_size: int, label: str) -> str:
 def unigram_loss(train: Windows, held_out: Windows) -> float:
     """Return the cross-entropy, in nats per token, of the held-out tokens under the training tokens' frequencies.
 
-    Each count is increased by one. A model reaches this if it knows how frequent each token is, and nothing else.
+    Each count is increased by one. A model that knows only how frequent each token is has this loss.
     """
     parts = [[block for a in source.arrays for block in blocks(a) if a.size] for source in (train, held_out)]
     size = 1 + max(int(block.max()) for group in parts for block in group)

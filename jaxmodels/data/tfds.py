@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ _SAMPLED = 256
 @dataclass(frozen=True)
 class TFDS(RecordsConfig, SplitsConfig):
     """Sets of TensorFlow Datasets, read without TensorFlow."""
+
+    evaluated_by: ClassVar[tuple[str, ...]] = ("dir",)
 
     dir: str | None = None
     """TFDS data directory; TFDS's own default when not given."""

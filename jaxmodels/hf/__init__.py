@@ -2,63 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmodels.errors import UserError, nearest
+from jaxmodels.hf.formats import TYPES, family_of, format_of, supported
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxmodels.hf.table import Format
     from jaxmodels.models.model import Model
 
-TYPES: Mapping[str, tuple[str, ...]] = {
-    "gpt2": ("gpt2",),
-    "llama": ("llama", "mistral", "qwen2", "qwen3"),
-    "mixtral": ("mixtral",),
-    "transformer": ("t5",),
-    "bert": ("bert",),
-    "vit": ("vit",),
-    "resnet": ("resnet",),
-    "clip": ("clip",),
-}
-"""Each family, which is also the name of a module here, and the `model_type`s of config.json that it reads."""
-
-
-def supported() -> dict[str, tuple[str, ...]]:
-    """Return the families whose weights can be read and written, with their `model_type`s in config.json."""
-    return dict(TYPES)
-
-
-def format_of(family: str) -> Format:
-    """Return the format of one of our families.
-
-    Raises:
-        UserError: transformers has no such model.
-    """
-    if family not in TYPES:
-        raise UserError(
-            f"got a model of family {family}, which transformers does not have, expected one of {', '.join(TYPES)}"
-        )
-    return importlib.import_module(f"jaxmodels.hf.{family}").FORMAT
-
-
-def family_of(model_type: Any) -> str:
-    """Return our family for a `model_type` of config.json.
-
-    Raises:
-        UserError: no family reads it.
-    """
-    for family, kinds in TYPES.items():
-        if model_type in kinds:
-            return family
-    known = [kind for kinds in TYPES.values() for kind in kinds]
-    raise UserError(
-        f"got model_type {model_type!r}, expected one of {', '.join(known)}{nearest(str(model_type), known)}"
-    )
+__all__ = ["TYPES", "family_of", "format_of", "load_pretrained", "supported"]
 
 
 def load_pretrained(directory: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> tuple[Model, Any]:

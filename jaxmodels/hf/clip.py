@@ -9,7 +9,7 @@ from jaxmodels.models.clip import CLIPConfig
 
 
 def config(s: Settings) -> CLIPConfig:
-    """The defaults are those of ViT-B/32."""
+    """Convert settings to a config; those that are absent have the values of ViT-B/32, as in transformers."""
     # early files use the longer names, which take precedence
     image, text = (
         s.section(f"{kind}_config_dict" if s.get(f"{kind}_config_dict", None) is not None else f"{kind}_config")

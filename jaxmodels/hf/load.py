@@ -15,9 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from jaxmodels import hf
 from jaxmodels.errors import UserError
-from jaxmodels.hf import files
+from jaxmodels.hf import files, formats
 from jaxmodels.hf.table import Format, Settings, Slot
 from jaxmodels.models.families import create
 from jaxmodels.models.model import Model
@@ -67,7 +66,7 @@ def described(directory: Path) -> tuple[Format, Any]:
         UserError: names all settings that are not computed here.
     """
     settings = Settings.read(directory)
-    form = hf.format_of(hf.family_of(settings.values["model_type"]))
+    form = formats.format_of(formats.family_of(settings.values["model_type"]))
     if settings.values.get("quantization_config") is not None:
         settings.refused.append("a quantization_config (computed here: weights that are not quantized)")
     try:

@@ -20,15 +20,15 @@ _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-# for both ViT and ConvNeXT these are ImageNet's "standard" mean and deviation of transformers, which are 0.5
-_UNSAID: dict[str, dict[str, Any]] = {
+# what transformers calls ImageNet's standard mean and deviation, 0.5, is the default of both ViT and ConvNeXT
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "vit": {**_STANDARD, "resample": 2},
     "resnet": {**_STANDARD, "resample": 3, "crop_pct": CENTER},
     "clip": {**_CLIP, "resample": 3, "do_center_crop": True},
 }
 _BILINEAR = 2
 _CROP = 0.08
-"""`augment.crop` where evaluation uses the central 7/8; its value matters in training alone."""
+"""`augment.crop` of a run whose evaluation uses the central 7/8; the value itself matters in training only."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Pixels:
     central: bool = False
     """Whether the central 7/8 of an image is used instead of all of it."""
     remarks: tuple[str, ...] = ()
-    """What is done differently here, a few words each."""
+    """Differences from what transformers does, a few words each."""
 
     @property
     def crop(self) -> float | None:
-        """The field `augment.crop`."""
+        """The value of the field `augment.crop`."""
         return _CROP if self.central else None
 
 
 def known(family: str) -> bool:
-    """Say whether the models of a family take images that transformers prepares by this file."""
-    return family in _UNSAID
+    """Whether transformers prepares the images of a family's models by this file."""
+    return family in _DEFAULTS
 
 
 def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
@@ -62,8 +62,8 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
     path, channels = directory / FILE, shape[-1]
     there = path.is_file()
     own = objects(path) if there else {}
-    # the defaults apply to three channels alone
-    unsaid = _UNSAID[family] if channels == 3 else {**_UNSAID[family], **{k: v[:1] for k, v in _STANDARD.items()}}
+    # the defaults of a family are for three channels
+    unsaid = _DEFAULTS[family] if channels == 3 else {**_DEFAULTS[family], **{k: v[:1] for k, v in _STANDARD.items()}}
     values = {**unsaid, **{name: value for name, value in own.items() if value is not None}}
     factor = 255.0
     if values.get("do_rescale", True):
@@ -90,7 +90,7 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
 def _size(
     values: dict[str, Any], own: dict[str, Any] | None, family: str, shape: tuple[int, int, int]
 ) -> tuple[bool, list[str]]:
-    """Return whether the central 7/8 is used, and what of resizing and cropping is done differently here."""
+    """Return whether the central 7/8 is used, and how resizing and cropping differ from transformers."""
     seen = f"{shape[0]}x{shape[1]}"
     if own is None:  # the model determines the size
         return family == "resnet" and shape[0] == shape[1] < 384, []
@@ -147,7 +147,7 @@ def flags(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
 
 
 def alike(pixels: Pixels, cfg: Config) -> bool:
-    """Say whether a run normalizes its pixels in this way."""
+    """Whether a run normalizes its pixels in this way."""
     ours, theirs = ((*(x.mean or (0.0,)), *(x.std or (1.0,))) for x in (cfg.data, pixels))
     wide = max(len(ours), len(theirs))
     ours, theirs = (row if len(row) == wide else [x for x in row for _ in range(wide // 2)] for row in (ours, theirs))
@@ -182,7 +182,7 @@ def describe(cfg: Config, shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def names(directory: Path, classes: int) -> tuple[str, ...]:
-    """Return the names of classes by config.json's `id2label`; none where they merely number the classes."""
+    """Return the names of classes from config.json's `id2label`, or none if they only number the classes."""
     given = objects(directory / "config.json").get("id2label")
     if not isinstance(given, dict) or {*map(str, given)} != {str(i) for i in range(classes)}:
         return ()

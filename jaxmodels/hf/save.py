@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels import hf
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
-from jaxmodels.hf import files
+from jaxmodels.hf import files, formats
 from jaxmodels.hf.load import flatten, leaves_of
 from jaxmodels.models.families import family_of
 from jaxmodels.models.model import Model
@@ -73,7 +72,7 @@ def save_pretrained(
     Raises:
         UserError: transformers has no such model.
     """
-    form = hf.format_of(family_of(model.config).name)
+    form = formats.format_of(family_of(model.config).name)
     settings = {**form.describe(model.config), "torch_dtype": "float32"}
     settings |= {key: value for key, value in (more or {}).items() if key not in settings or key in OVERRIDE}
     rows = form.slots(model.config, {path: leaf.shape for path, leaf in leaves_of(model).items()})

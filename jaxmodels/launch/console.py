@@ -13,9 +13,9 @@ from pathlib import Path
 
 _COLOURS = (36, 33, 35, 32, 34, 31)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[\r\n]")
-# The command line's one-line answer to a mistake, which is the same on every rank.
+# The command line's one-line message about a mistake, which every rank prints.
 _MISTAKE = re.compile(r"(\w+: )?error: ")
-# Gloo's greeting, printed once per device and per group of devices that communicate.
+# A message of Gloo, printed once for each device of each group that communicates.
 _GREETING = re.compile(r"\[Gloo\] Rank \d+ is connected to")
 
 
@@ -56,7 +56,7 @@ class Console:
 
     def say(self, message: str) -> None:
         """Write a message of the launcher to standard error."""
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # standard error is closed
             print(f"launch: {message}", file=sys.stderr, flush=True)
         self._note(f"launch: {message}")
 
@@ -93,7 +93,7 @@ class Console:
 
     def _note(self, line: str) -> None:
         if self._log is not None:
-            with contextlib.suppress(OSError):  # a full disk ends no run because of its output
+            with contextlib.suppress(OSError):  # a full disk must not end a run
                 self._log.write(f"{line}\n")
                 self._log.flush()
 
@@ -104,7 +104,7 @@ class Console:
             sys.stdout.write(text)
             sys.stdout.flush()
         except OSError:
-            # Nobody reads the output any more (`| head`, a closed terminal): stop as upon SIGTERM, and keep the
-            # pipes drained.
+            # Standard output is closed (`| head`, a closed terminal): stop as on SIGTERM, and keep draining the
+            # ranks' pipes.
             self._closed = True
             os.kill(os.getpid(), signal.SIGTERM)

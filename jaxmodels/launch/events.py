@@ -1,7 +1,7 @@
-"""What happened to a run: one JSON line an event in its `events.jsonl`, whoever writes it.
+"""The events of a run, in its `events.jsonl`, which the supervisors of all its nodes write.
 
-Every line has `time` (Unix seconds), `event`, `host`, and `rank`, `phase` and `step`, null where the event has none;
-further fields are the event's own.
+Each line is a JSON object with `time` (Unix seconds), `event`, `host`, and `rank`, `phase` and `step`, null where
+unknown, and the fields of its kind of event.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ Name = Literal[
     "start",  # of an attempt: attempt, processes, nodes, devices, job
     "phase",  # the run as a whole has entered another phase: attempt
     "saved",  # a checkpoint is complete
-    "unsaved",  # one could not be written, and the run goes on: message
-    "slow",  # a rank, or the whole, holds up the steps: kind (slow | starved), factor, since; until: not any more
-    "failed",  # kind, and why; device, stacks; leader: it is the supervisor of node 0
+    "unsaved",  # a checkpoint could not be written, and the run continues: message
+    "slow",  # a rank, or all of them, slow down the steps: kind (slow | starved), factor, since; until: it has ended
+    "failed",  # of an attempt: kind, message, device, stacks; leader: the supervisor of node 0 is gone
     "restart",  # after a failure: attempt, fruitless
     "shrunk", "grown",  # the next attempt has fewer or more nodes: nodes, processes
-    "preempted",  # told to stop by a signal; what was done is saved
-    "mistake", "done", "cancelled",  # the end
+    "preempted",  # stopped by a signal, after saving
+    "mistake", "done", "cancelled",  # the end of the job
 ]  # fmt: skip
 Kind = Literal[
     "died", "killed", "memory", "raised", "frozen", "link", "stuck", "slow", "not-finite", "starved",
 ]  # fmt: skip
-"""What a failure was."""
+"""Kinds of failures and of slow steps."""
 NAMES = get_args(Name)
 KINDS = get_args(Kind)
 
 
 def append(run: Path, event: Name, **fields: Any) -> dict[str, Any]:
-    """Add an event to a run, at one blow, so that writers on several hosts never mix; returns it.
+    """Append an event to a run in a single write, so that lines of several hosts never mix; return the event.
 
     `time` is now unless it is given.
     """
@@ -46,7 +46,8 @@ def append(run: Path, event: Name, **fields: Any) -> dict[str, Any]:
     file = os.open(run / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":  # a writer was killed, or the disk was full, within its line
+        # a last line without its end is torn: its writer was killed, or the disk was full
+        if size and os.pread(file, 1, size - 1) != b"\n":
             line = b"\n" + line
         os.write(file, line)
     finally:
@@ -55,7 +56,7 @@ def append(run: Path, event: Name, **fields: Any) -> dict[str, Any]:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The events of a run in the order of their lines; what is torn or no event is passed over."""
+    """Return the events of a run in the order of their lines, without torn lines and unknown events."""
     path = run / FILE
     if not path.is_file():
         return []

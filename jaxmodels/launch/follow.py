@@ -1,4 +1,4 @@
-"""The supervisor of a node that is not the first: it does what node 0's says, and tells it how its ranks are."""
+"""The supervisor of a node other than node 0: it follows node 0's supervisor and reports the state of its ranks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jaxmodels.launch.signals import handled
 from jaxmodels.launch.wire import LOST_SECONDS, Link, Message
 
 JOIN_SECONDS = 300.0
-"""In which node 0 has to answer: pods and containers of one job start minutes apart."""
+"""How long to wait for node 0 at the start: pods and containers of one job start minutes apart."""
 RETURN_SECONDS = 60.0
-"""In which node 0 has to be back once it is gone; a pod is replaced in less, and elsewhere nobody starts it alone."""
+"""How long to wait for a lost node 0: Kubernetes replaces a pod in less, and nothing else restarts node 0 alone."""
 _TICK_SECONDS = 1.0
 
 Events = queue.SimpleQueue  # its put() may be called in a signal handler
 
 
 def follow(here: Here, where: Cluster) -> int:
-    """Do what node 0 says until it says that all is over; returns the exit code of the whole.
+    """Follow node 0 until the job ends; return the job's exit code.
 
-    Where node 0 is silent, this node's ranks are ended, and it is looked for anew. If it does not come back, the code
-    is 75: the job has to be started again, and its last checkpoint is where it goes on.
+    If node 0 falls silent, end this node's ranks and try to connect again. If node 0 does not come back, the code is
+    75: the job has to be started again, and resumes from its last checkpoint.
     """
     here.node = where.node
     events: Events[Any] = Events()
@@ -60,7 +60,7 @@ def follow(here: Here, where: Cluster) -> int:
 
 
 def _join(here: Here, where: Cluster, events: Events[Any], patience: float) -> Link | None:
-    """Connect to node 0; None: it does not answer, or this one was told to stop meanwhile."""
+    """Connect to node 0; return None if it does not answer, or if this node was told to stop meanwhile."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
@@ -79,7 +79,7 @@ def _join(here: Here, where: Cluster, events: Events[Any], patience: float) -> L
 
 
 def _serve(here: Here, link: Link, events: Events[Any], said: Message) -> int | None:
-    """Obey until the end; None: node 0 is gone, and `said` is what it last told of itself."""
+    """Follow node 0's messages until the end; return None if it is gone, with its last ping in `said`."""
     attempt = -1
     due = 0.0
     while True:
@@ -88,7 +88,7 @@ def _serve(here: Here, link: Link, events: Events[Any], said: Message) -> int | 
             if isinstance(event, int):
                 here.tell()
             elif event is None:
-                due = 0.0  # a rank has ended: that is told at once
+                due = 0.0  # a rank has ended: report it at once
             elif event[0] is link:
                 if event[1] is None:
                     return None
@@ -106,7 +106,7 @@ def _serve(here: Here, link: Link, events: Events[Any], said: Message) -> int | 
 
 
 def _obey(here: Here, link: Link, message: Message, attempt: int) -> tuple[int, int | None]:
-    """Do one thing; returns the attempt under way, and the exit code if that was the last."""
+    """Carry out one message; return the current attempt, and the exit code if the message ended the job."""
     do = message.get("do")
     if do == "start":
         given = Assignment(**{field.name: message[field.name] for field in dataclasses.fields(Assignment)})

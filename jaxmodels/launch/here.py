@@ -1,4 +1,4 @@
-"""This node, as its own supervisor commands it: its part of an attempt, started and ended."""
+"""Start and end this node's ranks, as its own supervisor demands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxmodels.launch.seen import Frame, Seen
 
 
 class Here:
-    """The processes of this node in one attempt after another."""
+    """The ranks of this node, attempt after attempt."""
 
     lost = refused = ""
 
@@ -31,11 +31,15 @@ class Here:
         self._stacks: dict[int, list[Frame]] = {}
 
     def check(self, where: Cluster) -> None:
-        """Raises UserError where this machine cannot start what it shall."""
+        """Check that this machine can start its ranks.
+
+        Raises:
+            UserError: it has too few devices, or the numbers do not fit.
+        """
         environments(self.processes, self.devices, self.platform, Assignment(0, 0, 1, where.coordinator))
 
     def start(self, given: Assignment) -> None:
-        """Start this node's ranks; where a run was started anew, another attempt goes on with it."""
+        """Start this node's ranks. `--resume never` holds for the first attempt only; later ones resume the run."""
         self.kill()
         command = self.command
         if given.attempt and "--resume" in command:
@@ -48,31 +52,31 @@ class Here:
         self._ranks = Ranks(command, each, given.first, self.console, self.ended)
 
     def seen(self) -> list[Seen]:
-        """How each of them is now."""
+        """Return the current state of each rank."""
         return [] if self._ranks is None else self._ranks.seen()
 
     def ask(self) -> None:
-        """Ask where their main threads stand."""
+        """Collect the stacks of the main threads; `stacks` returns them."""
         self._stacks = {} if self._ranks is None else self._ranks.stacks()
 
     def stacks(self) -> dict[int, list[Frame]]:
-        """The answer."""
+        """Return the stacks that `ask` collected, by rank."""
         return self._stacks
 
     def run(self) -> Path | None:
-        """The directory of the run, once rank 0 has said it."""
+        """Return the run directory, once rank 0 has reported it."""
         return None if self._ranks is None else self._ranks.run()
 
     def unsaved(self) -> dict[str, Any] | None:
-        """The newest checkpoint that rank 0 could not write."""
+        """Return step, message and time of the newest checkpoint that rank 0 failed to write."""
         return None if self._ranks is None else self._ranks.unsaved()
 
     def tell(self) -> None:
-        """Tell them to save and stop."""
+        """Tell the ranks to save and stop."""
         if self._ranks is not None:
             self._ranks.tell()
 
     def kill(self) -> None:
-        """Kill them and every process they started."""
+        """Kill the ranks and every process that they started."""
         if self._ranks is not None:
             self._ranks.kill()

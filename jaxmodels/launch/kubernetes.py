@@ -166,7 +166,7 @@ class Kubernetes(Place):
 
     @property
     def _pods(self) -> int:
-        """Of each job."""
+        """Number of pods of each job."""
         return self.nodes if self.slices is None else self.slices.hosts
 
     @property
@@ -186,10 +186,11 @@ class Kubernetes(Place):
         return _filled({"name": job.name, "namespace": self.namespace, "labels": labels, "annotations": notes})
 
     def _jobset(self, job: Job) -> dict[str, Any]:
-        """A JobSet: by the exit code of a job all are restarted or not, and the restart counts or not.
+        """Return a JobSet, which restarts all jobs or none, by the exit code of the job that ended.
 
-        A job ends by its `podFailurePolicy`, whose rule is named in the message that JobSet's own rules read. What no
-        rule names (a supervisor that was killed, an image that is not there) starts all again, and counts.
+        A job fails by a rule of its `podFailurePolicy`; JobSet's own rules read the name of that rule in the job's
+        message. A failure without a rule (a supervisor was killed, the image does not exist) restarts all jobs, and
+        counts as one of `restarts`.
         """
         ended = ExitCode.FAILED, ExitCode.MISTAKE
         rules = [
@@ -208,7 +209,7 @@ class Kubernetes(Place):
                 "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
                 "failurePolicy": {
                     "maxRestarts": self.restarts,
-                    # no pod of the last attempt remains when one of the next looks for its peers
+                    # no pod of the last attempt is left when those of the next one look for their peers
                     "restartStrategy": "BlockingRecreate",
                     "rules": [
                         {"name": "over", "action": "FailJobSet", **by_rule, "onJobFailureMessagePatterns": over},
@@ -226,7 +227,7 @@ class Kubernetes(Place):
         }
 
     def _indexed(self, job: Job) -> dict[str, Any]:
-        """An Indexed Job, whose pods are replaced one by one; it has failed unless all of them end with 75."""
+        """Return an Indexed Job, whose pods are replaced one by one; it fails unless all of them end with 75."""
         rules = [
             {"action": "Ignore", **_DISRUPTED},
             {"action": "Ignore", **_exits(ExitCode.SAVED)},
@@ -234,12 +235,12 @@ class Kubernetes(Place):
         ]
         spec = self._job(job, rules, self.restarts, f"{job.name}-0.{job.name}")
         spec["ttlSecondsAfterFinished"] = _KEPT
-        spec["podReplacementPolicy"] = "Failed"  # not while the previous pod still saves
+        spec["podReplacementPolicy"] = "Failed"  # not while the old pod is still saving
         spec["template"]["spec"]["subdomain"] = job.name
         return {"apiVersion": "batch/v1", "kind": "Job", "metadata": self._metadata(job), "spec": spec}
 
     def _service(self, job: Job) -> dict[str, Any]:
-        """The headless service that gives the pods of an Indexed Job their DNS names, even before they are ready."""
+        """Return the headless service that gives the pods of an Indexed Job DNS names, even before they are ready."""
         return {
             "apiVersion": "v1",
             "kind": "Service",

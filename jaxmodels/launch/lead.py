@@ -1,4 +1,4 @@
-"""The supervisor of node 0: it leads one attempt after another until the job is done, or is given up."""
+"""The supervisor of node 0: it starts attempts of a job on all nodes until the job is done or given up."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from jaxmodels.launch.story import Story
 from jaxmodels.launch.watch import FROZEN_SECONDS, GOOD, Failure, first_failure
 from jaxmodels.launch.wire import LOST_SECONDS, Door, Link, Message, Remote
 
-# Peers of a failed rank fail moments later; waiting for them shows which failed first.
+# The other ranks fail moments after the first; a short wait shows which one that was.
 _SETTLE_SECONDS = 1.0
-# Ranks end together: one that still runs this long after another has ended never will.
+# Ranks end together: one that still runs this long after another has ended is taken to be stuck.
 _LEAVE_SECONDS = 60.0
 _TICK_SECONDS = 1.0
-# Attempts without a newer checkpoint after which a job that its scheduler starts again and again is given up.
+# A job that its scheduler keeps restarting is given up after this many attempts without a newer checkpoint.
 _ATTEMPTS = 3
 
 
@@ -37,12 +37,12 @@ class _Outcome:
     """How an attempt ended."""
 
     code: int | None
-    """None: it is started again."""
+    """Exit code of the job; None: another attempt follows."""
     failure: Failure | None = None
 
 
 class Leader:
-    """Leads the nodes of a job."""
+    """Runs the attempts of a job on its nodes."""
 
     def __init__(self, here: Here, where: Cluster, restarts: int, min_nodes: int, grace: float) -> None:
         self.here, self.where, self.restarts, self.min_nodes, self.grace = here, where, restarts, min_nodes, grace
@@ -50,16 +50,16 @@ class Leader:
         self.limits, self.story = Limits(), Story()
         self.remotes: dict[int, Remote] = {}
         self.planned = 0
-        """Ranks of all nodes together."""
+        """Number of ranks when no node is missing."""
         self.told = False
         self.growing = False
-        """The attempt under way was told to stop because a node has come back."""
+        """Whether the current attempt was told to stop because a node has come back."""
         self.cancelled = False
         """A second Ctrl-C ended the ranks before they had saved."""
         here.ended = lambda: self.events.put(None)
 
     def lead(self) -> int:
-        """Run the job; returns its exit code."""
+        """Run the job; return its exit code."""
         door, code = None, int(ExitCode.FAILED)
         with handled(lambda number, _: self.events.put(number)):
             try:
@@ -80,7 +80,7 @@ class Leader:
             crew = self._gather(JOIN_SECONDS, least)
             self.growing = False
             if crew is None:
-                if self.told:  # what there is lies in the last checkpoint
+                if self.told:  # the last checkpoint has all progress
                     self.story.tell("preempted")
                     return ExitCode.SAVED
                 self.story.tell("failed", kind="link", message="nodes are missing")
@@ -97,8 +97,7 @@ class Leader:
                 return ExitCode.FAILED
             if outcome.code is not None and not (outcome.code == ExitCode.MISTAKE and smaller):
                 return outcome.code
-            # a mesh, a batch or a state that the nodes that are left cannot hold is no mistake of the user's: all are
-            # waited for
+            # a mesh, batch or state that the remaining nodes cannot hold is not a mistake: wait for all nodes
             full = outcome.failure is not None and outcome.failure.kind == "memory"
             least = self.where.nodes if smaller and (full or outcome.code == ExitCode.MISTAKE) else self.min_nodes
             if outcome.failure is not None:
@@ -114,7 +113,7 @@ class Leader:
             attempt += 1
 
     def _hopeless(self, fruitless: int) -> bool:
-        """Whether to end a job whose attempts, these and its earlier supervisors', came to no newer checkpoint."""
+        """Whether to end the job because too many attempts, here or under earlier supervisors, saved nothing newer."""
         count = fruitless + self.story.earlier
         if count <= max(self.restarts, _ATTEMPTS) or not self.story.job:
             return False
@@ -122,7 +121,7 @@ class Leader:
         return True
 
     def _gather(self, patience: float, least: int) -> list[Here | Remote] | None:
-        """The nodes that are there, node 0 first; None: too few, or told to stop."""
+        """Wait for nodes; return those connected, node 0 first, or None if there are too few or on a signal to stop."""
         deadline, warned = time.monotonic() + patience, False
         while True:
             self.remotes = {node: one for node, one in self.remotes.items() if not one.lost}
@@ -140,7 +139,7 @@ class Leader:
             self._take(min(left, _TICK_SECONDS))
 
     def _take(self, seconds: float) -> int | None:
-        """Wait for one event and take it; returns a signal, or 0 where all shall save for another reason."""
+        """Wait for one event and handle it; return a signal's number, or 0 if ranks must save for another reason."""
         try:
             event = self.events.get(timeout=max(0.0, seconds))
         except queue.Empty:
@@ -154,26 +153,26 @@ class Leader:
         return None
 
     def _ping(self) -> None:
-        """Let the other nodes know that this one is there, and where its end is to be noted, and by whom."""
+        """Tell the other nodes that this one is alive, and which of them records its loss in which run if it is not."""
         for node, remote in self.remotes.items():
             heir = node == min(self.remotes)
             remote.link.send({"do": "ping", "run": str(self.story.run or ""), "heir": heir})
 
     def _hear(self, link: Link, message: Message | None) -> None:
-        """Take a message of another node, perhaps its first."""
+        """Handle a message of another node, which may be its first."""
         known = next((one for one in self.remotes.values() if one.link is link), None)
         if known is not None:
             known.take(message)
         elif message is None:
             link.close()
         elif message.get("command") == self.here.command[1:] and message.get("node") in range(1, self.where.nodes):
-            # one that is known by this number has ended or lost its link, or it would not come again
+            # a node with this number that is already known has ended or lost its link, or it would not connect again
             self.remotes[message["node"]] = Remote(link, message, lambda: self.events.put(None))
-        else:  # another job's, or a stranger
+        else:  # a node of another job, or not a node at all
             link.close()
 
     def _attempt(self, attempt: int, crew: Sequence[Here | Remote], processes: int) -> _Outcome:
-        """Start all ranks and watch them to their end."""
+        """Start all ranks and watch them until they have ended."""
         coordinator = self._coordinator()
         self.limits.begin()
         self.story.begin(attempt)
@@ -201,7 +200,7 @@ class Leader:
     def _judge(
         self, seen: Sequence[Seen], found: dict[int, list[Frame]], failure: Failure | None, moment: float
     ) -> _Outcome:
-        """What the end of an attempt means, said and noted."""
+        """Decide what the end of an attempt means; report and record it."""
         if self.cancelled:
             self.story.tell("cancelled", step=_step(seen))
             self.here.console.say(
@@ -219,7 +218,7 @@ class Leader:
             return _Outcome(ExitCode.SAVED)
         rank = failure.rank
         stopped = rank is None or rank.code in (None, -signal.SIGTERM)
-        if self.told and stopped and not any(one.polls for one in seen):  # there was nothing to save yet
+        if self.told and stopped and not any(one.polls for one in seen):  # nothing to save yet
             self.story.tell("preempted", rank)
             self.here.console.say("stopped before the first step; the same command goes on from the last checkpoint")
             return _Outcome(ExitCode.SAVED)
@@ -234,7 +233,7 @@ class Leader:
         return _Outcome(ExitCode.FAILED if self.told else None, failure)
 
     def _watch(self, crew: Sequence[Here | Remote]) -> tuple[str, Failure | None]:
-        """Wait until all ranks have ended, one has failed or is overdue; returns how it is late, or what failed."""
+        """Wait until all ranks have ended, or one has failed or is stuck; return why it is stuck, and what failed."""
         deadline, late, told = math.inf, "", False
         noted: set[int] = set()
         leaving: set[str] = set()
@@ -244,7 +243,7 @@ class Leader:
             number = self._take(min(_TICK_SECONDS, deadline - time.monotonic()))
             now = time.monotonic()
             if number is not None:
-                # a second SIGTERM, as schedulers send, must not end what the first one made them save
+                # schedulers send SIGTERM twice: the second one must not interrupt the save that the first one started
                 if told and number == signal.SIGINT:
                     self.cancelled = True
                     return "", None
@@ -274,7 +273,7 @@ class Leader:
                     leaving |= {reason} if good else set()
                     deadline, late = _sooner(deadline, late, until, reason)
             if now >= deadline and late in leaving and any(_goes_on(rank) for rank in seen):
-                deadline = now + _LEAVE_SECONDS  # the workers of a search end one by one
+                deadline = now + _LEAVE_SECONDS  # the workers of a search do not end together
             if now >= deadline:
                 return late, None
             if any(rank.frozen > FROZEN_SECONDS for rank in seen):
@@ -299,14 +298,14 @@ class Leader:
                 self._warn(crew, overdue)
             if (slow := self.limits.slow(seen)) is not None:
                 self.here.console.say(self.story.slow(slow, seen))
-            # not before all are at their steps, where they can save
+            # only once all ranks take steps, since they cannot save before
             if size < self.where.nodes and len(self.remotes) + 1 > size and all(_begun(rank) for rank in seen):
                 self.growing = True
                 self.here.console.say("a node has come back: all save, and go on with it")
                 self.events.put(0)
 
     def _warn(self, crew: Sequence[Here | Remote], overdue: Overdue) -> None:
-        """Say what the run waits for, before it is ended for that."""
+        """Warn which rank the run waits for, before the attempt is ended because of it."""
         seen, found = _stacks(crew)
         failure = first_failure(seen, found, _pause(seen, overdue))
         if failure is not None:
@@ -318,7 +317,7 @@ class Leader:
             )
 
     def _coordinator(self) -> str:
-        """Where the ranks of the next attempt meet: at the job's port, if nobody holds it."""
+        """Return the address at which the ranks of the next attempt connect: the job's port, unless it is in use."""
         local = self.where.nodes == 1
         port = self.where.port
         with socket.socket() as probe:
@@ -332,7 +331,7 @@ class Leader:
 
 
 def _stacks(crew: Sequence[Here | Remote]) -> tuple[list[Seen], dict[int, list[Frame]]]:
-    """All ranks, and where the main threads of those that run stand."""
+    """Return the states of all ranks, and the stacks of the main threads of those that run."""
     for one in crew:
         one.ask()
     found = {rank: stack for one in crew for rank, stack in one.stacks().items()}
@@ -365,7 +364,7 @@ def _devices(seen: Sequence[Seen]) -> str:
 
 
 def _begun(rank: Seen) -> bool:
-    """Whether a rank is at its steps, or has polled; it may not yet hear a signal before."""
+    """Whether a rank takes steps or has polled; before that it may not handle signals yet."""
     return rank.step >= 0 or rank.polls > 0
 
 

@@ -1,4 +1,4 @@
-"""What is normal for a run, learned from it: how long its pauses are in each phase, and how fast its steps come."""
+"""Learn from a run how long its pauses normally last in each phase, and how long its steps take."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxmodels.launch.pauses import ENOUGH
 from jaxmodels.launch.seen import Seen
 
 MARGIN_SECONDS = 15.0
-"""Beyond what is normal (`jaxmodels.launch.pauses`) after which a job is said to go on no more."""
+"""How far a pause may exceed the normal (`jaxmodels.launch.pauses`) before a warning says that the job is stuck."""
 PATIENCE_SECONDS = 60.0
-"""The same after which it is ended: a file system that hangs may go on by itself."""
+"""How far it may exceed the normal before the attempt is ended: a hanging file system may recover by itself."""
 IDLE_SECONDS = 60.0
-"""Without computing that are normal in a phase of which nothing is known yet, or whose length nothing bounds."""
+"""Idle time that is normal in a phase of which nothing is known yet, or whose length has no limit."""
 
-# of a core: what a waiting process still does
+# of a core: what a waiting process still uses
 _BUSY = 0.02
 _WINDOW_SECONDS, _WINDOW_STEPS = 5.0, 8
 _SLOW, _STARVED, _WAITS = 1.3, 0.3, 0.2
@@ -27,34 +27,34 @@ _SLOW, _STARVED, _WAITS = 1.3, 0.3, 0.2
 
 @dataclass(frozen=True)
 class Overdue:
-    """A run that does not go on."""
+    """A run that makes no progress."""
 
     age: float
-    """Seconds since any rank has reported."""
+    """Seconds since the last report of any rank."""
     learned: float
-    """Up to how many are normal for it."""
+    """Seconds that are normal for this run."""
     hopeless: bool
-    """Whether to end it."""
+    """Whether to end the attempt."""
 
 
 @dataclass(frozen=True)
 class Slow:
-    """What holds up the steps without ending them."""
+    """Something that slows the steps down."""
 
     kind: str
-    """slow, or starved: it waits for its data."""
+    """slow, or starved: waiting for data."""
     rank: int | None
-    """None: no rank stands out, all are slower than they were."""
+    """The slow rank; None: no rank stands out, but all are slower than before."""
     factor: float
-    """So many times as long a step takes as it would without."""
+    """A step takes this many times as long as it would otherwise."""
     since: float
     """Unix seconds."""
     until: float | None = None
-    """The same; None: it goes on."""
+    """Unix seconds at which it ended; None: it has not."""
 
 
 class Limits:
-    """Learns from what is seen of the ranks, about once a second, over all attempts of a job."""
+    """Learns from the states of the ranks, observed about once a second, over all attempts of a job."""
 
     def __init__(self) -> None:
         self._normal: dict[str, float] = {}
@@ -63,7 +63,7 @@ class Limits:
         self.begin()
 
     def begin(self) -> None:
-        """Another attempt: what was learned stays, what was seen does not."""
+        """Begin another attempt: keep what was learned, and forget the observations."""
         self._cpu.clear()
         self._window: list[Seen] = []
         self._opened = 0.0
@@ -72,7 +72,7 @@ class Limits:
         self._told: set[tuple[str, int | None]] = set()
 
     def overdue(self, seen: Sequence[Seen]) -> Overdue | None:
-        """How long the run has been without any progress, where that is longer than it may be."""
+        """Return how long the run has made no progress, if that is too long."""
         found: dict[str, float] = {}
         for one in seen:
             if one.pauses >= ENOUGH:
@@ -92,7 +92,7 @@ class Limits:
         return Overdue(age, learned, age > learned + PATIENCE_SECONDS)
 
     def _idle(self, running: Sequence[Seen]) -> float:
-        """Seconds for which the ranks have not computed."""
+        """Return how many seconds the ranks have been idle."""
         now, cpu = time.monotonic(), sum(one.cpu for one in running)
         self._cpu.append((now, cpu))
         while len(self._cpu) > 1 and self._cpu[-1][1] - self._cpu[0][1] > _BUSY * (now - self._cpu[0][0]) + 0.2:
@@ -100,14 +100,14 @@ class Limits:
         return now - self._cpu[0][0]
 
     def slow(self, seen: Sequence[Seen]) -> Slow | None:
-        """What holds up the steps, a rank or the whole: said once it has lasted a while, and again when it is over."""
+        """Return what slows down the steps, once it has lasted for two windows, and again when it has ended."""
         now = time.time()
         if not self._window or any(one.code is not None for one in seen) or len(self._window) != len(seen):
             self._window, self._opened = list(seen), now
             return None
         steps = min(one.polls - before.polls for one, before in zip(seen, self._window, strict=True))
         if any(one.phase not in ("step", "data") or one.step < 0 for one in seen):
-            self._window = []  # a pause for something else; the time of steps does not show
+            self._window = []  # the run does something else, so that the time of steps cannot be measured
             return None
         if steps < _WINDOW_STEPS or now - self._opened < _WINDOW_SECONDS:
             return None
@@ -130,7 +130,7 @@ class Limits:
         return self._said
 
     def _judge(self, seen: Sequence[Seen], now: float) -> tuple[str, int | None, float] | None:
-        """Kind, rank and factor of what holds up this window's steps."""
+        """Return kind, rank and factor of what slows down the steps of this window."""
         own, data, paces = [], [], []
         for one, before in zip(seen, self._window, strict=True):
             count = one.polls - before.polls
@@ -143,7 +143,7 @@ class Limits:
             return None
         busy = [a + b for a, b in zip(own, data, strict=True)]
         worst = max(range(len(seen)), key=busy.__getitem__)
-        # who waits for devices holds up nobody: what its loop does besides is done meanwhile
+        # a rank that waits for devices delays no other: its loop's own work overlaps with theirs
         if len(seen) > 1 and pace - busy[worst] < _WAITS * pace:
             held = busy[worst] - statistics.median(busy[:worst] + busy[worst + 1 :])
             factor = pace / max(pace - held, 0.02 * pace)

@@ -1,4 +1,7 @@
-"""How long is normal for a rank's pauses in each phase: their median, and how far they spread."""
+"""How long a rank's pauses normally last in each phase, from the median and spread of the earlier ones.
+
+A pause is the time from one poll to the next in a phase of the loop, and the whole length of any other phase.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from collections.abc import Sequence
 from jaxmodels.parallel.progress import KEPT, LAYOUT, PAUSE, PHASES
 
 ENOUGH = 3
-"""Pauses in a phase from which on they say how long the next one may last."""
+"""Number of pauses in a phase that are needed to say how long the next one may last."""
 REGULAR = ("step", "data", "evaluation")
-"""Phases that come again and again in the same way."""
+"""Phases that recur with similar pauses."""
 
 _REMEMBERED = 256
 _MANY = 50
-# of the newest pauses that a report keeps, so many may be written over while it is read
+# so many of the oldest pauses in a report may be overwritten while it is read
 _UNSAFE = 16
 
 
 def normal(pauses: Sequence[float]) -> float:
-    """Seconds that the next pause may last: the median, and one and a half times the way from there to the longest.
+    """Return the seconds that the next pause may last: the median plus 1.5 times its distance to the longest pause.
 
-    Of many pauses the longest is left out, so that one alone changes nothing, and two of a kind do. Few pauses say
-    little of the next one, so that it may last longer: twice as long after four, a twelfth after fifty.
+    Of 50 pauses or more the longest is left out, so that a single outlier changes nothing, but two do. Few pauses say
+    little about the next one, so the result is multiplied by 1 + 4 / count.
     """
     ordered = sorted(pauses)
     middle, longest = statistics.median(ordered), ordered[-2 if len(ordered) >= _MANY else -1]
@@ -31,20 +34,20 @@ def normal(pauses: Sequence[float]) -> float:
 
 
 class Pauses:
-    """The newest pauses of one rank, by phase, taken from its reports."""
+    """The newest pauses of one rank, by phase, from its reports."""
 
     def __init__(self) -> None:
         self._taken = 0
         self._known: dict[str, deque[float]] = {}
 
     def take(self, report: bytes) -> None:
-        """Take the pauses of a report that have come since the one before; of very many, the newest."""
+        """Add the pauses of a report that are new since the last one, as far as the report still has them."""
         count = LAYOUT.unpack_from(report)[5]
         for number in range(max(self._taken, count - KEPT + _UNSAFE), count):
             seconds, phase = PAUSE.unpack_from(report, LAYOUT.size + number % KEPT * PAUSE.size)
             if phase not in range(len(PHASES)):
                 continue
-            # the first one is no measure of the others: programs are loaded and compiled, caches filled
+            # the first pause is unlike the others: programs are loaded and compiled, caches filled
             known = self._known.get(PHASES[phase])
             if known is None:
                 self._known[PHASES[phase]] = deque(maxlen=_REMEMBERED)
@@ -53,11 +56,11 @@ class Pauses:
         self._taken = count
 
     def of(self, phase: str) -> tuple[int, float]:
-        """How many pauses in a phase are known, and how long one may normally last."""
+        """Return how many pauses in a phase are known, and how many seconds one may normally last."""
         known = self._known.get(phase, ())
         return len(known), normal(known) if known else 0.0
 
     def regular(self, phase: str) -> bool:
-        """Whether a phase's past alone says how long it may last."""
-        # who has never left the start tells of no phases, and polls alone
+        """Whether earlier pauses alone limit how long one in this phase may last."""
+        # a command that reports no phases stays in the first one, and only polls
         return phase in REGULAR or (phase == "start" and self._known.keys() == {"start"})

@@ -1,4 +1,4 @@
-"""The ranks of one node: started with their environments, seen once a second, and never left behind."""
+"""Start the ranks of one node with their environments, observe them once a second, and leave none running."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a node has to start."""
+    """The ranks that a node starts for an attempt."""
 
     attempt: int
     first: int
     """The rank of its first process."""
     count: int
-    """Ranks of all nodes together."""
+    """Number of ranks on all nodes."""
     coordinator: str
-    """HOST:PORT at which they join."""
+    """HOST:PORT at which the ranks connect."""
     planned: int = 0
-    """Ranks while no node is lost."""
+    """Number of ranks when no node is missing."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class _Rank:
 
 
 class Ranks:
-    """The processes that this node runs of an attempt."""
+    """The processes of one attempt on this node."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Ranks:
         console: Console,
         ended: Callable[[], object],
     ) -> None:
-        """Start them; `ended` is called, in another thread, as soon as one of them has."""
+        """Start the processes; `ended` is called, in another thread, as soon as one of them has ended."""
         self.folder = Path(tempfile.mkdtemp(prefix="launch-"))
         self.console = console
         self._ranks: list[_Rank] = []
@@ -97,7 +97,7 @@ class Ranks:
 
     def _wait(self, rank: _Rank, ended: Callable[[], object]) -> None:
         code = rank.process.wait()
-        # its last lines are on their way, unless a child of it keeps the pipe open
+        # wait for its last lines, but not for long: a child process may keep the pipe open
         if rank.reader is not None:
             rank.reader.join(timeout=1.0)
         rank.ended = time.monotonic()
@@ -110,7 +110,7 @@ class Ranks:
         ended()
 
     def seen(self) -> list[Seen]:
-        """How each of them is now."""
+        """Return the current state of each rank."""
         now = time.monotonic()
         for rank in self._ranks:
             rank.seen.read(self.folder, rank.pauses)
@@ -123,33 +123,33 @@ class Ranks:
         return [dataclasses.replace(rank.seen) for rank in self._ranks]
 
     def stacks(self) -> dict[int, list[Frame]]:
-        """Where the main threads of those that run stand."""
+        """Return the stacks of the main threads of the running ranks."""
         running = [rank for rank in self._ranks if rank.seen.code is None]
-        for rank in running:  # the tails say who is named by the others
+        for rank in running:  # the last lines of a rank may name another rank
             rank.seen.tail = list(self.console.tails[rank.seen.rank])
         return stacks(self.folder, {rank.seen.rank: rank.process.pid for rank in running if not rank.stopped})
 
     def run(self) -> Path | None:
-        """The directory of the run, where rank 0 is here and has said it."""
+        """Return the run directory, if rank 0 is on this node and has reported it."""
         with contextlib.suppress(OSError, ValueError):
             return Path(json.loads((self.folder / "0.run").read_text()))
         return None
 
     def unsaved(self) -> dict[str, Any] | None:
-        """Step, message and time of the newest checkpoint that rank 0 could not write, where it is here."""
+        """Return step, message and time of the newest checkpoint that rank 0, if on this node, failed to write."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.folder / "0.unsaved").read_text())
         return None
 
     def tell(self) -> None:
-        """Tell them to save and stop."""
+        """Tell the ranks to save and stop."""
         for rank in self._ranks:
             if rank.seen.code is None:
                 # Ctrl-C is passed on as SIGTERM too, which stops all ranks at one step without a traceback.
                 rank.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill them and every process they started, and wait for their end."""
+        """Kill the ranks and every process that they started, and wait until they have ended."""
         for rank in self._ranks:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
@@ -162,7 +162,7 @@ class Ranks:
 
 
 def _process(pid: int, before: float) -> tuple[str, float]:
-    """State of a process as the kernel says it, and the seconds it has computed; only Linux tells."""
+    """Return a process's state and CPU seconds as /proc reports them; on other systems "" and the seconds before."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -171,7 +171,7 @@ def _process(pid: int, before: float) -> tuple[str, float]:
 
 
 def _memory_kills() -> int:
-    """How many processes the kernel has killed for lack of memory: in this container where it says, else anywhere."""
+    """Count the processes that the kernel has killed for lack of memory, in this container if known, else here."""
     for path, name in (("/sys/fs/cgroup/memory.events", "oom_kill"), ("/proc/vmstat", "oom_kill")):
         with contextlib.suppress(OSError):
             if found := re.search(rf"(?m)^{name} (\d+)$", Path(path).read_text()):
@@ -180,7 +180,7 @@ def _memory_kills() -> int:
 
 
 def environments(processes: int, devices: int | None, platform: Platform, given: Assignment) -> list[dict[str, str]]:
-    """The environment of each rank of this node.
+    """Return the environment of each rank of this node.
 
     Raises:
         UserError: there are fewer than one process or device, or more GPUs are wanted than this machine has.
@@ -231,7 +231,7 @@ def environments(processes: int, devices: int | None, platform: Platform, given:
 
 
 def _gpus() -> list[str]:
-    """The NVIDIA GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the NVIDIA GPUs that a process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]

@@ -1,4 +1,4 @@
-"""What a supervisor sees of a rank: how far it is, how it ended, and where it stands."""
+"""What a supervisor observes of a rank: its progress, how it ended, and the stack of its main thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxmodels.launch.pauses import Pauses
 from jaxmodels.parallel.progress import LAYOUT
 
-# A process writes its stacks within this time, even while it spins in Python.
+# A process writes its stacks within this time, even in a busy loop in Python.
 _ANSWER_SECONDS = 0.5
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 # A main thread in one of these packages waits for devices, and therefore for other ranks.
@@ -27,45 +27,45 @@ Frame = tuple[str, str, str]
 
 @dataclass
 class Seen:
-    """One rank, as it was at a moment; ages are in seconds before it, since clocks of hosts differ."""
+    """The state of one rank at one moment. Times are seconds before that moment, because the clocks of hosts differ."""
 
     rank: int
     host: str
     device: str
-    """What it computes on: cpu, or the GPUs it was given."""
+    """Its devices: cpu, or the GPUs that it was given."""
     code: int | None = None
     """Exit code, negative for a signal; None while it runs."""
     ended: float = 0.0
     """Seconds since it ended."""
     frozen: float = 0.0
-    """Seconds for which a signal has kept it from running."""
+    """Seconds since a signal stopped it (SIGSTOP)."""
     polls: int = 0
-    """How often it has been at the end of a step, or of a batch of an evaluation."""
+    """Number of times that it has finished a step, or a batch of an evaluation."""
     step: int = -1
-    """Steps done; -1: it has not said."""
+    """Steps done; -1: not reported yet."""
     phase: str = "start"
     age: float = 0.0
     """Seconds since it last reported."""
     device_wait: float = 0.0
-    """Seconds in which its loop waited for devices, so far."""
+    """Seconds that its loop has waited for devices."""
     data_wait: float = 0.0
     pauses: int = 0
-    """Times between two turns of its loop in this phase that are known."""
+    """Number of known pauses in this phase (`jaxmodels.launch.pauses`)."""
     normal: float = 0.0
-    """Seconds up to which the next one is normal (`jaxmodels.launch.pauses`)."""
+    """Seconds that the next pause may normally last."""
     regular: bool = False
-    """Whether that bounds it also where anything is computed."""
+    """Whether `normal` is a limit even while the rank computes."""
     cpu: float = 0.0
-    """Seconds of computing by its process so far."""
+    """CPU seconds of its process."""
     error: dict[str, str] = field(default_factory=dict)
-    """Kind and message of what it ended with, where it could say so."""
+    """Kind and message of the exception that it ended with, if it could report one."""
     memory_killed: bool = False
-    """The kernel has killed a process for lack of memory while it ran."""
+    """Whether it was killed while the kernel was killing processes for lack of memory."""
     tail: list[str] = field(default_factory=list)
     """Its last lines, once it has ended."""
 
     def read(self, folder: Path, past: Pauses) -> None:
-        """Take what the rank has left in its supervisor's folder (`jaxmodels.parallel.progress`)."""
+        """Read the rank's report from its supervisor's folder (`jaxmodels.parallel.progress`)."""
         with contextlib.suppress(OSError, struct.error):
             report = (folder / f"{self.rank}.report").read_bytes()
             past.take(report)
@@ -77,11 +77,11 @@ class Seen:
 
 
 def stacks(folder: Path, processes: dict[int, int]) -> dict[int, list[Frame]]:
-    """The frames of each rank's main thread, innermost first; none for a rank that does not answer.
+    """Return the frames of each rank's main thread, innermost first; none for a rank that does not answer.
 
     Args:
-        folder: where ranks leave their stacks upon SIGUSR1.
-        processes: the id of each rank's process.
+        folder: where ranks write their stacks on SIGUSR1.
+        processes: the process id of each rank.
     """
     sizes: dict[int, int] = {}
     for rank, pid in processes.items():
@@ -102,7 +102,7 @@ def stacks(folder: Path, processes: dict[int, int]) -> dict[int, list[Frame]]:
 
 
 def waits_for_device(stack: Sequence[Frame]) -> bool:
-    """Whether a main thread waits for a device or in a barrier."""
+    """Whether a main thread is waiting for a device or in a barrier."""
     if not stack:
         return False
     file, _, function = stack[0]
@@ -110,7 +110,7 @@ def waits_for_device(stack: Sequence[Frame]) -> bool:
 
 
 def grouped(found: dict[int, list[Frame]]) -> list[dict[str, object]]:
-    """Ranks whose main threads stand at the same place, as one group; the smallest, which are the odd ones, first."""
+    """Group the ranks whose main threads have the same stack; the smallest groups, which stand out, come first."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for rank, stack in sorted(found.items()):
         groups.setdefault(tuple("{}:{} in {}".format(*frame) for frame in stack[:12]), []).append(rank)
@@ -119,10 +119,10 @@ def grouped(found: dict[int, list[Frame]]) -> list[dict[str, object]]:
 
 
 def held_up_by(seen: Sequence[Seen], found: dict[int, list[Frame]]) -> list[Seen]:
-    """The ranks that the others wait for.
+    """Return the ranks that the others wait for.
 
-    Of those whose main thread does not wait for a device, these are the ones with the fewest polls. The list is empty
-    where nothing sets them apart: all wait for devices, or none has polled yet.
+    These are the ranks with the fewest polls among those whose main thread does not wait for a device. The list is
+    empty if nothing distinguishes them: all wait for devices, or none has polled yet.
     """
     running = [one for one in seen if one.code is None]
     in_python = [one for one in running if not waits_for_device(found.get(one.rank, []))]

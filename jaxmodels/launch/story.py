@@ -1,4 +1,4 @@
-"""What a supervisor writes of a job into the events.jsonl of its run."""
+"""Write the events of a job to the events.jsonl of its run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jaxmodels.launch.limits import Slow
 from jaxmodels.launch.seen import Seen
 
 _SAVED_SECONDS = 2.0
-"""Between two looks for new checkpoints."""
+"""Time between two searches for new checkpoints."""
 
 
 class Story:
-    """Events of a job; those from before its run has a directory wait until it has."""
+    """The events of a job. Those from before its run has a directory are held back until it has one."""
 
     def __init__(self) -> None:
         self.run: Path | None = None
         self.job = _job()
         self.found = -1
-        """Step of the newest checkpoint that was there before this supervisor; -1: there was none."""
+        """Step of the newest checkpoint that existed before this supervisor started; -1: none."""
         self.earlier = 0
-        """Attempts of this job by supervisors before this one that came to no newer checkpoint than that."""
+        """Attempts of this job, by earlier supervisors, that saved no checkpoint newer than `found`."""
         self._waiting: list[dict[str, Any]] = []
         self._saved: set[int] = set()
         self._looked, self._opened = 0.0, time.time()
@@ -35,15 +35,15 @@ class Story:
         self._attempt, self._unsaved = 0, (0, 0.0)
 
     def begin(self, attempt: int) -> None:
-        """Another attempt."""
+        """Begin another attempt."""
         self._attempt, self._phase, self._next = attempt, "", ""
 
     def newest(self) -> int:
-        """Step of the newest complete checkpoint of the run; -1: there is none, or no run."""
+        """Return the step of the run's newest complete checkpoint; -1 if there is none, or no run yet."""
         return -1 if self.run is None else max(_checkpoints(self.run), default=-1)
 
     def tell(self, event: events.Name, rank: Seen | None = None, **fields: Any) -> None:
-        """Note an event, of a rank where it is one's."""
+        """Record an event, and the rank that it is about, if any."""
         about: dict[str, Any] = {"time": time.time()}
         if rank is not None:
             about |= {"rank": rank.rank, "host": rank.host, "device": rank.device, "phase": rank.phase}
@@ -52,7 +52,7 @@ class Story:
         self._write()
 
     def look(self, seen: Sequence[Seen], run: Path | None, last: bool = False) -> None:
-        """Note what has changed: the run's directory, its phase, its checkpoints."""
+        """Record what has changed: the run's directory, its phase, its checkpoints."""
         if self.run is None and run is not None:
             self.run = run
             self._saved = {step for step, moment in _checkpoints(run).items() if moment < self._opened}
@@ -65,7 +65,7 @@ class Story:
         first = next((one for one in seen if one.rank == 0), None)
         if first is None:
             return
-        # data and step alternate; what lasts for less than two looks is no phase of the run
+        # data and step alternate, and a phase counts only if it is seen twice
         phase = "step" if first.phase == "data" else first.phase
         if phase not in (self._phase, self._next) and self._phase:
             self._next = phase
@@ -82,14 +82,14 @@ class Story:
                     self.tell("saved", first, phase="save", step=step, time=moment)
 
     def unsaved(self, found: Mapping[str, Any] | None, seen: Sequence[Seen]) -> None:
-        """Note a checkpoint that could not be written, once."""
+        """Record a checkpoint that could not be written, once."""
         first = next((one for one in seen if one.rank == 0), None)
         if found and (self._attempt, found["time"]) != self._unsaved:
             self._unsaved = self._attempt, found["time"]
             self.tell("unsaved", first, phase="save", **found)
 
     def slow(self, found: Slow, seen: Sequence[Seen]) -> str:
-        """Note a rank that holds up the steps, or does so no more; returns it in words."""
+        """Record a rank that slows down the steps, or no longer does; return a sentence about it."""
         rank = next((one for one in seen if one.rank == found.rank), None)
         over = {} if found.until is None else {"until": found.until}
         self.tell("slow", rank, kind=found.kind, factor=round(found.factor, 2), since=found.since, **over)
@@ -101,7 +101,7 @@ class Story:
         return f"warning: {who} {what}: a step takes {found.factor:.1f} times as long as without, since {since}"
 
     def _write(self) -> None:
-        """Write what waits, in its order; what a full disk does not take waits on."""
+        """Write the events that were held back, in order; if the disk is full, keep them for later."""
         while self.run is not None and self._waiting:
             try:
                 event = dict(self._waiting[0])
@@ -112,9 +112,9 @@ class Story:
 
 
 def fruitless(rows: Sequence[dict[str, Any]], job: str, newest: int) -> int:
-    """Attempts of a job that began at its newest checkpoint, or without one (-1), and came no further.
+    """Count the attempts of a job that began at its newest checkpoint, or without one (-1), and saved no newer one.
 
-    Those that lost the supervisor of node 0 are left out: they had no time to, and are no fault of the job's.
+    Attempts that ended because the supervisor of node 0 was lost do not count: that is not the job's fault.
     """
     count = 0
     for row in rows if job else ():
@@ -126,14 +126,14 @@ def fruitless(rows: Sequence[dict[str, Any]], job: str, newest: int) -> int:
 
 
 def _job() -> str:
-    """Name of the job that this is an attempt of, where `jaxmodels launch` has submitted it."""
+    """Return the name of the job that this process belongs to, if `jaxmodels launch` submitted it."""
     with contextlib.suppress(ValueError, AttributeError):
         return str(json.loads(os.environ.get("JAXMODELS_JOB", "{}")).get("name", ""))
     return ""
 
 
 def _checkpoints(run: Path) -> dict[int, float]:
-    """Steps of the complete checkpoints of a run, and when each was made."""
+    """Return the steps of a run's complete checkpoints, and when each was written (Unix seconds)."""
     found: dict[int, float] = {}
     with contextlib.suppress(OSError):
         for path in (run / "checkpoints").iterdir():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar, Self, cast
 
 from jaxmodels.fields import Section
 from jaxmodels.registry import Registry
@@ -40,3 +41,16 @@ class ModelConfig(Section, section="model", kinds=FAMILIES):
     def idle(self, parameters: Iterable[str]) -> tuple[str, ...]:
         """The fields that change nothing of what these parameters compute, which are given by their paths."""
         return ()
+
+    def plain(self) -> Self:
+        """Return the config with which the model's FLOPs are counted: with attention whose products the jaxpr shows,
+        nothing recomputed, and for experts no rows beside those of the tokens that are sent to them."""
+        usual, made = {"attention": "xla", "remat": "none"}, cast(Any, self)
+        return dataclasses.replace(made, **{name: value for name, value in usual.items() if hasattr(self, name)})
+
+    def dispatched(self) -> float:
+        """Rows that a block with experts sends to other devices for each token, with unused places in its buffers.
+
+        A plan asks it of a model whose weights have the axis `expert`, to guess how long the exchange takes.
+        """
+        return 1.0

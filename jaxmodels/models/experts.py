@@ -221,7 +221,7 @@ _apply_experts.defvjp(_experts_forward, _experts_backward)
 
 
 def _gathered(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
-    """Weights in the compute dtype, gathered over fsdp; within a `shard_map`, over the mesh axes `fsdp`."""
+    """Cast weights to the compute dtype and gather them over fsdp; in a `shard_map`, over the mesh axes `fsdp`."""
 
     def one(w: Array, names: tuple[str, ...]) -> Array:
         w = rules.gather(w.astype(dtype), names)
@@ -231,7 +231,7 @@ def _gathered(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weigh
 
 
 def _ragged(sizes: Array, activation: Activation) -> How:
-    """How rows sorted by expert are computed; those beyond the last expert's may be nan, and are set to 0 here."""
+    """Return how to compute rows that are sorted by expert; those behind the last expert's may be nan, and become 0."""
 
     def hidden(gate: Array, up: Array) -> Array:
         return jnp.where((jnp.arange(len(gate)) < sizes.sum())[:, None], activation(gate) * up, 0)
@@ -240,7 +240,7 @@ def _ragged(sizes: Array, activation: Activation) -> How:
 
 
 def _padded(activation: Activation) -> How:
-    """How a buffer for each expert is computed."""
+    """Return how to compute a buffer of rows for each expert."""
 
     def hidden(gate: Array, up: Array) -> Array:
         return shard(activation(gate) * up, "expert", "expert_batch", None, "mlp")

@@ -1,8 +1,7 @@
-"""FLOPs of a function, counted by walking its jaxpr; XLA's own count takes the body of a scan once."""
+"""Count the FLOPs of a function by walking its jaxpr; XLA's own count takes the body of a scan only once."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,27 +12,24 @@ from jaxmodels.models.families import create
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.models.model import Model
 
-PLAIN = {"attention": "xla", "routing": "dropless", "remat": "none"}
-"""Fields of a model by which it has the reference attention, whose products the walk can see, no free places, and
-nothing recomputed."""
 Products = Iterator[tuple[float, Mask | None]]
-"""FLOPs of each product, and the mask of the attention that it is of."""
+"""FLOPs of each product, and the mask of the attention that it belongs to, if any."""
 
 
 def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of the products (dot, convolution) in `fn(*args)`; args may be `jax.ShapeDtypeStruct`s.
+    """Count the FLOPs of the products (dot, convolution) in `fn(*args)`; args may be `jax.ShapeDtypeStruct`s.
 
-    A multiply-add is 2. Loops count by their trip counts, a branch by its dearest arm; a `while` of unknown length
-    counts once. A `ragged_dot` counts each row with the one group that it belongs to.
+    A multiply-add counts as 2. A loop counts once for each iteration, a conditional by its most expensive branch, and a
+    `while` of unknown length once. A `ragged_dot` multiplies each row with the one group that it belongs to.
     """
     return _total(products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr))
 
 
 def forward(model: Model, batch: int, length: int = 8) -> int:
-    """Model FLOPs of one application to so many examples (of so many tokens).
+    """Count the model FLOPs of one application to `batch` examples (of `length` tokens).
 
-    Attention is counted in full, causal or not, whatever the kernel skips; of experts, those that a token is sent to;
-    recomputation is not counted.
+    Attention counts in full, causal or not, whatever the kernel skips. Each token counts the experts that it is sent
+    to. Recomputation does not count.
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     plain = countable(model)
@@ -42,14 +38,9 @@ def forward(model: Model, batch: int, length: int = 8) -> int:
 
 
 def countable(model: Model) -> Model:
-    """The model whose products the walk can see."""
-    differ = {name: value for name, value in PLAIN.items() if getattr(model.config, name, value) != value}
-    return create(model.config, **differ) if differ else model
-
-
-def plain(config: Any) -> Any:
-    """The config of `countable`."""
-    return dataclasses.replace(config, **{name: value for name, value in PLAIN.items() if hasattr(config, name)})
+    """Return the model in the plain form whose products can be counted."""
+    plain = model.config.plain()
+    return model if plain == model.config else create(plain)
 
 
 def _total(found: Iterable[tuple[float, Mask | None]]) -> int:
@@ -68,12 +59,12 @@ def products(jaxpr: Any, times: int = 1, mask: Mask | None = None) -> Products:
             yield times * 2 * math.prod(eqn.outvars[0].aval.shape) * inner, within
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, params["dimension_numbers"]
-            taps = math.prod(kernel[i] for i in numbers.rhs_spec[1:])  # inputs a group and window
-            # a dilated input (of a transposed convolution, or a strided one's gradient) is mostly zeros
+            taps = math.prod(kernel[i] for i in numbers.rhs_spec[1:])  # inputs of a group, times the window
+            # a dilated input (of a transposed convolution, or of the gradient of a strided one) is mostly zeros
             zeros = params["batch_group_count"] * math.prod(params["lhs_dilation"])
             yield times * (2 * math.prod(eqn.outvars[0].aval.shape) * taps // zeros), within
         elif name == "ragged_dot_general":
-            # each row of the left with one group of the right (or all of both, summed up group by group)
+            # each row of the left operand meets one group of the right (or all of both, summed by group)
             numbers = params["ragged_dot_dimension_numbers"]
             (_, contract), (_, batch) = numbers.dot_dimension_numbers
             seen = {*contract, *batch, *numbers.rhs_group_dimensions}

@@ -6,6 +6,7 @@ Lepikhin et al. 2020 (GShard).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,6 +62,12 @@ class MixtralConfig(RotaryConfig):
     def capacity(self, tokens: int) -> int:
         """The places that an expert has for this many tokens of a row."""
         return min(tokens, math.ceil(self.capacity_factor * self.experts_per_token * tokens / self.experts))
+
+    def plain(self) -> MixtralConfig:
+        return dataclasses.replace(super().plain(), routing="dropless")
+
+    def dispatched(self) -> float:
+        return self.experts_per_token * (self.capacity_factor if self.routing == "capacity" else experts.SLACK)
 
 
 class MoE(nn.Module):

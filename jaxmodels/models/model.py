@@ -82,7 +82,8 @@ class Model:
     longest: int | None = None
     """The most tokens `apply` takes; None: no limit."""
     auxiliary: bool = False
-    """Whether `apply(..., auxiliary=True)` gives `(outputs, {name: loss})`: weighted losses to add to the mean."""
+    """Whether `apply(..., auxiliary=True)` gives `(outputs, {name: loss})`: weighted losses to add to the mean, which
+    compare the examples of a batch, as a balance of experts does."""
     rule: quantization.Rule | None = None
     """Which of its products are in eight bits; None: none of them."""
 

@@ -46,11 +46,11 @@ class Hardware:
     cores: int = 0
     """Streaming multiprocessors (GPUs)."""
     target: str = ""
-    """What XLA must know to compile without such a GPU, besides what all GPUs have in common."""
+    """The part of XLA's target config that differs between GPUs, by which it compiles without one."""
 
     @property
     def capability(self) -> tuple[int, ...]:
-        """The compute capability (GPUs); of a TPU ()."""
+        """The compute capability of a GPU; () for a TPU."""
         return tuple(map(int, re.findall(r"(?:major|minor): (\d+)", self.target)))
 
 

@@ -58,9 +58,9 @@ class _Report:
         self.write()
 
     def turn(self, phase: Phase, polled: bool = False) -> None:
-        """Count the time since the last report as the present phase's, and go on in `phase`.
+        """Add the time since the last report to the current phase, and enter `phase`.
 
-        A pause is the time in a phase: from one poll to the next in a loop's, from begin to end in any other.
+        A pause is the time from one poll to the next in a phase of the loop, and the whole length of any other phase.
         """
         now = time.time()
         spent = self.spent.get(self.phase, 0.0) + now - self.at
@@ -82,47 +82,47 @@ _report: _Report | None = None
 
 
 def begin() -> None:
-    """Begin to report, where a supervisor wants it."""
+    """Begin to report, if this process has a supervisor."""
     global _report
-    folder = os.environ.pop("JAXMODELS_PROGRESS_DIR", None)  # so that no child takes the report for its own
+    folder = os.environ.pop("JAXMODELS_PROGRESS_DIR", None)  # so that a child process does not write to this report
     if folder and _report is None:
         with contextlib.suppress(OSError):
             _report = _Report(Path(folder), os.environ.get("JAXMODELS_PROCESS_ID", "0"))
 
 
 def phase(name: Phase, step: int | None = None) -> None:
-    """This process enters a phase; `step`: so many steps are done."""
+    """Report that this process enters a phase, and how many steps are done."""
     if _report is not None:
         _report.step = _report.step if step is None else step
         _report.turn(name)
 
 
 def poll() -> None:
-    """The loop has come round once more: a step, or a batch of an evaluation; equally often in all processes."""
+    """Report that the loop has finished a step, or a batch of an evaluation; all processes poll equally often."""
     if _report is not None:
         _report.polls += 1
         _report.turn(_report.phase, polled=True)
 
 
 def waited(device: float = 0.0, data: float = 0.0) -> None:
-    """The loop has waited so many seconds more for its devices, or for its data; written by the next report."""
+    """Add seconds that the loop has waited for its devices or its data; the next report writes them."""
     if _report is not None:
         _report.device += device
         _report.data += data
 
 
 def run(directory: Path) -> None:
-    """Say in which directory the run is."""
+    """Report the run directory."""
     _note("run", str(directory.absolute()))
 
 
 def unsaved(step: int, message: str) -> None:
-    """Say that the state of so many steps could not be saved; the run goes on."""
+    """Report that the checkpoint of a step could not be written; the run continues."""
     _note("unsaved", {"step": step, "message": message[:500], "time": time.time()})
 
 
 def failed(error: BaseException, message: str | None = None) -> None:
-    """Say what this process ends with."""
+    """Report the exception that this process ends with."""
     said = message or " ".join("".join(traceback.format_exception_only(error)).split())
     _note("error", {"kind": type(error).__name__, "message": said[:500]})
 

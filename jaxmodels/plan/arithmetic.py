@@ -266,8 +266,6 @@ class Arithmetic:
         self, sizes: dict[str, int], rows: float, gathered: float, own: float, remat: str, times: int
     ) -> dict[str, float]:
         """Seconds of collectives for parameters and for activations in a step, and a lower bound for any one link."""
-        from jaxmodels.models.experts import SLACK
-
         table = self.rules.RULES
         fsdp, tensor, context = table["embed"][0], table["mlp"][0], table["seq"][0]
         gather = self.seconds(sizes, fsdp, "all-gather", self.width * gathered)
@@ -298,10 +296,8 @@ class Arithmetic:
         around = self.seconds(sizes, context, "all-gather", rows * self.length * keys * self.width * sizes[context])
         experts = 0.0
         if "expert" in self.logical:
-            chosen = self.cfg.model.experts_per_token
             inputs = max(s[n.index("embed")] for s, n in self.parameters if "expert" in n and "embed" in n)
-            places = self.cfg.model.capacity_factor if self.cfg.model.routing == "capacity" else SLACK
-            sent = self.layers * chosen * places * stream * inputs
+            sent = self.layers * self.cfg.model.dispatched() * stream * inputs
             # dispatch and combine: forward, again if that is recomputed, and backward
             experts = (2 + 2 * again) * self.seconds(sizes, table["expert"][0], "all-to-all", sent)
         stages, embed = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from jaxmodels.data import contract
 from jaxmodels.models.attention import recording
 from jaxmodels.report.pieces import Picture, Piece, blank, grid, length, pieces_of, pixels, show
 from jaxmodels.tasks.task import normalized
@@ -30,19 +32,16 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     run = evaluation.run
     if "model" not in run.networks:
         return []
-    batch, answers = evaluation.examples(0, LOOKED_AT), run.config.task.answers
+    batch, answers, fields = evaluation.examples(0, LOOKED_AT), run.config.task.answers, run.task.fields
     if answers == "translation":
         return cross(evaluation, batch)
-    if answers == "caption":
-        seen = of_images(run, batch["images"], lambda x: run.apply(x, None))
-        return seen + of_texts(evaluation, batch, "tokens", lambda tokens, **named: run.apply(None, tokens, **named))
-    tokens = "tokens" if "tokens" in batch else "inputs"
-    inputs = batch[tokens]
-    if inputs.ndim == 4:
-        return of_images(run, inputs, run.apply) if hasattr(run.model.config, "patch") else []
-    if inputs.ndim == 2 and inputs.dtype.kind in "iu":
-        return of_texts(evaluation, batch, tokens, run.apply)
-    return []
+    texts, images = contract.texts(fields), contract.images(fields)
+    if texts and images:  # a tower for each
+        seen = of_images(run, batch[images[0]], lambda x: run.apply(x, None))
+        return seen + of_texts(evaluation, batch, texts[0], lambda tokens, **named: run.apply(None, tokens, **named))
+    if images:
+        return of_images(run, batch[images[0]], run.apply)
+    return of_texts(evaluation, batch, texts[0], run.apply) if texts else []
 
 
 def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndarray]:
@@ -54,11 +53,12 @@ def weights(apply: Callable[..., Any], *args: Any, **named: Any) -> list[np.ndar
 
 def of_images(run: Run, inputs: np.ndarray, apply: Callable[..., Any]) -> list[Piece]:
     """Show which patches the output draws on, overlaid on the images."""
-    config = run.model.config
     inputs = inputs[:IMAGES]
     kept = weights(apply, normalized(jnp.asarray(inputs), run.config.data))
-    height, width, _ = config.input_shape
-    rows, columns = height // config.patch, width // config.patch
+    found = patches(inputs.shape[1:3], kept[0].shape[-1]) if kept else None
+    if found is None:
+        return []
+    rows, columns = found
     token = kept[0].shape[-1] > rows * columns
 
     def looks(matrix: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def of_images(run: Run, inputs: np.ndarray, apply: Callable[..., Any]) -> list[P
         "of the identity; Abnar & Zuidema 2020), and of each layer, mean over heads. "
         "Color ranges from the minimum to the maximum of each map."
     )
-    found: list[Piece] = [Picture("attention-layers", figure, caption)]
+    drawn: list[Piece] = [Picture("attention-layers", figure, caption)]
     heads = kept[-1][0, :HEADS]
     figure, axes = grid(-(-len(heads) // 8), min(len(heads), 8), 1.5, 1.7)
     for axis in axes.flat[len(heads) :]:
@@ -91,7 +91,17 @@ def of_images(run: Run, inputs: np.ndarray, apply: Callable[..., Any]) -> list[P
     for index, (axis, matrix) in enumerate(zip(axes.flat, heads, strict=False)):
         overlay(axis, images[0], looks(matrix))
         axis.set_title(f"head {index + 1}", fontsize=9)
-    return [*found, Picture("attention-heads", figure, "The heads of the last layer, for the first image.")]
+    return [*drawn, Picture("attention-heads", figure, "The heads of the last layer, for the first image.")]
+
+
+def patches(size: Sequence[int], tokens: int) -> tuple[int, int] | None:
+    """Return how many rows and columns of square patches an image has, as `tokens` with or without a class token."""
+    height, width = size
+    for side in range(1, math.gcd(height, width) + 1):
+        rows, columns = height // side, width // side
+        if height % side == width % side == 0 and rows * columns in (tokens, tokens - 1):
+            return rows, columns
+    return None
 
 
 def rollout(layers: Sequence[np.ndarray]) -> np.ndarray:

@@ -9,9 +9,10 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.models.families import create
 from jaxmodels.models.kernels.quantized import Rule
 from jaxmodels.models.model import quantized
+from jaxmodels.tasks.added import better, measured
 from jaxmodels.tasks.task import TASKS, Aux, Loss, Sums, Task, TaskConfig, tasks_that_answer
 
-__all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "build", "tasks_that_answer"]
+__all__ = ["TASKS", "Aux", "Loss", "Sums", "Task", "TaskConfig", "better", "build", "tasks_that_answer"]
 
 
 def build(task: TaskConfig, model: Any, data: DataConfig, train: Any = None, metrics: Sequence[str] = ()) -> Task:
@@ -22,4 +23,4 @@ def build(task: TaskConfig, model: Any, data: DataConfig, train: Any = None, met
     made = create(model)
     if train is not None and train.quantize != "none":
         made = quantized(made, Rule(train.quantize, train.quantize_axes))
-    return task.build(made, data).measured(metrics)
+    return measured(task.build(made, data), metrics)

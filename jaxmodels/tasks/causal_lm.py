@@ -17,6 +17,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
+    OF_LANGUAGE,
     Answers,
     Aux,
     Batch,
@@ -95,5 +96,13 @@ class CausalLM(ScoredConfig):
         fields = {"tokens": ids, "targets": ids, **packed(data), "bytes": tokens(data, optional=True)}
         losses = (Loss("loss", "model", loss),)
         return Task(
-            {"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity, outputs=outputs
+            {"model": model},
+            losses,
+            metrics,
+            fields,
+            unit="tokens",
+            needs="a target of 0 or above",
+            summarize=perplexity,
+            outputs=outputs,
+            better=OF_LANGUAGE,
         )

@@ -144,6 +144,7 @@ class Classification(ScoredConfig):
             fields,
             needs="a label of 0 or above",
             summarize=measures.summarize,
+            better=measures.BETTER,
             outputs=lambda params, stats, batch: apply(params, stats, batch, normalized(batch["inputs"], data))[0],
         )
 

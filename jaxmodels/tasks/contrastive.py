@@ -126,6 +126,7 @@ class Contrastive(TaskConfig):
             fields,
             needs="a pair, with a label of 0 or above if it has one",
             whole=Whole(keep, retrieval),
+            better={"image_to_text": "max", "text_to_image": "max"},
         )
 
 

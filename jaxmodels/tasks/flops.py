@@ -9,7 +9,7 @@ from jax.interpreters import partial_eval
 
 from jaxmodels import tasks
 from jaxmodels.data.section import DataConfig
-from jaxmodels.models.flops import plain, products
+from jaxmodels.models.flops import products
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.tasks import losses
 from jaxmodels.tasks.task import TaskConfig
@@ -32,7 +32,7 @@ def per_step(section: TaskConfig, model: Any, data: DataConfig) -> Step:
 
     A language model's step is three times `flops.forward`; a model of images needs no gradient of its pixels.
     """
-    task = tasks.build(section, plain(model), data)
+    task = tasks.build(section, model.plain(), data)
     params = {name: network.shapes() for name, network in task.networks.items()}
     stats, batch = jax.eval_shape(task.stats), task.batch_spec(data.batch_size)
     found: list[tuple[float, Mask | None]] = []

@@ -16,7 +16,6 @@ from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Range, Weight
 from jaxmodels.models.families import create
-from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.layers import shard
 from jaxmodels.models.model import Model
 from jaxmodels.tasks import losses as objectives
@@ -47,6 +46,9 @@ class GAN(TaskConfig):
     uses the logistic loss, in its non-saturating form for the generator (Goodfellow et al. 2014, section 3). WGAN-GP
     uses the Wasserstein distance with gradient penalty (Gulrajani et al. 2017, equation 3). Evaluation reports the
     discriminator's loss (without penalty) and the generator's, with latents that are a function of the example.
+
+    The model's config has two fields: `network`, generator or discriminator, and `kind`, of which wgan-gp is trained as
+    WGAN-GP and any other as DCGAN.
     """
 
     critic_steps: Annotated[int, Range(1, 1000)] = 1
@@ -59,8 +61,11 @@ class GAN(TaskConfig):
 
     def build(self, model: Model, data: DataConfig) -> Task:
         config = model.config
-        if not isinstance(config, GANConfig):
-            raise UserError(f"got task gan with {type(config).__name__}, expected a GAN, try --task classification")
+        if not (hasattr(config, "network") and hasattr(config, "kind")):
+            raise UserError(
+                f"got task gan with {type(config).__name__}, expected a GAN, whose config has the fields "
+                "network (generator or discriminator) and kind, try --task classification"
+            )
         wasserstein = config.kind == "wgan-gp"
         if not wasserstein and self.gradient_penalty != (usual := default(self, "gradient_penalty")):
             raise UserError(
@@ -69,13 +74,15 @@ class GAN(TaskConfig):
             )
         generator = ("generator", create(config, network="generator"))
         discriminator = ("discriminator", create(config, network="discriminator"))
+        (noise,), (image,) = (network.inputs(1) for _, network in (generator, discriminator))
+        size, shape = noise.shape[-1], image.shape[1:]
 
         def scale(batch: Batch) -> jax.Array:
             return 2 * floats(batch["inputs"]) - 1
 
         def latents(key: jax.Array, batch: Batch) -> jax.Array:
             # the same on any number of devices; each device draws those of its rows
-            return shard(jax.random.normal(key, (len(batch["inputs"]), config.latents)), "batch", None)
+            return shard(jax.random.normal(key, (len(batch["inputs"]), size)), "batch", None)
 
         def judged(real: jax.Array, fake: jax.Array) -> jax.Array:
             return fake - real if wasserstein else jax.nn.softplus(-real) + jax.nn.softplus(fake)
@@ -115,14 +122,14 @@ class GAN(TaskConfig):
             return sums["loss"][0], Aux(sums["loss"][1], sums, stats)
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-            fake, _ = forward(generator, params, stats, noise_of(batch["inputs"], config.latents))
+            fake, _ = forward(generator, params, stats, noise_of(batch["inputs"], size))
             on_real, on_fake = (forward(discriminator, params, stats, x)[0] for x in (scale(batch), fake))
             return total({"loss": judged(on_real, on_fake), "generator": fooled(on_fake)}, batch)
 
-        fields = {"inputs": numbers(config.input_shape), "labels": BatchField(None, optional=True)}
+        fields = {"inputs": numbers(shape), "labels": BatchField(None, optional=True)}
 
         def samples(params: Params, stats: Params, count: int = SAMPLES, seed: int = 0) -> jax.Array:
-            z = jax.random.normal(jax.random.key(seed), (count, config.latents))
+            z = jax.random.normal(jax.random.key(seed), (count, size))
             return (forward(generator, params, stats, z)[0] + 1) / 2
 
         losses = (

@@ -19,6 +19,7 @@ from jaxmodels.fields import Natural, Range
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.task import (
+    OF_LANGUAGE,
     Answers,
     Batch,
     Loss,
@@ -108,7 +109,7 @@ class MaskedLM(ScoredConfig):
         loss, metrics = scored(score)
         needs = "a token that may be masked: no padding, none of task.keep"
         losses = (Loss("loss", "model", loss),)
-        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity, gap=gap)
+        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity, gap=gap, better=OF_LANGUAGE)
 
 
 def mask(

@@ -8,13 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.tasks.task import Sums, Totals, divide
+from jaxmodels.tasks.task import Better, Sums, Totals, divide
 
 BINS = 15
 """Confidence bins of the calibration error (Guo et al. 2017)."""
 LISTED = 100
 """With more classes than this, metrics of single classes are not reported."""
 TOP = 5
+_RATIOS = ("precision", "recall", "f1")
+BETTER: dict[str, Better] = {
+    **dict.fromkeys(("accuracy", "top5", *_RATIOS, *(f"{name}_micro" for name in _RATIOS)), "max"),
+    "calibration_error": "min",
+}
+"""Which values of a classifier's metrics are better."""
 
 
 def single(logits: jax.Array, labels: jax.Array) -> Sums:

@@ -13,6 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
+    OF_LANGUAGE,
     Answers,
     Batch,
     Loss,
@@ -67,5 +68,13 @@ class Seq2Seq(ScoredConfig):
         loss, metrics = scored(score)
         losses = (Loss("loss", "model", loss),)
         return Task(
-            {"model": model}, losses, metrics, fields, "tokens", "a target of 0 or above", perplexity, outputs=outputs
+            {"model": model},
+            losses,
+            metrics,
+            fields,
+            unit="tokens",
+            needs="a target of 0 or above",
+            summarize=perplexity,
+            outputs=outputs,
+            better=OF_LANGUAGE,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from jaxmodels.tasks.losses import Scores
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 """Fields by name. `weight` (B,), if present, is 0 for a row that does not count, such as padding."""
+Better = Literal["min", "max"]
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 """Metric -> (sum, count): added over batches and devices, divided once at the end. A sum may be an array."""
 Totals = Mapping[str, tuple[Any, float]]
@@ -109,49 +109,20 @@ class Task:
     outputs: Callable[[Params, Params, Batch], Any] | None = None
     """`outputs(params, stats, batch)`: the model's outputs for a batch in evaluation mode, such as logits, which
     metrics from outside are computed from."""
+    better: Mapping[str, Better] = dataclasses.field(default_factory=dict)
+    """Whether a lower or a higher value is better, by the name of a metric, or by what stands before its slash if each
+    class has one, as in `recall/cat`. A lower `loss` always is. `eval.metric` can only be a metric that is here."""
 
-    def measured(self, names: Sequence[str]) -> Task:
-        """Return the task with metrics from outside, each named by the last part of its address.
-
-        Raises:
-            UserError: the task does not expose its outputs, or two metrics would have one name.
-        """
-        outputs, whole = self.outputs, self.metrics
-        own: dict[str, Any] = {}
-        for name in names:
-            short = name.rpartition(":")[2]
-            if short in own:
-                same = [each for each in names if each.rpartition(":")[2] == short]
-                raise UserError(
-                    f"got eval.metrics {' and '.join(same)}, all of which would be named {short}, expected names that "
-                    "differ, try one of them"
-                )
-            own[short] = METRICS.find(name)
-        if not own:
-            return self
-        if outputs is None:
+    def __post_init__(self) -> None:
+        if self.unit == "tokens" and not self.lengths():
             raise UserError(
-                f"got eval.metrics {' '.join(names)} for a task that does not give its model's outputs, expected none, "
-                "try --task classification"
+                f"got a task that counts tokens, with batches of {', '.join(self.fields)}, expected a field with the "
+                'axis seq, try unit="examples"'
             )
 
-        def check_free(found: Any) -> None:
-            if taken := sorted(set(found) & set(own)):
-                raise UserError(f"got a metric {taken[0]!r}, which the task has already, expected another name")
-
-        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-            found = whole(params, stats, batch)
-            check_free(found)
-            said = outputs(params, stats, batch)
-            return {**found, **{name: mean_of(name, metric(said, batch), batch) for name, metric in own.items()}}
-
-        def summarize(totals: Totals, classes: Sequence[str]) -> dict[str, float]:
-            theirs = {name: total for name, total in totals.items() if name not in own}
-            found = self.summarize(theirs, classes)
-            check_free(found)
-            return {**found, **divide({name: totals[name] for name in own if name in totals})}
-
-        return dataclasses.replace(self, metrics=metrics, summarize=summarize)
+    def better_of(self, metric: str) -> Better | None:
+        """Return whether a lower or a higher value of a metric is better; None if the task does not say."""
+        return {"loss": "min", **self.better}.get(metric.partition("/")[0])
 
     @property
     def updates(self) -> int:
@@ -182,8 +153,11 @@ class Task:
         return [n for field in needed for n, axis in zip(field.shape or (), field.axes, strict=False) if axis == "seq"]
 
     def units(self, rows: int) -> int:
-        """Return the tokens or examples in a batch, whichever throughput is counted in."""
-        return math.prod(self.batch_spec(rows)["tokens"].shape) if self.unit == "tokens" else rows
+        """Return the tokens or examples in a batch, whichever throughput is counted in.
+
+        A row has as many tokens as its longest sequence: the inputs and targets of a text are the same tokens.
+        """
+        return rows * max(self.lengths()) if self.unit == "tokens" else rows
 
     def init(self, key: jax.Array) -> Params:
         """Initialize the parameters of each network."""
@@ -300,6 +274,10 @@ def scored(score: Callable[..., tuple[Scores, Params]]) -> tuple[Callable[..., A
     return loss, metrics
 
 
+OF_LANGUAGE: Mapping[str, Better] = {"accuracy": "max", "perplexity": "min", "bits_per_byte": "min"}
+"""Which values of a language model's metrics are better."""
+
+
 def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     """Add the perplexity of a loss in nats to the metrics; for a language model's `summarize`."""
     values = divide(totals)
@@ -340,25 +318,6 @@ def normalized(x: jax.Array, data: DataConfig) -> jax.Array:
     """Normalize images (B, H, W, C) of bytes or in [0, 1]: subtract `data.mean` per channel, divide by `data.std`."""
     x = floats(x)
     return (x - jnp.array(data.mean, x.dtype)) / jnp.array(data.std, x.dtype) if data.mean else x
-
-
-def mean_of(name: str, found: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum and count values (B, …) of a metric, or values and their weights, over the examples that count."""
-    parts: Sequence[Any] = found if isinstance(found, tuple) else (found,)
-    counts = rows(batch)
-    shapes: list[Any] = [getattr(part, "shape", None) for part in parts]
-    if not 1 <= len(parts) <= 2 or None in shapes or shapes[0] != shapes[-1] or shapes[0][:1] != counts.shape:
-        given = [
-            type(part).__name__ if shape is None else f"shape {shape}"
-            for part, shape in zip(parts, shapes, strict=True)
-        ]
-        raise UserError(
-            f"got {' and '.join(given) or '()'} from metric {name!r}, expected a value for each of the {len(counts)} "
-            "examples, or values and their weights, try a function of outputs and batch that returns an array of them"
-        )
-    values, weights = parts if len(parts) == 2 else (parts[0], jnp.ones(shapes[0]))
-    weights = weights * counts.reshape(-1, *(1,) * (values.ndim - 1))
-    return (jnp.where(weights > 0, values, 0) * weights).sum(), weights.sum()
 
 
 def rows(batch: Batch) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Natural, Weight
 from jaxmodels.models.model import Model
-from jaxmodels.models.vae import VAEConfig, reparameterize
+from jaxmodels.models.vae import reparameterize
 from jaxmodels.tasks.losses import binary_cross_entropy, gaussian_kl
 from jaxmodels.tasks.task import (
     Autoencoder,
@@ -71,11 +72,7 @@ class VAE(TaskConfig):
         return examples.labeled(opening, ("image", "array"), optional=True)
 
     def build(self, model: Model, data: DataConfig) -> Task:
-        if not isinstance(model.config, VAEConfig):
-            raise UserError(
-                f"got task vae with {type(model.config).__name__}, expected a variational autoencoder, "
-                "try --task classification"
-            )
+        shape, latents = check_autoencoder(model)
 
         def spread(outputs: jax.Array, images: jax.Array) -> jax.Array:
             if self.pixels == "bernoulli":
@@ -125,10 +122,10 @@ class VAE(TaskConfig):
             return jax.nn.sigmoid(outputs) if self.pixels == "bernoulli" else jnp.clip(outputs, 0, 1)
 
         def samples(params: Params, stats: Params, count: int = SAMPLES, seed: int = 0) -> jax.Array:
-            z = jax.random.normal(jax.random.key(seed), (count, model.config.latents))
+            z = jax.random.normal(jax.random.key(seed), (count, latents))
             return shown(forward(("model", model), params, stats, latents=z)[0])
 
-        fields = {"inputs": numbers(model.config.input_shape), "labels": BatchField(None, optional=True)}
+        fields = {"inputs": numbers(shape), "labels": BatchField(None, optional=True)}
         return Task(
             {"model": model},
             (Loss("loss", "model", loss),),
@@ -136,7 +133,38 @@ class VAE(TaskConfig):
             fields,
             needs="an image, with a label of 0 or above if it has one",
             summarize=summarize,
+            better={"reconstruction": "min", "elbo": "max"},
             samples=samples,
             autoencoder=Autoencoder(seen, shown),
             outputs=lambda params, stats, batch: forward(("model", model), params, stats, floats(batch["inputs"]))[0],
         )
+
+
+def check_autoencoder(model: Model) -> tuple[tuple[int, ...], int]:
+    """Return the shape of a variational autoencoder's images, and the size of their codes.
+
+    Raises:
+        UserError: the model is none: its `apply(params, images)` does not give logits of pixels and the codes' mean and
+            log-variance, or its `apply(params, latents=codes)` no logits.
+    """
+    known = jax.eval_shape(model.stats)
+    params, stats = {"model": model.shapes()}, {"model": known} if known else {}
+
+    def outputs(*inputs: Any, **named: Any) -> Any:
+        return jax.eval_shape(lambda p, s: forward(("model", model), p, s, *inputs, **named)[0], params, stats)
+
+    def shapes(found: Any) -> list[tuple[int, ...]]:
+        return [x.shape for x in found] if isinstance(found, tuple) else []
+
+    given = model.inputs(1)
+    if [len(x.shape) for x in given] == [4]:
+        image = jnp.zeros(given[0].shape, given[0].dtype)
+        encoded = shapes(outputs(image))
+        if len(encoded) == 3 and encoded[0] == image.shape and encoded[1] == encoded[2] and len(encoded[1]) == 2:
+            with contextlib.suppress(TypeError):  # its apply has no latents=
+                if outputs(latents=jnp.zeros(encoded[1])).shape == image.shape:
+                    return image.shape[1:], encoded[1][1]
+    raise UserError(
+        f"got task vae with {type(model.config).__name__}, expected a variational autoencoder, whose apply gives "
+        "(logits, mean, log-variance) for images and logits for latents=, try --task classification"
+    )

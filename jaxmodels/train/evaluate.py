@@ -16,7 +16,7 @@ from jaxmodels.config import Eval
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.parallel import progress, rules
 from jaxmodels.tasks.metrics import unique
-from jaxmodels.tasks.task import Batch, Sums, Task, Whole
+from jaxmodels.tasks.task import Batch, Better, Sums, Task, Whole
 
 Evaluate = Callable[[Any, Any, Iterable[Batch]], dict[str, float] | None]
 
@@ -192,13 +192,6 @@ def metric_names(
     return found
 
 
-_DIRECTIONS = {
-    "min": ("loss", "perplexity", "bits_per_byte", "calibration_error"),
-    "max": ("accuracy", "top5", "precision", "recall", "f1", "elbo", "image_to_text", "text_to_image"),
-}
-"""How the names of metrics begin that are better in one direction only."""
-
-
 def check_metric(
     cfg: Eval,
     task: Task,
@@ -218,12 +211,9 @@ def check_metric(
     Raises:
         UserError: the metric or the mode is wrong, or what the task measures.
     """
-    metric, mode = cfg.metric, cfg.mode
-    right = [way for way, names in _DIRECTIONS.items() if metric.removeprefix("eval/").startswith(names)]
-    if right and right[0] != mode:
-        raise UserError(
-            f"got eval.mode {mode} for eval.metric {metric}, expected {right[0]}, try --eval.mode {right[0]}"
-        )
+    metric = cfg.metric
+    if metric == "eval/loss":
+        check_mode(cfg, "min")
     if metric == "eval/loss" and outside:
         metric_sums(task, mesh, batch())  # not their summary: a task's own may not take numbers that are made up
         return
@@ -232,7 +222,29 @@ def check_metric(
     found = metric_names(task, mesh, batch(), classes=classes, groups=groups)
     whole = [f"eval/{name}" for name in found]
     if metric in whole:
+        check_mode(cfg, better_of(task, metric.removeprefix("eval/"), groups))
         return
     short = [name for name in whole if name.count("/") == 1]
     near = f", did you mean 'eval/{metric}'?" if metric in found else nearest(metric, whole)
     raise UserError(f"got eval.metric {metric!r}, expected one of {', '.join(short)}{near}")
+
+
+def better_of(task: Task, metric: str, groups: Sequence[str] = ()) -> Better | None:
+    """Return whether a lower or a higher value of a reported metric is better; None if its task does not say."""
+    if metric.startswith("gap/"):
+        return "min"
+    own = (f"group/{group}/" for group in unique(groups))
+    return task.better_of(next((metric.removeprefix(each) for each in own if metric.startswith(each)), metric))
+
+
+def check_mode(cfg: Eval, right: Better | None) -> None:
+    """Refuse an `eval.mode` of the wrong direction, or the default where the right one is unknown."""
+    if right is None and cfg.mode == "min":
+        raise UserError(
+            f"got eval.metric {cfg.metric}, which may be better lower or higher, expected a metric that says so by "
+            "Task.better or, of eval.metrics, by the decorator jaxmodels.tasks.better, try --eval.mode max if higher"
+        )
+    if right not in (None, cfg.mode):
+        raise UserError(
+            f"got eval.mode {cfg.mode} for eval.metric {cfg.metric}, expected {right}, try --eval.mode {right}"
+        )

@@ -150,10 +150,12 @@ def on_fewer(job: Job, processes: int, planned: int) -> Job:
 def additive(job: Job) -> bool:
     """Whether microbatches give the gradient of the whole batch: nothing is random, and no example depends on others.
 
-    Examples depend on others by batch statistics, by a contrastive loss, and by the balance of experts.
+    Examples depend on others by batch statistics, by a loss that compares them, and by a model's auxiliary losses, such
+    as the one that balances its experts.
     """
     compares = any(loss.compares for loss in job.task.losses)
-    if compares or getattr(job.config.model, "experts", 0) or jax.tree.leaves(job.layout.stats):
+    auxiliary = any(network.auxiliary for network in job.task.networks.values())
+    if compares or auxiliary or jax.tree.leaves(job.layout.stats):
         return False
     key = jax.eval_shape(jax.random.key, 0)
 
@@ -233,7 +235,7 @@ def check_batch_size(
     rows, least = rules.shards(mesh_sizes, axes), smallest_batch(mesh_sizes, accumulate, updates)
     if batch_size % least:
         better = max(1, round(batch_size / least)) * least
-        parts = {"train.accumulate": accumulate, "task.critic_steps": updates, "mesh.microbatches": microbatches}
+        parts = {"train.accumulate": accumulate, "updates of one network": updates, "mesh.microbatches": microbatches}
         shares = "".join(f", {name} = {n}" for name, n in parts.items() if n > 1 or name == "train.accumulate")
         raise UserError(
             f"got {field} {batch_size}, expected a multiple of {least} (mesh {'*'.join(axes)} = {rows}{shares}), "

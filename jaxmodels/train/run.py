@@ -51,8 +51,7 @@ def train(
 ) -> tuple[Job, loop.Result]:
     """Train as configured, leaving config, metrics, checkpoints and log in `run`; resume the run that is there.
 
-    A run that `watch` ends is ended as if it had been told to stop: its state is saved. `phases` is a clock that
-    started earlier and that its owner watches.
+    A run that `watch` ends saves its state, as on SIGTERM. `phases` is a clock that the caller has already started.
 
     Raises:
         UserError: the config does not fit the hardware, the data, or the run in the directory; or another process
@@ -81,7 +80,7 @@ def train(
         stack.enter_context(directory.logging_to(run / "log.txt" if main else None, display))
         # a second SIGTERM must not interrupt the save that the first one asked for
         preemption = stack.enter_context(distributed.Preemption())
-        # after an error too: a save under way is finished
+        # after an error too, so that a save finishes
         stack.callback(lambda: waited(checkpointer, phases))
         describe(job, run)
         step = job.step()  # compiles in the background while the state is made or read
@@ -100,7 +99,7 @@ def train(
 
 
 def waited(checkpointer: Checkpointer, phases: Phases) -> None:
-    """Wait for the save under way."""
+    """Wait until the current save has finished."""
     with phases.during("save"):
         try:
             checkpointer.wait()
@@ -109,12 +108,12 @@ def waited(checkpointer: Checkpointer, phases: Phases) -> None:
 
 
 def newest(checkpointer: Checkpointer, step: int) -> int | None:
-    """Step of the newest complete checkpoint up to a step; newer ones are damaged: the run went on from before them."""
+    """Return the step of the newest complete checkpoint up to `step`; the run skipped newer ones as damaged."""
     return max((saved for saved in checkpointer.steps() if saved <= step), default=None)
 
 
 def place(job: Job) -> dict[str, Any]:
-    """Where an attempt runs, and by what config: the hash of all fields that decide what is computed."""
+    """Describe where an attempt runs, with a hash of the config's fields that decide what is computed."""
     fields = {
         name: value
         for name, value in configs.flatten(job.config).items()
@@ -242,7 +241,7 @@ def keep_samples(run: Path, now: int, images: np.ndarray) -> None:
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path) as part, part.open("wb") as file:
             np.save(file, images)
-    except OSError as error:  # the run is worth more than its pictures
+    except OSError as error:  # a run does not fail because of its pictures
         log.error("samples NOT written to %s: %s", path, error.strerror)
 
 
@@ -273,7 +272,7 @@ def describe(job: Job, run: Path) -> None:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
+    """Return the versions of Python and of the packages that decide what is computed."""
     found = {"python": platform.python_version(), "jaxmodels": jaxmodels.__version__}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -298,7 +297,7 @@ def commit() -> str | None:
 
 
 def launched() -> dict[str, Any]:
-    """The job of `jaxmodels launch` that this run is part of: its name, revision, and what was not committed."""
+    """Return the job of `jaxmodels launch` that this run is part of: name, revision, and uncommitted changes."""
     said = os.environ.get("JAXMODELS_JOB")
     try:
         return {"job": json.loads(said)} if said else {}

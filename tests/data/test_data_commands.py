@@ -26,12 +26,14 @@ from jaxmodels.config import (
     Tokens,
 )
 from jaxmodels.data import Windows, load_tokenizer, open_source, preview, tokens
+from jaxmodels.data.contract import BatchField
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.transformer import TransformerConfig
+from jaxmodels.tasks.task import numbers
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_the_picture_shows_each_image_as_several_epochs_change_it(shared_data, t
     data = TFDS(dir=place, name="mnist", train_split="train[:50]")
     shape = {"inputs_shape": (28, 28, 1), "num_classes": 10}
     source = open_source(data, "train", Classification(), augment=Augment(shift=4), **shape)
-    assert preview.grid(source, [7, 3, 30], tmp_path / "grid.png")
+    assert preview.grid(source, [7, 3, 30], tmp_path / "grid.png", {"inputs": numbers((28, 28, 1))})
     page = np.asarray(Image.open(tmp_path / "grid.png"))
     for row, index in enumerate([7, 3, 30]):
         for epoch in range(6):
@@ -148,11 +150,34 @@ def test_inspect_shows_captions(shared_data, capsys, tmp_path):
 
 def test_labels_and_groups_are_shown_by_name():
     source = SimpleNamespace(tokenizer=None, class_names=("round", "red", "ripe"), groups=("north", "south"))
-    x = np.zeros((2, 2, 3), np.uint8)
+    x, fields = np.zeros((2, 2, 3), np.uint8), {"inputs": numbers((2, 2, 3))}
     example = {"inputs": x, "labels": np.array([1, 0, 1], np.float32), "group": np.array(1)}
-    assert preview.show(example, source).endswith("    labels round, ripe, group south")
-    assert preview.show({"inputs": x, "labels": np.array([-1.0] * 3)}, source).endswith("    labels ignored")
-    assert preview.show({"inputs": x, "labels": np.array(1)}, source).endswith("    label 1 (red)")
+    assert preview.show(example, source, fields).endswith("    labels round, ripe, group south")
+    assert preview.show({"inputs": x, "labels": np.array([-1.0] * 3)}, source, fields).endswith("    labels ignored")
+    assert preview.show({"inputs": x, "labels": np.array(1)}, source, fields).endswith("    label 1 (red)")
+
+
+def test_fields_of_a_task_from_outside_are_shown_as_what_its_contract_says_they_are():
+    ids = BatchField((4,), axes=("seq",), below=9)
+    fields = {
+        "picture": numbers((2, 2, 3)),
+        "question": ids,
+        "answer": ids,
+        "lengths": BatchField((4,), axes=("seq",)),
+        "score": BatchField((3,), np.float32),
+    }
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join("abcdefghi"[i] for i in ids))
+    source = SimpleNamespace(tokenizer=tokenizer, class_names=(), groups=())
+    example = {
+        "picture": np.zeros((2, 2, 3), np.uint8),
+        "question": np.array([2, 0, 1, 1]),
+        "answer": np.array([3, 0, 3, 8]),
+        "lengths": np.arange(4),
+        "score": np.array([0.5, 2, 3], np.float32),
+    }
+    shown = preview.show(example, source, fields)
+    assert "    | cabb" in shown and "    | dadi" in shown and "(2, 2, 3) uint8" in shown
+    assert "    score:\n    (3,) float32: 0.5 2 3" in shown and "lengths" not in shown
 
 
 def test_inspect_shows_the_numbers_where_there_is_no_text(capsys, tmp_path):

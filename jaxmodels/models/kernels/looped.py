@@ -14,7 +14,7 @@ from jaxmodels.models.kernels.xla import FLOOR
 
 
 def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
-    """Attention over blocks of plan.Q queries and plan.S keys.
+    """Compute attention over blocks of plan.Q queries and plan.S keys.
 
     Shapes: q (B, G, R, T, K), k and v (B, G, S, K), bias (b, g, r, t, s), each full or 1; returns q's.
     """
@@ -41,13 +41,13 @@ def cut(x, axis: int, n: int, size: int):
 
 
 def join(blocks, axis: int):
-    """Undo `cut`, but for its padding."""
+    """Undo `cut`, except for its padding."""
     x = jnp.moveaxis(blocks, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def keys_of(plan: Plan, hidden: Hidden, i, nk):
-    """The blocks of keys [first, last) that block i of queries can see."""
+    """Return the range [first, last) of blocks of keys that block i of queries can see."""
     low, high = hidden.q_offset.min() + i * plan.Q, hidden.q_offset.max() + (i + 1) * plan.Q - 1
     first, last = jnp.int32(0), jnp.int32(nk)
     if plan.causal or plan.window is not None:
@@ -60,7 +60,7 @@ def keys_of(plan: Plan, hidden: Hidden, i, nk):
 
 
 def queries_of(plan: Plan, hidden: Hidden, j, nq):
-    """The blocks of queries [first, last) that can see block j of keys."""
+    """Return the range [first, last) of blocks of queries that can see block j of keys."""
     low, high = j * plan.S, (j + 1) * plan.S - 1
     first, last = jnp.int32(0), jnp.int32(nq)
     if plan.causal or plan.window is not None:
@@ -73,7 +73,7 @@ def queries_of(plan: Plan, hidden: Hidden, j, nq):
 
 
 def ahead(plan: Plan) -> int:
-    """How far beyond its own position a query sees, where there is a limit."""
+    """Return how many positions beyond its own a query sees, if that is limited."""
     return 0 if plan.causal else (plan.window or 1) - 1
 
 
@@ -82,12 +82,12 @@ def at(blocks, i):
 
 
 def corner(plan: Plan, bias, i, j):
-    """Where the bias of block (i, j) begins."""
+    """Return the index at which the bias of block (i, j) begins."""
     return 0, 0, 0, i * plan.Q if bias.shape[3] > 1 else 0, j * plan.S if bias.shape[4] > 1 else 0
 
 
 def part_of(plan: Plan, bias, i, j):
-    """The bias of block (i, j)."""
+    """Return the bias of block (i, j)."""
     size = plan.Q if bias.shape[3] > 1 else 1, plan.S if bias.shape[4] > 1 else 1
     return lax.dynamic_slice(bias, corner(plan, bias, i, j), (*bias.shape[:3], *size))
 

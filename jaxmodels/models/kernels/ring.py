@@ -193,16 +193,16 @@ around.defvjp(forward, backward)
 
 
 FEATURES = EVERYTHING - {"bias", "dropout", "q_offset", "q_offset array", "kv_length"}
-"""What it supports where the mesh cuts tokens."""
+"""What it supports where tokens are sharded."""
 
 
 def refuses(call: Call) -> str | None:
-    """Each device holds as many tokens, in two chunks where the ring is causal."""
+    """Refuse tokens that do not divide evenly among the devices, each of which has two chunks in a causal ring."""
     return uneven(call, call.pieces * (2 if "causal" in call.features else 1))
 
 
 def uneven(call: Call, parts: int) -> str | None:
-    """Why a call's tokens cannot be cut into equal parts, of queries and keys alike; None if they can."""
+    """Say why a call's queries and keys cannot be cut into equal parts; None if they can."""
     if call.pieces == 1:
         return None
     if call.T != call.S:

@@ -37,12 +37,12 @@ def attend(q, k, v, *, causal, window, segments, bias, scale, dropout, rng, soft
 
 
 def refuses(call: Call) -> str | None:
-    """Tokamax caps the sum of scores and bias, where the reference caps the scores alone."""
+    """Refuse a bias with softcap: Tokamax caps the sum of scores and bias, the reference the scores alone."""
     return "does not support bias with softcap" if {"bias", "softcap"} <= call.features else None
 
 
 def absent(platform: str) -> str | None:
-    """A package of its own."""
+    """Refuse a call where the package tokamax is not installed."""
     missing = importlib.util.find_spec("tokamax") is None
     return "needs the package tokamax, which is not installed" if missing else None
 

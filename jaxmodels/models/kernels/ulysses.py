@@ -1,7 +1,7 @@
 """Attention by all-to-all: each device computes its share of the heads for whole sequences.
 
-A call exchanges four arrays: a device's pieces of q, k, v and the output. Where there are fewer heads of keys than
-devices, they are repeated as often as needed. Source: Jacobs et al. 2023, DeepSpeed-Ulysses.
+A call exchanges four arrays: a device's pieces of q, k, v and the output. Keys and values that have fewer heads than
+there are devices are repeated. Source: Jacobs et al. 2023, DeepSpeed-Ulysses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxmodels.models.kernels.kernel import Attend, Call, Choose, Kernel
 
 
 def attend(q, k, v, *, local, segments, axis=None, **given):
-    """The kernel `local` on whole sequences; without an axis that tokens are sharded over, that kernel alone.
+    """Run the kernel `local` on whole sequences, with all-to-alls around it where the tokens are sharded over an axis.
 
     Shapes: as `xla.attend`, of a device's own tokens.
     """
@@ -30,14 +30,14 @@ def attend(q, k, v, *, local, segments, axis=None, **given):
     if segments is not None:
         whole = partial(lax.all_gather, axis_name=axis, axis=1, tiled=True)
         ids = whole(segments[0])
-        # kernels tell by identity that queries and keys are the same tokens
+        # kernels recognize self-attention by the identity of the two arrays
         segments = (ids, ids if segments[1] is segments[0] else whole(segments[1]))
     out: jax.Array = local(q=q, k=k, v=v, segments=segments, **given)
     return lax.all_to_all(out, axis, split_axis=1, concat_axis=2, tiled=True)
 
 
 def refuses(call: Call) -> str | None:
-    """Each device takes as many heads."""
+    """Refuse tokens or heads that do not divide evenly among the devices."""
     if reason := ring.uneven(call, call.pieces):
         return reason
     shares = call.pieces * call.shares
@@ -47,7 +47,7 @@ def refuses(call: Call) -> str | None:
 
 
 def bind(call: Call, choose: Choose) -> Attend:
-    """The exchange around the kernel that is best for whole sequences."""
+    """Return the exchange, around the kernel that is best for whole sequences."""
     return partial(attend, local=choose(call._replace(pieces=1)))
 
 
@@ -57,6 +57,6 @@ KERNEL = Kernel(
     refuses=refuses,
     preferred=ring.preferred,
     partition="tokens",
-    uncut=blockwise.KERNEL.features,  # or another kernel, which takes at least as much
+    uncut=blockwise.KERNEL.features,  # the kernel that is chosen supports at least these
     bind=bind,
 )
