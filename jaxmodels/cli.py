@@ -190,7 +190,7 @@ def _several() -> bool:
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads our output any more (`jaxmodels models | head`)."""
+    """Whether standard output is closed (`jaxmodels models | head`)."""
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)

@@ -39,7 +39,7 @@ def check_differ(records: Records, label: str, split: Split) -> None:
     Raises: UserError.
     """
     field, found, bad = records.fields[label], set[int](), list[Bad]()
-    if field.kind != "label":  # several labels of an example are told apart one by one
+    if field.kind != "label":  # each label of an example with several is its own class
         return
     size = len(records)
     spread = np.unique(np.linspace(0, size - 1, min(size, _AT_ONCE)).astype(np.int64)).tolist()
@@ -105,7 +105,7 @@ def _listed(names: list[str]) -> str:
 
 
 def tell_similar(names: Iterable[str], label: str, where: str) -> None:
-    """Warn of classes that are told apart by nothing but the case of letters, or whose name often stands for none."""
+    """Warn of classes whose names differ only in case, or often stand for a missing value."""
     names = list(names)
     if missing := [name for name in names if name.casefold() in _MISSING]:
         _log.warning("%s of %s is taken for the name of a class: %s", label, where, _listed(list(map(repr, missing))))

@@ -330,7 +330,7 @@ def digest(content: bytes) -> str:
 
 
 def check_fraction(eval_fraction: float) -> None:
-    """Raise UserError unless it lies in [0, 1)."""
+    """Raise UserError unless a fraction is in [0, 1)."""
     if not 0 <= eval_fraction < 1:
         raise UserError(
             f"got data.eval_fraction {eval_fraction}, expected 0 <= fraction < 1, try --data.eval-fraction 0.1"

@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict, deque
 from pathlib import Path
 
-_COLOURS = (36, 33, 35, 32, 34, 31)
+_COLORS = (36, 33, 35, 32, 34, 31)
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[\r\n]")
 # The command line's one-line message about a mistake, which every rank prints.
 _MISTAKE = re.compile(r"(\w+: )?error: ")
@@ -89,7 +89,7 @@ class Console:
 
     def _prefix(self, rank: int) -> str:
         prefix = f"[{rank:>{self._digits}}]"
-        return f"\x1b[{_COLOURS[rank % len(_COLOURS)]}m{prefix}\x1b[0m " if self.live else f"{prefix} "
+        return f"\x1b[{_COLORS[rank % len(_COLORS)]}m{prefix}\x1b[0m " if self.live else f"{prefix} "
 
     def _note(self, line: str) -> None:
         if self._log is not None:

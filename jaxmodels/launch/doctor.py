@@ -26,7 +26,7 @@ from jaxmodels.parallel.mesh import Mesh, make_mesh
 LOCAL_SECONDS, TOGETHER_SECONDS = 60.0, 45.0
 """How long a rank may take for the checks of itself, and for those with all others."""
 SLOW = {"cpu": 0.4}
-"""Fraction of the ranks' median below which a rank is slow; 0.8 for accelerators, which nobody else uses."""
+"""Fraction of the ranks' median below which a rank is slow; 0.8 for accelerators, which no other process uses."""
 FAR = 0.5
 """Fraction of the hardware table's figure below which an accelerator is slow, whatever the others reach."""
 SHORT = 0.75

@@ -88,7 +88,7 @@ class Hosts:
         return ExitCode.FAILED if first.code is None or first.code not in tuple(ExitCode) else first.code
 
     def _leave(self, seconds: float) -> None:
-        """Give all hosts so many seconds to end by themselves, then make sure that no process of the job remains."""
+        """Wait this many seconds for all hosts to end, then make sure that no process of the job remains."""
         until = time.monotonic() + seconds
         for host in self._hosts:
             host.reader.join(timeout=max(0.0, until - time.monotonic()))
@@ -157,7 +157,7 @@ class _Screen:
         with self._lock:
             with contextlib.suppress(OSError, ValueError):
                 print(text, file=self._log, flush=True)
-            # nobody reads it any more: what is lost is a line that the file has
+            # standard output is closed; the line is in the file
             with contextlib.suppress(OSError, ValueError):
                 print(text, file=stream, flush=True)
 

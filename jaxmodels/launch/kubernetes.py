@@ -61,7 +61,7 @@ class Kubernetes(Place):
     topology: str = ""
     """Label of groups of machines, each used by one slice alone: cloud.google.com/gke-nodepool."""
     claims: tuple[str, ...] = ()
-    """Volume claims and their mount points. Runs must lie on one to survive a restart: runs:/app/runs."""
+    """Volume claims and their mount points. Runs must be on one to survive a restart: runs:/app/runs."""
     variables: tuple[str, ...] = ()
     """Environment variables of the pods: NAME=value."""
     host_network: bool = False

@@ -66,7 +66,7 @@ class TPU(Place):
     setup: tuple[str, ...] = ()
     """Shell commands to run on each machine before the job starts: "gcsfuse my-bucket /mnt/runs"."""
     mounts: tuple[str, ...] = ()
-    """Directories to mount in the container. Runs must lie in one to survive a preemption: /mnt/runs:/app/runs."""
+    """Directories to mount in the container. Runs must be in one to survive a preemption: /mnt/runs:/app/runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -310,5 +310,5 @@ class TPU(Place):
         """Print a line, and append it to the log."""
         with open(job.directory / "log.txt", "a") as log:
             log.write(f"{who}{text}\n")
-        with contextlib.suppress(OSError):  # nobody reads it
+        with contextlib.suppress(OSError):  # standard error is closed
             print(f"{who}{text}", file=sys.stderr if who else sys.stdout, flush=True)

@@ -174,7 +174,7 @@ def describe_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
 
 
 def choose(platform: str, call: Call, devices: int = 1) -> tuple[str, str]:
-    """The kernel that `auto` takes for a call spread over so many devices, and why."""
+    """Return the kernel that `auto` takes for a call on this many devices, and the reason."""
     passed = ""
     for name in AUTO:
         kernel = kernel_of(name)

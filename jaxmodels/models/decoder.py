@@ -76,7 +76,7 @@ class Body(NamedTuple):
     features: jax.Array
     """(B, T, D)."""
     cache: dict[str, Any]
-    """The new cache but for its length; of no meaning in a call without one."""
+    """The new cache without its length; meaningless in a call without a cache."""
     sums: Any = None
     """What the losses of `auxiliary` are computed from."""
 

@@ -248,7 +248,7 @@ class ConvTranspose(nn.Module):
 
 
 def _overlap(y: jax.Array, axis: int, stride: int, cut: Sequence[int]) -> jax.Array:
-    """Sum windows that lie `stride` apart: the dimensions n and window, at `axis` and after it, become one."""
+    """Add up windows at a distance of `stride`: the dimensions n and window, at `axis` and after it, become one."""
     n, size = y.shape[axis : axis + 2]
     pieces = -(-size // stride)
 

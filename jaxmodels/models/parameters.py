@@ -1,4 +1,4 @@
-"""Parameters, and what is said of each where it is made: logical axes, kind, and whether it comes before the stack."""
+"""Make parameters with their logical axes, their kind, and whether they come before the stack of layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Axes(tuple[str | None, ...]):
 
     kind: Kind
     before_stack: bool
-    """Whether it is used before the stack of layers, as embeddings are, so that all layers lie above it."""
+    """Whether it is used before the stack of layers, as embeddings are."""
 
     def __new__(cls, names: Iterable[str | None], kind: Kind, before_stack: bool = False) -> Axes:
         axes = super().__new__(cls, names)

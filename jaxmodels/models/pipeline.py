@@ -82,7 +82,7 @@ def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Ca
 
 
 def microbatches(stages: Stages, rows: int, shards: int) -> int | None:
-    """The number of microbatches for so many rows, each of them sharded over `shards`; None if rows do not divide."""
+    """Return the number of microbatches of `rows` rows, each sharded over `shards`; None if they do not divide."""
     chosen = [stages.stages * n for n in range(CHOSEN, 0, -1)]
     asked = [stages.microbatches] if stages.microbatches else chosen
     return next((count for count in asked if rows % (count * shards) == 0), None)
@@ -215,7 +215,7 @@ _rolled.defvjp(lambda x, by: (_rolled(x, by), None), lambda by, _, dx: (_rolled(
 
 
 def _slices(w: Array, stages: int, rounds: int) -> Array:
-    """(L, …) as (S, R, L / (S R), …): consecutive layers lie on consecutive stages, round by round."""
+    """Reshape (L, …) to (S, R, L / (S R), …): consecutive layers are on consecutive stages, round by round."""
     w = w.reshape(rounds, stages, -1, *w.shape[1:])
     return pin(jnp.swapaxes(w, 0, 1), "layers")
 

@@ -1,6 +1,6 @@
 """VGG: stages of 3×3 convolutions, each with a pooling, and a classifier of wide layers (Simonyan & Zisserman 2014).
 
-The classifier takes what the poolings leave of the image; there is no adaptive pooling before it. At 224×224 this is
+The classifier reads the output of the last pooling, without an adaptive pooling in between. At 224×224 this is
 PyTorch's VGG weight for weight, except that the classifier's inputs are flattened in the order H, W, C.
 """
 

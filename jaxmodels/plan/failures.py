@@ -22,7 +22,7 @@ NODE_HOURS = 6300.0
 """Hours between failures of a node of 8 GPUs: 419 unexpected interruptions of 2,048 nodes in 54 days.
 Source: Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3.4."""
 SAVE_RATE = 1.0
-"""GB/s that a node writes to where checkpoints lie."""
+"""GB/s that a node writes to the file system of the checkpoints."""
 RESTART = 300.0
 """Seconds from a failure to the first new step."""
 # Up to this share of the mean time between failures Daly's approximation is exact to seven digits.
@@ -77,7 +77,7 @@ class Failures:
         return self.young() * (1 + share / 3 + share**2 / 9) - self.blocked
 
     def finish(self, work: float, interval: float, trials: int = TRIALS, seed: int = 0) -> np.ndarray:
-        """Seconds to the end of `work` seconds of steps, of so many simulated jobs (trials,)."""
+        """Simulate jobs of `work` seconds of steps; return the seconds that each takes, (trials,)."""
         rng = np.random.default_rng(seed)
         left, spent, restart = np.full(trials, work), np.zeros(trials), np.zeros(trials)
         running = np.arange(trials)

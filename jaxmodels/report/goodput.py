@@ -152,7 +152,7 @@ def newest_run(every: Sequence[Attempt]) -> list[Attempt]:
     another config; else it is the same one's, which had failed before its first checkpoint.
     """
     found: list[Attempt] = []
-    early: list[Attempt] = []  # ended before they came to a step
+    early: list[Attempt] = []  # ended before their first step
     for attempt in every:
         if attempt.first is None:
             early.append(attempt)
@@ -219,7 +219,7 @@ def held_up(happened: Sequence[dict[str, Any]], attempt: Attempt) -> dict[str, f
             current = None
         if row["event"] == "start":
             processes = row.get("processes", 0)
-        # the only process is compared with its own past, and waits for nobody
+        # a single process waits for no other, and is compared with its own past
         if slow and row.get("until") is None and row.get("rank") is not None and processes > 1:
             current = row
     if current is not None:
@@ -237,7 +237,7 @@ def held_up(happened: Sequence[dict[str, Any]], attempt: Attempt) -> dict[str, f
 
 
 def cause(happened: Sequence[dict[str, Any]], attempt: Attempt, after: Attempt | None) -> str:
-    """What a supervisor has found out about an attempt's failure; empty: there was none, or nobody watched."""
+    """What a supervisor reported about an attempt's failure; empty without a failure or a supervisor."""
     until = after.began if after else math.inf
     for event in happened:
         if event["event"] == "failed" and attempt.began <= event["time"] <= until:

@@ -19,7 +19,7 @@ SAVED = "#1c2024"
 UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"))
 ENDS = ("failed", "preempted", "mistake", "done", "cancelled")
 LABELS = 24
-"""Failures that are labelled; of more than so many only the marks are drawn."""
+"""The most failures that are labeled; the others have only a mark."""
 
 Event = Mapping[str, Any]
 

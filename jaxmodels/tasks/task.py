@@ -122,7 +122,8 @@ class Task:
 
     def better_of(self, metric: str) -> Better | None:
         """Return whether a lower or a higher value of a metric is better; None if the task does not say."""
-        return {"loss": "min", **self.better}.get(metric.partition("/")[0])
+        name = metric.partition("/")[0]
+        return self.better.get(name, "min" if name == "loss" else None)
 
     @property
     def updates(self) -> int:

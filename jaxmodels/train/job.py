@@ -134,7 +134,7 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
 
 
 def on_fewer(job: Job, processes: int, planned: int) -> Job:
-    """Return a job, planned for more processes, with so many microbatches that a device has no more rows at a time.
+    """Return a job, planned for more processes, with enough microbatches that no device has more rows at a time.
 
     The batch of a step stays the same. So does the job where microbatches would change what a step computes: a device
     then has more rows at a time.

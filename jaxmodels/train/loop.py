@@ -29,7 +29,7 @@ from jaxmodels.train.step import Step, measured
 log = logging.getLogger("jaxmodels")
 
 EMPTY = 100
-"""Consecutive batches with nothing to train on after which a run ends: chance alone does not produce so many."""
+"""A run ends after this many consecutive batches with nothing to train on, which cannot be chance."""
 
 
 class NotFinite(RuntimeError):

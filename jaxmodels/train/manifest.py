@@ -145,7 +145,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or file; if that fails, rename it out of the way of the next one of its name."""
+    """Remove a folder or file; if that fails, rename it, so that the name is free."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

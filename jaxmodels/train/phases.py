@@ -76,12 +76,12 @@ class Phases:
             self.enter(before)
 
     def begin(self, step: int) -> None:
-        """Note that the loop begins, with so many steps done."""
+        """Record that the loop begins, and how many steps are done."""
         self.first = self.step = step
         self.enter("step")
 
     def done(self, step: int) -> None:
-        """Note that the devices have done so many steps by now."""
+        """Record how many steps the devices have done by now."""
         with self._lock:
             self.step = step
             self._read = self._shown()["step"]
@@ -161,7 +161,7 @@ class Phases:
         self._record = _Record(run, self.line, {"host": socket.gethostname()[:64], **facts})
 
     def keep(self) -> None:
-        """Keep a line for the state of so many steps, which is about to be saved."""
+        """Keep a line for the state of a step, which is about to be saved."""
         if self._record is not None:
             self._record.keep()
 

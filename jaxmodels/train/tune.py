@@ -259,7 +259,7 @@ def check_free(out: Path) -> None:
 
 
 def _await(process: subprocess.Popen[bytes]) -> None:
-    """Wait for another worker, which works for this process too, as a supervisor shall know."""
+    """Wait for another worker, and report progress meanwhile, so that a supervisor does not take this one for stuck."""
     while True:
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)

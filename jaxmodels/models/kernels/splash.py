@@ -12,7 +12,7 @@ from jaxmodels.models.kernels.visibility import zero_blind
 from jaxmodels.parallel.platform import platform
 
 LANES = 128
-"""Blocks are multiples of so many positions."""
+"""Block sizes are multiples of this many positions."""
 PADDING = jnp.iinfo(jnp.int32).min
 """Segment id of the keys beyond `kv_length`."""
 

@@ -14,7 +14,7 @@ FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 SHORT = 48
-"""Below so many queries or keys, one pass is as fast on CPU as blocks are, forward and backward."""
+"""With fewer queries or keys, a single pass is as fast on CPU as blocks, forward and backward."""
 
 
 def attend(q, k, v, *, dropout, rng, **how):
