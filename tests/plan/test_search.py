@@ -362,14 +362,23 @@ def test_a_mixture_from_outside_says_how_many_rows_its_tokens_send(monkeypatch):
     inner = MixtralConfig(
         vocab_size=512, context=256, layers=1, heads=4, kv_heads=4, width=64, mlp_width=32, experts=4
     )  # fmt: skip
-    network = families.family("mixtral").network
-    families.register(families.Family("own-mixture", OwnMixture, lambda c: network(inner), token_inputs))
+    ours = families.family("mixtral")
+    families.register(
+        families.Family(
+            "own-mixture",
+            OwnMixture,
+            lambda c: ours.network(inner),
+            token_inputs,
+            unembedding=lambda c, params: ours.unembedding(inner, params),
+        )
+    )
     data = dataclasses.replace(CONFIG.data, seq_len=256)
-    cfg = dataclasses.replace(CONFIG, data=data, mesh=Mesh(data=1, fsdp=8, expert=4))
+    cfg = dataclasses.replace(CONFIG, model=OwnMixture(), data=data, mesh=Mesh(data=1, fsdp=8, expert=4))
+    judged = arithmetic.Arithmetic(cfg, ON)
 
     def seconds(sent):
-        model = OwnMixture(sent=sent)
-        return arithmetic.Arithmetic(dataclasses.replace(cfg, model=model), ON).guess(cfg).seconds
+        judged.cfg = dataclasses.replace(cfg, model=OwnMixture(sent=sent))
+        return judged.guess(cfg).seconds
 
     first, twice, thrice = (seconds(sent) for sent in (1.0, 2.0, 3.0))
     assert twice > first and thrice - twice == pytest.approx(twice - first, rel=1e-6)
