@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxmodels import config as configs
 from jaxmodels.cli import main
 from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import TFDS, AdamW, Classification, Config, Eval, Metrics, Table, Train
+from jaxmodels.data.contract import BatchField
 from jaxmodels.models.families import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, build, confusion, curves, latents, page, saliency, samples, summary
@@ -305,6 +307,30 @@ def test_cross_attention_is_of_the_texts_alone_without_what_fills_up_their_rows(
     assert shown.get_array().shape == (6, 8)
     np.testing.assert_allclose(shown.get_array().sum(-1), 1, atol=1e-5)
     assert [label.get_text() for label in means.figure.axes[0].get_yticklabels()] == ["2", "3", "4", "5", "6", "7"]
+
+
+def test_the_grid_of_patches_follows_from_their_number_with_and_without_a_class_token():
+    assert attention.patches((28, 28), 16) == attention.patches((28, 28), 17) == (4, 4)
+    assert attention.patches((8, 4), 8) == attention.patches((8, 4), 9) == (4, 2)
+    assert attention.patches((8, 4), 11) is None
+
+
+def test_the_attention_of_a_task_from_outside_is_of_the_texts_in_its_contract():
+    model = create(ZOO["gpt2"][1])
+    tokens = np.asarray(example(model)[0])
+    ids = BatchField(tokens.shape[1:], axes=("seq",), below=9)
+    params = arrays(model)
+    run = SimpleNamespace(
+        networks={"model": model},
+        config=SimpleNamespace(task=SimpleNamespace(answers="")),
+        task=SimpleNamespace(fields={"score": BatchField(()), "sentence": ids}),
+        apply=lambda ids, **named: model.apply(params, ids, **named),
+    )
+    batch = {"score": np.zeros(len(tokens)), "sentence": tokens}
+    evaluation: Any = SimpleNamespace(
+        run=run, examples=lambda first, last: batch, source=SimpleNamespace(tokenizer=None)
+    )
+    assert [each.name for each in attention.pieces(evaluation)] == ["attention-layers", "attention-heads"]
 
 
 def test_rollout_keeps_rows_of_1_and_the_order_of_layers():
