@@ -116,9 +116,9 @@ def grid(source: Source, indices: Sequence[int] | np.ndarray, out: Path, fields:
     for k, index in enumerate(rows.tolist()):
         example = {name: x[k * _EPOCHS] for name, x in batch.items()}
         caption, tokenizer = "", source.tokenizer
-        for name in contract.texts(fields) if tokenizer else ():
+        for name in contract.texts(fields):
             ids = example[name][example["segment_ids"] > 0] if "segment_ids" in example else example[name]
-            caption += f', "{_lines(tokenizer.decode(ids), "")}"'
+            caption += f', "{_lines(tokenizer.decode(ids), "")}"' if tokenizer else ""
         titles.append(f"example {index}: {_label(example, source)}{caption}")
     _draw(images.reshape(len(rows), _EPOCHS, *images.shape[1:]), titles, out)
     return True

@@ -123,7 +123,7 @@ class Task:
     def better_of(self, metric: str) -> Better | None:
         """Return whether a lower or a higher value of a metric is better; None if the task does not say."""
         name = metric.partition("/")[0]
-        return self.better.get(name, "min" if name == "loss" else None)
+        return self.better.get(name) or ("min" if name == "loss" else None)
 
     @property
     def updates(self) -> int:

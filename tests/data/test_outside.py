@@ -1,12 +1,17 @@
 """A source and a task that no file of the tree knows: found by `module:Name`, opened and built like any other."""
 
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import numpy as np
 import pytest
 
 from jaxmodels import tasks
+from jaxmodels.commands import eval as evaluation
 from jaxmodels.config import Classification, Synthetic
-from jaxmodels.data import SOURCES, Loader, Order, open_source
+from jaxmodels.data import SOURCES, Loader, Order, RecordsConfig, open_source
 from jaxmodels.data.contract import check_batch
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
@@ -123,3 +128,22 @@ def test_a_task_refuses_a_source_that_does_not_give_what_it_needs():
     task = task_of("own_sensors:Offset")
     with pytest.raises(UserError, match="got data stdlib, expected a source of records, try --data tfds"):
         open_source(data_of("stdlib"), "train", task, **FACTS)
+
+
+def test_eval_takes_the_fields_of_a_source_from_outside_that_say_which_data_it_has():
+    @dataclass(frozen=True)
+    class Sensor(RecordsConfig):
+        station: str = ""
+        scale: float = 1.0
+
+        def records(self, split):
+            raise NotImplementedError
+
+    @dataclass(frozen=True)
+    class Calibrated(Sensor):
+        evaluated_by: ClassVar[tuple[str, ...]] = ("station",)
+
+    def own(kind):
+        return {field.name for field in dataclasses.fields(evaluation._options(kind))} & {"station", "scale", "path"}
+
+    assert own(Sensor) == {"path", "station", "scale"} and own(Calibrated) == {"path", "station"}
