@@ -108,7 +108,7 @@ def language(opening: Opening, masked: bool = False) -> Source:
     opening.check(_LANGUAGE, "texts")
     if not data.pack:
         own = data.windows(split, opening.vocab_size)
-        return own or corpora.windows(texts_of(data), data, split, opening.vocab_size)
+        return corpora.windows(texts_of(data), data, split, opening.vocab_size) if own is None else own
     corpus = texts_of(data)
     tokenizer = corpora.build_tokenizer(corpus, data, opening.vocab_size)
     ids = [x for x in tokenizer.encode_many(list(corpus.documents(split))) if len(x)]
