@@ -1,4 +1,4 @@
-"""What is written in parts, by one process at a time, before it appears under its own name."""
+"""Write files and folders under other names, one process at a time, before they appear whole under their own."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class RotaryConfig(ModelConfig):
 
 
 class Body(NamedTuple):
-    """What a decoder's blocks make of the embedded tokens."""
+    """The outputs of a decoder's blocks."""
 
     features: jax.Array
     """(B, T, D)."""

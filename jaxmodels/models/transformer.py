@@ -54,7 +54,7 @@ class TransformerConfig(ModelConfig):
     norm_eps: Positive = 1e-6
     """Added to the variance, or to the mean square, in a norm."""
     activation: Literal["relu", "gelu", "gated_gelu"] = "relu"
-    """Of the MLP; GELU in its tanh form."""
+    """Activation of the MLP; GELU in its tanh form."""
     relative_buckets: Dim = 32
     """Buckets of distances, each with a bias (t5); in the encoder half of them for each direction."""
     relative_distance: Dim = 128

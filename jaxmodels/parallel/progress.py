@@ -1,7 +1,7 @@
-"""How far this process is, for the supervisor that started it: a report in a file, and its stacks upon SIGUSR1.
+"""Report this process's progress to the supervisor that started it, in a file, and its stacks on SIGUSR1.
 
-A supervisor gives a folder by JAXMODELS_PROGRESS_DIR. Without one all of this does nothing. A report is written into
-memory that the supervisor's file shows, without a call of the system.
+A supervisor names a folder by JAXMODELS_PROGRESS_DIR; without it, nothing here has an effect. A report is written into
+a memory-mapped file, without a system call.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Phase = Literal["start", "restore", "compile", "step", "data", "evaluation", "save", "idle"]
-"""What a process can be doing."""
+"""Phases of a process."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 LAYOUT = struct.Struct("@qqdddq16s")
 """A report: polls, steps done, Unix time of the report, seconds waited for devices and for data, pauses so far, the
-phase. Numbers have eight bytes each, so that none is read half-written."""
+phase. Each number has eight bytes, so that none is read half-written."""
 PAUSE = struct.Struct("@dq")
-"""Behind it, the newest KEPT pauses, number n in place n % KEPT: seconds, and the phase by its place in PHASES."""
+"""A pause, in seconds, and the index of its phase in PHASES. A report is followed by the newest KEPT pauses, of which
+pause n is at n % KEPT."""
 KEPT = 64
 # a loop comes round in these by polls, and leaves them in between for its data, or to save
 _LOOP = ("step", "evaluation")

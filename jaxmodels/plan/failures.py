@@ -35,11 +35,11 @@ class Failures:
     """How often a job fails, and what its saves and restarts cost. Seconds."""
 
     mean: float
-    """Between failures of the job, whose every node is needed: a node's own, divided by the nodes."""
+    """Mean time between failures of the job, which needs all of its nodes: that of a node, divided by their number."""
     blocked: float
-    """That a save stops the steps."""
+    """Time for which a save stops the steps."""
     pending: float
-    """From then on until the save is complete."""
+    """Time from then until the save is complete."""
     restart: float
     """From a failure to the first new step."""
 

@@ -85,7 +85,7 @@ class Estimate:
 
     @property
     def binds(self) -> str:
-        """What most of the time is spent on."""
+        """The resource that takes most of the time."""
         parts = {
             "compute": self.products,
             "memory": self.memory,
@@ -171,7 +171,7 @@ def payload(each: Instruction, devices: int) -> float:
 
 
 def passes(kind: str, devices: int) -> float:
-    """How many times the whole payload passes through a device's link in a ring."""
+    """Return how many times the whole payload passes through a device's link in a ring."""
     if kind in ("collective-permute", hlo.HOST):
         return 1.0
     return (2.0 if kind == "all-reduce" else 1.0) * (devices - 1) / devices

@@ -174,7 +174,7 @@ def verdict(first: Point, points: Sequence[Point], mode: Mode, axis: str) -> str
 
 
 def why(first: Point, point: Point) -> str:
-    """What takes the time by which a step is slower than ideal."""
+    """Say what makes a step slower than ideal."""
     from jaxmodels.parallel import rules
 
     assert first.plan is not None and point.plan is not None

@@ -207,7 +207,7 @@ class Queue:
         return self.rest.pop(best)
 
     def corrections(self, tried: Sequence[Tried]) -> np.ndarray:
-        """What each trait adds to the logarithms of seconds and of bytes, (traits, 2)."""
+        """Fit what each trait adds to the logarithms of seconds and of bytes, (traits, 2)."""
         compiled = [(each.candidate, each.fits, each.plan) for each in tried if each.plan is not None]
         known = {
             # XLA rematerializes more in a step that does not fit, so its time says nothing about others

@@ -30,7 +30,7 @@ BUCKETS = {
     "restart": "from a failure to the start of the next attempt",
     "idle": "nothing ran, or nothing moved: after a stop that was asked for, in a hang, or at the end of a process",
 }
-"""What time can go to; each second of a run is in one."""
+"""What a run spends time on; each of its seconds is in exactly one of these."""
 
 _ENDS = ("start", "failed", "preempted", "mistake", "done", "cancelled")
 _LIVE_SECONDS = 5.0  # a record older than that is of no process that runs

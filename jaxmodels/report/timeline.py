@@ -1,4 +1,4 @@
-"""What happened to a run over its time, from its events.jsonl."""
+"""Draw what happened to a run over time, from its events.jsonl."""
 
 from __future__ import annotations
 

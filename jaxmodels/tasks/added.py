@@ -77,7 +77,7 @@ def measured(task: Task, names: Sequence[str]) -> Task:
 
 
 _ADDED = "eval.metrics "
-"""How the names begin under which a set keeps the sums and weights of each row; no other name has a space."""
+"""Prefix of the names under which the sums and weights of each row are kept; no other name has a space."""
 
 
 def _also_kept(whole: Whole, each_row: Callable[..., Sums], check_free: Callable[[Any], None]) -> Whole:

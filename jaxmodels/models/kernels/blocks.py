@@ -19,7 +19,7 @@ einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Plan(NamedTuple):
-    """What is known before tracing: Q and S are lengths of blocks, offset is the first query's position, if known."""
+    """The static arguments: Q and S are the lengths of blocks; offset is the first query's position, if known."""
 
     causal: bool
     window: int | None

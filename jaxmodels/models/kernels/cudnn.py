@@ -70,7 +70,7 @@ def _lengthen(x, more):
 
 
 def refuses(call: Call) -> str | None:
-    """What cuDNN needs of types and shapes."""
+    """Refuse types and shapes that cuDNN does not support."""
     if call.dtype not in ("bfloat16", "float16"):
         return f"needs bfloat16 or float16, got {call.dtype}"
     most, where = (256, "") if call.capability >= HOPPER else (128, " on GPUs before Hopper")

@@ -1,4 +1,4 @@
-"""What a kernel of attention says of itself: what it computes, what it refuses, and how it runs on a mesh.
+"""Describe an attention kernel: what it computes, what it refuses, and how it runs on a mesh.
 
 Each kernel equals `xla`, the reference, or refuses the call by name.
 """
@@ -30,7 +30,7 @@ FEATURES: Mapping[str, str] = {
     "kv_length": "the number of valid keys, one for each row or for all",
     "float32": "inputs in float32 (all kernels take bfloat16)",
 }
-"""What a call can ask for, beside plain attention in bfloat16."""
+"""What a call can ask for besides plain attention in bfloat16."""
 
 EVERYTHING = frozenset(FEATURES)
 
@@ -99,9 +99,9 @@ class Kernel:
     """
 
     attend: Callable[..., Any]
-    """The function, with the signature of `Attend`; it need not look at what its features exclude."""
+    """The function, with the signature of `Attend`; it may ignore what its features exclude."""
     features: frozenset[str]
-    """What it supports of `FEATURES`."""
+    """The features that it supports."""
     refuses: Callable[[Call], str | None] = no_reason
     """Why it cannot compute a call whose features it supports; None if it can."""
     absent: Callable[[str], str | None] = no_reason
@@ -111,9 +111,9 @@ class Kernel:
     partition: Literal["compiler", "rows", "tokens"] = "rows"
     """On a mesh: left to XLA's partitioner; run on each device's own rows and heads; or on its own tokens too."""
     uncut: frozenset[str] | None = None
-    """Of a kernel that joins tokens of several devices: what it supports where the mesh cuts none."""
+    """If it joins the tokens of several devices: the features that it supports where no tokens are sharded."""
     bind: Callable[[Call, Choose], Attend] | None = None
-    """Makes the function for a call, where more than its arrays and options decides; without it, `attend` is taken."""
+    """Makes the function for a call, if it depends on more than arrays and options; without it, `attend` is used."""
 
     def __post_init__(self) -> None:
         for name in self.features:

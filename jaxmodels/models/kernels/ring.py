@@ -26,7 +26,7 @@ Array = jax.Array
 
 
 class Ring(NamedTuple):
-    """What is known before tracing; `chunk` is the length of one of the chunks that a device holds."""
+    """The static arguments; `chunk` is the length of one of the chunks that a device holds."""
 
     plan: Plan
     axis: Any

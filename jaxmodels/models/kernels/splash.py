@@ -65,7 +65,7 @@ def bind(call: Call, choose: Choose) -> Attend:
 
 
 def refuses(call: Call) -> str | None:
-    """What the kernel's blocks need of lengths, and its masks of positions."""
+    """Refuse lengths that blocks do not divide, and queries without a key at their own position."""
     if call.T % LANES or call.S % LANES:
         return f"needs lengths that {LANES} divides, got {call.T} and {call.S}"
     windowed = call.features & {"window", "two-sided window"}
@@ -75,7 +75,7 @@ def refuses(call: Call) -> str | None:
 
 
 def absent(platform: str) -> str | None:
-    """Pallas compiles it for TPUs, and interprets it on CPUs."""
+    """Refuse other platforms than TPUs, for which Pallas compiles it, and CPUs, on which it is interpreted."""
     return None if platform in ("tpu", "cpu") else f"runs on TPU (and, interpreted, on CPU), got {platform}"
 
 
