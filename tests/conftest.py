@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, a persistent compilation cache, and where the real data sets lie."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,13 @@ from pathlib import Path
 from tests.quick import FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
+# modules that take longest, which begin first, so that the workers end together; the two that start a SLURM lie apart
+LONG = (
+    "launch/test_slurm.py", "parallel/test_processes.py", "models/test_zoo.py", "parallel/test_zoo_steps.py",
+    "launch/test_bits.py", "docs/test_blocks.py", "train/test_run.py", "parallel/test_pipeline.py", "test_fuzz.py",
+    "models/test_mixtral.py", "parallel/test_accumulate.py", "parallel/test_context.py", "train/test_elastic.py",
+    "train/test_offload.py", "parallel/test_equivalence.py", "plan/test_search.py",
+)  # fmt: skip
 # the tests' own programs, whatever hardware is here; must be set before jax is imported
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +30,17 @@ os.environ.setdefault("PJRT_NPROC", "32")
 import pytest
 
 from jaxmodels.registry import Registry
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    # what has been imported stays: the collector need not look at it each time, as jax's traces make it do
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
