@@ -290,8 +290,22 @@ from jaxmodels.models.gpt2 import GPT2Config
 
 
 def get_config() -> Config:
-    model = GPT2Config(layers=2, width=64, heads=2, vocab_size=32, context=32)
-    return Config(model=model, data=Text(seq_len=32, batch_size=32, path=("letters.txt",), tokenizer="chars"))
+    model = GPT2Config(layers=1, width=32, heads=2, vocab_size=32, context=32)
+    return Config(model=model, data=Text(seq_len=32, batch_size=8, path=("letters.txt",), tokenizer="chars"))
+"""
+# a run that begins takes so long for its steps that it is told to stop before its last; one that goes on does not
+SLOW = """
+import time
+
+from jaxmodels.train.loggers import Logger
+
+
+class Slow(Logger):
+    def start(self, run, config, step):
+        self.pause = 0.0 if step else 0.5
+
+    def scalars(self, step, values):
+        time.sleep(self.pause)
 """
 PLACE = """
 from jaxmodels.launch.slurm import Slurm
@@ -306,15 +320,17 @@ def get_place() -> Slurm:
 def test_a_training_that_was_told_to_stop_ends_with_the_bits_of_one_that_was_not(slurm, tmp_path, monkeypatch):
     """Both at once, on the same two nodes, by the command."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).resolve().parents[2]}:{tmp_path}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for file, text in (("config.py", CONFIG), ("place.py", PLACE), ("letters.txt", "bcdfghjkl" * 2000)):
+    files = {"config.py": CONFIG, "place.py": PLACE, "slow.py": SLOW, "letters.txt": "bcdfghjkl" * 2000}
+    for file, text in files.items():
         (tmp_path / file).write_text(text)
-    fields = "--train.steps 500 --optim.warmup-steps 1 --eval.batches 1 --checkpoint.every 0 --metrics.loggers".split()
+    fields = "--train.steps 100 --optim.warmup-steps 1 --eval.batches 1 --checkpoint.every 0 --metrics.every 1"
     submitted = {}
     for name in ("told", "left"):
-        command = ["train", "config.py", "--run-dir", name, "--mesh.data", "2", "--resume", "auto", *fields]
-        assert cli.main(["launch", "place.py", "--name", name, "--", *command]) == 0
+        loggers = ["--metrics.loggers", *(["slow:Slow"] if name == "told" else [])]
+        command = ["train", "config.py", "--run-dir", name, "--mesh.data", "2", "--resume", "auto", *fields.split()]
+        assert cli.main(["launch", "place.py", "--name", name, "--", *command, *loggers]) == 0
         found = record.read(name)
         submitted[name] = (found.place, found.job, found.handle)
     end = time.monotonic() + 400
