@@ -51,8 +51,12 @@ Contract = Mapping[str, BatchField]
 
 
 def texts(fields: Contract) -> list[str]:
-    """Return the names of the fields that hold token ids: numbers below the size of a vocabulary, along a sequence."""
-    return [name for name, field in fields.items() if field.axes == ("seq",) and field.below is not None]
+    """Return the names of the fields that hold token ids: numbers below the size of a vocabulary, along a sequence.
+
+    If the model does not say how large its vocabulary is, the first field along a sequence is taken.
+    """
+    along = [name for name, field in fields.items() if field.axes == ("seq",)]
+    return [name for name in along if fields[name].below is not None] or along[:1]
 
 
 def images(fields: Contract) -> list[str]:

@@ -178,6 +178,8 @@ def test_fields_of_a_task_from_outside_are_shown_as_what_its_contract_says_they_
     shown = preview.show(example, source, fields)
     assert "    | cabb" in shown and "    | dadi" in shown and "(2, 2, 3) uint8" in shown
     assert "    score:\n    (3,) float32: 0.5 2 3" in shown and "lengths" not in shown
+    unknown = {"question": BatchField((4,), axes=("seq",)), "lengths": fields["lengths"]}
+    assert preview.show(example, source, unknown) == "    | cabb", "of a model that names no size of its vocabulary"
 
 
 def test_inspect_shows_the_numbers_where_there_is_no_text(capsys, tmp_path):
