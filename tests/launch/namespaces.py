@@ -69,7 +69,7 @@ def _server(hosts: Hosts, i: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     probe = [*hosts.inside, "ssh", "-F", str(hosts.config), "-o", "BatchMode=yes", f"h{i}", "true"]
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while subprocess.run(probe, capture_output=True).returncode:
         assert time.monotonic() < until and server.poll() is None, "no sshd came up"
         time.sleep(0.1)

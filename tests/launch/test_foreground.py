@@ -41,7 +41,7 @@ def command(tmp_path: Path, root: Path, request: pytest.FixtureRequest):
 
 
 def wait_for(file: Path) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while not (file.exists() and file.read_text()):
         assert time.monotonic() < until, file
         time.sleep(0.05)

@@ -60,7 +60,7 @@ class Launched:
 
 
 def wait_for(what) -> None:
-    until = time.monotonic() + 40
+    until = time.monotonic() + 120
     while not what():
         assert time.monotonic() < until
         time.sleep(0.1)
