@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         run = FOUND.find(name)
         from jaxmodels.commands.parsing import parse
 
-        found = run(parse(get_type_hints(run)["options"], rest, f"python -m benchmarks {name}"))
+        about = BENCHMARKS.get(name) or (run.__doc__ or "").partition("\n")[0]
+        found = run(parse(get_type_hints(run)["options"], rest, f"python -m benchmarks {name}", about=about))
         code = found if isinstance(found, int) else 0  # others return what they wrote, or nothing
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

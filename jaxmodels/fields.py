@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.hints import member_of, odd_type, typename, unread
 from jaxmodels.registry import Registry, incomplete, subclass_of
 
 MOST = 2**31 - 1
@@ -106,11 +107,12 @@ class Section(ABC):  # noqa: B024
     """A dataclass whose fields are checked whenever one is created: from a file, the command line, JSON or Python.
 
     Its fields are options `--SECTION.FIELD`. Numbers are converted to their field's type (1 to a float), lists to
-    tuples. A class whose values must also fit each other has its own `__post_init__`, which calls this one first.
+    tuples. A class whose values must also fit each other has its own `__post_init__`; its fields are checked before it.
 
     A section that comes in several kinds has a base class with `kinds`, the registry of its subclasses. The base has
     the fields that all kinds share, and is not a kind itself; `--SECTION NAME` chooses a kind. Abstract methods of the
-    base are what each kind must implement: a kind that lacks one is refused when it is named or created.
+    base are what each kind must implement: a kind that lacks one is refused when it is named or created. So is one
+    with a field that could not be checked, saved or set on the command line (`unsupported`).
     """
 
     section: ClassVar[str] = ""
@@ -120,27 +122,75 @@ class Section(ABC):  # noqa: B024
         if section is not None:
             cls.section = section
         if kinds is not None:
-            cls.kinds, kinds.check = kinds, subclass_of(cls, kinds.what)
+            derived = subclass_of(cls, kinds.what)
+            cls.kinds, kinds.check = kinds, lambda found: derived(found) or unsupported(found)
+        if own := vars(cls).get("__post_init__"):
+            cls.__post_init__ = _after_check(own)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if "kinds" in vars(cls) and cls.kinds is not None:
+        if isinstance(kinds := vars(cls).get("kinds"), Registry):
             raise UserError(
-                f"got {cls.__name__}, which every {cls.kinds.what} has in common, expected one of them: "
-                f"{', '.join(cls.kinds.names())}"
+                f"got {cls.__name__}, which every {kinds.what} has in common, expected one of them: "
+                f"{', '.join(kinds.names())}"
             )
-        if lacking := incomplete(cls):
-            raise UserError(
-                f"got {cls.kinds.what if cls.kinds else cls.section} {cls.__module__}:{cls.__qualname__}, {lacking}"
-            )
+        # the options of a command are sections too, without kinds, which are not saved
+        if cls.kinds is not None and (wrong := incomplete(cls) or unsupported(cls)):
+            what = cls.kinds.what if isinstance(cls.kinds, Registry) else "section"
+            raise UserError(f"got {what} {cls.__module__}:{cls.__qualname__}, {wrong}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        fields = {f.name: f for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        for name, kind in _hints(type(self)).items():
-            if name in fields:
-                value = getattr(self, name)
-                default = fields[name].default
-                object.__setattr__(self, name, checked(kind, value, name, self.section, default))
+        hints = _hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = checked(hints[field.name], getattr(self, field.name), field.name, self.section, field.default)
+            object.__setattr__(self, field.name, value)
+
+
+def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Check the fields before a class's own `__post_init__`, which may not call that of its base."""
+
+    @functools.wraps(own)
+    def both(self: Any) -> None:
+        Section.__post_init__(self)
+        own(self)
+
+    return both
+
+
+@functools.cache
+def unsupported(kind: type) -> str:
+    """Say which field of a section's class could not be checked, saved or set on the command line; empty if none.
+
+    The text is the end of "got task my.tasks:Mine, …".
+    """
+    if not dataclasses.is_dataclass(kind):
+        return ""
+    if not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return f"whose fields can be set later, expected them frozen, try @dataclass(frozen=True) above {kind.__name__}"
+    try:
+        hints = _hints(kind)
+    except Exception as error:  # a name that is not there, or what is no type
+        return unread(kind, error)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    taken = list(inspect.signature(kind.__init__).parameters)[1:]  # type: ignore[misc]
+    if odd := sorted(set(fields) ^ set(taken)):
+        return (
+            f"whose {odd[0]} is {'no argument' if odd[0] in fields else 'an argument that is no field'}, expected each "
+            f"field to be an argument of {kind.__name__}, try a property, or {odd[0]} as a field with init=True"
+        )
+    for name, hint in fields.items():
+        if base := member_of(kind, name):
+            return f"whose field {name} has the name of a member of {base}, expected a name that is free, try {name}_"
+        one = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if isinstance(one, type) and issubclass(one, Section):
+            if inner := "" if isinstance(vars(one).get("kinds"), Registry) else unsupported(one):
+                return f"whose field {name} is a section {one.__name__}, {inner}"
+        elif wrong := odd_type(hint, Section, Range):
+            return (
+                f"whose field {name} is {typename(hint)}, expected bool, int, float, str, a Literal, a "
+                f"tuple or union of these, or a section, try {wrong}"
+            )
+    return ""
 
 
 def check_call(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -179,15 +229,29 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+def described(value: Any) -> str:
+    """Format what a function from outside gave: arrays, traced or not, as float32[8, 2]."""
+    if type(value) is tuple:
+        return f"({', '.join(map(described, value))})"
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    return shown(value) if shape is None or dtype is None else f"{dtype}{list(shape)}"
+
+
 def ranges(kind: Any) -> list[Range]:
     """Return the ranges in a field's type."""
     found = [note for note in getattr(kind, "__metadata__", ()) if isinstance(note, Range)]
     return found + [one for arg in get_args(kind) for one in ranges(arg)]
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Return a field's default, from its factory if it has one; MISSING if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def docs(kind: type) -> dict[str, str]:
     """Return the docstring under each field of a dataclass, including inherited fields."""
     found: dict[str, str] = {}
+    fields = {field.name for field in dataclasses.fields(kind)}  # and not what a class says of itself
     for cls in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
@@ -202,7 +266,7 @@ def docs(kind: type) -> dict[str, str]:
                 and isinstance(after.value, ast.Constant)
             ):
                 found[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
-    return found
+    return {name: text for name, text in found.items() if name in fields}
 
 
 class _Misfit(Exception):
@@ -256,11 +320,16 @@ def _fit(kind: Any, value: Any) -> Any:
             raise _Misfit("text", os.fspath(value) if isinstance(value, Path) else "")
         if "\0" in value:
             raise _Misfit("text without zero bytes")
-    elif isinstance(kind, type) and kind is not Any and not isinstance(value, kind):
+    elif isinstance(kind, type) and kind is not Any and not _is_one(kind, value):
         kinds = getattr(kind, "kinds", None)
         known = [] if kinds is None else [address.partition(":")[2] + "()" for address in kinds.builtin.values()]
         raise _Misfit(f"one of {', '.join(known)}" if known else f"a {kind.__name__}")
     return value
+
+
+def _is_one(kind: type, value: Any) -> bool:
+    """Whether a value is of a class; a section without kinds is of no other, which nothing would name when saved."""
+    return type(value) is kind if issubclass(kind, Section) and kind.kinds is None else isinstance(value, kind)
 
 
 def _fit_one(kinds: tuple[Any, ...], value: Any) -> Any:

@@ -20,6 +20,10 @@ T = TypeVar("T")
 OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """The pattern of package.module:Name, for things without a short name."""
 
+NOT_IMPORTABLE = (
+    "which other processes cannot import, expected it in a module of an installed package, or of a directory on "
+    "PYTHONPATH, try moving it there"
+)
 Check = Callable[[Any], str]
 """Says what is wrong with something from outside, as the end of "got task my.tasks:Mine, …"; empty if nothing is."""
 
@@ -48,14 +52,14 @@ class Registry:
         """Return a decorator that gives something a short name, in processes that import its module.
 
         Raises:
-            UserError: the name is taken.
+            UserError: the name is taken, or what gets it fails the check.
         """
 
         def keep(found: T) -> T:
             same = self._registered.get(name)
-            if name in self.builtin or (same is not None and _address(same) != _address(found)):
+            if name in self.builtin or (same is not None and named(same) != named(found)):
                 raise UserError(f"got a second {self.what} {name!r}, expected a name that is free, try another one")
-            self._registered[name] = found
+            self._registered[name] = self._checked(name, found)
             return found
 
         return keep
@@ -86,7 +90,7 @@ class Registry:
         Raises:
             UserError: it is defined where another process cannot import it, or it fails the check.
         """
-        address = _address(found)
+        address = named(found)
         for name, value in self.builtin.items():
             if value == address:
                 return name
@@ -96,10 +100,7 @@ class Registry:
                 return name
         module = found.__module__
         if getattr(sys.modules.get(module), found.__qualname__, None) is not found or not _importable(module):
-            raise UserError(
-                f"got {self.what} {found.__qualname__} of {module}, which other processes cannot import, expected it "
-                "in a module of an installed package, or of a directory on PYTHONPATH, try moving it there"
-            )
+            raise UserError(f"got {self.what} {found.__qualname__} of {module}, {NOT_IMPORTABLE}")
         return address
 
     def _checked(self, name: str, found: Any) -> Any:
@@ -278,7 +279,13 @@ def given_by(path: str | Path, what: str, function: str, gives: str, module_name
         sys.path.pop(0)
 
 
-def _address(found: Any) -> str:
+def outside(found: Any) -> bool:
+    """Whether a section's class was written outside of this package."""
+    return not type(found).__module__.startswith("jaxmodels.")
+
+
+def named(found: Any) -> str:
+    """Return the address of a class or function, as package.module:Name."""
     return f"{found.__module__}:{found.__qualname__}"
 
 

@@ -149,6 +149,24 @@ def test_a_config_of_another_version_is_refused_by_name():
     value["optim"]["peak_rate"] = 3
     with pytest.raises(UserError, match="got unknown field 'peak_rate' for Muon"):
         configs.from_json(value)
+    del value["optim"]["peak_rate"]
+    for changed, message in (
+        ({"optim": value["optim"] | {"peak_rl": 1}}, "'peak_rl' for Muon, expected .*, did you mean 'peak_lr'?"),
+        ({"mesh": value["mesh"] | {"class": "a"}}, "'class' for Mesh, expected .*, try the version that wrote this"),
+        ({"trian": {}}, "'trian' for a config, expected one of model, task, .*, did you mean 'train'?"),
+    ):
+        with pytest.raises(UserError, match=f"got unknown (field|section) {message}"):
+            configs.from_json(value | changed)
+    assert configs.from_json(value | {"origin": {}}) == configs.load(FILE)
+
+
+def test_a_section_is_explained_by_its_fields(capsys):
+    from jaxmodels.cli import main
+
+    assert main(["config", "explain", FILE, "eval"]) == 0
+    shown = capsys.readouterr().out
+    assert "eval.batches = " in shown and "Batches in an evaluation." in shown and "train.steps" not in shown
+    assert main(["config", "explain", FILE, "evl"]) == 2
 
 
 def run(*argv, **env):

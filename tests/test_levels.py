@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 LEVELS = (
-    "errors fields registry parts launch.events",
+    "errors fields hints registry parts launch.events",
     "parallel",
     "models",
     "data",

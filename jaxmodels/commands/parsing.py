@@ -38,16 +38,16 @@ class NoOptions:
     """The fields of the experiment."""
 
 
-def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> Any:
+def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, about: str | None = None) -> Any:
     """Parse command-line arguments into a typed object (tyro), with mistakes as one-line `UserError`s.
 
-    `--help` prints the help and exits with 0.
+    `--help` prints the help, which begins with `about` or the type's docstring, and exits with 0.
     """
     import tyro
 
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = {"description": about}
     if default is not None:
-        given = {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
+        given |= {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
     argv = once(kind, argv, prog, given)
     said = io.StringIO()
     try:

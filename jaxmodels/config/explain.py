@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxmodels.config.kinds import kind_name, kinds_of
 from jaxmodels.config.sections import Config
-from jaxmodels.fields import docs
+from jaxmodels.fields import default_of, docs
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -43,7 +43,7 @@ def provenance(config: Config, name: str, origin: Mapping[str, Any]) -> str:
     owner: Any = config
     for part in path:
         owner = getattr(owner, part)
-    default = {f.name: f.default for f in dataclasses.fields(owner)}[last]
+    default = {f.name: default_of(f) for f in dataclasses.fields(owner)}[last]
     return "default" if default == getattr(owner, last) else f"config file {origin.get('file')}"
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from jaxmodels.config.formats import FORMAT, KIND, current
-from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of, of_kind
-from jaxmodels.config.sections import AnyModel, Config
+from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of
+from jaxmodels.config.sections import Config
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.fields import checked, shown
+from jaxmodels.fields import Section, checked, default_of, shown
 from jaxmodels.registry import given_by
+
+ORIGIN = "origin"
+"""The key, beside the sections, of where a saved config came from."""
 
 
 def load(path: str | Path) -> Config:
@@ -59,40 +62,43 @@ def from_json(value: Any) -> Config:
         if not isinstance(value.get(name), Mapping):
             what = f"is {shown(value[name])}" if name in value else "is missing"
             raise UserError(f"got a config whose section {name!r} {what}, expected an object")
+    _check_known(value, [*sections, "format", ORIGIN], "section", "a config")
     hints = get_type_hints(Config)
-    usual = Config(model=AnyModel())
-    return Config(**{name: _decoded(hints[name], getattr(usual, name), value[name], name) for name in sections})
+    return Config(**{name: _decoded(hints[name], value[name], name) for name in sections})
 
 
-def _decoded(hint: Any, usual: Any, value: Any, name: str) -> Any:
-    """Decode a field's value; `usual` is the field's default."""
-    options = [hint, *getattr(hint, "__args__", ())]
-    kind: Any = next((each for each in options if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
-    if usual is not None and dataclasses.is_dataclass(usual) and isinstance(value, Mapping):
-        kind = type(usual)
-        if kinds_of(usual) is not None:
-            kind = type(of_kind(usual, checked(str, value.get(KIND), KIND, name)))
-            value = {key: item for key, item in value.items() if key != KIND}
-    if kind is None or not isinstance(value, Mapping):
-        return tuple(_decoded(None, None, item, name) for item in value) if isinstance(value, list) else value
-    hints = get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if extra := set(value) - set(fields):
+def _decoded(hint: Any, value: Any, name: str) -> Any:
+    """Decode a field's value: lists become tuples, and objects the sections that the type names."""
+    if isinstance(value, list):
+        return tuple(_decoded(None, item, name) for item in value)
+    if not (isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, Mapping)):
+        return value
+    kind: type = hint
+    if hint.kinds is not None:
+        kind = hint.kinds.find(checked(str, value.get(KIND), KIND, name))
+        value = {key: item for key, item in value.items() if key != KIND}
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _check_known(value, sorted(fields), "field", kind.__name__)
+    if lacking := [key for key, f in fields.items() if key not in value and default_of(f) is dataclasses.MISSING]:
         raise UserError(
-            f"got unknown field {sorted(extra)[0]!r} for {kind.__name__}, expected one of "
-            f"{', '.join(sorted(fields))}, try the version that wrote this config"
+            f"got {kind.__name__} without its field {lacking[0]!r}, expected a value of it, "
+            "try the version that wrote this config"
         )
-    return kind(
-        **{
-            key: _decoded(hints[key], fields[key].default, item, f"{name}.{key}" if name else key)
-            for key, item in value.items()
-        }
-    )
+    hints = get_type_hints(kind)
+    return kind(**{key: _decoded(hints[key], item, f"{name}.{key}") for key, item in value.items()})
+
+
+def _check_known(given: Iterable[str], known: Sequence[str], what: str, owner: str) -> None:
+    if extra := sorted(set(given) - set(known)):
+        raise UserError(
+            f"got unknown {what} {extra[0]!r} for {owner}, expected one of {', '.join(known)}"
+            f"{nearest(extra[0], known) or ', try the version that wrote this config'}"
+        )
 
 
 def save(config: Config, path: Path, origin: Mapping[str, Any]) -> None:
     """Write config.json: all fields, and where they came from (file, overrides, versions, commit)."""
-    path.write_text(json.dumps({**to_json(config), "origin": origin}, indent=2) + "\n")
+    path.write_text(json.dumps({**to_json(config), ORIGIN: origin}, indent=2) + "\n")
 
 
 def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
@@ -115,7 +121,7 @@ def read(run: str | Path) -> tuple[Config, dict[str, Any]]:
         config = from_json(value)
     except UserError as error:
         raise UserError(f"{error} (in {path})") from error
-    return config, _known(value.get("origin"))
+    return config, _known(value.get(ORIGIN))
 
 
 def _known(origin: Any) -> dict[str, Any]:

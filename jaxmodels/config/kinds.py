@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxmodels.config.sections import Config
 from jaxmodels.errors import UserError
+from jaxmodels.fields import default_of
 from jaxmodels.registry import Registry
 
 _KIND = ("name", "kind", "class", "type", "source", "family")
@@ -51,17 +52,23 @@ def of_kind(section: Any, name: str) -> Any:
     """Return a section of the named kind, with the fields that `section` has set and both kinds have.
 
     Raises:
-        UserError: there is no such kind, or it is a kind of another section.
+        UserError: there is no such kind, it is a kind of another section, or a field of it has no value.
     """
     kinds = kinds_of(section)
     assert kinds is not None
     kind = kinds.find(name)
     if kind is type(section):
         return section
-    usual = {field.name: field.default for field in dataclasses.fields(section)}
-    shared = {field.name for field in dataclasses.fields(kind)} & set(usual)
-    values = {field: getattr(section, field) for field in shared}
-    return kind(**{field: value for field, value in values.items() if value != usual[field]})
+    usual = {field.name: default_of(field) for field in dataclasses.fields(section)}
+    own = {field.name: default_of(field) for field in dataclasses.fields(kind)}
+    values = {field: getattr(section, field) for field in own.keys() & usual.keys()}
+    carried = {field: value for field, value in values.items() if value != usual[field]}
+    if lacking := [field for field, value in own.items() if value is dataclasses.MISSING and field not in carried]:
+        raise UserError(
+            f"got {kinds.what} {name} without its {lacking[0]}, which has no default, expected it in a config file, "
+            f"try {kind.__name__}({lacking[0]}=…) there"
+        )
+    return kind(**carried)
 
 
 def replaced(owner: Any, field: str, value: Any) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, is_dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from jaxmodels.data.corpus import Stdlib
 from jaxmodels.data.section import Augment, DataConfig
-from jaxmodels.errors import UserError
-from jaxmodels.fields import Section, shown
+from jaxmodels.fields import Section
 from jaxmodels.models.config import ModelConfig
 from jaxmodels.parallel.mesh import Mesh
 from jaxmodels.tasks.causal_lm import CausalLM
@@ -26,7 +24,7 @@ class AnyModel(ModelConfig):
 class Config(Section):
     """An experiment."""
 
-    model: Any
+    model: ModelConfig
     """The model: a family's config, such as GPT2Config(layers=6)."""
     task: TaskConfig = CausalLM()
     """What the model is trained to do."""
@@ -50,8 +48,3 @@ class Config(Section):
     """A profile of chosen steps, for TensorBoard or Perfetto."""
     init: Init = Init()
     """Where the parameters come from."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_dataclass(self.model) or isinstance(self.model, type):
-            raise UserError(f"got model {shown(self.model)}, expected a family's config, such as GPT2Config(layers=6)")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmodels.data.records import Bad, Records
+from jaxmodels.data.records import Bad, Records, read
 from jaxmodels.data.source import Source, Split
+from jaxmodels.data.values import unfit
 from jaxmodels.errors import UserError
 
 _AT_ONCE = 1024
@@ -44,8 +45,8 @@ def check_differ(records: Records, label: str, split: Split) -> None:
     size = len(records)
     spread = np.unique(np.linspace(0, size - 1, min(size, _AT_ONCE)).astype(np.int64)).tolist()
     for some in (spread, *(range(at, min(at + _AT_ONCE, size)) for at in range(0, size, _AT_ONCE))):
-        rows = records.read(some, [label])
-        found |= {row[label] for row in rows if not isinstance(row, Bad) and row[label] >= 0}
+        rows = [row for row in read(records, some, [label]) if not isinstance(row, Bad)]
+        found |= {row[label] for row in rows if not unfit(label, row[label], field) and row[label] >= 0}
         if len(found) > 1:
             return
         bad += [row for row in rows if isinstance(row, Bad)] if some is not spread else []

@@ -80,6 +80,11 @@ def check_batch(fields: Contract, batch: Mapping[str, Any]) -> None:
         got = batch[name]
         kinds = (got.dtype.kind, np.dtype(want.dtype).kind)
         wrong = kinds[0] != kinds[1] and kinds not in (("u", "f"), ("i", "f"))
+        if want.shape is None and want.axes and len(want.axes) != got.ndim - 1:
+            raise UserError(
+                f"got {name} of shape {got.shape} from the data, expected {len(want.axes)} dimensions behind the rows, "
+                f"for the axes {want.axes} of the task's field"
+            )
         if want.shape is not None and (got.shape[1:] != want.shape or wrong):
             expected = want.rows(got.shape[0])
             hint = "a model whose inputs have the data's shape"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from jaxmodels.data import texts
 from jaxmodels.data.balance import Balanced
 from jaxmodels.data.classes import check_differ, tell_similar, tell_unlearned
 from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
+from jaxmodels.data.files import shown
 from jaxmodels.data.opening import Opening
-from jaxmodels.data.records import Kind, Reader, Records, Row
+from jaxmodels.data.records import Field, Kind, Reader, Records, Row
 from jaxmodels.data.section import DataConfig, RecordsConfig, default
 from jaxmodels.data.source import Source, Split
 from jaxmodels.data.tokenizer import Tokenizer
@@ -37,8 +38,27 @@ _IMAGE = ("threads", "pixels", "augment")
 
 
 def open_records(data: DataConfig, split: Split, classes: Sequence[str] = ()) -> Records:
-    """Open the records of a split; `classes` replace the data's own classes for its labels."""
+    """Open the records of a split; `classes` replace the data's own classes for its labels.
+
+    Raises:
+        UserError: the source has none, or gives something else.
+    """
     found = data.records(split)
+    fields = getattr(found, "fields", None)
+    if not isinstance(found, Records) or not isinstance(fields, Mapping) or not fields:
+        given = shown(found) if not isinstance(found, Records) else f"records with fields {shown(fields)}"
+        raise UserError(
+            f"got data {data.kind}, whose records({split!r}) gives {given}, expected a Records with a Field by the "
+            "name of each of its fields"
+        )
+    if wrong := [name for name in fields if not isinstance(fields[name], Field)]:
+        raise UserError(
+            f"got data {data.kind}, whose records have the field {wrong[0]!r} as {shown(fields[wrong[0]])}, expected a "
+            "Field, try Field('array')"
+        )
+    for name in ("label", "fingerprint"):
+        if not isinstance(text := getattr(found, name, None), str):
+            raise UserError(f"got data {data.kind}, whose records have the {name} {shown(text)}, expected text")
     label = getattr(data, "label_field", "")
     return recorded.Known(found, label, classes) if classes and label in found.fields else found
 

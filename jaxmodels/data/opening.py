@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmodels.data.contract import Contract
+from jaxmodels.data.files import shown
 from jaxmodels.data.section import SHARED, Augment, DataConfig, default
 from jaxmodels.data.source import Source, Split
 from jaxmodels.errors import UserError
@@ -87,7 +88,11 @@ def open_source(
         tuple(classes),
         fields,
     )
-    return data.examples(opening, task)
+    found = data.examples(opening, task)
+    if not isinstance(found, Source):
+        what = f"task {task.kind}" if type(data).examples is DataConfig.examples else f"data {data.kind}"
+        raise UserError(f"got {what}, whose examples gives {shown(found)}, expected a Source, try one of data.examples")
+    return found
 
 
 def open_for(cfg: Any, split: Split, fields: Contract | None = None, classes: Sequence[str] = ()) -> Source:

@@ -8,21 +8,20 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jaxmodels.data.files import shown
 from jaxmodels.data.section import FilesConfig, default
-from jaxmodels.errors import UserError
+from jaxmodels.data.values import EMPTY, number_dtype, unfit
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.registry import named
 
 Kind = Literal["image", "text", "label", "labels", "array"]
 
 _AT_ONCE = 1024
 _SHOWN = 3
-_EMPTY = "is an empty text"
-_MOST_CLASSES = 2**31
-"""Class numbers are int32 in a batch."""
 
 _log = logging.getLogger("jaxmodels")
 
@@ -41,6 +40,21 @@ class Field:
     """Shape of an image or an array; None if it varies."""
     dtype: str = ""
     """Dtype of an array."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in (kinds := get_args(Kind)):
+            raise UserError(f"got Field({self.kind!r}), expected one of {', '.join(kinds)}{nearest(self.kind, kinds)}")
+        for name, kind, plural in (("names", str, "names of classes"), ("shape", int | None, "sizes, or None")):
+            values = getattr(self, name)
+            if not isinstance(values, tuple | list) or not all(isinstance(value, kind) for value in values):
+                raise UserError(f"got Field({self.kind!r}, {name}={values!r}), expected a tuple of {plural}")
+            object.__setattr__(self, name, tuple(values))
+        try:
+            known = not self.dtype or number_dtype(np.dtype(self.dtype))
+        except TypeError:
+            known = False
+        if not known:
+            raise UserError(f"got Field({self.kind!r}, dtype={self.dtype!r}), expected that of numbers, try 'float32'")
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ class Joined(Records):
         which, inside = self._place(indices)
         for part in np.unique(which) if fields else ():
             rows = np.flatnonzero(which == part)
-            values = self.parts[part].read(inside[rows].tolist(), [self._names[part]])
+            values = read(self.parts[part], inside[rows].tolist(), [self._names[part]])
             for row, value in zip(rows.tolist(), values, strict=True):
                 found[row] = value if isinstance(value, Bad) else {fields[0]: value[self._names[part]]}
         return found
@@ -146,7 +160,7 @@ class Known(Records):
         self.records.check(fields)
 
     def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
-        found = self.records.read(indices, fields)
+        found = read(self.records, indices, fields)
         if self._label not in fields or self.fields[self._label].kind not in ("label", "labels"):
             return found
         return [self._one(index, value) for index, value in zip(indices, found, strict=True)]
@@ -249,15 +263,15 @@ class Reader:
     def _read(self, indices: Sequence[int]) -> list[dict[str, Any] | Bad]:
         return [
             value if isinstance(value, Bad) else self._fit(index, value)
-            for index, value in zip(indices, self.records.read(indices, self.fields), strict=True)
+            for index, value in zip(indices, read(self.records, indices, self.fields), strict=True)
         ]
 
     def _fit(self, index: int, values: dict[str, Any]) -> dict[str, Any] | Bad:
-        for name, value in values.items():
-            if isinstance(value, str):  # a byte order mark belongs to the file that the text came from
-                values[name] = value.removeprefix("\ufeff")
-            if reason := unfit(name, values[name], self.records.fields[name]):
-                return Bad(self.records.where(index), reason, reason is _EMPTY)
+        for name in self.fields:
+            if isinstance(value := values[name], str):  # a byte order mark belongs to the file that the text came from
+                values[name] = value = value.removeprefix("\ufeff")
+            if reason := unfit(name, value, self.records.fields[name]):
+                return Bad(self.records.where(index), reason, reason is EMPTY)
         return values
 
     def _good(self, index: int) -> int:
@@ -293,30 +307,27 @@ class Reader:
         return "; ".join(map(str, list(self._bad.values())[-_SHOWN:]))
 
 
-def unfit(name: str, value: Any, field: Field) -> str:
-    """Return why a value does not match its field, empty if it does.
+def read(records: Records, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
+    """Read these fields of these records.
 
-    Where classes have names, a label of -1 is an unknown one, as both TFDS and the library `datasets` write it. Without
-    names, numbers below 0 are refused by `fields.numbered`, which sees all of them.
+    Raises:
+        UserError: the set's class does not give one record with all of them for each index.
     """
-    if field.kind == "text":
-        if not value or value.isspace():
-            return _EMPTY
-        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            return f"{name} has half of a surrogate pair, which is no character"
-    if field.kind == "array":
-        sizes = zip(value.shape, field.shape, strict=False)
-        if value.ndim != len(field.shape) or any(s not in (None, n) for n, s in sizes):
-            return f"{name} has the shape {value.shape}, expected {field.shape}"
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            return f"{name} holds {value[~np.isfinite(value)].flat[0]}, expected finite numbers"
-    elif field.kind in ("label", "labels"):
-        number = len(field.names) or _MOST_CLASSES
-        least = -number if not field.names else -1 if field.kind == "label" else 0
-        for label in (value,) if field.kind == "label" else value:
-            if not least <= label < number:
-                return f"{name} is {shown(label)}, expected a class from 0 to {number - 1}"
-    return ""
+    found: Any = records.read(indices, fields)
+    if not isinstance(found, list | tuple) or len(found) != len(indices):
+        given = f"{len(found)} records" if isinstance(found, list | tuple) else shown(found)
+        raise UserError(
+            f"got {named(type(records))}, whose read gives {given} for {len(indices)} indices, expected a list of one "
+            "record for each"
+        )
+    wanted = set(fields)
+    for record in found:
+        if not isinstance(record, Bad) and not (isinstance(record, dict) and record.keys() >= wanted):
+            raise UserError(
+                f"got {named(type(records))}, whose read gives {shown(record)}, expected a dict with "
+                f"{', '.join(fields)}, or a Bad"
+            )
+    return list(found)
 
 
 def hash_fraction(key: bytes) -> float:

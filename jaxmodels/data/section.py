@@ -6,10 +6,10 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Dim, Dropped, Named, Natural, Positive, Range, Section, Share, Workers
+from jaxmodels.fields import Dim, Dropped, Named, Natural, Positive, Range, Section, Share, Workers, default_of
 from jaxmodels.registry import Registry, function_of
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ class DataConfig(Section, section="data", kinds=SOURCES):
     prefetch: Annotated[int, Range(0, 1024)] = 2
     """Batches prepared ahead of the step."""
 
-    # read by others from any source; fields of those sources that use them
+    # read by others from any source; fields of those sources that use them, and so without annotations here
     name = ""
     tokenizer = ""
     pack = False
     threads = 4
-    pixels: ClassVar[Any] = "pillow"
+    pixels = cast("Any", "pillow")
     input_field = ""
-    captions: ClassVar[Any] = ()
-    class_names: ClassVar[Any] = ()
+    captions = cast("Any", ())
+    class_names = cast("Any", ())
     prompt: ClassVar[str] = "\n"
     """How a sample from a language model of its texts begins."""
     real: ClassVar[bool] = True
@@ -187,9 +187,9 @@ class RecordsConfig(TextsConfig):
     """Record field that holds the translation of the input."""
     group_field: str = ""
     """Record field that names its group. Each metric is reported for each group, with the largest difference."""
-    class_names: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    class_names: tuple[str, ...] = ()
     """Names of the classes in captions, if the data's own are unsuitable."""
-    captions: tuple[str, ...] = ()  # pyright: ignore[reportIncompatibleVariableOverride]
+    captions: tuple[str, ...] = ()
     """Captions of an image by its class: "the digit {label}". Each example gets one of them."""
     bad_records: Natural = 100
     """How many unreadable records to tolerate. Each is named in the log, counted and left out."""
@@ -197,7 +197,7 @@ class RecordsConfig(TextsConfig):
     """Whether each class appears equally often in training; examples of smaller classes recur within an epoch."""
     threads: Workers = 4
     """Threads that decode and augment images."""
-    pixels: Literal["pillow", "opencv"] = "pillow"  # pyright: ignore[reportIncompatibleVariableOverride]
+    pixels: Literal["pillow", "opencv"] = "pillow"
     """Library that decodes JPEG and resizes images. pillow averages all pixels that are merged into one. opencv (extra
     `opencv`) takes half the time, and uses the four nearest pixels unless an image shrinks to less than half."""
 
@@ -259,7 +259,7 @@ class SplitsConfig(DataConfig):
 
 def default(section: Any, name: str) -> Any:
     """Return the default of a section's field."""
-    return next(field.default for field in dataclasses.fields(section) if field.name == name)
+    return next(default_of(field) for field in dataclasses.fields(section) if field.name == name)
 
 
 _SEEN = ("seq_len", "pack", "mean", "std", "batch_size", "prefetch", "threads", "pixels", "captions", "class_names")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from jaxmodels.data.contract import IGNORED
 from jaxmodels.data.tokenizer import Tokenizer
+from jaxmodels.data.values import number_dtype
 from jaxmodels.errors import UserError
+from jaxmodels.fields import described
+from jaxmodels.registry import named
 
 Split = Literal["train", "eval"]
 
@@ -60,9 +63,20 @@ class Source(ABC):
 
 
 def spec(source: Source, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a global batch, taken from one example."""
-    one = source.batch(np.zeros(1, np.int64), np.zeros(1, np.int64))
-    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in one.items()}
+    """Return the shapes and dtypes of a global batch, taken from one example.
+
+    Raises:
+        UserError: the source does not give arrays with a row for each example.
+    """
+    one: Any = source.batch(np.zeros(1, np.int64), np.zeros(1, np.int64))
+    arrays = dict(one) if isinstance(one, Mapping) else {"batch": one}
+    odd = [name for name, x in arrays.items() if not isinstance(x, np.ndarray) or x.shape[:1] != (1,)]
+    if odd := odd or [name for name, x in arrays.items() if not number_dtype(x.dtype)]:
+        raise UserError(
+            f"got {named(type(source))}, whose batch of one example has {described(arrays[odd[0]])} as {odd[0]}, "
+            "expected an array of numbers by the name of each field, with a row for each example"
+        )
+    return {name: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype) for name, x in arrays.items()}
 
 
 class Windows(Source):

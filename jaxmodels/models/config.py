@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar, Self, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from jaxmodels.fields import Section
 from jaxmodels.registry import Registry
@@ -32,8 +33,13 @@ FAMILIES = Registry(
 """The config of each family, whose module registers the family when it is imported."""
 
 
+@dataclass(frozen=True)
 class ModelConfig(Section, section="model", kinds=FAMILIES):
     """The sizes and choices of a model; each family has its own."""
+
+    if TYPE_CHECKING:  # the fields of a model whose family is not known
+
+        def __getattr__(self, name: str) -> Any: ...
 
     stacked: ClassVar[bool] = True
     """Whether a parameter of the layers is one array for all of them, so that their number shows in its shape."""

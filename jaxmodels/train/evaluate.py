@@ -48,9 +48,9 @@ def build_evaluate(
     @jax.jit
     def add(params: Any, stats: Any, batch: Batch) -> dict[str, Sums]:
         def of(group: jax.Array) -> Sums:
-            return checked_sums(task.metrics(params, stats, mask_rows(batch, batch["group"] == group)))
+            return task.metrics(params, stats, mask_rows(batch, batch["group"] == group))
 
-        found = {"": checked_sums(task.metrics(params, stats, batch))}
+        found = {"": task.metrics(params, stats, batch)}
         if groups and "group" in batch:
             # only weights differ between groups, so the network runs once
             found["group"] = jax.vmap(of)(jnp.arange(len(groups)))
@@ -107,30 +107,6 @@ def _first(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: ("loss", "accuracy", name).index(name))
 
 
-NUMBERS = (jax.Array, np.ndarray, np.number, int, float)
-
-
-def checked_sums(found: Any) -> Any:
-    """Return the sums that a task's metrics are, if that is what they are.
-
-    Raises:
-        UserError: they are not named, one is not (sum, count), or there is no loss among them.
-    """
-    form = "{'loss': (sum, count), …}"
-    if not isinstance(found, Mapping):
-        raise UserError(f"got metrics of the task as {type(found).__name__}, expected {form}")
-    for name, pair in found.items():
-        parts = pair if isinstance(pair, tuple | list) else ()
-        if len(parts) != 2 or not all(isinstance(x, NUMBERS) for x in parts) or np.size(parts[1]) != 1:
-            given = f"({', '.join(type(x).__name__ for x in parts)})" if parts else type(pair).__name__
-            raise UserError(f"got metric {name!r} of the task as {given}, expected its sum and its count, try {form}")
-    if "loss" not in found:
-        raise UserError(
-            f"got metrics {', '.join(map(str, found)) or '{}'} of the task, expected a loss too, try {form}"
-        )
-    return found
-
-
 def mask_rows(batch: Batch, rows: jax.Array) -> Batch:
     """Return the batch with weight 0 for all except these rows (B,)."""
     return {**batch, "weight": jnp.where(rows, batch.get("weight", 1.0), 0.0)}
@@ -138,7 +114,7 @@ def mask_rows(batch: Batch, rows: jax.Array) -> Batch:
 
 def sum_pairs(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
     """Sum metrics that compare examples with each other: over all examples, and over each group's own."""
-    found: dict[str, Any] = {"": checked_sums(whole.sums(kept))}
+    found: dict[str, Any] = {"": whole.sums(kept)}
     if groups and "group" in kept:
         each = [whole.sums({name: x[kept["group"] == g] for name, x in kept.items()}) for g in range(len(groups))]
         found["group"] = jax.tree.map(lambda *x: np.stack(x), *each)
@@ -170,9 +146,7 @@ def metric_sums(task: Task, mesh: Mesh, batch: Mapping[str, jax.ShapeDtypeStruct
     """
     params = {network: model.shapes() for network, model in task.networks.items()}
     with jax.set_mesh(mesh):
-        return jax.eval_shape(
-            lambda *given: checked_sums(task.metrics(*given)), params, jax.eval_shape(task.stats), dict(batch)
-        )
+        return jax.eval_shape(task.metrics, params, jax.eval_shape(task.stats), dict(batch))
 
 
 def metric_names(

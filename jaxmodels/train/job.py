@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,14 @@ from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
 from jaxmodels.parallel import mesh as meshes
 from jaxmodels.parallel import rules
+from jaxmodels.registry import outside
 from jaxmodels.tasks.flops import Step as FLOPs
 from jaxmodels.tasks.flops import per_step
 from jaxmodels.tasks.task import Task
 from jaxmodels.train import evaluate, loop
 from jaxmodels.train import state as states
 from jaxmodels.train.state import Optimizers, State
-from jaxmodels.train.step import Step, build_step, lower
+from jaxmodels.train.step import Step, advance, build_step, lower
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,18 @@ class Job:
     def check_metric(self) -> None:
         """Refuse an `eval.metric` that evaluations do not report, and metrics from outside that are no sums."""
         cfg, source, batch = self.config, self.sources["eval"], self.loader("eval").abstract
-        outside = not type(cfg.task).__module__.startswith("jaxmodels.")
+        own = outside(cfg.task)
         evaluate.check_metric(
-            cfg.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups, outside=outside
+            cfg.eval, self.task, self.mesh, batch, classes=source.class_names, groups=source.groups, outside=own
         )
+
+    def check_outside(self) -> None:
+        """Trace a step of what comes from outside, so that what does not fit is refused before anything is written."""
+        cfg = self.config
+        if any(map(outside, (cfg.model, cfg.task, cfg.optim, cfg.optim.schedule))):
+            step = functools.partial(advance, self.task, self.optimizers, accumulate=self.accumulate, ema=cfg.train.ema)
+            with jax.set_mesh(self.mesh):
+                jax.eval_shape(step, self.layout, self.batch)
 
     def evaluation(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
         """Build the function that evaluates the task on the mesh, with the data's names of classes and groups."""

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 from optax import contrib
 
-from jaxmodels.fields import Dropped, Natural, Positive, Range, Section, Weight
-from jaxmodels.registry import Registry
+from jaxmodels.errors import UserError
+from jaxmodels.fields import Dropped, Natural, Positive, Range, Section, Weight, described
+from jaxmodels.registry import Registry, named
 from jaxmodels.train import groups
 from jaxmodels.train.adafactor import scale_by_adafactor
 from jaxmodels.train.schedules import Cosine, ScheduleConfig
@@ -70,14 +71,27 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
         Step k of W warm-up steps has (k + 1) / W of the peak: the line starts from 0 one step before the run, so that
         no step has a learning rate of 0. The first step after the warm-up has the peak, and the run's last step has the
         schedule's final share of it. A run of a single step has the peak.
+
+        Raises:
+            UserError: the schedule's share is no number.
         """
         warmup = self.warmup_steps
 
+        def share(at: Any) -> Any:
+            found = self.schedule.share(at, warmup, steps - 1)
+            if not isinstance(found, jax.Array | np.ndarray | np.number | int | float) or jnp.shape(found):
+                raise UserError(
+                    f"got schedule {named(type(self.schedule))}, whose share gives {described(found)}, expected a "
+                    "single number, the fraction of the peak at this step"
+                )
+            return found
+
         def of(step: Any) -> Any:
             at = jnp.asarray(step, jnp.float32)
-            share = jnp.minimum((at + 1) / warmup, 1.0) if warmup else jnp.float32(1)
-            return self.peak_lr * (share * self.schedule.share(at, warmup, steps - 1))
+            warm = jnp.minimum((at + 1) / warmup, 1.0) if warmup else jnp.float32(1)
+            return self.peak_lr * (warm * share(at))
 
+        jax.eval_shape(share, jax.ShapeDtypeStruct((), jnp.float32))
         return of
 
     def build(self, steps: int, axes: Any, shapes: Any = None, updates: int = 1) -> optax.GradientTransformation:
@@ -85,12 +99,16 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
 
         `shapes` are the params as `jax.ShapeDtypeStruct`s, needed where layers are frozen or have learning rates of
         their own. `updates` is the number of updates in a step; all of them have the step's learning rate.
+
+        Raises:
+            UserError: the rule, the decay or the schedule gives something else. For updates and states of other shapes,
+                when the transformation is traced.
         """
         rate: Any = self.rate(steps)
         parts = [
             optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
-            self.rule(axes),
-            self.decay(axes),
+            self._checked("rule", self.rule(axes)),
+            self._checked("decay", self.decay(axes)),
             optax.scale_by_learning_rate(lambda count: rate(jnp.asarray(count) // updates)),
         ]
         scales = None if shapes is None else groups.factors(self.freeze, self.layer_decay, shapes, axes)
@@ -98,6 +116,23 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
             return optax.chain(*parts)
             # frozen parameters add nothing to the norm that is clipped, and their gradients are never computed
         return optax.chain(scaled(jax.tree.map(np.sign, scales)), *parts, scaled(scales))
+
+    def _checked(self, method: str, made: Any) -> optax.GradientTransformation:
+        """Return a transformation that refuses updates and states of other shapes when it is traced."""
+        what = f"optimizer {named(type(self))}, whose {method}"
+        if not callable(getattr(made, "init", None)) or not callable(getattr(made, "update", None)):
+            raise UserError(f"got {what} gives {described(made)}, expected an optax.GradientTransformation")
+
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            found = made.update(updates, state, params)
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise UserError(f"got {what} gives {described(found)} as an update, expected (updates, state)")
+            for name, given, new in (("updates", updates, found[0]), ("a state", state, found[1])):
+                if wrong := _differ(given, new):
+                    raise UserError(f"got {what} gives {name} with {wrong}")
+            return found
+
+        return optax.GradientTransformation(made.init, update)
 
 
 @dataclass(frozen=True)
@@ -224,3 +259,14 @@ def scaled(factors: Any) -> optax.GradientTransformation:
         return jax.tree.map(scale, updates, factors)
 
     return optax.stateless(each)
+
+
+def _differ(given: Any, new: Any) -> str:
+    """Say where a tree of arrays has other shapes than the one given; empty if nowhere."""
+    before, after = ({path: jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)} for tree in (given, new))
+    for path in [*before, *after]:
+        if before.get(path) != after.get(path):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            was, now = (f"shape {x[path]}" if path in x else "nothing" for x in (before, after))
+            return f"{now} as {name or 'array'}, expected {was}"
+    return ""

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def train(
         directory.check_writable(run)
     chosen = loggers.find_loggers(cfg.metrics.loggers)
     job = on_fewer(assemble(cfg), jax.process_count(), distributed.planned())
+    job.check_outside()
     job.check_metric()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
     with contextlib.ExitStack() as stack:
@@ -220,6 +222,8 @@ def begin(
             f"got data with fingerprint {fingerprint}, expected that of the run in {run}, {meta.get('data')}, "
             "try --resume must to continue with other data"
         )
+    if resume != "must":
+        check_classes(run, job.sources["train"].class_names)
     if start > cfg.train.steps:
         raise UserError(
             f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at least {start}, "
@@ -232,6 +236,22 @@ def begin(
             "--resume never starts this one anew"
         )
     return loop.Start(state, start, progress), meta.get("lines")
+
+
+def check_classes(run: Path, names: Sequence[str]) -> None:
+    """Refuse classes in another order, or of other names, than those that the run was trained on.
+
+    Raises:
+        UserError: a label would mean something else.
+    """
+    before, now = saved.read_kept(run).classes, tuple(map(str, names))
+    if before and now != before:
+        pairs = itertools.zip_longest(before, now)
+        place, (was, given) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"got data whose class {place} is {given!r}, expected {was!r} as in the run in {run}, whose labels would "
+            "mean something else, try another --run-dir, or --resume must to continue with the change"
+        )
 
 
 def keep_samples(run: Path, now: int, images: np.ndarray) -> None:

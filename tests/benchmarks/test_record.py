@@ -65,6 +65,13 @@ def test_a_mistyped_benchmark_is_answered_in_one_line_with_the_nearest(capsys):
     assert main(["atention"]) == 2
     error = capsys.readouterr().err
     assert "did you mean 'attention'?" in error and error.count("\n") == 1
+    for wrong, said in (
+        (["--rouns", "3"], "did you mean '--rounds'?"),
+        (["--rounds", "x"], "got --rounds 'x', expected"),
+    ):
+        assert main(["startup", *wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("benchmarks: got ") and said in error and error.count("\n") == 1
 
 
 def test_without_a_name_the_benchmarks_are_listed(capsys):

@@ -218,16 +218,16 @@ def test_a_metric_to_judge_by_that_there_is_not_is_refused_before_anything_is_do
 @pytest.mark.parametrize(
     ("measures", "message"),
     [
-        ({"error": (1.0, 2)}, "got metrics error of the task, expected a loss too, try {'loss': (sum, count)"),
-        ({}, "got metrics {} of the task, expected a loss too"),
-        (None, "got metrics of the task as NoneType, expected {'loss'"),
-        ([(1.0, 2)], "got metrics of the task as list, expected {'loss'"),
-        ({"loss": 1.0}, "got metric 'loss' of the task as float, expected its sum and its count"),
-        ({"loss": (1.0, 2), "error": None}, "got metric 'error' of the task as NoneType, expected its sum and"),
-        ({"loss": (1.0, 2), "error": (1.0, 2, 3)}, "got metric 'error' of the task as (float, int, int), expected"),
-        ({"loss": (1.0, 2), "error": {"sum": 1.0}}, "got metric 'error' of the task as dict, expected its sum"),
-        ({"loss": (1.0, np.ones(3))}, "got metric 'loss' of the task as (float, ndarray), expected its sum"),
-        ({"loss": (1.0, 2), "error": ("high", 2)}, "got metric 'error' of the task as (str, int), expected its sum"),
+        ({"error": (1.0, 2)}, "got metrics error of {own}, expected a loss too, try {'loss': (sum, count)"),
+        ({}, "got metrics {} of {own}, expected a loss too"),
+        (None, "got metrics of {own} as NoneType, expected {'loss'"),
+        ([(1.0, 2)], "got metrics of {own} as list, expected {'loss'"),
+        ({"loss": 1.0}, "got metric 'loss' of {own} as float, expected its sum and its count"),
+        ({"loss": (1.0, 2), "error": None}, "got metric 'error' of {own} as NoneType, expected its sum and"),
+        ({"loss": (1.0, 2), "error": (1.0, 2, 3)}, "got metric 'error' of {own} as (float, int, int), expected"),
+        ({"loss": (1.0, 2), "error": {"sum": 1.0}}, "got metric 'error' of {own} as dict, expected its sum"),
+        ({"loss": (1.0, np.ones(3))}, "got metric 'loss' of {own} as (float, ndarray), expected its sum"),
+        ({"loss": (1.0, 2), "error": ("high", 2)}, "got metric 'error' of {own} as (str, int), expected its sum"),
     ],
 )
 def test_metrics_of_a_task_from_outside_that_are_no_sums_are_refused_before_anything_is_done(
@@ -236,7 +236,8 @@ def test_metrics_of_a_task_from_outside_that_are_no_sums_are_refused_before_anyt
     monkeypatch.setattr(Own, "measures", lambda self: measures)
     with pytest.raises(UserError) as error:
         runs.train(replace(BASE, task=Own()), tmp_path / "run")
-    assert message in str(error.value) and not (tmp_path / "run").exists()
+    assert message.replace("{own}", f"task {__name__}:Own") in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sum_that_is_an_array_needs_a_summary_of_its_own():

@@ -1,0 +1,90 @@
+"""Values of records, held against what their `Field` says."""
+
+from __future__ import annotations
+
+import numbers
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxmodels.data.files import shown
+
+if TYPE_CHECKING:
+    from jaxmodels.data.records import Field
+
+EMPTY = "is an empty text"
+_MOST_CLASSES = 2**31
+"""Class numbers are int32 in a batch."""
+_GREATEST = float(np.finfo(np.float32).max)
+
+
+def unfit(name: str, value: Any, field: Field) -> str:
+    """Return why a value does not match its field, empty if it does.
+
+    Where classes have names, a label of -1 is an unknown one, as both TFDS and the library `datasets` write it. Without
+    names, numbers below 0 are refused by `fields.numbered`, which sees all of them.
+    """
+    if field.kind == "text":
+        return _text(name, value)
+    if field.kind == "image":
+        return _image(name, value, field)
+    return _array(name, value, field) if field.kind == "array" else _label(name, value, field)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        return f"{name} is {shown(value)}, expected text"
+    if not value or value.isspace():
+        return EMPTY
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        return f"{name} has half of a surrogate pair, which is no character"
+    return ""
+
+
+def _image(name: str, value: Any, field: Field) -> str:
+    if isinstance(value, bytes):
+        return ""
+    if not isinstance(value, np.ndarray):
+        return f"{name} is {shown(value)}, expected the bytes of an image file, or an array of uint8"
+    if value.dtype != np.uint8 or value.ndim != 3 or not value.size:
+        return f"{name} is {value.dtype} of the shape {value.shape}, expected uint8 (height, width, channels)"
+    return _shape(name, value, field) if field.shape else ""
+
+
+def _array(name: str, value: Any, field: Field) -> str:
+    if not isinstance(value, np.ndarray | np.generic):
+        return f"{name} is {shown(value)}, expected an array of {field.dtype or 'numbers'}"
+    if wrong := _shape(name, value, field):
+        return wrong
+    if not number_dtype(value.dtype) or (field.dtype and not np.can_cast(value.dtype, field.dtype, "same_kind")):
+        return f"{name} is an array of {value.dtype}, expected {field.dtype or 'numbers'}"
+    if value.dtype.kind != "f":
+        return ""
+    if not np.isfinite(value).all():
+        return f"{name} holds {value[~np.isfinite(value)].flat[0]}, expected finite numbers"
+    if value.dtype.itemsize > 4 and (large := np.abs(value) > _GREATEST).any():
+        return f"{name} holds {value[large].flat[0]}, expected numbers that float32 holds"
+    return ""
+
+
+def _shape(name: str, value: Any, field: Field) -> str:
+    sizes = zip(value.shape, field.shape, strict=False)
+    if value.ndim != len(field.shape) or any(s not in (None, n) for n, s in sizes):
+        return f"{name} has the shape {value.shape}, expected {field.shape}"
+    return ""
+
+
+def _label(name: str, value: Any, field: Field) -> str:
+    one, number = field.kind == "label", len(field.names) or _MOST_CLASSES
+    least = -number if not field.names else -1 if one else 0
+    if not one and not isinstance(value, tuple):
+        return f"{name} is {shown(value)}, expected a tuple of classes"
+    for label in (value,) if one else value:
+        if not isinstance(label, numbers.Integral) or not least <= label < number:  # type: ignore[operator]
+            return f"{name} is {shown(label)}, expected a class from 0 to {number - 1}"
+    return ""
+
+
+def number_dtype(dtype: np.dtype[Any]) -> bool:
+    """Whether arrays of this dtype become float32 inputs."""
+    return dtype.kind in "biuf" or dtype.name == "bfloat16"

@@ -1,0 +1,192 @@
+"""What a task's class gives, checked when it is built and, for its functions, when they are traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.data.contract import BatchField
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import described, shown
+from jaxmodels.models.model import Model
+from jaxmodels.parallel import rules
+from jaxmodels.registry import named
+from jaxmodels.tasks.task import Aux, Loss, Task, TaskConfig, Whole
+
+_NUMBERS = (jax.Array, np.ndarray, np.number, int, float)
+_SUMS = "{'loss': (sum, count), …}"
+_LOSS = "(sum over the batch, Aux(weight, sums, stats))"
+
+
+def checked(made: Any, config: TaskConfig) -> Task:
+    """Return the task that `config.build` gave, with functions that refuse results of another form when traced.
+
+    Raises:
+        UserError: it is no task, or its parts do not fit together.
+    """
+    what = f"task {named(type(config))}"
+    if wrong := _wrong(made):
+        raise UserError(f"got {what}, whose build {wrong}")
+
+    def losses(loss: Loss) -> Loss:
+        def check(found: Any, params: Any, stats: Any, *rest: Any) -> Any:
+            if wrong := _wrong_loss(found, stats):
+                raise UserError(f"got {what}, whose loss {loss.name!r} gives {wrong}")
+            return found
+
+        return dataclasses.replace(loss, fn=_then(loss.fn, check))
+
+    def sums(found: Any, *given: Any) -> Any:
+        return check_sums(found, what)
+
+    def metrics(found: Any, *given: Any) -> Any:
+        if not (isinstance(found, Mapping) and not any(map(_no_number, found.values()))):
+            raise UserError(f"got {what}, whose summarize gives {shown(found)}, expected numbers by name")
+        return found
+
+    def predictions(found: Any, params: Any, stats: Any, batch: Any) -> Any:
+        rows = len(next(iter(batch.values())))
+        wrong = [] if isinstance(found, Mapping) else [found]
+        if wrong := wrong or [x for x in found.values() if getattr(x, "shape", ())[:1] != (rows,)]:
+            raise UserError(
+                f"got {what}, whose predicts gives {described(wrong[0])}, expected arrays by name, each of {rows} rows"
+            )
+        return found
+
+    whole, predicts = made.whole, made.predicts
+    return dataclasses.replace(
+        made,
+        losses=tuple(map(losses, made.losses)),
+        metrics=_then(made.metrics, sums),
+        summarize=_then(made.summarize, metrics),
+        whole=None if whole is None else Whole(whole.keep, _then(whole.sums, sums)),
+        predicts=None if predicts is None else _then(predicts, predictions),
+    )
+
+
+def check_sums(found: Any, what: str) -> Any:
+    """Return the sums that a task's metrics are, if that is what they are.
+
+    Raises:
+        UserError: they are not named, one is not (sum, count), or there is no loss among them.
+    """
+    if not isinstance(found, Mapping):
+        raise UserError(f"got metrics of {what} as {type(found).__name__}, expected {_SUMS}")
+    for name, pair in found.items():
+        parts = pair if isinstance(pair, tuple | list) else ()
+        if len(parts) != 2 or not all(isinstance(x, _NUMBERS) for x in parts) or np.size(parts[1]) != 1:
+            given = f"({', '.join(type(x).__name__ for x in parts)})" if parts else type(pair).__name__
+            raise UserError(f"got metric {name!r} of {what} as {given}, expected its sum and its count, try {_SUMS}")
+    if "loss" not in found:
+        raise UserError(f"got metrics {', '.join(map(str, found)) or '{}'} of {what}, expected a loss too, try {_SUMS}")
+    return found
+
+
+def _then(function: Callable[..., Any], check: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with its result given to `check`, and its arguments."""
+
+    @functools.wraps(function)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        return check(function(*args, **kwargs), *args)
+
+    return both
+
+
+def _wrong(made: Any) -> str:
+    """Say what is wrong with a task's parts; empty if they fit together."""
+    if not isinstance(made, Task):
+        return f"gives {shown(made)}, expected a Task, try return Task({{'model': model}}, losses, metrics, fields)"
+    networks, losses = made.networks, made.losses
+    if not (isinstance(networks, Mapping) and networks and all(isinstance(x, Model) for x in networks.values())):
+        return f"gives networks {shown(networks)}, expected models by name, try {{'model': model}}"
+    if not (isinstance(losses, tuple | list) and losses and all(isinstance(x, Loss) for x in losses)):
+        return f"gives losses {shown(losses)}, expected a tuple of Loss, try (Loss('loss', 'model', function),)"
+    names = [loss.name for loss in losses]
+    for loss in losses:
+        if names.count(loss.name) > 1:
+            return f"gives two losses {loss.name!r}, expected names that differ"
+        if loss.trains not in networks:
+            return f"gives a loss that trains {loss.trains!r}, expected one of {', '.join(networks)}"
+        if type(loss.updates) is not int or loss.updates < 1:
+            return f"gives a loss with updates {shown(loss.updates)}, expected a whole number from 1 on"
+    functions = {"metrics": made.metrics, "summarize": made.summarize, **{f"loss {x.name!r}": x.fn for x in losses}}
+    functions |= {name: x for name in ("samples", "predicts", "outputs") if (x := getattr(made, name)) is not None}
+    for name, function in functions.items():
+        if not callable(function):
+            return f"gives {name} {shown(function)}, expected a function"
+    if not isinstance(made.fields, Mapping) or not made.fields:
+        return f"gives fields {shown(made.fields)}, expected a BatchField by the name of each array of a batch"
+    for name, field in made.fields.items():
+        if wrong := _wrong_field(field):
+            return f"gives a field {name!r} {wrong}"
+    if made.unit not in ("tokens", "examples"):
+        return f"gives unit {shown(made.unit)}, expected tokens or examples"
+    if made.unit == "tokens" and "tokens" not in made.fields:
+        return f"gives unit 'tokens' without a field of that name, expected one of {', '.join(made.fields)} to be it"
+    return ""
+
+
+def _wrong_field(field: Any) -> str:
+    if not isinstance(field, BatchField):
+        return f"that is {shown(field)}, expected a BatchField"
+    shape, axes = field.shape, field.axes
+    if shape is not None and not (isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape)):
+        return f"of shape {shown(shape)}, expected a tuple of whole numbers, those of one example, or None"
+    for dtype in (field.dtype, *([] if field.stored is None else [field.stored])):
+        try:
+            number = jnp.issubdtype(np.dtype(dtype), np.number) or np.dtype(dtype) == np.bool_
+        except TypeError:
+            number = False
+        if dtype is None or not number:
+            return f"of dtype {shown(dtype)}, expected that of numbers, try np.float32 or np.int32"
+    known = [*rules.RULES]
+    if not isinstance(axes, tuple) or (axes and shape is not None and len(axes) != len(shape)):
+        return (
+            f"of shape {shape} with the axes {shown(axes)}, expected a tuple of one for each dimension of an example, "
+            "without that of the rows, or ()"
+        )
+    if odd := [axis for axis in axes if axis is not None and axis not in known]:
+        return f"with the axis {odd[0]!r}, expected one of {', '.join(known)}{nearest(str(odd[0]), known)}, or None"
+    return ""
+
+
+def _wrong_loss(found: Any, stats: Any) -> str:
+    """Say what is wrong with a loss's result, given the statistics that it was called with; empty if nothing is."""
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Aux):
+        return f"{described(found)}, expected {_LOSS}"
+    total, aux = found
+    if wrong := _no_number(total, floating=True):
+        return f"{wrong} as its sum, expected a single float, try .sum()"
+    if wrong := _no_number(aux.weight):
+        return f"{wrong} as its weight, expected a single number, such as how many examples count"
+    if not isinstance(aux.sums, Mapping):
+        return f"{described(aux.sums)} as its sums, expected {_SUMS}"
+    for name, pair in aux.sums.items():
+        parts: Sequence[Any] = pair if isinstance(pair, tuple | list) else ()
+        wrong = next(filter(None, map(_no_number, parts)), "")
+        if len(parts) != 2 or wrong:
+            return f"{wrong or described(pair)} as {name!r}, expected its sum and its count, try {_SUMS}"
+    given, kept = ({p: (x.shape, x.dtype) for p, x in jax.tree.leaves_with_path(tree)} for tree in (stats, aux.stats))
+    if given != kept:
+        return (
+            f"statistics that differ from those given in {_first_difference(given, kept)}, expected all of them, try "
+            "Aux(…, stats) with the stats that forward returns"
+        )
+    return ""
+
+
+def _no_number(value: Any, floating: bool = False) -> str:
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool) or np.shape(value):
+        return described(value)
+    return described(value) if floating and not jnp.issubdtype(jnp.result_type(value), jnp.floating) else ""
+
+
+def _first_difference(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> str:
+    path = next(path for path in [*a, *b] if a.get(path) != b.get(path))
+    return jax.tree_util.keystr(path, simple=True, separator="/")
