@@ -54,6 +54,7 @@ def _image(name: str, value: Any, field: Field) -> str:
 def _array(name: str, value: Any, field: Field) -> str:
     if not isinstance(value, np.ndarray | np.generic):
         return f"{name} is {shown(value)}, expected an array of {field.dtype or 'numbers'}"
+    value = np.asarray(value)
     if wrong := _shape(name, value, field):
         return wrong
     if not number_dtype(value.dtype) or (field.dtype and not np.can_cast(value.dtype, field.dtype, "same_kind")):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import shown
 from jaxmodels.models.config import FAMILIES, ModelConfig
 from jaxmodels.models.model import Family, Model, functional
 
@@ -16,10 +18,22 @@ def register(family: Family) -> None:
     """Make a family known to `create`, to configs and to the command line.
 
     Raises:
-        UserError: its name belongs to another family, or its config is no `ModelConfig`.
+        UserError: its name belongs to another family, its config is no `ModelConfig`, or another part is not what it
+            should be.
     """
-    if not issubclass(family.config, ModelConfig):
-        raise UserError(f"got {family.config.__name__} for model family {family.name!r}, expected a ModelConfig")
+    if not isinstance(family, Family):
+        raise UserError(f"got model family {shown(family)}, expected a Family, try register(Family('mine', …))")
+    if not isinstance(family.name, str) or not re.fullmatch(r"\w[\w.-]*", family.name):
+        raise UserError(f"got model family {shown(family.name)}, expected a name of letters, digits, - and .")
+    if not isinstance(family.config, type) or not issubclass(family.config, ModelConfig):
+        raise UserError(f"got {shown(family.config)} for model family {family.name!r}, expected a ModelConfig")
+    for part in (family.network, family.inputs, family.cache, family.unembedding, family.longest):
+        if part is not None and not callable(part):
+            raise UserError(f"got {shown(part)} as a part of model family {family.name!r}, expected a function")
+    for name, preset in family.presets.items():
+        if type(preset) is not family.config:
+            said = f"preset {name!r} of model family {family.name!r}"
+            raise UserError(f"got {shown(preset)} as {said}, expected a {family.config.__name__}")
     if FAMILIES.builtin.get(family.name) != f"{family.config.__module__}:{family.config.__qualname__}":
         FAMILIES.register(family.name)(family.config)
     _registered[family.config] = family

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import shown
 from jaxmodels.models.kernels import quantized as quantization
 from jaxmodels.models.parameters import declared_axes
 
@@ -115,11 +116,25 @@ class Family:
 
 
 def functional(config: Any, family: Family) -> Model:
-    """The pure functions of a family's network."""
+    """The pure functions of a family's network.
+
+    Raises:
+        UserError: the family's functions do not give a module and the shapes of its inputs.
+    """
     module = family.network(config)
+    if not isinstance(module, nn.Module):
+        raise UserError(
+            f"got model family {family.name!r}, whose network gives {shown(module)}, expected a Linen module"
+        )
 
     def inputs(batch: int, length: int = 8) -> Inputs:
-        return family.inputs(config, batch, length)
+        found: Any = family.inputs(config, batch, length)
+        if not isinstance(found, tuple | list) or not all(isinstance(x, jax.ShapeDtypeStruct) for x in found):
+            raise UserError(
+                f"got model family {family.name!r}, whose inputs gives {shown(found)}, expected a tuple of "
+                "jax.ShapeDtypeStruct, one for each input"
+            )
+        return tuple(found)
 
     def variables(key: jax.Array) -> dict[str, Any]:
         # one example, zeros: initial values depend on shapes alone

@@ -10,7 +10,7 @@ import jax
 from flax import struct
 
 from jaxmodels.errors import UserError
-from jaxmodels.parallel.rules import gather
+from jaxmodels.parallel.rules import gather, spec
 
 Init = Callable[..., jax.Array]
 Kind = Literal["matrix", "embedding", "bias", "norm"]
@@ -51,7 +51,12 @@ def parameter(
     kind: Kind,
     before_stack: bool = False,
 ) -> jax.Array:
-    """A float32 parameter of a module, with a logical axis name for each dimension."""
+    """A float32 parameter of a module, with a logical axis name for each dimension.
+
+    Raises:
+        UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
+    """
+    _check_axes(module, name, tuple(axes), tuple(shape))
 
     def make(*args: Any) -> Declared:
         value: Any = initializer(*args)
@@ -59,6 +64,17 @@ def parameter(
 
     value: Any = module.param(name, make, tuple(shape))
     return value
+
+
+def _check_axes(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    wrong = "" if len(axes) == len(shape) else "expected one for each dimension"
+    try:
+        spec(axes)
+    except ValueError as error:
+        wrong = f"but {error}"
+    if wrong:
+        path = "/".join([*module.path, name])
+        raise UserError(f"got parameter {path} of shape {shape} with the axes {axes}, {wrong}")
 
 
 def weight(

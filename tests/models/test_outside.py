@@ -93,6 +93,38 @@ def test_a_family_does_not_take_the_name_of_another(package):
     assert family("gpt2").config is GPT2Config
 
 
+@pytest.mark.parametrize(
+    ("said", "instead", "message"),
+    [
+        ("Linear, image_inputs", "lambda config: None, image_inputs", "whose network gives None, expected a Module"),
+        ("image_inputs, presets", "lambda *_: None, presets", "whose inputs gives None, expected a tuple of jax.Shape"),
+        (
+            "image_inputs, presets",
+            "3, presets",
+            "got 3 as a part of model family 'outside-linear', expected a function",
+        ),
+        ("LinearConfig(classes=9)", "9", "got 9 as preset 'outside-wide' of model family .*, expected a LinearConfig"),
+        ('"outside-linear", LinearConfig', '"outside-linear", 3', "got 3 for model family .*, expected a ModelConfig"),
+        (
+            '("features", "classes")',
+            '("featurs", "classes")',
+            "parameter head/w of shape .*, but got logical axis 'feat",
+        ),
+        ('("features", "classes")', '("embed", "embed")', r"parameter head/w of shape \(4, 3\) .*, both are on 'fsdp'"),
+        (
+            "input_shape: tuple[Dim, ...]",
+            "input_shape: list[int]",
+            "whose field input_shape is list\\[int\\], expected",
+        ),
+    ],
+)
+def test_a_family_that_does_not_give_what_it_should_is_refused_in_one_line(package, said, instead, message):
+    assert said in FAMILY
+    (package / "outside_package" / "models.py").write_text(FAMILY.replace(said, instead))
+    with pytest.raises(UserError, match=message):
+        jaxmodels.create(ADDRESS).axes()
+
+
 def test_a_preset_does_not_take_the_name_of_another(package):
     (package / "outside_package" / "models.py").write_text(FAMILY.replace("outside-wide", "gpt2-medium"))
     assert jaxmodels.create(ADDRESS).config.classes == 3

@@ -121,11 +121,11 @@ def field(*args, **how):
     return lambda: {"inputs": BatchField(*args, **how), "labels": BatchField(())}
 
 
-def update(change, state=lambda state: state):
+def update(change, kept=lambda state: state):
     """A rule that changes its updates and its state so."""
 
-    def updated(updates, kept, params=None):
-        return jax.tree.map(change, updates), state(kept)
+    def updated(updates, state, params=None):
+        return jax.tree.map(change, updates), kept(state)
 
     return lambda: optax.GradientTransformation(lambda params: optax.EmptyState(), updated)
 
