@@ -96,7 +96,11 @@ def test_a_family_does_not_take_the_name_of_another(package):
 @pytest.mark.parametrize(
     ("said", "instead", "message"),
     [
-        ("Linear, image_inputs", "lambda config: None, image_inputs", "whose network gives None, expected a Module"),
+        (
+            "Linear, image_inputs",
+            "lambda config: None, image_inputs",
+            "whose network gives None, expected a Linen module",
+        ),
         ("image_inputs, presets", "lambda *_: None, presets", "whose inputs gives None, expected a tuple of jax.Shape"),
         (
             "image_inputs, presets",

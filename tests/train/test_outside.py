@@ -142,7 +142,7 @@ WRONG = [
     ("build", lambda task: replace(task, losses=task.losses * 2), TASK + "build gives two losses 'loss'"),
     ("build", lambda task: replace(task, losses=(replace(task.losses[0], trains="net"),)), "trains 'net', expected"),
     ("build", lambda task: replace(task, metrics=None), TASK + "build gives metrics None, expected a function"),
-    ("build", lambda task: replace(task, unit="tokens"), TASK + "build gives unit 'tokens' without a field of that"),
+    ("build", lambda task: replace(task, unit="token"), TASK + "build gives unit 'token', expected tokens or examples"),
     ("fields", lambda: None, TASK + "build gives fields None, expected a BatchField by the name"),
     ("fields", lambda: {"inputs": np.float32}, TASK + "build gives a field 'inputs' that is"),
     ("fields", field((3,), np.float32, ("batch", "seq")), "of shape (3,) with the axes ('batch', 'seq'), expected"),
