@@ -24,6 +24,8 @@ _DTYPES = ("uint8", "uint16", "uint32")
 _FACTS = 'facts of tokens such as {"dtype": "uint16", "vocab_size": 50257}'
 _SEEN = 1 << 20
 _PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".npz")
+_OTHERS = (b"PK\3\4", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"\x80\4\x95", b"\x80\5\x95")
+"""How zip (torch.save, np.savez), zstd, xz and pickle begin."""
 _LLM_C = (20240520, 20240801)
 """The magic numbers at the start of llm.c's token files."""
 
@@ -119,16 +121,18 @@ def _map(file: Path, facts: dict[str, Any]) -> np.ndarray:
         array = _numpy(file)
     elif size == 0:
         raise UserError(f"got {file}, which is empty, expected tokens of {dtype}, try writing it anew")
-    elif size % item:
-        raise UserError(
-            f"got {file} of {size} bytes, expected a multiple of {item} ({dtype}), "
-            f'try naming its dtype in {_sidecar(file).name}: {{"dtype": "uint32"}}'
-        )
     elif facts["dtype"] is None and (other := _no_uint16(beginning)):
         raise UserError(
             f"got {file}, which {other}, expected tokens of uint16 where nothing says what they are, "
             f'try naming the dtype in {_sidecar(file).name}: {{"dtype": "uint32"}}'
         )
+    elif size % item:
+        raise UserError(
+            f"got {file} of {size} bytes, expected a multiple of {item} ({dtype}), "
+            f'try naming its dtype in {_sidecar(file).name}: {{"dtype": "uint32"}}'
+        )
+    elif not beginning.strip(b"\0") and size > 2 * item:
+        raise UserError(f"got {file}, which is zeros, expected tokens of {dtype}, try writing it anew")
     else:
         # A plain view: indexing np.memmap itself is several times slower.
         array = np.asarray(np.memmap(file, dtype, mode="r"))
@@ -169,6 +173,8 @@ def _no_uint16(beginning: bytes) -> str:
         return "begins with the header of llm.c (try tail -c +1025)"
     if len(beginning) >= 64 and beginning.isascii() and all(b >= 32 or b in b"\t\n\r" for b in beginning):
         return "is text (try --data text or table)"
+    if beginning.startswith(_OTHERS):
+        return "is an archive or a pickle (try np.save of its tokens)"
     even, odd = np.frombuffer(beginning[: len(beginning) // 4 * 4], "<u2").reshape(-1, 2).T
     # no text has tokens of two kinds in turn: these are the upper halves of larger numbers
     if len(odd) and int(odd.max()) < min(16, int(even.max())):

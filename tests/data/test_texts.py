@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,10 @@ def test_a_numpy_file_says_what_it_holds(tmp_path, dtype):
         (np.arange(900, dtype=np.uint32) * 200, "looks like uint32"),
         (np.arange(900, dtype=np.int64) % 200, "looks like uint32"),
         (np.frombuffer(b"Some text.\n" * 90, np.uint8), "is text"),
+        (np.frombuffer(b"[1, 200, 3]" * 9, np.uint8), "is text"),  # an odd number of bytes
+        (np.frombuffer(b"PK\3\4" * 90, np.uint8), "is an archive or a pickle"),
+        (np.frombuffer(pickle.dumps([7] * 90) + b".", np.uint8), "is an archive or a pickle"),
+        (np.zeros(900, np.uint16), "is zeros"),
         (np.array([20240520, 1, 800, *range(253)], np.int32), "begins with the header of llm.c"),
     ],
 )
