@@ -294,6 +294,8 @@ class _Parquet(File):
             raise UserError(
                 f"got {path}, which needs pyarrow to be read, expected it installed, try pip install jaxmodels[tables]"
             ) from None
+        with path.open("rb"):  # where it may not be read, the error says so
+            pass
         try:
             self._table = parquet.read_table(path)
         except (arrow.ArrowException, OSError, ValueError) as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxmodels.data import tables
+from jaxmodels.data.files import open_file
 from jaxmodels.data.records import Reader
 from jaxmodels.errors import UserError
 from tests.data.written import KINDS, read, table, values, write
@@ -83,6 +86,18 @@ def test_a_table_that_is_none_is_refused(tmp_path):
         opened("e.csv", "text,label\n")
     with pytest.raises(UserError, match="got data.eval_fraction 1.5"):
         opened("f.csv", "text\na\n", eval_fraction=1.5)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch, name):
+    path = write(tmp_path / name, [{"text": "a", "label": 0}])
+
+    def refused(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)  # root may read everything
+    with pytest.raises(PermissionError, match=name):
+        open_file(path)
 
 
 def test_a_column_without_a_name_such_as_row_numbers_of_pandas_is_left_out_with_a_word(tmp_path, caplog):
