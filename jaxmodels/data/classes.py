@@ -45,8 +45,9 @@ def check_differ(records: Records, label: str, split: Split) -> None:
     size = len(records)
     spread = np.unique(np.linspace(0, size - 1, min(size, _AT_ONCE)).astype(np.int64)).tolist()
     for some in (spread, *(range(at, min(at + _AT_ONCE, size)) for at in range(0, size, _AT_ONCE))):
-        rows = [row for row in read(records, some, [label]) if not isinstance(row, Bad)]
-        found |= {row[label] for row in rows if not unfit(label, row[label], field) and row[label] >= 0}
+        rows = read(records, some, [label])
+        good = [row for row in rows if not isinstance(row, Bad)]
+        found |= {row[label] for row in good if not unfit(label, row[label], field) and row[label] >= 0}
         if len(found) > 1:
             return
         bad += [row for row in rows if isinstance(row, Bad)] if some is not spread else []
@@ -94,8 +95,8 @@ def _labels(records: Records, label: str) -> Iterator[tuple[int, ...]]:
     """The known labels of each record."""
     size = len(records)
     for at in range(0, size, _AT_ONCE):
-        for row in records.read(range(at, min(at + _AT_ONCE, size)), [label]):
-            if not isinstance(row, Bad):
+        for row in read(records, range(at, min(at + _AT_ONCE, size)), [label]):
+            if not isinstance(row, Bad) and not unfit(label, row[label], records.fields[label]):
                 value = row[label]
                 yield tuple(each for each in (value if isinstance(value, tuple) else (value,)) if each >= 0)
 
