@@ -1,4 +1,4 @@
-"""Guesses over odd meshes: refused in one line, or within what any step must keep and take."""
+"""Guesses by arithmetic: over odd meshes, refused in one line, or within what any step must keep and take."""
 
 import dataclasses
 import itertools
@@ -8,6 +8,10 @@ import pytest
 
 from jaxmodels.config import Config, Mesh, Metrics
 from jaxmodels.errors import UserError
+from jaxmodels.models import families
+from jaxmodels.models.config import ModelConfig
+from jaxmodels.models.inputs import token_inputs
+from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.plan import topology
 from jaxmodels.plan.arithmetic import Arithmetic
 from tests.sections import data_of, task_of
@@ -74,3 +78,43 @@ def test_more_devices_along_an_axis_never_need_more_memory_each_nor_are_faster_t
                     assert more.seconds * times >= guess.seconds * 0.999, (mesh, other)
                     compared += 1
     assert compared > 20
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnMixture(ModelConfig):
+    """A mixture from outside the tree, whose fields have other names than ours."""
+
+    context: int = 256
+    vocab_size: int = 512
+    sent: float = 1.0
+
+    def dispatched(self):
+        return self.sent
+
+
+def test_a_mixture_from_outside_says_how_many_rows_its_tokens_send(monkeypatch):
+    monkeypatch.setattr(families, "_registered", dict(families._registered))
+    monkeypatch.setattr(families.FAMILIES, "_registered", {})
+    inner = MixtralConfig(
+        vocab_size=512, context=256, layers=1, heads=4, kv_heads=4, width=64, mlp_width=32, experts=4
+    )  # fmt: skip
+    ours = families.family("mixtral")
+    families.register(
+        families.Family(
+            "own-mixture",
+            OwnMixture,
+            lambda c: ours.network(inner),
+            token_inputs,
+            unembedding=lambda c, params: ours.unembedding(inner, params),
+        )
+    )
+    data = data_of("synthetic", seq_len=256, batch_size=64)
+    cfg = Config(OwnMixture(), data=data, mesh=Mesh(data=1, fsdp=8, expert=4))
+    judged = Arithmetic(cfg, topology.parse("h100:4x8"))
+
+    def seconds(sent):
+        judged.cfg = dataclasses.replace(cfg, model=OwnMixture(sent=sent))
+        return judged.guess(cfg).seconds
+
+    first, twice, thrice = (seconds(sent) for sent in (1.0, 2.0, 3.0))
+    assert twice > first and thrice - twice == pytest.approx(twice - first, rel=1e-6)

@@ -16,10 +16,7 @@ from jaxmodels.commands.options import configured
 from jaxmodels.commands.plan import PlanOptions, asked, planned
 from jaxmodels.config import SGD, Classification, Config, Mesh, Stdlib, Tokens
 from jaxmodels.errors import UserError
-from jaxmodels.models import families
-from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.models.inputs import token_inputs
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
@@ -342,46 +339,6 @@ def test_attention_that_only_the_reference_computes_is_judged_by_it():
     assert judged.saved("none", "blockwise") == judged.saved("none", "xla")
     scores = 2 * 4 * 256 * 256 * 4
     assert judged.saved("none", "xla").rows + judged.saved("none", "xla").rows_cut > 2 * scores
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnMixture(ModelConfig):
-    """A mixture from outside the tree, whose fields have other names than ours."""
-
-    context: int = 256
-    vocab_size: int = 512
-    sent: float = 1.0
-
-    def dispatched(self):
-        return self.sent
-
-
-def test_a_mixture_from_outside_says_how_many_rows_its_tokens_send(monkeypatch):
-    monkeypatch.setattr(families, "_registered", dict(families._registered))
-    monkeypatch.setattr(families.FAMILIES, "_registered", {})
-    inner = MixtralConfig(
-        vocab_size=512, context=256, layers=1, heads=4, kv_heads=4, width=64, mlp_width=32, experts=4
-    )  # fmt: skip
-    ours = families.family("mixtral")
-    families.register(
-        families.Family(
-            "own-mixture",
-            OwnMixture,
-            lambda c: ours.network(inner),
-            token_inputs,
-            unembedding=lambda c, params: ours.unembedding(inner, params),
-        )
-    )
-    data = dataclasses.replace(CONFIG.data, seq_len=256)
-    cfg = dataclasses.replace(CONFIG, model=OwnMixture(), data=data, mesh=Mesh(data=1, fsdp=8, expert=4))
-    judged = arithmetic.Arithmetic(cfg, ON)
-
-    def seconds(sent):
-        judged.cfg = dataclasses.replace(cfg, model=OwnMixture(sent=sent))
-        return judged.guess(cfg).seconds
-
-    first, twice, thrice = (seconds(sent) for sent in (1.0, 2.0, 3.0))
-    assert twice > first and thrice - twice == pytest.approx(twice - first, rel=1e-6)
 
 
 def test_what_the_optimizer_and_the_average_keep_is_counted():
