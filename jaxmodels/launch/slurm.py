@@ -123,7 +123,7 @@ class Slurm(Place):
         number = (_attempts(job) or [(handle, "")])[-1][0]
         state, _ = _asked(number)
         if state in _RUNNING:
-            call(["scancel", "--signal=TERM", number])  # to its supervisors; the script ends itself when they have
+            call(["scancel", "--signal=TERM", "--batch", number])  # to its script, which tells its supervisors
         elif state in _GOING:
             call(["scancel", number])
 
@@ -205,11 +205,16 @@ again() {{
   echo "launch: job ${{next%%;*}} goes on from here"
 }}
 
+# tell the supervisors, once SLURM knows their step, which may be about to start
+pass_on() {{
+  until scancel --signal=TERM "$SLURM_JOB_ID.0" || ! kill -0 "$step"; do sleep 1; done 2> /dev/null
+}}
+
 told() {{
   if ! ending; then
     warned=1
     echo "launch: told to save, $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%L) before the time limit"
-    scancel --signal=TERM "$SLURM_JOB_ID.0"
+    [ -z "$step" ] || pass_on
   elif [ -n "$warned" ] || preempted; then
     again  # now, as SLURM may not wait for the end; where it starts the job again by itself, nothing need be asked
   fi
@@ -221,6 +226,7 @@ rm -f "$record/code" "$record/ended"
 
 {setup}{srun} &
 step=$!
+[ -z "$warned" ] || pass_on  # what came during the setup
 while kill -0 "$step" 2> /dev/null; do wait "$step"; done  # a signal ends a wait, and not what is waited for
 wait "$step"
 code=$?

@@ -31,7 +31,7 @@ echo "$mode attempt $attempt of task $SLURM_PROCID"
 while [ $# -gt 1 ]; do [ "$1" = --ended ] && ended=$2; shift; done
 end() {{ echo "$1" >> "$ended"; exit "$1"; }}
 trap 'trap "" TERM; echo saved; sleep 0.5; end 75' TERM
-wait_for_it() {{ touch "$folder/waits.$SLURM_PROCID"; for i in $(seq 600); do sleep 0.1; done; end 1; }}
+wait_for_it() {{ touch "$folder/waits.$SLURM_PROCID"; for i in $(seq 3000); do sleep 0.1; done; end 1; }}
 case $mode in
   mistake) [ "$SLURM_PROCID" = 0 ] || wait_for_it; end 2;;
   broken) end 1;;
@@ -99,7 +99,7 @@ def jobs(slurm, folder):
     """All jobs at once, since a real cluster takes its time to start one again; each is disturbed when it runs."""
     submitted = {
         "mistake": TWO, "broken": TWO, "killed": TWO, "peers1": TWO, "peers2": TWO, "again": TWO, "cancelled": TWO,
-        "scancelled": TWO, "limit": dataclasses.replace(TWO, time="1"),
+        "scancelled": TWO, "limit": dataclasses.replace(TWO, time="2"),
         "preempted": dataclasses.replace(TWO, nodes=1, partition="spot", directives=("--no-requeue",)),
     }  # fmt: skip
     submitted = {mode: submit(folder, mode, place) for mode, place in submitted.items()}
@@ -151,14 +151,6 @@ def test_a_job_that_is_told_to_save_starts_again_and_ends(jobs, folder):
     assert lines.count("saved") == 2 and "again attempt 2 of task 1" in lines  # and the log goes on
 
 
-def test_a_job_saves_before_its_time_limit_and_goes_on(jobs, folder):
-    status = until(jobs["limit"], *ENDED)
-    assert (status.state, status.restarts) == (State.DONE, 1)
-    lines = list(jobs["limit"][0].logs(*jobs["limit"][1:]))
-    assert lines.count("saved") == 2
-    assert any(re.fullmatch(r"launch: told to save, \d+:\d\d before the time limit", line) for line in lines)
-
-
 def test_where_slurm_does_not_requeue_a_preempted_job_a_successor_goes_on(jobs, folder):
     _, one, handle = jobs["preempted"]
     status = until(jobs["preempted"], *ENDED)
@@ -201,18 +193,36 @@ FAKES = {
 }
 
 
-def test_where_slurm_lets_nothing_start_again_the_job_says_how_to_go_on(tmp_path, monkeypatch):
-    for name, text in FAKES.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def run_with(fakes: dict[str, str], place: Slurm, one: Job, folder: Path, monkeypatch) -> subprocess.CompletedProcess:
+    """Run a job's script, with stand-ins for SLURM's programs."""
+    for name, text in fakes.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    one = job(tmp_path / "record")
     one.directory.mkdir()
-    ran = subprocess.run(["bash", "-c", TWO.render(one)["job.sh"]], capture_output=True, text=True, check=False)
+    script = place.render(one)["job.sh"]
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_where_slurm_lets_nothing_start_again_the_job_says_how_to_go_on(tmp_path, monkeypatch):
+    one = job(tmp_path / "record")
+    ran = run_with(FAKES, TWO, one, tmp_path, monkeypatch)
     assert ran.returncode == 75
     assert f"go on with: sbatch {one.directory}/job.sh" in ran.stdout
     assert TWO.status(one, "7") == Status(State.SAVED, "", 75)
+
+
+def test_a_signal_during_the_setup_reaches_the_supervisors_once_they_are_there(tmp_path, monkeypatch):
+    tries, told = tmp_path / "tries", tmp_path / "told"
+    third = f"echo >> {tries}; [ $(wc -l < {tries}) -lt 3 ] || touch {told}; [ -e {told} ]"
+    fakes = {
+        "scancel": f"#!/bin/sh\n{third}\n",
+        "srun": f"#!/bin/sh\nuntil [ -e {told} ]; do sleep 0.1; done\nexit 75\n",
+    }
+    place = dataclasses.replace(TWO, setup=("kill -TERM $$",))
+    assert run_with(FAKES | fakes, place, job(tmp_path / "record"), tmp_path, monkeypatch).returncode == 75
+    assert tries.read_text().count("\n") == 3
 
 
 def test_the_script_says_what_the_place_says(tmp_path):
@@ -346,3 +356,15 @@ def test_a_training_that_was_told_to_stop_ends_with_the_bits_of_one_that_was_not
     assert len(told) == len(left) > 5
     for ours, theirs in zip(told, left, strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def test_a_job_saves_before_its_time_limit_and_goes_on(jobs, folder):
+    """Its limit is so far off that SLURM, which warns up to a minute early, does so when the supervisors are there.
+
+    It comes last in this file, so that other tests run meanwhile.
+    """
+    status = until(jobs["limit"], *ENDED, limit=300)
+    assert (status.state, status.restarts) == (State.DONE, 1)
+    lines = list(jobs["limit"][0].logs(*jobs["limit"][1:]))
+    assert lines.count("saved") == 2
+    assert any(re.fullmatch(r"launch: told to save, \d+:\d\d before the time limit", line) for line in lines)
