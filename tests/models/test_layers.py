@@ -40,7 +40,7 @@ def run(layer, x, **params):
         ((5,), ("embed", "mlp"), (4,), "btd,df->btf"),
         ((2, 3), ("embed", "heads", "head_dim"), (4,), "btd,dhk->bthk"),
         ((5,), ("heads", "head_dim", "embed"), (2, 3), "bthk,hkd->btd"),
-        ((2, 2), ("heads", "head_dim", "mlp", "embed"), (3, 2), "bthk,hkef->btef"),
+        ((2, 2), ("heads", "head_dim", None, "embed"), (3, 2), "bthk,hkef->btef"),
     ],
 )
 def test_linear_contracts_as_its_axes_say(shape, axes, inputs, formula):
