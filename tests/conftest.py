@@ -11,7 +11,8 @@ from tests.quick import FLAGS
 ROOT = Path(__file__).resolve().parent.parent
 # modules that take longest, which begin first, so that the workers end together; the two that start a SLURM lie apart
 LONG = (
-    "launch/test_slurm.py", "parallel/test_processes.py", "models/test_zoo.py", "parallel/test_zoo_steps.py",
+    "plan/test_compile.py", "launch/test_slurm.py", "parallel/test_processes.py", "models/test_zoo.py",
+    "parallel/test_zoo_steps.py",
     "launch/test_bits.py", "docs/test_blocks.py", "train/test_run.py", "parallel/test_pipeline.py", "test_fuzz.py",
     "models/test_mixtral.py", "parallel/test_accumulate.py", "parallel/test_context.py", "train/test_elastic.py",
     "train/test_offload.py", "parallel/test_equivalence.py", "plan/test_search.py",
