@@ -42,6 +42,13 @@ def get_config():
 """
 
 
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch):
+    """Searches of this process draw the same values each time; otherwise its number is part of their seed."""
+    sampler = optuna.samplers.TPESampler
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda *_, **named: sampler(**{**named, "seed": 0}))
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tune")
