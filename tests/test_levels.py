@@ -23,6 +23,7 @@ LEVELS = (
     "plan",
     "report",
     "launch",
+    "serve",
     "commands",
 )
 """From the bottom to the top; a name stands for its package too, and the longest name that fits a module counts."""

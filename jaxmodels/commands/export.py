@@ -1,9 +1,10 @@
-"""`jaxmodels export RUN DIR`: a run's weights in Hugging Face's format."""
+"""`jaxmodels export RUN DIR`: a run in Hugging Face's format, or as functions that need only jax and numpy."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from jaxmodels import config as configs
 from jaxmodels import hf
@@ -11,21 +12,38 @@ from jaxmodels.commands.progress import progress
 from jaxmodels.errors import UserError
 
 
-def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: str = "5GB") -> None:
-    """Write a run's weights in Hugging Face's format, with config.json and the tokenizer.
+def export_run(
+    run: Path,
+    directory: Path,
+    /,
+    format: Literal["huggingface", "stablehlo"] = "huggingface",
+    best: bool = False,
+    shard_size: str | None = None,
+) -> None:
+    """Write a run's weights in Hugging Face's format, with config.json and the tokenizer; or an artefact, which jax and
+    numpy run without this package.
 
     Args:
         run: run directory.
         directory: the folder to create.
+        format: huggingface, or stablehlo: weights, functions for CPU, CUDA and TPU, tokenizer, classes, and a run.py
+            that runs them.
         best: the best checkpoint instead of the newest.
-        shard_size: size of the largest weight file, such as 500MB.
+        shard_size: size of the largest weight file in Hugging Face's format; default 5GB.
     """
+    if format == "huggingface":
+        _huggingface(run, directory, best, size(shard_size or "5GB"))
+    elif shard_size is not None:
+        raise UserError(f"got --shard-size {shard_size} with --format {format}, which has one file, try without it")
+    else:
+        _artefact(run, directory, best)
 
+
+def _huggingface(run: Path, directory: Path, best: bool, limit: int) -> None:
     from jaxmodels.hf import beside, save
     from jaxmodels.models.families import create, family_of
     from jaxmodels.train import saved
 
-    limit = size(shard_size)
     cfg, _ = configs.read(run)
     model = create(cfg.model)
     form = hf.format_of(family_of(cfg.model).name)
@@ -38,6 +56,17 @@ def export_run(run: Path, directory: Path, /, best: bool = False, shard_size: st
             params, stats = opened.params["model"], opened.stats.get("model", {})
             save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done)
     print(f"{directory}: step {opened.step} of {run}, {model.count():,} parameters")
+
+
+def _artefact(run: Path, directory: Path, best: bool) -> None:
+    from jaxmodels.hf import save
+    from jaxmodels.serve import artefact
+    from jaxmodels.train import saved
+
+    with save.complete(directory) as part:
+        told = artefact.write(saved.read_run(run, best=best), part)
+    names = ", ".join(told["functions"])
+    print(f"{directory}: step {told['step']} of {run}, {told['parameters']:,} parameters, functions {names}")
 
 
 def size(text: str) -> int:

@@ -64,7 +64,7 @@ def decode(
     room = -(-int(limits.max(initial=1)) // 16) * 16  # rounded up, so that similar limits share a compiled program
     ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
     marks = (ends[0] if start is None else jnp.int32(start), ends)
-    found = _decode(with_cache(model), params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
+    found = search(with_cache(model), params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
     return Decoded(*jax.tree.map(np.asarray, found))
 
 
@@ -129,7 +129,7 @@ def grow(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9))
-def _decode(
+def search(
     model: Model,
     params: Any,
     sources: jax.Array,
@@ -141,7 +141,8 @@ def _decode(
     T: int,
     K: int,
 ) -> tuple[jax.Array, jax.Array]:
-    B = len(sources)
+    """`decode` for arrays alone: the best targets (B, T) of K beams, and their log-probabilities (B,)."""
+    B = sources.shape[0]  # `len` would want a number, where the number of rows may be known later
 
     def step(carry: tuple[Search, Any]) -> tuple[Search, Any]:
         s, cache = carry

@@ -159,7 +159,7 @@ def _exchange_of(exchange: Exchange, route: Route, number: Any) -> Round:
         return rows.at[at].get(mode="clip")  # places outside of this round may point anywhere
 
     def send(rows: Array) -> Array:
-        rows = take(rows, source if len(rows) == len(slot) else source // k)
+        rows = take(rows, source if rows.shape[0] == slot.shape[0] else source // k)
         return take(move(rows), by_expert) if axes.expert else rows
 
     def bring(rows: Array, others: Array) -> Array:
@@ -189,7 +189,7 @@ def _experts_forward(exchange: Exchange, activation: Activation, x: Array, route
         rows, kept = _gated(_ragged(now.sizes, activation), now.send(x), whole)
         return now.bring(rows, y), kept
 
-    y, first = go(0, jnp.zeros((len(route.order), x.shape[1]), x.dtype))
+    y, first = go(0, jnp.zeros((route.order.shape[0], x.shape[1]), x.dtype))
     if exchange.most > 1:
         with jax.named_scope(FURTHER):
             y = jax.lax.fori_loop(1, route.rounds, lambda number, y: go(number, y)[0], y)
@@ -234,7 +234,7 @@ def _ragged(sizes: Array, activation: Activation) -> How:
     """Return how to compute rows that are sorted by expert; those behind the last expert's may be nan, and become 0."""
 
     def hidden(gate: Array, up: Array) -> Array:
-        return jnp.where((jnp.arange(len(gate)) < sizes.sum())[:, None], activation(gate) * up, 0)
+        return jnp.where((jnp.arange(gate.shape[0]) < sizes.sum())[:, None], activation(gate) * up, 0)
 
     return partial(grouped, sizes=sizes), hidden
 

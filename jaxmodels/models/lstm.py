@@ -77,7 +77,7 @@ class Marks(NamedTuple):
     @staticmethod
     def of(ids: jax.Array) -> Marks:
         """The masks for segment ids (T, B), 0 for padding; the first token continues from the state it is given."""
-        at = jnp.where(ids != 0, jnp.arange(len(ids))[:, None], -1)
+        at = jnp.where(ids != 0, jnp.arange(ids.shape[0])[:, None], -1)
         last = jnp.roll(jax.lax.cummax(at, axis=0), 1, axis=0).at[0].set(-1)  # the index of the real token before
         before = jnp.take_along_axis(ids, jnp.maximum(last, 0), axis=0)
         return Marks(ids != 0, (ids != 0) & (last >= 0) & (before != ids))

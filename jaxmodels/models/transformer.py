@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -157,6 +158,8 @@ def relative_bias(c: TransformerConfig, table: layers.Embed, T: int, S: int, off
     # row t is line[T-1-t:][:S]: the line is written T times over and read in rows one shorter than it, so that the
     # gradient is a sum and not a scatter of T·S values into a few buckets
     N = T + S - 1
+    if jax.export.is_symbolic_dim(N):  # a function to be exported, which has no gradient and cannot reshape such sizes
+        return line[..., jnp.arange(T)[::-1, None] + jnp.arange(S)].reshape(-1, c.heads, T, S)
     rows = jnp.tile(line, T)[..., T - 1 : T - 1 + T * N].reshape(-1, c.heads, T, N)
     return layers.shard(rows[..., :S], None if rows.shape[0] == 1 else "batch", "heads", None, None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 Array = jax.Array
@@ -49,6 +50,8 @@ grouped.defvjp(_forward, _backward)
 
 @jax.custom_batching.sequential_vmap  # ragged_dot has no rule for most batches
 def _product(x: Array, w: Array, sizes: Array) -> Array:
+    if jax.export.is_symbolic_dim(x.shape[0]):  # a function to be exported, whose blocks could not be counted
+        return jax.lax.ragged_dot(x, w, sizes)
     return jax.lax.platform_dependent(x, w, sizes, **dict.fromkeys(BLOCKS, _blocks), default=jax.lax.ragged_dot)
 
 

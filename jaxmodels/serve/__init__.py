@@ -1,0 +1,1 @@
+"""Runs in use: artefacts that need none of this package."""
