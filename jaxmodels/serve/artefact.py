@@ -94,7 +94,8 @@ def exported_of(
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
     limited = most is not None and any(LENGTH in want.shape for want in function.inputs.values())
     scope = export.SymbolicScope([f"{LENGTH} <= {most}"] if limited else [])
-    dims = dict(zip((BATCH, LENGTH, "gaps"), export.symbolic_shape("batch, length, gaps", scope=scope), strict=True))
+    names = [BATCH, LENGTH, "gaps"]
+    dims = dict(zip(names, export.symbolic_shape(", ".join(names), scope=scope), strict=True))
     inputs = {key: struct(want, dims) for key, want in function.inputs.items()}
     call = called(run, function)
     try:

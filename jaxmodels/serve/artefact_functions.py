@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -212,7 +213,7 @@ def _decoder(run: Run) -> dict[str, Function]:
 
 
 def _cache(model: Model) -> dict[str, Input]:
-    batch, length = jax.export.symbolic_shape(f"{BATCH}, {LENGTH}")
+    batch, length = cast("tuple[int, int]", jax.export.symbolic_shape(f"{BATCH}, {LENGTH}"))
     shapes = jax.eval_shape(lambda: named(model.cache(batch, length)))
 
     def one(name: str, leaf: jax.ShapeDtypeStruct) -> Input:

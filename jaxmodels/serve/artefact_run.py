@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
+from jax import core, export
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 DTYPES |= {"I4": "int4", "I8": "int8", "I32": "int32", "U8": "uint8", "U32": "uint32", "BOOL": "bool"}
@@ -202,20 +202,19 @@ def exported(told, entry, module):
     def avals(arrays):
         dims = {key: ", ".join(map(str, x["shape"])) for key, x in arrays.items()}
         shapes = {key: export.symbolic_shape(dim, scope=scope) if dim else () for key, dim in dims.items()}
-        return {key: jax.core.ShapedArray(shapes[key], jnp.dtype(x["dtype"])) for key, x in arrays.items()}
+        return {key: core.ShapedArray(shapes[key], jnp.dtype(x["dtype"])) for key, x in arrays.items()}
 
     weights = avals({name: told["weights"][name] for name in entry["weights"]})
     given, out = ((weights, avals(entry["inputs"])), {}), avals(entry["outputs"])
     ins, outs = jax.tree.leaves(given), jax.tree.leaves(out)
-    known = {
-        "fun_name": "call", "in_tree": jax.tree.structure(given), "in_avals": tuple(ins),
-        "out_tree": jax.tree.structure(out), "out_avals": tuple(outs), "nr_devices": 1,
-        "platforms": tuple(told["platforms"]), "ordered_effects": (), "unordered_effects": (),
-        "disabled_safety_checks": (), "mlir_module_serialized": module,
-        "calling_convention_version": convention["version"], "module_kept_var_idx": tuple(convention["kept"]),
-        "uses_global_constants": convention["constants"], "_get_vjp": None, "_has_named_shardings": True,
-    } | {f"{side}_{kind}": (None,) * len(each) for side, each in (("in", ins), ("out", outs),
-         ("_in", ins), ("_out", outs)) for kind in ("shardings_hlo", "named_shardings")}  # fmt: skip
+    known: dict = dict.fromkeys(("ordered_effects", "unordered_effects", "disabled_safety_checks"), ())
+    for side, arrays in (("in", ins), ("out", outs)):
+        none = (None,) * len(arrays)  # where arrays lie is the caller's affair
+        known |= {f"{side}_avals": tuple(arrays), f"_{side}_named_shardings": none, f"{side}_shardings_hlo": none}
+    known |= {"fun_name": "call", "in_tree": jax.tree.structure(given), "out_tree": jax.tree.structure(out)}
+    known |= {"platforms": tuple(told["platforms"]), "nr_devices": 1, "mlir_module_serialized": module}
+    known |= {"calling_convention_version": convention["version"], "uses_global_constants": convention["constants"]}
+    known |= {"module_kept_var_idx": tuple(convention["kept"]), "_get_vjp": None, "_has_named_shardings": True}
     fields = [field.name for field in dataclasses.fields(export.Exported)]  # they differ between versions of jax
     return export.Exported(**{name: known[name] for name in fields})
 
