@@ -11,10 +11,13 @@ from jaxmodels.errors import UserError
 from jaxmodels.registry import Registry
 
 BENCHMARKS = {
-    "attention": "attention kernels over sequence lengths: time, memory, error",
+    "suite": "what this hardware can be measured by, on one page, and the gates",
+    "attention": "attention kernels in the field's axes: TFLOP/s, GB/s, shares of peak, memory, error",
+    "device": "all that needs an accelerator, in the order of worth, within so many seconds",
     "step": "a training step through the engine against a bare jitted step and other frameworks",
     "scaling": "a training step over numbers of devices and mesh axes, measured beside its plan",
     "exact": "FLOPs, bytes, memory and collectives of steps as compiled, held to their records",
+    "compare": "whether a training step has become slower between two commits, by turns of both",
     "families": "every family against its PyTorch reference: forward and train step",
     "resume": "a run killed, told to stop, damaged and out of disk ends in the same bits",
     "faults": "jobs on a SLURM of two hosts under faults at random: each is named, and the bits stay the same",

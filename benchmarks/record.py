@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -109,6 +111,38 @@ def command() -> str:
     return shlex.join([*program, *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])])
 
 
+def digest(value: Any) -> str:
+    """Return the hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def slug(text: str) -> str:
+    """Return the name of hardware as it stands in the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower().removeprefix("nvidia ")).strip("_") or "cpu"
+
+
+def kept(path: Path, base: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+    """Return the rows of an earlier record that are still true: with the same `base`, and without a `failure`.
+
+    Raises:
+        UserError: the file is no such record, or one of other hardware.
+    """
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        found = [row for row in rows if row["base"] == base and not row["failure"]]
+        hardware = {row["base"]["hardware"] for row in rows}
+        changed = sorted({name for row in rows for name in base if row["base"][name] != base[name]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"got {path}, expected a record of {what} ({error!r}), try another --name") from None
+    if other := hardware - {base["hardware"]}:
+        raise UserError(f"got {path} of {other.pop()}, expected {base['hardware']}, which is here, try another --name")
+    if changed:
+        print(f"{path.name}: measured anew what had another {', '.join(changed)}", flush=True)
+    return found
+
+
 def write(
     name: str,
     title: str,
@@ -118,14 +152,17 @@ def write(
     notes: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
     plot: Callable[[Any, Sequence[Mapping[str, Any]]], None] | None = None,
+    listed: Sequence[Mapping[str, Any]] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write NAME.json, NAME.md and, with `plot(figure, rows)`, NAME.png; returns the path of the Markdown.
 
-    `columns` chooses and orders the table's columns: key -> heading with its unit.
+    `columns` chooses and orders the table's columns: key -> heading with its unit; `listed` are the rows of the table,
+    where it has not all of them. `about` is the `environment` of the process that measured, if it was not this one.
     """
     folder = RESULTS if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
-    about = environment()
+    about = about or environment()
     record = {"title": title, **about, "notes": list(notes), "rows": [dict(row) for row in rows]}
     part = folder / f"{name}.json.part"
     part.write_text(json.dumps(record, indent=1) + "\n")
@@ -141,7 +178,7 @@ def write(
         f"- command: `{about['command']}`",
         *(f"- {note}" for note in notes),
         "",
-        markdown(rows, columns),
+        markdown(rows if listed is None else listed, columns),
     ]
     if plot is not None:
         draw(folder / f"{name}.png", f"{title}: {about['hardware']}, {about['cores']} cores", plot, rows)

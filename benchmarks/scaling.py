@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,8 +112,8 @@ def run(options: Options) -> int:
         for each in curve(cfg, mode, grown, sizes, here, checked)
     ]
     base = basis(cfg, options.steps)
-    stem = options.name or f"scaling_{Path(options.config).stem}_{slug(base['hardware'])}"
-    rows = earlier = kept(folder / f"{stem}.json", base) if distributed.is_main() else []
+    stem = options.name or f"scaling_{Path(options.config).stem}_{record.slug(base['hardware'])}"
+    rows = earlier = record.kept(folder / f"{stem}.json", base, "scaling") if distributed.is_main() else []
     title = f"Scaling of {Path(options.config).stem}"
     try:
         for rows in measured(points, earlier, base, hosts):
@@ -224,37 +223,11 @@ def basis(cfg: Config, steps: int) -> dict[str, Any]:
         code.update((own / name).read_bytes())
     return {
         "hardware": record.processor() if device.platform == "cpu" else device.device_kind,
-        "config": _hash(to_json(cfg)),
+        "config": record.digest(to_json(cfg)),
         "steps": steps,
         "versions": {"python": platform.python_version(), **record.versions()},
         "code": code.hexdigest()[:16],
     }
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def kept(path: Path, base: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the points of an earlier record that are still true: same config, code, versions and number of steps.
-
-    Raises:
-        UserError: the file is no such record, or one of other hardware.
-    """
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_text())["rows"]
-        found = [row for row in rows if row["base"] == base and not row["failure"]]
-        hardware = {row["base"]["hardware"] for row in rows}
-        changed = sorted({name for row in rows for name in base if row["base"][name] != base[name]})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"got {path}, expected a record of scaling ({error!r}), try another --name") from None
-    if other := hardware - {base["hardware"]}:
-        raise UserError(f"got {path} of {other.pop()}, expected {base['hardware']}, which is here, try another --name")
-    if changed:
-        print(f"{path.name}: measured anew what had another {', '.join(changed)}", flush=True)
-    return found
 
 
 def measured(
@@ -266,7 +239,7 @@ def measured(
     """
     processes, here = jax.process_count(), jax.devices()
     several = f", {jax.local_device_count()} a process" if processes > 1 else ""
-    keys = [_hash([base, to_json(each.config), each.devices, processes, several]) for each in points]
+    keys = [record.digest([base, to_json(each.config), each.devices, processes, several]) for each in points]
     results = {row["key"]: row for row in rows}
     if distributed.is_main():
         distributed.announce("scaling: asked", json.dumps([key for key in keys if key not in results]))
@@ -299,8 +272,3 @@ def measured(
         row["failure"] = each.failure or result.get("failure", "")
         found[row["curve"], each.devices, key] = {**result, **row}
         yield list(found.values())
-
-
-def slug(text: str) -> str:
-    """Return the name of hardware as it stands in the name of a file."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower().removeprefix("nvidia ")).strip("_") or "cpu"

@@ -45,11 +45,16 @@ class Options:
 
 
 class Contestant:
-    """A worker process that runs steps on demand: `command` is its module and arguments."""
+    """A worker process that runs steps on demand: `command` is its module and arguments, `tree` where it runs."""
 
-    def __init__(self, name: str, command: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, name: str, command: list[str], env: Mapping[str, str], tree: Path | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, "-m", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=tree,
         )
         self.name = name
         self.ready = self.read()
@@ -75,12 +80,14 @@ class Contestant:
         self.process.wait(60)
 
 
-def enter(name: str, arguments: list[str], folder: Path) -> Contestant:
-    """Return a contestant of `benchmarks.worker`."""
+def enter(name: str, arguments: list[str], folder: Path, tree: Path | None = None) -> Contestant:
+    """Return a contestant of `benchmarks.worker`, by the code of this tree or of another."""
     env = {**os.environ, "BENCHMARK_BORN": str(time.time())}
+    if tree is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
     if name == "torch-avx512":
         env["LD_PRELOAD"] = str(shim(folder))
-    return Contestant(name, ["benchmarks.worker", name, *arguments], env)
+    return Contestant(name, ["benchmarks.worker", name, *arguments], env, tree)
 
 
 def shim(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from jaxmodels.config import Config
 Run = Callable[[int], Any]
 
 
-def engine(cfg: Config) -> Run:
-    """Run the project's loop with data, metrics and display, but without saving."""
+def engine(cfg: Config, devices: Sequence[Any] | None = None) -> Run:
+    """Run the project's loop with data, metrics and display, but without saving; by default on all devices."""
     import dataclasses
 
     from jaxmodels.train import beginning, loop
@@ -32,7 +32,7 @@ def engine(cfg: Config) -> Run:
     from jaxmodels.train.loggers import Report, TensorBoard
     from jaxmodels.train.metrics import Clock, Record
 
-    job = assemble(cfg)
+    job = assemble(cfg, devices)
     loader, folder = job.loader("train"), Path(tempfile.mkdtemp())
     schedule: Any = cfg.optim.rate(cfg.train.steps)
 
@@ -68,14 +68,14 @@ def engine(cfg: Config) -> Run:
     return steps
 
 
-def bare(cfg: Config) -> Run:
+def bare(cfg: Config, devices: Sequence[Any] | None = None) -> Run:
     """Run the same model's step under a bare `jax.jit`, on one batch that is already on the device."""
     import jax
 
     from jaxmodels.train import step
     from jaxmodels.train.job import assemble
 
-    job = assemble(cfg)
+    job = assemble(cfg, devices)
     batch = job.loader("train").batch(0)
     take = jax.jit(
         lambda now, batch: step.advance(

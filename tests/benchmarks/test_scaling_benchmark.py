@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import collectives, curves, point, scaling
 from benchmarks.__main__ import main
+from benchmarks.record import kept
 from jaxmodels.config import Classification, Config, Mesh, Synthetic, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.mlp import MLPConfig
@@ -266,11 +267,11 @@ def test_a_record_of_other_hardware_and_what_is_no_record_are_refused(recorded):
     with pytest.raises(UserError, match=r"of NVIDIA H100, expected .*, which is here, try another --name"):
         other = [{**record["rows"][0], "base": {**base, "hardware": "NVIDIA H100"}}]
         (folder / "h100.json").write_text(json.dumps({"rows": other}))
-        scaling.kept(folder / "h100.json", base)
+        kept(folder / "h100.json", base, "scaling")
     (folder / "none.json").write_text("[]")
     with pytest.raises(UserError, match="expected a record of scaling"):
-        scaling.kept(folder / "none.json", base)
-    assert scaling.kept(folder / "absent.json", base) == []
+        kept(folder / "none.json", base, "scaling")
+    assert kept(folder / "absent.json", base, "scaling") == []
 
 
 PROGRAM = """HloModule step
