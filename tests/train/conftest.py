@@ -1,4 +1,4 @@
-"""A state on eight devices, and a folder with two checkpoints."""
+"""A state on eight devices, a folder with two checkpoints, and runs that end without their picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from tests.train.checkpoints import (
     make_state,
     save,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out curves.png, which takes as long as a short run; tests/report draws it, and tests/docs with its run."""
+    monkeypatch.setattr("jaxmodels.report.curves.draw", lambda run, out, lines=None: None)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from jaxmodels.train import run as runs
 from jaxmodels.train.arrays import named_leaves
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import assemble
+from tests.zoo import arrays
 
 BERT = BERTConfig(vocab_size=23, context=9, layers=1, heads=2, width=8, mlp_width=12)
 MASKED = Config(
@@ -62,7 +63,13 @@ def begin(cfg):
     return state, {name.partition("/")[2]: np.asarray(x) for name, x in named_leaves(state.params).items()}
 
 
-def test_the_body_is_that_of_the_source_s_average_and_the_head_is_new(source):
+@pytest.fixture(scope="module")
+def fresh():
+    """Parameters of a classifier that begins at random."""
+    return begin(classifier(None))[1]
+
+
+def test_the_body_is_that_of_the_source_s_average_and_the_head_is_new(source, fresh):
     state, found = begin(classifier(source, "pooler/*", "head/*", ema=0.9))
     average, _, _ = Checkpointer(source / "checkpoints").restore_params(subtree="ema")
     plain, _, _ = Checkpointer(source / "checkpoints").restore_params()
@@ -72,17 +79,15 @@ def test_the_body_is_that_of_the_source_s_average_and_the_head_is_new(source):
     for name in body:
         np.testing.assert_array_equal(found[name], average[name], err_msg=name)
     assert any((plain[name] != average[name]).any() for name in body)
-    _, random = begin(classifier(None))
-    assert {name for name in found if np.array_equal(found[name], random[name])} >= {"head/w", "pooler/w"}
+    assert {name for name in found if np.array_equal(found[name], fresh[name])} >= {"head/w", "pooler/w"}
     assert int(state.step) == 0
     jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
 
 
-def test_a_fresh_body_part_is_the_random_one(source):
+def test_a_fresh_body_part_is_the_random_one(source, fresh):
     _, found = begin(classifier(source, "pooler/*", "head/*", "layers/attn/*"))
-    _, random = begin(classifier(None))
-    np.testing.assert_array_equal(found["layers/attn/q/w"], random["layers/attn/q/w"])
-    assert (found["layers/mlp/up/w"] != random["layers/mlp/up/w"]).any()
+    np.testing.assert_array_equal(found["layers/attn/q/w"], fresh["layers/attn/q/w"])
+    assert (found["layers/mlp/up/w"] != fresh["layers/mlp/up/w"]).any()
 
 
 def test_a_whole_run_begins_so_and_learns(source, tmp_path):
@@ -140,7 +145,7 @@ VIT = ViTConfig(input_shape=(8, 8, 3), patch=4, classes=3, layers=1, heads=2, wi
 def test_a_published_body_begins_a_classifier_whose_head_is_new(tmp_path):
     """A file of ViTModel: no prefix, no head, a pooler that nothing uses."""
     model = create(VIT)
-    params = model.init(jax.random.key(1))
+    params = arrays(model)
     save_pretrained(tmp_path, model, params)
     tensors = {
         name.removeprefix("vit."): x
@@ -170,6 +175,14 @@ def test_a_published_body_begins_a_classifier_whose_head_is_new(tmp_path):
 LLAMA = LlamaConfig(vocab_size=23, layers=1, heads=2, width=8, mlp_width=12, rope_theta=500.0, window=3, norm_eps=1e-4)
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A LLaMA in Hugging Face's format."""
+    folder, model = tmp_path_factory.mktemp("published"), create(LLAMA)
+    save_pretrained(folder, model, arrays(model))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -182,18 +195,16 @@ LLAMA = LlamaConfig(vocab_size=23, layers=1, heads=2, width=8, mlp_width=12, rop
         ({"dtype": "bfloat16", "remat": "full", "context": 64, "unroll": 1}, None),
     ],
 )
-def test_a_field_that_changes_what_is_computed_has_to_be_the_source_s(change, words, tmp_path):
-    model = create(LLAMA)
-    save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+def test_a_field_that_changes_what_is_computed_has_to_be_the_source_s(change, words, published):
     ours, kept = replace(LLAMA, **change), {"model/embed/w": None}
     if words is None:
-        beginning.check_same_model(ours, tmp_path, kept)
+        beginning.check_same_model(ours, published, kept)
         return
     with pytest.raises(UserError) as caught:
-        beginning.check_same_model(ours, tmp_path, kept)
+        beginning.check_same_model(ours, published, kept)
     parts = words.split(" ") if words.startswith("--") else [words]
     assert all(part in str(caught.value) for part in parts), caught.value
-    beginning.check_same_model(ours, tmp_path, {})  # all at random
+    beginning.check_same_model(ours, published, {})  # all at random
 
 
 def test_every_field_of_a_model_is_told_by_the_shapes_or_free_or_compared(source):

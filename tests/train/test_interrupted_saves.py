@@ -100,7 +100,7 @@ for step in itertools.count(first + 1):
 def test_kill_9_at_any_moment_leaves_only_complete_checkpoints(tmp_path: Path) -> None:
     chance = random.Random(0)
     newest = []
-    for _ in range(6):
+    for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
             cwd=Path(__file__).parents[2],

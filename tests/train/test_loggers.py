@@ -157,6 +157,21 @@ NONE = 5
 """
 
 
+PLAIN = """
+from jaxmodels.config import *
+from jaxmodels.models.mlp import MLPConfig
+
+def get_config():
+    return Config(
+        model=MLPConfig(input_shape=(4,), classes=3, hidden=()),
+        task=Classification(),
+        data=Synthetic(batch_size=8),
+        eval=Eval(batches=1),
+        metrics=Metrics(every=1, progress="none"),
+    )
+"""
+
+
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a logger in a package that is not this one."""
@@ -167,17 +182,16 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_logger_of_another_package_is_told_all_and_goes_on_with_a_resumed_run(
-    tmp_path: Path, root: Path, outside: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, outside: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = "--model.layers 1 --model.width 16 --model.heads 2 --model.context 16 --data.seq-len 16 --data.batch-size 8"
-    options = f"{small} --metrics.every 1 --eval.batches 1 --metrics.progress none --optim.warmup-steps 0"
-    command = ["train", str(root / "configs/gpt_stdlib.py"), "--run-dir", str(tmp_path / "run"), *options.split()]
+    (tmp_path / "plain.py").write_text(PLAIN)
+    command = ["train", str(tmp_path / "plain.py"), "--run-dir", str(tmp_path / "run")]
     assert cli.main([*command, "--metrics.loggers", outside, "--train.steps", "2"]) == 0
     resumed = [*command, "--metrics.loggers", outside, "--train.steps", "3", "--resume", "must"]
     assert cli.main(resumed) == 0
     assert (tmp_path / "run/lines.txt").read_text().splitlines() == [
-        "start 0 GPT2Config", "1 train/loss", "2 train/loss", "2 eval/loss", "close",
-        "start 2 GPT2Config", "3 train/loss", "3 eval/loss", "close",
+        "start 0 MLPConfig", "1 train/loss", "2 train/loss", "2 eval/loss", "close",
+        "start 2 MLPConfig", "3 train/loss", "3 eval/loss", "close",
     ]  # fmt: skip
     assert not (tmp_path / "run/tensorboard").exists()
     assert json.loads((tmp_path / "run/config.json").read_text())["metrics"]["loggers"] == [outside]

@@ -1,20 +1,33 @@
 """The optimizer's state in the memory of the hosts: the same training, and less in that of the devices."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from jaxmodels import cli, tasks
-from jaxmodels.config import AdamW, CausalLM, Config, Mesh, Stdlib
+from jaxmodels.config import (
+    AdamW,
+    CausalLM,
+    Classification,
+    Config,
+    Constant,
+    Eval,
+    Mesh,
+    Metrics,
+    Stdlib,
+    Synthetic,
+    Train,
+)
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.plan import compile, topology
-from jaxmodels.train import state, step
+from jaxmodels.train import run, state, step
+from jaxmodels.train.metrics import read
 from jaxmodels.train.state import HOST
 
 MODEL = GPT2Config(layers=2, width=16, heads=2, vocab_size=64, context=16)
@@ -50,19 +63,29 @@ def test_steps_are_the_same_and_the_optimizer_lies_with_the_host():
     assert HOST not in {leaf.sharding.memory_kind for leaf in rest}
 
 
-def test_a_run_goes_on_where_its_optimizer_lay_elsewhere(root, tmp_path, capsys):
-    small = ["--model.layers", "1", "--model.width", "16", "--model.heads", "2", "--eval.every", "0"]
-    few = ["--data.seq-len", "16", "--data.batch-size", "8", "--eval.batches", "2"]
-    shared = [*small, *few, "--checkpoint.every", "2", "--metrics.progress", "none"]
-    config = str(root / "configs" / "gpt_stdlib.py")
-    for name, options in {"one": ["4"], "two": ["4", "--optim.offload", "True"]}.items():
-        assert cli.main(["train", config, "--run-dir", str(tmp_path / name), *shared, "--train.steps", *options]) == 0
-    again = ["--train.steps", "6", "--resume", "must"]
-    for name in ("one", "two"):
-        assert cli.main(["train", config, "--run-dir", str(tmp_path / name), *shared, *again]) == 0
-    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
-    assert last[0]["step"] == 6
-    assert last[0]["eval/loss"] == last[1]["eval/loss"]
+def test_a_run_goes_on_where_its_optimizer_lay_elsewhere(tmp_path):
+    optim = AdamW(peak_lr=1e-2, schedule=Constant())
+    cfg = Config(
+        model=MLPConfig(input_shape=(4,), classes=3, hidden=(8,)),
+        task=Classification(),
+        data=Synthetic(batch_size=8),
+        optim=optim,
+        train=Train(steps=6),
+        eval=Eval(every=0, batches=2),
+        metrics=Metrics(every=1, progress="none", loggers=()),
+    )
+    run.train(cfg, tmp_path / "here")
+    there = dataclasses.replace(cfg, optim=dataclasses.replace(optim, offload=True), train=Train(steps=4))
+    run.train(there, tmp_path / "moved")
+    run.train(cfg, tmp_path / "moved", resume="must")
+    here, moved = (
+        [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in read(tmp_path / name)]
+        for name in ("here", "moved")
+    )
+    assert [row["step"] for row in here] == list(range(1, 7)) and "eval/loss" in here[-1]
+    # the first part was evaluated at its end
+    moved[3] = {name: value for name, value in moved[3].items() if not name.startswith("eval/")}
+    assert moved == here
 
 
 def test_what_cannot_be_is_refused(root, capsys):

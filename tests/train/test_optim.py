@@ -14,7 +14,7 @@ from jaxmodels.train import adafactor, groups
 from jaxmodels.train.optim import OPTIMIZERS
 from jaxmodels.train.schedules import SCHEDULES
 from tests.quick import kind
-from tests.zoo import ZOO
+from tests.zoo import ZOO, arrays
 
 NAMES = tuple(OPTIMIZERS.builtin)
 
@@ -27,6 +27,12 @@ def model():
 @pytest.fixture(scope="module")
 def params(model):
     return model.init(jax.random.key(0))
+
+
+def gradients(params, seed=0):
+    """A random gradient of each parameter."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype), params)
 
 
 LINE, COSINE = [1.0, 0.775, 0.55, 0.325, 0.1], [1.0, 0.868198, 0.55, 0.231802, 0.1]
@@ -61,7 +67,7 @@ def test_each_schedule_begins_and_ends_where_it_should(shape, warmup):
 @pytest.mark.parametrize("final", [0.0, 0.1])
 def test_the_last_step_has_the_final_share_whatever_the_length(shape, steps, warmup, final):
     cfg = AdamW(peak_lr=1.0, schedule=kind(SCHEDULES, shape, final_lr_fraction=final), warmup_steps=warmup)
-    rates = [float(cfg.rate(steps)(step)) for step in range(steps)]
+    rates = jax.jit(jax.vmap(cfg.rate(steps)))(jnp.arange(steps)).tolist()
     assert rates[-1] == pytest.approx(final, abs=1e-7) and max(rates) == pytest.approx(1)
     assert rates[0] == pytest.approx(1 / warmup if warmup else 1)
     top = rates.index(max(rates))
@@ -102,7 +108,7 @@ def test_weight_decay_touches_the_chosen_kinds_alone(model, params, decayed):
     cfg = AdamW(peak_lr=1.0, weight_decay=0.5, decay_on=decayed, clip_norm=None, schedule=Constant())
     tx = cfg.build(10, model.axes())
     ones = jax.tree.map(jnp.ones_like, params)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), ones)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), ones)
     got = jax.tree.map(lambda u: float(u.max()), updates)
     want = jax.tree.map(lambda kind: -0.5 if kind in decayed else 0.0, groups.kinds(model.axes()))
     assert got == want
@@ -110,7 +116,7 @@ def test_weight_decay_touches_the_chosen_kinds_alone(model, params, decayed):
 
 def test_adam_never_decays(model, params):
     tx = Adam(clip_norm=None).build(10, model.axes())
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert all(float(jnp.abs(u).max()) == 0 for u in jax.tree.leaves(updates))
 
 
@@ -126,9 +132,9 @@ def test_adamw_is_the_published_rule(model, params):
         schedule=Constant(),
     )
     tx = cfg.build(10, model.axes())
-    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    grads = gradients(params)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     g, p = (np.asarray(tree["layers"]["mlp"]["up"]["w"]) for tree in (grads, params))
     g = g / norm  # clipped to norm 1; after one step the corrected moments are g and g²
     np.testing.assert_allclose(
@@ -190,11 +196,12 @@ def test_adafactor_is_optax_s_of_each_layer_s_matrix_by_itself():
     own = adafactor.scale_by_adafactor(axes)
     other = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     mine, theirs = own.init(params), other.init(apart(params))
-    for key in jax.random.split(jax.random.key(0), 3):
-        grads = jax.tree.map(lambda p, key=key: jax.random.normal(jax.random.fold_in(key, p.size), p.shape), params)
-        grads["norm"]["scale"] *= jnp.array([[1.0], [100.0]])
-        updates, mine = own.update(grads, mine, params)
-        expected, theirs = other.update(apart(grads), theirs, apart(params))
+    own_update, other_update = jax.jit(own.update), jax.jit(other.update)
+    for seed in range(3):
+        grads = gradients(params, seed)
+        grads["norm"]["scale"] *= np.array([[1.0], [100.0]], np.float32)
+        updates, mine = own_update(grads, mine, params)
+        expected, theirs = other_update(apart(grads), theirs, apart(params))
         for a, b in zip(apart(updates), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -211,18 +218,20 @@ def test_adafactor_keeps_rows_and_columns_of_64_wide_heads_and_of_embeddings():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_rule_lowers_the_loss(model, params, name):
+def test_every_rule_lowers_the_loss(name):
     rates = {"sgd": 0.5, "momentum": 0.1, "adafactor": 0.05, "lion": 3e-3}
+    model = create("mlp", input_shape=(8,), classes=4, hidden=(16,))
+    params = model.init(jax.random.key(0))
     tx = kind(OPTIMIZERS, name, peak_lr=rates.get(name, 1e-2), schedule=Constant()).build(60, model.axes())
-    tokens = jnp.arange(32).reshape(4, 8) % 11
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.normal(size=(12, 8)).astype(np.float32), rng.integers(0, 4, 12)
 
     @jax.jit
     def step(carry, _):
         params, opt_state = carry
 
         def loss(params):
-            logits = model.apply(params, tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, inputs), labels).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -235,8 +244,8 @@ def test_every_rule_lowers_the_loss(model, params, name):
 def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_the_rest_to_adam(model, params):
     cfg = Muon(peak_lr=1.0, weight_decay=0.0, clip_norm=None, schedule=Constant())
     tx = cfg.build(10, model.axes())
-    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(2), p.shape), params)
-    updates, _ = tx.update(grads, tx.init(params), params)
+    grads = gradients(params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     matrix = np.asarray(updates["layers"]["attn"]["o"]["w"]).reshape(2, 16, 16)  # layers are a batch
     for layer in matrix:
         values = np.linalg.svd(layer, compute_uv=False)
@@ -256,18 +265,11 @@ def named(tree):
 def steps(model, params, cfg, count=2):
     """Parameters by name before and after so many steps along random gradients."""
     tx = cfg.build(count, model.axes(), model.shapes())
-
-    @jax.jit
-    def run(params):
-        def one(carry, key):
-            params, opt_state = carry
-            grads = jax.tree.map(lambda p: jax.random.normal(jax.random.fold_in(key, p.size), p.shape), params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
-
-        return jax.lax.scan(one, (params, tx.init(params)), jax.random.split(jax.random.key(0), count))[0][0]
-
-    return named(params), named(run(params))
+    before, opt_state, update = params, tx.init(params), jax.jit(tx.update)
+    for step in range(count):
+        updates, opt_state = update(gradients(params, step), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return named(before), named(params)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -296,7 +298,7 @@ def test_what_is_frozen_has_no_part_in_the_norm_that_is_clipped(model, params):
     tx = sgd.build(1, model.axes(), model.shapes())
     grads = jax.tree.map(jnp.ones_like, params)
     grads["embed"]["w"] *= 1e6
-    updates, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-4)
 
 
@@ -318,7 +320,7 @@ def test_a_pattern_may_hold_one_of_two_networks_but_not_all_of_both():
 def test_each_layer_moves_less_than_the_one_above_and_embeddings_least(model, params):
     cfg = SGD(peak_lr=1.0, weight_decay=0.0, clip_norm=None, layer_decay=0.5, schedule=Constant())
     tx = cfg.build(1, model.axes(), model.shapes())
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     for path, update in named(updates).items():
         if path.startswith("layers/"):
             np.testing.assert_allclose(update[0], -0.5, err_msg=path)
@@ -366,7 +368,7 @@ def test_a_stack_is_known_by_its_axes_whatever_it_is_called():
 def test_a_single_number_is_frozen_too():
     model = create(ZOO["clip"][1])
     cfg = SGD(freeze=("scale/*", "image/*"), weight_decay=0.0)
-    before, after = steps(model, model.init(jax.random.key(0)), cfg, 1)
+    before, after = steps(model, arrays(model), cfg, 1)
     assert all(before[path].shape == after[path].shape for path in before)
     for path in before:
         assert (before[path] == after[path]).all() == path.startswith(("scale", "image")), path

@@ -14,6 +14,7 @@ from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.train import run as runs
 from jaxmodels.train.saved import load_run, read_kept
+from tests.sections import untrained
 
 WORDS = {"good": "fine great nice happy lovely".split(), "bad": "poor sad awful grim dull".split()}
 
@@ -126,8 +127,7 @@ def test_sample_says_what_fits(tmp_path, capsys):
         train=Train(steps=1),
         metrics=Metrics(progress="none", loggers=()),
     )
-    runs.train(cfg, tmp_path / "run")
-    run = str(tmp_path / "run")
+    run = str(untrained(cfg, tmp_path / "run"))
     for argv, said in (
         (["--prompt", "a" * 16], "try a prompt of at most 15 tokens"),
         (["--prompt", "a" * 10, "--tokens", "7"], "try --tokens 6"),
