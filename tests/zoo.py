@@ -80,7 +80,9 @@ def arrays(model, seed=0):
         spread = (
             0.2 if leaf.ndim < 2 else 1 / np.sqrt(np.prod(leaf.shape[:-1]) / (leaf.shape[0] if leaf.ndim > 2 else 1))
         )
-        return jnp.asarray(spread * rng.normal(size=leaf.shape) + (path[-1].key == "scale"), leaf.dtype)
+        drawn = spread * rng.normal(size=leaf.shape) + (path[-1].key == "scale")
+        # converted before jax sees it, which compiles a conversion for every shape
+        return jnp.asarray(drawn.astype(leaf.dtype), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, model.shapes())
 
