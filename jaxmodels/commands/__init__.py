@@ -36,6 +36,7 @@ COMMANDS = Registry(
         "goodput": "jaxmodels.commands.goodput:goodput",
         "doctor": "jaxmodels.commands.doctor:doctor",
         "import": "jaxmodels.commands.import_:import_run",
+        "serve": "jaxmodels.commands.serve:serve",
         "export": "jaxmodels.commands.export:export_run",
         "data inspect": "jaxmodels.commands.data_inspect:inspect",
         "data prepare": "jaxmodels.commands.data_prepare:prepare",

@@ -54,6 +54,11 @@ class ModelConfig(Section, section="model", kinds=FAMILIES):
         usual, made = {"attention": "xla", "remat": "none"}, cast(Any, self)
         return dataclasses.replace(made, **{name: value for name, value in usual.items() if hasattr(self, name)})
 
+    def indivisible(self) -> str:
+        """Return what makes a token's output depend on how many tokens a call has, so that a text cannot be read in
+        pieces; nothing if it does not."""
+        return ""
+
     def dispatched(self) -> float:
         """Rows that a block with experts sends to other devices for each token, with unused places in its buffers.
 

@@ -113,7 +113,10 @@ class Decoder(nn.Module, ABC):
         y: Any = self.output(embed).logits(body.features) if head else body.features
         if auxiliary:
             y = (y, self.losses(body.sums))
-        return y if cache is None else (y, {**body.cache, "length": cache["length"] + tokens.shape[1]})
+        if cache is None:
+            return y
+        added = tokens.shape[1] if ctx.pages is None else ctx.pages.real.sum(1)
+        return y, {**cache, **body.cache, "length": cache["length"] + added}
 
     def longest(self) -> int | None:
         """The most tokens of a call; None: no limit."""
@@ -159,8 +162,8 @@ class BlockDecoder(Decoder):
         c = self.config
         block, *given = self.blocks(train)
         stack = layers.scan_layers(block, c.layers, c.remat, c.unroll)(c, *given, name="layers")
-        x, (kv, sums) = stack(x, None if cache is None else cache["layers"], ctx)
-        return Body(layers.shard(self.norm()(x), "batch", "seq", None), {"layers": kv}, sums)
+        x, (kv, sums) = stack(x, ctx.layered(cache), ctx)
+        return Body(layers.shard(self.norm()(x), "batch", "seq", None), {"layers": ctx.joined(kv)}, sums)
 
 
 def output_table(c: Any, params: Params) -> jax.Array:

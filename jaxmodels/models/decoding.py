@@ -1,10 +1,12 @@
 """What a decoder's blocks need beside the residual stream: positions, masks, and the key-value cache.
 
-Dims: B rows, T new tokens, S places of the cache, L layers, H heads of keys and values, K head size.
+Dims: B rows, T new tokens, S places of the cache, L layers, H heads of keys and values, K head size; in pages: N
+pages of P places, and M pages of a row.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,37 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 
 KeyValues = dict[str, jax.Array]
+
+
+class Pages(NamedTuple):
+    """A cache whose places lie in pages: place s of row b is place s % P of page `table[b, s // P]`.
+
+    The pools go around the scan over layers and not through it, which would copy them: blocks read the places of their
+    rows, and give what is new.
+    """
+
+    pools: KeyValues
+    """Keys and values of all layers and pages, (L, N, P, H, K)."""
+    table: jax.Array
+    """The pages of each row, in order, (B, M)."""
+    real: jax.Array
+    """Which of the new tokens are written, (B, T)."""
+
+    def read(self, name: str, layer: jax.Array, new: jax.Array, offset: jax.Array) -> jax.Array:
+        """Keys or values of one layer (B, M * P, H, K), with the new ones (B, T, H, K) behind those of each row."""
+        found = self.pools[name][layer, self.table]
+        found = found.reshape(len(found), -1, *found.shape[3:])
+        at = jnp.where(self.real, offset[:, None] + jnp.arange(new.shape[1]), found.shape[1])
+        return found.at[jnp.arange(len(found))[:, None], at].set(new.astype(found.dtype), mode="drop")
+
+    def write(self, new: KeyValues, offset: jax.Array) -> KeyValues:
+        """The pools with the new keys and values of all layers (L, B, T, H, K)."""
+        count, size = self.pools["k"].shape[1:3]
+        at = offset[:, None] + jnp.arange(self.real.shape[1])
+        page = jnp.take_along_axis(self.table, at // size, axis=1, mode="clip")
+        page = jnp.where(self.real, page, count)
+        put = lambda pool, new: pool.at[:, page, at % size].set(new.astype(pool.dtype), mode="drop")  # noqa: E731
+        return {name: put(pool, new[name]) for name, pool in self.pools.items()}
 
 
 class Context(NamedTuple):
@@ -25,11 +58,25 @@ class Context(NamedTuple):
     """With a cache, the absolute position of each row's first token."""
     kv_length: jax.Array | None = None
     """With a cache, how many keys of each row are valid after this call."""
+    pages: Pages | None = None
+    """With a cache in pages, where they lie; tokens of the segment 0 are then not written."""
 
     def masks(self) -> dict[str, Any]:
         """The keyword arguments of `attention` that follow from this call."""
         cached = {} if self.offset is None else {"q_offset": self.offset, "kv_length": self.kv_length}
-        return {"segment_ids": self.segment_ids, **cached}
+        return {"segment_ids": None if self.pages else self.segment_ids, **cached}
+
+    def layered(self, cache: dict[str, Any] | None) -> Any:
+        """What each layer of a scan is given of the cache."""
+        if cache is None or self.pages is None:
+            return None if cache is None else cache["layers"]
+        return {"layer": jnp.arange(len(self.pages.pools["k"]))}
+
+    def joined(self, layered: Any) -> Any:
+        """The cache's layers after the scan, from what each of them gave."""
+        if self.pages is None or self.offset is None:
+            return layered
+        return self.pages.write(layered, self.offset)
 
     @staticmethod
     def of(
@@ -53,7 +100,11 @@ class Context(NamedTuple):
         offset = None if cache is None else cache["length"]
         if positions is None:
             positions = jnp.arange(T)[None] + (0 if offset is None else offset[:, None])
-        return Context(positions, segment_ids, offset, None if offset is None else offset + T)
+        pages = None
+        if cache is not None and "pages" in cache:
+            real = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+            pages = Pages(cache["layers"], cache["pages"], real)
+        return Context(positions, segment_ids, offset, None if offset is None else offset + T, pages)
 
 
 def empty_cache(layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
@@ -62,6 +113,9 @@ def empty_cache(layers: int, batch: int, length: int, heads: int, head_dim: int,
     Rows fill up each at its own pace: the next call writes a row's tokens behind the `length` that it has. To take back
     what a row has too much (the padding of a prompt), set its length lower: what lies beyond is never attended to, and
     is overwritten.
+
+    A cache of `batch` pages of `length` places becomes one of any rows when it is given `pages` (B, M), the pages of
+    each row, and a `length` for each row. Segment ids then say which tokens are real (not 0) and nothing else.
     """
     shape = (layers, batch, length, heads, head_dim)
     empty = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
@@ -74,6 +128,9 @@ def update(
     """Keys and values to attend to: with a cache, the whole of it after the new ones (B, T, H, K) are written."""
     if cache is None:
         return k, v, None
+    if ctx.pages is not None and ctx.offset is not None:
+        read = functools.partial(ctx.pages.read, layer=cache["layer"], offset=ctx.offset)
+        return read("k", new=k), read("v", new=v), {"k": k, "v": v}
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         row = lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0, 0))  # noqa: E731

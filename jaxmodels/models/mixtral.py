@@ -66,6 +66,9 @@ class MixtralConfig(RotaryConfig):
     def plain(self) -> MixtralConfig:
         return dataclasses.replace(super().plain(), routing="dropless")
 
+    def indivisible(self) -> str:
+        return "" if self.routing == "dropless" else f"routing {self.routing}"
+
     def dispatched(self) -> float:
         return self.experts_per_token * (self.capacity_factor if self.routing == "capacity" else experts.SLACK)
 

@@ -1,1 +1,1 @@
-"""Runs in use: artefacts that need none of this package."""
+"""Runs in use: artefacts that need none of this package, and models over HTTP."""

@@ -2,15 +2,21 @@
 
 A block of ```python is run, those of a page in one scope, one after the other; with title="my_gpt.py" it is written to
 that file instead. The lines of ```sh are run as commands. `<!-- run with: … -->` before a block adds options to each of
-its `jaxmodels` commands that train, so that they are short here; `<!-- not run: reason -->` leaves the block out.
+its `jaxmodels` commands that train, so that they are short here; `<!-- not run: reason -->` leaves the block out. A
+command that ends in & goes on beside the blocks that follow: `beside` starts it, waits until it says that it is ready,
+and ends it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +64,7 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def run(block: Block, scope: dict[str, Any], folder: Path) -> None:
+def run(block: Block, scope: dict[str, Any], folder: Path, beside: contextlib.ExitStack | None = None) -> None:
     """Run one block, with the folder as the working directory."""
     if block.skipped is not None:
         return
@@ -68,7 +74,11 @@ def run(block: Block, scope: dict[str, Any], folder: Path) -> None:
         exec(compile("\n" * (block.line - 1) + block.code, "page", "exec"), scope)
     else:
         for line in block.code.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
+            words = shlex.split(line, comments=True)
+            if words and words[-1] == "&":
+                assert beside is not None, f"nothing ends {line}"
+                beside.enter_context(background(words[:-1]))
+            elif words:
                 command(words, block.extra)
 
 
@@ -82,3 +92,29 @@ def command(words: list[str], extra: tuple[str, ...]) -> None:
     else:
         assert words[0] == "python", f"cannot run {shlex.join(words)}: is it to be marked as not run?"
         subprocess.run([sys.executable, *words[1:]], check=True)
+
+
+@contextlib.contextmanager
+def background(words: list[str]) -> Iterator[None]:
+    """A command of jaxmodels in a process of its own, from when it says `ready` until the context ends."""
+    assert words[0] == "jaxmodels", f"cannot run {shlex.join(words)} beside others"
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    begun = [sys.executable, "-m", "jaxmodels", *words[1:]]
+    process = subprocess.Popen(begun, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert process.stderr is not None
+    try:
+        said: list[str] = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("ready"):
+                break
+        else:
+            raise AssertionError(f"{shlex.join(words)} has ended: {''.join(said[-20:])}")
+        rest = threading.Thread(target=process.stderr.read, daemon=True)
+        rest.start()
+        yield
+        process.terminate()
+        assert process.wait(120) == 0, f"{shlex.join(words)} ended with {process.returncode}"
+    finally:
+        process.kill()
+        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import numpy as np
@@ -70,12 +71,13 @@ def published(where):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
 def test_every_block_of_a_page_runs_as_written(page, folder):
     scope: dict = {"__name__": "page"}
-    for block in blocks(page):
-        try:
-            run(block, scope, folder)
-        except BaseException as error:
-            error.add_note(f"in {page.relative_to(ROOT)}, line {block.line}")
-            raise
+    with contextlib.ExitStack() as beside:
+        for block in blocks(page):
+            try:
+                run(block, scope, folder, beside)
+            except BaseException as error:
+                error.add_note(f"in {page.relative_to(ROOT)}, line {block.line}")
+                raise
 
 
 def test_a_block_is_left_out_only_with_a_reason_and_few_are():

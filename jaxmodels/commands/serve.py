@@ -1,0 +1,99 @@
+"""`jaxmodels serve RUN`: a language model over HTTP, as OpenAI's clients expect it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from jaxmodels.errors import UserError
+from jaxmodels.fields import Count, Positive, Range
+
+Port = Annotated[int, Range(0, 65535)]
+Rows = Annotated[int, Range(1, 4096)]
+
+
+def serve(
+    model: Path,
+    /,
+    name: str = "",
+    host: str = "127.0.0.1",
+    port: Port = 8000,
+    rows: Rows = 32,
+    length: Count | None = None,
+    cache_gib: Positive | None = None,
+    queue: Annotated[int, Range(0, 1_000_000)] = 256,
+    timeout: Positive = 600.0,
+    drain: Positive = 30.0,
+    body_mib: Positive = 4.0,
+    keys: Path | None = None,
+    log_prompts: bool = False,
+    best: bool = False,
+) -> None:
+    """Serve a language model: /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics.
+
+    All programs are compiled before the server is ready. SIGTERM answers what was taken, and refuses the rest with 503.
+
+    Args:
+        model: run directory, or a directory in Hugging Face's format.
+        name: the model's name in requests; that of the directory by default.
+        host: address to listen at; this machine alone by default.
+        port: port to listen at; 0 takes a free one.
+        rows: answers that are made at once.
+        length: most tokens of a prompt with its answer; the model's context by default, or 4096.
+        cache_gib: GiB of the key-value cache; by default enough for all rows, but at most 1.
+        queue: answers that may wait for a row; beyond that, requests are refused with 429.
+        timeout: seconds that an answer may take.
+        drain: seconds after SIGTERM in which what was taken is answered.
+        body_mib: MiB that the body of a request may have.
+        keys: file with API keys, one a line, of which a request must have one.
+        log_prompts: write the bodies of requests into the log.
+        best: use the best checkpoint instead of the newest.
+    """
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"got no package {error.name}, expected it to serve, try pip install 'jaxmodels[serve]'"
+        ) from error
+
+    from jaxmodels.generate.engine import Engine, pages_of
+    from jaxmodels.serve.hall import Limits
+    from jaxmodels.serve.opened import Opened, open_model
+    from jaxmodels.serve.server import bound, make_hall, say
+    from jaxmodels.serve.server import serve as run
+    from jaxmodels.train.run import compilation_cache
+
+    known = read_keys(keys) if keys else ()
+    listening = bound(host, port)
+    compilation_cache()
+    opened = open_model(model, name, best)
+
+    def engine(each: Opened) -> Engine:
+        assert each.writer is not None
+        room = None if cache_gib is None else pages_of(each.writer.model, int(cache_gib * 2**30))
+        return Engine(each.writer.model, each.writer.params, rows=rows, length=length, pages=room)
+
+    limits = Limits(int(body_mib * 2**20), timeout, queue, known)
+    hall = make_hall([opened], limits, engine, log_prompts)
+    at = listening.getsockname()
+    where = f"http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}"
+    if not known and host not in ("127.0.0.1", "localhost", "::1"):
+        say(f"{where} can be reached from elsewhere, and asks for no key: --keys FILE would")
+    run(hall, listening, drain, lambda: say(f"ready: {opened.name} at {where}/v1"))
+
+
+def read_keys(file: Path) -> tuple[str, ...]:
+    """Read the API keys in a file, one a line.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    try:
+        found = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"got --keys {file}, which cannot be read ({error}), expected a key a line") from error
+    if not found:
+        raise UserError(f"got --keys {file}, which is empty, expected a key a line, try openssl rand -hex 32 > {file}")
+    return found

@@ -1,0 +1,124 @@
+"""The application: its paths, and what happens around every request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxmodels.serve import openai
+from jaxmodels.serve.errors import Refused, response
+from jaxmodels.serve.hall import Hall, engines
+
+log = logging.getLogger("jaxmodels")
+OPEN = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready")
+"""Paths that need no key and are answered while the server drains."""
+
+
+def build(hall: Hall) -> ASGIApp:
+    """The application of a hall."""
+    hall.metrics.watch(lambda: engines(list(hall.served.values())))
+    routes = [
+        Route("/health", health),
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", health),
+        Route("/metrics", metrics),
+        Route("/v1/models", openai.models),
+        Route("/v1/models/{name:path}", openai.model),
+        Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/chat/completions", openai.chats, methods=["POST"]),
+    ]
+    handlers: Any = {Refused: _refuse, HTTPException: _http, ClientDisconnect: _gone}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.state.hall = hall
+    return Around(app, hall, [route.path for route in routes])
+
+
+async def health(request: Request) -> Response:
+    """Whether the server takes requests."""
+    hall: Hall = request.app.state.hall
+    broken = [name for name, each in hall.served.items() if each.worker.error is not None]
+    said = "ready" if hall.ready else "loading"
+    said = "draining" if hall.draining else f"failed: {', '.join(broken)}" if broken else said
+    return JSONResponse({"status": said}, 200 if said == "ready" else 503)
+
+
+async def live(_: Request) -> Response:
+    """That the process is alive."""
+    return JSONResponse({"status": "live"})
+
+
+async def metrics(request: Request) -> Response:
+    """All metrics, for Prometheus."""
+    hall: Hall = request.app.state.hall
+    return Response(hall.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _refuse(request: Request, error: Any) -> Response:
+    return response(request.url.path, error)
+
+
+async def _http(request: Request, error: Any) -> Response:
+    what = {404: "no such path", 405: f"method {request.method} for this path"}.get(error.status_code, error.detail)
+    return response(request.url.path, Refused(error.status_code, f"got {what}, expected one of the API", None))
+
+
+async def _gone(_: Request, __: Any) -> Response:
+    return Response(status_code=499)
+
+
+class Around:
+    """Around every request: keys, draining, counts, a line of the log, and an answer whatever goes wrong."""
+
+    def __init__(self, app: ASGIApp, hall: Hall, paths: list[str]) -> None:
+        self.app, self.hall, self.paths = app, hall, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        hall, began, status = self.hall, time.monotonic(), 500
+        scope.setdefault("state", {})
+        request = Request(scope, receive)
+        path, inside = scope["path"], scope["path"] not in OPEN
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            hall.inside += inside
+            if inside and (refused := self._refusal(request)):
+                await response(path, refused)(scope, receive, sent)
+            else:
+                await self.app(scope, receive, sent)
+        except Exception:
+            log.exception("a request has failed")
+            if status == 500:
+                await response(path, Refused(503, "the server has failed, and its log says how"))(scope, receive, sent)
+        finally:
+            hall.inside -= inside
+            known = path if path in self.paths else "/v1/models/NAME" if path.startswith("/v1/models/") else "other"
+            hall.metrics.request(known, status)
+            if inside:
+                hall.log(request, status, time.monotonic() - began)
+
+    def _refusal(self, request: Request) -> Refused | None:
+        hall = self.hall
+        if hall.draining or not hall.ready:
+            said = "is stopping" if hall.draining else "is not ready"
+            return Refused(503, f"the server {said}", headers={"Retry-After": "5", "Connection": "close"})
+        try:
+            hall.check_key(request)
+        except Refused as refused:
+            return refused
+        return None

@@ -1,0 +1,268 @@
+"""OpenAI's endpoints for texts: completions and chats, whole or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from jaxmodels.errors import UserError
+from jaxmodels.generate.engine import Step, Text
+from jaxmodels.serve.asked import Asked, Chat, Completion
+from jaxmodels.serve.errors import Refused, body
+from jaxmodels.serve.hall import Hall, Served, gone
+from jaxmodels.serve.opened import finite
+from jaxmodels.serve.words import Words
+from jaxmodels.serve.worker import Broken
+
+FINISH = {"stop": "stop", "length": "length"}
+
+
+@dataclass
+class Told:
+    """The log-probability of a token, and those of the likeliest ones."""
+
+    text: str
+    logprob: float
+    likeliest: list[tuple[str, float]]
+    offset: int
+
+
+@dataclass
+class Piece:
+    """A part of an answer."""
+
+    text: str
+    told: list[Told] = field(default_factory=list)
+    finish: str | None = None
+
+
+@dataclass
+class Answer:
+    """One of the answers to a request, while it is made."""
+
+    index: int
+    text: Text
+    words: Words
+    served: Served
+    count: int = 0
+    length: int = 0
+
+    async def pieces(self, hall: Hall) -> AsyncIterator[Piece]:
+        """Yield the answer piece by piece; the last one says why it ended."""
+        waiting: list[Told] = []
+        async for step in hall.follow(self.served, self.text):
+            new = "" if step.token is None else self.words.add(step.token)
+            if step.token is not None:
+                self.count += 1
+                if self.text.draw.told >= 0:
+                    waiting.append(self._told(step))
+            finish = "stop" if self.words.stopped else step.finish
+            if finish and not self.words.stopped:
+                new += self.words.rest()
+                finish = "stop" if self.words.stopped else finish
+            self.length += len(new)
+            if new or finish:
+                yield Piece(new, waiting, finish)
+                waiting = []
+            if finish:
+                return
+
+    def _told(self, step: Step) -> Told:
+        name = self.served.writer.tokenizer.decode
+        pairs = [(name([token]), finite(logprob)) for token, logprob in step.likeliest]
+        return Told(name([step.token]), finite(step.logprob), pairs, self.length)
+
+
+async def completions(request: Request) -> Response:
+    """`POST /v1/completions`."""
+    hall: Hall = request.app.state.hall
+    asked = Completion.read(await hall.body(request))
+    served = hall.find(asked.model)
+    prompts = [served.writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+    answers = _answers(hall, served, asked, prompts, asked.max_tokens or 16)
+    return await _respond(request, hall, asked, answers, _Form(f"cmpl-{secrets.token_hex(12)}", asked.model, False))
+
+
+async def chats(request: Request) -> Response:
+    """`POST /v1/chat/completions`."""
+    hall: Hall = request.app.state.hall
+    asked = Chat.read(await hall.body(request))
+    served = hall.find(asked.model)
+    prompt = served.writer.chat(asked.texts)
+    room = max(served.engine.shape.length - len(prompt), 1)
+    answers = _answers(hall, served, asked, [prompt], asked.max_completion_tokens or asked.max_tokens or room)
+    return await _respond(request, hall, asked, answers, _Form(f"chatcmpl-{secrets.token_hex(12)}", asked.model, True))
+
+
+async def models(request: Request) -> Response:
+    """`GET /v1/models`."""
+    hall: Hall = request.app.state.hall
+    return JSONResponse({"object": "list", "data": [_card(hall, served) for served in hall.served.values()]})
+
+
+async def model(request: Request) -> Response:
+    """`GET /v1/models/NAME`."""
+    hall: Hall = request.app.state.hall
+    return JSONResponse(_card(hall, hall.find(request.path_params["name"])))
+
+
+def _card(hall: Hall, served: Served) -> dict[str, Any]:
+    owner = {"object": "model", "created": hall.began, "owned_by": "jaxmodels"}
+    return {"id": served.opened.name, **owner, "max_model_len": served.engine.shape.length}
+
+
+def _answers(hall: Hall, served: Served, asked: Asked, prompts: list[list[int]], limit: int) -> list[Answer]:
+    """The texts that a request asks for, before the engine has them."""
+    writer = served.writer
+    draws, made = asked.draws(writer.penalty, secrets.randbits(32)), []
+    for prompt in prompts:
+        if not prompt:
+            raise Refused(400, "got an empty prompt, expected at least one token")
+        try:
+            served.engine.check(prompt, limit)
+        except UserError as error:
+            raise Refused(400, str(error), "context_length_exceeded") from None
+        for draw in draws:
+            text = Text(prompt, limit, draw, writer.tokenizer.special.ends)
+            made.append(Answer(len(made), text, Words(writer.tokenizer, prompt, asked.stops), served))
+    hall.admit(served, len(made))
+    return made
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How answers are written: a completion or a chat."""
+
+    id: str
+    model: str
+    chat: bool
+
+    def head(self, stream: bool) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}
+
+    def choice(self, index: int, piece: Piece, asked: bool, stream: bool) -> dict[str, Any]:
+        finish = piece.finish and FINISH[piece.finish]
+        told = self.told(piece.told) if asked else None
+        if not self.chat:
+            return {"index": index, "text": piece.text, "logprobs": told, "finish_reason": finish}
+        message = {"content": piece.text} if stream else {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": index, "delta" if stream else "message": message, "logprobs": told, "finish_reason": finish}
+
+    def told(self, all_told: list[Told]) -> dict[str, Any]:
+        if not self.chat:
+            return {
+                "tokens": [told.text for told in all_told],
+                "token_logprobs": [told.logprob for told in all_told],
+                "top_logprobs": [dict(told.likeliest) for told in all_told],
+                "text_offset": [told.offset for told in all_told],
+            }
+        entry = lambda text, logprob: {  # noqa: E731
+            "token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))
+        }  # fmt: skip
+        return {
+            "content": [
+                {**entry(told.text, told.logprob), "top_logprobs": [entry(*pair) for pair in told.likeliest]}
+                for told in all_told
+            ]
+        }
+
+
+def _usage(answers: list[Answer]) -> dict[str, Any]:
+    prompts = {id(answer.text.prompt): len(answer.text.prompt) for answer in answers}
+    read, made = sum(prompts.values()), sum(answer.count for answer in answers)
+    shared = max((answer.text.shared for answer in answers), default=0)
+    counts = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": min(shared, read)}}
+
+
+async def _respond(request: Request, hall: Hall, asked: Asked, answers: list[Answer], form: _Form) -> Response:
+    if asked.stream:
+        return Stream(_events(request, hall, asked, answers, form), lambda: hall.leave(len(answers)))
+
+    async def whole(answer: Answer) -> dict[str, Any]:
+        found = [piece async for piece in answer.pieces(hall)]
+        joined = Piece("".join(p.text for p in found), [told for p in found for told in p.told], found[-1].finish)
+        return form.choice(answer.index, joined, asked.told >= 0, stream=False)
+
+    try:
+        choices = await hall.unless_gone(request, asyncio.gather(*(whole(answer) for answer in answers)))
+    finally:
+        hall.leave(len(answers))
+    usage = _usage(answers)
+    hall.note(request, usage)
+    return JSONResponse({**form.head(False), "choices": choices, "usage": usage})
+
+
+class Stream(StreamingResponse):
+    """A stream of events that ends as soon as the client hangs up, whether it has begun or not."""
+
+    def __init__(self, events: AsyncGenerator[str], leave: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events, self._leave = events, leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent, left = asyncio.create_task(self.stream_response(send)), asyncio.create_task(gone(receive))
+        try:
+            await asyncio.wait({sent, left}, return_when=asyncio.FIRST_COMPLETED)
+            if sent.done() and not isinstance(sent.exception(), OSError):  # which says that nobody listens
+                sent.result()
+        finally:
+            sent.cancel()
+            left.cancel()
+            await asyncio.gather(sent, left, return_exceptions=True)
+            await self._events.aclose()
+            self._leave()
+
+
+async def _events(
+    request: Request, hall: Hall, asked: Asked, answers: list[Answer], form: _Form
+) -> AsyncGenerator[str]:
+    """The events of a stream: pieces of all answers as they come, the counts if asked for, and the end."""
+    pieces: asyncio.Queue[tuple[Answer, Piece | Exception]] = asyncio.Queue()
+    event = lambda told: f"data: {json.dumps(told, ensure_ascii=False)}\n\n"  # noqa: E731
+    more = {"usage": None} if asked.counted else {}
+
+    async def read(answer: Answer) -> None:
+        try:
+            async for piece in answer.pieces(hall):
+                pieces.put_nowait((answer, piece))
+        except Exception as error:
+            pieces.put_nowait((answer, error))
+
+    tasks = [asyncio.create_task(read(answer)) for answer in answers]
+    try:
+        if form.chat:
+            for answer in answers:
+                first = {"index": answer.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                yield event({**form.head(True), "choices": [{**first, "logprobs": None}], **more})
+        left = len(answers)
+        async with asyncio.timeout(hall.limits.seconds):
+            while left:
+                answer, piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                left -= piece.finish is not None
+                choice = form.choice(answer.index, piece, asked.told >= 0, stream=True)
+                yield event({**form.head(True), "choices": [choice], **more})
+        usage = _usage(answers)
+        hall.note(request, usage)
+        if asked.counted:
+            yield event({**form.head(True), "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+    except (Broken, TimeoutError) as error:
+        late = isinstance(error, TimeoutError)
+        said = f"took longer than {hall.limits.seconds:g} s" if late else "the engine has failed"
+        yield event(body(503, f"the answer {said}"))
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,166 @@
+"""What is served: a run, or a directory of transformers, with what stands beside its weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels import config as configs
+from jaxmodels import data
+from jaxmodels.data import special
+from jaxmodels.errors import UserError
+from jaxmodels.generate import asked
+from jaxmodels.hf import load
+from jaxmodels.hf.beside import KEPT
+from jaxmodels.models.model import Model
+from jaxmodels.serve.errors import Refused
+from jaxmodels.train.saved import Run, load_run
+
+log = logging.getLogger("jaxmodels")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A language model beside its tokenizer."""
+
+    model: Model
+    params: Any
+    tokenizer: data.Tokenizer
+    penalty: float = 1.0
+    """The repetition penalty that the model's files ask for."""
+    template: Any = None
+    """The chat template, compiled; None: the model has none."""
+    marks: Any = None
+    """Its special tokens as text, by their names in the template."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt, as `jaxmodels sample` begins a text.
+
+        Raises:
+            Refused: the tokenizer cannot read it.
+        """
+        return [*self.tokenizer.before, *self._ids(text)]
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins.
+
+        Raises:
+            Refused: the model has no chat template, or that refuses the messages.
+        """
+        if self.template is None:
+            raise Refused(400, "got a chat for a model without a chat template, expected one with, try /v1/completions")
+        from jinja2 import TemplateError
+
+        try:
+            text = self.template.render(messages=messages, add_generation_prompt=True, **self.marks)
+        except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            raise Refused(400, f"got messages that the model's chat template refuses ({error})") from None
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return np.asarray(self.tokenizer.encode(text)).tolist()
+        except UserError as error:
+            raise Refused.of(error) from None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to serve, under a name."""
+
+    name: str
+    writer: Writer | None = None
+    run: Run | None = None
+
+
+def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
+    """Open a run, or a language model in Hugging Face's format.
+
+    Raises:
+        UserError: there is none, or it is of a kind that is not served.
+    """
+    name = name or directory.resolve().name
+    if (directory / "checkpoints").is_dir():
+        cfg, _ = configs.read(directory)
+        if cfg.task.answers != "continuation":
+            raise UserError(
+                f"got a run of task {cfg.task.kind}, expected a language model, try jaxmodels predict {directory} FILE"
+            )
+        run = load_run(directory, best=best)
+        run.task  # noqa: B018  an imported model may have none
+        if run.tokenizer is None:
+            raise UserError(f"got {directory} without a tokenizer, expected a run that was trained on texts")
+        penalty = asked.repetition_penalty(directory)
+        writer = Writer(run.model, run.params["model"], run.tokenizer, penalty, *chat_template(directory / KEPT))
+        return Opened(name, writer, run)
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"got {directory}, expected a run directory or one with config.json and model.safetensors, try runs/NAME"
+        )
+    form, config = load.described(directory)
+    if form.task(config) != "causal_lm":
+        raise UserError(
+            f"got {directory} with a {type(config).__name__}, expected a language model, "
+            f"try jaxmodels import {directory} --out runs/{name}"
+        )
+    tokenizer = data.load_tokenizer(directory)
+    model, params = load.load_pretrained(directory, None, {})
+    return Opened(name, Writer(model, params, tokenizer, 1.0, *chat_template(directory)))
+
+
+def chat_template(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """The chat template in a directory of transformers, and the special tokens that it may name; None if it has none.
+
+    Raises:
+        UserError: a file is damaged, or the template is none.
+    """
+    settings = special.objects(directory / "tokenizer_config.json") if _has(directory, "tokenizer_config.json") else {}
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several by name
+        named = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
+        source = named.get("default")
+    if _has(directory, "chat_template.jinja"):
+        source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    if not isinstance(source, str):
+        return None, {}
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    marks = {name: text for name in names if (text := special.text_of(directory, name)) is not None}
+    return _compiled(source, directory), marks
+
+
+def _has(directory: Path, name: str) -> bool:
+    return (directory / name).is_file()
+
+
+def _compiled(source: str, directory: Path) -> Any:
+    """Compile a template as transformers does: in a sandbox, with the functions that templates there call."""
+    import json
+    from datetime import datetime
+
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    made.filters["tojson"] = tojson
+    made.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    try:
+        return made.from_string(source)
+    except TemplateError as error:
+        raise UserError(f"got a chat template in {directory} that is none ({error}), expected one of Jinja") from None
+
+
+def finite(value: float) -> float:
+    """A log-probability as JSON can say it."""
+    return value if math.isfinite(value) else -9999.0

@@ -1,0 +1,129 @@
+"""The process: it opens models, compiles, listens, and at SIGTERM answers what it has taken before it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+
+from jaxmodels.errors import UserError
+from jaxmodels.generate.engine import Engine
+from jaxmodels.serve.app import build
+from jaxmodels.serve.hall import Hall, Limits, Served
+from jaxmodels.serve.opened import Opened
+from jaxmodels.serve.worker import Worker
+
+log = logging.getLogger("jaxmodels")
+
+
+def make_hall(opened: Sequence[Opened], limits: Limits, make: Callable[[Opened], Engine], prompts: bool) -> Hall:
+    """The hall of these models, whose engines are made and not yet compiled."""
+    return Hall({each.name: Served(each, Worker(make(each))) for each in opened}, limits, prompts=prompts)
+
+
+def prepare(hall: Hall, say: Callable[[str], None]) -> None:
+    """Compile all that will run, and start the engines."""
+    for served in hall.served.values():
+        served.engine.prepare(say)
+        served.worker.start()
+    hall.ready = True
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, which at the first signal stops taking requests, answers those it has, and ends."""
+
+    def __init__(self, hall: Hall, drain: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build(hall),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self.hall, self._drain = hall, drain
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.hall.draining:
+            self.force_exit = self.should_exit = True  # a second signal waits for nobody
+            return
+        self.hall.draining = True
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_to_leave)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def _begin_to_leave(self) -> None:
+        self._tasks.add(asyncio.ensure_future(self._leave()))
+
+    async def _leave(self) -> None:
+        if self.hall.inside:
+            say(f"stopping: {self.hall.inside} requests to answer")
+        if not await self.hall.drained(self._drain):
+            say(f"stopping: {self.hall.inside} requests were not answered in {self._drain:g} s")
+        self.should_exit = True
+
+
+def say(text: str) -> None:
+    """Tell whoever watches the server."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        made = socket.socket(kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"got --host {host} --port {port}, which cannot be listened at ({error.strerror}), expected an address of "
+            "this machine and a free port, try --port 0 for any"
+        ) from error
+    return made
+
+
+def serve(hall: Hall, listening: socket.socket, drain: float, ready: Callable[[], None] = lambda: None) -> None:
+    """Listen at once, be ready once everything is compiled, and return after a signal.
+
+    Raises:
+        Exception: what went wrong while programs were compiled.
+    """
+    failed: list[BaseException] = []
+    server = Server(hall, drain)
+
+    def compile_all() -> None:
+        try:
+            prepare(hall, lambda name: log.info("compiling %s", name))
+            ready()
+        except BaseException as error:  # which is raised where the command waits
+            failed.append(error)
+            server.should_exit = True
+
+    threading.Thread(target=compile_all, name="prepare", daemon=True).start()
+    asyncio.run(server.serve([listening]))
+    if hall.ready:
+        for served in hall.served.values():
+            served.worker.stop()
+    if failed:
+        raise failed[0]

@@ -1,0 +1,116 @@
+"""A tiny language model in Hugging Face's format, and a server of it on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmodels import create
+from jaxmodels.generate.engine import Engine
+from jaxmodels.hf.save import save_pretrained
+from jaxmodels.models.llama import LlamaConfig
+from jaxmodels.serve.hall import Hall, Limits
+from jaxmodels.serve.opened import open_model
+from jaxmodels.serve.server import Server, bound, make_hall, prepare
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no role ' + message.role) }}{% endif %}<{{ message.role }}>{{ message.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def published(where: Path) -> Path:
+    """A tiny LLaMA with a tokenizer of bytes and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    where.mkdir()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "<s>", "</s>"])}
+    rust = Tokenizer(models.BPE(vocabulary, []))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    rust.save(str(where / "tokenizer.json"))
+    told = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}
+    (where / "tokenizer_config.json").write_text(json.dumps(told))
+    model = create(
+        LlamaConfig(vocab_size=258, context=96, layers=2, heads=4, kv_heads=2, width=32, mlp_width=48, tied=True)
+    )
+    rng = np.random.default_rng(0)
+
+    def filled(tree: Any) -> Any:
+        return {
+            key: filled(leaf) if isinstance(leaf, dict) else 0.3 * rng.normal(size=leaf.shape).astype(np.float32)
+            for key, leaf in tree.items()
+        }
+
+    save_pretrained(where, model, filled(model.shapes()))
+    return where
+
+
+@dataclass
+class Live:
+    """A server that runs in a thread."""
+
+    hall: Hall
+    server: Server
+    port: int
+
+    @property
+    def engine(self) -> Engine:
+        return next(iter(self.hall.served.values())).engine
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """Send a request; returns its status, its JSON (or text), and its headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        sent = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
+        with contextlib.closing(connection):
+            connection.request(method, path, sent, headers)
+            answer = connection.getresponse()
+            raw, told = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, json.loads(raw) if "json" in told.get("content-type", "") else raw.decode(), told
+
+    def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        return self.ask("POST", path, {"model": "tiny", **body})[:2]
+
+    def until(self, true: Callable[[], bool]) -> None:
+        """Wait until something is so."""
+        end = time.monotonic() + 120
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def live(directory: Path, limits: Limits | None = None, ready: bool = True, **engine: Any) -> Iterator[Live]:
+    """Serve a directory for as long as the context lasts."""
+    made = {"rows": 4, "length": 96, "page": 8, "chunks": (16, 64), **engine}
+    opened = open_model(directory, "tiny")
+    assert opened.writer is not None
+    model, params = opened.writer.model, opened.writer.params
+    hall = make_hall([opened], limits or Limits(), lambda _: Engine(model, params, **made), prompts=False)
+    listening = bound("127.0.0.1", 0)
+    server = Server(hall, drain=60)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+    if ready:
+        prepare(hall, lambda _: None)
+    thread.start()
+    running = Live(hall, server, listening.getsockname()[1])
+    try:
+        yield running
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        for served in hall.served.values():
+            if hall.ready:
+                served.worker.stop()
