@@ -1,4 +1,4 @@
-"""`jaxmodels serve RUN`: a language model over HTTP, as OpenAI's clients expect it."""
+"""`jaxmodels serve RUN`: a language model or a classifier over HTTP."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def serve(
     log_prompts: bool = False,
     best: bool = False,
 ) -> None:
-    """Serve a language model: /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics.
+    """Serve a language model by OpenAI's API (/v1), or a classifier by the Open Inference Protocol (/v2).
 
     All programs are compiled before the server is ready. SIGTERM answers what was taken, and refuses the rest with 503.
 
     Args:
-        model: run directory, or a directory in Hugging Face's format.
+        model: run directory, or a language model's in Hugging Face's format.
         name: the model's name in requests; that of the directory by default.
         host: address to listen at; this machine alone by default.
         port: port to listen at; 0 takes a free one.
@@ -59,9 +59,9 @@ def serve(
         ) from error
 
     from jaxmodels.generate.engine import Engine, pages_of
-    from jaxmodels.serve.hall import Limits
-    from jaxmodels.serve.opened import Opened, open_model
-    from jaxmodels.serve.server import bound, make_hall, say
+    from jaxmodels.serve.hall import Hall, Limits
+    from jaxmodels.serve.opened import Writer, open_model
+    from jaxmodels.serve.server import bound, make_served, say
     from jaxmodels.serve.server import serve as run
     from jaxmodels.train.run import compilation_cache
 
@@ -70,18 +70,21 @@ def serve(
     compilation_cache()
     opened = open_model(model, name, best)
 
-    def engine(each: Opened) -> Engine:
-        assert each.writer is not None
-        room = None if cache_gib is None else pages_of(each.writer.model, int(cache_gib * 2**30))
-        return Engine(each.writer.model, each.writer.params, rows=rows, length=length, pages=room)
+    if opened.writer is None and (length or cache_gib):
+        given = "length" if length else "cache-gib"
+        raise UserError(f"got --{given} for a classifier, expected it for a language model, try it without")
+
+    def engine(writer: Writer) -> Engine:
+        room = None if cache_gib is None else pages_of(writer.model, int(cache_gib * 2**30))
+        return Engine(writer.model, writer.params, rows=rows, length=length, pages=room)
 
     limits = Limits(int(body_mib * 2**20), timeout, queue, known)
-    hall = make_hall([opened], limits, engine, log_prompts)
+    hall = Hall({opened.name: make_served(opened, engine)}, limits, prompts=log_prompts)
     at = listening.getsockname()
     where = f"http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}"
     if not known and host not in ("127.0.0.1", "localhost", "::1"):
         say(f"{where} can be reached from elsewhere, and asks for no key: --keys FILE would")
-    run(hall, listening, drain, lambda: say(f"ready: {opened.name} at {where}/v1"))
+    run(hall, listening, drain, lambda: say(f"ready: {opened.name} at {where}"))
 
 
 def read_keys(file: Path) -> tuple[str, ...]:

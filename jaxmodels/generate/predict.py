@@ -82,9 +82,9 @@ def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], 
     if kind_of(run) == "text" and run.tokenizer is None:
         raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
     if not answers and predicts is not None:
-        return _inputs(run), _own(run, predicts)
+        return reader(run), _own(run, predicts)
     if answers in ("class", "classes"):
-        return _inputs(run), _classifier(run)
+        return reader(run), _classifier(run)
     if answers == "caption":
         return _images(run), _captioned(run)
     assert run.tokenizer is not None
@@ -98,7 +98,7 @@ def predictor(run: Run, tokens: int, beams: int) -> tuple[Callable[[Any], Any], 
 # ---- classes
 
 
-def _inputs(run: Run) -> Callable[[Any], Any]:
+def reader(run: Run) -> Callable[[Any], Any]:
     """Return the function that turns a record into a row of each of a classifier's inputs."""
     kind = kind_of(run)
     if kind != "text":
@@ -150,17 +150,25 @@ def _shape(run: Run) -> tuple[int, ...]:
     return tuple(run.networks[next(iter(run.networks))].inputs(1)[0].shape[1:])
 
 
-def _classifier(run: Run) -> Answers:
-    names, several = (
-        distinct([run.class_name(i) for i in range(run.model.config.classes)]),
-        run.config.task.answers == "classes",
-    )
+def class_names(run: Run) -> list[str]:
+    """Return the names of a classifier's outputs."""
+    return distinct([run.class_name(i) for i in range(run.model.config.classes)])
 
-    @jax.jit
+
+def class_shares(run: Run) -> Callable[[Any, Any], jax.Array]:
+    """Return the function of parameters and a batch that gives each row's probabilities, (B, classes)."""
+    several = run.config.task.answers == "classes"
+
     def shares(params: Any, batch: Any) -> jax.Array:
         inputs, named = run.inputs(batch)
         logits = run.apply(inputs, params=params, **named).astype(jnp.float32)
         return jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits)
+
+    return shares
+
+
+def _classifier(run: Run) -> Answers:
+    names, several, shares = class_names(run), run.config.task.answers == "classes", jax.jit(class_shares(run))
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
         batch = {name: np.stack([each[name] for each in ready]) for name in ready[0]}

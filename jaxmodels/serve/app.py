@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxmodels.serve import openai
+from jaxmodels.serve import inference, openai
 from jaxmodels.serve.errors import Refused, response
-from jaxmodels.serve.hall import Hall, engines
+from jaxmodels.serve.hall import Hall
 
 log = logging.getLogger("jaxmodels")
 OPEN = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready")
@@ -24,7 +25,11 @@ OPEN = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready")
 
 def build(hall: Hall) -> ASGIApp:
     """The application of a hall."""
-    hall.metrics.watch(lambda: engines(list(hall.served.values())))
+    hall.metrics.watch(
+        lambda: [(each.opened.name, each.worker.engine) for each in hall.served.values() if each.worker],
+        lambda: [(each.opened.name, each.batches) for each in hall.served.values() if each.batches],
+    )
+    named = "/v2/models/{name}"
     routes = [
         Route("/health", health),
         Route("/v2/health/live", live),
@@ -34,17 +39,27 @@ def build(hall: Hall) -> ASGIApp:
         Route("/v1/models/{name:path}", openai.model),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/chat/completions", openai.chats, methods=["POST"]),
+        Route("/v2", inference.server),
+        *(
+            Route(path + end, function, methods=[method])
+            for path in (named, named + "/versions/{version}")
+            for end, function, method in (
+                ("", inference.model, "GET"),
+                ("/ready", inference.ready, "GET"),
+                ("/infer", inference.infer, "POST"),
+            )
+        ),
     ]
     handlers: Any = {Refused: _refuse, HTTPException: _http, ClientDisconnect: _gone}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.hall = hall
-    return Around(app, hall, [route.path for route in routes])
+    return Around(app, hall, routes)
 
 
 async def health(request: Request) -> Response:
     """Whether the server takes requests."""
     hall: Hall = request.app.state.hall
-    broken = [name for name, each in hall.served.items() if each.worker.error is not None]
+    broken = [name for name, each in hall.served.items() if each.error is not None]
     said = "ready" if hall.ready else "loading"
     said = "draining" if hall.draining else f"failed: {', '.join(broken)}" if broken else said
     return JSONResponse({"status": said}, 200 if said == "ready" else 503)
@@ -77,8 +92,8 @@ async def _gone(_: Request, __: Any) -> Response:
 class Around:
     """Around every request: keys, draining, counts, a line of the log, and an answer whatever goes wrong."""
 
-    def __init__(self, app: ASGIApp, hall: Hall, paths: list[str]) -> None:
-        self.app, self.hall, self.paths = app, hall, paths
+    def __init__(self, app: ASGIApp, hall: Hall, routes: Sequence[Route]) -> None:
+        self.app, self.hall, self.routes = app, hall, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,7 +122,7 @@ class Around:
                 await response(path, Refused(503, "the server has failed, and its log says how"))(scope, receive, sent)
         finally:
             hall.inside -= inside
-            known = path if path in self.paths else "/v1/models/NAME" if path.startswith("/v1/models/") else "other"
+            known = next((route.path for route in self.routes if route.matches(scope)[0] != Match.NONE), "other")
             hall.metrics.request(known, status)
             if inside:
                 hall.log(request, status, time.monotonic() - began)

@@ -11,6 +11,10 @@ from jaxmodels.errors import UserError, printable
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+class Broken(Exception):
+    """What runs a model has failed, and answers no more."""
+
+
 class Refused(Exception):
     """A request that is answered with an error."""
 

@@ -9,7 +9,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,10 +17,11 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from jaxmodels.generate.engine import Engine, Step, Text
-from jaxmodels.serve.errors import Refused
+from jaxmodels.serve.batches import Batches
+from jaxmodels.serve.errors import Broken, Refused
 from jaxmodels.serve.metrics import Metrics
 from jaxmodels.serve.opened import Opened, Writer
-from jaxmodels.serve.worker import Broken, Worker
+from jaxmodels.serve.worker import Worker
 
 T = TypeVar("T")
 BODY = 60
@@ -47,11 +48,38 @@ class Served:
     """A model beside the thread that runs it."""
 
     opened: Opened
-    worker: Worker
+    worker: Worker | None = None
+    """That of a language model."""
+    batches: Batches | None = None
+    """That of a classifier."""
 
     @property
     def engine(self) -> Engine:
+        assert self.worker is not None
         return self.worker.engine
+
+    @property
+    def error(self) -> Exception | None:
+        """What has gone wrong for good."""
+        return next((each.error for each in (self.worker, self.batches) if each and each.error), None)
+
+    @property
+    def rows(self) -> int:
+        """How many answers are made at once."""
+        return self.batches.sizes[-1] if self.batches else self.engine.shape.rows
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Compile, and start the thread."""
+        for each in (self.worker, self.batches):
+            if each is not None:
+                each.prepare(say)
+                each.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        for each in (self.worker, self.batches):
+            if each is not None:
+                each.stop()
 
     @property
     def writer(self) -> Writer:
@@ -89,6 +117,30 @@ class Hall:
             raise Refused(404, f"got model {name[:100]!r}, expected one of {known}", "model_not_found")
         return self.served[name]
 
+    def writer(self, name: str) -> Served:
+        """The language model of that name.
+
+        Raises:
+            Refused: there is none.
+        """
+        served = self.find(name)
+        if served.worker is None:
+            raise Refused(
+                400, f"got model {name}, a classifier, expected a language model, try /v2/models/{name}/infer"
+            )
+        return served
+
+    def classifier(self, name: str) -> Batches:
+        """The classifier of that name.
+
+        Raises:
+            Refused: there is none.
+        """
+        batches = self.find(name).batches
+        if batches is None:
+            raise Refused(400, f"got model {name}, which writes texts, expected a classifier, try /v1/completions")
+        return batches
+
     async def body(self, request: Request) -> bytes:
         """Read a request's body.
 
@@ -119,9 +171,9 @@ class Hall:
         Raises:
             Refused: too many wait already.
         """
-        room = served.engine.shape.rows + self.limits.queue
+        room = served.rows + self.limits.queue
         if self.answers + count > room:
-            seconds = str(max(1, round(self.answers / max(served.engine.shape.rows, 1))))
+            seconds = str(max(1, round(self.answers / served.rows)))
             raise Refused(
                 429, f"got {count} more answers to make, expected at most {room} at once, try again in {seconds} s",
                 "overloaded", {"Retry-After": seconds},
@@ -136,6 +188,7 @@ class Hall:
         """Follow a text through its engine, with the times that metrics are made of."""
         began = before = time.monotonic()
         first = True
+        assert served.worker is not None
         async for step in served.worker.follow(text):
             now = time.monotonic()
             (self.metrics.first if first else self.metrics.between).observe(now - before)
@@ -159,7 +212,7 @@ class Hall:
                 raise Refused(499, "the client has gone")
             raise Refused(503, f"the answer took longer than {self.limits.seconds:g} s")
         except Broken:
-            raise Refused(503, "the engine has failed") from None
+            raise Refused(503, "the model cannot be run any more") from None
         finally:
             for each in (task, left):
                 each.cancel()
@@ -197,11 +250,6 @@ class Hall:
         while self.inside and time.monotonic() < end:
             await asyncio.sleep(0.02)
         return not self.inside
-
-
-def engines(served: Sequence[Served]) -> list[tuple[str, Engine]]:
-    """The engines by the names of their models."""
-    return [(each.opened.name, each.engine) for each in served]
 
 
 def _noted(request: Request) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from jaxmodels.generate.engine import Engine
+from jaxmodels.serve.batches import Batches
 
 SOON = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -49,9 +50,13 @@ class Metrics:
             "jaxmodels:http_requests", "Requests by path and status.", ["path", "status"], registry=self.registry
         )
 
-    def watch(self, engines: Callable[[], Sequence[tuple[str, Engine]]]) -> None:
-        """Tell what these engines do, by their models' names."""
-        self.registry.register(_Engines(engines))
+    def watch(
+        self,
+        engines: Callable[[], Sequence[tuple[str, Engine]]],
+        batches: Callable[[], Sequence[tuple[str, Batches]]],
+    ) -> None:
+        """Tell what these do, by their models' names."""
+        self.registry.register(_Models(engines, batches))
 
     def done(self, reason: str, seconds: float, read: int, made: int) -> None:
         """Count an answer."""
@@ -69,26 +74,25 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _Engines:
-    """Reads what engines do at the moment of a scrape."""
+class _Models:
+    """Reads what models do at the moment of a scrape."""
 
-    def __init__(self, engines: Callable[[], Sequence[tuple[str, Engine]]]) -> None:
-        self.engines = engines
+    def __init__(self, engines: Callable[[], Any], batches: Callable[[], Any]) -> None:
+        self.engines, self.batches = engines, batches
 
     def collect(self) -> Iterator[Any]:
         engines = self.engines()
 
-        def gauge(name: str, about: str, read: Callable[[Engine], float]) -> Any:
-            family = GaugeMetricFamily(name, about, labels=["model_name"])
-            for model, engine in engines:
-                family.add_metric([model], read(engine))
+        def told(family: Any, about: Any, read: Callable[[Any], float]) -> Any:
+            for model, each in about:
+                family.add_metric([model], read(each))
             return family
 
-        def counter(name: str, about: str, read: Callable[[Engine], float]) -> Any:
-            family = CounterMetricFamily(name, about, labels=["model_name"])
-            for model, engine in engines:
-                family.add_metric([model], read(engine))
-            return family
+        def gauge(name: str, about: str, read: Callable[[Engine], float]) -> Any:
+            return told(GaugeMetricFamily(name, about, labels=["model_name"]), engines, read)
+
+        def counter(name: str, about: str, read: Callable[[Any], float], of: Any = engines) -> Any:
+            return told(CounterMetricFamily(name, about, labels=["model_name"]), of, read)
 
         yield gauge("vllm:num_requests_running", "Texts that have a row.", lambda e: len(e.running))
         yield gauge("vllm:num_requests_waiting", "Texts that wait for one.", lambda e: len(e.waiting))
@@ -99,6 +103,9 @@ class _Engines:
         yield counter("vllm:prompt_tokens", "Tokens of prompts that were read.", lambda e: e.totals.prompt_tokens)
         yield counter("vllm:generation_tokens", "Tokens that were drawn.", lambda e: e.totals.new_tokens)
         yield counter("jaxmodels:steps", "Steps of all rows by a token each.", lambda e: e.totals.steps)
+        of = self.batches()
+        yield counter("jaxmodels:batches", "Batches that a classifier has computed.", lambda b: b.calls, of)
+        yield counter("jaxmodels:batch_rows", "Rows in them, without padding.", lambda b: b.rows, of)
         compiled = CounterMetricFamily("jaxmodels:compilations", "Programs that were compiled in this process.")
         compiled.add_metric([], compilations())
         yield compiled

@@ -17,11 +17,10 @@ from starlette.types import Receive, Scope, Send
 from jaxmodels.errors import UserError
 from jaxmodels.generate.engine import Step, Text
 from jaxmodels.serve.asked import Asked, Chat, Completion
-from jaxmodels.serve.errors import Refused, body
+from jaxmodels.serve.errors import Broken, Refused, body
 from jaxmodels.serve.hall import Hall, Served, gone
 from jaxmodels.serve.opened import finite
 from jaxmodels.serve.words import Words
-from jaxmodels.serve.worker import Broken
 
 FINISH = {"stop": "stop", "length": "length"}
 
@@ -86,7 +85,7 @@ async def completions(request: Request) -> Response:
     """`POST /v1/completions`."""
     hall: Hall = request.app.state.hall
     asked = Completion.read(await hall.body(request))
-    served = hall.find(asked.model)
+    served = hall.writer(asked.model)
     prompts = [served.writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
     answers = _answers(hall, served, asked, prompts, asked.max_tokens or 16)
     return await _respond(request, hall, asked, answers, _Form(f"cmpl-{secrets.token_hex(12)}", asked.model, False))
@@ -96,7 +95,7 @@ async def chats(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
     hall: Hall = request.app.state.hall
     asked = Chat.read(await hall.body(request))
-    served = hall.find(asked.model)
+    served = hall.writer(asked.model)
     prompt = served.writer.chat(asked.texts)
     room = max(served.engine.shape.length - len(prompt), 1)
     answers = _answers(hall, served, asked, [prompt], asked.max_completion_tokens or asked.max_tokens or room)
@@ -117,7 +116,8 @@ async def model(request: Request) -> Response:
 
 def _card(hall: Hall, served: Served) -> dict[str, Any]:
     owner = {"object": "model", "created": hall.began, "owned_by": "jaxmodels"}
-    return {"id": served.opened.name, **owner, "max_model_len": served.engine.shape.length}
+    longest = {} if served.worker is None else {"max_model_len": served.engine.shape.length}
+    return {"id": served.opened.name, **owner, **longest}
 
 
 def _answers(hall: Hall, served: Served, asked: Asked, prompts: list[list[int]], limit: int) -> list[Answer]:
@@ -261,7 +261,7 @@ async def _events(
         yield "data: [DONE]\n\n"
     except (Broken, TimeoutError) as error:
         late = isinstance(error, TimeoutError)
-        said = f"took longer than {hall.limits.seconds:g} s" if late else "the engine has failed"
+        said = f"took longer than {hall.limits.seconds:g} s" if late else "could not be finished"
         yield event(body(503, f"the answer {said}"))
     finally:
         for task in tasks:

@@ -19,6 +19,7 @@ from jaxmodels.hf import load
 from jaxmodels.hf.beside import KEPT
 from jaxmodels.models.model import Model
 from jaxmodels.serve.errors import Refused
+from jaxmodels.tasks.task import tasks_that_answer
 from jaxmodels.train.saved import Run, load_run
 
 log = logging.getLogger("jaxmodels")
@@ -87,12 +88,15 @@ def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
     name = name or directory.resolve().name
     if (directory / "checkpoints").is_dir():
         cfg, _ = configs.read(directory)
-        if cfg.task.answers != "continuation":
+        if cfg.task.answers not in ("continuation", "class", "classes"):
             raise UserError(
-                f"got a run of task {cfg.task.kind}, expected a language model, try jaxmodels predict {directory} FILE"
+                f"got a run of task {cfg.task.kind}, expected {tasks_that_answer('continuation', 'class', 'classes')}, "
+                f"try jaxmodels predict {directory} FILE"
             )
         run = load_run(directory, best=best)
         run.task  # noqa: B018  an imported model may have none
+        if cfg.task.answers != "continuation":
+            return Opened(name, run=run)
         if run.tokenizer is None:
             raise UserError(f"got {directory} without a tokenizer, expected a run that was trained on texts")
         penalty = asked.repetition_penalty(directory)

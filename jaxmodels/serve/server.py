@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -15,23 +15,26 @@ import uvicorn
 from jaxmodels.errors import UserError
 from jaxmodels.generate.engine import Engine
 from jaxmodels.serve.app import build
-from jaxmodels.serve.hall import Hall, Limits, Served
-from jaxmodels.serve.opened import Opened
+from jaxmodels.serve.batches import Batches
+from jaxmodels.serve.hall import Hall, Served
+from jaxmodels.serve.opened import Opened, Writer
 from jaxmodels.serve.worker import Worker
 
 log = logging.getLogger("jaxmodels")
 
 
-def make_hall(opened: Sequence[Opened], limits: Limits, make: Callable[[Opened], Engine], prompts: bool) -> Hall:
-    """The hall of these models, whose engines are made and not yet compiled."""
-    return Hall({each.name: Served(each, Worker(make(each))) for each in opened}, limits, prompts=prompts)
+def make_served(opened: Opened, make: Callable[[Writer], Engine]) -> Served:
+    """A model and what runs it, not yet compiled; `make` makes the engine of a language model."""
+    if opened.writer is not None:
+        return Served(opened, worker=Worker(make(opened.writer)))
+    assert opened.run is not None
+    return Served(opened, batches=Batches(opened.run))
 
 
 def prepare(hall: Hall, say: Callable[[str], None]) -> None:
-    """Compile all that will run, and start the engines."""
+    """Compile all that will run, and start the threads."""
     for served in hall.served.values():
-        served.engine.prepare(say)
-        served.worker.start()
+        served.prepare(say)
     hall.ready = True
 
 
@@ -124,6 +127,6 @@ def serve(hall: Hall, listening: socket.socket, drain: float, ready: Callable[[]
     asyncio.run(server.serve([listening]))
     if hall.ready:
         for served in hall.served.values():
-            served.worker.stop()
+            served.stop()
     if failed:
         raise failed[0]

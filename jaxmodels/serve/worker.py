@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
 from jaxmodels.generate.engine import Engine, Step, Text
+from jaxmodels.serve.errors import Broken
 
 log = logging.getLogger("jaxmodels")
 
@@ -22,10 +23,6 @@ class Owner(NamedTuple):
     steps: asyncio.Queue[Step | Exception]
 
 
-class Broken(Exception):
-    """The engine has failed, and answers no more."""
-
-
 class Worker:
     """Runs an engine in a thread of its own, which alone touches it."""
 
@@ -35,6 +32,10 @@ class Worker:
         self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._texts: set[Text] = set()
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Compile all that will run; `say` is told each program before."""
+        self.engine.prepare(say)
 
     def start(self) -> None:
         self._thread.start()

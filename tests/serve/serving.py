@@ -20,8 +20,8 @@ from jaxmodels.generate.engine import Engine
 from jaxmodels.hf.save import save_pretrained
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.serve.hall import Hall, Limits
-from jaxmodels.serve.opened import open_model
-from jaxmodels.serve.server import Server, bound, make_hall, prepare
+from jaxmodels.serve.opened import Opened, open_model
+from jaxmodels.serve.server import Server, bound, make_served, prepare
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
@@ -71,14 +71,15 @@ class Live:
         return next(iter(self.hall.served.values())).engine
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
-        """Send a request; returns its status, its JSON (or text), and its headers."""
+        """Send a request; returns its status, its JSON (or text, or bytes), and its headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         sent = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
         with contextlib.closing(connection):
             connection.request(method, path, sent, headers)
             answer = connection.getresponse()
             raw, told = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, json.loads(raw) if "json" in told.get("content-type", "") else raw.decode(), told
+        kind = told.get("content-type", "")
+        return answer.status, json.loads(raw) if "json" in kind else raw.decode() if "text" in kind else raw, told
 
     def post(self, path: str, **body: Any) -> tuple[int, Any]:
         return self.ask("POST", path, {"model": "tiny", **body})[:2]
@@ -92,13 +93,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(directory: Path, limits: Limits | None = None, ready: bool = True, **engine: Any) -> Iterator[Live]:
-    """Serve a directory for as long as the context lasts."""
+def live(directory: Path | Opened, limits: Limits | None = None, ready: bool = True, **engine: Any) -> Iterator[Live]:
+    """Serve a directory, or what was opened, for as long as the context lasts."""
     made = {"rows": 4, "length": 96, "page": 8, "chunks": (16, 64), **engine}
-    opened = open_model(directory, "tiny")
-    assert opened.writer is not None
-    model, params = opened.writer.model, opened.writer.params
-    hall = make_hall([opened], limits or Limits(), lambda _: Engine(model, params, **made), prompts=False)
+    opened = open_model(directory, "tiny") if isinstance(directory, Path) else directory
+    served = make_served(opened, lambda writer: Engine(writer.model, writer.params, **made))
+    hall = Hall({"tiny": served}, limits or Limits())
     listening = bound("127.0.0.1", 0)
     server = Server(hall, drain=60)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
@@ -111,6 +111,5 @@ def live(directory: Path, limits: Limits | None = None, ready: bool = True, **en
     finally:
         server.should_exit = True
         thread.join(60)
-        for served in hall.served.values():
-            if hall.ready:
-                served.worker.stop()
+        if hall.ready:
+            served.stop()

@@ -1,0 +1,185 @@
+"""The Open Inference Protocol, version 2, for classifiers: images, arrays and texts in, classes by name out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import jaxmodels
+from jaxmodels.data import pixels
+from jaxmodels.errors import UserError
+from jaxmodels.fields import shown
+from jaxmodels.serve import tensors
+from jaxmodels.serve.asked import objects
+from jaxmodels.serve.batches import Batches, Row
+from jaxmodels.serve.errors import Refused
+from jaxmodels.serve.hall import Hall
+
+HEADER = "inference-header-content-length"
+VERSION = "1"
+TENSORS = {"image": "UINT8", "array": "FP32", "text": "BYTES"}
+
+
+async def server(_: Request) -> Response:
+    """`GET /v2`."""
+    return JSONResponse({"name": "jaxmodels", "version": jaxmodels.__version__, "extensions": ["binary_tensor_data"]})
+
+
+async def model(request: Request) -> Response:
+    """`GET /v2/models/NAME`: what it takes and gives."""
+    batches = _found(request)
+    outputs = [
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(batches.names)]},
+        {"name": _labels(batches), "datatype": "BYTES", "shape": [-1]},
+    ]
+    takes = {"name": "inputs", "datatype": TENSORS[batches.kind], "shape": [-1, *batches.shape]}
+    told = {"name": request.path_params["name"], "versions": [VERSION], "platform": "jax"}
+    return JSONResponse({**told, "inputs": [takes], "outputs": outputs})
+
+
+async def ready(request: Request) -> Response:
+    """`GET /v2/models/NAME/ready`."""
+    hall: Hall = request.app.state.hall
+    _version(request)
+    served = hall.find(request.path_params["name"])
+    return JSONResponse({"name": served.opened.name, "ready": served.error is None}, 503 if served.error else 200)
+
+
+async def infer(request: Request) -> Response:
+    """`POST /v2/models/NAME/infer`."""
+    hall: Hall = request.app.state.hall
+    batches = _found(request)
+    asked, rest = _split(await hall.body(request), request.headers.get(HEADER))
+    tensor = _input(asked, rest)
+    wanted = _wanted(asked, batches)
+    hall.admit(hall.find(request.path_params["name"]), len(tensor))
+    try:
+        shares = await hall.unless_gone(request, _computed(batches, tensor))
+    finally:
+        hall.leave(len(tensor))
+    if not np.isfinite(shares).all():
+        raise Refused(422, "got inputs for which the model gives no finite numbers, expected others")
+    given = {"probabilities": shares, _labels(batches): _named(batches, shares)}
+    written = [tensors.write(name, given[name], binary) for name, binary in wanted.items()]
+    told = {"model_name": request.path_params["name"], "model_version": VERSION, "outputs": [one for one, _ in written]}
+    if isinstance(asked.get("id"), str):
+        told["id"] = asked["id"]
+    raw = b"".join(data for _, data in written)
+    if not raw:
+        return JSONResponse(told)
+    head = json.dumps(told).encode()
+    return Response(
+        head + raw, media_type="application/octet-stream", headers={"Inference-Header-Content-Length": str(len(head))}
+    )
+
+
+def _found(request: Request) -> Batches:
+    hall: Hall = request.app.state.hall
+    _version(request)
+    return hall.classifier(request.path_params["name"])
+
+
+def _version(request: Request) -> None:
+    if (version := request.path_params.get("version", VERSION)) != VERSION:
+        raise Refused(404, f"got version {version[:20]!r}, expected {VERSION}")
+
+
+def _split(body: bytes, size: str | None) -> tuple[dict[str, Any], memoryview]:
+    """The JSON of a request, and the bytes behind it."""
+    if size is None:
+        return objects(body), memoryview(b"")
+    if not size.isdecimal() or len(size) > 12 or int(size) > len(body):
+        raise Refused(400, f"got {HEADER} {shown(size)}, expected at most the body's {len(body)} bytes")
+    return objects(body[: int(size)]), memoryview(body)[int(size) :]
+
+
+def _input(asked: dict[str, Any], rest: memoryview) -> np.ndarray:
+    if unknown := [name for name in asked if name not in ("id", "inputs", "outputs", "parameters")]:
+        raise Refused(400, f"got field {shown(unknown[0])}, expected id, inputs, outputs or parameters")
+    inputs = asked.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise Refused(400, f"got inputs {shown(inputs)}, expected a list of one tensor")
+    told = inputs[0]
+    if told.get("name") != "inputs" or not isinstance(told.get("parameters") or {}, dict):
+        raise Refused(400, f"got an input {shown(told.get('name'))}, expected one of the name inputs")
+    tensor, used = tensors.read(told, rest)
+    if used != len(rest):
+        raise Refused(400, f"got {len(rest) - used} bytes more than the input has, expected none")
+    return tensor
+
+
+def _wanted(asked: dict[str, Any], batches: Batches) -> dict[str, bool]:
+    """The outputs to give, and whether each goes behind the JSON as bytes."""
+    known, outputs = ("probabilities", _labels(batches)), asked.get("outputs")
+    overall = asked.get("parameters") or {}
+    usual = isinstance(overall, dict) and overall.get("binary_data_output") is True
+    if outputs is None or outputs == []:
+        return dict.fromkeys(known, usual)
+    wanted = {}
+    for each in outputs if isinstance(outputs, list) else [outputs]:
+        name = each.get("name") if isinstance(each, dict) else None
+        parameters = (each.get("parameters") or {}) if isinstance(each, dict) else None
+        if name not in known or not isinstance(parameters, dict):
+            raise Refused(400, f"got output {shown(each)}, expected one of the name {' or '.join(known)}")
+        wanted[name] = bool(parameters.get("binary_data", usual))
+    return wanted
+
+
+async def _computed(batches: Batches, tensor: np.ndarray) -> np.ndarray:
+    rows = await asyncio.to_thread(_rows, batches, tensor)
+    return await batches.shares(rows)
+
+
+def _rows(batches: Batches, tensor: np.ndarray) -> list[Row]:
+    """The rows of a tensor, as the model reads records in training.
+
+    Raises:
+        Refused: one of them is not what the model reads.
+    """
+    if tensor.dtype == object:
+        if tensor.ndim != 1:
+            raise Refused(400, f"got BYTES of shape {list(tensor.shape)}, expected one for each record, [N]")
+        return [_record(batches, i, _value(batches, value)) for i, value in enumerate(tensor)]
+    if batches.kind == "text":
+        raise Refused(400, "got numbers for a model of texts, expected BYTES of shape [N]")
+    if tensor.shape[1:] != batches.shape:
+        raise Refused(400, f"got shape {list(tensor.shape)}, expected {[-1, *batches.shape]}")
+    if batches.kind == "array":
+        return [_record(batches, i, row) for i, row in enumerate(tensor)]
+    if tensor.dtype != np.uint8:
+        raise Refused(400, f"got images of {tensor.dtype}, expected UINT8, or BYTES that are files of images")
+    return [{"inputs": row} for row in tensor]
+
+
+def _value(batches: Batches, value: bytes) -> Any:
+    if batches.kind == "image":
+        return value
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise Refused(400, "got BYTES that are no UTF-8, expected texts") from None
+
+
+def _record(batches: Batches, number: int, value: Any) -> Row:
+    try:
+        return batches.read(value)
+    except (UserError, pixels.Unreadable) as error:
+        raise Refused(400, f"got record {number}, which {error}".partition(", try --")[0]) from None
+
+
+def _labels(batches: Batches) -> str:
+    return "labels" if batches.several else "label"
+
+
+def _named(batches: Batches, shares: np.ndarray) -> np.ndarray:
+    """The name of each row's class; with classes that do not exclude each other, a JSON list of those above 1/2."""
+    found = np.empty(len(shares), object)
+    for i, row in enumerate(shares):
+        several = json.dumps([batches.names[k] for k in np.flatnonzero(row > 0.5)], ensure_ascii=False)
+        found[i] = several if batches.several else batches.names[int(row.argmax())]
+    return found
