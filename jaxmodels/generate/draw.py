@@ -6,6 +6,7 @@ Dims: B rows, V vocabulary, K tokens whose log-probabilities are told.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -43,9 +44,17 @@ class Draw(Section):
     told: Annotated[int, Range(-1, TOLD)] = -1
     """How many of the likeliest tokens' log-probabilities are told beside that of the token; -1: none at all."""
 
+    @functools.cached_property
+    def values(self) -> tuple[float, ...]:
+        """The options in their order."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     @property
     def penalizes(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+GREEDY = Draw(temperature=0.0)
 
 
 class Draws(NamedTuple):
@@ -64,8 +73,8 @@ class Draws(NamedTuple):
     @staticmethod
     def of(rows: Sequence[Draw | None]) -> Draws:
         """The options of these rows; those of a greedy one for a row that is not there."""
-        neutral = Draw(temperature=0.0)
-        columns = zip(*(dataclasses.astuple(row or neutral) for row in rows), strict=True)
+        neutral = GREEDY
+        columns = zip(*((row or neutral).values for row in rows), strict=True)
         kinds = [np.float32, np.int32, *[np.float32] * 5, np.uint32, np.int32]
         return Draws(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))
 

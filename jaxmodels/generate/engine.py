@@ -153,6 +153,8 @@ class Engine:
         """In the order in which they came."""
         self._budget = budget
         self._slots = list(range(rows))[::-1]
+        self._drawing: tuple[list[Text], int, Any] = ([], 0, None)
+        """The options of the last call, which stay on the device while its texts do."""
         self._under_way: deque[tuple[list[Text], Drawn]] = deque()
 
     def prepare(self, say: Callable[[str], None] = lambda _: None) -> None:
@@ -315,7 +317,10 @@ class Engine:
             slots[row] = text.slot
             pages = text.pages[: table.shape[1]]
             table[row, : len(pages)] = pages
-        return Call(slots, table, Draws.of([*(text.draw for text in texts), *[None] * (rows - len(texts))]))
+        if self._drawing[:2] != (texts, rows):
+            made = Draws.of([*(text.draw for text in texts), *[None] * (rows - len(texts))])
+            self._drawing = texts, rows, jax.device_put(made)
+        return Call(slots, table, self._drawing[2])
 
     def _width(self, pages: int) -> int:
         if not self.programs.paged:

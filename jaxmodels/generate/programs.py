@@ -102,10 +102,10 @@ def paged(model: Model) -> bool:
     grows = jax.tree.leaves(sizes)
     if not any(grows):
         return False
-    if set(short) != {"layers"} or not all(grows):
+    if set(short) != {"layers"} or not all(grows) or len(model.inputs(1)) > 1:
         raise UserError(
-            f"got {type(model.config).__name__}, whose cache has {', '.join(sorted(short))}, expected keys and values "
-            "of layers alone, or a state for each row, try jaxmodels sample"
+            f"got {type(model.config).__name__}, which reads more than one text or has another cache than keys and "
+            "values of layers, expected a decoder, or a state for each row, try jaxmodels sample"
         )
     return True
 

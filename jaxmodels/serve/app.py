@@ -50,7 +50,7 @@ def build(hall: Hall) -> ASGIApp:
             )
         ),
     ]
-    handlers: Any = {Refused: _refuse, HTTPException: _http, ClientDisconnect: _gone}
+    handlers: Any = {Refused: _refuse, HTTPException: _http, ClientDisconnect: _gone, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.hall = hall
     return Around(app, hall, routes)
@@ -85,6 +85,10 @@ async def _http(request: Request, error: Any) -> Response:
     return response(request.url.path, Refused(error.status_code, f"got {what}, expected one of the API", None))
 
 
+async def _failed(request: Request, _: Any) -> Response:
+    return response(request.url.path, Refused(503, "the server has failed, and its log says how"))
+
+
 async def _gone(_: Request, __: Any) -> Response:
     return Response(status_code=499)
 
@@ -99,7 +103,7 @@ class Around:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        hall, began, status = self.hall, time.monotonic(), 500
+        hall, began, status = self.hall, time.monotonic(), 499
         scope.setdefault("state", {})
         request = Request(scope, receive)
         path, inside = scope["path"], scope["path"] not in OPEN
@@ -116,10 +120,8 @@ class Around:
                 await response(path, refused)(scope, receive, sent)
             else:
                 await self.app(scope, receive, sent)
-        except Exception:
+        except Exception:  # which the client has been told of, where it could be
             log.exception("a request has failed")
-            if status == 500:
-                await response(path, Refused(503, "the server has failed, and its log says how"))(scope, receive, sent)
         finally:
             hall.inside -= inside
             known = next((route.path for route in self.routes if route.matches(scope)[0] != Match.NONE), "other")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -184,18 +185,16 @@ class Hall:
         """Say that so many answers have ended, in whatever way."""
         self.answers -= count
 
-    async def follow(self, served: Served, text: Text) -> AsyncIterator[Step]:
-        """Follow a text through its engine, with the times that metrics are made of."""
-        began = before = time.monotonic()
-        first = True
+    async def follow(self, served: Served, text: Text) -> AsyncGenerator[Step]:
+        """Follow a text through its engine, and note how long its tokens take."""
+        before, first = time.monotonic(), True
         assert served.worker is not None
-        async for step in served.worker.follow(text):
-            now = time.monotonic()
-            (self.metrics.first if first else self.metrics.between).observe(now - before)
-            before, first = now, False
-            if step.finish:
-                self.metrics.done(step.finish, now - began, len(text.prompt), text.made)
-            yield step
+        async with contextlib.aclosing(served.worker.follow(text)) as steps:
+            async for step in steps:
+                now = time.monotonic()
+                (self.metrics.first if first else self.metrics.between).observe(now - before)
+                before, first = now, False
+                yield step
 
     async def unless_gone(self, request: Request, work: Awaitable[T]) -> T:
         """Wait for an answer, but no longer than allowed, nor than the client.

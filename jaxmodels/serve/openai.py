@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,25 +56,29 @@ class Answer:
     count: int = 0
     length: int = 0
 
-    async def pieces(self, hall: Hall) -> AsyncIterator[Piece]:
+    async def pieces(self, hall: Hall) -> AsyncGenerator[Piece]:
         """Yield the answer piece by piece; the last one says why it ended."""
         waiting: list[Told] = []
-        async for step in hall.follow(self.served, self.text):
-            new = "" if step.token is None else self.words.add(step.token)
-            if step.token is not None:
-                self.count += 1
-                if self.text.draw.told >= 0:
-                    waiting.append(self._told(step))
-            finish = "stop" if self.words.stopped else step.finish
-            if finish and not self.words.stopped:
-                new += self.words.rest()
-                finish = "stop" if self.words.stopped else finish
-            self.length += len(new)
-            if new or finish:
-                yield Piece(new, waiting, finish)
-                waiting = []
-            if finish:
-                return
+        began, finish = time.monotonic(), None
+        try:
+            async with contextlib.aclosing(hall.follow(self.served, self.text)) as steps:
+                async for step in steps:
+                    new = "" if step.token is None else self.words.add(step.token)
+                    if step.token is not None:
+                        self.count += 1
+                        if self.text.draw.told >= 0:
+                            waiting.append(self._told(step))
+                    if step.finish and not self.words.stopped:
+                        new += self.words.rest()
+                    finish = "stop" if self.words.stopped else step.finish
+                    self.length += len(new)
+                    if new or finish:
+                        yield Piece(new, waiting, finish)
+                        waiting = []
+                    if finish:
+                        return
+        finally:
+            hall.metrics.done(finish or "abort", time.monotonic() - began, len(self.text.prompt), self.count)
 
     def _told(self, step: Step) -> Told:
         name = self.served.writer.tokenizer.decode
@@ -190,7 +195,8 @@ async def _respond(request: Request, hall: Hall, asked: Asked, answers: list[Ans
         return Stream(_events(request, hall, asked, answers, form), lambda: hall.leave(len(answers)))
 
     async def whole(answer: Answer) -> dict[str, Any]:
-        found = [piece async for piece in answer.pieces(hall)]
+        async with contextlib.aclosing(answer.pieces(hall)) as pieces:
+            found = [piece async for piece in pieces]
         joined = Piece("".join(p.text for p in found), [told for p in found for told in p.told], found[-1].finish)
         return form.choice(answer.index, joined, asked.told >= 0, stream=False)
 
@@ -234,8 +240,9 @@ async def _events(
 
     async def read(answer: Answer) -> None:
         try:
-            async for piece in answer.pieces(hall):
-                pieces.put_nowait((answer, piece))
+            async with contextlib.aclosing(answer.pieces(hall)) as found:
+                async for piece in found:
+                    pieces.put_nowait((answer, piece))
         except Exception as error:
             pieces.put_nowait((answer, error))
 

@@ -38,6 +38,10 @@ def prepare(hall: Hall, say: Callable[[str], None]) -> None:
     hall.ready = True
 
 
+class Stopped(Exception):
+    """The server was stopped while it was compiling."""
+
+
 class Server(uvicorn.Server):
     """Uvicorn, which at the first signal stops taking requests, answers those it has, and ends."""
 
@@ -115,16 +119,25 @@ def serve(hall: Hall, listening: socket.socket, drain: float, ready: Callable[[]
     failed: list[BaseException] = []
     server = Server(hall, drain)
 
+    def compiling(name: str) -> None:
+        log.info("compiling %s", name)
+        if hall.draining or server.should_exit:
+            raise Stopped
+
     def compile_all() -> None:
         try:
-            prepare(hall, lambda name: log.info("compiling %s", name))
+            prepare(hall, compiling)
             ready()
+        except Stopped:
+            pass
         except BaseException as error:  # which is raised where the command waits
             failed.append(error)
             server.should_exit = True
 
-    threading.Thread(target=compile_all, name="prepare", daemon=True).start()
+    preparing = threading.Thread(target=compile_all, name="prepare", daemon=True)
+    preparing.start()
     asyncio.run(server.serve([listening]))
+    preparing.join()
     if hall.ready:
         for served in hall.served.values():
             served.stop()

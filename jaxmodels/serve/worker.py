@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import NamedTuple
 
 from jaxmodels.generate.engine import Engine, Step, Text
@@ -50,7 +50,7 @@ class Worker:
         """Texts that wait for a row or for pages, those included that the engine has not been told of yet."""
         return len(self.engine.waiting) + self._orders.qsize()
 
-    async def follow(self, text: Text) -> AsyncIterator[Step]:
+    async def follow(self, text: Text) -> AsyncGenerator[Step]:
         """Have a text continued, and yield each step; whoever leaves early cancels it."""
         owner = text.owner = Owner(asyncio.get_running_loop(), asyncio.Queue())
         self._orders.put(lambda: self._take(text))
