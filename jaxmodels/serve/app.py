@@ -123,11 +123,11 @@ class Around:
         except Exception:  # which the client has been told of, where it could be
             log.exception("a request has failed")
         finally:
-            hall.inside -= inside
             known = next((route.path for route in self.routes if route.matches(scope)[0] != Match.NONE), "other")
             hall.metrics.request(known, status)
             if inside:
                 hall.log(request, status, time.monotonic() - began)
+            hall.inside -= inside
 
     def _refusal(self, request: Request) -> Refused | None:
         hall = self.hall

@@ -107,6 +107,7 @@ def live(directory: Path | Opened, limits: Limits | None = None, ready: bool = T
     thread.start()
     running = Live(hall, server, listening.getsockname()[1])
     try:
+        running.until(lambda: server.started)
         yield running
     finally:
         server.should_exit = True
