@@ -287,3 +287,23 @@ def test_keys_readiness_and_the_end(directory):
         assert len({told["choices"][0]["text"] for _, told, _ in answers}) == 1
         server.until(lambda: server.server.should_exit)
     assert np.isfinite(server.engine.totals.new_tokens)
+
+
+def test_a_server_that_cannot_be_is_refused_before_it_listens(directory, tmp_path, capsys):
+    from jaxmodels.cli import main
+    from jaxmodels.serve.server import bound
+
+    (tmp_path / "empty").write_text("\n")
+    with bound("127.0.0.1", 0) as taken:
+        taken.listen()
+        cases = [
+            ([tmp_path], "expected a run directory or one with config.json"),
+            ([directory, "--keys", tmp_path / "empty"], "which is empty, expected a key a line"),
+            ([directory, "--keys", tmp_path / "none"], "which cannot be read"),
+            ([directory, "--port", taken.getsockname()[1]], "which cannot be listened at"),
+            ([directory, "--cache-gib", "1e-6", "--port", "0"], "expected at least that of one text"),
+        ]
+        for argv, message in cases:
+            assert main(["serve", *map(str, argv)]) == 2
+            said = capsys.readouterr().err
+            assert message in said and said.count("\n") == 1, said
