@@ -135,7 +135,8 @@ def _answers(hall: Hall, served: Served, asked: Asked, prompts: list[list[int]],
         try:
             served.engine.check(prompt, limit)
         except UserError as error:
-            raise Refused(400, str(error), "context_length_exceeded") from None
+            long = len(prompt) + limit > served.engine.shape.length
+            raise Refused(400, str(error), "context_length_exceeded" if long else None) from None
         for draw in draws:
             text = Text(prompt, limit, draw, writer.tokenizer.special.ends)
             made.append(Answer(len(made), text, Words(writer.tokenizer, prompt, asked.stops), served))
