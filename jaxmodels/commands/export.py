@@ -1,4 +1,4 @@
-"""`jaxmodels export RUN DIR`: a run in Hugging Face's format, or as functions that need only jax and numpy."""
+"""`jaxmodels export RUN DIR`: a run in Hugging Face's format, or as an artefact."""
 
 from __future__ import annotations
 
