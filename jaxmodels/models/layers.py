@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models import remat as remats
+from jaxmodels.models.kernels.convolution import convolve
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
@@ -197,16 +198,7 @@ class Conv(nn.Module):
         axes = ("window",) * spatial + self.axes
         shape = (*self.window, x.shape[-1] // self.groups, self.features)
         w = weight(self, "w", self.initializer, axes, shape, self.dtype, "matrix")
-        letters = "".join(map(chr, range(ord("0"), ord("0") + spatial)))
-        layout = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            w,
-            self.strides or (1,) * spatial,
-            self.padding,
-            dimension_numbers=layout,
-            feature_group_count=self.groups,
-        )
+        y = convolve(x.astype(self.dtype), w, self.strides or (1,) * spatial, self.padding, self.groups)
         if self.bias:
             y = y + parameter(self, "b", zeros, axes[-1:], (self.features,), "bias").astype(self.dtype)
         return y

@@ -146,6 +146,42 @@ def test_convolution_equals_its_definition(window, strides, padding, pads, group
     close(run(layer, x, w=w, b=b), direct(x, w, strides or (1, 1), pads, groups) + b)
 
 
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "padding", "pads"),
+    [
+        ((2, 2), (3, 3), None, "SAME", ((1, 1), (1, 1))),
+        ((1, 1), (3, 3), None, "SAME", ((1, 1), (1, 1))),
+        ((2, 1), (3, 3), (2, 2), "SAME", ((0, 1), (1, 1))),
+        ((2, 3), (7, 7), (2, 2), ((3, 3), (3, 3)), ((3, 3), (3, 3))),
+        ((3, 1), (4, 2), (3, 3), ((5, 6), (3, 2)), ((5, 6), (3, 2))),
+    ],
+)
+def test_a_convolution_of_a_map_no_larger_than_the_window_is_a_product_and_equals_its_definition(
+    size, window, strides, padding, pads
+):
+    x, w = rand(2, *size, 3), rand(*window, 3, 5, seed=1)
+    strides = strides or (1, 1)
+    layer = layers.Conv(5, window, strides, padding, bias=False)
+    program = str(jax.make_jaxpr(lambda x, w: run(layer, x, w=w))(jnp.asarray(x), jnp.asarray(w)))
+    assert "conv_general_dilated" not in program and program.count("dot_general") == 1
+    close(run(layer, x, w=w), direct(x, w, strides, pads, 1))
+    alone = layers.Conv(5, window, (99, 99), ((9, 0), (9, 0)), bias=False)  # its one window lies in the padding
+    close(run(alone, x, w=w), np.zeros((2, 1, 1, 5)))
+
+    def gradients(convolution):
+        def total(x, w):
+            y = convolution(x, w)
+            return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
+
+        return jax.grad(total, (0, 1))(jnp.asarray(x), jnp.asarray(w))
+
+    def reference(x, w):
+        return jax.lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    for got, expected in zip(gradients(lambda x, w: run(layer, x, w=w)), gradients(reference), strict=True):
+        close(got, expected, 1e-4)
+
+
 def test_convolution_of_sequences_and_volumes():
     x, w = rand(2, 9, 3), rand(4, 3, 5, seed=1)
     flat = direct(x[:, :, None], w[:, None], (2, 1), ((0, 0), (0, 0)), 1)[:, :, 0]
