@@ -311,18 +311,14 @@ def test_control_characters_are_shown_not_obeyed(capsys):
 
 def test_the_list_of_models_looks_for_no_accelerator():
     asked = "from jaxmodels.cli import main; main(['models', 'gpt2']); import jax; print(jax.default_backend())"
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     shown = subprocess.run(
-        [sys.executable, "-c", asked], capture_output=True, text=True, timeout=120, env=environment, check=True
-    )
-    assert shown.stdout.splitlines()[-2:] == ["124,439,808 parameters", "cpu"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "jaxmodels", "models", "gpt2"],
+        [sys.executable, "-c", asked],
         capture_output=True,
+        text=True,
         timeout=120,
-        env={**environment, "JAX_PLATFORMS": "no_such_platform"},
+        env={**os.environ, "JAX_PLATFORMS": "no_such_platform"},
     )
-    assert ended.returncode == 0, ended.stderr
+    assert shown.stdout.splitlines()[-2:] == ["124,439,808 parameters", "cpu"], shown.stderr
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_and_keeps_its_traceback(monkeypatch, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +38,14 @@ def level(module: str) -> tuple[int, str]:
     return max(fit)[1:] if fit else (len(LEVELS), inside.split(".")[0])
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def imports(root: Path, file: Path, types: bool = True) -> Iterator[str]:
     """The modules of jaxmodels that a file imports anywhere in it, in functions too; and with `types`, for types."""
-    for node in walk(ast.parse(file.read_text()), types):
+    for node in walk(parsed(file), types):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: imports are written out"
             if (node.module or "").split(".")[0] == "jaxmodels":
@@ -96,7 +102,7 @@ def test_only_config_joins_sections(root):
         if not module.startswith("jaxmodels.config"):
             names = {
                 alias.name
-                for node in ast.walk(ast.parse(file.read_text()))
+                for node in ast.walk(parsed(file))
                 if isinstance(node, ast.ImportFrom)
                 for alias in node.names
             }
@@ -105,7 +111,7 @@ def test_only_config_joins_sections(root):
 
 def test_the_outside_is_never_imported(root):
     for module, file in modules(root):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             outside = {name.split(".")[0] for name in named} & {"configs", "benchmarks", "launch", "tests", "examples"}

@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,29 +33,43 @@ STEPS = 60
 CONFIG = f"""
 from pathlib import Path
 from jaxmodels.config import *
-from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.mlp import MLPConfig
 
 def get_config():
     return Config(
-        model=GPT2Config(vocab_size=256, context=32, layers=1, heads=2, width=16, dropout=0.1),
-        data=Text(path=(str(Path(__file__).parent / "corpus.txt"),), seq_len=32, batch_size=8),
-        optim=AdamW(peak_lr=3e-3, schedule=Constant()),
+        model=MLPConfig(input_shape=(4,), classes=2, hidden=(8,), dropout=0.1),
+        task=Classification(),
+        data=Table(path=(str(Path(__file__).parent / "rows.jsonl"),), batch_size=8),
+        optim=AdamW(peak_lr=1e-2, schedule=Constant()),
         train=Train(steps={STEPS}, ema=0.9),
         eval=Eval(every=10, batches=2),
         checkpoint=Checkpoint(every=5, keep=3),
-        metrics=Metrics(every=1, loggers=(), progress="plain"),
+        metrics=Metrics(every=1, loggers=("paced:Paced",), progress="plain"),
     )
+"""
+# steps that take so long that a signal comes while there are some left
+PACED = """
+import time
+
+from jaxmodels import Logger
+
+class Paced(Logger):
+    def scalars(self, step, values):
+        time.sleep(0.03)
 """
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model so small that a run is little more than its start."""
-    folder = tmp_path_factory.mktemp("config")
-    words = [f"{a}{b} " for a in ("to", "be", "or", "not") for b in ("day", "gin", "chid", "tle", ",", ".\n")]
-    (folder / "corpus.txt").write_text("".join(random.Random(0).choices(words, k=2000)))
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model so small that a run is little more than its start, on rows whose class is the sign of a number."""
+    folder, rng = tmp_path_factory.mktemp("config"), np.random.default_rng(0)
+    rows = [{"x": x.tolist(), "label": "low" if x[0] < 0 else "high"} for x in rng.normal(size=(400, 4))]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.py").write_text(CONFIG)
-    return folder / "tiny.py"
+    (folder / "paced.py").write_text(PACED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder / "tiny.py"
 
 
 class Process:
@@ -63,7 +77,8 @@ class Process:
 
     def __init__(self, root: Path, config: Path, run: Path, *options: str):
         self.run = run
-        environment = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(root)}
+        environment = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": f"{root}:{config.parent}"}
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # all of them run the same programs
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxmodels", "train", str(config), "--run-dir", str(run), *options],
             stdout=subprocess.PIPE,
@@ -264,18 +279,18 @@ def test_a_run_directory_of_another_config_is_refused_with_the_difference(
     before = snapshot(whole), (whole / "config.json").read_bytes()
     assert train(config, whole, "--optim.peak-lr", "1e-4", "--metrics.every", "2") == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "(optim.peak_lr was 0.003, now 0.0001), expected the same" in message
+    assert message.count("\n") == 1 and "(optim.peak_lr was 0.01, now 0.0001), expected the same" in message
     assert (snapshot(whole), (whole / "config.json").read_bytes()) == before
 
 
 def test_other_data_is_refused(config: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, corpus = snapshot(whole), config.parent / "corpus.txt"
-    text = corpus.read_text()
+    before, rows = snapshot(whole), config.parent / "rows.jsonl"
+    text = rows.read_text()
     try:
-        corpus.write_text("x" + text[1:])
+        rows.write_text(text.replace("low", "high", 1))
         assert train(config, whole) == 2
     finally:
-        corpus.write_text(text)
+        rows.write_text(text)
     message = capsys.readouterr().err
     assert "got data with fingerprint" in message and "--resume must" in message
     assert snapshot(whole) == before
@@ -321,22 +336,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 def test_an_early_stop_keeps_the_best_checkpoint_and_is_not_undone(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # nothing is learned, so that the first evaluation stays the best
-    run, options = (
-        tmp_path / "run",
-        (
-            "--eval.every",
-            "3",
-            "--eval.early-stop",
-            "2",
-            "--optim.peak-lr",
-            "1e-30",
-            "--checkpoint.best",
-            "True",
-            "--checkpoint.keep",
-            "1",
-        ),
-    )
+    # nothing is learned, and no average is rounded, so that the first evaluation stays the best
+    nothing = "--optim.peak-lr 1e-30 --train.ema None"
+    options = f"--eval.every 3 --eval.early-stop 2 {nothing} --checkpoint.best True --checkpoint.keep 1".split()
+    run = tmp_path / "run"
     assert train(config, run, *options) == 0
     assert "stopped early at step 9" in capsys.readouterr().out
     checkpoints = Checkpointer(run / "checkpoints")
