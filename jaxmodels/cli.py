@@ -18,9 +18,10 @@ import sysconfig
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from jaxmodels import commands
 from jaxmodels.errors import ExitCode, UserError, printable
@@ -126,7 +127,19 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return f"the machine is out of memory ({text[:160] or 'MemoryError'}); try smaller sizes", 1
     if isinstance(error, RecursionError):
         return "something that was read is nested too deep; try again with --traceback to see what", 1
+    if re.fullmatch(r"(Concretization|Tracer)\w*Error|NonConcreteBooleanIndexError", type(error).__name__):
+        return _of_tracing(error)
     return None, 1
+
+
+def _of_tracing(error: BaseException) -> tuple[str | None, int]:
+    """Explain code from outside that asks for the value of an array while a step is traced; None if it is not that."""
+    if (frame := _in_own_code(error)) is None:
+        return None, 1
+    return (
+        f"got {frame.code.co_qualname} in {frame.code.co_filename}, whose line {frame.line} asks for the value of an "
+        "array while the step is traced, expected operations on arrays, try jnp.where(condition, a, b) in place of if"
+    ), ExitCode.MISTAKE
 
 
 def _raised_in(error: BaseException) -> str:
@@ -160,7 +173,9 @@ def unexpected(error: Exception) -> str:
     one; the traceback is kept in a file."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     frame = _in_own_code(error)
-    whose = f"in {frame.filename}, line {frame.lineno}, in {frame.name}" if frame else "a fault of jaxmodels"
+    whose = "a fault of jaxmodels"
+    if frame:
+        whose = f"in {frame.code.co_filename}, line {frame.line}, in {frame.code.co_qualname}"
     try:
         with tempfile.NamedTemporaryFile("w", prefix="jaxmodels-", suffix=".traceback", delete=False) as file:
             traceback.print_exception(error, file=file)
@@ -169,17 +184,22 @@ def unexpected(error: Exception) -> str:
     return f"{text} ({whose}: the traceback is in {file.name}, and printed with --traceback)"
 
 
-def _in_own_code(error: Exception) -> traceback.FrameSummary | None:
+class _Frame(NamedTuple):
+    code: types.CodeType
+    line: int
+
+
+def _in_own_code(error: BaseException) -> _Frame | None:
     """Return the last frame of an error that is neither in a package nor Python's own; None if there is none."""
     paths = sysconfig.get_paths()
     known = tuple(
         os.path.realpath(path) + os.sep for path in (Path(__file__).parent, paths["stdlib"], paths["purelib"])
     )
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = os.path.realpath(frame.filename)
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        path = os.path.realpath(frame.f_code.co_filename)
         installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
         if os.path.isfile(path) and not path.startswith(known) and not installed:
-            return frame
+            return _Frame(frame.f_code, line)
     return None
 
 

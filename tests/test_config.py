@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jaxmodels import config as configs
+from jaxmodels.commands import parsing
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
 from jaxmodels.config import Config, Lion, Muon
@@ -92,6 +93,7 @@ def test_the_help_documents_every_field(capsys):
         (["--batch-size", "3"], "did you mean '--data.batch-size'?"),
         (["--optim.peak-lr", "high"], "got --optim.peak-lr 'high', expected FLOAT"),
         (["--train.steps", "1.5"], "got --train.steps '1.5', expected INT"),
+        (["--train.steps", "1,5"], "got --train.steps '1,5', expected INT, try jaxmodels train"),
         (["--optim", "adamw2"], "got optimizer 'adamw2', expected one of adamw, "),
         (["--optim", "adamww"], "did you mean 'adamw'?"),
         (["--optim.peak-lr"], "--optim.peak-lr"),
@@ -272,3 +274,25 @@ def test_a_command_is_not_begun_before_all_of_its_arguments_are_known(argv, said
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert "got run" not in error and "got 'DIR'" not in error, "the command itself was called"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["4,4,1"], "got --shape '4,4,1', expected INT [INT ...], try --shape 4 4 1"),
+        (["4", "a"], "got --shape '4 a', expected INT [INT ...], try p --help"),
+        (["1", "--pair", "1"], "got --pair with fewer values, expected 2 values, try p --help"),
+        (["1", "--pair", "1", "b"], "got --pair '1 b', expected INT INT, try p --help"),
+        (["1", "--maybe", "1,2"], "got --maybe '1,2', expected INT [INT ...] or None, try --maybe 1 2"),
+    ],
+)
+def test_an_option_of_several_values_says_what_they_are(argv, said):
+    @dataclasses.dataclass
+    class Sizes:
+        shape: tuple[int, ...] = (1,)
+        pair: tuple[int, int] = (1, 2)
+        maybe: tuple[int, ...] | None = None
+
+    with pytest.raises(UserError) as error:
+        parsing.parse(Sizes, ["--shape", *argv], "p")
+    assert str(error.value) == said

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from jaxmodels import cli, commands
@@ -54,6 +55,17 @@ def test_an_error_in_code_from_outside_names_its_line(monkeypatch, tmp_path, cap
     monkeypatch.setattr(commands, "run", functools.partial(commands.split, 3))
     assert cli.main(["models", "gpt2"]) == 1
     assert "(a fault of jaxmodels: the traceback is in" in capsys.readouterr().err
+
+
+def test_code_from_outside_that_branches_on_a_traced_array_is_refused_by_its_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "own_branch.py").write_text("class Mine:\n    def loss(self, x):\n        return 1 if x > 0 else 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_branch")
+    monkeypatch.setattr(commands, "run", lambda *argv: jax.jit(own.Mine().loss)(1.0))
+    assert cli.main(["models", "gpt2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: got Mine.loss in {tmp_path}/own_branch.py, whose line 3 asks for the value of an ")
+    assert said.endswith("try jnp.where(condition, a, b) in place of if\n") and said.count("\n") == 1
 
 
 def test_an_error_that_nobody_foresaw_ends_one_of_several_processes_at_once(monkeypatch, capsys):

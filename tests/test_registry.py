@@ -297,10 +297,19 @@ def test_a_name_is_given_once():
 
 def test_a_config_of_another_format_is_refused():
     written = configs.to_json(configs.load(FILE))
-    assert written["format"] == 2
-    for version in (None, 0, 3, "2", 2.0, True):
-        with pytest.raises(UserError, match=r"got a config of format .*, expected one of 1, 2, try the version"):
+    assert written["format"] == 3
+    for version in (None, 0, 4, "3", 3.0, True):
+        with pytest.raises(UserError, match=r"got a config of format .*, expected one of 1, 2, 3, try the version"):
             configs.from_json({**written, "format": version})
+
+
+def test_a_config_of_the_second_format_did_not_tell_the_lowest_value_from_one_that_nobody_asked_for():
+    written = configs.to_json(configs.load(FILE))
+    for before, now in (("min", None), ("max", "max")):
+        read = configs.from_json({**written, "format": 2, "eval": {**written["eval"], "mode": before}})
+        assert read.eval.mode == now
+    asked = configs.from_json({**written, "eval": {**written["eval"], "mode": "min"}})
+    assert asked.eval.mode == "min"
 
 
 def test_a_config_of_the_first_format_is_read_as_it_was_meant():

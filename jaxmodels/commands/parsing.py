@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import functools
@@ -172,7 +173,15 @@ def _one_line(message: str, prog: str) -> str:
         return f"got {got}, expected {' and '.join(parts)}{close or f', try {prog} --help'}"
     if own := re.match(r"Error parsing \w+: (got .*)", text):  # from a section's own check
         return own[1]
-    if wrong := re.match(r"Error parsing (--[\w.-]+): .*?('[^']*').*\1 (\S+)", text):
-        kind = re.sub(r"^\{None\}\|(.*)", r"\1 or None", wrong[3])
-        return f"got {wrong[1]} {wrong[2]}, expected {kind}, try {_help(prog, wrong[1])}"
+    if few := re.match(r"Missing value for argument '(--[\w.-]+)'\. (Expected \d+ values?)", text):
+        return f"got {few[1]} with fewer values, {few[2].lower()}, try {_help(prog, few[1])}"
+    if wrong := re.match(r"Error parsing (--[\w.-]+): .*?(\['.*?'\]|'[^']*')", text):
+        option, given = wrong[1], ast.literal_eval(wrong[2])
+        value = " ".join(given) if isinstance(given, list) else given
+        kind = next((line.partition(" ")[2] for line in lines if line.startswith(f"{option} ")), "another value")
+        kind, optional = re.subn(r"^\{None\}\|", "", kind)
+        kind = re.sub(r"^\{?\[(.*)\]\}?$", r"\1", kind)
+        spaced = value.replace(",", " ")
+        better = f"{option} {spaced}" if spaced != value and " " in kind else _help(prog, option)
+        return f"got {option} {value!r}, expected {kind}{' or None' * optional}, try {better}"
     return f"got {text}, try {prog} --help" if text else message

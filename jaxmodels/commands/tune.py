@@ -25,10 +25,10 @@ def tune(given: Configured, options: TuneOptions) -> None:
     print("\n" + searching.ranking(cfg, options, trials))
     ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
     if ended:
-        best = (min if cfg.eval.mode == "min" else max)(ended, key=lambda trial: trial["value"])
+        best = (min if cfg.eval.lowest else max)(ended, key=lambda trial: trial["value"])
         chosen = {choice.field: best[choice.field] for choice in choices}
         print(f"\nthe best one again:\n  {searching.train_command(file, argv, chosen)}")
-    pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.mode, [(c.field, c.log) for c in choices], trials)
+    pictures.draw(out / "tune.png", cfg.eval.metric, cfg.eval.lowest, [(c.field, c.log) for c in choices], trials)
     print(
         f"\n{len(trials)} trials in {out}/: study.db, trials/, tune.png; the same command with more --trials continues"
     )

@@ -14,7 +14,7 @@ from jaxmodels.tasks.task import TASKS
 from jaxmodels.train.optim import OPTIMIZERS
 from jaxmodels.train.schedules import SCHEDULES
 
-FORMAT = 2
+FORMAT = 3
 """The version of what is written today."""
 KIND = "class"
 """The name of a section's kind in JSON, which no field can have."""
@@ -66,5 +66,13 @@ def _as_kind(section: dict[str, Any], name: str, kinds: Registry) -> None:
     section[KIND] = kind
 
 
-_LATER: dict[int, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {1: _from_1}
+def _from_2(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`eval.mode` was min where nothing was asked for."""
+    sections, judged = dict(value), value.get("eval")
+    if isinstance(judged, Mapping) and judged.get("mode") == "min":
+        sections["eval"] = {**judged, "mode": None}
+    return {**sections, "format": 3}
+
+
+_LATER: dict[int, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = {1: _from_1, 2: _from_2}
 """What turns a format into the next one."""

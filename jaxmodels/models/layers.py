@@ -25,7 +25,7 @@ from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
 from jaxmodels.models.kernels.quantized import kind_of, quantized_product
-from jaxmodels.models.parameters import Init, parameter, weight
+from jaxmodels.models.parameters import Init, contracted_dimensions, parameter, weight
 from jaxmodels.parallel.rules import REPLICAS, constrain, pieces
 
 normal = nn.initializers.normal
@@ -50,7 +50,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        contracted = len(self.axes) - len(self.shape)
+        contracted = contracted_dimensions(self, self.shape, self.axes, x.shape)
         inputs = x.shape[x.ndim - contracted :]
         w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)

@@ -77,6 +77,22 @@ def _check_axes(module: nn.Module, name: str, axes: tuple[str, ...], shape: tupl
         raise UserError(f"got parameter {path} of shape {shape} with the axes {axes}, {wrong}")
 
 
+def contracted_dimensions(module: nn.Module, outputs: Any, axes: Any, given: tuple[int, ...]) -> int:
+    """How many dimensions of an input a matrix contracts: the axes that are not those of its outputs.
+
+    Raises:
+        UserError: the axes leave no dimension of the input to contract, or none for the rows.
+    """
+    count = len(axes) - len(outputs) if isinstance(outputs, tuple) and isinstance(axes, tuple) else 0
+    if not 0 < count < len(given):
+        path = "/".join([*module.path, "w"])
+        raise UserError(
+            f"got parameter {path} with the outputs {outputs} and the axes {axes} for an input of shape {given}, "
+            "expected tuples, an axis for each contracted dimension and each output, try (width,), ('embed', 'mlp')"
+        )
+    return count
+
+
 def weight(
     module: nn.Module,
     name: str,

@@ -32,11 +32,11 @@ class Program:
         return 1.0 if (told := self._told(loop)) is None else told
 
     def _told(self, loop: Instruction) -> float | None:
-        """Trips that the compiler notes, that the loop's name states (`grouped.loop`), or that its condition bounds."""
+        """Trips that the compiler notes, that the loop's name states (`kernel.loop`), or that its condition bounds."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
             return float(noted.group(1))
-        if named := re.search(r"trips\[([\d.e+]+)\]/while$", loop.label):
+        if named := re.search(r"trips\[([\d.e+-]+)\]/while$", loop.label):
             return float(named.group(1))
         condition = self.computations[loop.called()["condition"]]
         bounds = [
@@ -45,6 +45,14 @@ class Program:
             if each.opcode == "constant" and (found := re.match(r"(\d+)", ",".join(each.operands)))
         ]
         return math.ceil(max(bounds) / self._stride(loop)) if bounds else None
+
+    def taken(self, choice: Instruction) -> float:
+        """The share of a `conditional`'s runs in which the dearest branch is taken: 1, or as its name states.
+
+        See `kernel.branch`.
+        """
+        named = re.search(r"share\[([\d.e+-]+)\]/cond$", choice.label)
+        return float(named.group(1)) if named else 1.0
 
     def uncounted(self) -> list[str]:
         """Names of kernels whose FLOPs are not known, and of loops of unknown length that contain products."""
@@ -106,7 +114,7 @@ class Program:
             elif (inside := each.runs) in self.computations:
                 yield from self.walk(inside, times)
             elif each.opcode == "conditional":
-                yield from self.walk(self.dearest(each), times)
+                yield from self.walk(self.dearest(each), times * self.taken(each))
 
     def dearest(self, choice: Instruction) -> str:
         """The branch of a `conditional` that moves and computes most, which a device may have to run."""

@@ -289,7 +289,8 @@ class _Player:
         if each.opcode == "call":
             return self.run(called["to_apply"], times)
         if each.opcode == "conditional":
-            return self.run(self.program.dearest(each), times)
+            share = self.program.taken(each)
+            return share * self.run(self.program.dearest(each), times * share)
         computed = list(products.products(self.program.computations, computation, each))
         flops = sum(one.flops for one in computed)
         moved = programs.moved(self.program, computation, each)

@@ -135,19 +135,23 @@ def of_texts(
 
 
 def cross(evaluation: Evaluation, batch: dict[str, np.ndarray]) -> list[Piece]:
-    """Map a decoder's tokens against the source's."""
+    """Map a decoder's tokens against the source's; empty if it does not attend to them."""
     run = evaluation.run
     row, count = choose(batch["inputs"], batch.get("segment_ids"))
-    named = {name: batch[name][row : row + 1] for name in ("segment_ids", "target_segment_ids") if name in batch}
-    sources, targets = batch["inputs"][row], batch["targets"][row]
+    sources, targets, tokens = (batch[name][row] for name in ("inputs", "targets", "tokens"))
     segments = batch["target_segment_ids"][row] if "target_segment_ids" in batch else None
     written = length(segments, np.where(targets < 0, 0, targets), LONGEST)
-    kept = weights(run.apply, sources[None], batch["tokens"][row][None], **named)
-    # in order: the encoder's layers, the decoder's self-attention, the decoder's attention to the source
-    layers = run.model.config.decoder_layers or run.model.config.layers
-    kept = [each[0, :, :written, :count] for each in kept[-layers:]]
+    # sources and targets of two lengths, by which the calls are told apart
+    T, S = written, count + (count == written < len(sources))
+    T -= S == T > 1
+    lengths = {"segment_ids": S, "target_segment_ids": T}
+    named = {name: batch[name][row : row + 1, :size] for name, size in lengths.items() if name in batch}
+    kept = weights(run.apply, sources[None, :S], tokens[None, :T], **named)
+    kept = [each[0, :, :, :count] for each in kept if each.shape[-2:] == (T, S)]
+    if not kept:
+        return []
     tokenizer = evaluation.source.tokenizer
-    labels = [pieces_of(tokenizer, targets[:written]), pieces_of(tokenizer, sources[:count])]
+    labels = [pieces_of(tokenizer, targets[:T]), pieces_of(tokenizer, sources[:count])]
     return maps(
         kept, labels, "attention", "The decoder's attention to the source, as it predicts each token at the left"
     )

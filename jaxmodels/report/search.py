@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 
 
 def draw(
-    out: Path, metric: str, mode: str, fields: Sequence[tuple[str, bool]], trials: Sequence[dict[str, Any]]
+    out: Path, metric: str, lowest: bool, fields: Sequence[tuple[str, bool]], trials: Sequence[dict[str, Any]]
 ) -> None:
     """Draw the metric over trials with the best so far, and over each field, as a PNG.
 
@@ -38,7 +38,7 @@ def draw(
 
     scatter(first, "number")
     finished = [trial for trial in known if not trial["pruned"]]
-    best = list(itertools.accumulate((trial["value"] for trial in finished), min if mode == "min" else max))
+    best = list(itertools.accumulate((trial["value"] for trial in finished), min if lowest else max))
     first.step([trial["number"] for trial in finished], best, where="post", color="tab:orange", label="best so far")
     first.set_xlabel("trial")
     first.set_ylabel(metric)
@@ -50,8 +50,6 @@ def draw(
             axis.set_xscale("log")
     for axis in others[len(fields) :]:
         axis.set_visible(False)
-    figure.suptitle(
-        f"{len(trials)} trials for {'the lowest' if mode == 'min' else 'the highest'} {metric}", fontsize=12
-    )
+    figure.suptitle(f"{len(trials)} trials for {'the lowest' if lowest else 'the highest'} {metric}", fontsize=12)
     figure.savefig(out, dpi=110)
     plt.close(figure)

@@ -17,7 +17,6 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
-    OF_LANGUAGE,
     Answers,
     Aux,
     Batch,
@@ -28,8 +27,8 @@ from jaxmodels.tasks.task import (
     Task,
     counted,
     forward,
+    language_task,
     packed,
-    perplexity,
     tokens,
 )
 
@@ -94,15 +93,4 @@ class CausalLM(ScoredConfig):
 
         ids = tokens(data, getattr(model.config, "vocab_size", None))
         fields = {"tokens": ids, "targets": ids, **packed(data), "bytes": tokens(data, optional=True)}
-        losses = (Loss("loss", "model", loss),)
-        return Task(
-            {"model": model},
-            losses,
-            metrics,
-            fields,
-            unit="tokens",
-            needs="a target of 0 or above",
-            summarize=perplexity,
-            outputs=outputs,
-            better=OF_LANGUAGE,
-        )
+        return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from jaxmodels.data.contract import BatchField
 from jaxmodels.errors import UserError, nearest
@@ -59,6 +60,19 @@ def checked(made: Any, config: TaskConfig) -> Task:
             )
         return found
 
+    def outputs(found: Any, *given: Any) -> Any:
+        if not (leaves := jax.tree.leaves(found)) or not all(hasattr(x, "shape") for x in leaves):
+            raise UserError(f"got {what}, whose outputs gives {described(found)}, expected arrays, try its logits")
+        return found
+
+    def images(found: Any, *given: Any) -> Any:
+        if len(getattr(found, "shape", ())) != 4:
+            raise UserError(
+                f"got {what}, whose samples gives {described(found)}, expected images (count, height, width, channels) "
+                "in [0, 1]"
+            )
+        return found
+
     whole, predicts = made.whole, made.predicts
     return dataclasses.replace(
         made,
@@ -67,6 +81,8 @@ def checked(made: Any, config: TaskConfig) -> Task:
         summarize=_then(made.summarize, metrics),
         whole=None if whole is None else Whole(whole.keep, _then(whole.sums, sums)),
         predicts=None if predicts is None else _then(predicts, predictions),
+        outputs=None if made.outputs is None else _then(made.outputs, outputs),
+        samples=None if made.samples is None else _then(made.samples, images),
     )
 
 
@@ -86,6 +102,35 @@ def check_sums(found: Any, what: str) -> Any:
     if "loss" not in found:
         raise UserError(f"got metrics {', '.join(map(str, found)) or '{}'} of {what}, expected a loss too, try {_SUMS}")
     return found
+
+
+def check_padding(task: Task, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Refuse metrics that count the rows of weight 0, which fill up the last batch of an evaluation.
+
+    Raises:
+        UserError: a metric depends on the batch, but its sum or its count does not depend on which rows count.
+    """
+    params, stats = ({name: model.shapes() for name, model in task.networks.items()}, jax.eval_shape(task.stats))
+    rows = jax.ShapeDtypeStruct(next(iter(batch.values())).shape[:1], jnp.float32)
+    names: list[str] = []
+
+    def sums(weight: Any, batch: Any, params: Any, stats: Any) -> list[tuple[Any, Any]]:
+        found = task.metrics(params, stats, {**batch, "weight": weight})
+        names[:] = found
+        return [(jnp.asarray(total), jnp.asarray(count)) for total, count in found.values()]
+
+    traced: Any = jax.make_jaxpr(sums)(rows, dict(batch), params, stats)
+    jaxpr, used = traced.jaxpr, []
+    for index in range(len(jaxpr.outvars)):
+        needed = partial_eval.dce_jaxpr(jaxpr, [index == i for i in range(len(jaxpr.outvars))])[1]
+        used.append((needed[0], any(needed[: 1 + len(batch)])))
+    for name, total, count in zip(names, used[::2], used[1::2], strict=True):
+        if (total[1] or count[1]) and not (total[0] and count[0]):
+            raise UserError(
+                f"got metric {name!r} of a task from outside, which also counts the rows of weight 0 that fill up the "
+                "last batch, expected a sum and a count without them, try counts = jaxmodels.tasks.task.rows(batch), "
+                "then (counts * each).sum() and counts.sum()"
+            )
 
 
 def _then(function: Callable[..., Any], check: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
-    OF_LANGUAGE,
     Answers,
     Batch,
     Loss,
@@ -22,7 +21,7 @@ from jaxmodels.tasks.task import (
     Task,
     counted,
     forward,
-    perplexity,
+    language_task,
     scored,
     tokens,
 )
@@ -66,15 +65,4 @@ class Seq2Seq(ScoredConfig):
         ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True, usual=True)
         fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
         loss, metrics = scored(score)
-        losses = (Loss("loss", "model", loss),)
-        return Task(
-            {"model": model},
-            losses,
-            metrics,
-            fields,
-            unit="tokens",
-            needs="a target of 0 or above",
-            summarize=perplexity,
-            outputs=outputs,
-            better=OF_LANGUAGE,
-        )
+        return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs)

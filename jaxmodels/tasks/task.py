@@ -287,6 +287,12 @@ def perplexity(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     return values
 
 
+def language_task(model: Model, loss: Loss, metrics: Callable[..., Sums], fields: Contract, **more: Any) -> Task:
+    """Join a language model with its loss: what is counted are tokens, and its perplexity is reported."""
+    counts: dict[str, Any] = {"unit": "tokens", "needs": "a target of 0 or above"}
+    return Task({"model": model}, (loss,), metrics, fields, summarize=perplexity, better=OF_LANGUAGE, **counts, **more)
+
+
 def divide(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     """Divide sums into metrics; a mean over nothing is left out."""
     for name, (total, _) in totals.items():

@@ -18,7 +18,8 @@ from jaxmodels.data import special
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load, pixels
 from jaxmodels.hf.load import described
-from jaxmodels.models.families import family_of
+from jaxmodels.models.families import create, family_of
+from jaxmodels.registry import outside
 from jaxmodels.train.arrays import named_leaves, nest
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import Job
@@ -88,7 +89,8 @@ SHAPED = (
     "width", "head_dim", "mlp_width", "image_width", "text_width", "image_mlp_width", "text_mlp_width",
     "relative_buckets",
 )  # fmt: skip
-"""Fields that show in the names and shapes of the parameters, which are compared one by one."""
+"""Fields of our families that show in the names and shapes of the parameters, which are compared one by one; those of
+others are asked (`shows`)."""
 
 
 def check_same_model(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
@@ -105,11 +107,12 @@ def check_same_model(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
             f"got init.source {source} with a {type(other).__name__}, expected a {type(model).__name__}, "
             "try another --init.source"
         )
-    idle, wrong = model.idle(kept), {}
+    idle, wrong, own = model.idle(kept), {}, outside(model)
     for name, ours in flat_fields(model).items():
         theirs = flat_fields(other)[name]
-        told = name in SHAPED and (name != "layers" or model.stacked)
-        if ours == theirs or name in FREE or name in idle or told:
+        if ours == theirs or name in FREE or name in idle:
+            continue
+        if shows(model, name, theirs) if own else name in SHAPED and (name != "layers" or model.stacked):
             continue
         if name == "input_shape" and (math.prod(ours) != math.prod(theirs) or ours[-1] != theirs[-1]):
             continue  # shows in the parameters' shapes, or does not affect them
@@ -120,6 +123,23 @@ def check_same_model(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
         raise UserError(
             f"got {differ} of init.source {source}, expected what its parameters were trained with, try {same}"
         )
+
+
+def shows(model: Any, name: str, value: Any) -> bool:
+    """Whether a field of a model from outside changes the shape of a parameter, so that the shapes tell of it.
+
+    A number that adds parameters and leaves all others as they are is a depth: of more layers some would be left out.
+    """
+    try:
+        before, after = (
+            {name: leaf.shape for name, leaf in named_leaves(create(each).shapes()).items()}
+            for each in (model, dataclasses.replace(model, **{name: value}))
+        )
+    except (UserError, TypeError):  # the value does not fit the other fields, or belongs to a section below
+        return False
+    if any(before[name] != after[name] for name in before.keys() & after.keys()):
+        return True
+    return before.keys() != after.keys() and not isinstance(value, int)
 
 
 def compare_pixels(cfg: Config, source: Path) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxmodels.config import Eval
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.parallel import progress, rules
+from jaxmodels.tasks.checks import check_padding
 from jaxmodels.tasks.metrics import unique
 from jaxmodels.tasks.task import Batch, Better, Sums, Task, Whole
 
@@ -188,9 +189,13 @@ def check_metric(
     metric = cfg.metric
     if metric == "eval/loss":
         check_mode(cfg, "min")
+    if outside:
+        metric_sums(task, mesh, batch())
+        if task.whole is None:
+            with jax.set_mesh(mesh):
+                check_padding(task, batch())
     if metric == "eval/loss" and outside:
-        metric_sums(task, mesh, batch())  # not their summary: a task's own may not take numbers that are made up
-        return
+        return  # without their summary: a task's own may not take numbers that are made up
     if metric == "eval/loss" and not cfg.metrics:
         return
     found = metric_names(task, mesh, batch(), classes=classes, groups=groups)
@@ -213,12 +218,11 @@ def better_of(task: Task, metric: str, groups: Sequence[str] = ()) -> Better | N
 
 def check_mode(cfg: Eval, right: Better | None) -> None:
     """Refuse an `eval.mode` of the wrong direction, or the default where the right one is unknown."""
-    if right is None and cfg.mode == "min":
+    if right is None and cfg.mode is None:
         raise UserError(
             f"got eval.metric {cfg.metric}, which may be better lower or higher, expected a metric that says so by "
-            "Task.better or, of eval.metrics, by the decorator jaxmodels.tasks.better, try --eval.mode max if higher"
+            "Task.better or, of eval.metrics, by the decorator jaxmodels.tasks.better, try --eval.mode min or max"
         )
-    if right not in (None, cfg.mode):
-        raise UserError(
-            f"got eval.mode {cfg.mode} for eval.metric {cfg.metric}, expected {right}, try --eval.mode {right}"
-        )
+    mode = cfg.mode or "min"
+    if right not in (None, mode):
+        raise UserError(f"got eval.mode {mode} for eval.metric {cfg.metric}, expected {right}, try --eval.mode {right}")

@@ -252,7 +252,7 @@ def record_evaluation(cfg: Config, progress: Progress, now: int, values: dict[st
     # a metric without anything to average is absent, and where the loss is not finite no other metric means anything
     value, best = values.get(cfg.eval.metric, math.nan), progress.best
     known = math.isfinite(value) and math.isfinite(values.get("eval/loss", value))
-    better = known and (best is None or (value < best if cfg.eval.mode == "min" else value > best))
+    better = known and (best is None or (value < best if cfg.eval.lowest else value > best))
     if better:
         progress.best, progress.best_step, progress.waited = value, now, 0
     else:

@@ -14,7 +14,7 @@ from optax import contrib
 
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Dropped, Natural, Positive, Range, Section, Weight, described
-from jaxmodels.registry import Registry, named
+from jaxmodels.registry import Registry, named, outside
 from jaxmodels.train import groups
 from jaxmodels.train.adafactor import scale_by_adafactor
 from jaxmodels.train.schedules import Cosine, ScheduleConfig
@@ -73,12 +73,18 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
         schedule's final share of it. A run of a single step has the peak.
 
         Raises:
-            UserError: the schedule's share is no number.
+            UserError: the schedule's share is no number from 0 to 1, or branches on the step.
         """
         warmup = self.warmup_steps
 
         def share(at: Any) -> Any:
-            found = self.schedule.share(at, warmup, steps - 1)
+            try:
+                found = self.schedule.share(at, warmup, steps - 1)
+            except jax.errors.JAXTypeError as error:
+                raise UserError(
+                    f"got schedule {named(type(self.schedule))}, whose share asks for the value of a step that is "
+                    "traced, expected operations on arrays, try jnp.where(step < 100, a, b) in place of if"
+                ) from error
             if not isinstance(found, jax.Array | np.ndarray | np.number | int | float) or jnp.shape(found):
                 raise UserError(
                     f"got schedule {named(type(self.schedule))}, whose share gives {described(found)}, expected a "
@@ -92,6 +98,13 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
             return self.peak_lr * (warm * share(at))
 
         jax.eval_shape(share, jax.ShapeDtypeStruct((), jnp.float32))
+        last = steps - 1
+        for step in sorted({0, warmup, (warmup + last) // 2, last}) if outside(self.schedule) else ():
+            if step <= last and not 0 <= (found := float(share(jnp.float32(step)))) <= 1 + 1e-6:
+                raise UserError(
+                    f"got schedule {named(type(self.schedule))}, whose share gives {found:g} at step {step} with "
+                    f"{warmup} steps of warm-up, expected a fraction of the peak, from 0 to 1"
+                )
         return of
 
     def build(self, steps: int, axes: Any, shapes: Any = None, updates: int = 1) -> optax.GradientTransformation:
@@ -107,8 +120,8 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
         rate: Any = self.rate(steps)
         parts = [
             optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
-            self._checked("rule", self.rule(axes)),
-            self._checked("decay", self.decay(axes)),
+            self._checked("rule", self.rule(axes), axes),
+            self._checked("decay", self.decay(axes), axes),
             optax.scale_by_learning_rate(lambda count: rate(jnp.asarray(count) // updates)),
         ]
         scales = None if shapes is None else groups.factors(self.freeze, self.layer_decay, shapes, axes)
@@ -117,11 +130,16 @@ class OptimConfig(Section, section="optim", kinds=OPTIMIZERS):
             # frozen parameters add nothing to the norm that is clipped, and their gradients are never computed
         return optax.chain(scaled(jax.tree.map(np.sign, scales)), *parts, scaled(scales))
 
-    def _checked(self, method: str, made: Any) -> optax.GradientTransformation:
+    def _checked(self, method: str, made: Any, axes: Any) -> optax.GradientTransformation:
         """Return a transformation that refuses updates and states of other shapes when it is traced."""
         what = f"optimizer {named(type(self))}, whose {method}"
         if not callable(getattr(made, "init", None)) or not callable(getattr(made, "update", None)):
             raise UserError(f"got {what} gives {described(made)}, expected an optax.GradientTransformation")
+        if method == "rule" and outside(self) and _ascends(made, axes):
+            raise UserError(
+                f"got {what} gives updates against the gradient, expected them along it, since the learning rate "
+                "reverses their sign, try optax.scale_by_adam() and not optax.adam(…), or optax.scale(-1.0) behind it"
+            )
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             found = made.update(updates, state, params)
@@ -259,6 +277,20 @@ def scaled(factors: Any) -> optax.GradientTransformation:
         return jax.tree.map(scale, updates, factors)
 
     return optax.stateless(each)
+
+
+def _ascends(rule: Any, axes: Any) -> bool:
+    """Whether a rule's first updates of small parameters point against their gradient."""
+    gradient = jax.tree.map(
+        lambda names: 1.0 + jnp.arange(2.0 ** len(names)).reshape((2,) * len(names)),
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    try:
+        updates, _ = rule.update(gradient, rule.init(gradient), gradient)
+        return sum(float(x) for x in jax.tree.leaves(jax.tree.map(jnp.vdot, updates, gradient))) < 0
+    except Exception:  # a rule may know the sizes of its parameters; what is wrong with it is told when it is traced
+        return False
 
 
 def _differ(given: Any, new: Any) -> str:

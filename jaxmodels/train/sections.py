@@ -57,11 +57,16 @@ class Eval(Section, section="eval"):
     """Stop after this many evaluations without a better `metric`. None: never."""
     metric: str = "eval/loss"
     """The metric that decides what is better, for early stopping and for the best checkpoint."""
-    mode: Literal["min", "max"] = "min"
-    """Whether a lower or a higher `metric` is better."""
+    mode: Literal["min", "max"] | None = None
+    """Whether a lower or a higher `metric` is better. None: lower, of a metric that says so, as every loss does."""
     metrics: tuple[Annotated[str, Named(METRICS)], ...] = ()
     """Metrics of your own besides the task's, as package.module:name: functions of the model's outputs and a batch that
     return a value for each example."""
+
+    @property
+    def lowest(self) -> bool:
+        """Whether the lowest `metric` is the best."""
+        return self.mode != "max"
 
 
 @dataclass(frozen=True)

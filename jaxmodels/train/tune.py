@@ -151,7 +151,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
         study = optuna.create_study(
             storage=storage(out),
             study_name="tune",
-            direction="minimize" if cfg.eval.mode == "min" else "maximize",
+            direction="minimize" if cfg.eval.lowest else "maximize",
             # no two workers draw the same; each resumed one goes on elsewhere
             sampler=optuna.samplers.TPESampler(seed=(cfg.train.seed + 7919 * os.getpid()) % 2**31, multivariate=True),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
@@ -351,7 +351,7 @@ def read_trials(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, 
     for trial in study.get_trials(deepcopy=False, states=_ended()):
         pruned = trial.state == optuna.trial.TrialState.PRUNED
         values = list(trial.intermediate_values.values())
-        best = (min if cfg.eval.mode == "min" else max)(values) if pruned and values else trial.value
+        best = (min if cfg.eval.lowest else max)(values) if pruned and values else trial.value
         seconds = trial.duration.total_seconds() if trial.duration else math.nan
         row = {"number": trial.number, "value": best, "pruned": pruned, "seconds": seconds}
         found.append(row | {c.field: c.shown(trial.params) for c in choices if c.field in trial.params})
@@ -361,7 +361,7 @@ def read_trials(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, 
 def ranking(cfg: Config, options: TuneOptions, trials: Sequence[dict[str, Any]], rows: int = 10) -> str:
     """Format the best trials as a table, best first; trials that stopped early come after all others."""
     fields = [parse_choice(text, cfg).field for text in options.space]
-    sign = 1 if cfg.eval.mode == "min" else -1
+    sign = 1 if cfg.eval.lowest else -1
     known = [trial for trial in trials if trial["value"] is not None]
     ranked = sorted(known, key=lambda trial: (trial["pruned"], sign * trial["value"]))
     titles = ["trial", cfg.eval.metric, *fields, "seconds", ""]

@@ -64,6 +64,18 @@ def test_embed_looks_up_rows_and_its_logits_are_products_with_them():
     assert half.logits(jnp.asarray(x)).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [((4,), ("embed",)), ((4,), ()), ((4,), ("features", "features", "embed")), (4, ("features", "embed"))],
+)
+def test_a_linear_layer_with_another_number_of_axes_is_refused(shape, axes):
+    with pytest.raises(
+        UserError,
+        match=r"got parameter w with the outputs .* and the axes .* for an input of shape \(2, 3\), expected tuples",
+    ):
+        made(layers.Linear(shape, axes), jnp.ones((2, 3)))
+
+
 def test_a_token_outside_the_table_gives_nan_and_not_some_other_row():
     table = layers.Embed(7, 4).bind({"params": {"w": jnp.asarray(rand(7, 4))}})
     assert np.isnan(table(jnp.array([7]))).all()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxmodels.models.kernels import grouped
+from jaxmodels.models.kernels import kernel
 from jaxmodels.plan import program
 from jaxmodels.plan.groups import groups_of
 
@@ -155,7 +155,32 @@ ENTRY %main (a: (s32[], s32[], f32[64,64])) -> (s32[], s32[], f32[64,64]) {
 
 
 def test_a_loop_of_unknown_length_runs_as_often_as_its_name_expects_or_is_named():
-    named = LOOP.replace("NAME", grouped.loop(36.5) + "/")
+    named = LOOP.replace("NAME", kernel.loop(36.5) + "/")
     assert summed(named) == 36.5 * 2 * 64**3
     assert program.parse(named).uncounted() == []
     assert program.parse(LOOP.replace("NAME", "")).uncounted() == ["the loop jit(run)/moe/while"]
+
+
+CHOICE = """\
+HloModule choice, entry_computation_layout={(pred[])->f32[64,64]{1,0}}
+
+%dear (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  ROOT %product = f32[64,64]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%cheap (x: f32[64,64]) -> f32[64,64] {
+  ROOT %x = f32[64,64]{1,0} parameter(0)
+}
+
+ENTRY %main (p: pred[], x: f32[64,64]) -> f32[64,64] {
+  %p = pred[] parameter(0)
+  %x = f32[64,64]{1,0} parameter(1)
+  ROOT %c = f32[64,64]{1,0} conditional(%p, %x, %x), true_computation=%dear, false_computation=%cheap, metadata={op_name="jit(run)/NAMEcond"}
+}
+"""  # noqa: E501
+
+
+def test_a_conditions_dearest_branch_runs_each_time_or_as_often_as_its_name_expects():
+    assert summed(CHOICE.replace("NAME", kernel.branch(0.375) + "/")) == 0.375 * 2 * 64**3
+    assert summed(CHOICE.replace("NAME", "")) == 2 * 64**3

@@ -22,6 +22,7 @@ from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.model import Family
 from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks.checks import checked
 from jaxmodels.tasks.task import Task, TaskConfig, Whole, rows
 from jaxmodels.train import evaluate
 from jaxmodels.train.job import additive, assemble
@@ -140,7 +141,9 @@ def metrics(params, stats, batch):
         ("group/north/recall/a", "min", "got eval.mode min for eval.metric eval/group/north/recall/a, expected max"),
         ("group/north/error", "min", None),
         ("gap/recall/a", "max", "expected min"),
-        ("odd", "min", "got eval.metric eval/odd, which may be better lower or higher, expected a metric that says so"),
+        ("odd", None, "got eval.metric eval/odd, which may be better lower or higher, expected a metric that says so"),
+        ("odd", "min", None),
+        ("error", None, None),
         ("odd", "max", None),
     ],
 )
@@ -216,3 +219,18 @@ def test_metrics_from_outside_are_measured_of_a_whole_set_too(monkeypatch):
     assert found["group/odd/spread"] == pytest.approx(outputs[real & (group == 1)].mean(), rel=1e-5)
     firsts = np.asarray(task.outputs(params, {}, whole))[real, 0]
     assert found["loss"] == pytest.approx(firsts.max(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "gives", "message"),
+    [
+        ("outputs", None, "whose outputs gives None, expected arrays, try its logits"),
+        ("outputs", {"logits": "high"}, "whose outputs gives {'logits': 'high'}, expected arrays"),
+        ("samples", jnp.zeros((2, 16)), "whose samples gives float32[2, 16], expected images (count, height, width"),
+    ],
+)
+def test_what_a_task_gives_of_its_model_is_refused_if_it_is_something_else(name, gives, message):
+    task = checked(own(**{name: lambda *args, **how: gives}), Classification())
+    with pytest.raises(UserError) as error:
+        getattr(task, name)({}, {}, {})
+    assert message in str(error.value)

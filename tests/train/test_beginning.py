@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from jaxmodels.config import Checkpoint, Classification, Config, Init, MaskedLM,
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load_pretrained
 from jaxmodels.hf.save import save_pretrained
+from jaxmodels.models import families, layers
 from jaxmodels.models.bert import BERTConfig
+from jaxmodels.models.config import ModelConfig
 from jaxmodels.models.families import family
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.rotary import RopeScaling
 from jaxmodels.models.vit import ViTConfig
@@ -221,3 +225,41 @@ def test_every_field_of_a_model_is_told_by_the_shapes_or_free_or_compared(source
     beginning.check_same_model(replace(classifier(source).model, pool="mean"), source, {"model/embed/w": None})
     with pytest.raises(UserError, match="model.pool 'mean' for 'first'"):
         beginning.check_same_model(replace(classifier(source).model, pool="mean"), source, {"model/pooler/w": None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded(ModelConfig):
+    """A classifier from outside whose weights do not show their heads."""
+
+    input_shape: tuple[int, ...] = (4,)
+    width: int = 8
+    heads: int = 2
+    depth: int = 2
+    classes: int = 3
+
+
+class Folding(nn.Module):
+    config: Folded
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        c = self.config
+        x = layers.Linear((c.width,), ("features", "embed"), name="inputs")(x)
+        for i in range(c.depth):
+            x = layers.Linear((c.width,), ("embed", "mlp"), name=f"layer{i}")(x)
+            x = nn.softmax(x.reshape(len(x), c.heads, -1)).reshape(x.shape)
+        return layers.Linear((c.classes,), ("embed", "classes"), name="head")(x)
+
+
+def test_a_field_of_a_model_from_outside_is_told_by_the_shapes_only_if_it_changes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "_registered", dict(families._registered))
+    monkeypatch.setattr(families.FAMILIES, "_registered", {})
+    families.register(families.Family("folded", Folded, Folding, image_inputs))
+    cfg = replace(MASKED, model=Folded(), task=Classification(), data=Synthetic(batch_size=8))
+    runs.train(cfg, tmp_path / "run")
+    kept = {f"model/{name}": None for name in named_leaves(create(Folded()).shapes())}
+    for told in (Folded(), Folded(width=16), Folded(classes=5)):  # of which reading says what does not fit
+        beginning.check_same_model(told, tmp_path / "run", kept)
+    for changed, words in ((Folded(heads=4), "model.heads 4 for 2"), (Folded(depth=1), "model.depth 1 for 2")):
+        with pytest.raises(UserError, match=words):
+            beginning.check_same_model(changed, tmp_path / "run", kept)

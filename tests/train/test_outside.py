@@ -45,7 +45,8 @@ class Offset(TaskConfig):
             return pair[0], Aux(pair[1], {"loss": pair}, stats)
 
         def metrics(params, stats, batch):
-            return loss(params, stats, batch)[1].sums
+            counts, total = rows(batch), loss(params, stats, batch)[1].sums["loss"][0]
+            return give("metrics", lambda total, counts: {"loss": (total, counts.sum())}, total, counts)
 
         fields = {"inputs": BatchField((3,), np.float32), "labels": BatchField((), below=2)}
         made = Task({"model": model}, (Loss("loss", "model", loss),), metrics, give("fields", lambda: fields))
@@ -106,7 +107,7 @@ CONFIG = Config(
     task=Offset(),
     data=Sensors(batch_size=8),
     optim=Plain(),
-    train=Train(steps=1),
+    train=Train(steps=2),
     metrics=Metrics(progress="none", loggers=()),
 )
 
@@ -160,6 +161,12 @@ WRONG = [
     ("share", lambda step: None, SCHEDULE + "None, expected a single number"),
     ("share", lambda step: "1", SCHEDULE + "'1', expected a single number"),
     ("share", lambda step: jnp.ones(2), SCHEDULE + "float32[2], expected a single number"),
+    ("share", lambda step: 1 if step < 5 else 0.1, SCHEDULE.replace("gives ", "asks for the value of a step that is")),
+    ("share", lambda step: jnp.sqrt(2 / step), SCHEDULE + "inf at step 0 with 0 steps of warm-up, expected a fraction"),
+    ("share", lambda step: 1 - 2 * step, SCHEDULE + "-1 at step 1 with 0 steps of warm-up, expected a fraction of the"),
+    ("metrics", lambda total, counts: {"loss": (total, jnp.float32(len(counts)))}, "got metric 'loss' of a task from"),
+    ("metrics", lambda total, counts: {"loss": (total / counts.sum(), 1.0)}, "which also counts the rows of weight 0"),
+    ("rule", lambda: optax.adam(1e-3), "rule gives updates against the gradient, expected them along it"),
     ("rule", lambda: None, OPTIMIZER + "None, expected an optax.GradientTransformation"),
     ("rule", update(lambda x: x[:1]), OPTIMIZER + "updates with shape (1,) as head/b, expected shape (2,)"),
     ("rule", update(lambda x: 1.0), OPTIMIZER + "updates with shape () as head/b, expected shape (2,)"),

@@ -11,6 +11,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
+from jaxmodels.models.kernels.kernel import loop
+
 Array = jax.Array
 
 
@@ -18,11 +20,6 @@ BLOCKS = ("cpu", "cuda", "rocm")
 """Platforms whose compilers have no kernel for ragged products."""
 RAGGED_OUTER = jax.__version_info__ >= (0, 12)
 """Whether the TPU's compiler has a kernel for `_ragged_outer`: before, it computes all rows with all experts."""
-
-
-def loop(trips: float) -> str:
-    """A scope's name for a loop whose length is known only at run time: it states how often the body should run."""
-    return f"trips[{trips:g}]"
 
 
 @jax.custom_vjp

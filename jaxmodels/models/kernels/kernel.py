@@ -55,6 +55,16 @@ class Call(NamedTuple):
     """Compute capability of the NVIDIA GPU that it is for; of other devices none."""
 
 
+def loop(trips: float) -> str:
+    """A scope's name for a loop whose length is known only at run time: it states how often the body should run."""
+    return f"trips[{trips:.12g}]"
+
+
+def branch(share: float) -> str:
+    """A scope's name for a condition that only devices know: it states how often its dearest branch should be taken."""
+    return f"share[{share:.12g}]"
+
+
 class Attend(Protocol):
     """A kernel's function: attention of q (B, T, H, K) over k and v (B, S, G, K); returns (B, T, H, K).
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmodels.models.kernels.blocks import Hidden, Plan, einsum, fold, normalize, pull, score
+from jaxmodels.models.kernels.kernel import loop
 from jaxmodels.models.kernels.xla import FLOOR
 
 
@@ -31,7 +34,8 @@ def attend(plan: Plan, q, k, v, bias, hidden: Hidden):
         room = nq * plan.Q - T if bias.shape[3] > 1 else 0, nk * plan.S - S if bias.shape[4] > 1 else 0
         bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, n) for n in room])
     q, k, v = cut(q, 3, nq, plan.Q), cut(k, 2, nk, plan.S), cut(v, 2, nk, plan.S)
-    return join(over_blocks(plan, q, k, v, bias, hidden), 3)[:, :, :, :T]
+    pairs = None if plan.offset is None else visited(plan, nq, nk, plan.offset)
+    return join(over_blocks(plan, pairs, q, k, v, bias, hidden), 3)[:, :, :, :T]
 
 
 def cut(x, axis: int, n: int, size: int):
@@ -57,6 +61,22 @@ def keys_of(plan: Plan, hidden: Hidden, i, nk):
     if hidden.kv_length is not None:
         last = jnp.minimum(last, -(-hidden.kv_length.max() // plan.S))
     return first, last
+
+
+def visited(plan: Plan, nq: int, nk: int, offset: int) -> int:
+    """Count the pairs of a block of queries and one of keys that are computed if the first query is at `offset`."""
+    low = offset + np.arange(nq) * plan.Q
+    first, last = np.zeros_like(low), np.full_like(low, nk)
+    if plan.causal or plan.window is not None:
+        last = np.minimum(last, (low + plan.Q - 1 + ahead(plan)) // plan.S + 1)
+    if plan.window is not None:
+        first = np.maximum(first, (low - plan.window + 1) // plan.S)
+    return int(np.maximum(last - first, 0).sum())
+
+
+def named(pairs: float | None, turns: int) -> contextlib.AbstractContextManager[Any]:
+    """A scope that states how often the inner of two loops runs in each turn of the outer one, if that is known."""
+    return contextlib.nullcontext() if pairs is None else jax.named_scope(loop(pairs / turns))
 
 
 def queries_of(plan: Plan, hidden: Hidden, j, nq):
@@ -100,14 +120,15 @@ def scores(plan: Plan, hidden: Hidden, q, k, bias, i, j):
     return score(plan, q, k, part, t, s, segments, hidden.kv_length)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_blocks(plan: Plan, q, k, v, bias, hidden: Hidden):
-    return attended(plan, q, k, v, bias, hidden, q.dtype)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def over_blocks(plan: Plan, pairs: int | None, q, k, v, bias, hidden: Hidden):
+    return attended(plan, pairs, q, k, v, bias, hidden, q.dtype)[0]
 
 
-def attended(plan: Plan, q, k, v, bias, hidden: Hidden, dtype):
+def attended(plan: Plan, pairs: float | None, q, k, v, bias, hidden: Hidden, dtype):
     """Outputs in `dtype`, and the log-sum-exps of the scores, which are inf where nothing is seen.
 
+    `pairs` says how many pairs of blocks are computed, for plans; None if nobody knows.
     Shapes: q (nq, B, G, R, Q, K), k and v (nk, B, G, S, K); returns q's and, without K, the same.
     """
     (nq, B, G, R, Q, K), nk = q.shape, k.shape[0]
@@ -125,26 +146,27 @@ def attended(plan: Plan, q, k, v, bias, hidden: Hidden, dtype):
 
         zero = lax.full_like(q, 0.0, jnp.float32, (B, G, R, Q))
         start = lax.full_like(q, 0.0, jnp.float32, (B, G, R, Q, K)), zero + FLOOR, zero
-        out, top, total = lax.fori_loop(*keys_of(plan, hidden, i, nk), step, start)
+        with named(pairs, nq):
+            out, top, total = lax.fori_loop(*keys_of(plan, hidden, i, nk), step, start)
         total, lse = normalize(top, total)
         return None, ((out / total[..., None]).astype(dtype), lse)
 
     return lax.scan(rows, None, jnp.arange(nq))[1]
 
 
-def forward(plan: Plan, q, k, v, bias, hidden: Hidden):
-    out, lse = attended(plan, q, k, v, bias, hidden, q.dtype)
+def forward(plan: Plan, pairs: int | None, q, k, v, bias, hidden: Hidden):
+    out, lse = attended(plan, pairs, q, k, v, bias, hidden, q.dtype)
     return out, (q, k, v, bias, hidden, out, lse)
 
 
-def backward(plan: Plan, saved: Any, d_out):
+def backward(plan: Plan, pairs: int | None, saved: Any, d_out):
     q, k, v, bias, hidden, out, lse = saved
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    dq, dk, dv, d_bias = gradients(plan, q, k, v, bias, hidden, lse, delta, d_out, k.dtype)
+    dq, dk, dv, d_bias = gradients(plan, pairs, q, k, v, bias, hidden, lse, delta, d_out, k.dtype)
     return dq.astype(q.dtype), dk, dv, d_bias, None
 
 
-def gradients(plan: Plan, q, k, v, bias, hidden: Hidden, lse, delta, d_out, dtype):
+def gradients(plan: Plan, pairs: float | None, q, k, v, bias, hidden: Hidden, lse, delta, d_out, dtype):
     """Gradients of q and bias in float32, of k and v in `dtype`; delta is the sum of d_out · output over K."""
     nq, nk = q.shape[0], k.shape[0]
 
@@ -163,7 +185,8 @@ def gradients(plan: Plan, q, k, v, bias, hidden: Hidden, lse, delta, d_out, dtyp
             return dq, d_bias, dk + dk_part, dv + dv_part
 
         zero = jnp.zeros_like(kj, jnp.float32), jnp.zeros_like(vj, jnp.float32)
-        dq, d_bias, dk, dv = lax.fori_loop(*queries_of(plan, hidden, j, nq), step, (*carry, *zero))
+        with named(pairs, nk):
+            dq, d_bias, dk, dv = lax.fori_loop(*queries_of(plan, hidden, j, nq), step, (*carry, *zero))
         return (dq, d_bias), (dk.astype(dtype), dv.astype(dtype))
 
     start = jnp.zeros_like(q, jnp.float32), None if bias is None else jnp.zeros_like(bias)

@@ -10,6 +10,8 @@ Source: Liu et al. 2023; the zigzag, Llama team 2024, section 3.3.2.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,8 +21,8 @@ from jax import lax
 
 from jaxmodels.models.kernels import blockwise
 from jaxmodels.models.kernels.blocks import Hidden, Plan
-from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel
-from jaxmodels.models.kernels.looped import attended, cut, gradients, join
+from jaxmodels.models.kernels.kernel import EVERYTHING, Call, Kernel, branch
+from jaxmodels.models.kernels.looped import attended, cut, gradients, join, visited
 
 Array = jax.Array
 
@@ -32,9 +34,14 @@ class Ring(NamedTuple):
     axis: Any
     chunk: int
 
-    def chunks(self, device: Any) -> tuple[Any, ...]:
-        """The chunks that a device holds, in the order in which it holds them."""
-        return (device, 2 * lax.axis_size(self.axis) - 1 - device) if self.plan.causal else (device,)
+    def chunks(self, device: Any, n: int) -> tuple[Any, ...]:
+        """The chunks that one of n devices holds, in the order in which it holds them."""
+        return (device, 2 * n - 1 - device) if self.plan.causal else (device,)
+
+    def sees(self, ahead: Any) -> Any:
+        """Whether a chunk of queries sees any key of a chunk that begins `ahead` positions before it."""
+        seen = ahead >= 0 if self.plan.causal else ahead == ahead
+        return seen if self.plan.window is None else seen & (abs(ahead) - (self.chunk - 1) < self.plan.window)
 
     def send(self, x: Any) -> Any:
         """Send x to the next device; returns what the device before this one has sent."""
@@ -104,16 +111,33 @@ def pairs(ring: Ring, step: Any, q_segments: Any, kv_segments: Any):
     At step r a device holds the keys of the r-th device before it.
     """
     n, i = lax.axis_size(ring.axis), lax.axis_index(ring.axis)
-    plan, C = ring.plan, ring.chunk
-    length = None if C % plan.S == 0 else jnp.full(1, C, jnp.int32)
-    for a, mine in enumerate(ring.chunks(i)):
-        for b, theirs in enumerate(ring.chunks((i - step) % n)):
+    C = ring.chunk
+    length = None if C % ring.plan.S == 0 else jnp.full(1, C, jnp.int32)
+    for a, mine in enumerate(ring.chunks(i, n)):
+        for b, theirs in enumerate(ring.chunks((i - step) % n, n)):
             ahead = (mine - theirs) * C
-            seen = ahead >= 0 if plan.causal else jnp.bool_(True)
-            if plan.window is not None:
-                seen &= jnp.abs(ahead) - (C - 1) < plan.window
             ids = (None, None) if q_segments is None else (q_segments[a], kv_segments[b])
-            yield a, b, seen, Hidden(ahead.reshape(1).astype(jnp.int32), length, *ids)
+            yield a, b, ring.sees(ahead), Hidden(ahead.reshape(1).astype(jnp.int32), length, *ids)
+
+
+def work(ring: Ring, n: int, steps: Iterable[int]) -> dict[tuple[int, int], float]:
+    """For each pair of chunks, the share of its blocks that the busiest of n devices computes in one of these steps.
+
+    A compiler merges what is the same for several pairs, loops and their names included, but not the conditions around.
+    """
+    blocks, steps = -(-ring.chunk // ring.plan.Q), list(steps)
+    all_of_them = max(len(steps), 1) * blocks**2
+    count = functools.cache(functools.partial(visited, ring.plan, blocks, blocks))
+
+    def of(i: int) -> dict[tuple[int, int], float]:
+        found = {}
+        for a, mine in enumerate(ring.chunks(i, n)):
+            for b in range(len(ring.chunks(i, n))):
+                distances = [(mine - ring.chunks((i - step) % n, n)[b]) * ring.chunk for step in steps]
+                found[a, b] = sum(count(ahead) for ahead in distances if ring.sees(ahead)) / all_of_them
+        return found
+
+    return max(map(of, range(n)), key=lambda found: sum(found.values()))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -123,27 +147,29 @@ def around(ring: Ring, q, kv, q_segments, kv_segments):
 
 
 def forward(ring: Ring, q, kv, q_segments, kv_segments):
-    def attend(carry, held, step):
-        kv, ids = held
+    n = lax.axis_size(ring.axis)
+
+    def attend(carry, held, step, steps):
+        (kv, ids), shares = held, work(ring, n, steps)
         carry = list(carry)
         for a, b, seen, hidden in pairs(ring, step, q_segments, ids):
 
             def add(carry, a=a, b=b, hidden=hidden):
-                out, lse = attended(ring.plan, q[a], kv[0][b], kv[1][b], None, hidden, jnp.float32)
+                out, lse = attended(ring.plan, len(q[a]) ** 2, q[a], kv[0][b], kv[1][b], None, hidden, jnp.float32)
                 return merge(carry, (out, jnp.where(lse == jnp.inf, -jnp.inf, lse)))
 
-            carry[a] = lax.cond(seen, add, lambda carry: carry, carry[a])
+            with jax.named_scope(branch(shares[a, b])):
+                carry[a] = lax.cond(seen, add, lambda carry: carry, carry[a])
         return tuple(carry)
 
     def step(carry, r):
         held, outs = carry
         coming = ring.send(held)
-        return (coming, attend(outs, held, r)), None
+        return (coming, attend(outs, held, r, range(n - 1))), None
 
     start = tuple((lax.full_like(x, 0.0, jnp.float32), lax.full_like(x[..., 0], -jnp.inf, jnp.float32)) for x in q)
-    n = lax.axis_size(ring.axis)
     (held, outs), _ = lax.scan(step, ((kv, kv_segments), start), jnp.arange(n - 1))
-    outs = attend(outs, held, n - 1)
+    outs = attend(outs, held, n - 1, [n - 1])
     out = tuple(out.astype(x.dtype) for (out, _), x in zip(outs, q, strict=True))
     lse = tuple(jnp.where(lse == -jnp.inf, jnp.inf, lse) for _, lse in outs)
     return out, (q, kv, q_segments, kv_segments, out, lse)
@@ -161,29 +187,33 @@ def backward(ring: Ring, saved: Any, d_out):
     q, kv, q_segments, kv_segments, out, lse = saved
     delta = tuple((d.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1) for d, o in zip(d_out, out, strict=True))
 
-    def pull(dq, d_kv, held, step):
-        (k, v), ids = held
+    n = lax.axis_size(ring.axis)
+
+    def pull(dq, d_kv, held, step, steps):
+        ((k, v), ids), shares = held, work(ring, n, steps)
         dq, dk, dv = list(dq), list(d_kv[0]), list(d_kv[1])
         for a, b, seen, hidden in pairs(ring, step, q_segments, ids):
 
             def add(sums, a=a, b=b, hidden=hidden):
-                parts = gradients(ring.plan, q[a], k[b], v[b], None, hidden, lse[a], delta[a], d_out[a], jnp.float32)
+                given = q[a], k[b], v[b], None, hidden, lse[a], delta[a], d_out[a], jnp.float32
+                parts = gradients(ring.plan, len(q[a]) ** 2, *given)
                 return jax.tree.map(jnp.add, sums, parts[:3])
 
-            dq[a], dk[b], dv[b] = lax.cond(seen, add, lambda sums: sums, (dq[a], dk[b], dv[b]))
+            with jax.named_scope(branch(shares[a, b])):
+                dq[a], dk[b], dv[b] = lax.cond(seen, add, lambda sums: sums, (dq[a], dk[b], dv[b]))
         return tuple(dq), (tuple(dk), tuple(dv))
 
     def step(carry, r):
         held, dq, d_kv = carry
         # both are sent before this step's gradients are computed, so that neither waits for them
         coming, d_kv = ring.send((held, d_kv))
-        dq, d_kv = pull(dq, d_kv, held, r)
+        dq, d_kv = pull(dq, d_kv, held, r, range(1, n))
         return (coming, dq, d_kv), None
 
-    held, n = (kv, kv_segments), lax.axis_size(ring.axis)
+    held = kv, kv_segments
     coming = ring.send(held)
     zeros: Any = jax.tree.map(lambda x: lax.full_like(x, 0.0, jnp.float32), (q, kv))
-    dq, d_kv = pull(zeros[0], zeros[1], held, 0)
+    dq, d_kv = pull(zeros[0], zeros[1], held, 0, [0])
     (_, dq, d_kv), _ = lax.scan(step, (coming, dq, d_kv), jnp.arange(1, n))
     cast: Any = jax.tree.map(lambda x, d: d.astype(x.dtype), (q, kv), (dq, ring.send(d_kv)))
     return *cast, None, None
