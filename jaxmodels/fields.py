@@ -233,6 +233,8 @@ def described(value: Any) -> str:
     """Format what a function from outside gave: arrays, traced or not, as float32[8, 2]."""
     if type(value) is tuple:
         return f"({', '.join(map(described, value))})"
+    if inspect.isroutine(value) or isinstance(value, type):
+        return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__}"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     return shown(value) if shape is None or dtype is None else f"{dtype}{list(shape)}"
 

@@ -59,6 +59,12 @@ def open_records(data: DataConfig, split: Split, classes: Sequence[str] = ()) ->
     for name in ("label", "fingerprint"):
         if not isinstance(text := getattr(found, name, None), str):
             raise UserError(f"got data {data.kind}, whose records have the {name} {shown(text)}, expected text")
+    try:
+        len(found)
+    except (TypeError, ValueError) as error:  # of a number that is not whole, or below 0
+        raise UserError(
+            f"got data {data.kind}, whose records have no length ({error}), expected a whole number from __len__"
+        ) from error
     label = getattr(data, "label_field", "")
     return recorded.Known(found, label, classes) if classes and label in found.fields else found
 

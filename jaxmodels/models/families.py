@@ -10,6 +10,7 @@ from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import shown
 from jaxmodels.models.config import FAMILIES, ModelConfig
 from jaxmodels.models.model import Family, Model, functional
+from jaxmodels.registry import outside
 
 _registered: dict[type, Family] = {}
 
@@ -60,7 +61,8 @@ def family_of(config: Any) -> Family:
         UserError: it is that of none.
     """
     if type(config) not in _registered:
-        raise UserError(f"got model config {config!r}, expected one of {', '.join(FAMILIES.names())}")
+        own = f", try register(Family(…, config={type(config).__name__}, …)) below the class" if outside(config) else ""
+        raise UserError(f"got model config {config!r}, expected one of {', '.join(FAMILIES.names())}{own}")
     return _registered[type(config)]
 
 

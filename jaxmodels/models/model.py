@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import shown
 from jaxmodels.models.kernels import quantized as quantization
 from jaxmodels.models.parameters import declared_axes
+from jaxmodels.registry import outside
 
 Params = dict[str, Any]
 Dtype = Literal["float32", "bfloat16"]
@@ -126,6 +128,8 @@ def functional(config: Any, family: Family) -> Model:
         raise UserError(
             f"got model family {family.name!r}, whose network gives {shown(module)}, expected a Linen module"
         )
+    if outside(config):
+        _check_call(family, module)
 
     def inputs(batch: int, length: int = 8) -> Inputs:
         found: Any = family.inputs(config, batch, length)
@@ -189,6 +193,16 @@ def functional(config: Any, family: Family) -> Model:
         None if family.longest is None else family.longest(config),
         family.auxiliary,
     )
+
+
+def _check_call(family: Family, module: Any) -> None:
+    """Refuse a network that cannot be told whether it trains."""
+    taken = inspect.signature(module.__call__).parameters.values()
+    if not any(each.name == "train" or each.kind is each.VAR_KEYWORD for each in taken):
+        raise UserError(
+            f"got model family {family.name!r}, whose network takes ({', '.join(str(x) for x in taken)}), expected the "
+            "keyword train too, which says whether dropout is on, try def __call__(self, x, *, train=False)"
+        )
 
 
 def quantized(model: Model, rule: quantization.Rule) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxmodels.fields import described, shown
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
 from jaxmodels.registry import named
-from jaxmodels.tasks.task import Aux, Loss, Task, TaskConfig, Whole
+from jaxmodels.tasks.task import Answers, Aux, Loss, Task, TaskConfig, Whole
 
 _NUMBERS = (jax.Array, np.ndarray, np.number, int, float)
 _SUMS = "{'loss': (sum, count), …}"
@@ -31,7 +31,12 @@ def checked(made: Any, config: TaskConfig) -> Task:
     Raises:
         UserError: it is no task, or its parts do not fit together.
     """
-    what = f"task {named(type(config))}"
+    what, known = f"task {named(type(config))}", get_args(Answers)
+    if config.answers not in known:
+        raise UserError(
+            f"got {what}, whose answers is {shown(config.answers)}, expected one of {', '.join(filter(None, known))}"
+            f"{nearest(str(config.answers), known)}, or '' and Task.predicts for what it says itself"
+        )
     if wrong := _wrong(made):
         raise UserError(f"got {what}, whose build {wrong}")
 

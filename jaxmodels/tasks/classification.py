@@ -17,9 +17,10 @@ from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Weight
+from jaxmodels.fields import Weight, described
 from jaxmodels.models.layers import shard
 from jaxmodels.models.model import Model
+from jaxmodels.registry import named
 from jaxmodels.tasks import metrics as measures
 from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
 from jaxmodels.tasks.task import (
@@ -105,7 +106,13 @@ class Classification(ScoredConfig):
 
         def apply(params: Params, stats: Params, batch: Batch, inputs: jax.Array, **kwargs: Any) -> tuple[Any, Params]:
             packed = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
-            return forward(("model", model), params, stats, inputs, **packed, **kwargs)
+            logits, stats = forward(("model", model), params, stats, inputs, **packed, **kwargs)
+            if getattr(logits, "shape", None) != (len(inputs), classes):
+                raise UserError(
+                    f"got a model {named(type(model.config))} that gives {described(logits)} for {len(inputs)} "
+                    f"examples of {classes} classes, expected logits of shape {(len(inputs), classes)}"
+                )
+            return logits, stats
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
             inputs, labels = normalized(batch["inputs"], data), counted(batch, batch["labels"])

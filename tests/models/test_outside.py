@@ -1,5 +1,6 @@
 """A model family and a kernel of attention from outside the tree: found by import, in this process and in another."""
 
+import importlib
 import subprocess
 import sys
 
@@ -115,6 +116,7 @@ def test_a_family_does_not_take_the_name_of_another(package):
             "parameter head/w of shape .*, but got logical axis 'feat",
         ),
         ('("features", "classes")', '("embed", "embed")', r"parameter head/w of shape \(4, 3\) .*, both are on 'fsdp'"),
+        ("x, *, train=False, head=True", "x, head=True", "whose network takes .*, expected the keyword train too"),
         (
             "input_shape: tuple[Dim, ...]",
             "input_shape: list[int]",
@@ -127,6 +129,15 @@ def test_a_family_that_does_not_give_what_it_should_is_refused_in_one_line(packa
     (package / "outside_package" / "models.py").write_text(FAMILY.replace(said, instead))
     with pytest.raises(UserError, match=message):
         jaxmodels.create(ADDRESS).axes()
+
+
+def test_a_config_without_a_family_says_how_to_register_one(package):
+    (package / "outside_package" / "models.py").write_text(FAMILY.rpartition("register(")[0])
+    config = importlib.import_module("outside_package.models").LinearConfig()
+    with pytest.raises(
+        UserError, match=r"got model config LinearConfig.*, try register\(Family\(…, config=LinearConfig"
+    ):
+        family_of(config)
 
 
 def test_a_preset_does_not_take_the_name_of_another(package):

@@ -22,6 +22,7 @@ from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.model import Family
 from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.tasks import classification
 from jaxmodels.tasks.checks import checked
 from jaxmodels.tasks.task import Task, TaskConfig, Whole, rows
 from jaxmodels.train import evaluate
@@ -234,3 +235,30 @@ def test_what_a_task_gives_of_its_model_is_refused_if_it_is_something_else(name,
     with pytest.raises(UserError) as error:
         getattr(task, name)({}, {}, {})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (lambda x: None, "None"),
+        (lambda x: (x, x), "(float32[2, 3], float32[2, 3])"),
+        (lambda x: x[:, :2], "float32[2, 2]"),
+    ],
+)
+def test_a_model_that_gives_no_logits_of_its_classes_is_refused_as_a_classifier(monkeypatch, gives, said):
+    real = classification.forward
+    monkeypatch.setattr(classification, "forward", lambda *args, **how: (gives(real(*args, **how)[0]), {}))
+    task = own()
+    batch = {"inputs": jnp.ones((2, 4)), "labels": jnp.zeros(2, int)}
+    with pytest.raises(UserError) as error:
+        task.metrics(task.init(jax.random.key(0)), {}, batch)
+    assert f"that gives {said} for 2 examples of 3 classes, expected logits of shape (2, 3)" in str(error.value)
+
+
+def test_a_task_that_answers_with_something_unknown_is_refused():
+    @dataclass(frozen=True)
+    class Numbers(Classification):
+        answers = "clas"
+
+    with pytest.raises(UserError, match="whose answers is 'clas', expected one of class, .*, did you mean 'class'"):
+        checked(own(), Numbers())

@@ -84,7 +84,7 @@ class Rows(Records):
         }
 
     def __len__(self):
-        return 8
+        return give("length", lambda: 8)
 
     def read(self, indices, fields):
         def usual(indices, fields):
@@ -173,6 +173,12 @@ WRONG = [
     ("rule", update(lambda x: x, lambda state: jnp.ones(3)), OPTIMIZER + "a state with shape (3,) as array, expected"),
     ("records", lambda split: None, SOURCE + "records('train') gives None, expected a Records"),
     ("records", lambda split: [{"reading": 1}], SOURCE + "records('train') gives [{'reading': 1}], expected a Records"),
+    (
+        "length",
+        lambda: 8.0,
+        SOURCE + "records have no length ('float' object cannot be interpreted as an integer), exp",
+    ),
+    ("length", lambda: -1, SOURCE + "records have no length (__len__() should return >= 0), expected a whole number"),
     ("read", lambda indices, fields: None, RECORDS + "None for 8 indices, expected a list of one record for each"),
     ("read", lambda indices, fields: [{}], RECORDS + "1 records for 8 indices, expected a list of one record for each"),
     ("read", lambda indices, fields: [{}] * len(indices), RECORDS + "{}, expected a dict with label, or a Bad"),
