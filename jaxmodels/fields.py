@@ -233,6 +233,8 @@ def described(value: Any) -> str:
     """Format what a function from outside gave: arrays, traced or not, as float32[8, 2]."""
     if type(value) is tuple:
         return f"({', '.join(map(described, value))})"
+    if type(value) is dict:
+        return f"{{{', '.join(f'{name!r}: {described(each)}' for name, each in value.items())}}}"
     if inspect.isroutine(value) or isinstance(value, type):
         return f"the {'class' if isinstance(value, type) else 'function'} {value.__name__}"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
