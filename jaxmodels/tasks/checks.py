@@ -125,7 +125,7 @@ def check_padding(task: Task, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None
         return [(jnp.asarray(total), jnp.asarray(count)) for total, count in found.values()]
 
     traced: Any = jax.make_jaxpr(sums)(rows, dict(batch), params, stats)
-    jaxpr, used = traced.jaxpr, []
+    jaxpr, used = getattr(traced, "jaxpr", traced), []
     for index in range(len(jaxpr.outvars)):
         needed = partial_eval.dce_jaxpr(jaxpr, [index == i for i in range(len(jaxpr.outvars))])[1]
         used.append((needed[0], any(needed[: 1 + len(batch)])))

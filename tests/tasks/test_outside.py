@@ -243,6 +243,7 @@ def test_what_a_task_gives_of_its_model_is_refused_if_it_is_something_else(name,
         (lambda x: None, "None"),
         (lambda x: (x, x), "(float32[2, 3], float32[2, 3])"),
         (lambda x: x[:, :2], "float32[2, 2]"),
+        (lambda x: {"all": x}, "{'all': float32[2, 3]}"),
     ],
 )
 def test_a_model_that_gives_no_logits_of_its_classes_is_refused_as_a_classifier(monkeypatch, gives, said):
