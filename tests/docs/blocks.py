@@ -2,9 +2,9 @@
 
 A block of ```python is run, those of a page in one scope, one after the other; with title="my_gpt.py" it is written to
 that file instead. The lines of ```sh are run as commands. `<!-- run with: … -->` before a block adds options to each of
-its `jaxmodels` commands that train, so that they are short here; `<!-- not run: reason -->` leaves the block out. A
-command that ends in & goes on beside the blocks that follow: `beside` starts it, waits until it says that it is ready,
-and ends it.
+its `jaxmodels` commands that train, so that they are short here: fewer steps, or another model if the page is not about
+one. `<!-- not run: reason -->` leaves the block out. A command that ends in & goes on beside the blocks that follow:
+`beside` starts it, waits until it says that it is ready, and ends it.
 """
 
 from __future__ import annotations
