@@ -33,6 +33,7 @@ COMMANDS = Registry(
         "sample": "jaxmodels.commands.sample:sample",
         "models": "jaxmodels.commands.models:models",
         "report": "jaxmodels.commands.report:report",
+        "monitor": "jaxmodels.commands.monitor:monitor",
         "goodput": "jaxmodels.commands.goodput:goodput",
         "doctor": "jaxmodels.commands.doctor:doctor",
         "import": "jaxmodels.commands.import_:import_run",

@@ -1,1 +1,1 @@
-"""Runs in use: artefacts that need none of this package, and models over HTTP."""
+"""Runs in use: artefacts that need none of this package, models over HTTP, and whether data are what they were."""

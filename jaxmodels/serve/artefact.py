@@ -97,10 +97,10 @@ def exported_of(
     names = [BATCH, LENGTH, "gaps"]
     dims = dict(zip(names, export.symbolic_shape(", ".join(names), scope=scope), strict=True))
     inputs = {key: struct(want, dims) for key, want in function.inputs.items()}
-    call = called(run, function)
+    call = jax.jit(called(run, function))
     try:
         shapes = {path: shapes[path] for path in read(call, shapes, inputs)}
-        found = export.export(jax.jit(call), platforms=PLATFORMS)(shapes, inputs)
+        found = export.export(call, platforms=PLATFORMS)(shapes, inputs)
     except UserError:
         raise
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -114,7 +114,7 @@ def exported_of(
 
 def read(call: Any, weights: Arrays, inputs: Arrays) -> list[str]:
     """The paths of those weights that a function reads: a network that only trains another is not among them."""
-    jaxpr = jax.make_jaxpr(call)(weights, inputs).jaxpr
+    jaxpr = call.trace(weights, inputs).jaxpr.jaxpr
     used = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {id(x) for x in jaxpr.outvars}
     return [path for path, x in zip(sorted(weights), jaxpr.invars, strict=False) if id(x) in used]
 
