@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -48,7 +49,7 @@ class Test:
 
 def numbers(name: str, reference: np.ndarray, current: np.ndarray) -> Test:
     """Compare two samples of numbers (N,) and (M,)."""
-    found = stats.ks_2samp(reference, current)
+    found: Any = stats.ks_2samp(reference, current)
     psi = stability(*shares(reference, current))
     if len(reference) <= FEW:
         return Test(name, "KS", float(found.statistic), float(found.pvalue), psi)
@@ -73,9 +74,9 @@ def categories(name: str, reference: np.ndarray, current: np.ndarray) -> Test:
 def rates(name: str, reference: tuple[int, int], current: tuple[int, int], worse: str = "two-sided") -> Test:
     """Compare two rates, each as (how many, of how many), exactly; the value is the difference of the rates."""
     table = [[count, total - count] for count, total in (current, reference)]
-    p = float(stats.fisher_exact(table, alternative=worse).pvalue)
+    found: Any = stats.fisher_exact(table, alternative=worse)
     shares = [count / max(total, 1) for count, total in (current, reference)]
-    return Test(name, "Fisher", shares[0] - shares[1], p)
+    return Test(name, "Fisher", shares[0] - shares[1], float(found.pvalue))
 
 
 def chi_squared(counts: np.ndarray) -> tuple[float, float]:
@@ -86,7 +87,7 @@ def chi_squared(counts: np.ndarray) -> tuple[float, float]:
         counts = np.concatenate([counts[:, ~rare], counts[:, rare].sum(1, keepdims=True)], 1)
     if counts.shape[1] < 2:
         return 0.0, 1.0
-    found = stats.chi2_contingency(counts, correction=False)
+    found: Any = stats.chi2_contingency(counts, correction=False)
     return float(found.statistic), float(found.pvalue)
 
 

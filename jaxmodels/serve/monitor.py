@@ -178,9 +178,10 @@ def _predictions(reference: Window, current: Window, names: Sequence[str]) -> Pi
     first, second = whole.subplots(1, 2, width_ratios=(max(1.0, len(chosen) / 10), 1))
     for shift, share, color, name in ((-0.2, parts[0], COLORS[0], "reference"), (0.2, parts[1], COLORS[1], "current")):
         first.bar(np.arange(len(chosen)) + shift, share[chosen], 0.4, color=color, label=name)
-    long = max(len(names[i]) for i in chosen) > 2
+    shown = [names[i] for i in chosen.tolist()]
+    long = max(map(len, shown)) > 2
     ticks = {"rotation": 45 if long else 0, "ha": "right" if long else "center", "fontsize": 8}
-    first.set_xticks(range(len(chosen)), [names[i] for i in chosen], parse_math=False, **ticks)
+    first.set_xticks(range(len(chosen)), shown, parse_math=False, **ticks)
     first.set_ylim(0, 1.25 * max(share[chosen].max() for share in parts))  # room for the legend
     first.set_title("predicted class", fontsize=9)
     first.legend(fontsize=7)
@@ -212,8 +213,9 @@ def _groups(rates: Sequence[tuple[str, Rate, Rate]]) -> Picture:
     shown = rates[: NAMED + 1]
     whole = figure(6.4, 0.9 + 0.36 * len(shown))
     axis: Any = whole.subplots()
-    for shift, place, color, name in ((-0.2, 1, COLORS[0], "reference"), (0.2, 2, COLORS[1], "current")):
-        shares = [row[place][0] / max(row[place][1], 1) for row in shown]
+    pairs = [each[1:] for each in shown]
+    for shift, side, color, name in ((-0.2, 0, COLORS[0], "reference"), (0.2, 1, COLORS[1], "current")):
+        shares = [pair[side][0] / max(pair[side][1], 1) for pair in pairs]
         axis.barh(np.arange(len(shown)) + shift, shares, 0.4, color=color, label=name)
     axis.set_yticks(range(len(shown)), ["all", *(name.partition("/")[2] for name, _, _ in shown[1:])], parse_math=False)
     axis.invert_yaxis()
