@@ -27,9 +27,9 @@ from jaxmodels.serve.artefact_functions import BATCH, LENGTH, Arrays, Function, 
 from jaxmodels.train.saved import Run
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-WINDOW = ("0.10.2", "0.13")
-"""The versions of jax that an artefact is written and read by: those that this package supports, on the oldest and the
-newest of which artefacts of the other are read. jax itself promises less: six months back, and three weeks ahead."""
+BELOW = "0.13"
+"""The first version of jax that an artefact is not for: this package does not support it either. The oldest is the one
+that writes, since older ones do not know all that it writes. jax itself promises less: to read for six months."""
 SAME, OTHER = 1e-4, 3e-2
 """How far a probe's outputs may lie from those that were kept, as a part of the largest of them: on the platform that
 they were computed on, and on another, which may multiply in fewer bits. In bfloat16 it is always the latter."""
@@ -64,7 +64,7 @@ def write(run: Run, folder: Path) -> dict[str, Any]:
         "step": run.step,
         "parameters": sum(math.prod(flat[path].shape) for path in used if path.startswith("params/")),
         "trained_on": run.kept.train,
-        "jax": {"written_with": jax.__version__, "from": WINDOW[0], "below": WINDOW[1]},
+        "jax": {"from": ".".join(map(str, jax.__version_info__)), "below": BELOW},
         "platforms": list(PLATFORMS),
         "platform": jax.default_backend(),
         "tolerance": {"same": tolerance(run), "other": OTHER},

@@ -55,7 +55,7 @@ class Artefact:
         if not numbers(window["from"]) <= version < numbers(window["below"]):
             raise Refused(
                 f"got jax {jax.__version__}, expected from {window['from']} up to below {window['below']}, in which "
-                f"{folder} runs, try pip install 'jax=={window['written_with']}'"
+                f"{folder} runs, try pip install 'jax>={window['from']},<{window['below']}'"
             )
         for name, entry in told["files"].items():
             check_file(folder / name, entry)
