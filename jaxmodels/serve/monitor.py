@@ -220,5 +220,5 @@ def _groups(rates: Sequence[tuple[str, Rate, Rate]]) -> Picture:
     axis.set_yticks(range(len(shown)), ["all", *(name.partition("/")[2] for name, _, _ in shown[1:])], parse_math=False)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1), xlabel="accuracy")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return Picture("groups", whole, "Accuracy of the labeled rows, in all and by group.")
