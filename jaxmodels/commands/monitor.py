@@ -1,4 +1,4 @@
-"""`jaxmodels monitor RUN --reference FILE --current FILE`: whether data and predictions are still what they were."""
+"""`jaxmodels monitor RUN --reference FILE --current FILE`: whether data are still what they were."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def monitor(
         out: folder of the page; default: monitor/ in the run directory.
         best: use the best checkpoint instead of the newest.
     """
+    from jaxmodels.generate.predict import class_names
     from jaxmodels.serve import monitor as comparison
     from jaxmodels.serve import window
     from jaxmodels.train import load_run
@@ -56,7 +57,7 @@ def monitor(
     before, now = (window.read(opened, path, label_field, group_field) for path in (reference, current))
     classes = opened.model.config.classes
     tests = comparison.compare(before, now, classes)
-    names = [opened.class_name(i) for i in range(classes)]
+    names = class_names(opened)
     page = comparison.page(folder, run, tests, before, now, names)
     facts = {"run": run, "step": opened.step, "page": str(page)}
     print(comparison.line(tests, before, now, **facts))
