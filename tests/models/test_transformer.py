@@ -32,7 +32,8 @@ def invent(model):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        return jnp.asarray(0.2 * rng.normal(size=leaf.shape) + (path[-1].key == "scale"), leaf.dtype)
+        drawn = 0.2 * rng.normal(size=leaf.shape) + (path[-1].key == "scale")
+        return jnp.asarray(drawn.astype(leaf.dtype), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, model.shapes())
 
@@ -94,8 +95,7 @@ def test_encoding_and_then_decoding_is_the_whole(case):
     close(case.apply(case.params, None, case.targets, memory=memory), case.logits)
 
 
-@pytest.mark.parametrize("pieces", [(4, 5), (1, 1, 6, 1)], ids=str)
-def test_pieces_through_the_cache_equal_the_whole(case, pieces):
+def test_pieces_through_the_cache_equal_the_whole(case):
     ids = jnp.asarray(np.arange(S) < np.array([[S], [4]]), jnp.int32)  # the second source is padded
     whole = case.apply(case.params, case.inputs, case.targets, segment_ids=ids)
     assert np.abs(whole[1] - case.logits[1]).max() > 0.01
@@ -103,12 +103,12 @@ def test_pieces_through_the_cache_equal_the_whole(case, pieces):
     sources = {"memory": memory, "segment_ids": ids}
     for once in (True, False):  # the sources given with the first piece alone, or with each
         cache, got, start = case.model.cache(B, T + 3), [], 0
-        for n in pieces:
+        for n in (4, 1, 4):  # some tokens and one, to an empty cache and to one that has some
             now, given = case.targets[:, start : start + n], {} if once and start else sources
             logits, cache = case.apply(case.params, None, now, cache=cache, **given)
             got.append(logits)
             start += n
-        close(jnp.concatenate(got, axis=1), whole)
+        close(np.concatenate(got, axis=1), whole)
         assert cache["length"].tolist() == [T] * len(cache["length"])
         assert cache["layers"]["k"].shape == (case.config.decoder_layers, B, T + 3, 4, case.config.head_size)
         assert cache["cross"]["k"].shape == (case.config.decoder_layers, B, S, 4, case.config.head_size)
@@ -116,7 +116,7 @@ def test_pieces_through_the_cache_equal_the_whole(case, pieces):
 
 def test_rows_of_a_cache_go_on_each_from_its_own_length(case):
     """T5's bias by distance too is that of each row's own position."""
-    rows, lengths = np.arange(B), np.arange(2, 2 + 3 * B, 3)
+    rows, lengths = np.arange(B), np.arange(2, 2 + 2 * B, 2)
     cache = case.model.cache(B, T + 3)
     _, cache = case.apply(case.params, case.inputs, case.targets[:, : lengths.max()], cache=cache)
     cache = {**cache, "length": jnp.asarray(lengths)}
@@ -126,7 +126,7 @@ def test_rows_of_a_cache_go_on_each_from_its_own_length(case):
 
 
 def test_what_the_decoder_needs_of_the_sources_is_computed_once(case):
-    first, cache = case.apply(case.params, case.inputs, case.targets[:, :4], cache=case.model.cache(B, T))
+    first, cache = case.apply(case.params, case.inputs, case.targets[:, :4], cache=case.model.cache(B, T + 3))
     close(first, case.logits[:, :4])
 
     def spoil(path, leaf):
@@ -135,8 +135,8 @@ def test_what_the_decoder_needs_of_the_sources_is_computed_once(case):
 
     spoilt = jax.tree_util.tree_map_with_path(spoil, case.params)
     assert np.isnan(case.apply(spoilt, case.inputs, case.targets)).all()
-    rest, _ = case.apply(spoilt, None, case.targets[:, 4:], cache=cache)
-    close(rest, case.logits[:, 4:])
+    rest, _ = case.apply(spoilt, None, case.targets[:, 4:8], cache=cache)
+    close(rest, case.logits[:, 4:8])
 
 
 def test_padding_changes_nothing(case):

@@ -1,7 +1,7 @@
 """Steps of small decoders on a mesh: what the tests of stages, and of context and sequence sharding compare.
 
-Run as a script (MODEL, the mesh as JSON, and what changes in the model) it prints losses and gradient norms, for meshes
-of more devices than the tests' own process has.
+Run as a script (MODEL, and meshes as JSON) it prints losses and gradient norms, a line for each mesh, which may have
+more devices than the tests' own process.
 """
 
 import dataclasses
@@ -90,6 +90,6 @@ def alone(model, **options):
 
 
 if __name__ == "__main__":
-    name, mesh, changes = (*sys.argv[1:], "{}")[:3]
-    model = dataclasses.replace(MODELS[name], **json.loads(changes))
-    print(json.dumps(measure(model, Mesh(**json.loads(mesh))).tolist()))
+    name, *meshes = sys.argv[1:]
+    for mesh in meshes:
+        print(json.dumps(measure(MODELS[name], Mesh(**json.loads(mesh))).tolist()), flush=True)

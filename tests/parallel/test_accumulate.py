@@ -16,17 +16,17 @@ MODELS = {**steps.MODELS, "deep": dataclasses.replace(steps.MODELS["llama"], lay
 
 
 @pytest.mark.parametrize(
-    ("name", "cfg", "accumulate"),
+    ("name", "cfg", "alone"),
     [
-        ("llama", Mesh(data=2, context=2, tensor=2, sequence=True), 2),
-        ("mixtral", Mesh(data=2, expert=2), 2),
-        ("deep", Mesh(data=2, stage=2, fsdp=2), 1),
+        ("llama", Mesh(data=2, context=2, tensor=2, sequence=True), {}),  # of the whole batch
+        ("mixtral", Mesh(data=2, expert=2), {"accumulate": 2}),  # whose auxiliary losses are of a microbatch
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
-def test_steps_are_those_of_one_device(name, cfg, accumulate):
-    got = steps.measure(MODELS[name], cfg, accumulate=accumulate)
-    np.testing.assert_allclose(got, steps.alone(MODELS[name], accumulate=accumulate), rtol=1e-5, atol=1e-5)
+def test_microbatches_give_the_steps_of_one_device(name, cfg, alone):
+    """A pipeline's steps of several replicas are in test_pipeline.py."""
+    got = steps.measure(MODELS[name], cfg, accumulate=2)
+    np.testing.assert_allclose(got, steps.alone(MODELS[name], **alone), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet", "clip"])

@@ -24,11 +24,12 @@ from jaxmodels.plan import program
 from jaxmodels.plan.groups import groups_of
 from jaxmodels.train import state
 from jaxmodels.train.job import check_batch_size
-from tests.parallel.steps import MODELS, B, T, alone, measure
+from tests.parallel import steps
+from tests.parallel.steps import B, T, alone, measure
 from tests.parallel.test_ring import collectives
 from tests.quick import stacked
 
-MODELS = {name: dataclasses.replace(model, layers=8 if name == "gpt2" else 4) for name, model in MODELS.items()}
+MODELS = {name: dataclasses.replace(model, layers=8 if name == "gpt2" else 4) for name, model in steps.MODELS.items()}
 
 
 def mesh(**axes):
@@ -44,7 +45,7 @@ def place(cfg):
     ("name", "cfg", "changes"),
     [
         ("gpt2", mesh(stage=4, rounds=2), {}),
-        ("gpt2", mesh(stage=2, data=2, rounds=2, microbatches=2), {"remat": "full"}),
+        ("gpt2", mesh(stage=2, data=2, fsdp=2, rounds=2, microbatches=2), {"remat": "full"}),
         ("llama", mesh(stage=2, fsdp=2, rounds=2), {"remat": "dots"}),
         ("llama", mesh(stage=2, tensor=2, sequence=True), {}),
         ("llama", mesh(stage=2, context=2), {}),
@@ -58,11 +59,16 @@ def test_steps_are_those_of_one_device(name, cfg, changes):
     assert expected[-1, 0] < expected[0, 0] - 0.1, "something must have been learned for this to mean anything"
 
 
+FOUR = [
+    {"data": 1, "stage": 2, "fsdp": 2, "expert": 2, "tensor": 2},
+    {"data": 1, "fsdp": 2, "expert": 2, "context": 2, "tensor": 2, "sequence": True},
+]
+
+
 def test_four_axes_at_once_give_the_steps_of_one_device(root):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=16")
-    axes = {"data": 1, "stage": 2, "fsdp": 2, "expert": 2, "tensor": 2}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.steps", "mixtral", json.dumps(axes), json.dumps({"layers": 4})],
+        [sys.executable, "-m", "tests.parallel.steps", "mixtral", *map(json.dumps, FOUR)],
         cwd=root,
         # two sends at once may each hold a thread of a device: with a thread a device, XLA's CPU backend may never end
         env={**os.environ, "XLA_FLAGS": flags, "PJRT_NPROC": "64"},
@@ -70,7 +76,9 @@ def test_four_axes_at_once_give_the_steps_of_one_device(root):
         text=True,
         check=True,
     )
-    np.testing.assert_allclose(json.loads(done.stdout), alone(MODELS["mixtral"]), rtol=1e-5, atol=1e-5)
+    for got in map(json.loads, done.stdout.splitlines()):
+        np.testing.assert_allclose(got, alone(steps.MODELS["mixtral"]), rtol=1e-5, atol=1e-5)
+    assert len(done.stdout.splitlines()) == len(FOUR)
 
 
 def block(params, x, carried, shared, key):

@@ -285,20 +285,24 @@ def test_blocks_are_tried_without_a_loop_over_them(fake, drawn):
     assert {each.cfg.model.unroll for each in found.drawn.kept} == {1, 4}
     assert found.winner.candidate.cfg.model.unroll == 4
     assert "--model.unroll 4" in search.report(found, CONFIG)
+    assert found.padded is None, "its vocabulary is whole"
 
 
 def test_a_padded_vocabulary_is_suggested_where_it_is_faster_and_never_taken(fake, monkeypatch):
     cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(LLAMA, vocab_size=4090))
+    judged = arithmetic.Arithmetic(cfg, on := topology.parse("h100:1x8"))
+    ways = candidates.draw(judged)  # once for both searches
+    monkeypatch.setattr(search, "Arithmetic", lambda cfg, topology: judged)
+    monkeypatch.setattr(search, "draw", lambda judged: ways)
     fake(lambda cfg: (1.0 if cfg.model.vocab_size % 128 else 0.8, 1e9))
     say = lambda text: None  # noqa: E731
-    found = search.search(cfg, topology.parse("h100:1x8"), 3, 1, say)
+    found = search.search(cfg, on, 3, 1, say)
     assert found.winner.candidate.cfg.model.vocab_size == 4090
     assert "--model.vocab-size 4096 in place of 4090 the step takes 0.800 of that" in search.report(found, cfg)
     assert len(found.tried) == 3 and search.written(found, cfg)["padded"]["plan"]["step_seconds"] == 0.8
     fake(lambda cfg: (1.0, 1e9))
-    found = search.search(cfg, topology.parse("h100:1x8"), 3, 1, say)
+    found = search.search(cfg, on, 3, 1, say)
     assert "vocab" not in search.report(found, cfg), "it is no faster"
-    assert search.search(CONFIG, topology.parse("h100:1x8"), 3, 1, say).padded is None, "4096 is whole"
     four = candidates.Candidate(cfg, Mesh(data=2, tensor=4), "", found.winner.candidate.guess)
     assert search.padded(four).cfg.model.vocab_size == 4096
     images = candidates.Candidate(IMAGES, Mesh(), "", four.guess)
