@@ -242,10 +242,11 @@ def test_a_command_takes_flags(capsys):
 
 def test_models_lists_presets_and_shows_a_tree(capsys, monkeypatch):
     from jaxmodels.cli import main
-    from jaxmodels.models.config import FAMILIES
+    from jaxmodels.models import families
 
-    # two families stand for all: each preset is traced, which takes half a second
-    monkeypatch.setattr(FAMILIES, "builtin", {name: FAMILIES.builtin[name] for name in ("gpt2", "llama")})
+    # two presets stand for all: each is traced, which takes half a second
+    few = {family: {"gpt2-small", "llama3-8b"} & {*presets} for family, presets in families.list_models().items()}
+    monkeypatch.setattr(families, "list_models", lambda: few)
     assert main(["models"]) == 0
     listed = capsys.readouterr().out
     assert "llama3-8b" in listed and "8,030,261,248" in listed and "124,439,808" in listed

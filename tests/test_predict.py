@@ -35,22 +35,25 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.train import run as runs
-from tests.sections import data_of
+from tests.sections import data_of, untrained
 
 QUICK = Metrics(every=100, progress="none", loggers=())
 WORDS = "one two three four five six seven eight nine ten".split()
 
 
-def trained(folder, model, task, data, steps=1):
+def trained(folder, model, task, data, steps=0):
     cfg = Config(
         model=model,
         task=task,
         data=data_of(batch_size=8, **data),
         optim=AdamW(peak_lr=3e-2),
-        train=Train(steps=steps),
+        train=Train(steps=max(1, steps)),
         metrics=QUICK,
     )
-    runs.train(cfg, folder / "run")
+    if steps:
+        runs.train(cfg, folder / "run")
+    else:
+        untrained(cfg, folder / "run")
     return folder / "run"
 
 
@@ -202,7 +205,7 @@ def test_translations_are_those_of_the_library(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     data = {"source": "table", "path": (str(tmp_path / "a.jsonl"),), "input_field": "en", "target_field": "de"}
     model = TransformerConfig(vocab_size=32, layers=1, decoder_layers=1, width=16, heads=2, mlp_width=16)
-    run = trained(tmp_path, model, Seq2Seq(), {**data, "tokenizer": "words:32", "seq_len": 8}, 2)
+    run = trained(tmp_path, model, Seq2Seq(), {**data, "tokenizer": "words:32", "seq_len": 8})
     given = ["one two", "nine", "three four five six"]
     (tmp_path / "new.txt").write_text("\n".join(given))
     found, _ = lines(capsys, run, tmp_path / "new.txt")

@@ -17,7 +17,7 @@ def test_the_run_example_loads_a_run_without_its_data(root, tmp_path, monkeypatc
     import jaxmodels
     from jaxmodels.config import Config, Metrics, Text, Train
     from jaxmodels.models.gpt2 import GPT2Config
-    from jaxmodels.train import run as runs
+    from tests.sections import untrained
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("def main(): pass\n" * 40)
@@ -27,7 +27,7 @@ def test_the_run_example_loads_a_run_without_its_data(root, tmp_path, monkeypatc
         train=Train(steps=1),
         metrics=Metrics(progress="none", loggers=()),
     )
-    runs.train(cfg, tmp_path / "runs" / "gpt_stdlib")
+    untrained(cfg, tmp_path / "runs" / "gpt_stdlib")
     (tmp_path / "a.txt").unlink()
     (block,) = [
         b for b in re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S) if "load_run" in b

@@ -33,7 +33,7 @@ def test_outputs_are_those_of_transformers(case):
     inputs = {name.removeprefix("in/"): arrays[name] for name in arrays.files if name.startswith("in/")}
     positional = [inputs.pop(str(i)) for i in range(len(inputs)) if str(i) in inputs]
     stats = model.stats()
-    out = model.apply(params, *positional, **inputs, **({"stats": stats} if stats else {}))
+    out = jax.jit(model.apply)(params, *positional, **inputs, **({"stats": stats} if stats else {}))
     expected = [arrays[name] for name in arrays.files if name.startswith("out/")]
     out = out[0] if stats else out
     for found, wanted in zip(jax.tree.leaves(out), expected, strict=True):

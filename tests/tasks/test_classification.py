@@ -61,6 +61,7 @@ def batch(seed=0):
     return {"inputs": images, "labels": rng.integers(0, CLASSES, B).astype(np.int32)}
 
 
+@functools.cache
 def built(kind):
     task = tasks.build(Classification(**KINDS[kind]), MODEL, Stdlib())
     return task, {"model": task.networks["model"].init(jax.random.key(0))}

@@ -22,7 +22,8 @@ def paired():
 
 def similarities(task, params, batch):
     pixels = batch["images"].astype(np.float32) / 255
-    seen, read, scale = map(np.asarray, task.networks["model"].apply(params["model"], pixels, batch["tokens"]))
+    apply = jax.jit(task.networks["model"].apply)
+    seen, read, scale = map(np.asarray, apply(params["model"], pixels, batch["tokens"]))
     return scale * seen @ read.T
 
 

@@ -101,15 +101,15 @@ def test_what_stands_in_padding_has_no_part_in_the_loss(masked):
 
 
 def test_the_loss_is_that_of_the_places_taken(masked):
-    task, params, _, _ = masked
+    task, params, loss, _ = masked
     model, batch = task.networks["model"], padded()
     rng = jax.random.key(5)
-    total, aux = task.losses[0].fn(params, {}, batch, rng)
+    total, aux = loss(params, {}, batch, rng)
     free = (batch["segment_ids"] > 0) & ~np.isin(batch["tokens"], (1, 2, 3))
     keys = jax.random.split(jax.random.split(rng)[1], B)
     hide = functools.partial(mask, fraction=0.3, gap=V - 1, vocab_size=V)
-    hidden, at, targets = jax.vmap(hide)(keys, jnp.asarray(batch["tokens"]), jnp.asarray(free))
-    logits = model.apply(params["model"], hidden, segment_ids=batch["segment_ids"])
+    hidden, at, targets = map(np.asarray, jax.jit(jax.vmap(hide))(keys, batch["tokens"], free))
+    logits = jax.jit(model.apply)(params["model"], hidden, segment_ids=batch["segment_ids"])
     everywhere = np.full((B, T), -1)
     for row in range(B):
         for place, target in zip(at[row].tolist(), targets[row].tolist(), strict=True):
