@@ -19,7 +19,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from tests.fuzzing import drawn
 
-LONG = drawn(60)
+LONG = drawn(30)
 CONFIG = Config(model=GPT2Config(layers=1, width=8, heads=2))
 FIELDS = sorted(configs.flatten(CONFIG))
 WORDS = st.sampled_from(

@@ -58,6 +58,7 @@ def folder(tmp_path_factory):
         patch.chdir(where)
         for package in PACKAGES:
             patch.syspath_prepend(package)
+        patch.setattr("jaxmodels.report.curves.draw", lambda run, out, lines=None: None)  # it takes as long as a run
         rng = np.random.default_rng(0)
         for name in ("low", "high"):
             (where / "photos" / name).mkdir(parents=True)

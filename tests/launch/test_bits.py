@@ -51,6 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 def start(folder: Path, *command: str, given: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
     environment = {**given, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # all of them run the same programs
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
