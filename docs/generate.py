@@ -99,8 +99,8 @@ def page() -> str:
     for f in dataclasses.fields(config.Config):
         if f.name == "model":
             continue
-        if (registry := config.kinds_of(hints[f.name])) is not None:
-            lines += by_kind(hints[f.name], registry, f.name)
+        if (registry := config.kinds_of(kind := config.section_of(hints[f.name]))) is not None:
+            lines += by_kind(kind, registry, f.name)
         else:
             lines += [f"## {f.name}", "", about(hints[f.name]), "", *table(hints[f.name], f.name), ""]
     lines += ["# Models", "", "`model` is a family's config; its fields are `--model.…`.", ""]

@@ -16,7 +16,7 @@ LEVELS = (
     "models",
     "data",
     "tasks",
-    "train.sections train.optim train.schedules train.groups train.adafactor",
+    "train.sections train.optim train.schedules train.groups train.adafactor compress.adapters",
     "config",
     "hf",
     "train",

@@ -1,4 +1,4 @@
-"""`jaxmodels export RUN DIR`: a run in Hugging Face's format, or as an artefact."""
+"""`jaxmodels export RUN DIR`: a run for transformers or PEFT, or as functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def export_run(
     run: Path,
     directory: Path,
     /,
-    format: Literal["huggingface", "stablehlo"] = "huggingface",
+    format: Literal["huggingface", "peft", "stablehlo"] = "huggingface",
     best: bool = False,
     shard_size: str | None = None,
 ) -> None:
@@ -26,8 +26,8 @@ def export_run(
     Args:
         run: run directory.
         directory: the folder to create.
-        format: huggingface, or stablehlo: weights, functions for CPU, CUDA and TPU, tokenizer, classes, and a run.py
-            that runs them.
+        format: huggingface, an adapter merged; peft, the adapter alone; or stablehlo: weights, functions for CPU, CUDA
+            and TPU, tokenizer, classes, and a run.py that runs them.
         best: the best checkpoint instead of the newest.
         shard_size: size of the largest weight file in Hugging Face's format; default 5GB.
     """
@@ -35,6 +35,8 @@ def export_run(
         _huggingface(run, directory, best, size(shard_size or "5GB"))
     elif shard_size is not None:
         raise UserError(f"got --shard-size {shard_size} with --format {format}, which has one file, try without it")
+    elif format == "peft":
+        _adapter(run, directory, best)
     else:
         _artefact(run, directory, best)
 
@@ -67,6 +69,44 @@ def _artefact(run: Path, directory: Path, best: bool) -> None:
         told = artefact.write(saved.read_run(run, best=best), part)
     names = ", ".join(told["functions"])
     print(f"{directory}: step {told['step']} of {run}, {told['parameters']:,} parameters, functions {names}")
+
+
+def _adapter(run: Path, directory: Path, best: bool) -> None:
+    """Write a run's adapter in PEFT's format.
+
+    Raises:
+        UserError: the run has none, or one that PEFT's format cannot hold.
+    """
+    import jax
+
+    from jaxmodels import tasks
+    from jaxmodels.hf import peft_save, save
+    from jaxmodels.models.adapted import Factors
+    from jaxmodels.train import bases, state
+
+    cfg, _ = configs.read(run)
+    if cfg.adapter is None:
+        raise UserError(f"got {run}, a run without an adapter, expected one with it, try --format huggingface")
+    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
+    adapter = state.adapted(cfg, task)
+    assert adapter is not None
+    paths = {name.partition("/")[2]: chosen for name, chosen in adapter.chosen.items()}
+    chosen, full = ([path for path, each in paths.items() if bool(each.rank) is factors] for factors in (True, False))
+    modules = peft_save.check(cfg.model, chosen, full)
+    kind = "params" if cfg.train.ema is None else "ema"
+    frozen, trained, meta, at = bases.restore(run, cfg, adapter, "best" if best else None, kind)
+    leaves, base = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): jax.device_get(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Factors))
+        }
+        for tree in (trained["model"], frozen["model"])
+    )
+    named = bases.Base.read(meta, run)
+    with save.complete(directory) as part:
+        name = named.source or str((run / bases.OWN).absolute())
+        peft_save.write(part, modules, cfg.adapter, leaves, base, (name, named.hash), cfg.task.answers)
+    print(f"{directory}: step {at} of {run}, an adapter of {named.source or run} (hash {named.hash[:12]})")
 
 
 def size(text: str) -> int:

@@ -40,6 +40,7 @@ def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, 
     given: dict[str, str] = {}
     rest: list[str] = []
     known = {name: section.kinds for name, section in with_kinds(config)}
+    absent = {name: section.kinds for name, section in with_kinds(config) if isinstance(section, type)}
     arguments = iter(argv)
     for argument in arguments:
         option, equals, kind = argument.partition("=")
@@ -53,6 +54,13 @@ def take_kinds(config: Config, argv: Sequence[str], prog: str) -> tuple[Config, 
         if name in given:
             raise UserError(f"got {option} twice, expected it once, try {prog} with one of the two")
         given[name] = kind
+    for name, kinds in absent.items():
+        if name not in given and (own := [arg for arg in rest if arg.startswith(f"--{name}.")]):
+            option = own[0].partition("=")[0]
+            raise UserError(
+                f"got {option} without --{name}, expected a kind of it, one of {', '.join(kinds.names())}, "
+                f"try --{name} {kinds.names()[0]} {option}"
+            )
     for name in sorted(given, key=lambda name: name.count(".")):  # nested kinds belong to the new kind
         config = replaced(config, name, given[name])
     for argument, value in itertools.pairwise([*rest, ""]):
@@ -91,12 +99,18 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
         print(usage.short(prog, file, config, more))
         raise SystemExit(0)
     # with each section's own type, so that the fields of its kind are options; a bool takes a value too
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    sections = {f.name: value for f in dataclasses.fields(Config) if (value := getattr(config, f.name)) is not None}
     fields = [
         (name, FlagConversionOff[type(value)], dataclasses.field(default=value)) for name, value in sections.items()
     ]
     if topic is not None and topic != "all":
         names = [name for name, *_ in fields]
+        if topic in (left := {name: kind.kinds for name, kind in with_kinds(config) if isinstance(kind, type)}):
+            kind = left[topic].names()[0]
+            raise UserError(
+                f"got --help {topic}, of which the config has none, expected a kind of it, "
+                f"try --{topic} {kind} --help {topic}"
+            )
         if topic not in names:
             raise UserError(f"got --help {topic}, expected all or one of {', '.join(names)}{nearest(topic, names)}")
         only = dataclasses.make_dataclass("Options", [fields[names.index(topic)]], frozen=True)
@@ -108,4 +122,4 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     both.__doc__ = more.__doc__
     value = parse(both, argv[1:] if asked is None else ["--help"], f"{prog} {file}", both())
     own = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
-    return Config(**{f.name: getattr(value, f.name) for f in dataclasses.fields(Config)}), own
+    return Config(**{name: getattr(value, name) for name in sections}), own

@@ -6,9 +6,10 @@ that comes in several kinds by `--section kind`.
 
 from __future__ import annotations
 
+from jaxmodels.compress.adapters import AdapterConfig, DoRA, LoRA
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance
 from jaxmodels.config.files import from_json, load, read, save, to_json
-from jaxmodels.config.kinds import kind_name, kinds_of, meant_kind, of_kind, replaced, with_kinds
+from jaxmodels.config.kinds import kind_name, kinds_of, meant_kind, of_kind, replaced, section_of, with_kinds
 from jaxmodels.config.sections import AnyModel, Config
 from jaxmodels.data.corpus import Stdlib, Text
 from jaxmodels.data.folders import Images
@@ -32,10 +33,11 @@ from jaxmodels.train.schedules import WSD, Constant, Cosine, Linear, ScheduleCon
 from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, Train
 
 __all__ = [
-    "GAN", "SGD", "TFDS", "VAE", "WSD", "Adafactor", "Adam", "AdamW", "AnyModel", "Augment", "CausalLM",
-    "Checkpoint", "Classification", "Config", "Constant", "Contrastive", "Cosine", "DataConfig", "Eval",
-    "HuggingFace", "Images", "Init", "Linear", "Lion", "MaskedLM", "Mesh", "Metrics", "Momentum", "Muon",
-    "OptimConfig", "Profile", "RMSprop", "ScheduleConfig", "Seq2Seq", "Stdlib", "Synthetic", "Table", "TaskConfig",
-    "Text", "Tokens", "Train", "differences", "docs", "documentation", "flatten", "from_json", "kind_name",
-    "kinds_of", "load", "meant_kind", "of_kind", "provenance", "read", "replaced", "save", "to_json", "with_kinds",
+    "GAN", "SGD", "TFDS", "VAE", "WSD", "Adafactor", "Adam", "AdamW", "AdapterConfig", "AnyModel", "Augment",
+    "CausalLM", "Checkpoint", "Classification", "Config", "Constant", "Contrastive", "Cosine", "DataConfig", "DoRA",
+    "Eval", "HuggingFace", "Images", "Init", "Linear", "Lion", "LoRA", "MaskedLM", "Mesh", "Metrics", "Momentum",
+    "Muon", "OptimConfig", "Profile", "RMSprop", "ScheduleConfig", "Seq2Seq", "Stdlib", "Synthetic", "Table",
+    "TaskConfig", "Text", "Tokens", "Train", "differences", "docs", "documentation", "flatten", "from_json",
+    "kind_name", "kinds_of", "load", "meant_kind", "of_kind", "provenance", "read", "replaced", "save",
+    "section_of", "to_json", "with_kinds",
 ]  # fmt: skip

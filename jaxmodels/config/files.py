@@ -6,10 +6,10 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from jaxmodels.config.formats import FORMAT, KIND, current
-from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of
+from jaxmodels.config.kinds import check_kinds, kind_name, kinds_of, section_of
 from jaxmodels.config.sections import Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import Section, checked, default_of, shown
@@ -57,14 +57,14 @@ def from_json(value: Any) -> Config:
     sections = [f.name for f in dataclasses.fields(Config)]
     if not isinstance(value, Mapping):
         raise UserError(f"got a config that is {shown(value)}, expected an object with sections {', '.join(sections)}")
-    value = current(value)
+    value, hints = current(value), get_type_hints(Config)
+    optional = [name for name in sections if type(None) in get_args(hints[name])]
     for name in sections:
-        if not isinstance(value.get(name), Mapping):
+        if not isinstance(value.get(name), Mapping) and not (name in optional and value.get(name) is None):
             what = f"is {shown(value[name])}" if name in value else "is missing"
             raise UserError(f"got a config whose section {name!r} {what}, expected an object")
     _check_known(value, [*sections, "format", ORIGIN], "section", "a config")
-    hints = get_type_hints(Config)
-    return Config(**{name: _decoded(hints[name], value[name], name) for name in sections})
+    return Config(**{name: _decoded(section_of(hints[name]), value.get(name), name) for name in sections})
 
 
 def _decoded(hint: Any, value: Any, name: str) -> Any:

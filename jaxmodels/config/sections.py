@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxmodels.compress.adapters import AdapterConfig
 from jaxmodels.data.corpus import Stdlib
 from jaxmodels.data.section import Augment, DataConfig
 from jaxmodels.fields import Section
@@ -48,3 +49,5 @@ class Config(Section):
     """A profile of chosen steps, for TensorBoard or Perfetto."""
     init: Init = Init()
     """Where the parameters come from."""
+    adapter: AdapterConfig | None = None
+    """What is trained beside frozen parameters. None: all parameters are trained."""

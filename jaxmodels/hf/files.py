@@ -78,6 +78,13 @@ class Tensor:
         return found
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """Read what a file says of itself, whose header `header` has found whole."""
+    with path.open("rb") as file:
+        found = (json_object(file.read(int.from_bytes(file.read(8), "little"))) or {}).get("__metadata__")
+    return {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+
+
 def header(path: Path) -> dict[str, Tensor]:
     """Read the tensors' places from a file's header; they follow each other without gaps and fill the file.
 
@@ -210,12 +217,14 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[np.ndarray],
     counters: Mapping[str, int] | None = None,
+    said: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
     """Write float32 tensors in the order of `shapes`, one at a time; yield the bytes of each once it is written.
 
-    `counters` are scalar int64 tensors, which are written first, as the format puts wider types first.
+    `counters` are scalar int64 tensors, which are written first, as the format puts wider types first; `said` is more
+    that the file says of itself.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(said or {})}}
     counted, end = counters or {}, 0
     for name in counted:
         start, end = end, end + 8

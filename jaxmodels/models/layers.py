@@ -19,14 +19,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models import remat as remats
-from jaxmodels.models.kernels.convolution import convolve
+from jaxmodels.models.adapted import Adapted, adapt, merged
+from jaxmodels.models.kernels.convolution import convolve, overlap
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
 from jaxmodels.models.kernels.quantized import kind_of, quantized_product
-from jaxmodels.models.parameters import Init, contracted_dimensions, parameter, weight
-from jaxmodels.parallel.rules import REPLICAS, constrain, pieces
+from jaxmodels.models.parameters import Init, contracted_dimensions, leaf, parameter, weight
+from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
 
 normal = nn.initializers.normal
 zeros = nn.initializers.zeros
@@ -52,10 +53,15 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = contracted_dimensions(self, self.shape, self.axes, x.shape)
         inputs = x.shape[x.ndim - contracted :]
-        w = parameter(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
+        given = leaf(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
+        w: Any = given.base if isinstance(given, Adapted) else given
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
-        multiply = gathered_product if pieces("embed") > 1 else product
+        multiply: Any = gathered_product if pieces("embed") > 1 else product
         y: Any = multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)
+        if isinstance(given, Adapted):
+            ins, outs = (*self.axes[:contracted], None), (None, *self.axes[contracted:])
+            down: Any = lambda a: multiply(x, a, ins, contracted, self.dtype)  # noqa: E731
+            y = adapt(y, given, down, lambda h, b: multiply(h, b, outs, 1, self.dtype))
         y = checkpoint_name(y, PRODUCT)
         if self.bias:
             axes = self.axes[contracted:]
@@ -77,13 +83,25 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         shape = (self.count, self.width)
-        self.w = weight(self, "w", self.initializer, self.axes, shape, self.dtype, "embedding", self.before_stack)
+        given = leaf(self, "w", self.initializer, self.axes, shape, "embedding", self.before_stack)
+        tables: Any = [(given, self.axes)]
+        if isinstance(given, Adapted):
+            a, b = (self.axes[0], None), (None, self.axes[1])
+            tables = [(given.base, self.axes), (given.factors.a, a), (given.factors.scale * given.factors.b, b)]
+        # what a product takes, whole along what fsdp cuts
+        self.tables: Any = [gather(each.astype(self.dtype), axes) for each, axes in tables]
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return lookup(self.w, ids, self.axes)
+        y, rows = lookup(self.tables[0], ids, self.axes), (self.axes[0], None)
+        return y + lookup(self.tables[1], ids, rows) @ self.tables[2] if self.tables[1:] else y
 
     def logits(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,vd->...v", x.astype(self.dtype), self.w, preferred_element_type=jnp.float32)
+        w, *factors = self.tables
+        x = x.astype(self.dtype)
+        y = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        for a, b in [factors] if factors else []:
+            y = y + jnp.einsum("...r,vr->...v", x @ b.T, a, preferred_element_type=jnp.float32)
+        return y
 
 
 class MLP(nn.Module):
@@ -197,8 +215,15 @@ class Conv(nn.Module):
         spatial = len(self.window)
         axes = ("window",) * spatial + self.axes
         shape = (*self.window, x.shape[-1] // self.groups, self.features)
-        w = weight(self, "w", self.initializer, axes, shape, self.dtype, "matrix")
-        y = convolve(x.astype(self.dtype), w, self.strides or (1,) * spatial, self.padding, self.groups)
+        given = leaf(self, "w", self.initializer, axes, shape, "matrix")
+        if isinstance(given, Adapted) and self.groups > 1:
+            given = merged(given, axes, "matrix")
+        x, how = x.astype(self.dtype), (self.strides or (1,) * spatial, self.padding, self.groups)
+        convolved: Any = lambda w, names: convolve(x, gather(w.astype(self.dtype), names), *how)  # noqa: E731
+        y: Any = convolved(given.base if isinstance(given, Adapted) else given, axes)
+        if isinstance(given, Adapted):
+            down: Any = lambda a: convolved(a, (*axes[:-1], None))  # noqa: E731
+            y = adapt(y, given, down, lambda h, b: product(h, b, (None, axes[-1]), 1, self.dtype))
         if self.bias:
             y = y + parameter(self, "b", zeros, axes[-1:], (self.features,), "bias").astype(self.dtype)
         return y
@@ -233,25 +258,10 @@ class ConvTranspose(nn.Module):
                 cut = (low, size - stride - low)
             else:
                 cut = self.padding[i]
-            y = _overlap(jnp.moveaxis(y, 1 + spatial, 2 + i), 1 + i, stride, cut)
+            y = overlap(jnp.moveaxis(y, 1 + spatial, 2 + i), 1 + i, stride, cut)
         if self.bias:
             y = y + parameter(self, "b", zeros, axes[-1:], (self.features,), "bias").astype(self.dtype)
         return y
-
-
-def _overlap(y: jax.Array, axis: int, stride: int, cut: Sequence[int]) -> jax.Array:
-    """Add up windows at a distance of `stride`: the dimensions n and window, at `axis` and after it, become one."""
-    n, size = y.shape[axis : axis + 2]
-    pieces = -(-size // stride)
-
-    def pad(z: jax.Array, at: int, low: int, high: int) -> jax.Array:
-        return jax.lax.pad(z, jnp.zeros((), z.dtype), [(low, high, 0) if i == at else (0, 0, 0) for i in range(z.ndim)])
-
-    y = pad(y, axis + 1, 0, pieces * stride - size)
-    parts = (jax.lax.slice_in_dim(y, j * stride, (j + 1) * stride, axis=axis + 1) for j in range(pieces))
-    total = functools.reduce(jnp.add, (pad(part, axis, j, pieces - 1 - j) for j, part in enumerate(parts)))
-    total = total.reshape(*y.shape[:axis], (n + pieces - 1) * stride, *y.shape[axis + 2 :])
-    return pad(total, axis, -cut[0], size - pieces * stride - cut[1])
 
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int = 0) -> jax.Array:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
 from jaxmodels.fields import shown
+from jaxmodels.models.adapted import Adapted, merged
 from jaxmodels.models.kernels import quantized as quantization
 from jaxmodels.models.parameters import declared_axes
 from jaxmodels.registry import outside
@@ -179,7 +180,11 @@ def functional(config: Any, family: Family) -> Model:
         out, updated = module.apply(given, *inputs, rngs=rngs, mutable=["stats"], **options)
         return out, updated.get("stats", {})
 
-    unembedding = family.unembedding
+    def unembedding(params: Params) -> jax.Array:
+        assert family.unembedding is not None
+        table: Any = family.unembedding(config, params)
+        return merged(table, ("vocab", "embed"), "embedding") if isinstance(table, Adapted) else table
+
     return Model(
         config,
         init,
@@ -189,7 +194,7 @@ def functional(config: Any, family: Family) -> Model:
         stats,
         cache,
         inputs,
-        None if unembedding is None else lambda params: unembedding(config, params),
+        None if family.unembedding is None else unembedding,
         None if family.longest is None else family.longest(config),
         family.auxiliary,
     )

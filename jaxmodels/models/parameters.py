@@ -10,6 +10,7 @@ import jax
 from flax import struct
 
 from jaxmodels.errors import UserError
+from jaxmodels.models.adapted import Adapted, merged
 from jaxmodels.parallel.rules import gather, spec
 
 Init = Callable[..., jax.Array]
@@ -42,6 +43,30 @@ class Declared(nn.LogicallyPartitioned):
     before_stack: bool = struct.field(default=False, pytree_node=False)
 
 
+def leaf(
+    module: nn.Module,
+    name: str,
+    initializer: Init,
+    axes: Sequence[str],
+    shape: Sequence[int],
+    kind: Kind,
+    before_stack: bool = False,
+) -> jax.Array | Adapted:
+    """A float32 parameter of a module as it is stored: an array, or one with factors beside it.
+
+    Raises:
+        UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
+    """
+    _check_axes(module, name, tuple(axes), tuple(shape))
+
+    def make(*args: Any) -> Declared:
+        value: Any = initializer(*args)
+        return Declared(value, tuple(axes), kind=kind, before_stack=before_stack)
+
+    value: Any = module.param(name, make, tuple(shape))
+    return value
+
+
 def parameter(
     module: nn.Module,
     name: str,
@@ -56,14 +81,8 @@ def parameter(
     Raises:
         UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
     """
-    _check_axes(module, name, tuple(axes), tuple(shape))
-
-    def make(*args: Any) -> Declared:
-        value: Any = initializer(*args)
-        return Declared(value, tuple(axes), kind=kind, before_stack=before_stack)
-
-    value: Any = module.param(name, make, tuple(shape))
-    return value
+    value = leaf(module, name, initializer, axes, shape, kind, before_stack)
+    return merged(value, axes, kind) if isinstance(value, Adapted) else value
 
 
 def _check_axes(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:

@@ -244,7 +244,9 @@ def shardings_of(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             "try --mesh.stage 1"
         )
 
-    def one(path: tuple[Any, ...], leaf: Any, names: Names) -> NamedSharding:
+    def one(path: tuple[Any, ...], leaf: Any, names: Names) -> NamedSharding | None:
+        if leaf is None:
+            return None
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if len(names) != len(leaf.shape):
             raise ValueError(f"got {len(names)} logical axes {names} for {name}, expected {len(leaf.shape)}")

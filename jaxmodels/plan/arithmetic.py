@@ -76,10 +76,13 @@ class Arithmetic:
         job = _job(cfg)
         self.task, self.shapes = job.task, _unplaced(job.layout)
         self.updates = self.task.updates
-        self.axes = self.task.axes()
+        self.axes = ({}, self.task.axes()) if job.adapter is None else job.adapter.axes()
+        """Of frozen and of trained parameters."""
         self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
-        leaves = zip(jax.tree.leaves(self.shapes.params), _names(self.axes), strict=True)
+        leaves = zip(jax.tree.leaves((self.shapes.frozen, self.shapes.params)), _names(self.axes), strict=True)
         self.parameters = [(leaf.shape, names) for leaf, names in leaves]
+        self.trained = job.trained() / job.parameters()
+        """Share of the parameters that have gradients and moments."""
         self.logical = {name for _, names in self.parameters for name in names if name}
         self.length = max(self.task.lengths(), default=1)
         """Tokens of a row; 1 if the batch has no tokens."""
@@ -124,7 +127,9 @@ class Arithmetic:
         sizes = meshes.sizes(mesh, self.topology.devices)
         check_lengths(self.task.fields, sizes)
         abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        self.rules.shardings_of(abstract, self.axes, self.shapes.params)
+        for axes, shapes in zip(self.axes, (self.shapes.frozen, self.shapes.params), strict=True):
+            if shapes:
+                self.rules.shardings_of(abstract, axes, shapes)
         return sizes
 
     @functools.cache
@@ -151,22 +156,25 @@ class Arithmetic:
     def _trace(self, remat: str, kernel: str) -> Saved:
         import jax
 
+        from jaxmodels.models.adapted import join
+
         wanted = {"remat": remat, "attention": kernel}
         model = dataclasses.replace(self.cfg.model, **{k: v for k, v in wanted.items() if hasattr(self.cfg.model, k)})
         job = _job(dataclasses.replace(self.cfg, model=model))
         spec = {name: jax.ShapeDtypeStruct((_ROWS, *x.shape[1:]), x.dtype) for name, x in job.batch.items()}
         found, hosted = [0.0, 0.0, 0.0, 0.0], 0.0
-        given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.params, spec))}
+        given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.frozen, self.shapes.params, spec))}
         for loss in job.task.losses:
 
-            def residuals(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
+            def residuals(params: Any, frozen: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
                 def total(trained: Any) -> Any:
-                    every = {**params, loss.trains: trained}
+                    every = join(frozen, {**params, loss.trains: trained})
                     return loss.fn(every, stats, batch, jax.random.key(0), jax.numpy.int32(0))
 
                 return jax.vjp(total, params[loss.trains], has_aux=True)[1]
 
-            for leaf in jax.tree.leaves(jax.eval_shape(residuals, self.shapes.params, self.shapes.stats, spec)):
+            state = (self.shapes.params, self.shapes.frozen, self.shapes.stats)
+            for leaf in jax.tree.leaves(jax.eval_shape(residuals, *state, spec)):
                 if (leaf.shape, leaf.dtype) in given:
                     continue
                 if remat == "offload" and leaf.shape[:2] == (self.layers, _ROWS):  # the inputs of all blocks
@@ -208,13 +216,15 @@ class Arithmetic:
         activations = parts * (idle * of_rows(saved) + (block if remat != "none" else 0))
         activations += saved.weights + saved.weights_cut / tensor
         activations += 4 * self.vocabulary / tensor * min(parts * self.length, losses.SCORED)  # logits of a chunk
-        activations += 4 * own * (cfg.train.accumulate > 1)  # accumulated gradients, beside those of a microbatch
-        kept = 4 * own * (2 + self.copies)
+        activations += (
+            4 * own * self.trained * (cfg.train.accumulate > 1)
+        )  # accumulated gradients, beside those of a microbatch
+        kept = 4 * own * (1 + self.trained * (1 + self.copies))
         compute, least = (idle * seconds for seconds in self._products(remat, kernel))
         times = ticks * cfg.train.accumulate
         links = self._links(sizes, rows, gathered, own, remat, times)
         row, share = self.topology.hardware, roofline.shares(self.topology.hardware)
-        traffic = 3 * rows * of_rows(everything) + 4 * own * (3 + 3 * self.copies)
+        traffic = 3 * rows * of_rows(everything) + 4 * own * (2 + self.trained * (1 + 3 * self.copies))
         traffic += 3 * times * self.width * (gathered or own)
         # a scan copies what its backward pass needs to a stacked array and back
         traffic += 2 * rows * of_rows(saved) * (1 - min(unroll, self.layers) / self.layers)
@@ -225,7 +235,7 @@ class Arithmetic:
         hidden = max(0.0, links["parameters"] - 0.8 * compute)  # gathers overlap with compute
         return Guess(
             kept=kept,
-            arguments=4 * own * (1 + self.copies),
+            arguments=4 * own * (1 + self.trained * self.copies),
             activations=activations,
             least=max(least, links["least"]),
             seconds=compute + memory + links["activations"] + hidden,

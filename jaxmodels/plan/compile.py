@@ -59,7 +59,9 @@ class Compiled:
     largest: list[list[Any]]
     """Bytes and names of the largest temporaries that the compiler lists if the step does not fit."""
     flops: dict[str, int]
-    """Model FLOPs of a step on all devices, the part that masks show (see `flops.Step`), and number of parameters."""
+    """Model FLOPs of a step on all devices, and the part that masks show (see `flops.Step`)."""
+    parameters: dict[str, int]
+    """Numbers of all parameters and of the trained ones."""
     unit: str
     """The unit of throughput, as in training: tokens or examples."""
     units: int
@@ -191,6 +193,7 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
     held = {
         name: _bytes(getattr(layout, field))
         for name, field in {
+            "base": "frozen",
             "parameters": "params",
             "optimizer": "opt_state",
             "average": "ema",
@@ -206,7 +209,8 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
         "held": held,
         "hosted": hosted,
         "gradients": max(_bytes(layout.params[loss.trains]) for loss in job.task.losses),
-        "flops": {"model": counted.model, "visible": counted.visible, "parameters": job.parameters()},
+        "flops": {"model": counted.model, "visible": counted.visible},
+        "parameters": {"all": job.parameters(), "trained": job.trained()},
         "unit": job.task.unit,
         "units": job.units,
     }

@@ -37,7 +37,8 @@ def figures(cfg: Config, made: Compiled) -> dict[str, Any]:
         "platform": row.platform,
         "devices": on.devices,
         "mesh": made.mesh,
-        "parameters": made.flops["parameters"],
+        "parameters": made.parameters["all"],
+        "trained": made.parameters["trained"],
         "fits": made.fits,
         "memory": {
             "device": int(row.memory),
@@ -144,15 +145,21 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
     """The figures as text."""
     memory = plan["memory"]
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
+    adapted = memory["base"] > 0
     lines = [
         "",
         f"{plan['on']}: {plan['devices']:,} device(s), mesh {mesh}, {plan['parameters']:,} parameters, "
-        f"batch {cfg.data.batch_size}",
+        + (f"{plan['trained']:,} of them trained ({plan['trained'] / plan['parameters']:.2%}), " if adapted else "")
+        + f"batch {cfg.data.batch_size}",
         "",
         "memory of a device" + f"{'GiB':>22}",
     ]
-    shown = ("parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
-    lines += [f"  {name:<24}{memory[name] / 2**30:>12.2f}" for name in shown if memory[name]]
+    shown = ("base", "parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
+    lines += [
+        f"  {name:<24}{memory[name] / 2**30:>12.2f}" + (f"   {memory[name]:,} bytes" if adapted else "")
+        for name in shown
+        if memory[name]
+    ]
     lines += [f"  {'on the host':<24}{memory['host'] / 2**30:>12.2f}   (optimizer)"] * bool(memory["host"])
     lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}, by the compiler")
     if plan["fits"]:
@@ -206,7 +213,7 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
 def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:
     """Options that may make a step fit."""
     memory = plan["memory"]
-    kept = sum(memory[name] for name in ("parameters", "optimizer", "average", "gradients"))
+    kept = sum(memory[name] for name in ("base", "parameters", "optimizer", "average", "gradients"))
     if kept > 0.8 * memory["device"]:
         return [
             "  parameters, optimizer and gradients alone fill the device: try a larger --mesh.fsdp, or more devices"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.interpreters import partial_eval
 
 from jaxmodels import tasks
 from jaxmodels.data.section import DataConfig
+from jaxmodels.models.adapted import join
 from jaxmodels.models.flops import products
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.tasks import losses
@@ -27,25 +28,36 @@ class Step(NamedTuple):
     """The part of `model` that is attention."""
 
 
-def per_step(section: TaskConfig, model: Any, data: DataConfig) -> Step:
+class Divides(Protocol):
+    """What divides the parameters of a task's networks into frozen and trained ones."""
+
+    def shapes(self) -> tuple[Any, Any]:
+        """The shapes of frozen and of trained parameters."""
+        ...
+
+
+def per_step(section: TaskConfig, model: Any, data: DataConfig, adapter: Divides | None = None) -> Step:
     """Count the model FLOPs of a training step: each loss and its gradient, without what neither needs.
 
-    A language model's step is three times `flops.forward`; a model of images needs no gradient of its pixels.
+    A language model's step is three times `flops.forward`; a model of images needs no gradient of its pixels, and one
+    with an adapter none of its frozen parameters.
     """
     task = tasks.build(section, model.plain(), data)
-    params = {name: network.shapes() for name, network in task.networks.items()}
+    every = {name: network.shapes() for name, network in task.networks.items()}
+    frozen, params = ({}, every) if adapter is None else adapter.shapes()
     stats, batch = jax.eval_shape(task.stats), task.batch_spec(data.batch_size)
     found: list[tuple[float, Mask | None]] = []
     for loss in task.losses:
 
-        def gradient(params: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
+        def gradient(params: Any, frozen: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
             def total(trained: Any) -> Any:
-                return loss.fn({**params, loss.trains: trained}, stats, batch, jax.random.key(0), jax.numpy.int32(0))
+                whole = join(frozen, {**params, loss.trains: trained})
+                return loss.fn(whole, stats, batch, jax.random.key(0), jax.numpy.int32(0))
 
             return jax.grad(total, has_aux=True)(params[loss.trains])
 
         with losses.whole():
-            jaxpr = jax.make_jaxpr(gradient)(params, stats, batch).jaxpr
+            jaxpr = jax.make_jaxpr(gradient)(params, frozen, stats, batch).jaxpr
         needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
         found += products(needed)
     attention = [(flops, mask) for flops, mask in found if mask is not None]

@@ -14,14 +14,14 @@ import jax
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
-from jaxmodels.data import special
 from jaxmodels.errors import UserError
-from jaxmodels.hf import load, pixels
+from jaxmodels.hf import pixels
 from jaxmodels.hf.load import described
 from jaxmodels.models.families import create, family_of
 from jaxmodels.registry import outside
-from jaxmodels.train.arrays import named_leaves, nest
-from jaxmodels.train.checkpoint import Checkpointer
+from jaxmodels.train import adapters
+from jaxmodels.train.arrays import named_leaves
+from jaxmodels.train.bases import is_published, read_published, read_trained
 from jaxmodels.train.job import Job
 from jaxmodels.train.state import State
 
@@ -35,7 +35,7 @@ def initial(job: Job) -> State:
         UserError: the source lacks a parameter that does not start at random, or has it in another shape.
     """
     cfg, layout = job.config, job.layout
-    kept = named_leaves(layout.params)
+    kept = bases_of(job)
     if cfg.init.source is not None:
         check_fresh(cfg.init.fresh, kept)
         kept = {name: leaf for name, leaf in kept.items() if not matches(cfg.init.fresh, name)}
@@ -47,18 +47,47 @@ def initial(job: Job) -> State:
     quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(layout.params)) < 3e7
     options = {"xla_backend_optimization_level": 0} if quick else None
     state = jax.jit(job.init, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
-    if cfg.init.source is None:
-        return state
-    source = Path(cfg.init.source)
-    params, stats, where = (read_published if is_published(source) else read_trained)(source, kept, layout)
+    if cfg.init.source is not None:
+        state = with_source(job, state, kept, shardings)
+    return adapters.begun(cfg, state, layout) if cfg.adapter is not None and cfg.adapter.source else state
+
+
+def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: State) -> State:
+    """Return the state with these parameters, and batch statistics, from `init.source`."""
+    cfg, layout = job.config, job.layout
+    source = Path(cfg.init.source or "")
+    found, stats, where = (read_published if is_published(source) else read_trained)(source, kept, layout.stats)
     log.info(
         "parameters from %s, %s%s", source, where, f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
     )
-    names = named_leaves(state.params)
-    whole = jax.tree.unflatten(jax.tree.structure(state.params), [params.get(name, x) for name, x in names.items()])
+    params, frozen = (
+        jax.tree.unflatten(jax.tree.structure(tree), [found.get(name, x) for name, x in named_leaves(tree).items()])
+        for tree in (state.params, state.frozen)
+    )
+    if job.adapter is not None:
+        params = jax.jit(job.adapter.renewed, out_shardings=shardings.params)(frozen, params)
     # copied, because params are donated in every step while the average lives on
-    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), whole)
-    return dataclasses.replace(state, params=whole, stats=state.stats if stats is None else stats, ema=ema)
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+    stats = state.stats if stats is None else stats
+    return dataclasses.replace(state, params=params, frozen=frozen, stats=stats, ema=ema)
+
+
+def bases_of(job: Job) -> dict[str, Any]:
+    """Return the layout of the networks' own parameters by name, without an adapter's factors.
+
+    Raises:
+        UserError: parameters that start at random would stay so.
+    """
+    if job.adapter is None:
+        return named_leaves(job.layout.params)
+    frozen, params = named_leaves(job.layout.frozen), named_leaves(job.layout.params)
+    for pattern in job.config.init.fresh if job.config.init.source is not None else ():
+        if held := [name.partition("/")[2] for name in frozen if matches((pattern,), name)]:
+            raise UserError(
+                f"got init.fresh {pattern!r}, by which {held[0]} starts at random, and an adapter that leaves it "
+                f"frozen, expected it trained, try --adapter.full '{pattern}'"
+            )
+    return {**frozen, **{name: leaf for name, leaf in params.items() if name in job.adapter.chosen}}
 
 
 def matches(patterns: Sequence[str], name: str) -> bool:
@@ -174,45 +203,3 @@ def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 def as_option(value: Any) -> str:
     """Format a value as the command line takes it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def read_trained(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
-    """Read these parameters of a run (its moving average if it has one), and the batch statistics if any are needed."""
-    kind = "params" if configs.read(source)[0].train.ema is None else "ema"
-    checkpointer = Checkpointer(source / "checkpoints")
-    tree, _, at = checkpointer.restore_params(
-        subtree=kind, abstract=nest(kept), partial="try another --init.source or --init.fresh"
-    )
-    stats = None
-    if jax.tree.leaves(layout.stats):
-        stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=layout.stats)
-    return named_leaves(tree), stats, f"step {at}"
-
-
-def is_published(source: Path) -> bool:
-    """Whether a directory is in Hugging Face's format rather than a run."""
-    file = source / "config.json"
-    return file.is_file() and not (source / "checkpoints").is_dir() and "model_type" in special.objects(file)
-
-
-def read_published(source: Path, kept: Mapping[str, Any], layout: State) -> tuple[dict[str, Any], Any, str]:
-    """Read these parameters of a model in Hugging Face's format, and its batch statistics."""
-    with_stats = bool(jax.tree.leaves(layout.stats))
-    wanted = [name.removeprefix("model/") for name in kept]
-    wanted += [f"stats/{name}".replace("stats/model/", "stats/") for name in named_leaves(layout.stats)]
-    opened = load.open_source(source, wanted=wanted)
-    params, stats = load.nested(load.read(opened))
-    found = named_leaves({"model": params})
-    wrong = [
-        f"{name} is {'missing' if name not in found else found[name].shape}, expected {leaf.shape}"
-        for name, leaf in kept.items()
-        if name not in found or found[name].shape != leaf.shape
-    ]
-    if wrong:
-        raise UserError(
-            f"got {source}, which does not fit: {'; '.join(wrong[:4])}, try --init.fresh with what starts at random"
-        )
-    placed = {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in kept.items()}
-    if with_stats:
-        stats = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), {"model": stats}, layout.stats)
-    return placed, stats if with_stats else None, type(opened.model.config).__name__.removesuffix("Config")

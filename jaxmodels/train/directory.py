@@ -37,6 +37,7 @@ NEUTRAL = (
     "train.strategy",
     "train.xla",
     "init.",
+    "adapter.source",
 )
 """Fields that may differ when a run is resumed, because they do not change what is computed."""
 

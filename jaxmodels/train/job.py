@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from jaxmodels import data, tasks
+from jaxmodels.compress.adapters import Adaptation
 from jaxmodels.config import Config
 from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
@@ -22,7 +23,7 @@ from jaxmodels.registry import outside
 from jaxmodels.tasks.flops import Step as FLOPs
 from jaxmodels.tasks.flops import per_step
 from jaxmodels.tasks.task import Task
-from jaxmodels.train import evaluate, loop
+from jaxmodels.train import adapters, evaluate, loop
 from jaxmodels.train import state as states
 from jaxmodels.train.state import Optimizers, State
 from jaxmodels.train.step import Step, advance, build_step, lower
@@ -44,6 +45,8 @@ class Job:
     """The examples of each split. Empty in a job that was assembled from shapes alone."""
     accumulate: int = 1
     """Microbatches of a step: `train.accumulate`, or more on fewer processes than planned (`on_fewer`)."""
+    adapter: Adaptation | None = None
+    """What is trained beside frozen parameters; None: all parameters are trained."""
 
     def lower(self, platforms: tuple[str, ...] | None = None) -> Any:
         """Lower the training step to what XLA compiles, for `platforms` if they are not those of this machine."""
@@ -69,7 +72,7 @@ class Job:
 
     def init(self, key: jax.Array) -> State:
         """Initialize the state before the first step at random."""
-        return states.init(self.task, self.optimizers, key, self.config.train.ema is not None)
+        return states.init(self.task, self.optimizers, key, self.config.train.ema is not None, self.adapter)
 
     def loader(self, split: data.Split) -> data.Loader:
         """Build the loader of a split's batches, placed on the mesh."""
@@ -101,11 +104,15 @@ class Job:
 
     def flops(self) -> FLOPs:
         """Count the model FLOPs of a step."""
-        return per_step(self.config.task, self.config.model, self.config.data)
+        return per_step(self.config.task, self.config.model, self.config.data, self.adapter)
 
     def parameters(self) -> int:
-        """Count the parameters of all networks."""
-        return sum(network.count() for network in self.task.networks.values())
+        """Count the parameters of all networks, with those of an adapter."""
+        return sum(leaf.size for leaf in jax.tree.leaves((self.layout.frozen, self.layout.params)))
+
+    def trained(self) -> int:
+        """Count the parameters that are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.layout.params))
 
     @property
     def units(self) -> int:
@@ -123,6 +130,7 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
         UserError: mesh, batch, model, task and data do not fit together. Nothing has been compiled by then.
     """
     devices = jax.devices() if devices is None else devices
+    cfg = adapters.resolved(cfg)
     sizes = meshes.sizes(cfg.mesh, len(devices))
     check_options(cfg)
     task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
@@ -137,10 +145,10 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
         shapes = data.spec(sources["train"], cfg.data.batch_size)
         check_batch(task.fields, shapes)
     mesh = meshes.make_mesh(cfg.mesh, devices)
-    optimizers, layout = states.compose(cfg, task, mesh)
+    optimizers, layout, adapter = states.compose(cfg, task, mesh)
     placed = task.shardings(mesh, shapes)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in shapes.items()}
-    return Job(cfg, mesh, task, optimizers, layout, batch, sources, cfg.train.accumulate)
+    return Job(cfg, mesh, task, optimizers, layout, batch, sources, cfg.train.accumulate, adapter)
 
 
 def on_fewer(job: Job, processes: int, planned: int) -> Job:
@@ -173,7 +181,7 @@ def additive(job: Job) -> bool:
         def value(key: jax.Array, params: Any, batch: Any) -> Any:
             return loss.fn(params, job.layout.stats, batch, key, 0)
 
-        traced: Any = jax.make_jaxpr(value)(key, job.layout.params, job.batch)
+        traced: Any = jax.make_jaxpr(value)(key, job.layout.whole, job.batch)
         jaxpr = getattr(traced, "jaxpr", traced)
         return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
 

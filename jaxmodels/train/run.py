@@ -26,7 +26,7 @@ from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
 from jaxmodels.parallel import distributed, hardware, progress
-from jaxmodels.train import beginning, directory, loggers, loop, saved
+from jaxmodels.train import bases, beginning, directory, loggers, loop, saved
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
 from jaxmodels.train.job import Job, assemble, on_fewer
@@ -68,6 +68,7 @@ def train(
         directory.check_writable(run)
     chosen = loggers.find_loggers(cfg.metrics.loggers)
     job = on_fewer(assemble(cfg), jax.process_count(), distributed.planned())
+    cfg = job.config
     job.check_outside()
     job.check_metric()
     checkpointer = Checkpointer(run / "checkpoints", keep=cfg.checkpoint.keep)
@@ -86,7 +87,7 @@ def train(
         stack.callback(lambda: waited(checkpointer, phases))
         describe(job, run)
         step = job.step()  # compiles in the background while the state is made or read
-        start, lines = begin(job, run, resume, checkpointer, phases)
+        start, lines, base = begin(job, run, resume, checkpointer, phases)
         report = loggers.Report(None, display)
         if main:
             saved.keep_facts(run, job.sources["train"], job.sources["eval"])
@@ -95,7 +96,7 @@ def train(
             report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen))
         stack.callback(report.close)  # after an error too: its last line explains the error
         report.start(run, cfg, start.step)
-        result = loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, phases, watch))
+        result = loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, phases, watch, base))
     phases.ended = result.ended
     return job, result
 
@@ -139,6 +140,7 @@ def hooks(
     preemption: distributed.Preemption,
     phases: Phases,
     watch: Watch | None,
+    base: bases.Base | None = None,
 ) -> loop.Hooks:
     """Connect the loop to the job's data and evaluation, and to the run's checkpoints."""
     cfg, task, enough = job.config, job.task, []
@@ -167,7 +169,9 @@ def hooks(
             "versions": versions(),
             "metric": {cfg.eval.metric: progress.best} if best else None,
         }
-        checkpointer.save(now, state, meta, best=best)
+        if base is not None:
+            meta["base"] = dataclasses.asdict(base)
+        checkpointer.save(now, state.saved, meta, best=best)
         phases.saved = newest(checkpointer, now)
 
     def last_good(step: int) -> int | None:
@@ -194,19 +198,24 @@ def hooks(
 
 def begin(
     job: Job, run: Path, resume: directory.Resume, checkpointer: Checkpointer, phases: Phases
-) -> tuple[loop.Start, int | None]:
-    """Return where the run begins (at its newest checkpoint, if it has one) and how many metrics lines precede that.
+) -> tuple[loop.Start, int | None, bases.Base | None]:
+    """Return where the run begins (at its newest checkpoint, if it has one), how many metrics lines precede that, and
+    the base of its adapter.
 
     Raises:
         UserError: the checkpoint does not belong to this training.
     """
     cfg = job.config
     with phases.during("restore"):
-        restored = None if resume == "never" else checkpointer.restore(job.layout)
+        restored = None if resume == "never" else checkpointer.restore(job.layout.saved)
     if restored is None:
-        state = beginning.initial(job)
+        state, base = beginning.initial(job), None
         checkpointer.warm()
-        return loop.Start(state), None
+        if job.adapter is not None:
+            base = bases.Base.of(cfg, state.frozen)
+            if not base.source:
+                bases.keep(run, state.frozen)
+        return loop.Start(state), None, base
     state, meta, start = restored
     phases.saved = start
     try:
@@ -229,13 +238,19 @@ def begin(
             f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at least {start}, "
             f"try --train.steps {2 * start}"
         )
+    base = None
+    if job.adapter is not None:
+        base = bases.Base.read(meta, run)
+        state = dataclasses.replace(state, frozen=bases.frozen(run, cfg, base, job.layout.frozen))
+        if base.source and cfg.init.source is not None:
+            base = dataclasses.replace(base, source=str(Path(cfg.init.source).absolute()))
     log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
     if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
         log.info(
             "nothing is left to do: this run has reached its last step; another --run-dir starts another run, "
             "--resume never starts this one anew"
         )
-    return loop.Start(state, start, progress), meta.get("lines")
+    return loop.Start(state, start, progress), meta.get("lines"), base
 
 
 def check_classes(run: Path, names: Sequence[str]) -> None:
@@ -282,12 +297,26 @@ def describe(job: Job, run: Path) -> None:
         jax.devices()[0].device_kind,
         sizes,
     )
+    if job.adapter is not None:
+        log.info("%s", adapted(job))
     if (planned := distributed.planned()) > (here := jax.process_count()):
         how = f"{job.accumulate} microbatches" if job.accumulate > job.config.train.accumulate else "more rows a device"
         log.info("on %d of %d processes: %s keep the batch at %d", here, planned, how, job.config.data.batch_size)
     log.info("train: %s", job.sources["train"].describe())
     log.info("eval:  %s", job.sources["eval"].describe())
     log.info("run:   %s", run)
+
+
+def adapted(job: Job) -> str:
+    """Say what an adapter trains, and what memory that takes on all devices together, to the byte."""
+    layout, whole = job.layout, job.parameters()
+    trained, held = job.trained(), [sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (
+        layout.frozen, layout.params, layout.opt_state)]  # fmt: skip
+    factors = sum(bool(each.rank) for each in job.adapter.chosen.values()) if job.adapter else 0
+    return (
+        f"adapter {configs.kind_name(job.config.adapter)} on {factors} parameters: {trained:,} of {whole:,} trained "
+        f"({trained / whole:.2%}); bytes: base {held[0]:,}, trained {held[1]:,}, optimizer {held[2]:,}"
+    )
 
 
 @functools.cache

@@ -30,9 +30,10 @@ from jaxmodels.models.families import create, family_of
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import mesh, progress
 from jaxmodels.tasks.task import Task, normalized
-from jaxmodels.train import evaluate, metrics
+from jaxmodels.train import bases, evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import atomic_write
+from jaxmodels.train.state import adapted
 
 log = logging.getLogger("jaxmodels")
 
@@ -195,8 +196,15 @@ def read_run(directory: str | Path, *, best: bool = False) -> Run:
     networks = {"model": create(cfg.model)} if _without_task(directory, cfg) else _task(cfg).networks
     checkpointer = Checkpointer(directory / "checkpoints")
     shapes = {name: model.shapes() for name, model in networks.items()}
-    kind = "params" if cfg.train.ema is None else "ema"
-    params, meta, at = checkpointer.restore_params("best" if best else None, subtree=kind, abstract=shapes)
+    kind, step = "params" if cfg.train.ema is None else "ema", "best" if best else None
+    if cfg.adapter is None:
+        params, meta, at = checkpointer.restore_params(step, subtree=kind, abstract=shapes)
+    else:
+        task = _task(cfg)
+        adapter = adapted(cfg, task)
+        assert adapter is not None
+        base, trained, meta, at = bases.restore(directory, cfg, adapter, step, kind)
+        params = bases.merged(base, trained, task.axes())
     stats = {name: tree for name, model in networks.items() if (tree := jax.eval_shape(model.stats))}
     if stats:
         stats, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxmodels.compress.adapters import Adaptation, adaptation
 from jaxmodels.config import Config
+from jaxmodels.models.adapted import join
 from jaxmodels.parallel import rules
 from jaxmodels.tasks.task import Task
 from jaxmodels.train import groups
@@ -24,7 +26,7 @@ class State:
     step: jax.Array
     """Steps taken, int32."""
     params: dict[str, Any]
-    """Parameters by network."""
+    """Parameters by network; with an adapter those that are trained."""
     stats: dict[str, Any]
     """Batch statistics by network."""
     opt_state: dict[str, Any]
@@ -33,11 +35,23 @@ class State:
     """Moving average of the parameters, or None."""
     rng: jax.Array
     """The key from which dropout keys are derived; it never changes."""
+    frozen: dict[str, Any] = field(default_factory=dict)
+    """Parameters beside which an adapter is trained, by network. They never change, and are in no checkpoint."""
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The parameters as models take them, frozen and trained ones."""
+        return join(self.frozen, self.params)
 
     @property
     def averaged(self) -> dict[str, Any]:
-        """The parameters to evaluate: their moving average if there is one."""
-        return self.params if self.ema is None else self.ema
+        """The parameters to evaluate: those of their moving average, if there is one."""
+        return self.whole if self.ema is None else join(self.frozen, self.ema)
+
+    @property
+    def saved(self) -> State:
+        """What checkpoints hold."""
+        return replace(self, frozen={})
 
 
 HOST = "pinned_host"
@@ -46,42 +60,67 @@ Optimizers = dict[str, optax.GradientTransformation]
 """Optimizers by the name of their loss."""
 
 
-def init(task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False) -> State:
+def init(
+    task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False, adapter: Adaptation | None = None
+) -> State:
     """Initialize the state before the first step."""
     init_key, rng = jax.random.split(key)
-    params = task.init(init_key)
+    params, frozen = task.init(init_key), {}
+    if adapter is not None:
+        frozen, params = adapter.divide(params, jax.random.fold_in(init_key, 1))
     opt_state = {loss.name: optimizers[loss.name].init(params[loss.trains]) for loss in task.losses}
-    return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng)
+    return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng, frozen)
 
 
-def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State]:
-    """Build a task's optimizers, and the layout of the state that they and its networks need on a mesh.
+def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State, Adaptation | None]:
+    """Build a task's optimizers, the layout of the state that they and its networks need on a mesh, and its adapter.
 
     Raises:
-        UserError: a parameter does not divide by the mesh, or `optim.freeze` matches no parameter or all of them.
+        UserError: a parameter does not divide by the mesh, `optim.freeze` matches no parameter or all of them, or the
+            adapter does not fit the networks.
     """
-    made = optimizers(cfg, task)
-    return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload)
+    adapter = adapted(cfg, task)
+    made = optimizers(cfg, task, adapter)
+    return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload, adapter), adapter
 
 
-def optimizers(cfg: Config, task: Task) -> Optimizers:
+def adapted(cfg: Config, task: Task) -> Adaptation | None:
+    """Return a config's adapter of a task's networks, None if all parameters are trained.
+
+    Raises:
+        UserError: it does not fit them.
+    """
+    if cfg.adapter is None:
+        return None
+    return adaptation(cfg.adapter, task.networks, list(dict.fromkeys(loss.trains for loss in task.losses)))
+
+
+def optimizers(cfg: Config, task: Task, adapter: Adaptation | None = None) -> Optimizers:
     """Build the optimizer of each loss of a task.
 
     Raises:
         UserError: `optim.freeze` matches no parameter or all of them.
     """
     axes = task.axes()  # before a mesh is set
+    shapes = {name: model.shapes() for name, model in task.networks.items()}
+    if adapter is not None:
+        axes, shapes = adapter.axes()[1], adapter.shapes()[1]
     if cfg.optim.freeze:
-        groups.check_freeze(cfg.optim.freeze, {name: model.shapes() for name, model in task.networks.items()})
+        groups.check_freeze(cfg.optim.freeze, shapes)
     return {
-        loss.name: cfg.optim.build(
-            cfg.train.steps, axes[loss.trains], task.networks[loss.trains].shapes(), loss.updates
-        )
+        loss.name: cfg.optim.build(cfg.train.steps, axes[loss.trains], shapes[loss.trains], loss.updates)
         for loss in task.losses
     }
 
 
-def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, offload: bool = False) -> State:
+def layout(
+    task: Task,
+    optimizers: Optimizers,
+    mesh: Mesh,
+    ema: bool = False,
+    offload: bool = False,
+    adapter: Adaptation | None = None,
+) -> State:
     """Lay out the state on a mesh: `jax.ShapeDtypeStruct`s with shardings, from shapes alone.
 
     Optimizer arrays with a parameter's shape are sharded as that parameter; all others are replicated. With `offload`
@@ -90,8 +129,9 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, of
     Raises:
         UserError: a parameter does not divide by the mesh.
     """
-    shapes = jax.eval_shape(lambda: init(task, optimizers, jax.random.key(0), ema))
-    params = rules.shardings_of(mesh, task.axes(), shapes.params)
+    shapes = jax.eval_shape(lambda: init(task, optimizers, jax.random.key(0), ema, adapter))
+    frozen_axes, axes = ({}, task.axes()) if adapter is None else adapter.axes()
+    params = rules.shardings_of(mesh, axes, shapes.params)
     everywhere = rules.sharding(mesh, ())
 
     where = {
@@ -123,6 +163,7 @@ def layout(task: Task, optimizers: Optimizers, mesh: Mesh, ema: bool = False, of
         opt_state=moments,
         ema=params if ema else None,
         rng=replicated,
+        frozen=rules.shardings_of(mesh, frozen_axes, shapes.frozen) if shapes.frozen else {},
     )
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxmodels.models.adapted import join
 from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State, move
@@ -54,7 +55,8 @@ def gradient(
     """
 
     def total(trained: Any, stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
-        return loss.fn({**state.params, loss.trains: trained}, stats, part, key, state.step)
+        params = join(state.frozen, {**state.params, loss.trains: trained})
+        return loss.fn(params, stats, part, key, state.step)
 
     grad = jax.value_and_grad(total, has_aux=True)
     trained, replicas = state.params[loss.trains], rules.pieces("replicas")
@@ -162,7 +164,7 @@ def advance(
         t = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.ema, params)
-    return State(state.step + 1, params, stats, opt_state, average, state.rng), metrics
+    return State(state.step + 1, params, stats, opt_state, average, state.rng, state.frozen), metrics
 
 
 def build_step(

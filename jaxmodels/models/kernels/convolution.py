@@ -5,6 +5,7 @@ Dims: B rows, C channels in, F channels out.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -56,3 +57,18 @@ def small(x: Array, w: Array, strides: Sequence[int], padding: str | Sequence[tu
         return jnp.zeros((len(x), *places, w.shape[-1]), x.dtype)
     w = w[tuple(slice(taps.start, taps.stop) for taps in met)]
     return jnp.tensordot(jnp.stack(covered, -2), w.reshape(-1, *w.shape[-2:]), 2)
+
+
+def overlap(y: Array, axis: int, stride: int, cut: Sequence[int]) -> Array:
+    """Add up windows at a distance of `stride`: the dimensions n and window, at `axis` and after it, become one."""
+    n, size = y.shape[axis : axis + 2]
+    pieces = -(-size // stride)
+
+    def pad(z: Array, at: int, low: int, high: int) -> Array:
+        return jax.lax.pad(z, jnp.zeros((), z.dtype), [(low, high, 0) if i == at else (0, 0, 0) for i in range(z.ndim)])
+
+    y = pad(y, axis + 1, 0, pieces * stride - size)
+    parts = (jax.lax.slice_in_dim(y, j * stride, (j + 1) * stride, axis=axis + 1) for j in range(pieces))
+    total = functools.reduce(jnp.add, (pad(part, axis, j, pieces - 1 - j) for j, part in enumerate(parts)))
+    total = total.reshape(*y.shape[:axis], (n + pieces - 1) * stride, *y.shape[axis + 2 :])
+    return pad(total, axis, -cut[0], size - pieces * stride - cut[1])

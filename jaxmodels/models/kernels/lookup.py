@@ -7,14 +7,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.parallel.rules import add_up, apart, constrain, pieces
+from jaxmodels.parallel.rules import Names, add_up, apart, constrain, pieces
 
 Array = jax.Array
-Table = tuple[tuple[int, ...], str, tuple[str, ...]]
+Table = tuple[tuple[int, ...], str, Names]
 """Shape, dtype and logical axes of a table."""
 
 
-def lookup(w: Array, ids: Array, axes: tuple[str, ...]) -> Array:
+def lookup(w: Array, ids: Array, axes: Names) -> Array:
     """w[ids], whose gradient is added up in float32.
 
     Each device adds up the gradient of its own rows and tokens, and one reduce-scatter joins them. Left to choose,

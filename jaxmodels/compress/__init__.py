@@ -1,0 +1,1 @@
+"""Smaller and adapted: adapters beside frozen weights."""

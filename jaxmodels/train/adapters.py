@@ -1,0 +1,175 @@
+"""Adapters from elsewhere: the section that a source describes, its factors, and several of them on one base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels import config as configs
+from jaxmodels.compress.adapters import AdapterConfig, adaptation
+from jaxmodels.config import Config
+from jaxmodels.errors import UserError, nearest
+from jaxmodels.hf import peft_load
+from jaxmodels.hf.peft import CONFIG, is_peft
+from jaxmodels.models.adapted import join, merge
+from jaxmodels.models.families import create
+from jaxmodels.models.model import Model
+from jaxmodels.train import bases
+from jaxmodels.train.arrays import named_leaves
+from jaxmodels.train.saved import load_run
+from jaxmodels.train.state import State
+
+
+def resolved(cfg: Config) -> Config:
+    """Return a config whose adapter has the targets, ranks and alphas of its source, which need not be given again.
+
+    Raises:
+        UserError: what is given differs from the source, or that is no adapter.
+    """
+    section = cfg.adapter
+    if section is None or section.source is None:
+        return cfg
+    theirs = dataclasses.replace(described(Path(section.source), cfg), source=section.source)
+    if section not in (theirs, type(section)(source=section.source)) and (wrong := differs(cfg, section, theirs)):
+        raise UserError(
+            f"got an adapter that differs from adapter.source {section.source} in {wrong}, expected what that has, "
+            f"try --adapter {configs.kind_name(theirs)} --adapter.source {section.source} alone"
+        )
+    if configs.kind_name(theirs) != configs.kind_name(section):
+        raise UserError(
+            f"got adapter {configs.kind_name(section)} with adapter.source {section.source}, expected "
+            f"{configs.kind_name(theirs)}, which that is, try --adapter {configs.kind_name(theirs)}"
+        )
+    return dataclasses.replace(cfg, adapter=theirs)
+
+
+def differs(cfg: Config, section: AdapterConfig, theirs: AdapterConfig) -> str:
+    """Name a parameter that two sections treat differently; empty if none, however their patterns are written."""
+    networks = {"model": create(cfg.model)}
+    mine, others = (adaptation(each, networks, ["model"]).chosen for each in (section, theirs))
+    for name in {**mine, **others}:
+        if (a := mine.get(name)) != (b := others.get(name)):
+            said = ("not adapted" if x is None else f"of rank {x.rank}, scale {x.scale:g}" for x in (a, b))
+            return f"{name.partition('/')[2]} ({' here, there '.join(said)})"
+    return ""
+
+
+def described(source: Path, cfg: Config) -> AdapterConfig:
+    """Return the section of an adapter in a run or in PEFT's format."""
+    if is_peft(source):
+        return peft_load.read(source, cfg.model).section
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"got adapter.source {source}, expected an adapted run, or an adapter in PEFT's format with {CONFIG}"
+        )
+    theirs = configs.read(source)[0].adapter
+    if theirs is None:
+        raise UserError(
+            f"got adapter.source {source}, a run without an adapter, expected one with it, try --init.source {source}"
+        )
+    return theirs
+
+
+def begun(cfg: Config, state: State, layout: State) -> State:
+    """Return the first state with the factors of `adapter.source`.
+
+    Raises:
+        UserError: they were trained beside another base.
+    """
+    assert cfg.adapter is not None and cfg.adapter.source is not None
+    found = trained(Path(cfg.adapter.source), cfg, layout.params, state.frozen)
+    ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
+    return dataclasses.replace(state, params=found, ema=ema)
+
+
+def trained(source: Path, cfg: Config, layout: Any, frozen: Any) -> Any:
+    """Read trained parameters with the shapes and shardings of `layout`, which belong to these frozen ones.
+
+    Raises:
+        UserError: they were trained beside another base, or have other shapes.
+    """
+    base = bases.fingerprint(frozen)
+    if is_peft(source):
+        found, here = peft_load.read(source, cfg.model), named_leaves(frozen)
+        for path, copy in found.copies.items():
+            if (name := f"model/{path}") in here and not bool((here[name] == copy).all()):
+                raise UserError(
+                    f"got {source} with another {path} than {cfg.init.source}, expected the base that it was trained "
+                    "beside, try that one"
+                )
+        if found.base:
+            bases.check(
+                bases.Base(found.base and _name(source), found.base), base, Path(cfg.init.source or "?"), source
+            )
+        kept = named_leaves(layout)
+        placed = bases.fitted(source, named_leaves({"model": found.leaves}), kept)
+        return jax.tree.unflatten(jax.tree.structure(layout), [placed[name] for name in kept])
+    theirs, _ = configs.read(source)
+    kind = "params" if theirs.train.ema is None else "ema"
+    found, meta, _ = bases.Checkpointer(source / "checkpoints").restore_params(subtree=kind, abstract=layout)
+    bases.check(bases.Base.read(meta, source), base, Path(cfg.init.source or "?"), source)
+    return found
+
+
+def _name(source: Path) -> str:
+    return str(peft_load.special.objects(source / CONFIG).get("base_model_name_or_path") or "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Several adapters of one base, whose arrays all of them share."""
+
+    model: Model
+    base: dict[str, Any]
+    """The parameters that are adapted, as the model takes them without an adapter."""
+    trained: Mapping[str, Any]
+    """Factors, and parameters trained themselves, by the name of the adapter."""
+
+    def params(self, name: str | None = None) -> Any:
+        """Return the parameters with an adapter, or without one: `model.apply(adapters.params("sst2"), tokens)`.
+
+        Raises:
+            UserError: there is no adapter of that name.
+        """
+        if name is None:
+            return self.base
+        if name not in self.trained:
+            raise UserError(
+                f"got adapter {name!r}, expected one of {', '.join(self.trained)}{nearest(name, self.trained)}"
+            )
+        return join(self.base, self.trained[name])
+
+    def merged(self, name: str) -> Any:
+        """Return parameters of the ordinary kind that compute what those with the adapter do."""
+        return merge(self.params(name), self.model.axes())
+
+
+def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapters:
+    """Load several adapters, adapted runs or PEFT's directories, on one base, a run or a published model.
+
+    Raises:
+        UserError: an adapter does not fit, or was trained beside another base.
+    """
+    base = Path(base)
+    if bases.is_published(base):
+        from jaxmodels.hf import load_pretrained
+
+        model, params = load_pretrained(base)
+    else:
+        run = load_run(base)
+        model, params = run.model, run.params["model"]
+    found: dict[str, Any] = {}
+    for name, directory in adapters.items():
+        cfg = Config(model=model.config, init=configs.Init(source=str(base)))
+        section = described(Path(directory), cfg)
+        adapter = adaptation(section, {"model": model}, ["model"])
+        frozen, layout = adapter.shapes()
+        names = named_leaves(frozen)
+        kept = {each: leaf for each, leaf in named_leaves({"model": params}).items() if each in names}
+        own = jax.tree.unflatten(jax.tree.structure(frozen), [kept[each] for each in names])
+        found[name] = trained(Path(directory), cfg, layout, own)["model"]
+    return Adapters(model, params, jax.device_put(found))
