@@ -76,8 +76,8 @@ class Arithmetic:
         job = _job(cfg)
         self.task, self.shapes = job.task, _unplaced(job.layout)
         self.updates = self.task.updates
-        self.axes = ({}, self.task.axes()) if job.adapter is None else job.adapter.axes()
-        """Of frozen and of trained parameters."""
+        self.axes = [{}, self.task.axes()] if job.adapter is None else [*job.adapter.axes()]
+        """Of frozen and of trained parameters; a list, since a tuple would be the axes of one."""
         self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
         leaves = zip(jax.tree.leaves((self.shapes.frozen, self.shapes.params)), _names(self.axes), strict=True)
         self.parameters = [(leaf.shape, names) for leaf, names in leaves]
