@@ -273,13 +273,16 @@ def _matched(field: str, patterns: Sequence[str], every: Sequence[str], able: Se
 def initial(chosen: Chosen, w: Any, key: jax.Array) -> Factors:
     """Return factors that have no effect yet, of a parameter w.
 
-    Of a matrix a is random and b is 0, of an embedding the other way round, as in PEFT: a is uniform in
-    ± 1 / sqrt(inputs), and an embedding's b standard normal.
+    Of a matrix a is random and b is 0, as in PEFT: a is uniform in ± 1 / sqrt(inputs). Of tables it is the other way
+    round: an embedding's b is standard normal, and an output layer's, whose inputs are the table's columns, uniform.
     """
     first, middle = sides(chosen.axes, chosen.axes.kind)
     stacked, inputs, outputs = w.shape[:first], w.shape[first:middle], w.shape[middle:]
     a, b = (*stacked, *inputs, chosen.rank), (*stacked, chosen.rank, *outputs)
-    if chosen.axes.kind == "embedding":
+    if chosen.axes.is_output:
+        bound = math.prod(outputs) ** -0.5
+        made = jnp.zeros(a), jax.random.uniform(key, b, jnp.float32, -bound, bound)
+    elif chosen.axes.kind == "embedding":
         made = jnp.zeros(a), jax.random.normal(key, b)
     else:
         bound = math.prod(inputs) ** -0.5

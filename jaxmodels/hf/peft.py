@@ -198,7 +198,7 @@ def _place(form: Format, slot: Slot, axes: Axes, shapes: Mapping[str, tuple[int,
     outputs = tuple(group for group in groups if {*re.findall(r"\w+", group)} & {*outs})
     sizes = dict(zip(names, shapes[slot.weight.paths[0]][first:], strict=True))
     kind: Any = "linear" if axes.kind == "matrix" else "embedding"
-    if kind == "embedding" and "vocab" in axes and not axes.before_stack:
+    if axes.is_output:
         kind = "output"
     if several:
         sizes[several] = len(slot.weight.paths)

@@ -52,6 +52,14 @@ def check(config: Any, chosen: Sequence[str], full: Sequence[str]) -> Modules:
     known = {path for slot in modules.slots.values() for path in slot.weight.paths if "." in slot.name}
     if wrong := [path for path in full if path not in known]:
         raise UserError(f"got trained {listed(wrong)}, which transformers does not have, try --format huggingface")
+    whole = {slot.name.rpartition(".")[0] for slot in modules.slots.values() if {*full} & {*slot.weight.paths}}
+    adapted = [place.module for place in modules.places.values() if {*chosen} & {*place.slot.weight.paths}]
+    # peft leaves out the factors of modules that it saves, and of what is below them
+    if both := [name for name in adapted if any(f"{name}.".startswith(f"{each}.") for each in whole)]:
+        raise UserError(
+            f"got {listed(both)} with factors and with parameters trained themselves, of which PEFT's format has one "
+            "or the other, try --format huggingface, which merges them"
+        )
     return modules
 
 

@@ -81,9 +81,9 @@ def summed(leaf: Adapted, first: int) -> Array:
 def norm(w: Array) -> Array:
     """Return the length of each output's weights in (S, inputs, outputs), a constant as far as gradients go.
 
-    Source: Liu et al. 2024, section 4.3.
+    It is above 0 even where all weights of an output are 0, since it divides. Source: Liu et al. 2024, section 4.3.
     """
-    return jax.lax.stop_gradient(jnp.sqrt(jnp.square(w).sum(1, keepdims=True)))
+    return jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(jnp.square(w).sum(1, keepdims=True), 1e-30)))
 
 
 def adapt(y: Array, leaf: Adapted, down: Callable[[Array], Array], up: Callable[[Array, Array], Array]) -> Array:

@@ -34,6 +34,11 @@ class Axes(tuple[str | None, ...]):
     def __getnewargs__(self) -> tuple[Any, ...]:
         return tuple(self), self.kind, self.before_stack
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is the table of an output layer, which no text is looked up in."""
+        return self.kind == "embedding" and "vocab" in self and not self.before_stack
+
 
 @struct.dataclass
 class Declared(nn.LogicallyPartitioned):

@@ -61,7 +61,13 @@ def differs(cfg: Config, section: AdapterConfig, theirs: AdapterConfig) -> str:
 def described(source: Path, cfg: Config) -> AdapterConfig:
     """Return the section of an adapter in a run or in PEFT's format."""
     if is_peft(source):
-        return peft_load.read(source, cfg.model).section
+        found = peft_load.read(source, cfg.model)
+        if not found.base and cfg.init.source is None:
+            raise UserError(
+                f"got adapter.source {source} without init.source, expected the weights that it was trained beside, "
+                "try --init.source DIR"
+            )
+        return found.section
     if not (source / "config.json").is_file():
         raise UserError(
             f"got adapter.source {source}, expected an adapted run, or an adapter in PEFT's format with {CONFIG}"
@@ -75,15 +81,18 @@ def described(source: Path, cfg: Config) -> AdapterConfig:
 
 
 def begun(cfg: Config, state: State, layout: State) -> State:
-    """Return the first state with the factors of `adapter.source`.
+    """Return the first state with the factors of `adapter.source`, and with the batch statistics of that run.
 
     Raises:
         UserError: they were trained beside another base.
     """
     assert cfg.adapter is not None and cfg.adapter.source is not None
-    found = trained(Path(cfg.adapter.source), cfg, layout.params, state.frozen)
+    source, stats = Path(cfg.adapter.source), state.stats
+    found = trained(source, cfg, layout.params, state.frozen)
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
-    return dataclasses.replace(state, params=found, ema=ema)
+    if jax.tree.leaves(stats) and not is_peft(source):
+        stats, _, _ = bases.Checkpointer(source / "checkpoints").restore_params(subtree="stats", abstract=layout.stats)
+    return dataclasses.replace(state, params=found, ema=ema, stats=stats)
 
 
 def trained(source: Path, cfg: Config, layout: Any, frozen: Any) -> Any:

@@ -16,7 +16,7 @@ from jaxmodels import cli, create, load_run
 from jaxmodels import config as configs
 from jaxmodels.commands.options import NoOptions, configured
 from jaxmodels.compress.adapters import adaptation
-from jaxmodels.config import Checkpoint, Config, DoRA, Init, LoRA, Mesh, Metrics, Synthetic, Train
+from jaxmodels.config import Checkpoint, Classification, Config, DoRA, Eval, Init, LoRA, Mesh, Metrics, Synthetic, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import Factors, join, merge, unmerge
 from jaxmodels.models.gpt2 import GPT2Config
@@ -98,6 +98,28 @@ def test_the_rule_is_written_out_for_one_matrix():
     assert whole["layers"]["attn"]["v"]["w"] is params["model"]["layers"]["attn"]["v"]["w"]
     back = unmerge(whole, trained["model"], model.axes())
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), back, params["model"])
+
+
+def test_factors_of_an_output_layer_start_as_those_of_a_matrix():
+    """Its b multiplies the features first, so that it is as small as a matrix's a."""
+    model = create("llama", vocab_size=64, context=16, layers=1, width=16, heads=2, kv_heads=2)
+    adapter = adaptation(LoRA(rank=4, targets=("embed", "head")), {"model": model}, ["model"])
+    _, trained = adapter.divide({"model": arrays(model)}, jax.random.key(0))
+    table, output = trained["model"]["embed"]["w"], trained["model"]["head"]["w"]
+    assert not np.any(output.a) and 0.2 < np.abs(output.b).max() <= 16**-0.5
+    assert not np.any(table.a) and np.abs(table.b).max() > 1
+
+
+def test_an_output_without_weights_stays_finite_under_dora():
+    model = create("gpt2", vocab_size=64, context=16, layers=1, width=16, heads=4)
+    params = jax.tree.map(jnp.asarray, arrays(model))
+    params["layers"]["mlp"]["up"]["w"] = params["layers"]["mlp"]["up"]["w"].at[..., 0].set(0)
+    adapter = adaptation(DoRA(rank=2, targets=("*/mlp/up",)), {"model": model}, ["model"])
+    joined = join(*adapter.divide({"model": params}, jax.random.key(0)))["model"]
+    tokens = jnp.arange(8)[None]
+    logits = jax.jit(model.apply)
+    np.testing.assert_allclose(logits(joined, tokens), logits(params, tokens), atol=1e-5)
+    np.testing.assert_allclose(logits(merge(joined, model.axes()), tokens), logits(params, tokens), atol=1e-5)
 
 
 def test_scales_follow_patterns():
@@ -222,6 +244,20 @@ def test_a_random_base_is_kept_in_its_run(tmp_path):
     opened = load_run(tmp_path / "run")
     first = jax.jit(assemble(cfg, opened=False).init)(jax.random.key(0)).frozen
     np.testing.assert_array_equal(opened.params["model"]["positions"]["w"], first["model"]["positions"]["w"])
+
+
+def test_batch_statistics_come_with_the_factors_that_they_were_made_with(tmp_path):
+    model = ZOO["vgg-bn"][1]
+    section = LoRA(rank=1, targets=("head",))
+    cfg = replace(PLAIN, model=model, task=Classification(), data=Synthetic(batch_size=8), adapter=section)
+    runs.train(replace(cfg, train=Train(steps=1), eval=Eval(every=0)), tmp_path / "run")
+    further = replace(cfg, adapter=replace(section, source=str(tmp_path / "run")))
+    state = runs.beginning.initial(assemble(further, opened=False))
+    own, fresh = load_run(tmp_path / "run").stats, jax.tree.leaves(create(model).stats())
+    found = jax.tree.leaves(state.stats)
+    for ours, theirs in zip(found, jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(np.any(ours != before) for ours, before in zip(found, fresh, strict=True))
 
 
 @pytest.mark.parametrize("section", [LoRA(rank=2, targets=EVERYWHERE), DoRA(rank=4, targets=("*/attn/*", "*/mlp/*"))])

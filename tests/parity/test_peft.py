@@ -10,11 +10,11 @@ import pytest
 
 import jaxmodels
 from jaxmodels.compress.adapters import adaptation
-from jaxmodels.config import LoRA
+from jaxmodels.config import Config, LoRA, Synthetic
 from jaxmodels.errors import UserError
 from jaxmodels.hf import peft_load, peft_save
 from jaxmodels.models.adapted import Factors, join
-from jaxmodels.train.adapters import load_adapters
+from jaxmodels.train.adapters import load_adapters, resolved
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
@@ -219,6 +219,18 @@ def test_an_adapter_that_means_something_else_is_refused(settings, tensors, said
     with pytest.raises(UserError, match=said) as refused:
         load_adapters(published("gpt2"), {"a": other})
     assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_that_names_no_base_needs_one(adapter, published):
+    config = jaxmodels.load_pretrained(published("gpt2"))[0].config
+    with pytest.raises(UserError, match="without init.source, expected the weights that it was trained beside"):
+        resolved(Config(model=config, data=Synthetic(seq_len=9, batch_size=8), adapter=LoRA(source=str(adapter))))
+
+
+def test_a_module_has_factors_or_is_trained_itself(published):
+    config = jaxmodels.load_pretrained(published("gpt2"))[0].config
+    with pytest.raises(UserError, match="c_attn with factors and with parameters trained themselves"):
+        peft_save.check(config, ["layers/attn/q/w"], ["layers/attn/k/b"])
 
 
 def test_a_table_that_is_an_output_layer_too_has_no_factors_in_their_format(published):
