@@ -44,9 +44,8 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def names_of_one_test() -> Iterator[None]:
-    """Forget, after each test, the names that it registered: the next one in this process chooses among its own."""
+def forget_names() -> Iterator[None]:
+    """Forget, at the end, the names that were registered since the beginning."""
     registries = {
         id(value): value
         for name, module in list(sys.modules.items())
@@ -59,6 +58,18 @@ def names_of_one_test() -> Iterator[None]:
     for key, registry in registries.items():
         registry._registered.clear()
         registry._registered.update(before[key])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def names_of_one_module() -> Iterator[None]:
+    """Forget, after each module, the names that its shared fixtures registered."""
+    yield from forget_names()
+
+
+@pytest.fixture(autouse=True)
+def names_of_one_test() -> Iterator[None]:
+    """Forget, after each test, the names that it registered: the next one in this process chooses among its own."""
+    yield from forget_names()
 
 
 @pytest.fixture(scope="session")

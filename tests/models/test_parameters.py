@@ -47,7 +47,7 @@ class Foreign(nn.Module):
     """A network with a parameter that nothing is said of."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         return nn.Dense(3)(layers.Linear((4,), ("features", "embed"), name="first")(x))
 
 
