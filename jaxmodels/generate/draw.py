@@ -16,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.fields import Range, Section, Seed
+from jaxmodels.generate.sample import SMALLEST
 
 TOLD = 20
 """The most tokens whose log-probabilities are told beside the one that was drawn."""
 PENALTIES = ("repetition", "presence", "frequency")
+DIVISORS = ("temperature", "repetition_penalty")
+"""Options by which logits are divided, so that they would be infinite if these were smaller than `SMALLEST`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Draw(Section):
 
     temperature: Annotated[float, Range(0)] = 1.0
     """0 takes the likeliest token."""
-    top_k: Annotated[int, Range(0)] = 0
+    top_k: Annotated[int, Range(0, 2**31 - 1)] = 0
     """Only the k likeliest tokens; 0: all."""
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Only the likeliest tokens that together have this probability."""
@@ -46,8 +49,10 @@ class Draw(Section):
 
     @functools.cached_property
     def values(self) -> tuple[float, ...]:
-        """The options in their order."""
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        """The options in their order, none of which makes a logit infinite."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tiny = {name: SMALLEST for name in DIVISORS if 0 < found[name] < SMALLEST}
+        return tuple((found | tiny).values())
 
     @property
     def penalizes(self) -> bool:

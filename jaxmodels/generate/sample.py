@@ -19,6 +19,10 @@ from jaxmodels.models.kernels.kernel import kernel_of
 from jaxmodels.models.model import Model, quantized
 
 
+SMALLEST = 1e-6
+"""A temperature or repetition penalty below this is taken for this: logits divided by less may be infinite."""
+
+
 class How(NamedTuple):
     """How a token is drawn from logits; static when the loop is compiled."""
 
@@ -86,7 +90,8 @@ def sample(
     for line, row in zip(padded, rows, strict=True):
         line[: len(row)] = row
     told = Prompts(jnp.asarray(lengths), jnp.int32(tokens), jnp.asarray(ends, jnp.int32), jax.random.key(seed))
-    out = run(model, params, jnp.asarray(padded), told, How(temperature, top_k, top_p, repetition_penalty))
+    how = How(temperature and max(temperature, SMALLEST), top_k, top_p, max(repetition_penalty, SMALLEST))
+    out = run(model, params, jnp.asarray(padded), told, how)
     found = [row[: length + tokens] for row, length in zip(np.array(out), lengths, strict=True)]
     for row, length in zip(found, lengths, strict=True):
         if (stops := np.flatnonzero(np.isin(row[length:], ends))).size:

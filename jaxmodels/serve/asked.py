@@ -27,6 +27,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 """Fields that are not computed here, and the values (null too) with which nothing is asked."""
+SAID = ("role", "content", "name")
+"""The fields of a message that a chat template may read."""
 MOST = 16
 
 
@@ -38,7 +40,7 @@ class Asked(Section):
     max_tokens: Count | None = None
     temperature: Annotated[float, Range(0, 2)] = 1.0
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
-    top_k: Annotated[int, Range(-1)] = 0
+    top_k: Annotated[int, Range(-1, 2**31 - 1)] = 0
     """0 or -1: all."""
     min_p: Annotated[float, Range(0, 1)] = 0.0
     repetition_penalty: Annotated[float, Range(above=0, most=1e9)] | None = None
@@ -168,7 +170,8 @@ class Chat(Asked):
         if not isinstance(self.messages, list) or not 0 < len(self.messages) <= 4096:
             raise UserError(f"got messages {shown(self.messages)}, expected a list of at least one message")
         for message in self.messages:
-            known = isinstance(message, dict) and set(message) <= {"role", "content", "name"}
+            # an answer that a client sends back has fields of its own, with nothing in them
+            known = isinstance(message, dict) and all(key in SAID or not value for key, value in message.items())
             if not known or not isinstance(message.get("role"), str) or text_of(message.get("content")) is None:
                 raise UserError(f"got message {shown(message)}, expected an object with a role and a content of text")
 
@@ -179,7 +182,8 @@ class Chat(Asked):
     @property
     def texts(self) -> list[dict[str, Any]]:
         """The messages, with their contents as one text each."""
-        return [{**message, "content": text_of(message["content"])} for message in self.messages]
+        told = [{key: message[key] for key in SAID if key in message} for message in self.messages]
+        return [{**message, "content": text_of(message["content"])} for message in told]
 
 
 def tokens(value: Any) -> bool:

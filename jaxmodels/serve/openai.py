@@ -21,7 +21,7 @@ from jaxmodels.serve.asked import Asked, Chat, Completion
 from jaxmodels.serve.errors import Broken, Refused, body
 from jaxmodels.serve.hall import Hall, Served, gone
 from jaxmodels.serve.opened import finite
-from jaxmodels.serve.words import Words
+from jaxmodels.serve.words import UNKNOWN, Words
 
 FINISH = {"stop": "stop", "length": "length"}
 
@@ -172,9 +172,9 @@ class _Form:
                 "top_logprobs": [dict(told.likeliest) for told in all_told],
                 "text_offset": [told.offset for told in all_told],
             }
-        entry = lambda text, logprob: {  # noqa: E731
-            "token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))
-        }  # fmt: skip
+        # the bytes of a part of a character are not known
+        coded = lambda text: None if UNKNOWN in text else list(text.encode("utf-8", "replace"))  # noqa: E731
+        entry = lambda text, logprob: {"token": text, "logprob": logprob, "bytes": coded(text)}  # noqa: E731
         return {
             "content": [
                 {**entry(told.text, told.logprob), "top_logprobs": [entry(*pair) for pair in told.likeliest]}

@@ -10,7 +10,9 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 BEFORE = 6
 """Tokens of the prompt that are decoded with the first new ones: a token's text may depend on those before it."""
 LONGEST = 8
-"""Tokens after which an incomplete character is no longer waited for."""
+"""So many tokens without a whole character are broken bytes, of which the last alone are waited for."""
+INCOMPLETE = 3
+"""The most tokens of a character that is not yet whole: it has up to four bytes."""
 
 
 class Words:
@@ -28,11 +30,22 @@ class Words:
         """Take a token; return the text that is certain now."""
         self._ids.append(token)
         known = self._tokenizer.decode(self._ids[self._from : self._to])
-        text = self._tokenizer.decode(self._ids[self._from :])
-        if text.endswith(UNKNOWN) and len(self._ids) - self._to < LONGEST:
-            return ""  # the first bytes of a character
-        self._from, self._to = self._to, len(self._ids)
+        text, end = self._tokenizer.decode(self._ids[self._from :]), len(self._ids)
+        if text.endswith(UNKNOWN):  # it may be the first bytes of a character
+            if end - self._to < LONGEST:
+                return ""
+            text, end = self._cut(text)
+        self._from, self._to = self._to, end
         return self._pass(text[len(known) :])
+
+    def _cut(self, text: str) -> tuple[str, int]:
+        """The text without its last tokens, which may begin a character, and where those begin."""
+        for end in range(len(self._ids) - INCOMPLETE, len(self._ids)):
+            first, rest = self._ids[self._from : end], self._ids[end:]
+            before = self._tokenizer.decode(first)
+            if before + self._tokenizer.decode(rest) == text:  # no character lies on both sides
+                return before, end
+        return text, len(self._ids)
 
     def rest(self) -> str:
         """Return what was held back, at the end of the text."""

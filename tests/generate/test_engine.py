@@ -168,6 +168,7 @@ def test_each_row_is_drawn_by_its_own_options():
     cases = [
         (Draw(), {0, 1, 2, 3, 4}),
         (Draw(temperature=0.0), {1}),
+        (Draw(temperature=1e-37), {1}),
         (Draw(top_k=2), {1, 3}),
         (Draw(top_p=0.41), {1, 3}),
         (Draw(top_k=3, top_p=0.45), {1}),

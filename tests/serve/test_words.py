@@ -30,6 +30,12 @@ def test_parts_add_up_to_the_text_before_the_first_stop(prompt, text, stops):
     assert stopped == bool(ends)
 
 
+@given(st.lists(st.sampled_from([*"a谰🙂".encode(), 0x80, 0xFF]), max_size=40))
+def test_parts_of_broken_bytes_add_up_to_what_all_of_them_say(data):
+    words = Words(Bytes(), [])
+    assert "".join([*map(words.add, data), words.rest()]) == Bytes().decode(data)
+
+
 def test_a_character_is_told_when_it_is_whole():
     assert written("x", "é🙂", [])[0] == ["", "é", "", "", "", "🙂", ""]
 
