@@ -225,7 +225,8 @@ def dispatch(argv: list[str]) -> int:
         print(
             "usage: jaxmodels COMMAND [--help] [--traceback]; jaxmodels --version\n\n"
             f"{commands.listed()}\n\n"
-            "exit codes: 0 done, 2 a mistake in what was asked, 75 stopped but saved (run it again), 1 anything else"
+            "exit codes: 0 done, 2 a mistake in what was asked, 3 an alarm of monitor, 75 stopped but saved (run it\n"
+            "again), 1 anything else"
         )
         return 0
     name, rest = argv[0], argv[1:]

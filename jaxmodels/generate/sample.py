@@ -18,7 +18,6 @@ from jaxmodels.models.families import create
 from jaxmodels.models.kernels.kernel import kernel_of
 from jaxmodels.models.model import Model, quantized
 
-
 SMALLEST = 1e-6
 """A temperature or repetition penalty below this is taken for this: logits divided by less may be infinite."""
 

@@ -191,6 +191,17 @@ class Artefact:
         return [{"label": names[row.argmax()], "probability": round(float(row.max()), 6)} for row in rows]
 
 
+def array(path):
+    """The array in a .npy file."""
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise Refused(f"got {path}, expected a .npy file of numbers ({error})") from None
+    if not isinstance(found, np.ndarray):
+        raise Refused(f"got {path} with several arrays, expected a .npy file of one")
+    return found
+
+
 def numbers(version):
     return tuple(map(int, version.split(".")))
 
@@ -264,7 +275,7 @@ def main(words):
         found = model.translate(model.ids_of(first))
         print(found if first.startswith("[") else model.decode(found))
     elif "classify" in has:
-        for answer in model.classify(first if "text" in told else np.load(first)):
+        for answer in model.classify(first if "text" in told else array(first)):
             print(json.dumps(answer, ensure_ascii=False))
     else:
         raise Refused(f"got {first!r}, expected none for {', '.join(has)}, try it from Python: run.load()")

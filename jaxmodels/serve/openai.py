@@ -24,6 +24,8 @@ from jaxmodels.serve.opened import finite
 from jaxmodels.serve.words import UNKNOWN, Words
 
 FINISH = {"stop": "stop", "length": "length"}
+LONG = 20_000
+"""Characters from which on a prompt is encoded in a thread."""
 
 
 @dataclass
@@ -91,9 +93,18 @@ async def completions(request: Request) -> Response:
     hall: Hall = request.app.state.hall
     asked = Completion.read(await hall.body(request))
     served = hall.writer(asked.model)
-    prompts = [served.writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+    prompts = [await _encoded(served, prompt) for prompt in asked.prompts]
     answers = _answers(hall, served, asked, prompts, asked.max_tokens or 16)
     return await _respond(request, hall, asked, answers, _Form(f"cmpl-{secrets.token_hex(12)}", asked.model, False))
+
+
+async def _encoded(served: Served, prompt: Any) -> list[int]:
+    """The tokens of a prompt; others do not wait for a long one to be encoded."""
+    if not isinstance(prompt, str):
+        return prompt
+    if len(prompt) < LONG:
+        return served.writer.encode(prompt)
+    return await asyncio.to_thread(served.writer.encode, prompt)
 
 
 async def chats(request: Request) -> Response:

@@ -66,17 +66,19 @@ def read(run: Run, path: str, label_field: str, group_field: str) -> Window:
     labels, groups = _columns(run, path, records, label_field, group_field)
     ready, shares = reader(run), jax.jit(class_shares(run))
     size, kept, found, features = run.config.eval.batch_size or run.config.data.batch_size, [], [], []
+    why = ""
 
     def prepare(value: Any) -> Any:
         try:
             return value if isinstance(value, Bad) else ready(value)
         except (UserError, pixels.Unreadable) as error:
-            return Bad("", str(error))
+            return Bad(path, str(error))
 
     with ThreadPoolExecutor(run.config.data.threads) as threads:
         for first in range(0, len(records), size):
             made = list(threads.map(prepare, [value for _, value in records[first : first + size]]))
             good = [i for i, each in enumerate(made) if not isinstance(each, Bad)]
+            why = why or next((str(each) for each in made if isinstance(each, Bad)), "")
             if good:
                 batch = [made[i] for i in good]
                 # padded, so that nothing is compiled for another batch size
@@ -86,7 +88,7 @@ def read(run: Run, path: str, label_field: str, group_field: str) -> Window:
                 features.append(describe(batch))
                 kept += [first + i for i in good]
     if not kept:
-        why = next((value for _, value in records if isinstance(value, Bad)), "it is empty")
+        why = why or "it is empty"
         raise UserError(f"got {path}, none of whose records can be read ({why}), expected some that can")
     joined = {name: np.concatenate([each[name] for each in features]) for name in features[0]}
     probability = np.concatenate(found)

@@ -4,7 +4,7 @@ A block of ```python is run, those of a page in one scope, one after the other; 
 that file instead. The lines of ```sh are run as commands. `<!-- run with: … -->` before a block adds options to each of
 its `jaxmodels` commands that train, so that they are short here: fewer steps, or another model if the page is not about
 one. `<!-- not run: reason -->` leaves the block out. A command that ends in & goes on beside the blocks that follow:
-`beside` starts it, waits until it says that it is ready, and ends it.
+`beside` starts it, waits until it says that it is ready, and ends it. The port 8765 stands for one that is free.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ BLOCK = re.compile(
 )
 KINDS = ("python", "sh")
 SHORTENED = ("train", "tune")
+PORT = "8765"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     """All blocks of a page that are code."""
     text, found = page.read_text(), []
+    if PORT in text:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            text = text.replace(PORT, str(free.getsockname()[1]))
     assert text.count("```") % 2 == 0, f"{page}: a block without an end"
     for match in BLOCK.finditer(text):
         if match["kind"] not in KINDS:

@@ -209,6 +209,13 @@ def test_inputs_that_a_function_does_not_take_are_refused(classifier, inputs, ma
         artefact_run.load(classifier[1], probe=False)("classify", **inputs)
 
 
+def test_a_file_that_is_no_array_is_refused_in_one_line(classifier):
+    for name in ("none.npy", "run.py"):
+        run = [sys.executable, str(classifier[1] / "run.py"), str(classifier[1] / name)]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.startswith("got") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_tokens_that_are_too_many_or_of_another_vocabulary_are_refused(writer):
     model = artefact_run.load(writer / "out", probe=False)
     with pytest.raises(Refused, match="length of 97, expected at most 96"):

@@ -149,13 +149,15 @@ def test_data_without_labels_are_compared_without_them(texts, capsys):
         (["--label-field", "text"], "got the label '.*' in .*, expected a class of the run"),
         (["--out", "{file}"], "got --out"),
         (["--current", "none.csv"], "none.csv"),
+        (["--current", "{empty}"], r"none of whose records can be read \(.*empty.csv: .+\)"),
     ],
 )
 def test_mistakes_are_named_before_a_page_is_written(texts, options, match, capsys):
     folder, _ = texts
     table = folder / "train.csv"
     given = {"--reference": table, "--current": table, "--out": folder / "page-of-mistakes"}
-    given |= {options[0]: options[1].replace("{file}", str(table))}
+    (folder / "empty.csv").write_text("text,label,shop\n" + '" ",low,a\n' * 3)
+    given |= {options[0]: options[1].format(file=table, empty=folder / "empty.csv")}
     argv = [str(x) for pair in given.items() for x in pair]
     assert main(["monitor", str(folder / "run"), *argv]) == 2
     assert re.search(match, capsys.readouterr().err)
