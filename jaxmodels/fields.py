@@ -71,7 +71,7 @@ class Named:
             return
         known = [*self.also, *self.registry.names()]
         if ":" not in name and name not in known:
-            raise _Misfit(f"one of {', '.join(known)}, or package.module:Name", near=nearest(name, known))
+            raise _Misfit(self.registry.expected(self.also), near=nearest(name, known))
         self.registry.find(name)
 
     def __str__(self) -> str:

@@ -79,10 +79,12 @@ class Registry:
         if OUTSIDE.fullmatch(name):
             return self._checked(name, self._load(name))
         known = self.names()
-        raise UserError(
-            f"got {self.what} {name!r}, expected one of {', '.join(known)}, or package.module:Name"
-            f"{nearest(name, known)}"
-        )
+        raise UserError(f"got {self.what} {name!r}, expected {self.expected()}{nearest(name, known)}")
+
+    def expected(self, also: Sequence[str] = ()) -> str:
+        """Say what can be chosen, with the names in `also`, as in "expected one of …"."""
+        known = [*also, *self.names()]
+        return f"one of {', '.join(known)}, or package.module:Name" if known else "package.module:Name"
 
     def name_of(self, found: Any) -> str:
         """Return the name by which `find` finds this in any process: a short one, or `package.module:Name`.

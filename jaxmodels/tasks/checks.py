@@ -17,12 +17,21 @@ from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import described, shown
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
-from jaxmodels.registry import named
+from jaxmodels.registry import function_of, named
 from jaxmodels.tasks.task import Answers, Aux, Loss, Task, TaskConfig, Whole
 
 _NUMBERS = (jax.Array, np.ndarray, np.number, int, float)
 _SUMS = "{'loss': (sum, count), …}"
 _LOSS = "(sum over the batch, Aux(weight, sums, stats))"
+_OF_A_LOSS = ("params", "stats", "batch", "rng", "step")
+_ARGUMENTS = {
+    "metrics": ("params", "stats", "batch"),
+    "summarize": ("totals", "classes"),
+    "samples": ("params", "stats", "count", "seed"),
+    "predicts": ("params", "stats", "batch"),
+    "outputs": ("params", "stats", "batch"),
+}
+"""What each function of a task is called with."""
 
 
 def checked(made: Any, config: TaskConfig) -> Task:
@@ -52,16 +61,18 @@ def checked(made: Any, config: TaskConfig) -> Task:
         return check_sums(found, what)
 
     def metrics(found: Any, *given: Any) -> Any:
-        if not (isinstance(found, Mapping) and not any(map(_no_number, found.values()))):
-            raise UserError(f"got {what}, whose summarize gives {shown(found)}, expected numbers by name")
+        if not _by_name(found) or any(map(_no_number, found.values())) or "loss" not in found:
+            raise UserError(
+                f"got {what}, whose summarize gives {shown(found)}, expected numbers by name, the loss among them"
+            )
         return found
 
     def predictions(found: Any, params: Any, stats: Any, batch: Any) -> Any:
-        rows = len(next(iter(batch.values())))
-        wrong = [] if isinstance(found, Mapping) else [found]
-        if wrong := wrong or [x for x in found.values() if getattr(x, "shape", ())[:1] != (rows,)]:
+        rows = next(iter(batch.values())).shape[0]  # which may stand for any number of them
+        if not _by_name(found) or not found or not all(_is_of_rows(x, rows) for x in found.values()):
             raise UserError(
-                f"got {what}, whose predicts gives {described(wrong[0])}, expected arrays by name, each of {rows} rows"
+                f"got {what}, whose predicts gives {described(found)}, expected arrays of real numbers by name, each "
+                f"of {rows} rows"
             )
         return found
 
@@ -97,13 +108,14 @@ def check_sums(found: Any, what: str) -> Any:
     Raises:
         UserError: they are not named, one is not (sum, count), or there is no loss among them.
     """
-    if not isinstance(found, Mapping):
-        raise UserError(f"got metrics of {what} as {type(found).__name__}, expected {_SUMS}")
+    if not _by_name(found):
+        raise UserError(f"got metrics of {what} as {described(found)}, expected {_SUMS}")
     for name, pair in found.items():
         parts = pair if isinstance(pair, tuple | list) else ()
         if len(parts) != 2 or not all(isinstance(x, _NUMBERS) for x in parts) or np.size(parts[1]) != 1:
-            given = f"({', '.join(type(x).__name__ for x in parts)})" if parts else type(pair).__name__
-            raise UserError(f"got metric {name!r} of {what} as {given}, expected its sum and its count, try {_SUMS}")
+            raise UserError(
+                f"got metric {name!r} of {what} as {described(pair)}, expected its sum and its count, try {_SUMS}"
+            )
     if "loss" not in found:
         raise UserError(f"got metrics {', '.join(map(str, found)) or '{}'} of {what}, expected a loss too, try {_SUMS}")
     return found
@@ -138,6 +150,17 @@ def check_padding(task: Task, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None
             )
 
 
+def _by_name(found: Any) -> bool:
+    return isinstance(found, Mapping) and all(isinstance(name, str) for name in found)
+
+
+def _is_of_rows(found: Any, rows: Any) -> bool:
+    """Whether something is an array of real numbers or booleans, of so many rows."""
+    if getattr(found, "shape", ())[:1] != (rows,):
+        return False
+    return found.dtype == np.bool_ or not jnp.issubdtype(found.dtype, jnp.complexfloating)
+
+
 def _then(function: Callable[..., Any], check: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with its result given to `check`, and its arguments."""
 
@@ -165,11 +188,13 @@ def _wrong(made: Any) -> str:
             return f"gives a loss that trains {loss.trains!r}, expected one of {', '.join(networks)}"
         if type(loss.updates) is not int or loss.updates < 1:
             return f"gives a loss with updates {shown(loss.updates)}, expected a whole number from 1 on"
-    functions = {"metrics": made.metrics, "summarize": made.summarize, **{f"loss {x.name!r}": x.fn for x in losses}}
-    functions |= {name: x for name in ("samples", "predicts", "outputs") if (x := getattr(made, name)) is not None}
-    for name, function in functions.items():
-        if not callable(function):
-            return f"gives {name} {shown(function)}, expected a function"
+    for name, arguments in _ARGUMENTS.items():
+        function, optional = getattr(made, name), name not in ("metrics", "summarize")
+        if not (optional and function is None) and (wrong := function_of(*arguments)(function)):
+            return f"gives {name}, {wrong}"
+    for loss in losses:
+        if wrong := function_of(*_OF_A_LOSS)(loss.fn):
+            return f"gives loss {loss.name!r}, {wrong}"
     if not isinstance(made.fields, Mapping) or not made.fields:
         return f"gives fields {shown(made.fields)}, expected a BatchField by the name of each array of a batch"
     for name, field in made.fields.items():

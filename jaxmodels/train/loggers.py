@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.registry import Registry, subclass_of
+from jaxmodels.registry import Registry, function_of, subclass_of
 
 if TYPE_CHECKING:
     from jaxmodels.config import Config
@@ -51,9 +51,12 @@ class Logger:
         """Finish: the run has ended, normally or with an error."""
 
 
-LOGGERS = Registry(
-    "logger", "jaxmodels.loggers", {"tensorboard": "jaxmodels.train.loggers:TensorBoard"}, subclass_of(Logger)
-)
+def _unfit(found: Any) -> str:
+    """Say what is wrong with a logger's class, which is called without arguments; empty if nothing is."""
+    return subclass_of(Logger)(found) or function_of()(found)
+
+
+LOGGERS = Registry("logger", "jaxmodels.loggers", {"tensorboard": "jaxmodels.train.loggers:TensorBoard"}, _unfit)
 
 
 class Report:

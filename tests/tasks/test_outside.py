@@ -228,13 +228,26 @@ def test_metrics_from_outside_are_measured_of_a_whole_set_too(monkeypatch):
         ("outputs", None, "whose outputs gives None, expected arrays, try its logits"),
         ("outputs", {"logits": "high"}, "whose outputs gives {'logits': 'high'}, expected arrays"),
         ("samples", jnp.zeros((2, 16)), "whose samples gives float32[2, 16], expected images (count, height, width"),
+        ("predicts", {}, "whose predicts gives {}, expected arrays of real numbers by name, each of 2 rows"),
+        ("predicts", {3: jnp.zeros(2)}, "whose predicts gives {3: float32[2]}, expected arrays of real numbers by"),
+        ("predicts", {"a": jnp.zeros(3)}, "whose predicts gives {'a': float32[3]}, expected arrays of real numbers"),
+        ("predicts", {"a": jnp.zeros(2, complex)}, "whose predicts gives {'a': complex64[2]}, expected arrays of real"),
+        ("summarize", {"loss": 1.0, 3: 1.0}, "whose summarize gives {'loss': 1.0, 3: 1.0}, expected numbers by name"),
+        ("summarize", {"error": 1.0}, "whose summarize gives {'error': 1.0}, expected numbers by name, the loss among"),
     ],
 )
 def test_what_a_task_gives_of_its_model_is_refused_if_it_is_something_else(name, gives, message):
-    task = checked(own(**{name: lambda *args, **how: gives}), Classification())
+    task = checked(own(**{name: lambda *args: gives}), Classification())
     with pytest.raises(UserError) as error:
-        getattr(task, name)({}, {}, {})
+        getattr(task, name)({}, *[{"inputs": jnp.zeros((2, 4))}] * (1 if name == "summarize" else 2))
     assert message in str(error.value)
+
+
+def test_predictions_of_any_number_of_rows_are_traced_as_such():
+    """As an export does, whose functions take any number of them."""
+    task = checked(own(predicts=lambda params, stats, batch: {"a": batch["inputs"].sum(1)}), Classification())
+    rows = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("rows"), 4), jnp.float32)
+    assert str(jax.eval_shape(lambda x: task.predicts({}, {}, {"inputs": x}), rows)["a"].shape) == "(rows,)"
 
 
 @pytest.mark.parametrize(

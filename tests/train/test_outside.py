@@ -142,7 +142,22 @@ WRONG = [
     ("build", lambda task: replace(task, losses=task.losses[0]), TASK + "build gives losses Loss("),
     ("build", lambda task: replace(task, losses=task.losses * 2), TASK + "build gives two losses 'loss'"),
     ("build", lambda task: replace(task, losses=(replace(task.losses[0], trains="net"),)), "trains 'net', expected"),
-    ("build", lambda task: replace(task, metrics=None), TASK + "build gives metrics None, expected a function"),
+    ("build", lambda task: replace(task, metrics=None), TASK + "build gives metrics, which is a NoneType, exp"),
+    (
+        "build",
+        lambda task: replace(task, metrics=lambda batch: {}),
+        "gives metrics, which takes (batch), expected a fun",
+    ),
+    (
+        "build",
+        lambda task: replace(task, predicts=lambda batch: {}),
+        "which takes (batch), expected a function(params,",
+    ),
+    (
+        "build",
+        lambda task: replace(task, losses=(replace(task.losses[0], fn=lambda params: 0),)),
+        "gives loss 'loss', which takes (params), expected a function(params, stats, batch, rng, step)",
+    ),
     ("build", lambda task: replace(task, unit="token"), TASK + "build gives unit 'token', expected tokens or examples"),
     ("fields", lambda: None, TASK + "build gives fields None, expected a BatchField by the name"),
     ("fields", lambda: {"inputs": np.float32}, TASK + "build gives a field 'inputs' that is"),
