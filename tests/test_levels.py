@@ -16,7 +16,8 @@ LEVELS = (
     "models",
     "data",
     "tasks",
-    "train.sections train.optim train.schedules train.groups train.adafactor compress.adapters",
+    "train.sections train.optim train.schedules train.groups train.adafactor compress.adapters "
+    "compress.codes compress.patterns",
     "config",
     "hf",
     "train",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxmodels import config as configs
 from jaxmodels.commands.options import configured
 from jaxmodels.commands.train import RunOptions
-from jaxmodels.config import Config, LoRA
+from jaxmodels.config import Config, LoRA, Quantized
 from jaxmodels.data import Order, loader, texts
 from jaxmodels.data import tokenizer as tokenizers
 from jaxmodels.data.source import Source
@@ -180,7 +180,7 @@ def changed(draw: Any, section: Any) -> Any:
 def experiments(draw: Any) -> Config:
     """A config some of whose sections are changed."""
     names = draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(Config)]), max_size=3, unique=True))
-    absent = {"adapter": LoRA()}
+    absent = {"adapter": LoRA(), "compress": Quantized()}
     return dataclasses.replace(BASE, **{name: draw(changed(getattr(BASE, name) or absent[name])) for name in names})
 
 

@@ -43,6 +43,8 @@ def export_run(
 
 def _huggingface(run: Path, directory: Path, best: bool, limit: int) -> None:
     from jaxmodels.hf import beside, save
+    from jaxmodels.models.adapted import merge
+    from jaxmodels.models.coded import plain
     from jaxmodels.models.families import create, family_of
     from jaxmodels.train import saved
 
@@ -55,7 +57,7 @@ def _huggingface(run: Path, directory: Path, best: bool, limit: int) -> None:
         more = beside.back(run, part, cfg, kept.classes if kept.train else ())
         opened = saved.read_run(run, best=best)
         with progress("writing", 4 * model.count()) as done:
-            params, stats = opened.params["model"], opened.stats.get("model", {})
+            params, stats = plain(merge(opened.params["model"], model.axes())), opened.stats.get("model", {})
             save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done)
     print(f"{directory}: step {opened.step} of {run}, {model.count():,} parameters")
 

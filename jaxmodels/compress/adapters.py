@@ -8,15 +8,17 @@ import operator
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.compress.codes import Coding
+from jaxmodels.compress.patterns import matched, matches
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Positive, Range, Section
 from jaxmodels.models.adapted import Adapted, Factors, norm, sides, summed
+from jaxmodels.models.coded import is_coded, value
 from jaxmodels.models.model import Model
 from jaxmodels.models.parameters import Axes
 from jaxmodels.registry import Registry
@@ -107,11 +109,6 @@ def _last(given: Sequence[str], name: str, default: float) -> float:
     return float(found[-1]) if found else default
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is of a parameter, or of the layer whose weights it is."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix("/w"), pattern)
-
-
 class Chosen(NamedTuple):
     """What an adapter does to one parameter."""
 
@@ -133,6 +130,8 @@ class Adaptation:
     networks: Mapping[str, Model]
     chosen: Mapping[str, Chosen]
     """By network and path: model/layers/attn/q/w."""
+    coding: Coding | None = None
+    """Which of the frozen parameters are coded; None: none of them."""
 
     def divide(self, params: Any, key: jax.Array) -> tuple[Any, Any]:
         """Divide parameters into frozen and trained ones, with factors that have no effect yet."""
@@ -145,14 +144,16 @@ class Adaptation:
 
     def axes(self) -> tuple[Any, Any]:
         """Return the logical axes of frozen and of trained parameters."""
-        return self._divided(
+        frozen, trained = self._divided(
             {name: network.axes() for name, network in self.networks.items()},
             lambda name, axes: factor_axes(self.chosen[name]),
         )
+        return frozen if self.coding is None else self.coding.axes(frozen), trained
 
     def shapes(self) -> tuple[Any, Any]:
         """Return the shapes of frozen and of trained parameters."""
         params = {name: network.shapes() for name, network in self.networks.items()}
+        params = params if self.coding is None else self.coding.shapes()
         return jax.eval_shape(self.divide, params, jax.eval_shape(jax.random.key, 0))
 
     def renewed(self, frozen: Any, trained: Any) -> Any:
@@ -183,7 +184,7 @@ class Adaptation:
     def _divided(self, params: Any, factors: Callable[[str, Any], Any]) -> tuple[Any, Any]:
         frozen: dict[str, Any] = {name: {} for name in params}
         trained: dict[str, Any] = {name: {} for name in params}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, tuple)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             chosen = self.chosen.get(name)
             if chosen is None or chosen.rank:
@@ -191,6 +192,10 @@ class Adaptation:
             if chosen is not None:
                 _put(trained, name, factors(name, leaf) if chosen.rank else leaf)
         return frozen, trained
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, tuple) or is_coded(x)
 
 
 def _put(tree: dict[str, Any], name: str, leaf: Any) -> None:
@@ -216,10 +221,13 @@ def adaptation(section: AdapterConfig, networks: Mapping[str, Model], trains: Se
         for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes())
     }
     fits = {name for name, each in axes.items() if each.kind in ("matrix", "embedding")}
-    full = _matched("full", section.full, list(axes), list(axes))
-    targets = [name for name in _matched("targets", section.targets, list(axes), sorted(fits)) if name not in full]
+    every = list(axes)
+    full = matched("adapter.full", section.full, every, every, "parameter")
+    targets = matched("adapter.targets", section.targets, every, sorted(fits), "matrix or embedding")
+    targets = [name for name in targets if name not in full]
     for field in ("ranks", "alphas"):
-        _matched(field, [text.rpartition("=")[0] for text in getattr(section, field)], list(axes), targets)
+        patterns = [text.rpartition("=")[0] for text in getattr(section, field)]
+        matched(f"adapter.{field}", patterns, every, targets, "target", "=16")
     chosen = {name: Chosen(axes[name], 0) for name in full}
     for name in targets:
         below = name.partition("/")[2]
@@ -245,31 +253,6 @@ def adaptation(section: AdapterConfig, networks: Mapping[str, Model], trains: Se
     return Adaptation(networks, {name: chosen[name] for name in axes if name in chosen})
 
 
-def _matched(field: str, patterns: Sequence[str], every: Sequence[str], able: Sequence[str]) -> list[str]:
-    """Return the names among `able` that patterns match; each must match one of them.
-
-    Raises:
-        UserError: a pattern matches none.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        own = [name for name in able if matches(pattern, name.partition("/")[2])]
-        if not own:
-            others = any(matches(pattern, name.partition("/")[2]) for name in every)
-            what = (
-                "no matrix or embedding" if others and field == "targets" else "no target" if others else "no parameter"
-            )
-            layers = list(dict.fromkeys(name.partition("/")[2].removesuffix("/w") for name in able))
-            shown = ", ".join(layers[:12]) + (f" and {len(layers) - 12} more" if len(layers) > 12 else "")
-            tried = f"{layers[0]}=16" if field in ("ranks", "alphas") else layers[0]
-            raise UserError(
-                f"got adapter.{field} {pattern!r}, which matches {what}, expected some of {shown}, "
-                f"try --adapter.{field} '{tried}'"
-            )
-        found += own
-    return list(dict.fromkeys(found))
-
-
 def initial(chosen: Chosen, w: Any, key: jax.Array) -> Factors:
     """Return factors that have no effect yet, of a parameter w.
 
@@ -289,7 +272,7 @@ def initial(chosen: Chosen, w: Any, key: jax.Array) -> Factors:
         made = jax.random.uniform(key, a, jnp.float32, -bound, bound), jnp.zeros(b)
     length = None
     if chosen.magnitude:
-        flat = jnp.asarray(w, jnp.float32).reshape(math.prod(stacked), math.prod(inputs), -1)
+        flat = value(w).reshape(math.prod(stacked), math.prod(inputs), -1)
         length = norm(flat).reshape((*stacked, *outputs))
     return Factors(*made, length, chosen.scale)
 

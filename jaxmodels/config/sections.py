@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxmodels.compress.adapters import AdapterConfig
+from jaxmodels.compress.codes import CompressConfig
 from jaxmodels.data.corpus import Stdlib
 from jaxmodels.data.section import Augment, DataConfig
 from jaxmodels.fields import Section
@@ -51,3 +52,5 @@ class Config(Section):
     """Where the parameters come from."""
     adapter: AdapterConfig | None = None
     """What is trained beside frozen parameters. None: all parameters are trained."""
+    compress: CompressConfig | None = None
+    """How parameters are held, if not as float32: as codes of few bits. With an adapter, its frozen ones."""

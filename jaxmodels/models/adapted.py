@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmodels.models.coded import is_coded, value
+
 Array = jax.Array
 STACKED = ("layers", "expert")
 """Logical axes that stack matrices where they come first; each of these has factors of its own."""
@@ -42,6 +44,11 @@ class Adapted:
 
     base: Any
     factors: Factors
+
+
+def base_of(leaf: Any) -> Any:
+    """Return a parameter without its factors."""
+    return leaf.base if isinstance(leaf, Adapted) else leaf
 
 
 def sides(names: Sequence[str | None], kind: str) -> tuple[int, int]:
@@ -75,7 +82,7 @@ def merged(leaf: Adapted, names: Sequence[str | None], kind: str) -> Array:
 def summed(leaf: Adapted, first: int) -> Array:
     """Return base + scale · a · b as a stack of matrices (S, inputs, outputs)."""
     a, b = flat(leaf.factors, first)
-    return jnp.asarray(leaf.base, jnp.float32).reshape(len(a), a.shape[1], -1) + leaf.factors.scale * (a @ b)
+    return value(leaf.base).reshape(len(a), a.shape[1], -1) + leaf.factors.scale * (a @ b)
 
 
 def norm(w: Array) -> Array:
@@ -111,12 +118,15 @@ def join(frozen: Any, trained: Any) -> Any:
 
 
 def merge(params: Any, axes: Any) -> Any:
-    """Return parameters with each adapted leaf merged; `axes` is the tree of their logical axes."""
+    """Return parameters with each adapted leaf merged, which a coded base then is no more.
+
+    `axes` is the tree of their logical axes.
+    """
 
     def one(leaf: Any, names: Any) -> Any:
         return merged(leaf, names, names.kind) if isinstance(leaf, Adapted) else leaf
 
-    return jax.tree.map(one, params, axes, is_leaf=lambda x: isinstance(x, Adapted))
+    return jax.tree.map(one, params, axes, is_leaf=lambda x: isinstance(x, Adapted) or is_coded(x))
 
 
 def unmerge(params: Any, trained: Any, axes: Any) -> Any:

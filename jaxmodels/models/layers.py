@@ -19,7 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxmodels.errors import UserError
 from jaxmodels.models import pipeline
 from jaxmodels.models import remat as remats
-from jaxmodels.models.adapted import Adapted, adapt, merged
+from jaxmodels.models.adapted import Adapted, adapt, base_of, merged
+from jaxmodels.models.coded import Coded, rows, taken, through
 from jaxmodels.models.kernels.convolution import convolve, overlap
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
@@ -54,10 +55,10 @@ class Linear(nn.Module):
         contracted = contracted_dimensions(self, self.shape, self.axes, x.shape)
         inputs = x.shape[x.ndim - contracted :]
         given = leaf(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
-        w: Any = given.base if isinstance(given, Adapted) else given
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
         multiply: Any = gathered_product if pieces("embed") > 1 else product
-        y: Any = multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)
+        whole: Any = lambda w: multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)  # noqa: E731
+        y: Any = through(whole, base_of(given), how[0], self.dtype)
         if isinstance(given, Adapted):
             ins, outs = (*self.axes[:contracted], None), (None, *self.axes[contracted:])
             down: Any = lambda a: multiply(x, a, ins, contracted, self.dtype)  # noqa: E731
@@ -89,16 +90,18 @@ class Embed(nn.Module):
             a, b = (self.axes[0], None), (None, self.axes[1])
             tables = [(given.base, self.axes), (given.factors.a, a), (given.factors.scale * given.factors.b, b)]
         # what a product takes, whole along what fsdp cuts
-        self.tables: Any = [gather(each.astype(self.dtype), axes) for each, axes in tables]
+        self.tables: Any = [taken(each, axes, self.dtype) for each, axes in tables]
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        y, rows = lookup(self.tables[0], ids, self.axes), (self.axes[0], None)
-        return y + lookup(self.tables[1], ids, rows) @ self.tables[2] if self.tables[1:] else y
+        w, *factors = self.tables
+        y = rows(w, ids).astype(self.dtype) if isinstance(w, Coded) else lookup(w, ids, self.axes)
+        return y + lookup(factors[0], ids, (self.axes[0], None)) @ factors[1] if factors else y
 
     def logits(self, x: jax.Array) -> jax.Array:
         w, *factors = self.tables
         x = x.astype(self.dtype)
-        y = jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+        outputs: Any = lambda w: jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)  # noqa: E731
+        y = through(outputs, w, self.axes, self.dtype)
         for a, b in [factors] if factors else []:
             y = y + jnp.einsum("...r,vr->...v", x @ b.T, a, preferred_element_type=jnp.float32)
         return y
@@ -220,7 +223,7 @@ class Conv(nn.Module):
             given = merged(given, axes, "matrix")
         x, how = x.astype(self.dtype), (self.strides or (1,) * spatial, self.padding, self.groups)
         convolved: Any = lambda w, names: convolve(x, gather(w.astype(self.dtype), names), *how)  # noqa: E731
-        y: Any = convolved(given.base if isinstance(given, Adapted) else given, axes)
+        y: Any = through(lambda w: convolved(w, axes), base_of(given), axes, self.dtype)
         if isinstance(given, Adapted):
             down: Any = lambda a: convolved(a, (*axes[:-1], None))  # noqa: E731
             y = adapt(y, given, down, lambda h, b: product(h, b, (None, axes[-1]), 1, self.dtype))

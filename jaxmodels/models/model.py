@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 from jaxmodels.fields import shown
 from jaxmodels.models.adapted import Adapted, merged
+from jaxmodels.models.coded import Coded, dequantize
 from jaxmodels.models.kernels import quantized as quantization
 from jaxmodels.models.parameters import declared_axes
 from jaxmodels.registry import outside
@@ -183,7 +184,9 @@ def functional(config: Any, family: Family) -> Model:
     def unembedding(params: Params) -> jax.Array:
         assert family.unembedding is not None
         table: Any = family.unembedding(config, params)
-        return merged(table, ("vocab", "embed"), "embedding") if isinstance(table, Adapted) else table
+        if isinstance(table, Adapted):
+            return merged(table, ("vocab", "embed"), "embedding")
+        return dequantize(table) if isinstance(table, Coded) else table
 
     return Model(
         config,

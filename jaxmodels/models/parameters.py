@@ -11,6 +11,7 @@ from flax import struct
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import Adapted, merged
+from jaxmodels.models.coded import Coded, dequantize
 from jaxmodels.parallel.rules import gather, spec
 
 Init = Callable[..., jax.Array]
@@ -56,8 +57,8 @@ def leaf(
     shape: Sequence[int],
     kind: Kind,
     before_stack: bool = False,
-) -> jax.Array | Adapted:
-    """A float32 parameter of a module as it is stored: an array, or one with factors beside it.
+) -> jax.Array | Adapted | Coded:
+    """A float32 parameter of a module as it is stored: an array, a coded one, or one with factors beside it.
 
     Raises:
         UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
@@ -68,6 +69,10 @@ def leaf(
         value: Any = initializer(*args)
         return Declared(value, tuple(axes), kind=kind, before_stack=before_stack)
 
+    if module.has_variable("params", name):
+        given: Any = module.get_variable("params", name)
+        if isinstance(given, Adapted | Coded):  # whose arrays have shapes of their own
+            return given
     value: Any = module.param(name, make, tuple(shape))
     return value
 
@@ -87,7 +92,9 @@ def parameter(
         UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
     """
     value = leaf(module, name, initializer, axes, shape, kind, before_stack)
-    return merged(value, axes, kind) if isinstance(value, Adapted) else value
+    if isinstance(value, Adapted):
+        return merged(value, axes, kind)
+    return dequantize(value) if isinstance(value, Coded) else value
 
 
 def _check_axes(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:

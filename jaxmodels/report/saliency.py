@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.models.adapted import merge
+from jaxmodels.models.coded import plain
 from jaxmodels.models.families import create
 from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, length, pieces_of, pixels, show
 from jaxmodels.train.saved import Evaluation, Run
@@ -105,11 +107,12 @@ def of_tokens(run: Run, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndar
     each token has a separate gradient.
     """
     model = create(dataclasses.replace(run.model.config, vocab_size=len(ids)))
-    params = run.params["model"]
+    params, axes = run.params["model"], run.model.axes()
+    table = plain(merge(params["embed"], axes["embed"]))["w"]
     places = jnp.arange(len(ids))[None]
 
     def logits(rows: jax.Array) -> jax.Array:
         return model.apply({**params, "embed": {"w": rows[0]}}, places, **named)
 
-    found, predicted, confidence = attribute(logits, params["embed"]["w"][ids][None])
+    found, predicted, confidence = attribute(logits, table[ids][None])
     return found[0].sum(-1), int(predicted[0]), float(confidence[0])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.models.coded import is_coded
 
 PyTree = Any
 
@@ -119,6 +120,12 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     if len({name.replace("/", ".") for name in leaves}) != len(jax.tree.leaves(tree)):
         raise UserError("got two leaves of the state with the same path, expected different ones, try other names")
     return leaves
+
+
+def named_parameters(tree: PyTree) -> dict[str, Any]:
+    """Return parameters by path, such as model/layers/attn/q/w; a coded one is one."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_coded)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,14 +20,16 @@ import numpy as np
 from jaxmodels import config as configs
 from jaxmodels import tasks
 from jaxmodels.compress.adapters import Adaptation
+from jaxmodels.compress.codes import encoded
 from jaxmodels.config import Config
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
 from jaxmodels.hf import load
 from jaxmodels.models.adapted import join, merge
-from jaxmodels.train.arrays import named_leaves, nest
+from jaxmodels.models.coded import is_coded, value
+from jaxmodels.train.arrays import named_leaves, named_parameters, nest
 from jaxmodels.train.checkpoint import Checkpointer
-from jaxmodels.train.state import adapted
+from jaxmodels.train.state import adapted, coded
 
 log = logging.getLogger("jaxmodels")
 
@@ -80,6 +82,8 @@ def fingerprint(tree: Any) -> str:
 
 def _digest(x: jax.Array) -> jax.Array:
     """Return four sums of mixed words: integers, whose sum depends neither on its order nor on where they are."""
+    if x.dtype == jnp.float8_e4m3fn:
+        x = jax.lax.bitcast_convert_type(x, jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype == jnp.float32 else x.astype(jnp.uint32)
     place = jnp.full(x.shape, 1, jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -123,9 +127,8 @@ def frozen(run: Path, cfg: Config, named: Base, layout: Any) -> Any:
                 f"got {run}, an adapter of {where}, which is not there, expected the weights that it was trained "
                 f"beside, try jaxmodels train with --init.source DIR, where they are now"
             )
-        kept = named_leaves(layout)
-        params, _, _ = (read_published if is_published(where) else read_trained)(where, kept, {})
-        tree = jax.tree.unflatten(jax.tree.structure(layout), [params[name] for name in kept])
+        params, _, _ = (read_published if is_published(where) else read_trained)(where, named_parameters(layout), {})
+        tree = with_parameters(layout, params)
     check(named, fingerprint(tree), where, run)
     return tree
 
@@ -162,7 +165,12 @@ def restore(
 
 
 def merged(frozen: Any, trained: Any, axes: Any) -> Any:
-    """Return the parameters of an adapted run as those of an ordinary one, in host memory."""
+    """Return the parameters of an adapted run as those of an ordinary one, in host memory.
+
+    Those that are coded stay so, with their factors beside them.
+    """
+    if any(map(is_coded, jax.tree.leaves(frozen, is_leaf=is_coded))):
+        return jax.device_get(join(frozen, trained))
     return jax.device_get(jax.jit(lambda frozen, trained: merge(join(frozen, trained), axes))(frozen, trained))
 
 
@@ -175,20 +183,37 @@ def read_trained(source: Path, kept: Mapping[str, Any], stats: Any) -> tuple[dic
     kind = "params" if cfg.train.ema is None else "ema"
     checkpointer = Checkpointer(source / "checkpoints")
     if cfg.adapter is None:
+        held = {}
+        if cfg.compress is not None:
+            task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
+            coding = coded(cfg, task.networks)
+            held = {} if coding is None else named_parameters(coding.shapes())
+        # in one piece on the host, what is coded here or there
+        wanted = {
+            name: leaf if not (is_coded(leaf) or is_coded(held.get(name))) else held.get(name, float32(leaf))
+            for name, leaf in kept.items()
+        }
         tree, _, at = checkpointer.restore_params(
-            subtree=kind, abstract=nest(kept), partial="try another --init.source or --init.fresh"
+            subtree=kind, abstract=nest(wanted), partial="try another --init.source or --init.fresh"
         )
-        found = named_leaves(tree)
+        found = named_parameters(tree)
+        if held or any(map(is_coded, kept.values())):
+            found = fitted(source, found, kept)
     else:
         task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
         adapter = adapted(cfg, task)
         assert adapter is not None
         base, trained, _, at = restore(source, cfg, adapter, subtree=kind)
-        found = fitted(source, named_leaves(merged(base, trained, task.axes())), kept)
+        found = fitted(source, named_parameters(merge(join(base, trained), task.axes())), kept)
     statistics = None
     if jax.tree.leaves(stats):
         statistics, _, _ = checkpointer.restore_params(at, subtree="stats", abstract=stats)
     return found, statistics, f"step {at}"
+
+
+def float32(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape of a parameter without codes, on the host."""
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
 
 
 def is_published(source: Path) -> bool:
@@ -203,7 +228,7 @@ def read_published(source: Path, kept: Mapping[str, Any], stats: Any) -> tuple[d
     wanted += [f"stats/{name}".replace("stats/model/", "stats/") for name in named_leaves(stats)]
     opened = load.open_source(source, wanted=wanted)
     params, statistics = load.nested(load.read(opened))
-    placed = fitted(source, named_leaves({"model": params}), kept)
+    placed = fitted(source, named_parameters({"model": params}), kept)
     if not jax.tree.leaves(stats):
         return placed, None, type(opened.model.config).__name__.removesuffix("Config")
     statistics = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), {"model": statistics}, stats)
@@ -211,10 +236,10 @@ def read_published(source: Path, kept: Mapping[str, Any], stats: Any) -> tuple[d
 
 
 def fitted(source: Path, found: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arrays that are needed, where they are needed.
+    """Return the parameters that are needed, where they are needed, and as codes where codes are.
 
     Raises:
-        UserError: one is missing or has another shape.
+        UserError: one is missing, has another shape, or is coded in another way.
     """
     wrong = [
         f"{name} is {'missing' if name not in found else found[name].shape}, expected {leaf.shape}"
@@ -225,4 +250,28 @@ def fitted(source: Path, found: Mapping[str, Any], kept: Mapping[str, Any]) -> d
         raise UserError(
             f"got {source}, which does not fit: {'; '.join(wrong[:4])}, try --init.fresh with what starts at random"
         )
-    return {name: jax.device_put(found[name].astype(leaf.dtype), leaf.sharding) for name, leaf in kept.items()}
+    return {name: placed(source, name, found[name], leaf) for name, leaf in kept.items()}
+
+
+def placed(source: Path, name: str, x: Any, leaf: Any) -> Any:
+    """Return a parameter with the shapes and shardings of `leaf`, of which either may be coded."""
+    if not is_coded(leaf):
+        return jax.device_put(value(x).astype(leaf.dtype), leaf.sharding)
+    x = x if is_coded(x) else encoded(x, leaf)
+    if jax.tree.structure(x) != jax.tree.structure(leaf) or any(
+        a.shape != b.shape for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(leaf), strict=True)
+    ):
+        raise UserError(
+            f"got {source} with {name.partition('/')[2]} in codes of another form ({x.kind}, scales of shape "
+            f"{x.scales.shape}), expected what compress asks for ({leaf.kind}, {leaf.scales.shape}), try the options "
+            "of that run"
+        )
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), x, leaf)
+
+
+def with_parameters(tree: Any, found: Mapping[str, Any]) -> Any:
+    """Return a tree with the parameters of these names in place of its own."""
+    kept = named_parameters(tree)
+    return jax.tree.unflatten(
+        jax.tree.structure(tree, is_leaf=is_coded), [found.get(name, leaf) for name, leaf in kept.items()]
+    )

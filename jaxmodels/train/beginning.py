@@ -20,8 +20,8 @@ from jaxmodels.hf.load import described
 from jaxmodels.models.families import create, family_of
 from jaxmodels.registry import outside
 from jaxmodels.train import adapters
-from jaxmodels.train.arrays import named_leaves
-from jaxmodels.train.bases import is_published, read_published, read_trained
+from jaxmodels.train.arrays import named_leaves, named_parameters
+from jaxmodels.train.bases import is_published, read_published, read_trained, with_parameters
 from jaxmodels.train.job import Job
 from jaxmodels.train.state import State
 
@@ -60,10 +60,7 @@ def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: Stat
     log.info(
         "parameters from %s, %s%s", source, where, f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
     )
-    params, frozen = (
-        jax.tree.unflatten(jax.tree.structure(tree), [found.get(name, x) for name, x in named_leaves(tree).items()])
-        for tree in (state.params, state.frozen)
-    )
+    params, frozen = (with_parameters(tree, found) for tree in (state.params, state.frozen))
     if job.adapter is not None:
         params = jax.jit(job.adapter.renewed, out_shardings=shardings.params)(frozen, params)
     # copied, because params are donated in every step while the average lives on
@@ -80,7 +77,7 @@ def bases_of(job: Job) -> dict[str, Any]:
     """
     if job.adapter is None:
         return named_leaves(job.layout.params)
-    frozen, params = named_leaves(job.layout.frozen), named_leaves(job.layout.params)
+    frozen, params = named_parameters(job.layout.frozen), named_leaves(job.layout.params)
     for pattern in job.config.init.fresh if job.config.init.source is not None else ():
         if held := [name.partition("/")[2] for name in frozen if matches((pattern,), name)]:
             raise UserError(

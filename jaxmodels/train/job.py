@@ -17,6 +17,7 @@ from jaxmodels.compress.adapters import Adaptation
 from jaxmodels.config import Config
 from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
+from jaxmodels.models.coded import is_coded
 from jaxmodels.parallel import mesh as meshes
 from jaxmodels.parallel import rules
 from jaxmodels.registry import outside
@@ -104,11 +105,13 @@ class Job:
 
     def flops(self) -> FLOPs:
         """Count the model FLOPs of a step."""
-        return per_step(self.config.task, self.config.model, self.config.data, self.adapter)
+        # counted as of arrays: what a product costs does not depend on how its parameter is held
+        adapter = self.adapter and dataclasses.replace(self.adapter, coding=None)
+        return per_step(self.config.task, self.config.model, self.config.data, adapter)
 
     def parameters(self) -> int:
         """Count the parameters of all networks, with those of an adapter."""
-        return sum(leaf.size for leaf in jax.tree.leaves((self.layout.frozen, self.layout.params)))
+        return sum(leaf.size for leaf in jax.tree.leaves((self.layout.frozen, self.layout.params), is_leaf=is_coded))
 
     def trained(self) -> int:
         """Count the parameters that are trained."""

@@ -33,7 +33,7 @@ from jaxmodels.tasks.task import Task, normalized
 from jaxmodels.train import bases, evaluate, metrics
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.manifest import atomic_write
-from jaxmodels.train.state import adapted
+from jaxmodels.train.state import adapted, coded
 
 log = logging.getLogger("jaxmodels")
 
@@ -97,7 +97,8 @@ class Run:
     networks: Mapping[str, Model]
     """Networks by name; if there is only one, it is `model`."""
     params: dict[str, Any]
-    """Parameters of each network, as evaluation uses them: the moving averages if the run keeps them."""
+    """Parameters of each network, as evaluation uses them: the moving averages if the run keeps them. Some are codes
+    (`models.coded.Coded`) if its config has a section `compress`; `models.coded.plain` gives arrays."""
     stats: dict[str, Any]
     """Batch statistics of the networks that have them."""
     step: int
@@ -195,7 +196,8 @@ def read_run(directory: str | Path, *, best: bool = False) -> Run:
     cfg = dataclasses.replace(cfg, mesh=Mesh(), train=dataclasses.replace(cfg.train, strategy="jit", accumulate=1))
     networks = {"model": create(cfg.model)} if _without_task(directory, cfg) else _task(cfg).networks
     checkpointer = Checkpointer(directory / "checkpoints")
-    shapes = {name: model.shapes() for name, model in networks.items()}
+    held = coded(cfg, networks) if cfg.adapter is None else None
+    shapes = {name: model.shapes() for name, model in networks.items()} if held is None else held.shapes()
     kind, step = "params" if cfg.train.ema is None else "ema", "best" if best else None
     if cfg.adapter is None:
         params, meta, at = checkpointer.restore_params(step, subtree=kind, abstract=shapes)

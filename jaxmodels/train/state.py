@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +12,11 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmodels.compress.adapters import Adaptation, adaptation
+from jaxmodels.compress.codes import Coding, coding
 from jaxmodels.config import Config
+from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import join
+from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
 from jaxmodels.tasks.task import Task
 from jaxmodels.train import groups
@@ -67,6 +71,7 @@ def init(
     init_key, rng = jax.random.split(key)
     params, frozen = task.init(init_key), {}
     if adapter is not None:
+        params = params if adapter.coding is None else adapter.coding.encode(params)
         frozen, params = adapter.divide(params, jax.random.fold_in(init_key, 1))
     opt_state = {loss.name: optimizers[loss.name].init(params[loss.trains]) for loss in task.losses}
     return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng, frozen)
@@ -76,10 +81,15 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State, Ad
     """Build a task's optimizers, the layout of the state that they and its networks need on a mesh, and its adapter.
 
     Raises:
-        UserError: a parameter does not divide by the mesh, `optim.freeze` matches no parameter or all of them, or the
-            adapter does not fit the networks.
+        UserError: a parameter does not divide by the mesh, `optim.freeze` matches no parameter or all of them, the
+            adapter does not fit the networks, or codes would be trained.
     """
     adapter = adapted(cfg, task)
+    if adapter is None and coded(cfg, task.networks) is not None:
+        raise UserError(
+            "got a section compress and no adapter, expected one, since codes are not trained, "
+            "try --adapter lora, or --compress none"
+        )
     made = optimizers(cfg, task, adapter)
     return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload, adapter), adapter
 
@@ -92,7 +102,21 @@ def adapted(cfg: Config, task: Task) -> Adaptation | None:
     """
     if cfg.adapter is None:
         return None
-    return adaptation(cfg.adapter, task.networks, list(dict.fromkeys(loss.trains for loss in task.losses)))
+    found = adaptation(cfg.adapter, task.networks, list(dict.fromkeys(loss.trains for loss in task.losses)))
+    return replace(found, coding=coded(cfg, task.networks, found))
+
+
+def coded(cfg: Config, networks: Mapping[str, Model], adapter: Adaptation | None = None) -> Coding | None:
+    """Return which parameters a config holds as codes, None if it holds none so: not those that an adapter trains.
+
+    Raises:
+        UserError: they do not fit the networks.
+    """
+    found = coding(cfg.compress, networks)
+    if found is None or adapter is None:
+        return found
+    full = {name for name, chosen in adapter.chosen.items() if not chosen.rank}
+    return replace(found, chosen={name: spec for name, spec in found.chosen.items() if name not in full})
 
 
 def optimizers(cfg: Config, task: Task, adapter: Adaptation | None = None) -> Optimizers:
