@@ -108,7 +108,7 @@ def kinds_of(command, monkeypatch):
     # all are imported before the first is changed, so that none keeps the change for good
     for module in (parsing, options, places, importlib.import_module("jaxmodels.commands.eval")):
         monkeypatch.setattr(module, "parse", lambda kind, *rest: found.append(kind) or exit(0))
-    main([*command.split(), "local" if command == "launch" else FILE])
+    main([*command.split(), *{"launch": ["local"], "compress": [FILE, "wanda"]}.get(command, [FILE])])
     return found
 
 

@@ -21,6 +21,7 @@ LEVELS = (
     "config",
     "hf",
     "train",
+    "compress",
     "generate",
     "plan",
     "report",

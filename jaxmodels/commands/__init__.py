@@ -39,6 +39,7 @@ COMMANDS = Registry(
         "import": "jaxmodels.commands.import_:import_run",
         "serve": "jaxmodels.commands.serve:serve",
         "export": "jaxmodels.commands.export:export_run",
+        "compress": "jaxmodels.commands.compress:compress",
         "data inspect": "jaxmodels.commands.data_inspect:inspect",
         "data prepare": "jaxmodels.commands.data_prepare:prepare",
         "data clean": "jaxmodels.commands.data_clean:clean",

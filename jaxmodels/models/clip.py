@@ -20,6 +20,7 @@ from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import context_inputs, image_inputs
 from jaxmodels.models.kernels.kernel import Attention
 from jaxmodels.models.model import Dtype, Family, Remat
+from jaxmodels.models.patches import embed_patches
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Images(nn.Module):
         size = Size(c.image_layers, c.image_heads, c.image_width, c.image_mlp_width)
         token = layers.normal(size.width**-0.5)
         check_shape(images, c.input_shape)
-        x = layers.embed_patches(images, c.patch, size.width, token=token, bias=False, dtype=c.dtype)
+        x = embed_patches(images, c.patch, size.width, token=token, bias=False, dtype=c.dtype)
         x = layers.LayerNorm(c.norm_eps, before_stack=True, name="embed_norm")(x)
         return project(c, encode(c, size, x, Context(), causal=False)[:, 0])
 

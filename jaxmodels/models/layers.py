@@ -27,6 +27,7 @@ from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
 from jaxmodels.models.kernels.quantized import kind_of, quantized_product
+from jaxmodels.models.observed import matrix_rows, observe, patch_rows, unobserved
 from jaxmodels.models.parameters import Init, contracted_dimensions, leaf, parameter, weight
 from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
 
@@ -55,6 +56,7 @@ class Linear(nn.Module):
         contracted = contracted_dimensions(self, self.shape, self.axes, x.shape)
         inputs = x.shape[x.ndim - contracted :]
         given = leaf(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
+        x, given = observe(x, given, functools.partial(matrix_rows, contracted), x.ndim - contracted)
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
         multiply: Any = gathered_product if pieces("embed") > 1 else product
         whole: Any = lambda w: multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)  # noqa: E731
@@ -146,33 +148,6 @@ class Experts(nn.Module):
         return parameter(self, "w", self.initializer, self.axes, self.shape, "matrix")
 
 
-def embed_patches(
-    images: jax.Array,
-    patch: int,
-    width: int,
-    *,
-    token: Init | None,
-    bias: bool = True,
-    dtype: str = "float32",
-) -> jax.Array:
-    """Embed the patches of images (B, H, W, C), row by row, and their positions: (B, N, D); call it inside a network.
-
-    With `token`, the initializer of a learned class token, that token comes first.
-    """
-    B, height, breadth, C = images.shape
-    rows, columns = height // patch, breadth // patch
-    x = images.reshape(B, rows, patch, columns, patch, C).swapaxes(2, 3).reshape(B, rows * columns, patch, patch, C)
-    # a product, which on a CPU is faster than a convolution with stride and window the same
-    axes = ("window", "window", "features", "embed")
-    x = Linear((width,), axes, bias, dtype=dtype, before_stack=True, name="patches")(x)
-    if token is not None:
-        first = Embed(1, width, ("positions", "embed"), token, dtype, before_stack=True, name="class_token")
-        x = jnp.concatenate([jnp.broadcast_to(first(jnp.zeros((1, 1), jnp.int32)), (B, 1, width)), x], axis=1)
-    axes = ("positions", "embed")
-    places = Embed(x.shape[1], width, axes, dtype=dtype, before_stack=True, name="positions")
-    return shard(x + places(jnp.arange(x.shape[1])[None]), "batch", "seq", None)
-
-
 class LayerNorm(nn.Module):
     """Layer normalization over the last dimension."""
 
@@ -222,6 +197,10 @@ class Conv(nn.Module):
         if isinstance(given, Adapted) and self.groups > 1:
             given = merged(given, axes, "matrix")
         x, how = x.astype(self.dtype), (self.strides or (1,) * spatial, self.padding, self.groups)
+        if self.groups == 1:
+            patches = functools.partial(patch_rows, self.window, how[0], self.padding)
+            x, given = observe(x, given, patches, 1)
+        given = unobserved(given)
         convolved: Any = lambda w, names: convolve(x, gather(w.astype(self.dtype), names), *how)  # noqa: E731
         y: Any = through(lambda w: convolved(w, axes), base_of(given), axes, self.dtype)
         if isinstance(given, Adapted):

@@ -12,6 +12,7 @@ from flax import struct
 from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import Adapted, merged
 from jaxmodels.models.coded import Coded, dequantize
+from jaxmodels.models.observed import Observed, unobserved
 from jaxmodels.parallel.rules import gather, spec
 
 Init = Callable[..., jax.Array]
@@ -57,8 +58,8 @@ def leaf(
     shape: Sequence[int],
     kind: Kind,
     before_stack: bool = False,
-) -> jax.Array | Adapted | Coded:
-    """A float32 parameter of a module as it is stored: an array, a coded one, or one with factors beside it.
+) -> jax.Array | Adapted | Coded | Observed:
+    """A float32 parameter of a module as it is stored: an array, or what stands for one (coded, adapted, observed).
 
     Raises:
         UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
@@ -71,7 +72,7 @@ def leaf(
 
     if module.has_variable("params", name):
         given: Any = module.get_variable("params", name)
-        if isinstance(given, Adapted | Coded):  # whose arrays have shapes of their own
+        if isinstance(given, Adapted | Coded | Observed):  # whose arrays have shapes of their own
             return given
     value: Any = module.param(name, make, tuple(shape))
     return value
@@ -91,7 +92,7 @@ def parameter(
     Raises:
         UserError: there are more or fewer axes than dimensions, or they are not in the table of `parallel.rules`.
     """
-    value = leaf(module, name, initializer, axes, shape, kind, before_stack)
+    value = unobserved(leaf(module, name, initializer, axes, shape, kind, before_stack))
     if isinstance(value, Adapted):
         return merged(value, axes, kind)
     return dequantize(value) if isinstance(value, Coded) else value

@@ -20,6 +20,7 @@ from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import image_inputs
 from jaxmodels.models.kernels.kernel import Attention
 from jaxmodels.models.model import Dtype, Family, Remat
+from jaxmodels.models.patches import embed_patches
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ViT(nn.Module):
         c = self.config
         token = layers.normal(0.02) if c.pool == "class" else None
         check_shape(images, c.input_shape)
-        x = layers.embed_patches(images, c.patch, c.width, token=token, dtype=c.dtype)
+        x = embed_patches(images, c.patch, c.width, token=token, dtype=c.dtype)
         x = layers.Dropout(c.dropout)(x, train)
         blocks = layers.scan_layers(Block, c.layers, c.remat, c.unroll)(c, train, name="layers")
         x, _ = blocks(x, depths(c.stochastic_depth, c.layers) if c.stochastic_depth else None, Context())
