@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -181,6 +182,17 @@ def encoded(w: Any, like: Coded) -> Coded:
     """Return a parameter, or some of the matrices that it stacks, rounded to codes like those of `like`."""
     parts = like.scales.shape[like.ndim - w.ndim :]
     return _encoded(w, parts, like.kind, like.zeros is None, like.packed)
+
+
+def encoded_on_host(w: Any, like: Coded) -> Coded:
+    """Return `encoded` of an array in host memory, computed there too.
+
+    Whatever the devices are, a base has the same codes: a GPU and a TPU divide with another last bit.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
+            stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+        return jax.device_get(encoded(np.asarray(w, np.float32), like))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -15,9 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
+from jaxmodels.compress.codes import encoded_on_host
 from jaxmodels.errors import UserError
 from jaxmodels.hf import files, formats
 from jaxmodels.hf.table import Format, Settings, Slot
+from jaxmodels.models.coded import Coded
 from jaxmodels.models.families import create
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
@@ -205,14 +207,25 @@ def listed(names: list[str]) -> str:
 
 
 def read(
-    source: Source, where: Mapping[str, Sharding] | None = None, done: Callable[[int], Any] = lambda n: None
+    source: Source,
+    where: Mapping[str, Sharding] | None = None,
+    done: Callable[[int], Any] = lambda n: None,
+    coded: Mapping[str, Coded] | None = None,
 ) -> Leaves:
-    """Read the leaves, each moved to its devices once it is complete; call `done` with the bytes of each tensor."""
+    """Read the leaves, each moved to its devices once it is complete; call `done` with the bytes of each tensor.
+
+    `coded` are the shapes and shardings of those that are quantized as they are read.
+    """
     shapes = {path: leaf.shape for path, leaf in leaves_of(source.model).items()}
     device = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])  # pyright: ignore
     out: Leaves = {}
     for row in source.rows:
-        parts = {path: Parts(shapes[path], where[path] if where else device) for path in row[0].weight.paths}
+        parts: dict[str, Any] = {
+            path: CodedParts(coded[path], device)
+            if coded and path in coded
+            else Parts(shapes[path], where[path] if where else device)
+            for path in row[0].weight.paths
+        }
         for slot in row:
             put(slot, source.found[slot.name], parts)
             done(4 * source.found[slot.name].size)
@@ -221,7 +234,7 @@ def read(
     return out
 
 
-def put(slot: Slot, tensor: files.Tensor, parts: Mapping[str, Parts]) -> None:
+def put(slot: Slot, tensor: files.Tensor, parts: Mapping[str, Parts | CodedParts]) -> None:
     """Read a tensor into the leaves that it is a part of."""
     if not slot.weight.pattern and tensor.dtype == "F32":
         target = parts[slot.weight.paths[0]].whole(slot.index)
@@ -256,13 +269,13 @@ def check_finite(name: str, tensor: np.ndarray) -> None:
 class Parts:
     """The parts of a leaf that this process's devices hold, while they are being filled."""
 
-    def __init__(self, shape: tuple[int, ...], sharding: Sharding):
+    def __init__(self, shape: tuple[int, ...], sharding: Sharding, dtype: Any = np.float32):
         self.shape, self.sharding = shape, sharding
         self.pieces: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
         for index in sharding.addressable_devices_indices_map(shape).values():
             key = self._key(index)
             if key not in self.pieces:
-                self.pieces[key] = aligned(tuple(stop - start for start, stop in key))
+                self.pieces[key] = aligned(tuple(stop - start for start, stop in key), dtype)
 
     def _key(self, index: Any) -> tuple[tuple[int, int], ...]:
         return tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
@@ -284,12 +297,31 @@ class Parts:
         return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.pieces[self._key(index)])
 
 
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Allocate float32 memory that is aligned so that a CPU device can use it without a copy."""
-    count = int(np.prod(shape, dtype=np.int64))
-    raw = np.empty(4 * count + 64, np.uint8)
+class CodedParts:
+    """The parts of a coded leaf, whose tensors are quantized as they come."""
+
+    def __init__(self, like: Coded, device: Sharding):
+        self.like = like
+        self.parts = jax.tree.map(lambda x: Parts(x.shape, x.sharding or device, x.dtype), like)
+
+    def whole(self, at: tuple[int, ...]) -> None:
+        """There is no memory that numbers fill."""
+
+    def put(self, at: tuple[int, ...], view: np.ndarray) -> None:
+        """Quantize a tensor, and put its codes and scales in their places along the leading axes."""
+        jax.tree.map(lambda part, x: part.put(at, np.asarray(x)), self.parts, encoded_on_host(view, self.like))
+
+    def array(self) -> Coded:
+        """Return the leaf on its devices."""
+        return jax.tree.map(lambda part: part.array(), self.parts)
+
+
+def aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Allocate memory that is aligned so that a CPU device can use it without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    return raw[start : start + 4 * count].view(np.float32).reshape(shape)
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def leaves_of(model: Model) -> Leaves:

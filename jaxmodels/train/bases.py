@@ -20,7 +20,7 @@ import numpy as np
 from jaxmodels import config as configs
 from jaxmodels import tasks
 from jaxmodels.compress.adapters import Adaptation
-from jaxmodels.compress.codes import encoded
+from jaxmodels.compress.codes import encoded_on_host
 from jaxmodels.config import Config
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
@@ -223,11 +223,15 @@ def is_published(source: Path) -> bool:
 
 
 def read_published(source: Path, kept: Mapping[str, Any], stats: Any) -> tuple[dict[str, Any], Any, str]:
-    """Read these parameters of a model in Hugging Face's format, and its batch statistics if any are needed."""
+    """Read these parameters of a model in Hugging Face's format, and its batch statistics if any are needed.
+
+    Each tensor is coded as it comes, so that no more than one of them is there as numbers.
+    """
     wanted = [name.removeprefix("model/") for name in kept]
     wanted += [f"stats/{name}".replace("stats/model/", "stats/") for name in named_leaves(stats)]
     opened = load.open_source(source, wanted=wanted)
-    params, statistics = load.nested(load.read(opened))
+    coded = {name.removeprefix("model/"): leaf for name, leaf in kept.items() if is_coded(leaf)}
+    params, statistics = load.nested(load.read(opened, coded=coded))
     placed = fitted(source, named_parameters({"model": params}), kept)
     if not jax.tree.leaves(stats):
         return placed, None, type(opened.model.config).__name__.removesuffix("Config")
@@ -257,7 +261,7 @@ def placed(source: Path, name: str, x: Any, leaf: Any) -> Any:
     """Return a parameter with the shapes and shardings of `leaf`, of which either may be coded."""
     if not is_coded(leaf):
         return jax.device_put(value(x).astype(leaf.dtype), leaf.sharding)
-    x = x if is_coded(x) else encoded(x, leaf)
+    x = x if is_coded(x) else encoded_on_host(x, leaf)
     if jax.tree.structure(x) != jax.tree.structure(leaf) or any(
         a.shape != b.shape for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(leaf), strict=True)
     ):

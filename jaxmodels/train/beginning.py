@@ -46,7 +46,10 @@ def initial(job: Job) -> State:
     # compiling random numbers of each shape takes long and, for few parameters on a CPU, running them takes no time
     quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(layout.params)) < 3e7
     options = {"xla_backend_optimization_level": 0} if quick else None
-    state = jax.jit(job.init, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
+    first: Any = job.init
+    if cfg.init.source is not None:  # what is frozen comes from there, and need never be made
+        first, shardings = (lambda key: job.init(key).saved), shardings.saved
+    state = jax.jit(first, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
     if cfg.init.source is not None:
         state = with_source(job, state, kept, shardings)
     return adapters.begun(cfg, state, layout) if cfg.adapter is not None and cfg.adapter.source else state
@@ -60,7 +63,7 @@ def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: Stat
     log.info(
         "parameters from %s, %s%s", source, where, f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
     )
-    params, frozen = (with_parameters(tree, found) for tree in (state.params, state.frozen))
+    params, frozen = (with_parameters(tree, found) for tree in (state.params, layout.frozen))
     if job.adapter is not None:
         params = jax.jit(job.adapter.renewed, out_shardings=shardings.params)(frozen, params)
     # copied, because params are donated in every step while the average lives on

@@ -1,5 +1,6 @@
 """Coded parameters: the codes of references, products on any mesh, runs that hold bytes, and adapters beside them."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 from jaxmodels import cli, create, load_pretrained, load_run
 from jaxmodels import config as configs
 from jaxmodels.compress.codes import Spec, assemble, coding, grid, quantize, scale_shape
-from jaxmodels.config import Checkpoint, Config, Init, LoRA, Metrics, Quantized, Synthetic, Train
+from jaxmodels.config import Checkpoint, Config, Init, LoRA, Mesh, Metrics, Quantized, Synthetic, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.coded import NF4, dequantize, is_coded, plain, unpack
 from jaxmodels.models.gpt2 import GPT2Config
@@ -20,7 +21,7 @@ from jaxmodels.train import run as runs
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import assemble as assemble_job
 from jaxmodels.train.saved import read_run
-from tests.zoo import ZOO, arrays, outputs
+from tests.zoo import ZOO, arrays, fill, outputs
 
 MODEL = GPT2Config(vocab_size=64, context=16, layers=2, width=16, heads=4)
 PLAIN = Config(
@@ -253,3 +254,49 @@ def test_an_adapter_of_codes_equals_one_of_what_they_stand_for(base, tmp_path):
     found = load_run(tmp_path / "qlora")
     assert is_coded(found.params["model"]["layers"]["mlp"]["up"]["w"].base)
     assert found.evaluation().measure()["loss"] == pytest.approx(found.metrics[-1]["eval/loss"], rel=1e-5)
+
+
+def stepped(section, mesh, devices, held=False):
+    """What a step of an adapter beside codes gives, or with `held` one beside what they stand for."""
+    cfg = replace(adapted("", section), init=Init(), mesh=mesh, model=replace(MODEL, remat="full"))
+    job = assemble_job(cfg, jax.devices()[:devices], opened=False)
+    codes = job.adapter.coding.encode({"model": arrays(create(cfg.model))})
+    frozen, trained = job.adapter.divide(codes, jax.random.key(1))
+    shake = np.random.default_rng(2)
+    trained = jax.tree.map(lambda x: x + 0.3 * shake.normal(size=x.shape).astype(np.float32), trained)
+    if held:
+        job = assemble_job(replace(cfg, compress=None), jax.devices()[:devices], opened=False)
+        frozen = plain(frozen)
+    now = replace(jax.jit(job.init)(jax.random.key(0)), params=trained, frozen=frozen)
+    now = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), now, job.layout)
+    batch = jax.device_put(fill(job.task.batch_spec(8)), job.task.shardings(job.mesh, job.batch))
+    now, metrics = job.step()(now, batch)
+    assert sum(leaf.size for leaf in jax.tree.leaves(now.opt_state) if leaf.ndim) == 2 * job.trained()
+    return jax.device_get(now.params), float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+@pytest.mark.parametrize("section", [FOUR, Quantized(codes="nf4", group=8, embeddings=("embed",))])
+def test_a_step_beside_codes_equals_one_beside_numbers_on_any_mesh(section):
+    (one, *measured), *others = (
+        stepped(section, mesh, devices, held)
+        for mesh, devices, held in (
+            (Mesh(), 1, True), (Mesh(), 1, False), (Mesh(data=2, fsdp=2, tensor=2), 8, False),
+        )
+    )  # fmt: skip
+    for params, *found in others:
+        assert found == pytest.approx(measured, rel=1e-4)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), one, params)
+
+
+def test_a_base_is_coded_as_its_tensors_come(base, tmp_path):
+    """From published weights it is the base that is read from the run, and so has its hash."""
+    assert cli.main(["export", str(base), str(tmp_path / "hf")]) == 0
+    states = [
+        runs.beginning.initial(assemble_job(adapted(source), opened=False)).frozen for source in (base, tmp_path / "hf")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert len({runs.bases.fingerprint(frozen) for frozen in states}) == 1
+    expected = coding(FOUR, {"model": create(MODEL)}).encode(read_run(base).params)
+    jax.tree.map(
+        np.testing.assert_array_equal, states[0]["model"]["layers"]["attn"], expected["model"]["layers"]["attn"]
+    )
