@@ -16,7 +16,7 @@ def export_run(
     run: Path,
     directory: Path,
     /,
-    format: Literal["huggingface", "peft", "stablehlo"] = "huggingface",
+    format: Literal["huggingface", "compressed-tensors", "peft", "stablehlo"] = "huggingface",
     best: bool = False,
     shard_size: str | None = None,
 ) -> None:
@@ -26,13 +26,14 @@ def export_run(
     Args:
         run: run directory.
         directory: the folder to create.
-        format: huggingface, an adapter merged; peft, the adapter alone; or stablehlo: weights, functions for CPU, CUDA
-            and TPU, tokenizer, classes, and a run.py that runs them.
+        format: huggingface, codes as numbers and an adapter merged; compressed-tensors, codes as they are; peft, the
+            adapter alone; or stablehlo: weights, functions for CPU, CUDA and TPU, tokenizer, classes, and a run.py that
+            runs them.
         best: the best checkpoint instead of the newest.
         shard_size: size of the largest weight file in Hugging Face's format; default 5GB.
     """
-    if format == "huggingface":
-        _huggingface(run, directory, best, size(shard_size or "5GB"))
+    if format in ("huggingface", "compressed-tensors"):
+        _huggingface(run, directory, best, size(shard_size or "5GB"), codes=format != "huggingface")
     elif shard_size is not None:
         raise UserError(f"got --shard-size {shard_size} with --format {format}, which has one file, try without it")
     elif format == "peft":
@@ -41,10 +42,8 @@ def export_run(
         _artefact(run, directory, best)
 
 
-def _huggingface(run: Path, directory: Path, best: bool, limit: int) -> None:
+def _huggingface(run: Path, directory: Path, best: bool, limit: int, codes: bool) -> None:
     from jaxmodels.hf import beside, save
-    from jaxmodels.models.adapted import merge
-    from jaxmodels.models.coded import plain
     from jaxmodels.models.families import create, family_of
     from jaxmodels.train import saved
 
@@ -57,8 +56,9 @@ def _huggingface(run: Path, directory: Path, best: bool, limit: int) -> None:
         more = beside.back(run, part, cfg, kept.classes if kept.train else ())
         opened = saved.read_run(run, best=best)
         with progress("writing", 4 * model.count()) as done:
-            params, stats = plain(merge(opened.params["model"], model.axes())), opened.stats.get("model", {})
-            save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done)
+            opened = opened if codes and cfg.adapter is None else opened.numbers()
+            params, stats = opened.params["model"], opened.stats.get("model", {})
+            save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done, codes=codes)
     print(f"{directory}: step {opened.step} of {run}, {model.count():,} parameters")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,22 +114,27 @@ def scale_shape(shape: Sequence[int], names: Axes, spec: Spec) -> tuple[int, ...
     Raises:
         UserError: groups do not divide the inputs.
     """
-    found, rest = list(shape), spec.group
-    for i in reversed(shared(names)):
-        block = shape[i] if rest is None else min(shape[i], rest)
-        if shape[i] % block or (rest is not None and rest % block):
-            break
-        found[i] //= block
-        rest = None if rest is None else rest // block
-    if spec.group is None or rest == 1:
-        return tuple(found)
-    inputs = math.prod(shape[i] for i in shared(names))
-    divisors = [n for n in (128, 64, 32, 16, 8) if inputs % n == 0 and n < spec.group]
-    more = f"--compress.group {divisors[0]}, or " if divisors else ""
+    if (found := _parts(shape, shared(names), spec.group)) is not None:
+        return found
+    inputs = " x ".join(str(shape[i]) for i in shared(names))
+    fitting = [n for n in (128, 64, 32, 16, 8) if n < (spec.group or 0) and _parts(shape, shared(names), n)]
+    more = f"--compress.group {fitting[0]}, or " if fitting else ""
     raise UserError(
         f"got groups of {spec.group} for a parameter of shape {tuple(shape)} with {inputs} inputs, expected groups "
-        f"that divide them, try {more}--compress.kept with its path"
+        f"that divide the last of these, or are a multiple of it, try {more}--compress.kept with its path"
     )
+
+
+def _parts(shape: Sequence[int], along: range, group: int | None) -> tuple[int, ...] | None:
+    """Return how many groups each dimension has; None where they do not divide it."""
+    found, rest = list(shape), group
+    for i in reversed(along):
+        block = shape[i] if rest is None else min(shape[i], rest)
+        if shape[i] % block or (rest is not None and rest % block):
+            return None
+        found[i] //= block
+        rest = None if rest is None else rest // block
+    return tuple(found) if rest in (None, 1) else None
 
 
 def packed_axis(shape: Sequence[int], names: Axes, spec: Spec) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ DTYPES = {name: jnp.dtype(kind) for name, kind in {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
 }.items()}  # fmt: skip
 """Types that are converted to float32."""
+FLOAT8 = jnp.dtype("float8_e4m3fn")
+_WRITTEN = {"F32": "<f4", "I8": "<i1", "I32": "<i4", "I64": "<i8", "F8_E4M3": FLOAT8}
 BITS = {name: bits for bits, names in {
     4: ("F4",), 8: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 16: ("I16", "U16", "F16", "BF16"),
     32: ("I32", "U32", "F32"), 64: ("I64", "U64", "F64", "C64"),
@@ -76,6 +78,15 @@ class Tensor:
         if len(found) != count:
             raise OSError(f"{self.file} ended early")
         return found
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+    dtype: str = "F32"
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -218,9 +229,11 @@ def write(
     tensors: Iterable[np.ndarray],
     counters: Mapping[str, int] | None = None,
     said: Mapping[str, str] | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
-    """Write float32 tensors in the order of `shapes`, one at a time; yield the bytes of each once it is written.
+    """Write tensors in the order of `shapes`, one at a time; yield the bytes of each once it is written.
 
+    They are float32, but for those that `dtypes` names; wider ones come first, or a reader could not map them.
     `counters` are scalar int64 tensors, which are written first, as the format puts wider types first; `said` is more
     that the file says of itself.
     """
@@ -230,17 +243,18 @@ def write(
         start, end = end, end + 8
         entries[name] = {"dtype": "I64", "shape": [], "data_offsets": [start, end]}
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        kind = (dtypes or {}).get(name, "F32")
+        start, end = end, end + BITS[kind] // 8 * math.prod(shape)
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.write(np.array([*counted.values()], "<i8").tobytes())
-        for tensor, shape in zip(tensors, shapes.values(), strict=True):
+        for tensor, (name, shape) in zip(tensors, shapes.items(), strict=True):
             if tensor.shape != shape:
                 raise ValueError(f"got a tensor of shape {tensor.shape}, expected {shape}")
-            data = np.ascontiguousarray(tensor, "<f4")
+            data = np.ascontiguousarray(tensor, _WRITTEN[entries[name]["dtype"]])
             file.write(data.reshape(-1).view(np.uint8).data)
             yield data.nbytes
         file.flush()

@@ -17,9 +17,9 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxmodels.compress.codes import encoded_on_host
 from jaxmodels.errors import UserError
-from jaxmodels.hf import files, formats
+from jaxmodels.hf import compressed, files, formats
 from jaxmodels.hf.table import Format, Settings, Slot
-from jaxmodels.models.coded import Coded
+from jaxmodels.models.coded import Coded, is_coded
 from jaxmodels.models.families import create
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
@@ -69,8 +69,7 @@ def described(directory: Path) -> tuple[Format, Any]:
     """
     settings = Settings.read(directory)
     form = formats.format_of(formats.family_of(settings.values["model_type"]))
-    if settings.values.get("quantization_config") is not None:
-        settings.refused.append("a quantization_config (computed here: weights that are not quantized)")
+    compressed.check(settings)
     try:
         config = form.config(settings.renamed(form.names))
     except UserError as error:  # the files set this field, so the message must not suggest an option
@@ -93,6 +92,7 @@ def open_source(
     """
     form, config = described(directory)
     found, damaged = files.scan(directory)
+    found = compressed.joined(Settings.read(directory), found)
     check_layers(config, len(found), damaged, directory)
     model = create(config, **(overrides or {}))
     shapes = {path: leaf.shape for path, leaf in leaves_of(model).items()}
@@ -333,7 +333,7 @@ def flatten(params: Any, stats: Any = None) -> Leaves:
     """Return the leaves by path."""
     found: Leaves = {}
     for prefix, tree in (("", params), ("stats/", stats or {})):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_coded):
             found[prefix + jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
     return found
 

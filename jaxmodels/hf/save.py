@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
-from jaxmodels.hf import files, formats
+from jaxmodels.hf import compressed_save, files, formats
 from jaxmodels.hf.load import flatten, leaves_of
 from jaxmodels.models.families import family_of
 from jaxmodels.models.model import Model
@@ -63,30 +63,44 @@ def save_pretrained(
     shard_size: int = SHARD,
     more: Mapping[str, Any] | None = None,
     done: Callable[[int], Any] = lambda size: None,
+    codes: bool = False,
 ) -> None:
     """Write the weights, tensor by tensor, and then config.json into a directory.
+
+    With `codes`, those of coded parameters are written as compressed-tensors has them.
 
     `stats` are batch statistics, by default those of `model.stats()`. `more` are settings for config.json beside those
     of the model. `done` is called with the bytes of each tensor.
 
     Raises:
-        UserError: transformers has no such model.
+        UserError: transformers has no such model, or compressed-tensors no such codes.
     """
     form = formats.format_of(family_of(model.config).name)
     settings = {**form.describe(model.config), "torch_dtype": "float32"}
     settings |= {key: value for key, value in (more or {}).items() if key not in settings or key in OVERRIDE}
     rows = form.slots(model.config, {path: leaf.shape for path, leaf in leaves_of(model).items()})
     leaves = flatten(params, model.stats() if stats is None else stats)
-    slots = {slot.name: slot for slot in sorted((slot for row in rows for slot in row), key=lambda slot: slot.name)}
-    shards = files.sharded({name: slot.shape for name, slot in slots.items()}, shard_size)
+    if codes:
+        tensors, settings["quantization_config"] = compressed_save.written(model.config, leaves)
+    else:
+        tensors = {
+            slot.name: files.Written(slot.shape, lambda slot=slot: slot.theirs(leaves)) for row in rows for slot in row
+        }
+    tensors = dict(sorted(tensors.items()))
+    dtypes = {name: each.dtype for name, each in tensors.items()}
+    shards = files.sharded({name: each.shape for name, each in tensors.items()}, shard_size)
+    if codes:  # wider types first
+        wide = lambda item: -files.BITS[dtypes[item[0]]]  # noqa: E731
+        shards = {file: dict(sorted(shapes.items(), key=wide)) for file, shapes in shards.items()}
     counters = {file: form.counts(shapes) for file, shapes in shards.items()}
     for file, shapes in shards.items():
         for size in files.write(
-            directory / file, shapes, (slots[name].theirs(leaves) for name in shapes), counters[file]
+            directory / file, shapes, (tensors[name].make() for name in shapes), counters[file], dtypes=dtypes
         ):
             done(size)
     if len(shards) > 1:
-        total = sum(4 * int(np.prod(slot.shape)) for slot in slots.values()) + 8 * sum(map(len, counters.values()))
+        total = sum(files.BITS[each.dtype] // 8 * int(np.prod(each.shape)) for each in tensors.values())
+        total += 8 * sum(map(len, counters.values()))
         where = {name: file for file, shapes in shards.items() for name in (*shapes, *counters[file])}
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / files.INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.models.adapted import merge
-from jaxmodels.models.coded import plain
 from jaxmodels.models.families import create
 from jaxmodels.report.pieces import Picture, Piece, Tokens, grid, length, pieces_of, pixels, show
 from jaxmodels.train.saved import Evaluation, Run
@@ -107,8 +105,7 @@ def of_tokens(run: Run, ids: np.ndarray, named: dict[str, Any]) -> tuple[np.ndar
     each token has a separate gradient.
     """
     model = create(dataclasses.replace(run.model.config, vocab_size=len(ids)))
-    params, axes = run.params["model"], run.model.axes()
-    table = plain(merge(params["embed"], axes["embed"]))["w"]
+    params, table = run.params["model"], run.numbers().params["model"]["embed"]["w"]
     places = jnp.arange(len(ids))[None]
 
     def logits(rows: jax.Array) -> jax.Array:

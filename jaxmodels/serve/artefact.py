@@ -42,6 +42,7 @@ def write(run: Run, folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the run has no functions to export, or they do not give what the run gives.
     """
+    run = run.numbers()
     most = run.model.longest if "model" in run.networks else None
     plain = artefact_functions.portable(run)
     found = artefact_functions.functions(plain)

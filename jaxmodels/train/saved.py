@@ -26,6 +26,8 @@ from jaxmodels.data.section import DataConfig
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, format_of
+from jaxmodels.models.adapted import merge
+from jaxmodels.models.coded import plain
 from jaxmodels.models.families import create, family_of
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import mesh, progress
@@ -156,6 +158,11 @@ class Run:
         if network not in self.stats:
             return model.apply(params, *args, **kwargs)
         return model.apply(params, *args, stats=self.stats[network], **kwargs)[0]
+
+    def numbers(self) -> Run:
+        """Return the run with all parameters as arrays: codes dequantized, and factors beside them merged."""
+        axes = {name: network.axes() for name, network in self.networks.items()}
+        return dataclasses.replace(self, params=plain(merge(self.params, axes)))
 
     def inputs(self, batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return a classifier's inputs in a batch: the first argument, and the keyword arguments."""

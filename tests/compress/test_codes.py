@@ -17,6 +17,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.coded import NF4, dequantize, is_coded, plain, unpack
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.parameters import Axes
+from jaxmodels.plan.compile import _bytes
 from jaxmodels.train import run as runs
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.job import assemble as assemble_job
@@ -300,3 +301,39 @@ def test_a_base_is_coded_as_its_tensors_come(base, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, states[0]["model"]["layers"]["attn"], expected["model"]["layers"]["attn"]
     )
+
+
+def test_a_plan_counts_a_coded_base_to_the_byte(base):
+    job = assemble_job(adapted(base, Quantized(codes="nf4", group=8)), opened=False)
+    held = jax.tree.leaves(runs.beginning.initial(job).frozen)
+    assert _bytes(job.layout.frozen) == sum(x.nbytes for x in held)
+    whole = assemble_job(replace(job.config, compress=None), opened=False)
+    assert job.parameters() == whole.parameters() and job.flops() == whole.flops()
+    # a code of 4 bits, and 32 bits for 8 of them: a quarter of float32
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(job.layout.frozen, is_leaf=is_coded) if is_coded(leaf))
+    assert _bytes(whole.layout.frozen) - _bytes(job.layout.frozen) == 3 * matrices
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"targets": ("layers/attention/*",)}, "compress.targets 'layers/attention/*', which matches no parameter"),
+        ({"targets": ("embed",)}, "compress.targets 'embed', which matches no matrix, expected some of layers/attn"),
+        ({"embeddings": ("layers/*",)}, "matches no embedding, expected some of embed, positions"),
+        ({"kept": ("head",)}, "compress.kept 'head', which matches no parameter"),
+        ({"group": 6}, "got groups of 6 for layers/attn/k/w of shape (2, 16, 4, 4) with 16 inputs"),
+        ({"codes": "nf4", "symmetric": False}, "compress.symmetric False for nf4"),
+        ({"codes": "int3"}, "expected one of int8, int4, float8, nf4"),
+    ],
+)
+def test_codes_that_do_not_fit_are_refused_before_work(fields, said, base):
+    with pytest.raises(UserError) as refused:
+        assemble_job(adapted(base, Quantized(**fields)), opened=False)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_mesh_that_would_cut_a_group_is_refused(base):
+    section = Quantized(codes="int4", group=8)  # of two heads of 4
+    cfg = replace(adapted(base, section), mesh=Mesh(tensor=4, data=2))
+    with pytest.raises(UserError, match=r"attn/o/w/\w+ with dimension heads=2, expected a multiple of .*tensor=4"):
+        assemble_job(cfg, opened=False)
