@@ -23,7 +23,11 @@ from jaxmodels.models.parameters import Axes
 from jaxmodels.registry import Registry
 
 Array = jax.Array
-COMPRESSIONS = Registry("compress", "jaxmodels.compressions", {"quantized": "jaxmodels.compress.codes:Quantized"})
+COMPRESSIONS = Registry(
+    "compress",
+    "jaxmodels.compressions",
+    {"quantized": "jaxmodels.compress.codes:Quantized", "sparse": "jaxmodels.compress.sparse:Sparse"},
+)
 RANGES: Mapping[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7)}
 """The lowest and the highest code."""
 FOUR_BITS = ("int4", "nf4")
@@ -39,6 +43,10 @@ class CompressConfig(Section, section="compress", kinds=COMPRESSIONS):
     def specs(self, networks: Mapping[str, Model]) -> dict[str, Spec]:
         """Return how parameters are coded, by network and path; those that are not coded are left out."""
         return {}
+
+    def trained(self, optimizer: Any, steps: int, axes: Mapping[str, Any], updates: int = 1) -> Any:
+        """Return the optimizer of a network whose parameters have these logical axes, over a run of so many steps."""
+        return optimizer
 
 
 @dataclass(frozen=True)

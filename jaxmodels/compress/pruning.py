@@ -112,12 +112,16 @@ class _Below(Magnitude):
 class Wanda(PruningConfig):
     """Of each output, the weights with the smallest |w| · ‖x‖ over their inputs become 0 (Sun et al. 2023)."""
 
+    scope: Literal["output", "matrix"] = "output"
+    """What products are compared with: those of their output, as published, or those of the matrix, which is better
+    where outputs differ in the size of their weights."""
+
     asks: ClassVar = "sums"
 
     def change(self, w: jax.Array, sums: Sums | None) -> tuple[jax.Array, Any]:
         assert sums is not None
         scores = np.abs(np.asarray(w)) * np.sqrt(np.asarray(sums.square))[:, None]
-        return jnp.where(lowest(scores, self.sparsity, self.group, 0), 0, w), None
+        return jnp.where(lowest(scores, self.sparsity, self.group, 0 if self.scope == "output" else None), 0, w), None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from jaxmodels.train import bases, saved
 from jaxmodels.train import run as runs
 from jaxmodels.train.checkpoint import Checkpointer
 from jaxmodels.train.sections import Init
+from jaxmodels.train.state import coded
 
 log = logging.getLogger("jaxmodels")
 
@@ -59,7 +60,7 @@ def compress(
         raise UserError(f"got {directory}, expected a run directory with config.json, try one that train has written")
     with save.complete(out) as part:
         run = saved.read_run(directory, best=best)
-        if run.config.compress is not None:
+        if coded(run.config, run.networks) is not None:
             raise UserError(
                 f"got {directory}, whose weights are codes already, expected a run of float32 weights, try the run "
                 "that it was made from"

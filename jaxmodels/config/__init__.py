@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxmodels.compress.adapters import AdapterConfig, DoRA, LoRA
 from jaxmodels.compress.codes import CompressConfig, Quantized
+from jaxmodels.compress.sparse import Sparse
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance
 from jaxmodels.config.files import from_json, load, read, save, to_json
 from jaxmodels.config.kinds import kind_name, kinds_of, meant_kind, of_kind, replaced, section_of, with_kinds
@@ -38,7 +39,8 @@ __all__ = [
     "CausalLM", "Checkpoint", "Classification", "CompressConfig", "Config", "Constant", "Contrastive", "Cosine",
     "DataConfig", "DoRA", "Eval", "HuggingFace", "Images", "Init", "Linear", "Lion", "LoRA", "MaskedLM", "Mesh",
     "Metrics", "Momentum", "Muon", "OptimConfig", "Profile", "Quantized", "RMSprop", "ScheduleConfig", "Seq2Seq",
-    "Stdlib", "Synthetic", "Table", "TaskConfig", "Text", "Tokens", "Train", "differences", "docs", "documentation",
+    "Sparse", "Stdlib", "Synthetic", "Table", "TaskConfig", "Text", "Tokens", "Train", "differences", "docs",
+    "documentation",
     "flatten", "from_json", "kind_name", "kinds_of", "load", "meant_kind", "of_kind", "provenance", "read",
     "replaced", "save", "section_of", "to_json", "with_kinds",
 ]  # fmt: skip

@@ -131,8 +131,14 @@ def optimizers(cfg: Config, task: Task, adapter: Adaptation | None = None) -> Op
         axes, shapes = adapter.axes()[1], adapter.shapes()[1]
     if cfg.optim.freeze:
         groups.check_freeze(cfg.optim.freeze, shapes)
-    return {
+    made = {
         loss.name: cfg.optim.build(cfg.train.steps, axes[loss.trains], shapes[loss.trains], loss.updates)
+        for loss in task.losses
+    }
+    if cfg.compress is None:
+        return made
+    return {
+        loss.name: cfg.compress.trained(made[loss.name], cfg.train.steps, axes[loss.trains], loss.updates)
         for loss in task.losses
     }
 
