@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxmodels.compress.adapters import AdapterConfig, DoRA, LoRA
 from jaxmodels.compress.codes import CompressConfig, Quantized
+from jaxmodels.compress.distillation import Distill
 from jaxmodels.compress.sparse import Sparse
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance
 from jaxmodels.config.files import from_json, load, read, save, to_json
@@ -37,10 +38,9 @@ from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, T
 __all__ = [
     "GAN", "SGD", "TFDS", "VAE", "WSD", "Adafactor", "Adam", "AdamW", "AdapterConfig", "AnyModel", "Augment",
     "CausalLM", "Checkpoint", "Classification", "CompressConfig", "Config", "Constant", "Contrastive", "Cosine",
-    "DataConfig", "DoRA", "Eval", "HuggingFace", "Images", "Init", "Linear", "Lion", "LoRA", "MaskedLM", "Mesh",
-    "Metrics", "Momentum", "Muon", "OptimConfig", "Profile", "Quantized", "RMSprop", "ScheduleConfig", "Seq2Seq",
-    "Sparse", "Stdlib", "Synthetic", "Table", "TaskConfig", "Text", "Tokens", "Train", "differences", "docs",
-    "documentation",
-    "flatten", "from_json", "kind_name", "kinds_of", "load", "meant_kind", "of_kind", "provenance", "read",
-    "replaced", "save", "section_of", "to_json", "with_kinds",
+    "DataConfig", "Distill", "DoRA", "Eval", "HuggingFace", "Images", "Init", "Linear", "Lion", "LoRA", "MaskedLM",
+    "Mesh", "Metrics", "Momentum", "Muon", "OptimConfig", "Profile", "Quantized", "RMSprop", "ScheduleConfig",
+    "Seq2Seq", "Sparse", "Stdlib", "Synthetic", "Table", "TaskConfig", "Text", "Tokens", "Train", "differences",
+    "docs", "documentation", "flatten", "from_json", "kind_name", "kinds_of", "load", "meant_kind", "of_kind",
+    "provenance", "read", "replaced", "save", "section_of", "to_json", "with_kinds",
 ]  # fmt: skip

@@ -16,6 +16,8 @@ from jaxmodels.train.schedules import SCHEDULES
 
 FORMAT = 3
 """The version of what is written today."""
+ADDED = ("distill",)
+"""Sections that have come since, without a new format: a config that lacks them has their defaults."""
 KIND = "class"
 """The name of a section's kind in JSON, which no field can have."""
 
@@ -35,7 +37,7 @@ def current(value: Mapping[str, Any]) -> Mapping[str, Any]:
             f"got a config of format {shown(version)}, expected one of {known}, "
             "try the version of jaxmodels that wrote it"
         )
-    return value
+    return {**{name: {} for name in ADDED}, **value}
 
 
 def _from_1(value: Mapping[str, Any]) -> Mapping[str, Any]:

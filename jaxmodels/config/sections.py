@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jaxmodels.compress.adapters import AdapterConfig
 from jaxmodels.compress.codes import CompressConfig
+from jaxmodels.compress.distillation import Distill
 from jaxmodels.data.corpus import Stdlib
 from jaxmodels.data.section import Augment, DataConfig
 from jaxmodels.fields import Section
@@ -54,3 +55,5 @@ class Config(Section):
     """What is trained beside frozen parameters. None: all parameters are trained."""
     compress: CompressConfig | None = None
     """How parameters are held, if not as float32: as codes of few bits. With an adapter, its frozen ones."""
+    distill: Distill = Distill()
+    """A teacher whose outputs the model learns."""

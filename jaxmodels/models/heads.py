@@ -8,9 +8,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
-from jaxmodels.models import layers
+from jaxmodels.models import inner, layers
 from jaxmodels.models.attention import attention
 from jaxmodels.models.decoding import Context, KeyValues, update
+from jaxmodels.models.kernels import xla
 from jaxmodels.models.rotary import rotate
 
 Array = jax.Array
@@ -78,6 +79,9 @@ class MultiHead(nn.Module):
             source = x if memory is None else memory
             k, v = compare("k", source), project("v", source)
         k, v, kv = update(kv, k, v, ctx) if memory is None else (k, v, {"k": k, "v": v})
+        if inner.wanted(self) and memory is None:
+            inner.keep(self, "scores", self.scores(q, k, ctx, bias))
+            inner.keep(self, "values", v)
         dropping = self.train and self.dropout > 0
         y = attention(
             q,
@@ -95,3 +99,21 @@ class MultiHead(nn.Module):
         y = layers.shard(y, "batch", "seq", "heads", None)  # which pins its gradient too
         axes, init = ("heads", "head_dim", "embed"), self.initializers[3]
         return layers.Linear(x.shape[-1:], axes, self.out_bias, init, self.dtype, name="o")(y), kv
+
+    def scores(self, q: Array, k: Array, ctx: Context, bias: Array | None) -> Array:
+        """The scores (B, H, T, S) in float32 whose softmax are the weights, -inf where a key is not seen."""
+        masks = ctx.masks()
+        segments = masks["segment_ids"]
+        found = xla.scores(
+            q,
+            k,
+            causal=self.causal,
+            window=self.window,
+            segments=segments if segments is None or isinstance(segments, tuple) else (segments, segments),
+            bias=bias,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            softcap=None,
+            q_offset=masks.get("q_offset", 0),
+            kv_length=masks.get("kv_length"),
+        )
+        return layers.shard(found.reshape(q.shape[0], q.shape[2], *found.shape[3:]), "batch", "heads", "seq", None)

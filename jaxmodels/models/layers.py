@@ -21,6 +21,7 @@ from jaxmodels.models import pipeline
 from jaxmodels.models import remat as remats
 from jaxmodels.models.adapted import Adapted, adapt, base_of, merged
 from jaxmodels.models.coded import Coded, rows, taken, through
+from jaxmodels.models.inner import INNER, with_hidden
 from jaxmodels.models.kernels.convolution import convolve, overlap
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
@@ -341,13 +342,13 @@ def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1
     `remat`: "none" keeps all activations, "dots" only the results of weight products, "full" only block inputs, and
     "offload" keeps those in the memory of the host.
     """
-    kept = block
+    kept = with_hidden(block)
     if remat != "none":
-        named = remats.with_named_input(block) if remat == "offload" else block
+        named = remats.with_named_input(kept) if remat == "offload" else kept
         kept = nn.remat(named, policy=remats.policy(remat), prevent_cse=False)
     scanned = nn.scan(
         kept,
-        variable_axes={"params": 0, "stats": 0},
+        variable_axes={"params": 0, "stats": 0, INNER: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
         out_axes=0,

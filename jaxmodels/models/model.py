@@ -21,6 +21,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import shown
 from jaxmodels.models.adapted import Adapted, merged
 from jaxmodels.models.coded import Coded, dequantize
+from jaxmodels.models.inner import INNER
 from jaxmodels.models.kernels import quantized as quantization
 from jaxmodels.models.parameters import declared_axes
 from jaxmodels.registry import outside
@@ -41,11 +42,14 @@ class Apply(Protocol):
         *inputs: Any,
         stats: Params | None = None,
         rng: jax.Array | None = None,
+        keep: bool = False,
         **options: Any,
     ) -> Any:
         """The outputs; `(outputs, new stats or cache)` where `stats=` or `cache=` is given.
 
-        `train=True` turns on dropout, whose key `rng` is; `head=False` gives features in place of logits.
+        `train=True` turns on dropout, whose key `rng` is; `head=False` gives features in place of logits. With `keep`
+        the outputs are `(outputs, inner)`: what the stacked blocks give, `layers/hidden` (L, B, T, D), and their
+        attention, `layers/attn/scores` (L, B, H, T, S) and `layers/attn/values` (L, B, S, G, K), as a nested dict.
         """
         ...
 
@@ -172,14 +176,22 @@ def functional(config: Any, family: Family) -> Model:
         return family.cache(config, batch, length)
 
     def apply(
-        params: Params, *inputs: Any, stats: Params | None = None, rng: jax.Array | None = None, **options: Any
+        params: Params,
+        *inputs: Any,
+        stats: Params | None = None,
+        rng: jax.Array | None = None,
+        keep: bool = False,
+        **options: Any,
     ) -> Any:
         rngs = None if rng is None else {"dropout": rng, "latent": jax.random.fold_in(rng, 1)}
-        if stats is None:
-            return module.apply({"params": params}, *inputs, rngs=rngs, **options)
-        given = {"params": params, "stats": stats}
-        out, updated = module.apply(given, *inputs, rngs=rngs, mutable=["stats"], **options)
-        return out, updated.get("stats", {})
+        given, returned = {"params": params}, [INNER] * keep
+        if stats is not None:
+            given, returned = {**given, "stats": stats}, ["stats", *returned]
+        if not returned:
+            return module.apply(given, *inputs, rngs=rngs, **options)
+        out, updated = module.apply(given, *inputs, rngs=rngs, mutable=returned, **options)
+        out = (out, updated.get(INNER, {})) if keep else out
+        return out if stats is None else (out, updated.get("stats", {}))
 
     def unembedding(params: Params) -> jax.Array:
         assert family.unembedding is not None

@@ -76,12 +76,15 @@ class Arithmetic:
         job = _job(cfg)
         self.task, self.shapes = job.task, _unplaced(job.layout)
         self.updates = self.task.updates
+        self.frozen = {**self.shapes.frozen, **self.shapes.teacher}
         self.axes = [{}, self.task.axes()] if job.adapter is None else [*job.adapter.axes()]
         """Of frozen and of trained parameters; a list, since a tuple would be the axes of one."""
+        if job.teaching is not None:
+            self.axes[0] = {**self.axes[0], "teacher": job.teaching.axes()}
         self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
-        leaves = zip(jax.tree.leaves((self.shapes.frozen, self.shapes.params)), _names(self.axes), strict=True)
+        leaves = zip(jax.tree.leaves((self.frozen, self.shapes.params)), _names(self.axes), strict=True)
         self.parameters = [(leaf.shape, names) for leaf, names in leaves]
-        self.trained = job.trained() / job.parameters()
+        self.trained = job.trained() / sum(math.prod(shape) for shape, _ in self.parameters)
         """Share of the parameters that have gradients and moments."""
         self.logical = {name for _, names in self.parameters for name in names if name}
         self.length = max(self.task.lengths(), default=1)
@@ -127,7 +130,7 @@ class Arithmetic:
         sizes = meshes.sizes(mesh, self.topology.devices)
         check_lengths(self.task.fields, sizes)
         abstract: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        for axes, shapes in zip(self.axes, (self.shapes.frozen, self.shapes.params), strict=True):
+        for axes, shapes in zip(self.axes, (self.frozen, self.shapes.params), strict=True):
             if shapes:
                 self.rules.shardings_of(abstract, axes, shapes)
         return sizes
@@ -163,7 +166,7 @@ class Arithmetic:
         job = _job(dataclasses.replace(self.cfg, model=model))
         spec = {name: jax.ShapeDtypeStruct((_ROWS, *x.shape[1:]), x.dtype) for name, x in job.batch.items()}
         found, hosted = [0.0, 0.0, 0.0, 0.0], 0.0
-        given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.shapes.frozen, self.shapes.params, spec))}
+        given = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((self.frozen, self.shapes.params, spec))}
         for loss in job.task.losses:
 
             def residuals(params: Any, frozen: Any, stats: Any, batch: Any, loss: Any = loss) -> Any:
@@ -173,7 +176,7 @@ class Arithmetic:
 
                 return jax.vjp(total, params[loss.trains], has_aux=True)[1]
 
-            state = (self.shapes.params, self.shapes.frozen, self.shapes.stats)
+            state = (self.shapes.params, self.frozen, self.shapes.stats)
             for leaf in jax.tree.leaves(jax.eval_shape(residuals, *state, spec)):
                 if (leaf.shape, leaf.dtype) in given:
                     continue

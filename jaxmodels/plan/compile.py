@@ -102,9 +102,12 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program
                 f"try {remedy}"
             )
     topologies.check_compiler(topology)
+    from jaxmodels.train import teachers
+
     asked = {
         "config": configs.to_json(cfg),
         "on": topology.name,
+        "teacher": teachers.stated(cfg),
         "versions": caches.versions(),
         "source": program or caches.source(),
     }
@@ -194,6 +197,7 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
         name: _bytes(getattr(layout, field))
         for name, field in {
             "base": "frozen",
+            "teacher": "teacher",
             "parameters": "params",
             "optimizer": "opt_state",
             "average": "ema",

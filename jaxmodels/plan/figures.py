@@ -154,7 +154,7 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
         "",
         "memory of a device" + f"{'GiB':>22}",
     ]
-    shown = ("base", "parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
+    shown = ("base", "teacher", "parameters", "optimizer", "average", "statistics", "batch", "gradients", "activations")
     lines += [
         f"  {name:<24}{memory[name] / 2**30:>12.2f}" + (f"   {memory[name]:,} bytes" if adapted else "")
         for name in shown
@@ -213,7 +213,7 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
 def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:
     """Options that may make a step fit."""
     memory = plan["memory"]
-    kept = sum(memory[name] for name in ("base", "parameters", "optimizer", "average", "gradients"))
+    kept = sum(memory[name] for name in ("base", "teacher", "parameters", "optimizer", "average", "gradients"))
     if kept > 0.8 * memory["device"]:
         return [
             "  parameters, optimizer and gradients alone fill the device: try a larger --mesh.fsdp, or more devices"

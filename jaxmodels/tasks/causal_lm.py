@@ -18,6 +18,7 @@ from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,
+    Asked,
     Aux,
     Batch,
     Loss,
@@ -58,18 +59,19 @@ class CausalLM(ScoredConfig):
                 f"try --model.context {data.seq_len}"
             )
 
+        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
+            rows = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+            targets = counted(batch, batch["targets"])
+            return Asked((batch["tokens"],), {**rows, "head": False}, targets, self.score, rng)
+
         def run(
             params: Params, stats: Params, batch: Batch, **kwargs: Any
         ) -> tuple[Scores, Params, dict[str, jax.Array]]:
-            rows = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
-            auxiliary = {"auxiliary": True} if model.auxiliary else {}
-            out, stats = forward(
-                ("model", model), params, stats, batch["tokens"], head=False, **rows, **auxiliary, **kwargs
-            )
+            asked, auxiliary = ask(batch), {"auxiliary": True} if model.auxiliary else {}
+            out, stats = forward(("model", model), params, stats, *asked.inputs, **asked.options, **auxiliary, **kwargs)
             features, extra = out if model.auxiliary else (out, {})
             output = unembedding(params["model"])
-            targets = counted(batch, batch["targets"])
-            scores = language_cross_entropy(features, output, targets, self.label_smoothing, self.z_loss)
+            scores = language_cross_entropy(features, output, asked.targets, self.label_smoothing, self.z_loss)
             return scores, stats, extra
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
@@ -93,4 +95,4 @@ class CausalLM(ScoredConfig):
 
         ids = tokens(data, getattr(model.config, "vocab_size", None))
         fields = {"tokens": ids, "targets": ids, **packed(data), "bytes": tokens(data, optional=True)}
-        return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs)
+        return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs, ask=ask)

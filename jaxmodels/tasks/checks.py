@@ -30,6 +30,7 @@ _ARGUMENTS = {
     "samples": ("params", "stats", "count", "seed"),
     "predicts": ("params", "stats", "batch"),
     "outputs": ("params", "stats", "batch"),
+    "ask": ("batch", "rng"),
 }
 """What each function of a task is called with."""
 

@@ -22,9 +22,10 @@ from jaxmodels.models.layers import shard
 from jaxmodels.models.model import Model
 from jaxmodels.registry import named
 from jaxmodels.tasks import metrics as measures
-from jaxmodels.tasks.losses import Scores, binary_cross_entropy, cross_entropy
+from jaxmodels.tasks.losses import Scores, binary_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,
+    Asked,
     Aux,
     Batch,
     Loss,
@@ -99,14 +100,16 @@ class Classification(ScoredConfig):
 
         def scores(logits: jax.Array, labels: jax.Array) -> Scores:
             if not self.multi_label:
-                return cross_entropy(logits, labels, self.label_smoothing, self.z_loss)
+                return self.score(logits, labels)
             found = measures.multiple(logits, labels)
             each = (binary_cross_entropy(logits, jnp.maximum(labels, 0)) * (labels >= 0)).sum(-1)
             return Scores(each.sum(), each.sum(), *found["accuracy"])
 
+        def packed(batch: Batch) -> dict[str, Any]:
+            return {name: batch[name] for name in ("segment_ids", "types") if name in batch}
+
         def apply(params: Params, stats: Params, batch: Batch, inputs: jax.Array, **kwargs: Any) -> tuple[Any, Params]:
-            packed = {name: batch[name] for name in ("segment_ids", "types") if name in batch}
-            logits, stats = forward(("model", model), params, stats, inputs, **packed, **kwargs)
+            logits, stats = forward(("model", model), params, stats, inputs, **packed(batch), **kwargs)
             if getattr(logits, "shape", None) != (len(inputs), classes):
                 raise UserError(
                     f"got a model {named(type(model.config))} that gives {described(logits)} for {len(inputs)} "
@@ -114,17 +117,23 @@ class Classification(ScoredConfig):
                 )
             return logits, stats
 
-        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+        def ask(batch: Batch, rng: jax.Array | None) -> Asked:
             inputs, labels = normalized(batch["inputs"], data), counted(batch, batch["labels"])
-            if not blends:
-                logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
-                s = scores(logits, labels)
-            else:
-                rng, own = jax.random.split(rng)
-                inputs, share = blend(own, inputs, self.mixup, self.cutmix)
-                logits, stats = apply(params, stats, batch, inputs, train=True, rng=rng)
+            if not blends or rng is None:
+                return Asked((inputs,), packed(batch), labels, scores, rng)
+            rng, own = jax.random.split(rng)
+            inputs, share = blend(own, inputs, self.mixup, self.cutmix)
+
+            def blended(logits: jax.Array, labels: jax.Array) -> Scores:
                 a, b = scores(logits, labels), scores(logits, labels[::-1])
-                s = Scores(*(share * x + (1 - share) * y for x, y in zip(a, b, strict=True)))
+                return Scores(*(share * x + (1 - share) * y for x, y in zip(a, b, strict=True)))
+
+            return Asked((inputs,), packed(batch), labels, blended, rng)
+
+        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+            asked = ask(batch, rng)
+            logits, stats = apply(params, stats, batch, *asked.inputs, train=True, rng=asked.rng)
+            s = asked.score(logits, asked.targets)
             return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
@@ -151,6 +160,7 @@ class Classification(ScoredConfig):
             fields,
             needs="a label of 0 or above",
             summarize=measures.summarize,
+            ask=ask,
             better=measures.BETTER,
             outputs=lambda params, stats, batch: apply(params, stats, batch, normalized(batch["inputs"], data))[0],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,7 +14,7 @@ from jaxmodels.models.adapted import join
 from jaxmodels.models.flops import products
 from jaxmodels.models.kernels.visibility import Mask
 from jaxmodels.tasks import losses
-from jaxmodels.tasks.task import TaskConfig
+from jaxmodels.tasks.task import Task, TaskConfig
 
 
 class Step(NamedTuple):
@@ -36,15 +37,25 @@ class Divides(Protocol):
         ...
 
 
-def per_step(section: TaskConfig, model: Any, data: DataConfig, adapter: Divides | None = None) -> Step:
+def per_step(
+    section: TaskConfig,
+    model: Any,
+    data: DataConfig,
+    adapter: Divides | None = None,
+    taught: Callable[[Task], Task] | None = None,
+) -> Step:
     """Count the model FLOPs of a training step: each loss and its gradient, without what neither needs.
 
     A language model's step is three times `flops.forward`; a model of images needs no gradient of its pixels, and one
-    with an adapter none of its frozen parameters.
+    with an adapter none of its frozen parameters. `taught` adds a teacher to the task, whose forward pass counts.
     """
     task = tasks.build(section, model.plain(), data)
+    task = task if taught is None else taught(task)
     every = {name: network.shapes() for name, network in task.networks.items()}
     frozen, params = ({}, every) if adapter is None else adapter.shapes()
+    if task.teacher is not None:
+        teacher = {"params": task.teacher.shapes(), "stats": jax.eval_shape(task.teacher.stats)}
+        frozen = {**frozen, "teacher": teacher}
     stats, batch = jax.eval_shape(task.stats), task.batch_spec(data.batch_size)
     found: list[tuple[float, Mask | None]] = []
     for loss in task.losses:

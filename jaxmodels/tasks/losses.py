@@ -80,7 +80,7 @@ def language_cross_entropy(
     """
     output: Any = gather(unembedding.astype(features.dtype), ("vocab", "embed"))
     if output.shape[0] < FEW or _whole.get():
-        return cross_entropy(_logits(features, output), targets, smoothing, z_loss)
+        return cross_entropy(logits_of(features, output), targets, smoothing, z_loss)
     return linear_cross_entropy(features, output, targets, smoothing, z_loss, at_once(*targets.shape))
 
 
@@ -122,7 +122,7 @@ def _linear(features: Any, unembedding: Any, targets: Any, how: tuple[float, flo
 
     def body(sums: Any, part: Any) -> tuple[Any, None]:
         h, t = part
-        return jax.tree.map(jnp.add, sums, tuple(cross_entropy(_logits(h, unembedding), t, smoothing, z_loss))), None
+        return jax.tree.map(jnp.add, sums, tuple(cross_entropy(logits_of(h, unembedding), t, smoothing, z_loss))), None
 
     zero = (jnp.float32(0), jnp.float32(0), jnp.int32(0), jnp.int32(0))
     return jax.lax.scan(body, zero, (_cut(features, chunk, 0), _cut(targets, chunk, IGNORED)))[0]
@@ -144,7 +144,7 @@ def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[fl
             scores = jax.vmap(jax.vmap(each))(own(logits), own(t))
             return scores.objective.sum(), scores
 
-        dlogits, scores = jax.grad(score, has_aux=True)(_logits(h, unembedding))
+        dlogits, scores = jax.grad(score, has_aux=True)(logits_of(h, unembedding))
         dlogits = dlogits.astype(h.dtype)
         dh = jnp.einsum("btv,vd->btd", dlogits, unembedding)
         dw = dw + jnp.einsum("rnbtv,rnbtd->rnvd", own(dlogits), own(h), preferred_element_type=jnp.float32)
@@ -169,7 +169,27 @@ def _linear_backward(how: Any, gradients: Any, given: Any) -> tuple[Any, Any, No
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _logits(features: jax.Array, unembedding: jax.Array) -> jax.Array:
+def in_pieces(score: Callable[..., Any], vocabulary: int, targets: jax.Array, *features: jax.Array) -> Any:
+    """Sum `score(targets, *features)`, a tree of numbers, over pieces of positions, if the vocabulary is large.
+
+    What a piece needs is computed again in the backward pass, so that all logits are never held.
+    Shapes: targets (B, T), features (B, T, …).
+    """
+    if vocabulary < FEW or _whole.get():
+        return score(targets, *features)
+    chunk = at_once(*targets.shape)
+    parts = (_cut(targets, chunk, IGNORED), *(_cut(x, chunk, 0) for x in features))
+
+    def body(sums: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, score(*part)), None
+
+    shapes = jax.eval_shape(score, *jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), zero, parts)[0]
+
+
+def logits_of(features: jax.Array, unembedding: jax.Array) -> jax.Array:
+    """Return the logits (B, T, V) of features (B, T, D) in float32."""
     return jnp.einsum("btd,vd->btv", features, unembedding, preferred_element_type=jnp.float32)
 
 
@@ -201,6 +221,23 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross-entropy in nats of each logit with its target in [0, 1], which is taken as a probability."""
     logits = logits.astype(jnp.float32)
     return jax.nn.softplus(logits) - logits * targets
+
+
+def divergence(logits: jax.Array, others: jax.Array, targets: jax.Array, temperature: float) -> jax.Array:
+    """Sum over targets T² · KL(softmax(others / T) ‖ softmax(logits / T)) in nats, by the sigmoid of each class where
+    there is a target for each.
+
+    Shapes: logits and others (…, V), targets (…) or (…, V), below 0 ignored.
+    Source: Hinton et al. 2015, section 2; the square keeps the size of gradients.
+    """
+    mine, theirs = (x.astype(jnp.float32) / temperature for x in (logits, others))
+    if targets.ndim == logits.ndim:
+        pairs = [(jax.nn.log_sigmoid(sign * mine), jax.nn.log_sigmoid(sign * theirs)) for sign in (1, -1)]
+        each = sum(jnp.exp(b) * (b - a) for a, b in pairs)
+    else:
+        mine, theirs = jax.nn.log_softmax(mine), jax.nn.log_softmax(theirs)
+        each = (jnp.exp(theirs) * (theirs - mine)).sum(-1)
+    return temperature**2 * jnp.where(targets >= 0, each, 0.0).sum()
 
 
 def gaussian_kl(mean: jax.Array, log_variance: jax.Array) -> jax.Array:

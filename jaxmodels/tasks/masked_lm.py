@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Natural, Range
 from jaxmodels.models.model import Model
-from jaxmodels.tasks.losses import Scores, cross_entropy
+from jaxmodels.tasks.losses import Scores
 from jaxmodels.tasks.task import (
     OF_LANGUAGE,
     Answers,
+    Asked,
     Batch,
     Loss,
     Params,
@@ -85,9 +86,7 @@ class MaskedLM(ScoredConfig):
                 "try those of [PAD], [CLS] and [SEP] alone"
             )
 
-        def score(
-            params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
-        ) -> tuple[Scores, Params]:
+        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
             ids = batch["tokens"]
             free = ~jnp.isin(ids, jnp.array(self.keep, ids.dtype)) if self.keep else jnp.ones(ids.shape, bool)
             for name, least in (("segment_ids", 1), ("targets", 0)):
@@ -101,15 +100,23 @@ class MaskedLM(ScoredConfig):
             hide = functools.partial(mask, fraction=self.mask_fraction, gap=gap, vocab_size=config.vocab_size)
             hidden, at, targets = jax.vmap(hide)(keys, ids, free)
             given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
-            logits, stats = forward(("model", model), params, stats, hidden, at=at, train=train, rng=rng, **given)
-            return cross_entropy(logits, counted(batch, targets), self.label_smoothing, self.z_loss), stats
+            return Asked((hidden,), {**given, "at": at}, counted(batch, targets), self.score, rng)
+
+        def score(
+            params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
+        ) -> tuple[Scores, Params]:
+            asked = ask(batch, rng)
+            how: dict[str, Any] = {**asked.options, "train": train, "rng": asked.rng}
+            logits, stats = forward(("model", model), params, stats, *asked.inputs, **how)
+            return asked.score(logits, asked.targets), stats
 
         fields = {"tokens": tokens(data, config.vocab_size), "targets": tokens(data, config.vocab_size, not data.pack)}
         fields |= {**packed(data), "types": tokens(data, optional=True)}
         loss, metrics = scored(score)
         needs = "a token that may be masked: no padding, none of task.keep"
         losses = (Loss("loss", "model", loss),)
-        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity, gap=gap, better=OF_LANGUAGE)
+        more: dict[str, Any] = {"gap": gap, "ask": ask, "better": OF_LANGUAGE}
+        return Task({"model": model}, losses, metrics, fields, "tokens", needs, perplexity, **more)
 
 
 def mask(

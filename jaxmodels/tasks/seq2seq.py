@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
+
 from jaxmodels.data import examples
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
@@ -14,6 +16,7 @@ from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,
+    Asked,
     Batch,
     Loss,
     Params,
@@ -48,13 +51,16 @@ class Seq2Seq(ScoredConfig):
                 "try TransformerConfig or another --task"
             )
 
-        def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
+        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
             packed = {name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch}
-            inputs = (batch["inputs"], batch["tokens"])
-            features, stats = forward(("model", model), params, stats, *inputs, head=False, **packed, **kwargs)
+            inputs, targets = (batch["inputs"], batch["tokens"]), counted(batch, batch["targets"])
+            return Asked(inputs, {**packed, "head": False}, targets, self.score, rng)
+
+        def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
+            asked = ask(batch)
+            features, stats = forward(("model", model), params, stats, *asked.inputs, **asked.options, **kwargs)
             output = unembedding(params["model"])
-            targets = counted(batch, batch["targets"])
-            return language_cross_entropy(features, output, targets, self.label_smoothing, self.z_loss), stats
+            return language_cross_entropy(features, output, asked.targets, self.label_smoothing, self.z_loss), stats
 
         def outputs(params: Params, stats: Params, batch: Batch) -> Any:
             packed: dict[str, Any] = {
@@ -65,4 +71,4 @@ class Seq2Seq(ScoredConfig):
         ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True, usual=True)
         fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
         loss, metrics = scored(score)
-        return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs)
+        return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs, ask=ask)

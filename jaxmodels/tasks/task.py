@@ -22,7 +22,7 @@ from jaxmodels.fields import Dropped, Section, Weight
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
 from jaxmodels.registry import Registry, function_of
-from jaxmodels.tasks.losses import Scores
+from jaxmodels.tasks.losses import Scores, cross_entropy
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -58,6 +58,21 @@ class Loss:
     """How many times a step updates the network, each time on its own share of the batch."""
     compares: bool = False
     """Whether examples of a batch are compared with each other, so that microbatches compute another loss."""
+
+
+class Asked(NamedTuple):
+    """What a loss gives its network for a batch, and how it scores the answer; a teacher is asked the same."""
+
+    inputs: tuple[Any, ...]
+    """What the network is applied to, such as a text in which tokens are masked."""
+    options: dict[str, Any]
+    """Keywords beside it; with `head=False` the answer is features (B, T, D), and logits otherwise."""
+    targets: jax.Array
+    """(B,), or (B, T) of a text; what is below 0 does not count. (B, classes) where classes are independent."""
+    score: Callable[[jax.Array, jax.Array], Scores]
+    """`score(logits, targets)`: the sums over both."""
+    rng: jax.Array | None = None
+    """The key of the network's dropout."""
 
 
 class Whole(NamedTuple):
@@ -109,6 +124,10 @@ class Task:
     outputs: Callable[[Params, Params, Batch], Any] | None = None
     """`outputs(params, stats, batch)`: the model's outputs for a batch in evaluation mode, such as logits, which
     metrics from outside are computed from."""
+    ask: Callable[[Batch, jax.Array | None], Asked] | None = None
+    """`ask(batch, rng)`: what the only loss gives the network `model`. None: a teacher cannot be asked the same."""
+    teacher: Model | None = None
+    """A frozen network that losses find as `params["teacher"]`, {"params": …, "stats": …}. It is none of `networks`."""
     better: Mapping[str, Better] = dataclasses.field(default_factory=dict)
     """Whether a lower or a higher value is better, by the name of a metric, or by what stands before its slash if each
     class has one, as in `recall/cat`. A lower `loss` always is. `eval.metric` can only be a metric that is here."""
@@ -248,6 +267,10 @@ class ScoredConfig(TaskConfig):
     """Fraction of the target's probability that is spread over all classes (label smoothing; Szegedy et al. 2016)."""
     z_loss: Weight = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (PaLM, section 5)."""
+
+    def score(self, logits: jax.Array, targets: jax.Array) -> Scores:
+        """Return the sums over all targets that count."""
+        return cross_entropy(logits, targets, self.label_smoothing, self.z_loss)
 
 
 def forward(

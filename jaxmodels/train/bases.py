@@ -82,9 +82,9 @@ def fingerprint(tree: Any) -> str:
 
 def _digest(x: jax.Array) -> jax.Array:
     """Return four sums of mixed words: integers, whose sum depends neither on its order nor on where they are."""
-    if x.dtype == jnp.float8_e4m3fn:
-        x = jax.lax.bitcast_convert_type(x, jnp.uint8)
-    words = jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype == jnp.float32 else x.astype(jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):  # its bits, since most of its values are below 1
+        x = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    words = x.astype(jnp.uint32)
     place = jnp.full(x.shape, 1, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmodels import config as configs
 from jaxmodels.config import Config
@@ -19,7 +20,7 @@ from jaxmodels.hf import pixels
 from jaxmodels.hf.load import described
 from jaxmodels.models.families import create, family_of
 from jaxmodels.registry import outside
-from jaxmodels.train import adapters
+from jaxmodels.train import adapters, teachers
 from jaxmodels.train.arrays import named_leaves, named_parameters
 from jaxmodels.train.bases import is_published, read_published, read_trained, with_parameters
 from jaxmodels.train.job import Job
@@ -46,23 +47,39 @@ def initial(job: Job) -> State:
     # compiling random numbers of each shape takes long and, for few parameters on a CPU, running them takes no time
     quick = jax.default_backend() == "cpu" and sum(leaf.size for leaf in jax.tree.leaves(layout.params)) < 3e7
     options = {"xla_backend_optimization_level": 0} if quick else None
-    first: Any = job.init
-    if cfg.init.source is not None:  # what is frozen comes from there, and need never be made
-        first, shardings = (lambda key: job.init(key).saved), shardings.saved
-    state = jax.jit(first, out_shardings=shardings, compiler_options=options)(jax.random.key(cfg.train.seed))
+    # a teacher, and what is frozen of a source, is read and need never be made
+    random = dataclasses.replace(shardings, teacher={}) if cfg.init.source is None else shardings.saved
+
+    def first(key: jax.Array) -> State:
+        made = job.init(key)
+        return dataclasses.replace(made, frozen=made.frozen if random.frozen else {}, teacher={})
+
+    state = jax.jit(first, out_shardings=random, compiler_options=options)(jax.random.key(cfg.train.seed))
     if cfg.init.source is not None:
         state = with_source(job, state, kept, shardings)
-    return adapters.begun(cfg, state, layout) if cfg.adapter is not None and cfg.adapter.source else state
+    state = adapters.begun(cfg, state, layout) if cfg.adapter is not None and cfg.adapter.source else state
+    return state if job.teaching is None else with_teacher(job, state)
+
+
+def with_teacher(job: Job, state: State) -> State:
+    """Return the state with its teacher, which is read again wherever training begins or goes on."""
+    assert job.teaching is not None
+    return dataclasses.replace(state, teacher=teachers.read(job.config, job.teaching, job.layout.teacher))
 
 
 def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: State) -> State:
     """Return the state with these parameters, and batch statistics, from `init.source`."""
     cfg, layout = job.config, job.layout
     source = Path(cfg.init.source or "")
-    found, stats, where = (read_published if is_published(source) else read_trained)(source, kept, layout.stats)
-    log.info(
-        "parameters from %s, %s%s", source, where, f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
-    )
+    wanted = deeper(job, kept) if cfg.init.layers else kept
+    found, stats, where = (read_published if is_published(source) else read_trained)(source, wanted, layout.stats)
+    taken = np.array(cfg.init.layers)
+    for name, leaf in kept.items():
+        if wanted[name] is not leaf:
+            found[name] = jax.device_put(found[name][taken], leaf.sharding)
+    chosen = f"; layers {' '.join(map(str, cfg.init.layers))}" if cfg.init.layers else ""
+    random = f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
+    log.info("parameters from %s, %s%s%s", source, where, chosen, random)
     params, frozen = (with_parameters(tree, found) for tree in (state.params, layout.frozen))
     if job.adapter is not None:
         params = jax.jit(job.adapter.renewed, out_shardings=shardings.params)(frozen, params)
@@ -70,6 +87,47 @@ def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: Stat
     ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
     stats = state.stats if stats is None else stats
     return dataclasses.replace(state, params=params, frozen=frozen, stats=stats, ema=ema)
+
+
+def deeper(job: Job, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Return these parameters with as many layers as `init.source` has, from which `init.layers` are taken.
+
+    Raises:
+        UserError: the model has no stack of that many layers, or its source has none of a number.
+    """
+    cfg, source = job.config, Path(job.config.init.source or "")
+    layers, other = cfg.init.layers, config_of(source)
+    stacked = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, axes in jax.tree.leaves_with_path(job.task.axes(), is_leaf=lambda x: isinstance(x, tuple))
+        if axes[:1] == ("layers",)
+    ]
+    if not stacked or any(name.split("/")[1] != "layers" for name in stacked):
+        raise UserError(
+            f"got init.layers {as_option(layers)} with a {type(cfg.model).__name__}, expected a model of one stack of "
+            "layers, try it without"
+        )
+    if len(layers) != cfg.model.layers:
+        raise UserError(
+            f"got {len(layers)} of the source's layers in init.layers, expected {cfg.model.layers} as model.layers, "
+            f"try --model.layers {len(layers)}"
+        )
+    if wrong := [each for each in layers if each >= other.layers]:
+        raise UserError(
+            f"got init.layers {wrong[0]} of {source}, expected numbers below its model.layers {other.layers}, "
+            f"try {other.layers - 1} for the last"
+        )
+    return {
+        name: jax.ShapeDtypeStruct((other.layers, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        if name in stacked
+        else leaf
+        for name, leaf in kept.items()
+    }
+
+
+def config_of(source: Path) -> Any:
+    """Return the config of the model in a run or in a directory in Hugging Face's format."""
+    return described(source)[1] if is_published(source) else configs.read(source)[0].model
 
 
 def bases_of(job: Job) -> dict[str, Any]:
@@ -130,7 +188,7 @@ def check_same_model(model: Any, source: Path, kept: Mapping[str, Any]) -> None:
     """
     if not kept:
         return
-    other = described(source)[1] if is_published(source) else configs.read(source)[0].model
+    other = config_of(source)
     if type(model) is not type(other):
         raise UserError(
             f"got init.source {source} with a {type(other).__name__}, expected a {type(model).__name__}, "

@@ -38,6 +38,7 @@ NEUTRAL = (
     "train.xla",
     "init.",
     "adapter.source",
+    "distill.teacher",
 )
 """Fields that may differ when a run is resumed, because they do not change what is computed."""
 

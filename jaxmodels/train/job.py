@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxmodels import data, tasks
 from jaxmodels.compress.adapters import Adaptation
+from jaxmodels.compress.distillation import Teaching
 from jaxmodels.compress.sparse import Sparse
 from jaxmodels.config import Config
 from jaxmodels.data.contract import check_batch, check_lengths
@@ -25,7 +26,7 @@ from jaxmodels.registry import outside
 from jaxmodels.tasks.flops import Step as FLOPs
 from jaxmodels.tasks.flops import per_step
 from jaxmodels.tasks.task import Task
-from jaxmodels.train import adapters, evaluate, loop
+from jaxmodels.train import adapters, evaluate, loop, teachers
 from jaxmodels.train import state as states
 from jaxmodels.train.state import Optimizers, State
 from jaxmodels.train.step import Step, advance, build_step, lower
@@ -49,6 +50,8 @@ class Job:
     """Microbatches of a step: `train.accumulate`, or more on fewer processes than planned (`on_fewer`)."""
     adapter: Adaptation | None = None
     """What is trained beside frozen parameters; None: all parameters are trained."""
+    teaching: Teaching | None = None
+    """The teacher whose outputs are learned; None: there is none."""
 
     def lower(self, platforms: tuple[str, ...] | None = None) -> Any:
         """Lower the training step to what XLA compiles, for `platforms` if they are not those of this machine."""
@@ -74,7 +77,8 @@ class Job:
 
     def init(self, key: jax.Array) -> State:
         """Initialize the state before the first step at random."""
-        return states.init(self.task, self.optimizers, key, self.config.train.ema is not None, self.adapter)
+        averages = self.config.train.ema is not None
+        return states.init(self.task, self.optimizers, key, averages, self.adapter, self.teaching)
 
     def loader(self, split: data.Split) -> data.Loader:
         """Build the loader of a split's batches, placed on the mesh."""
@@ -108,10 +112,11 @@ class Job:
         """Count the model FLOPs of a step."""
         # counted as of arrays: what a product costs does not depend on how its parameter is held
         adapter = self.adapter and dataclasses.replace(self.adapter, coding=None)
-        return per_step(self.config.task, self.config.model, self.config.data, adapter)
+        cfg, taught = self.config, None if self.teaching is None else self.teaching.plain().taught
+        return per_step(cfg.task, cfg.model, cfg.data, adapter, taught)
 
     def parameters(self) -> int:
-        """Count the parameters of all networks, with those of an adapter."""
+        """Count the parameters of all networks, with those of an adapter and without a teacher's."""
         return sum(leaf.size for leaf in jax.tree.leaves((self.layout.frozen, self.layout.params), is_leaf=is_coded))
 
     def trained(self) -> int:
@@ -137,7 +142,8 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
     cfg = adapters.resolved(cfg)
     sizes = meshes.sizes(cfg.mesh, len(devices))
     check_options(cfg)
-    task = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics)
+    task, teaching = tasks.build(cfg.task, cfg.model, cfg.data, cfg.train, cfg.eval.metrics), teachers.teaching(cfg)
+    task = task if teaching is None else teaching.taught(task)
     check_batch_size(sizes, cfg.data.batch_size, cfg.train.accumulate, cfg.train.strategy, updates=task.updates)
     if cfg.eval.batch_size:
         check_batch_size(sizes, cfg.eval.batch_size, 1, cfg.train.strategy, "eval.batch_size")
@@ -148,11 +154,13 @@ def assemble(cfg: Config, devices: Sequence[Any] | None = None, *, opened: bool 
         sources = {split: data.open_for(cfg, split, task.fields) for split in ("train", "eval")}
         shapes = data.spec(sources["train"], cfg.data.batch_size)
         check_batch(task.fields, shapes)
+        if teaching is not None:
+            teachers.check_data(cfg, sources["train"])
     mesh = meshes.make_mesh(cfg.mesh, devices)
-    optimizers, layout, adapter = states.compose(cfg, task, mesh)
+    optimizers, layout, adapter = states.compose(cfg, task, mesh, teaching)
     placed = task.shardings(mesh, shapes)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed[name]) for name, x in shapes.items()}
-    return Job(cfg, mesh, task, optimizers, layout, batch, sources, cfg.train.accumulate, adapter)
+    return Job(cfg, mesh, task, optimizers, layout, batch, sources, cfg.train.accumulate, adapter, teaching)
 
 
 def on_fewer(job: Job, processes: int, planned: int) -> Job:
@@ -230,6 +238,15 @@ def check_options(cfg: Config) -> None:
         "init.fresh": (
             bool(cfg.init.fresh) and cfg.init.source is None,
             "no init.source, expected one for the parameters that are not fresh, try --init.source DIR",
+        ),
+        f"distill.{next(iter(cfg.distill.inner), 'hidden')}": (
+            bool(cfg.distill.inner) and cfg.mesh.stage > 1,
+            f"mesh.stage {cfg.mesh.stage}, expected whole stacks, of whose blocks the teacher's are learned, "
+            "try --mesh.stage 1",
+        ),
+        "init.layers": (
+            bool(cfg.init.layers) and (cfg.init.source is None or cfg.adapter is not None or cfg.mesh.stage > 1),
+            "no init.source, an adapter or stages, expected a source of which all is trained, try it without",
         ),
         "mesh.sequence": (
             cfg.mesh.sequence and cfg.mesh.tensor == 1,

@@ -26,7 +26,7 @@ from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside
 from jaxmodels.parallel import distributed, hardware, progress
-from jaxmodels.train import bases, beginning, directory, loggers, loop, saved
+from jaxmodels.train import bases, beginning, directory, loggers, loop, saved, teachers
 from jaxmodels.train.checkpoint import Checkpointer, CheckpointError
 from jaxmodels.train.display import Display
 from jaxmodels.train.job import Job, assemble, on_fewer
@@ -87,7 +87,7 @@ def train(
         stack.callback(lambda: waited(checkpointer, phases))
         describe(job, run)
         step = job.step()  # compiles in the background while the state is made or read
-        start, lines, base = begin(job, run, resume, checkpointer, phases)
+        start, lines, names = begin(job, run, resume, checkpointer, phases)
         report = loggers.Report(None, display)
         if main:
             saved.keep_facts(run, job.sources["train"], job.sources["eval"])
@@ -96,7 +96,7 @@ def train(
             report = loggers.Report(Record(run, start.step, lines), display, loggers.opened(chosen))
         stack.callback(report.close)  # after an error too: its last line explains the error
         report.start(run, cfg, start.step)
-        result = loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, phases, watch, base))
+        result = loop.run(cfg, start, hooks(job, step, run, report, checkpointer, preemption, phases, watch, names))
     phases.ended = result.ended
     return job, result
 
@@ -140,7 +140,7 @@ def hooks(
     preemption: distributed.Preemption,
     phases: Phases,
     watch: Watch | None,
-    base: bases.Base | None = None,
+    names: Mapping[str, bases.Base] | None = None,
 ) -> loop.Hooks:
     """Connect the loop to the job's data and evaluation, and to the run's checkpoints."""
     cfg, task, enough = job.config, job.task, []
@@ -169,8 +169,7 @@ def hooks(
             "versions": versions(),
             "metric": {cfg.eval.metric: progress.best} if best else None,
         }
-        if base is not None:
-            meta["base"] = dataclasses.asdict(base)
+        meta |= {what: dataclasses.asdict(named) for what, named in (names or {}).items()}
         checkpointer.save(now, state.saved, meta, best=best)
         phases.saved = newest(checkpointer, now)
 
@@ -198,24 +197,26 @@ def hooks(
 
 def begin(
     job: Job, run: Path, resume: directory.Resume, checkpointer: Checkpointer, phases: Phases
-) -> tuple[loop.Start, int | None, bases.Base | None]:
+) -> tuple[loop.Start, int | None, dict[str, bases.Base]]:
     """Return where the run begins (at its newest checkpoint, if it has one), how many metrics lines precede that, and
-    the base of its adapter.
+    the names of what checkpoints do not hold: the base of an adapter, and a teacher.
 
     Raises:
         UserError: the checkpoint does not belong to this training.
     """
-    cfg = job.config
+    cfg, names = job.config, {}
     with phases.during("restore"):
         restored = None if resume == "never" else checkpointer.restore(job.layout.saved)
     if restored is None:
-        state, base = beginning.initial(job), None
+        state = beginning.initial(job)
         checkpointer.warm()
         if job.adapter is not None:
-            base = bases.Base.of(cfg, state.frozen)
-            if not base.source:
+            names["base"] = bases.Base.of(cfg, state.frozen)
+            if not names["base"].source:
                 bases.keep(run, state.frozen)
-        return loop.Start(state), None, base
+        if job.teaching is not None:
+            names["teacher"] = teachers.named(cfg, state.teacher)
+        return loop.Start(state), None, names
     state, meta, start = restored
     phases.saved = start
     try:
@@ -238,19 +239,23 @@ def begin(
             f"got train.steps {cfg.train.steps} for {run}, which is at step {start}, expected at least {start}, "
             f"try --train.steps {2 * start}"
         )
-    base = None
+    if job.teaching is not None:
+        state = beginning.with_teacher(job, state)
+        names["teacher"] = teachers.named(cfg, state.teacher)
+    teachers.check(names.get("teacher"), meta, run)
     if job.adapter is not None:
         base = bases.Base.read(meta, run)
         state = dataclasses.replace(state, frozen=bases.frozen(run, cfg, base, job.layout.frozen))
         if base.source and cfg.init.source is not None:
             base = dataclasses.replace(base, source=str(Path(cfg.init.source).absolute()))
+        names["base"] = base
     log.info("resumed at step %d of %d from %s", start, cfg.train.steps, run)
     if start == progress.evaluated and (start == cfg.train.steps or loop.exhausted(cfg, progress)):
         log.info(
             "nothing is left to do: this run has reached its last step; another --run-dir starts another run, "
             "--resume never starts this one anew"
         )
-    return loop.Start(state, start, progress), meta.get("lines"), base
+    return loop.Start(state, start, progress), meta.get("lines"), names
 
 
 def check_classes(run: Path, names: Sequence[str]) -> None:

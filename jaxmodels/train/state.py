@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxmodels.compress.adapters import Adaptation, adaptation
 from jaxmodels.compress.codes import Coding, coding
+from jaxmodels.compress.distillation import Teaching
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import join
@@ -41,11 +42,13 @@ class State:
     """The key from which dropout keys are derived; it never changes."""
     frozen: dict[str, Any] = field(default_factory=dict)
     """Parameters beside which an adapter is trained, by network. They never change, and are in no checkpoint."""
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """{"teacher": {"params": …, "stats": …}} of what is distilled. It never changes, and is in no checkpoint."""
 
     @property
     def whole(self) -> dict[str, Any]:
-        """The parameters as models take them, frozen and trained ones."""
-        return join(self.frozen, self.params)
+        """The parameters as losses take them: frozen and trained ones, and a teacher's."""
+        return {**join(self.frozen, self.params), **self.teacher}
 
     @property
     def averaged(self) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class State:
     @property
     def saved(self) -> State:
         """What checkpoints hold."""
-        return replace(self, frozen={})
+        return replace(self, frozen={}, teacher={})
 
 
 HOST = "pinned_host"
@@ -65,19 +68,28 @@ Optimizers = dict[str, optax.GradientTransformation]
 
 
 def init(
-    task: Task, optimizers: Optimizers, key: jax.Array, ema: bool = False, adapter: Adaptation | None = None
+    task: Task,
+    optimizers: Optimizers,
+    key: jax.Array,
+    ema: bool = False,
+    adapter: Adaptation | None = None,
+    teaching: Teaching | None = None,
 ) -> State:
-    """Initialize the state before the first step."""
+    """Initialize the state before the first step, a teacher's parameters too."""
     init_key, rng = jax.random.split(key)
     params, frozen = task.init(init_key), {}
     if adapter is not None:
         params = params if adapter.coding is None else adapter.coding.encode(params)
         frozen, params = adapter.divide(params, jax.random.fold_in(init_key, 1))
     opt_state = {loss.name: optimizers[loss.name].init(params[loss.trains]) for loss in task.losses}
-    return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, params if ema else None, rng, frozen)
+    teacher = {} if teaching is None else {"teacher": teaching.init(jax.random.fold_in(init_key, 2))}
+    ema_params = params if ema else None
+    return State(jnp.zeros((), jnp.int32), params, task.stats(), opt_state, ema_params, rng, frozen, teacher)
 
 
-def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State, Adaptation | None]:
+def compose(
+    cfg: Config, task: Task, where: Mesh, teaching: Teaching | None = None
+) -> tuple[Optimizers, State, Adaptation | None]:
     """Build a task's optimizers, the layout of the state that they and its networks need on a mesh, and its adapter.
 
     Raises:
@@ -91,7 +103,7 @@ def compose(cfg: Config, task: Task, where: Mesh) -> tuple[Optimizers, State, Ad
             "try --adapter lora, or --compress none"
         )
     made = optimizers(cfg, task, adapter)
-    return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload, adapter), adapter
+    return made, layout(task, made, where, cfg.train.ema is not None, cfg.optim.offload, adapter, teaching), adapter
 
 
 def adapted(cfg: Config, task: Task) -> Adaptation | None:
@@ -150,6 +162,7 @@ def layout(
     ema: bool = False,
     offload: bool = False,
     adapter: Adaptation | None = None,
+    teaching: Teaching | None = None,
 ) -> State:
     """Lay out the state on a mesh: `jax.ShapeDtypeStruct`s with shardings, from shapes alone.
 
@@ -159,7 +172,7 @@ def layout(
     Raises:
         UserError: a parameter does not divide by the mesh.
     """
-    shapes = jax.eval_shape(lambda: init(task, optimizers, jax.random.key(0), ema, adapter))
+    shapes = jax.eval_shape(lambda: init(task, optimizers, jax.random.key(0), ema, adapter, teaching))
     frozen_axes, axes = ({}, task.axes()) if adapter is None else adapter.axes()
     params = rules.shardings_of(mesh, axes, shapes.params)
     everywhere = rules.sharding(mesh, ())
@@ -194,6 +207,7 @@ def layout(
         ema=params if ema else None,
         rng=replicated,
         frozen=rules.shardings_of(mesh, frozen_axes, shapes.frozen) if shapes.frozen else {},
+        teacher={} if teaching is None else rules.shardings_of(mesh, {"teacher": teaching.axes()}, shapes.teacher),
     )
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxmodels.models.adapted import join
 from jaxmodels.parallel import distributed, rules
 from jaxmodels.tasks.task import Aux, Batch, Loss, Task
 from jaxmodels.train.state import Optimizers, State, move
@@ -55,7 +54,7 @@ def gradient(
     """
 
     def total(trained: Any, stats: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Aux]:
-        params = join(state.frozen, {**state.params, loss.trains: trained})
+        params = dataclasses.replace(state, params={**state.params, loss.trains: trained}).whole
         return loss.fn(params, stats, part, key, state.step)
 
     grad = jax.value_and_grad(total, has_aux=True)
@@ -164,7 +163,8 @@ def advance(
         t = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema, (1 + t) / (10 + t))
         average = jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), state.ema, params)
-    return State(state.step + 1, params, stats, opt_state, average, state.rng, state.frozen), metrics
+    after = {"params": params, "stats": stats, "opt_state": opt_state, "ema": average}
+    return dataclasses.replace(state, step=state.step + 1, **after), metrics
 
 
 def build_step(

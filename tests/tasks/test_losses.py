@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels.tasks.losses import cross_entropy, linear_cross_entropy
+from jaxmodels.tasks.losses import cross_entropy, divergence, linear_cross_entropy
 
 B, T, D, V = 3, 7, 5, 11
 SETTINGS = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.05)]
@@ -120,3 +120,28 @@ def test_chunks_never_hold_all_logits():
     logits = 4 * B * T * V
     assert used[0] >= logits, "the whole matrix of logits"
     assert used[1] < 0.5 * logits, used
+
+
+def test_the_divergence_and_its_gradient_are_hintons():
+    """T² KL, and so T (softmax(z / T) - softmax(v / T)) for each logit z; independent classes have a sigmoid each."""
+    rng = np.random.default_rng(0)
+
+    def softmax(x):
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    z, v = (2 * rng.normal(size=(3, 5, 7)) for _ in range(2))
+    targets, T = np.where(rng.random((3, 5)) < 0.3, -1, 1), 4.0
+    counts = (targets >= 0)[..., None]
+    value, gradient = jax.value_and_grad(divergence)(jnp.array(z), jnp.array(v), jnp.array(targets), T)
+    expected = T**2 * (softmax(v / T) * np.log(softmax(v / T) / softmax(z / T)) * counts).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, T * (softmax(z / T) - softmax(v / T)) * counts, atol=1e-5)
+
+    known = np.where(rng.random((3, 7)) < 0.3, -1, 1.0)
+    z, v = z[:, 0], v[:, 0]
+    a, b = (1 / (1 + np.exp(-x / T)) for x in (z, v))
+    value, gradient = jax.value_and_grad(divergence)(jnp.array(z), jnp.array(v), jnp.array(known), T)
+    each = b * np.log(b / a) + (1 - b) * np.log((1 - b) / (1 - a))
+    np.testing.assert_allclose(value, T**2 * (each * (known >= 0)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, T * (a - b) * (known >= 0), atol=1e-5)

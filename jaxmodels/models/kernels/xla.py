@@ -30,8 +30,20 @@ def attend(q, k, v, *, dropout, rng, **how):
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def weights(q, k, *, causal, window, segments, bias, scale, softcap, q_offset, kv_length):
+def weights(q, k, **how):
     """The attention weights of each query over the keys: rows that sum to 1, or to 0 where nothing is visible.
+
+    Shapes: as in `attend`; returns (B, G, H / G, T, S) in float32.
+    """
+    seen = scores(q, k, **how)
+    top = jax.lax.stop_gradient(jnp.maximum(seen.max(-1, keepdims=True), FLOOR))
+    p = jnp.exp(seen - top)
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total == 0, 1.0, total)
+
+
+def scores(q, k, *, causal, window, segments, bias, scale, softcap, q_offset, kv_length):
+    """The scores that weights are the softmax of, -inf where a query does not see a key.
 
     Shapes: as in `attend`; returns (B, G, H / G, T, S) in float32.
     """
@@ -39,19 +51,16 @@ def weights(q, k, *, causal, window, segments, bias, scale, softcap, q_offset, k
     S, G = k.shape[1:3]
     R = H // G
     q = q.reshape(B, T, G, R, K)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
+    found = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+        found = softcap * jnp.tanh(found / softcap)
     if bias is not None:
         b, h, t, s = bias.shape
-        scores = scores + bias.reshape(b, *((1, 1) if h == 1 else (G, R)), t, s).astype(jnp.float32)
+        found = found + bias.reshape(b, *((1, 1) if h == 1 else (G, R)), t, s).astype(jnp.float32)
     mask = full_mask(T, S, q_offset, causal=causal, window=window, segments=segments, kv_length=kv_length)
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), FLOOR))
-    p = jnp.exp(scores - top)
-    total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total == 0, 1.0, total)
+        found = jnp.where(mask[:, None, None], found, -jnp.inf)
+    return found
 
 
 def preferred(call: Call, platform: str, devices: int) -> str:

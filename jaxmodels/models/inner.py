@@ -1,0 +1,35 @@
+"""What a network computes on the way to its outputs, given beside them where `Model.apply(keep=True)` asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+INNER = "inner"
+"""The collection of variables that inner states are put into."""
+
+
+def wanted(module: nn.Module) -> bool:
+    """Whether a call is asked for its inner states."""
+    return module.is_mutable_collection(INNER) and not module.is_initializing()
+
+
+def keep(module: nn.Module, name: str, x: jax.Array) -> None:
+    """Give an array beside the outputs under the module's path, if that is asked for."""
+    if wanted(module):
+        last: Any = {"reduce_fn": lambda _, new: new, "init_fn": lambda: None}
+        module.sow(INNER, name, x, **last)
+
+
+def with_hidden(block: Any) -> Any:
+    """A subclass of a block (a Flax module) that keeps its output, the residual stream, as `hidden`."""
+
+    class Keeping(block):
+        def __call__(self, x: jax.Array, *rest: Any) -> Any:
+            y, outputs = super().__call__(x, *rest)
+            keep(self, "hidden", y)
+            return y, outputs
+
+    return Keeping
