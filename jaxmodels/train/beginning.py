@@ -71,13 +71,13 @@ def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: Stat
     """Return the state with these parameters, and batch statistics, from `init.source`."""
     cfg, layout = job.config, job.layout
     source = Path(cfg.init.source or "")
-    wanted = deeper(job, kept) if cfg.init.layers else kept
+    wanted = deeper(job, kept) if cfg.init.blocks else kept
     found, stats, where = (read_published if is_published(source) else read_trained)(source, wanted, layout.stats)
-    taken = np.array(cfg.init.layers)
+    taken = np.array(cfg.init.blocks)
     for name, leaf in kept.items():
         if wanted[name] is not leaf:
             found[name] = jax.device_put(found[name][taken], leaf.sharding)
-    chosen = f"; layers {' '.join(map(str, cfg.init.layers))}" if cfg.init.layers else ""
+    chosen = f"; layers {' '.join(map(str, cfg.init.blocks))}" if cfg.init.blocks else ""
     random = f"; at random: {', '.join(cfg.init.fresh)}" if cfg.init.fresh else ""
     log.info("parameters from %s, %s%s%s", source, where, chosen, random)
     params, frozen = (with_parameters(tree, found) for tree in (state.params, layout.frozen))
@@ -90,13 +90,13 @@ def with_source(job: Job, state: State, kept: Mapping[str, Any], shardings: Stat
 
 
 def deeper(job: Job, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Return these parameters with as many layers as `init.source` has, from which `init.layers` are taken.
+    """Return these parameters with as many layers as `init.source` has, from which `init.blocks` are taken.
 
     Raises:
         UserError: the model has no stack of that many layers, or its source has none of a number.
     """
     cfg, source = job.config, Path(job.config.init.source or "")
-    layers, other = cfg.init.layers, config_of(source)
+    layers, other = cfg.init.blocks, config_of(source)
     stacked = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, axes in jax.tree.leaves_with_path(job.task.axes(), is_leaf=lambda x: isinstance(x, tuple))
@@ -104,17 +104,17 @@ def deeper(job: Job, kept: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if not stacked or any(name.split("/")[1] != "layers" for name in stacked):
         raise UserError(
-            f"got init.layers {as_option(layers)} with a {type(cfg.model).__name__}, expected a model of one stack of "
+            f"got init.blocks {as_option(layers)} with a {type(cfg.model).__name__}, expected a model of one stack of "
             "layers, try it without"
         )
     if len(layers) != cfg.model.layers:
         raise UserError(
-            f"got {len(layers)} of the source's layers in init.layers, expected {cfg.model.layers} as model.layers, "
+            f"got {len(layers)} of the source's layers in init.blocks, expected {cfg.model.layers} as model.layers, "
             f"try --model.layers {len(layers)}"
         )
     if wrong := [each for each in layers if each >= other.layers]:
         raise UserError(
-            f"got init.layers {wrong[0]} of {source}, expected numbers below its model.layers {other.layers}, "
+            f"got init.blocks {wrong[0]} of {source}, expected numbers below its model.layers {other.layers}, "
             f"try {other.layers - 1} for the last"
         )
     return {

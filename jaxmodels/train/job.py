@@ -244,8 +244,8 @@ def check_options(cfg: Config) -> None:
             f"mesh.stage {cfg.mesh.stage}, expected whole stacks, of whose blocks the teacher's are learned, "
             "try --mesh.stage 1",
         ),
-        "init.layers": (
-            bool(cfg.init.layers) and (cfg.init.source is None or cfg.adapter is not None or cfg.mesh.stage > 1),
+        "init.blocks": (
+            bool(cfg.init.blocks) and (cfg.init.source is None or cfg.adapter is not None or cfg.mesh.stage > 1),
             "no init.source, an adapter or stages, expected a source of which all is trained, try it without",
         ),
         "mesh.sequence": (

@@ -110,5 +110,5 @@ class Init(Section, section="init"):
     """Directory of a run, or of a model in Hugging Face's format, to take parameters from. None: random."""
     fresh: tuple[str, ...] = ()
     """Patterns of parameters that start at random all the same, such as head/*. All others must be in the source."""
-    layers: tuple[Natural, ...] = ()
+    blocks: tuple[Natural, ...] = ()
     """Which of the source's layers the model's are, counted from 0, such as 1 3 5 of six. Empty: all of them."""

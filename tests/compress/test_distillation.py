@@ -327,17 +327,17 @@ def test_an_adapter_learns_of_a_teacher_too(teacher, tmp_path):
 
 
 def test_a_student_may_begin_with_layers_of_its_teacher(teacher):
-    cfg = student(teacher, init=Init(source=str(teacher), layers=(1, 3)))
+    cfg = student(teacher, init=Init(source=str(teacher), blocks=(1, 3)))
     state = runs.beginning.initial(assemble(cfg, jax.devices()[:1], opened=False))
     theirs, ours = load_run(teacher).params["model"], jax.device_get(state.params["model"])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[np.array([1, 3])]), ours["layers"], theirs["layers"])
     np.testing.assert_array_equal(ours["embed"]["w"], theirs["embed"]["w"])
-    for layers, said in (((1,), "got 1 of the source's layers"), ((1, 4), "init.layers 4 .* below its model.layers 4")):
-        wrong = replace(cfg, init=replace(cfg.init, layers=layers))
+    for layers, said in (((1,), "got 1 of the source's layers"), ((1, 4), "init.blocks 4 .* below its model.layers 4")):
+        wrong = replace(cfg, init=replace(cfg.init, blocks=layers))
         with pytest.raises(UserError, match=said):
             runs.beginning.initial(assemble(wrong, jax.devices()[:1], opened=False))
-    with pytest.raises(UserError, match=r"got init.layers \(1, 3\) with no init.source"):
-        assemble(replace(cfg, init=Init(layers=(1, 3))), opened=False)
+    with pytest.raises(UserError, match=r"got init.blocks \(1, 3\) with no init.source"):
+        assemble(replace(cfg, init=Init(blocks=(1, 3))), opened=False)
 
 
 def test_a_teacher_is_named_on_the_command_line(tmp_path):
