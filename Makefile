@@ -1,6 +1,6 @@
 # make train    a virtual environment, the package, and the default model trained on this machine
 # make test     the same environment, all tests
-# make lint     ruff's rules and format, and pyright, as pre-commit and CI run them
+# make lint     ruff's rules and format, and pyright, as pre-commit and CI run them, and hadolint's of the container
 # make docs     the documentation as a site, in build/site; every warning is an error
 # make kit      wheels in build/kit, for a machine with an accelerator and no network
 # EXTRA=cuda12 (or cuda13, tpu) installs for an accelerator; PYTHON=python3.12 chooses the interpreter;
@@ -30,6 +30,7 @@ lint: $(VENV)/.installed-lint$(with)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/hadolint containers/Dockerfile
 
 docs: $(VENV)/.installed-docs$(with)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

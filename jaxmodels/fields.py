@@ -85,6 +85,7 @@ Dim = Annotated[int, Range(1, 2**24)]
 """A dimension of an array, so bounded that two of them and a depth make a number of elements that fits into 64 bits."""
 Depth = Annotated[int, Range(1, 2**14)]
 """Number of layers, heads or experts."""
+Port = Annotated[int, Range(1, 65535)]
 Workers = Annotated[int, Range(1, 1024)]
 """Number of threads or processes on one machine."""
 Beams = Annotated[int, Range(1, 1024)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from jaxmodels.config import Config
     from jaxmodels.train.display import Display
     from jaxmodels.train.metrics import Record
+    from jaxmodels.train.sections import Metrics
 
 log = logging.getLogger("jaxmodels")
 
@@ -30,6 +32,10 @@ class Logger:
     One object is created per run, without arguments and in the main process only. If a method raises, the failure
     is logged once and the run continues without this logger.
     """
+
+    package: ClassVar[str] = ""
+    """Name of a module that it imports and that may not be installed; `extra` is the extra of this package with it."""
+    extra: ClassVar[str] = ""
 
     def start(self, run: Path, config: Config, step: int) -> None:
         """Begin to report on a run directory.
@@ -56,7 +62,17 @@ def _unfit(found: Any) -> str:
     return subclass_of(Logger)(found) or function_of()(found)
 
 
-LOGGERS = Registry("logger", "jaxmodels.loggers", {"tensorboard": "jaxmodels.train.loggers:TensorBoard"}, _unfit)
+LOGGERS = Registry(
+    "logger",
+    "jaxmodels.loggers",
+    {
+        "tensorboard": "jaxmodels.train.loggers:TensorBoard",
+        "wandb": "jaxmodels.train.trackers:WandB",
+        "mlflow": "jaxmodels.train.trackers:MLflow",
+        "prometheus": "jaxmodels.train.trackers:Prometheus",
+    },
+    _unfit,
+)
 
 
 class Report:
@@ -111,18 +127,30 @@ def guarded(name: str, call: Callable[[], Any]) -> bool:
     return True
 
 
-def find_loggers(names: Iterable[str]) -> dict[str, type[Logger]]:
-    """Find the classes named in `metrics.loggers`.
+def find_loggers(section: Metrics) -> dict[str, Callable[[], Logger]]:
+    """Find the classes named in `metrics.loggers`, and the one of `metrics.prometheus`.
 
     Raises:
-        UserError: there is no such logger, or it is not a subclass of `Logger`.
+        UserError: there is no such logger, it is not a subclass of `Logger`, or the package that it needs is not there.
     """
-    found: dict[str, type[Logger]] = {}
-    for name in names:
+    found: dict[str, Callable[[], Logger]] = {}
+    for name in section.loggers:
         if name in found:
             raise UserError(f"got metrics.loggers {name} twice, expected each name once, try --metrics.loggers {name}")
-        found[name] = LOGGERS.find(name)
+        if name == "prometheus":
+            raise UserError("got metrics.loggers prometheus, expected its port alone, try --metrics.prometheus 9100")
+        found[name] = _with_package(f"metrics.loggers {name}", LOGGERS.find(name))
+    if section.prometheus is not None:
+        what = f"metrics.prometheus {section.prometheus}"
+        found["prometheus"] = _with_package(what, LOGGERS.find("prometheus"))
     return found
+
+
+def _with_package(what: str, kind: type[Logger]) -> type[Logger]:
+    if kind.package and importlib.util.find_spec(kind.package) is None:
+        extra = f"jaxmodels[{kind.extra}]" if kind.extra else kind.package
+        raise UserError(f"got {what}, expected the package {kind.package} to be installed, try pip install '{extra}'")
+    return kind
 
 
 def opened(classes: Mapping[str, Callable[[], Logger]]) -> dict[str, Logger]:

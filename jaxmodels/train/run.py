@@ -66,7 +66,7 @@ def train(
     main = distributed.is_main()
     if main:
         directory.check_writable(run)
-    chosen = loggers.find_loggers(cfg.metrics.loggers)
+    chosen = loggers.find_loggers(cfg.metrics)
     job = on_fewer(assemble(cfg), jax.process_count(), distributed.planned())
     cfg = job.config
     job.check_outside()

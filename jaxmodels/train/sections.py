@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Count, Dim, Dropped, Named, Natural, Range, Section, Seed
+from jaxmodels.fields import Count, Dim, Dropped, Named, Natural, Port, Range, Section, Seed
 from jaxmodels.tasks.task import METRICS
 
 
@@ -88,8 +88,10 @@ class Metrics(Section, section="metrics"):
     every: Count = 10
     """Steps between lines in metrics.jsonl."""
     loggers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl, which is always written: tensorboard, or package.module:Class of your own
-    `Logger`."""
+    """Where metrics go besides metrics.jsonl, which is always written: tensorboard, wandb, mlflow, or
+    package.module:Class of your own `Logger`."""
+    prometheus: Port | None = None
+    """Port at which Prometheus can read the newest metrics, on all addresses of this machine. None: it cannot."""
     progress: Literal["auto", "live", "plain", "none"] = "auto"
     """live: a display that redraws itself. plain: a line each `every` steps. auto: live on a terminal, else plain."""
 
