@@ -35,6 +35,7 @@ METHODS = Registry(
         "magnitude": "jaxmodels.compress.pruning:Magnitude",
         "wanda": "jaxmodels.compress.pruning:Wanda",
         "sparsegpt": "jaxmodels.compress.pruning:SparseGPT",
+        "structured": "jaxmodels.compress.structured:Structured",
         "rtn": "jaxmodels.compress.rounding:RTN",
         "gptq": "jaxmodels.compress.rounding:GPTQ",
     },
