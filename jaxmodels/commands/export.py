@@ -48,6 +48,11 @@ def _huggingface(run: Path, directory: Path, best: bool, limit: int, codes: bool
     from jaxmodels.train import saved
 
     cfg, _ = configs.read(run)
+    if codes and (cfg.compress is None or cfg.adapter is not None):
+        raise UserError(
+            f"got {run}, {'an adapted run, which is merged into numbers' if cfg.adapter else 'a run without codes'}, "
+            "expected one with a section compress and no adapter, try --format huggingface"
+        )
     model = create(cfg.model)
     form = hf.format_of(family_of(cfg.model).name)
     form.describe(cfg.model)  # before anything is read
@@ -56,7 +61,7 @@ def _huggingface(run: Path, directory: Path, best: bool, limit: int, codes: bool
         more = beside.back(run, part, cfg, kept.classes if kept.train else ())
         opened = saved.read_run(run, best=best)
         with progress("writing", 4 * model.count()) as done:
-            opened = opened if codes and cfg.adapter is None else opened.numbers()
+            opened = opened if codes else opened.numbers()
             params, stats = opened.params["model"], opened.stats.get("model", {})
             save.save_pretrained(part, model, params, stats, shard_size=limit, more=more, done=done, codes=codes)
     print(f"{directory}: step {opened.step} of {run}, {model.count():,} parameters")
@@ -84,6 +89,7 @@ def _adapter(run: Path, directory: Path, best: bool) -> None:
     from jaxmodels import tasks
     from jaxmodels.hf import peft_save, save
     from jaxmodels.models.adapted import Factors
+    from jaxmodels.models.coded import Coded
     from jaxmodels.train import bases, state
 
     cfg, _ = configs.read(run)
@@ -100,7 +106,9 @@ def _adapter(run: Path, directory: Path, best: bool) -> None:
     leaves, base = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): jax.device_get(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Factors))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                tree, is_leaf=lambda x: isinstance(x, Factors | Coded)
+            )
         }
         for tree in (trained["model"], frozen["model"])
     )

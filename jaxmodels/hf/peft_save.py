@@ -17,6 +17,7 @@ from jaxmodels.hf import files
 from jaxmodels.hf.load import listed
 from jaxmodels.hf.peft import CONFIG, HASH, LENGTH, ROOT, WEIGHTS, Modules, Place
 from jaxmodels.models.adapted import Factors, sides
+from jaxmodels.models.coded import value
 
 TASKS = {"continuation": "CAUSAL_LM", "class": "SEQ_CLS", "classes": "SEQ_CLS", "translation": "SEQ_2_SEQ_LM"}
 """PEFT's `task_type` for what a task's model answers, of models that read text; others have none."""
@@ -90,7 +91,8 @@ def write(
     every = {**base, **{path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Factors)}}
     for name, slot in modules.slots.items():
         if name.rpartition(".")[0] in whole:
-            tensors[ROOT + modules.live(name)] = np.ascontiguousarray(slot.theirs(every))
+            own = {path: np.asarray(value(every[path])) for path in slot.weight.paths}
+            tensors[ROOT + modules.live(name)] = np.ascontiguousarray(slot.theirs(own))
     names = sorted(tensors)
     shapes = {name: tensors[name].shape for name in names}
     for _ in files.write(directory / WEIGHTS, shapes, (tensors[name] for name in names), said={HASH: named[1]}):
@@ -118,7 +120,9 @@ def joined(modules: Modules, place: Place, leaves: Mapping[str, Any], base: Mapp
     length = None
     if first.magnitude is not None:
         own = (
-            np.asarray(found[path].magnitude)[index] if path in found else lengths(modules, path, base[path])[index]
+            np.asarray(found[path].magnitude)[index]
+            if path in found
+            else lengths(modules, path, np.asarray(value(base[path])))[index]
             for path in paths
         )
         length = place.length_of(list(own))

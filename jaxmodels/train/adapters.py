@@ -11,17 +11,19 @@ import jax
 
 from jaxmodels import config as configs
 from jaxmodels.compress.adapters import AdapterConfig, adaptation
+from jaxmodels.compress.codes import CompressConfig, coding
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.hf import peft_load
 from jaxmodels.hf.peft import CONFIG, is_peft
 from jaxmodels.models.adapted import join, merge
+from jaxmodels.models.coded import plain
 from jaxmodels.models.families import create
 from jaxmodels.models.model import Model
 from jaxmodels.train import bases
-from jaxmodels.train.arrays import named_leaves
+from jaxmodels.train.arrays import named_leaves, named_parameters
 from jaxmodels.train.saved import load_run
-from jaxmodels.train.state import State
+from jaxmodels.train.state import State, coded
 
 
 def resolved(cfg: Config) -> Config:
@@ -154,7 +156,7 @@ class Adapters:
 
     def merged(self, name: str) -> Any:
         """Return parameters of the ordinary kind that compute what those with the adapter do."""
-        return merge(self.params(name), self.model.axes())
+        return plain(merge(self.params(name), self.model.axes()))
 
 
 def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapters:
@@ -171,14 +173,37 @@ def load_adapters(base: str | Path, adapters: Mapping[str, str | Path]) -> Adapt
     else:
         run = load_run(base)
         model, params = run.model, run.params["model"]
+    compress = _compressed(adapters)
+    held = coding(compress, {"model": model})
+    shapes = {"model": model.shapes()} if held is None else held.shapes()
+    here = bases.fitted(base, named_parameters({"model": params}), named_parameters(shapes))
     found: dict[str, Any] = {}
     for name, directory in adapters.items():
-        cfg = Config(model=model.config, init=configs.Init(source=str(base)))
+        cfg = Config(model=model.config, init=configs.Init(source=str(base)), compress=compress)
         section = described(Path(directory), cfg)
         adapter = adaptation(section, {"model": model}, ["model"])
+        adapter = dataclasses.replace(adapter, coding=coded(cfg, {"model": model}, adapter))
         frozen, layout = adapter.shapes()
-        names = named_leaves(frozen)
-        kept = {each: leaf for each, leaf in named_leaves({"model": params}).items() if each in names}
-        own = jax.tree.unflatten(jax.tree.structure(frozen), [kept[each] for each in names])
+        own = bases.with_parameters(frozen, {each: here[each] for each in named_parameters(frozen)})
         found[name] = trained(Path(directory), cfg, layout, own)["model"]
-    return Adapters(model, params, jax.device_put(found))
+    return Adapters(model, bases.with_parameters(shapes, here)["model"], jax.device_put(found))
+
+
+def _compressed(adapters: Mapping[str, str | Path]) -> CompressConfig | None:
+    """Return how all of these adapters' bases are coded.
+
+    Raises:
+        UserError: they differ, so that the adapters cannot share one.
+    """
+    found = {
+        name: None if is_peft(Path(directory)) else configs.read(directory)[0].compress
+        for name, directory in adapters.items()
+    }
+    first = next(iter(found.items()), ("", None))
+    for name, section in found.items():
+        if section != first[1]:
+            raise UserError(
+                f"got adapters {first[0]} and {name}, whose bases are not coded in the same way, expected one base of "
+                "all of them, try each alone"
+            )
+    return first[1]

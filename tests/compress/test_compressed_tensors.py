@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -70,31 +71,45 @@ def numbers(folder):
     return found
 
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Directories by the name of their section, with model and parameters."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("compressed") / name
+            made[name] = (folder, *written(folder, SECTIONS[name]))
+        return made[name]
+
+    return of
+
+
 @pytest.mark.parametrize("name", SECTIONS)
-def test_files_hold_the_codes_and_read_as_what_they_stand_for(name, tmp_path):
-    model, params = written(tmp_path / "out", SECTIONS[name])
+def test_files_hold_the_codes_and_read_as_what_they_stand_for(name, out):
+    folder, model, params = out(name)
     whole = plain(params)
-    found = numbers(tmp_path / "out")
+    found = numbers(folder)
     assert len(found) == 2 * (6 if SECTIONS[name].kept else 7)
     q = np.asarray(whole["layers"]["attn"]["q"]["w"])[1].reshape(48, 48).T
     np.testing.assert_allclose(found["model.layers.1.self_attn.q_proj.weight"], q, rtol=1e-6)
     o = np.asarray(whole["layers"]["attn"]["o"]["w"])[0].reshape(48, 48).T
     np.testing.assert_allclose(found["model.layers.0.self_attn.o_proj.weight"], o, rtol=1e-6)
-    _, back = load_pretrained(tmp_path / "out")
+    _, back = load_pretrained(folder)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, whole)
-    size = (tmp_path / "out" / files.WEIGHTS).stat().st_size
+    size = (folder / files.WEIGHTS).stat().st_size
     assert size < 4 * model.count() * (0.75 if SECTIONS[name].kept else 0.6)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", SECTIONS)
-def test_transformers_computes_the_logits_of_the_dequantized_model(name, tmp_path):
+def test_transformers_computes_the_logits_of_the_dequantized_model(name, out):
     pytest.importorskip("compressed_tensors")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    model, params = written(tmp_path / "out", SECTIONS[name])
+    folder, model, params = out(name)
     # decompressed as it is loaded: later, transformers 5.24 takes packed zero points for some of another shape
     how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if name == "pack-zeros" else {}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **how).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
     tokens = np.random.default_rng(0).integers(0, 64, (2, 9))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
@@ -123,8 +138,8 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path):
         (lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=8), "do not fit their scales or bits"),
     ],
 )
-def test_files_that_are_not_computed_here_are_refused(change, said, tmp_path):
-    written(tmp_path / "out", SECTIONS["pack"])
+def test_files_that_are_not_computed_here_are_refused(change, said, out, tmp_path):
+    shutil.copytree(out("pack")[0], tmp_path / "out")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     change(values["quantization_config"])
     (tmp_path / "out" / "config.json").write_text(json.dumps(values))
