@@ -28,6 +28,7 @@ BENCHMARKS = {
     "planning": "seconds and memory of plans for thousands of devices, on this machine",
     "published": "the plan against throughput that others measured and published",
     "measured": "the plan against the same jobs on the GPU that is here",
+    "serve": "a language model over HTTP against transformers, and a classifier against its bare function",
     "weights": "import and export of a model of 1 GB: seconds and memory",
 }
 """One line of help for each module."""

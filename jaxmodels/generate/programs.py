@@ -15,12 +15,14 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.generate.draw import Draw, Drawn, Draws, draw
+from jaxmodels.models.decoding import pooled
 from jaxmodels.models.model import Model
 
 ROWS = 8
 """Steps are compiled for one row, for powers of this, and for all rows."""
-WIDTH = 4
-"""Texts of different lengths take programs whose numbers of pages differ by this factor."""
+WIDTH = 2
+"""Texts of different lengths take programs whose numbers of pages differ by this factor: half of what a step reads may
+then be beyond its texts."""
 
 
 class Shape(NamedTuple):
@@ -173,6 +175,8 @@ class Programs:
         shape, R = self.shape, self.shape.rows
         cache = self.model.cache(shape.pages, shape.page) if self.paged else self.model.cache(R, shape.length)
         cache = {name: tree for name, tree in cache.items() if name != "length"}
+        if self.paged:
+            cache = {"layers": pooled(cache["layers"])}
         zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
         return State(cache, zeros(R), zeros(R), zeros((2, R, self._vocabulary)))
 

@@ -25,7 +25,7 @@ class Pages(NamedTuple):
     """
 
     pools: KeyValues
-    """Keys and values of all layers and pages, (L, N, P, H, K)."""
+    """Keys and values of all layers and pages, (L, N, H, P, K)."""
     table: jax.Array
     """The pages of each row, in order, (B, M)."""
     real: jax.Array
@@ -33,18 +33,49 @@ class Pages(NamedTuple):
 
     def read(self, name: str, layer: jax.Array, new: jax.Array, offset: jax.Array) -> jax.Array:
         """Keys or values of one layer (B, M * P, H, K), with the new ones (B, T, H, K) behind those of each row."""
-        found = self.pools[name][layer, self.table]
+        found = self.pools[name][layer, self.table].swapaxes(2, 3)
         found = found.reshape(len(found), -1, *found.shape[3:])
         at = jnp.where(self.real, offset[:, None] + jnp.arange(new.shape[1]), found.shape[1])
         return found.at[jnp.arange(len(found))[:, None], at].set(new.astype(found.dtype), mode="drop")
 
+    def attend(
+        self, q: jax.Array, new: KeyValues, layer: jax.Array, offset: jax.Array, scale: float, window: int | None
+    ) -> jax.Array:
+        """Attention of one new token of each row (B, 1, Q, K) to those before it and to itself, page by page.
+
+        Pages are multiplied as they lie. Joined to one row of keys, as `read` does, they would be copied three times,
+        which on a CPU takes longer than all else that a step computes.
+        """
+        B, M = self.table.shape
+        H, P, K = self.pools["k"].shape[2:]
+        q = q.reshape(B, H, -1, K)
+        keys, values = (self.pools[name][layer, self.table] for name in ("k", "v"))
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = scale * dot("bhrk,bmhpk->bmhrp", q, keys)
+        place = jnp.arange(M * P).reshape(M, P)
+        seen = place < offset[:, None, None]
+        if window is not None:
+            seen &= place > offset[:, None, None] - window
+        scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
+        own = scale * dot("bhrk,bhk->bhr", q, new["k"][:, 0])
+        top = jnp.maximum(scores.max((1, 4)), own)
+        p, mine = jnp.exp(scores - top[:, None, ..., None]), jnp.exp(own - top)
+        total = p.sum((1, 4)) + mine
+        p, mine = (p / total[:, None, ..., None]).astype(values.dtype), mine / total
+        y = dot("bmhrp,bmhpk->bmhrk", p, values).sum(1) + mine[..., None] * new["v"][:, 0, :, None]
+        return y.reshape(B, 1, -1, K).astype(q.dtype)
+
     def write(self, new: KeyValues, offset: jax.Array) -> KeyValues:
         """The pools with the new keys and values of all layers (L, B, T, H, K)."""
-        count, size = self.pools["k"].shape[1:3]
+        count, size = self.pools["k"].shape[1], self.pools["k"].shape[3]
         at = offset[:, None] + jnp.arange(self.real.shape[1])
         page = jnp.take_along_axis(self.table, at // size, axis=1, mode="clip")
         page = jnp.where(self.real, page, count)
-        put = lambda pool, new: pool.at[:, page, at % size].set(new.astype(pool.dtype), mode="drop")  # noqa: E731
+
+        def put(pool: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.moveaxis(new, 0, 2).astype(pool.dtype)  # as indices with a slice between them give it
+            return pool.at[:, page, :, at % size].set(new, mode="drop")
+
         return {name: put(pool, new[name]) for name, pool in self.pools.items()}
 
 
@@ -114,12 +145,18 @@ def empty_cache(layers: int, batch: int, length: int, heads: int, head_dim: int,
     what a row has too much (the padding of a prompt), set its length lower: what lies beyond is never attended to, and
     is overwritten.
 
-    A cache of `batch` pages of `length` places becomes one of any rows when it is given `pages` (B, M), the pages of
-    each row, and a `length` for each row. Segment ids then say which tokens are real (not 0) and nothing else.
+    A cache of `batch` pages of `length` places becomes one of any rows when its layers are `pooled` and it is given
+    `pages` (B, M), the pages of each row, and a `length` for each row. Segment ids then say which tokens are real (not
+    0) and nothing else.
     """
     shape = (layers, batch, length, heads, head_dim)
     empty = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
     return {"layers": empty, "length": jnp.zeros((batch,), jnp.int32)}
+
+
+def pooled(layers: KeyValues) -> KeyValues:
+    """The keys and values of a cache of pages (L, N, P, H, K) as pools, in which those of a head are together."""
+    return {name: leaf.swapaxes(2, 3) for name, leaf in layers.items()}
 
 
 def update(

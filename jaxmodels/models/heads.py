@@ -78,24 +78,30 @@ class MultiHead(nn.Module):
         else:
             source = x if memory is None else memory
             k, v = compare("k", source), project("v", source)
-        k, v, kv = update(kv, k, v, ctx) if memory is None else (k, v, {"k": k, "v": v})
-        if inner.wanted(self) and memory is None:
-            inner.keep(self, "scores", self.scores(q, k, ctx, bias))
-            inner.keep(self, "values", v)
-        dropping = self.train and self.dropout > 0
-        y = attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            window=self.window,
-            bias=bias,
-            scale=self.scale,
-            dropout=self.dropout if dropping else 0.0,
-            rng=self.make_rng("dropout") if dropping else None,
-            kernel=self.kernel,
-            **ctx.masks(),
-        )
+        kept = inner.wanted(self) and memory is None
+        if kv is not None and ctx.pages and ctx.offset is not None and x.shape[1] == 1 and bias is None and not kept:
+            layer, kv = kv["layer"], {"k": k, "v": v}
+            scale = self.head_dim**-0.5 if self.scale is None else self.scale
+            y = ctx.pages.attend(q, kv, layer, ctx.offset, scale, self.window)
+        else:
+            k, v, kv = update(kv, k, v, ctx) if memory is None else (k, v, {"k": k, "v": v})
+            if kept:
+                inner.keep(self, "scores", self.scores(q, k, ctx, bias))
+                inner.keep(self, "values", v)
+            dropping = self.train and self.dropout > 0
+            y = attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                window=self.window,
+                bias=bias,
+                scale=self.scale,
+                dropout=self.dropout if dropping else 0.0,
+                rng=self.make_rng("dropout") if dropping else None,
+                kernel=self.kernel,
+                **ctx.masks(),
+            )
         y = layers.shard(y, "batch", "seq", "heads", None)  # which pins its gradient too
         axes, init = ("heads", "head_dim", "embed"), self.initializers[3]
         return layers.Linear(x.shape[-1:], axes, self.out_bias, init, self.dtype, name="o")(y), kv
