@@ -251,8 +251,8 @@ def check_outputs(section: Distill, student: Model, teacher: Model) -> None:
     field, here, there = next(iter(section.inner)), *(_inner(model) for model in (student, teacher))
     if {*here} != {*there} or "layers/hidden" not in here:
         raise UserError(
-            f"got distill.{field} with {type(ours).__name__} and the teacher's {type(theirs).__name__}, expected two "
-            f"stacks of blocks with attention over the same tokens, try --distill.{field} 0"
+            f"got distill.{field} with {type(ours).__name__} and the teacher's {type(theirs).__name__}, expected "
+            f"one stack of blocks with attention in each, try --distill.{field} 0"
         )
     sizes = {"hidden": ("width", "layers/hidden", -1), "attention": ("heads", "layers/attn/scores", 2)}
     sizes["relations"] = sizes["attention"]

@@ -45,9 +45,9 @@ def teaching(cfg: Config) -> Teaching | None:
         theirs, _ = configs.read(source)
         model = theirs.model
         if theirs.task.answers != cfg.task.answers:
+            there, here = (f"{task.kind} (answers: {task.answers or 'its own'})" for task in (theirs.task, cfg.task))
             raise UserError(
-                f"got distill.teacher {source}, a run of {theirs.task.kind}, expected one of {cfg.task.kind} as here, "
-                f"try --task {theirs.task.kind} or another teacher"
+                f"got distill.teacher {source}, a run of {there}, expected one of {here}, try another teacher"
             )
     made = Teaching.of(cfg.distill, model)
     try:

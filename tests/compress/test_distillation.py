@@ -357,8 +357,8 @@ def test_a_teacher_is_named_on_the_command_line(tmp_path):
     ("fields", "said"),
     [
         ({"model": replace(MODEL, vocab_size=65)}, "with model.vocab_size 64, expected 65, the vocabulary"),
-        ({"task": MaskedLM(), "model": replace(BERT, context=16)}, "a run of causal_lm, expected one of masked_lm"),
-        ({"task": GAN(), "model": ZOO["dcgan"][1]}, "a run of causal_lm, expected one of gan as here"),
+        ({"task": MaskedLM(), "model": replace(BERT, context=16)}, "causal_lm (answers: continuation), expected one of masked"),
+        ({"task": GAN(), "model": ZOO["dcgan"][1]}, "causal_lm (answers: continuation), expected one of gan"),
         ({"data": Synthetic(seq_len=32, batch_size=8), "model": replace(MODEL, context=32)},
          "which this task could not train: got data.seq_len 32, expected at most model.context 16"),
         ({"model": replace(MODEL, width=8)}, "distill.hidden with model.width 8 and the teacher's 16"),
