@@ -357,7 +357,7 @@ def test_a_teacher_is_named_on_the_command_line(tmp_path):
     ("fields", "said"),
     [
         ({"model": replace(MODEL, vocab_size=65)}, "with model.vocab_size 64, expected 65, the vocabulary"),
-        ({"task": MaskedLM(), "model": replace(BERT, context=16)}, "causal_lm (answers: continuation), expected one of masked"),
+        ({"task": MaskedLM(), "model": replace(BERT, context=16)}, "(answers: continuation), expected one of masked"),
         ({"task": GAN(), "model": ZOO["dcgan"][1]}, "causal_lm (answers: continuation), expected one of gan"),
         ({"data": Synthetic(seq_len=32, batch_size=8), "model": replace(MODEL, context=32)},
          "which this task could not train: got data.seq_len 32, expected at most model.context 16"),
