@@ -343,3 +343,15 @@ def test_a_mesh_that_would_cut_a_group_is_refused(base):
     cfg = replace(adapted(base, section), mesh=Mesh(tensor=4, data=2))
     with pytest.raises(UserError, match=r"attn/o/w/\w+ with dimension heads=2, expected a multiple of .*tensor=4"):
         assemble_job(cfg, opened=False)
+
+
+def test_a_step_holds_the_numbers_of_few_layers_at_once():
+    """The backward pass dequantizes codes again: kept for it, the numbers of all layers would be 3 MB here."""
+    model = GPT2Config(vocab_size=64, context=16, layers=16, width=64, heads=4, attention="xla")
+    cfg = replace(adapted("", Quantized(codes="int4", group=16)), init=Init(), model=model)
+    cfg = replace(cfg, data=Synthetic(seq_len=8, batch_size=1))
+    job = assemble_job(cfg, jax.devices()[:1], opened=False)
+    leaves = jax.tree.leaves(job.layout.frozen, is_leaf=is_coded)
+    numbers = 4 * sum(leaf.size for leaf in leaves if is_coded(leaf))
+    used = job.lower().compile().memory_analysis()
+    assert used.temp_size_in_bytes < numbers / 2
