@@ -28,6 +28,7 @@ def serve(
     keys: Path | None = None,
     log_prompts: bool = False,
     best: bool = False,
+    adapter: tuple[str, ...] = (),
 ) -> None:
     """Serve a language model by OpenAI's API (/v1), or a classifier by the Open Inference Protocol (/v2).
 
@@ -48,6 +49,8 @@ def serve(
         keys: file with API keys, one a line, of which a request must have one.
         log_prompts: write the bodies of requests into the log.
         best: use the best checkpoint instead of the newest.
+        adapter: NAME=DIR of runs with an adapter, which are served beside the model by their names, each merged into
+            weights, with a cache of its own.
     """
     try:
         import prometheus_client  # noqa: F401
@@ -60,7 +63,7 @@ def serve(
 
     from jaxmodels.generate.engine import Engine, pages_of
     from jaxmodels.serve.hall import Hall, Limits
-    from jaxmodels.serve.opened import Writer, open_model
+    from jaxmodels.serve.opened import Writer, open_adapters, open_model
     from jaxmodels.serve.server import bound, make_served, say
     from jaxmodels.serve.server import serve as run
     from jaxmodels.train.run import compilation_cache
@@ -70,7 +73,8 @@ def serve(
     compilation_cache()
     opened = open_model(model, name, best)
 
-    if opened.writer is None and (length or cache_gib):
+    everything = [opened, *open_adapters(adapter, opened.name, best)]
+    if any(each.writer is None for each in everything) and (length or cache_gib):
         given = "length" if length else "cache-gib"
         raise UserError(f"got --{given} for a classifier, expected it for a language model, try it without")
 
@@ -79,12 +83,13 @@ def serve(
         return Engine(writer.model, writer.params, rows=rows, length=length, pages=room)
 
     limits = Limits(int(body_mib * 2**20), timeout, queue, known)
-    hall = Hall({opened.name: make_served(opened, engine)}, limits, prompts=log_prompts)
+    served = {each.name: make_served(each, engine) for each in everything}
+    hall = Hall(served, limits, prompts=log_prompts)
     at = listening.getsockname()
     where = f"http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}"
     if not known and host not in ("127.0.0.1", "localhost", "::1"):
         say(f"{where} can be reached from elsewhere, and asks for no key: --keys FILE would")
-    run(hall, listening, drain, lambda: say(f"ready: {opened.name} at {where}"))
+    run(hall, listening, drain, lambda: say(f"ready: {', '.join(served)} at {where}"))
 
 
 def read_keys(file: Path) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,29 @@ def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
     tokenizer = data.load_tokenizer(directory)
     model, params = load.load_pretrained(directory, None, {})
     return Opened(name, Writer(model, params, tokenizer, 1.0, *chat_template(directory)))
+
+
+def open_adapters(given: Sequence[str], taken: str, best: bool = False) -> list[Opened]:
+    """Open runs with an adapter, each merged into its base, by the names in NAME=DIR.
+
+    Raises:
+        UserError: one is not of this form, has a name that is `taken`, or is no run with an adapter.
+    """
+    found: dict[str, Opened] = {}
+    for each in given:
+        name, _, place = each.partition("=")
+        if not name or not place:
+            raise UserError(f"got --adapter {each}, expected NAME=DIR, try --adapter mine={each or 'runs/mine'}")
+        if name == taken or name in found:
+            raise UserError(f"got --adapter {each}, whose name another model has, expected one of its own")
+        if (Path(place) / "checkpoints").is_dir() and configs.read(Path(place))[0].adapter is not None:
+            found[name] = open_model(Path(place), name, best)
+        else:
+            raise UserError(
+                f"got --adapter {each}, which is no run with an adapter, expected one that was trained with --adapter, "
+                f"try jaxmodels serve {place}"
+            )
+    return list(found.values())
 
 
 def chat_template(directory: Path) -> tuple[Any, dict[str, Any]]:
