@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from jaxmodels.commands.eval import OtherData
-from jaxmodels.commands.parsing import HELP, Given
+from jaxmodels.commands.parsing import HELP, Given, parse
 from jaxmodels.compress.methods import METHODS, MethodConfig
-from jaxmodels.errors import UserError, printable
+from jaxmodels.errors import UserError, check_place, printable
 from jaxmodels.fields import MOST, Range, Section, docs
 
 PROG = "jaxmodels compress RUN METHOD --out RUN2"
@@ -35,17 +36,31 @@ class CompressOptions(Section):
 
 
 @dataclass(frozen=True)
-class Chosen(Given):
-    """The method that was chosen, and the data to calibrate with if they are not the run's own."""
+class TableOptions(Section):
+    """Runs of one task beside each other: what they take, how fast they are here, and how good they are."""
 
-    method: MethodConfig
+    table: Annotated[tuple[str, ...], tyro.conf.arg(help="run directories, that of the whole model first")]
+    batches: Annotated[int, Range(1, MOST)] = 16
+    """Batches of the first run's evaluation data to measure on."""
+    json: Path | None = None
+    """Also write the rows to this file."""
+
+
+@dataclass(frozen=True)
+class Chosen(Given):
+    """The method that was chosen, and the data to calibrate with if they are not the run's own; or what to compare."""
+
+    method: MethodConfig | None
     data: OtherData
 
     @classmethod
     def read(cls, argv: list[str], prog: str, more: type) -> tuple[Chosen, Any]:
+        if "--table" in argv:
+            return cls(None, OtherData(None, {})), parse(TableOptions, argv, prog)
         named = [each for each in argv[:2] if not each.startswith("-")]
         if HELP & set(argv) and len(named) < 2:
-            print(f"usage: {PROG}\n\n{__doc__}\n\nmethods, each with options of its own ({prog} RUN METHOD --help):")
+            print(f"usage: {PROG}\n       {prog} --table RUN RUN2 ...\n\n{__doc__}\n")
+            print(f"methods, each with options of its own ({prog} RUN METHOD --help):")
             for name in METHODS.names():
                 print(f"  {name:12}  {_first_line(METHODS.find(name))}")
             raise SystemExit(0)
@@ -70,14 +85,23 @@ class Chosen(Given):
 
 
 def compress(given: Chosen, options: CompressOptions) -> None:
-    """Compress a run and say what was done."""
-    from jaxmodels.compress import runs
+    """Compress a run and say what was done, or compare runs."""
+    from jaxmodels.compress import runs, table
     from jaxmodels.parallel import progress
     from jaxmodels.train.run import compilation_cache
 
     progress.begin()
     compilation_cache()
     method, data = given.method, given.data
+    if method is None:
+        asked: Any = options
+        if asked.json is not None:
+            check_place(asked.json, "--json")
+        found = table.compare([Path(each) for each in asked.table], asked.batches)
+        print(printable(table.formatted(found)))
+        if asked.json is not None:
+            asked.json.write_text(dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}) + "\n")
+        return
     record = runs.compress(
         Path(options.run),
         method,

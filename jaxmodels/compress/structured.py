@@ -13,7 +13,7 @@ import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxmodels.compress.codes import named
 from jaxmodels.compress.methods import Compressed, MethodConfig, Work
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.fields import MOST
 from jaxmodels.models.observed import Order
 from jaxmodels.tasks.task import Task
 from jaxmodels.train.arrays import named_leaves, nest
@@ -52,7 +53,10 @@ class Structured(MethodConfig):
             raise UserError("got structured without --fields, expected some, try --fields mlp_width=256")
         changed: dict[str, Any] = {}
         known = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-        sizes = [name for name, value in known.items() if _sizes(value)]
+        hints = get_type_hints(type(model))
+        # a size that is not given follows from others
+        derived = [name for name, value in known.items() if value is None and int in get_args(hints[name])]
+        sizes = [name for name, value in known.items() if _sizes(value) or name in derived]
         for text in self.fields:
             name, _, value = text.partition("=")
             name = name.strip().replace("-", "_")
@@ -60,7 +64,7 @@ class Structured(MethodConfig):
                 raise UserError(
                     f"got fields {text!r}, expected sizes of the model, of {', '.join(sizes)}{nearest(name, sizes)}"
                 )
-            before, values = _sizes(known[name]), value.split(",")
+            before, values = (MOST,) if name in derived else _sizes(known[name]), value.split(",")
             if not all(each.strip().isdecimal() for each in values) or len(values) != len(before):
                 example = ",".join(str(max(1, each // 2)) for each in before)
                 raise UserError(f"got fields {text!r}, expected {len(before)} whole numbers, try {name}={example}")
@@ -79,10 +83,12 @@ class Structured(MethodConfig):
         leaves = named_leaves({"params": work.params, "stats": work.stats})
         facts: dict[str, dict[str, Any]] = {}
         for name, index in _differences(model, target):
-            old, new = _sizes(getattr(model, name))[index], _sizes(getattr(target, name))[index]
+            old, new = (_sizes(getattr(each, name)) or (None,) for each in (model, target))
+            old, new = old[index], new[index]
+            assert new is not None
             following = _with(model, name, index, new)
             state = State(work.config, model, leaves, calibration)
-            leaves = state.narrowed(following, name, old, new)
+            old, leaves = state.narrowed(following, name, old, new)
             model = following
             label = f"{name}[{index}]" if isinstance(getattr(model, name), tuple) else name
             facts[f"model/{label}"] = {"before": old, "after": new}
@@ -124,8 +130,8 @@ class State(NamedTuple):
     leaves: Leaves
     calibration: Calibration
 
-    def narrowed(self, following: Any, name: str, old: int, new: int) -> Leaves:
-        """Return the leaves of the model in which one size is smaller.
+    def narrowed(self, following: Any, name: str, old: int | None, new: int) -> tuple[int, Leaves]:
+        """Return a size, and the leaves of the model in which it is smaller; None stands for one that was not given.
 
         Raises:
             UserError: other sizes would change too, or what changes is no set of units.
@@ -140,6 +146,11 @@ class State(NamedTuple):
             )
         axes = {f"params/{path}": each for path, each in named(task.networks).items()}
         parts: list[Part] = []
+        if old is None:
+            pairs = [pair for leaf, x in self.leaves.items() for pair in zip(x.shape, shapes[leaf].shape, strict=True)]
+            old = next((a for a, b in pairs if a > b == new), 0)
+            if not old:
+                raise UserError(f"got fields {name}={new}, which is not smaller than it was, expected fewer")
         for leaf, x in self.leaves.items():
             for axis, (a, b) in enumerate(zip(x.shape, shapes[leaf].shape, strict=True)):
                 if a == b:
@@ -151,8 +162,8 @@ class State(NamedTuple):
                     )
                 parts.append(Part(leaf, axis, a // old))
         if all(axes.get(part.leaf, ("",))[part.axis] == "layers" for part in parts):
-            return self.shallower(parts, name, old, new)
-        return self.without(task, parts, axes, name, new)
+            return old, self.shallower(parts, name, old, new)
+        return old, self.without(task, parts, axes, name, new)
 
     @property
     def task(self) -> Task:
@@ -320,9 +331,9 @@ def _differences(model: Any, target: Any) -> list[tuple[str, int]]:
     return [
         (field.name, i)
         for field in dataclasses.fields(model)
-        if _sizes(getattr(model, field.name))
+        if getattr(model, field.name) != getattr(target, field.name)
         for i, (a, b) in enumerate(
-            zip(_sizes(getattr(model, field.name)), _sizes(getattr(target, field.name)), strict=True)
+            zip(_sizes(getattr(model, field.name)) or (None,), _sizes(getattr(target, field.name)), strict=True)
         )
         if a != b
     ]

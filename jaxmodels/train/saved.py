@@ -246,11 +246,12 @@ class Evaluation:
         found = evaluate.build_evaluate(task, where, classes=source.class_names, groups=source.groups)
         progress.phase("evaluation", self.run.step)
         try:
-            return found(params, stats, self._loader(where).once()) or {}
+            return found(params, stats, self.loader(where).once()) or {}
         finally:
             progress.phase("idle")
 
-    def _loader(self, where: jax.sharding.Mesh) -> data.Loader:
+    def loader(self, where: jax.sharding.Mesh) -> data.Loader:
+        """Return the loader of its batches, placed on a mesh."""
         size = self.run.config.eval.batch_size or self.run.config.data.batch_size
         if self.run.task.whole is None:  # otherwise pairs are compared, including those with padding rows
             size = -(-size // where.size) * where.size

@@ -112,3 +112,16 @@ def test_groups_that_do_not_divide_are_refused(trained: Path, capsys: pytest.Cap
     assert cli.main(["compress", str(trained / "run"), "gptq", *arguments]) == 2
     error = capsys.readouterr().err
     assert "groups of 5 for layers" in error and "--compress" not in error
+
+
+def test_runs_beside_each_other_are_told_apart(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """What they take, how good they are, and that zeros alone make no run faster."""
+    sparse = tmp_path / "sparse"
+    assert cli.main(["compress", str(trained / "run"), "magnitude", "--sparsity", "0.9", "--out", str(sparse)]) == 0
+    rows = tmp_path / "rows.json"
+    argv = ["compress", "--table", str(trained / "run"), str(sparse), "--batches", "1", "--json", str(rows)]
+    assert cli.main(argv) == 0
+    first, second = json.loads(rows.read_text())["rows"]
+    assert first["bytes"] == second["bytes"] == 4 * first["parameters"]
+    assert first["faster"] == 1 and second["zeros"] > 0.5 * second["parameters"] > first["zeros"]
+    assert str(sparse) in capsys.readouterr().out
