@@ -82,9 +82,11 @@ class Arithmetic:
         if job.teaching is not None:
             self.axes[0] = {**self.axes[0], "teacher": job.teaching.axes()}
         self.copies = _bytes(self.shapes.opt_state) / _bytes(self.shapes.params) + (cfg.train.ema is not None)
-        leaves = zip(jax.tree.leaves((self.frozen, self.shapes.params)), _names(self.axes), strict=True)
-        self.parameters = [(leaf.shape, names) for leaf, names in leaves]
-        self.trained = job.trained() / sum(math.prod(shape) for shape, _ in self.parameters)
+        leaves = jax.tree.leaves((self.frozen, self.shapes.params))
+        self.parameters = [(leaf.shape, names) for leaf, names in zip(leaves, _names(self.axes), strict=True)]
+        self.sizes = [leaf.size * leaf.dtype.itemsize / 4 for leaf in leaves]
+        """Of the parameters: their elements, of which a code of eight bits counts as a quarter."""
+        self.trained = job.trained() / sum(self.sizes)
         """Share of the parameters that have gradients and moments."""
         self.logical = {name for _, names in self.parameters for name in names if name}
         self.length = max(self.task.lengths(), default=1)
@@ -140,11 +142,11 @@ class Arithmetic:
         """Number of parameters that a device holds, and that it has after gathering over fsdp."""
         sizes, fsdp = self.place(mesh), self.rules.RULES["embed"][0]
         own = gathered = 0.0
-        for shape, names in self.parameters:
+        for size, (_, names) in zip(self.sizes, self.parameters, strict=True):
             axes = [axis for name in names if name for axis in self.rules.rules_of(sizes)[name]]
-            own += math.prod(shape) / self.rules.shards(sizes, axes)
+            own += size / self.rules.shards(sizes, axes)
             if fsdp in axes:
-                gathered += math.prod(shape) / self.rules.shards(sizes, [axis for axis in axes if axis != fsdp])
+                gathered += size / self.rules.shards(sizes, [axis for axis in axes if axis != fsdp])
         return own, gathered
 
     def saved(self, remat: str, kernel: str) -> Saved:

@@ -18,7 +18,9 @@ from jaxmodels.errors import UserError
 from jaxmodels.models.coded import NF4, dequantize, is_coded, plain, unpack
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.parameters import Axes
+from jaxmodels.plan.arithmetic import Arithmetic
 from jaxmodels.plan.compile import _bytes
+from jaxmodels.plan.topology import parse
 from jaxmodels.train import run as runs
 from jaxmodels.train.adapters import load_adapters
 from jaxmodels.train.checkpoint import Checkpointer
@@ -315,6 +317,10 @@ def test_a_plan_counts_a_coded_base_to_the_byte(base):
     assert _bytes(job.layout.frozen) == sum(x.nbytes for x in held)
     whole = assemble_job(replace(job.config, compress=None), opened=False)
     assert job.parameters() == whole.parameters() and job.flops() == whole.flops()
+    # and a search guesses as much, or it would drop meshes that fit
+    kept = Arithmetic(job.config, parse("h200:1x1")).guess(replace(job.config, mesh=Mesh())).kept
+    own = [job.layout.frozen, job.layout.params, job.layout.params, job.layout.opt_state]
+    assert kept == pytest.approx(sum(map(_bytes, own)), rel=0.01)
     # a code of 4 bits, and 32 bits for 8 of them: a quarter of float32
     matrices = sum(leaf.size for leaf in jax.tree.leaves(job.layout.frozen, is_leaf=is_coded) if is_coded(leaf))
     assert _bytes(whole.layout.frozen) - _bytes(job.layout.frozen) == 3 * matrices
