@@ -238,6 +238,8 @@ def _counts(tree: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], floa
 
 
 def _same(was: float | str | None, now: float | str | None) -> bool:
+    if was in (None, 0) and now in (None, 0):
+        return True  # a part that an older record does not name, and of which there is none
     if isinstance(was, int | float) and isinstance(now, int | float):
         return math.isclose(was, now, rel_tol=1e-9)  # a sum depends on the order of its terms
     return was == now

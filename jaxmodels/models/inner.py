@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -25,10 +26,12 @@ def keep(module: nn.Module, name: str, x: jax.Array) -> None:
 
 def with_hidden(block: Any) -> Any:
     """A subclass of a block (a Flax module) that keeps its output, the residual stream, as `hidden`."""
+    called = inspect.unwrap(block.__call__)  # as Flax calls a method, its scope would stand twice in names of operations
 
     class Keeping(block):
+        @nn.compact
         def __call__(self, x: jax.Array, *rest: Any) -> Any:
-            y, outputs = super().__call__(x, *rest)
+            y, outputs = called(self, x, *rest)
             keep(self, "hidden", y)
             return y, outputs
 

@@ -49,6 +49,14 @@ def test_a_change_is_told_by_its_layer_with_the_numbers_before_and_after(recorde
     assert sections.index("layers") > max(k for k, name in enumerate(sections) if name in ("flops", "instructions"))
 
 
+def test_a_part_that_an_older_record_does_not_name_has_changed_only_if_there_is_some_of_it(recorded):
+    record, _ = recorded
+    with_part = {**record, "bytes of memory": {**record["bytes of memory"], "teacher": 0}}
+    assert exact.differences(record, with_part) == [] == exact.differences(with_part, record)
+    with_part["bytes of memory"]["teacher"] = 8
+    assert exact.differences(record, with_part) == ["bytes of memory: teacher is new: 8"]
+
+
 def test_what_has_no_record_or_does_not_compile_fails(recorded):
     record, measured = recorded
     assert exact.differences({}, record) == ["it has no record"]
