@@ -26,7 +26,7 @@ def keep(module: nn.Module, name: str, x: jax.Array) -> None:
 
 def with_hidden(block: Any) -> Any:
     """A subclass of a block (a Flax module) that keeps its output, the residual stream, as `hidden`."""
-    called = inspect.unwrap(block.__call__)  # as Flax calls a method, its scope would stand twice in names of operations
+    called = inspect.unwrap(block.__call__)  # Flax would put its scope twice into names of operations
 
     class Keeping(block):
         @nn.compact
