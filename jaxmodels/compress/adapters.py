@@ -225,6 +225,11 @@ def adaptation(section: AdapterConfig, networks: Mapping[str, Model], trains: Se
     full = matched("adapter.full", section.full, every, every, "parameter")
     targets = matched("adapter.targets", section.targets, every, sorted(fits), "matrix or embedding")
     targets = [name for name in targets if name not in full]
+    if not targets:
+        raise UserError(
+            f"got adapter.targets {' '.join(section.targets)}, all of which adapter.full trains themselves, expected "
+            "some with factors, try other --adapter.targets, or --adapter none"
+        )
     for field in ("ranks", "alphas"):
         patterns = [text.rpartition("=")[0] for text in getattr(section, field)]
         matched(f"adapter.{field}", patterns, every, targets, "target", "=16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -26,12 +25,13 @@ def keep(module: nn.Module, name: str, x: jax.Array) -> None:
 
 def with_hidden(block: Any) -> Any:
     """A subclass of a block (a Flax module) that keeps its output, the residual stream, as `hidden`."""
-    called = inspect.unwrap(block.__call__)  # Flax would put its scope twice into names of operations
+    # the method below flax's own wrapper, which would put its scope twice into names of operations
+    call = getattr(block.__call__, "__wrapped__", block.__call__)
 
     class Keeping(block):
         @nn.compact
         def __call__(self, x: jax.Array, *rest: Any) -> Any:
-            y, outputs = called(self, x, *rest)
+            y, outputs = call(self, x, *rest)
             keep(self, "hidden", y)
             return y, outputs
 

@@ -288,6 +288,7 @@ def test_a_step_on_eight_devices_equals_one_device(section):
         ),
         ({"targets": ("norm/*",)}, "targets 'norm/*', which matches no matrix or embedding"),
         ({"targets": ()}, "without a pattern"),
+        ({"targets": ("embed",), "full": ("embed*",)}, "targets embed, all of which adapter.full trains themselves"),
         ({"full": ("head/*",)}, "full 'head/*', which matches no parameter"),
         ({"rank": 17}, "rank 17 for layers/attn/k/w, a matrix of rank 16 at most"),
         ({"ranks": ("*/mlp/*=4",)}, "ranks '*/mlp/*', which matches no target"),
