@@ -59,15 +59,21 @@ def build(hall: Hall) -> ASGIApp:
 async def health(request: Request) -> Response:
     """Whether the server takes requests."""
     hall: Hall = request.app.state.hall
-    broken = [name for name, each in hall.served.items() if each.error is not None]
     said = "ready" if hall.ready else "loading"
-    said = "draining" if hall.draining else f"failed: {', '.join(broken)}" if broken else said
+    said = "draining" if hall.draining else _broken(hall) or said
     return JSONResponse({"status": said}, 200 if said == "ready" else 503)
 
 
-async def live(_: Request) -> Response:
-    """That the process is alive."""
-    return JSONResponse({"status": "live"})
+async def live(request: Request) -> Response:
+    """Whether the process is of use; if not, a scheduler starts another one."""
+    said = _broken(request.app.state.hall)
+    return JSONResponse({"status": said or "live"}, 503 if said else 200)
+
+
+def _broken(hall: Hall) -> str:
+    """Say whose engine has failed; empty if none has."""
+    broken = [name for name, each in hall.served.items() if each.error is not None]
+    return f"failed: {', '.join(broken)}" if broken else ""
 
 
 async def metrics(request: Request) -> Response:

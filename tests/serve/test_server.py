@@ -281,6 +281,11 @@ def test_keys_readiness_and_the_end(directory):
         assert server.ask("POST", "/v1/completions", body, **key)[0] == 503
         prepare(server.hall, lambda _: None)
         assert server.ask("GET", "/health")[0] == 200
+        (served,) = server.hall.served.values()
+        served.worker.error = RuntimeError("the device is gone")
+        for path in ("/health", "/v2/health/ready", "/v2/health/live"):
+            assert server.ask("GET", path)[:2] == (503, {"status": "failed: tiny"})
+        served.worker.error = None
         assert server.ask("GET", "/v1/models")[0] == server.ask("GET", "/v1/models", Authorization="Bearer x")[0] == 401
         go = hold(server)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
