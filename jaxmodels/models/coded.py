@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.parallel.rules import RULES, Names, constrain, gather
+from jaxmodels.parallel import rules
+from jaxmodels.parallel.rules import Names, constrain, gather
 
 Array = jax.Array
 Kind = Literal["int8", "int4", "float8", "nf4"]
@@ -138,7 +139,7 @@ def gathered(leaf: Any, names: Names) -> Any:
     def one(x: Array) -> Array:
         kept = [None if size == 1 else name for name, size in zip(names, x.shape, strict=True)]
         x = constrain(x, kept)  # sharded until here, or the partitioner would gather what it has dequantized
-        return constrain(x, [None if name and "fsdp" in RULES[name] else name for name in kept])
+        return constrain(x, rules.gathered(kept))
 
     return jax.tree.map(one, leaf)
 

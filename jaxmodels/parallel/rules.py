@@ -183,10 +183,15 @@ def gather(x: jax.Array, names: Names) -> jax.Array:
 
     Left to itself, XLA's partitioner may sum over fsdp instead, and got some gradients wrong on meshes of three axes.
     """
-    return constrain(x, [None if name and "fsdp" in RULES[name] else name for name in names])
+    return constrain(x, gathered(names))
 
 
 gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
+
+
+def gathered(names: Names) -> list[str | None]:
+    """Return the logical axes of a parameter that is whole along what fsdp splits."""
+    return [None if name and "fsdp" in RULES[name] else name for name in names]
 
 
 def apart(x: jax.Array, rows: int, along: int) -> jax.Array:

@@ -167,7 +167,7 @@ def test_all_targets_compared_together_share_a_threshold(trained: Path):
         (["{run}", "wanda", "--pattern", "4:2"], "N below M"),
         (["{run}", "wanda", "--pattern", "2:4", "--sparsity", "0.7"], "which has 0.5"),
         (["{run}", "wanda", "--pattern", "2:5"], "multiple of 5"),
-        (["{run}", "wanda", "--targets", "layers/nothing"], "matches no matrix"),
+        (["{run}", "wanda", "--targets", "layers/nothing"], "matches no parameter, expected some of layers/attn/k"),
         (["{run}", "wanda", "--sparsety", "0.5"], "did you mean '--sparsity'"),
         (["{run}", "sparsegpt", "--data", "images", "--data.path", "{none}"], "got"),
         (["{run}"], "expected a run and one of"),
