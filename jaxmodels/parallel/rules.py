@@ -189,7 +189,7 @@ def gather(x: jax.Array, names: Names) -> jax.Array:
 gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
 
 
-def gathered(names: Names) -> list[str | None]:
+def gathered(names: Sequence[str | None]) -> list[str | None]:
     """Return the logical axes of a parameter that is whole along what fsdp splits."""
     return [None if name and "fsdp" in RULES[name] else name for name in names]
 
