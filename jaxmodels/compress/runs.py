@@ -23,7 +23,7 @@ from jaxmodels.data.special import FILE as SPECIAL
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, save
-from jaxmodels.models.coded import is_coded
+from jaxmodels.models.coded import is_coded, value
 from jaxmodels.parallel.mesh import Mesh, make_mesh
 from jaxmodels.train import bases, saved
 from jaxmodels.train import run as runs
@@ -126,6 +126,6 @@ def count(params: Any) -> int:
 
 
 def zeros(params: Any) -> int:
-    """Count the parameters of matrices and tables that are 0; those of codes are not looked at."""
-    arrays = (leaf for leaf in jax.tree.leaves(params, is_leaf=is_coded) if not is_coded(leaf) and leaf.ndim > 1)
-    return sum(int(np.sum(np.asarray(leaf) == 0)) for leaf in arrays)
+    """Count the parameters of matrices and tables that are 0, those that codes stand for too."""
+    leaves = (leaf for leaf in jax.tree.leaves(params, is_leaf=is_coded) if leaf.ndim > 1)
+    return sum(int(np.sum(np.asarray(value(leaf)) == 0)) for leaf in leaves)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,7 +105,11 @@ def test_a_quantized_run_holds_codes(trained: Path, method: str, options: str):
         np.testing.assert_array_equal(np.asarray(q.codes), np.asarray(expected.codes))
         np.testing.assert_array_equal(np.asarray(q.scales), np.asarray(expected.scales))
     assert cli.main(["eval", str(out)]) == 0
-    assert json.loads((out / "compress.json").read_text())["method"] == method
+    told = json.loads((out / "compress.json").read_text())
+    leaves = jax.tree.leaves(run.params, is_leaf=lambda leaf: isinstance(leaf, Coded))
+    numbers = [dequantize(leaf) if isinstance(leaf, Coded) else leaf for leaf in leaves]
+    assert told["method"] == method
+    assert told["zeros"] == sum(int((np.asarray(x) == 0).sum()) for x in numbers if x.ndim > 1) > 0
 
 
 def test_groups_that_do_not_divide_are_refused(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
