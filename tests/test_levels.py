@@ -118,3 +118,12 @@ def test_the_outside_is_never_imported(root):
             named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             outside = {name.split(".")[0] for name in named} & {"configs", "benchmarks", "launch", "tests", "examples"}
             assert not outside, f"{module} imports {outside}"
+
+
+def test_ci_runs_every_comparison_with_torch_and_transformers(root):
+    """Tests marked `parity` are left out of the main run: those elsewhere than in tests/parity are named beside it."""
+    named = (root / ".ci" / "run").read_text()
+    marked = [path for path in (root / "tests").rglob("test_*.py") if "mark.parity" in path.read_text()]
+    elsewhere = {str(path.relative_to(root)) for path in marked if path != Path(__file__)}
+    missing = {name for name in elsewhere if not name.startswith("tests/parity/") and f" {name} " not in named}
+    assert not missing
