@@ -139,7 +139,7 @@ def gathered(leaf: Any, names: Names) -> Any:
     def one(x: Array) -> Array:
         kept = [None if size == 1 else name for name, size in zip(names, x.shape, strict=True)]
         x = constrain(x, kept)  # sharded until here, or the partitioner would gather what it has dequantized
-        return constrain(x, rules.gathered(kept))
+        return constrain(x, rules.without_fsdp(kept))
 
     return jax.tree.map(one, leaf)
 

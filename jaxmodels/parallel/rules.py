@@ -183,13 +183,13 @@ def gather(x: jax.Array, names: Names) -> jax.Array:
 
     Left to itself, XLA's partitioner may sum over fsdp instead, and got some gradients wrong on meshes of three axes.
     """
-    return constrain(x, gathered(names))
+    return constrain(x, without_fsdp(names))
 
 
 gather.defvjp(lambda x, names: (gather(x, names), None), lambda names, _, dx: (constrain(dx, names),))
 
 
-def gathered(names: Sequence[str | None]) -> list[str | None]:
+def without_fsdp(names: Sequence[str | None]) -> list[str | None]:
     """Return the logical axes of a parameter that is whole along what fsdp splits."""
     return [None if name and "fsdp" in RULES[name] else name for name in names]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from jaxmodels import cli, create, load_pretrained, load_run
 from jaxmodels import config as configs
@@ -82,7 +83,6 @@ def test_codes_are_those_of_round_to_nearest(kind, group, symmetric):
 def test_nf4_has_the_values_and_the_rule_of_its_paper():
     """Quantiles of the normal distribution, 8 of them above 0 and 7 below, divided by the largest; a number takes the
     nearest, and one in the middle of two the lower, as bitsandbytes' comparisons do."""
-    stats = pytest.importorskip("scipy.stats")
     above = stats.norm.ppf(np.linspace(0.9677083, 0.5, 9)[:-1])
     below = -stats.norm.ppf(np.linspace(0.9677083, 0.5, 8)[:-1])
     values = np.sort([*above, 0.0, *below])
