@@ -241,7 +241,7 @@ def pictures(options: Options) -> list[dict[str, Any]]:
     """Images a second over HTTP, as bytes behind the JSON, and of the function that the server calls."""
     import jax
 
-    from jaxmodels.generate.predict import class_shares
+    from jaxmodels.generate.classes import class_shares
     from jaxmodels.train import load_run
 
     assert options.images is not None

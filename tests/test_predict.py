@@ -25,7 +25,7 @@ from jaxmodels.config import (
 )
 from jaxmodels.data import texts as rows_of_texts
 from jaxmodels.data.records import distinct
-from jaxmodels.generate import predict, sample, translate_texts
+from jaxmodels.generate import classes, sample, translate_texts
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
@@ -271,4 +271,4 @@ def test_what_only_makes_images_is_told_where_they_are_shown(tmp_path, capsys):
 
 def test_classes_named_alike_stay_apart():
     assert distinct(["1", "2", "1"]) == ["1", "2", "1 (2)"]
-    assert len(predict.chosen(np.array([0.2, 0.3, 0.5]), distinct(["1", "2", "1"]))["probabilities"]) == 3
+    assert len(classes.chosen(np.array([0.2, 0.3, 0.5]), distinct(["1", "2", "1"]))["probabilities"]) == 3

@@ -112,8 +112,15 @@ def evaluate(given: OtherData, options: EvalOptions) -> None:
     runs.compilation_cache()
     if options.json is not None:
         check_place(options.json, "--json")
-    fields = {**given.fields, "eval_split": options.split, "dir": options.data_dir}
-    fields = {name: value for name, value in fields.items() if value is not None}
+    named = {"eval_split": ("--split", options.split), "dir": ("--data-dir", options.data_dir)}
+    fields = dict(given.fields)
+    for name, (flag, value) in named.items():
+        if value is not None and name in fields:
+            raise UserError(
+                f"got {flag} {value} and --data.{name.replace('_', '-')} {fields[name]}, expected one of them"
+            )
+        if value is not None:
+            fields[name] = value
     evaluation = load_run(options.run, best=options.best).evaluation(fields, kind=given.kind)
     run = evaluation.run
     translates = run.config.task.answers == "translation" and run.config.data.real

@@ -38,7 +38,7 @@ def monitor(
         out: folder of the page; default: monitor/ in the run directory.
         best: use the best checkpoint instead of the newest.
     """
-    from jaxmodels.generate.predict import class_names
+    from jaxmodels.generate.classes import class_names
     from jaxmodels.serve import monitor as comparison
     from jaxmodels.serve import window
     from jaxmodels.train import load_run

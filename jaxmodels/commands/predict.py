@@ -12,7 +12,8 @@ from typing import Any
 from jaxmodels.data import given
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Beams, Count
-from jaxmodels.generate.predict import Answer, kind_of, predictor, said
+from jaxmodels.generate.predict import predictor, said
+from jaxmodels.generate.prepare import Answer, Asked, kind_of
 from jaxmodels.tasks.task import Answers, tasks_that_answer
 from jaxmodels.train.saved import load_run
 
@@ -67,7 +68,7 @@ def predict(
         section = section if section.real else section.of_kind("images")  # an imported model has no data of its own
         seen = {"captions": captions or section.captions, "class_names": class_names or section.class_names}
         opened = replace(opened, config=replace(opened.config, data=replace(section, **seen)))
-    ready, answers = predictor(opened, tokens or 100, beams or 4)
+    ready, answers = predictor(opened, Asked(tokens or 100, beams or 4))
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)
     size = opened.config.eval.batch_size or opened.config.data.batch_size

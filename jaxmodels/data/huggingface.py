@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from jaxmodels.data.classes import spaced, tell_trimmed
+from jaxmodels.data.columns import in_order, listed, name_of
 from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import shown
 from jaxmodels.data.records import Bad, Field, Records, digest
 from jaxmodels.data.section import RecordsConfig, SplitsConfig
 from jaxmodels.data.source import Split
-from jaxmodels.data.tables import in_order, listed, name_of
 from jaxmodels.errors import UserError
 
 _SAMPLED = 256

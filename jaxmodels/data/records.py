@@ -8,7 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jaxmodels.data.values import EMPTY, number_dtype, unfit
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.registry import named
 
-Kind = Literal["image", "text", "label", "labels", "array"]
+Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask"]
 
 _AT_ONCE = 1024
 _SHOWN = 3
@@ -30,7 +30,9 @@ _log = logging.getLogger("jaxmodels")
 class Field:
     """What one field of every record holds.
 
-    image: bytes of an image file, or uint8 (H, W, C); text: str; label: int; labels: a tuple of ints; array: numbers.
+    image: bytes of an image file, or uint8 (H, W, C); text: str; label: int; labels: a tuple of ints; array: numbers;
+    audio: bytes of a sound file, or `Sound`; mask: bytes of an image file whose pixels are class numbers, or
+    uint8 (H, W).
     """
 
     kind: Kind
@@ -55,6 +57,15 @@ class Field:
             known = False
         if not known:
             raise UserError(f"got Field({self.kind!r}, dtype={self.dtype!r}), expected that of numbers, try 'float32'")
+
+
+class Sound(NamedTuple):
+    """A sound in memory."""
+
+    samples: np.ndarray
+    """float32 in [-1, 1], or int16: (N,), or (N, channels)."""
+    rate: int
+    """Samples a second."""
 
 
 @dataclass(frozen=True)

@@ -2,43 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-import re
-import unicodedata
+import os
+import stat
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from jaxmodels.data import corpus
-from jaxmodels.data.classes import spaced, tell_trimmed
+from jaxmodels.data.classes import tell_trimmed
+from jaxmodels.data.columns import SOUNDS, Column, listed, name_of, whole
+from jaxmodels.data.fields import unknown
 from jaxmodels.data.files import File, open_file, shown
-from jaxmodels.data.records import Bad, Field, Records, check_fraction, check_some, digest, hash_fraction
-from jaxmodels.data.section import FilesConfig, RecordsConfig
+from jaxmodels.data.folders import SUFFIXES
+from jaxmodels.data.records import (
+    Bad,
+    Field,
+    Records,
+    check_fraction,
+    check_some,
+    check_unused_fraction,
+    digest,
+    hash_fraction,
+)
+from jaxmodels.data.section import DataConfig, FilesConfig, RecordsConfig, default
 from jaxmodels.data.source import Split
-from jaxmodels.errors import UserError
-
-# Fraction of a column's values that must be numbers for it to be numeric; its other values are then bad.
-_MOST = 0.9
-# Integers up to this are taken for class numbers.
-_MOST_NUMBERED = 100_000
-_DIGITS = frozenset("0123456789")
-_NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*")
-# Integers below this are exact in float64; a larger one is a name, such as an account number.
-_EXACT = 2**53
+from jaxmodels.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Table(RecordsConfig, FilesConfig):
     """Tables: CSV, JSON lines or Parquet."""
 
+    evaluated_by: ClassVar[tuple[str, ...]] = ("files", "masks", "split_field")
+
+    files: tuple[str, ...] = ()
+    """Columns of images and sounds, which hold paths of files: absolute, or from the folder of the table."""
+    masks: tuple[str, ...] = ()
+    """Columns of masks, which hold paths of images whose pixels are numbers of classes."""
+    split_field: str = ""
+    """Column that names each row's split. Empty: a fraction of the rows is held out."""
+    train_split: str = "train"
+    """Name of the split to train on, where there is a `split_field`."""
+    eval_split: str = "validation"
+    """Name of the split to evaluate on, where there is a `split_field`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split_field and self.eval_path:
+            raise UserError(
+                f"got data.split_field {self.split_field!r} and data.eval_path, expected one of them, "
+                "try without --data.eval-path"
+            )
+        if self.split_field:
+            check_unused_fraction(self, f"the column {self.split_field} names the split of each row")
+        for name in ("train_split", "eval_split"):
+            if not self.split_field and (value := getattr(self, name)) != default(self, name):
+                raise UserError(
+                    f"got data.{name} {value!r} without data.split_field, expected the column that names each row's "
+                    "split, try --data.split-field split"
+                )
+
     def records(self, split: Split) -> Records:
         return records(self, split)
+
+    def evaluated_on(self, fields: Mapping[str, Any]) -> DataConfig:
+        if "path" in fields and "eval_split" not in fields:  # all rows of other tables
+            fields = {"split_field": "", "train_split": "train", "eval_split": "validation", **fields}
+            return super().evaluated_on(fields)
+        # the rows of one split, in these tables or in others
+        return dataclasses.replace(self, **fields) if self.split_field else super().evaluated_on(fields)
 
 
 def records(cfg: Table, split: Split) -> Records:
@@ -46,15 +85,19 @@ def records(cfg: Table, split: Split) -> Records:
 
     Integers from 0 on are class numbers; other numbers (-1 and 1, say) and names are classes in sorted order.
 
-    Evaluation has the rows of `data.eval_path`, or else those whose content has a hash below `data.eval_fraction`:
-    equal rows are always on the same side, in files of any kind. The classes of a label or group are those of
+    Evaluation has the rows of `data.eval_path`, or those that `data.split_field` gives to `data.eval_split`, or else
+    those whose content has a hash below `data.eval_fraction`: equal rows are always on the same side, in files of any
+    kind. The classes of a label or group are those of
     `data.path`, sorted.
 
     Raises: UserError if a file is not a table, or nothing is left for the split.
     """
-    train = _scan(_stamped(cfg.path), cfg.label_field, cfg.group_field)
-    if cfg.eval_path:
-        here = train if split == "train" else _scan(_stamped(cfg.eval_path), cfg.label_field, cfg.group_field)
+    read = _Read(cfg.label_field, cfg.group_field, cfg.split_field, cfg.files, cfg.masks)
+    train = _scan(_stamped(cfg.path), read)
+    if cfg.split_field:
+        here, chosen = train, train.rows_of(cfg.train_split if split == "train" else cfg.eval_split, f"{split}_split")
+    elif cfg.eval_path:
+        here = train if split == "train" else _scan(_stamped(cfg.eval_path), read)
         _check_names(train, here, cfg)
         chosen = np.arange(len(here.places))
     else:
@@ -89,7 +132,8 @@ class _Rows(Records):
         self._which, self._rows = scan.which[chosen], scan.rows[chosen]
         self._scan, self.label = scan, scan.label
         self._ids = {name: {n: i for i, n in enumerate(field.names)} for name, field in fields.items()}
-        self.fingerprint = digest(scan.places[chosen].tobytes() + repr(sorted(fields.items())).encode())
+        facts = scan.places[chosen].tobytes() + (scan.sizes[chosen].tobytes() if scan.read.paths else b"")
+        self.fingerprint = digest(facts + repr(sorted(fields.items())).encode())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -120,11 +164,12 @@ class _Rows(Records):
         if isinstance(row, str):
             return Bad(self.where(index), row)
         try:
-            return {name: self._value(name, row.get(name)) for name in fields}
+            folder = self._files[self._which[index]].path.parent
+            return {name: self._value(name, row.get(name), folder) for name in fields}
         except _Unfit as unfit:
             return Bad(self.where(index), str(unfit))
 
-    def _value(self, name: str, value: Any) -> Any:
+    def _value(self, name: str, value: Any, folder: Path) -> Any:
         field = self.fields[name]
         if value is None or (value == "" and field.kind != "text"):
             raise _Unfit(f"{name} is missing")
@@ -138,6 +183,8 @@ class _Rows(Records):
                     return np.asarray(value, field.dtype)
             except (ValueError, TypeError, OverflowError):
                 raise _Unfit(f"{name} is {shown(value)}, expected numbers") from None
+        if name in self._scan.read.paths:
+            return _content(name, value, folder)
         if (field.kind == "text" and isinstance(value, str)) or (field.kind == "image" and isinstance(value, bytes)):
             return value
         raise _Unfit(f"{name} is {shown(value)}, expected {field.kind}")
@@ -148,45 +195,55 @@ class _Rows(Records):
             raise _Unfit(f"{name} is missing")
         if key in ids:
             return ids[key]
-        if not ids and _whole(key):
+        if not ids and whole(key):
             return int(key)
         raise _Unfit(f"{name} is {shown(value)}, expected {f'one of {listed(list(ids))}' if ids else 'a whole number'}")
-
-
-def name_of(value: Any) -> str | None:
-    """Normalize a value to the name of its class; None if it names none.
-
-    true is 1; 2.0, "2.0", "02" and " 2" are 2. White space around a name is left out, and accents are composed.
-    """
-    if isinstance(value, str):
-        value = value.strip() if value.isascii() else unicodedata.normalize("NFC", value.strip())
-    if value is None or value != value or value == "":
-        return None
-    if isinstance(value, str):
-        if not _NUMBER.fullmatch(value):
-            return value
-        number = float(value)
-        return str(int(number)) if number.is_integer() and abs(number) < _EXACT else value
-    return str(int(value) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else value)
-
-
-def listed(names: Sequence[str]) -> str:
-    """List names for a message, only the first ten if there are more."""
-    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
 
 
 class _Unfit(Exception):
     """A value does not fit the kind of its column."""
 
 
+def _content(name: str, value: Any, folder: Path) -> bytes:
+    """Read the file that a column names."""
+    if not isinstance(value, str):
+        raise _Unfit(f"{name} is {shown(value)}, expected the path of a file")
+    try:
+        if not stat.S_ISREG(os.stat(folder / value).st_mode):  # reading a pipe would wait
+            raise _Unfit(f"{name} is {shown(value)}, which is not a regular file")
+        content = (folder / value).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise _Unfit(f"{name} is {shown(value)}, which cannot be read ({reason})") from None
+    if not content:
+        raise _Unfit(f"{name} is {shown(value)}, which is empty")
+    return content
+
+
+class _Read(NamedTuple):
+    """How columns are read: by their names in the config."""
+
+    label: str
+    group: str
+    split: str
+    files: tuple[str, ...]
+    masks: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The columns that hold paths of files."""
+        return (*self.files, *self.masks)
+
+
 class _Scan:
     """What one pass over files finds: where rows are, the hash of each, and what columns hold."""
 
-    def __init__(self, files: Sequence[File], label_field: str, group_field: str) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[File], read: _Read) -> None:
+        self.files, self.read = files, read
         self.label = f"table {', '.join(f.path.name for f in files[:3])}{', ...' if len(files) > 3 else ''}"
-        which, rows, places = array("i"), array("q"), array("d")
-        self.columns: dict[str, _Column] = {}
+        which, rows, places, sizes = array("i"), array("q"), array("d"), array("q")
+        splits: list[str] = []
+        self.columns: dict[str, Column] = {}
         self.seen: list[set[str]] = []
         """The columns of each file."""
         broken = ""
@@ -196,6 +253,9 @@ class _Scan:
                 which.append(number)
                 rows.append(row)
                 places.append(hash_fraction(raw if isinstance(values, str) else _canonical(values) or raw))
+                known = {} if isinstance(values, str) else values
+                sizes.append(sum(_size(file.path.parent, known.get(name)) for name in read.paths))
+                splits.append(name_of(known.get(read.split)) or "" if read.split else "")
                 if isinstance(values, str):
                     broken = broken or f"{file.path}:{file.line(row)}: {values}"
                     continue
@@ -203,7 +263,7 @@ class _Scan:
                     self.seen[-1].update(values)
                 for name, value in values.items():
                     if name not in self.columns:
-                        self.columns[name] = _Column(name == label_field, name == group_field)
+                        self.columns[name] = Column(name == read.label, name == read.group)
                     self.columns[name].see(value, file.typed)
         if broken and not self.columns:
             raise UserError(
@@ -211,127 +271,53 @@ class _Scan:
                 "one record a row, try another file"
             )
         self.which, self.rows = np.array(which, np.int32), np.array(rows, np.int64)
-        self.places = np.array(places, np.float64)
-        found = {name: self.columns[name].field() for name in sorted(self.columns)}
+        self.places, self.sizes = np.array(places, np.float64), np.array(sizes, np.int64)
+        self.splits = np.array(splits) if read.split else np.zeros(0, str)
+        self._check_columns()
+        found = {name: self._field(name) for name in sorted(self.columns)}
         self.fields = {name: field for name, field in found.items() if field}
         for name, field in self.fields.items():
             if field.kind in ("label", "labels"):
                 tell_trimmed(self.columns[name].spaced, name, self.label)
 
+    def rows_of(self, split: str, option: str) -> np.ndarray:
+        """Return the rows of a split, which `option` names.
 
-class _Column:
-    """The values of a column, counted by what they are."""
-
-    def __init__(self, is_label: bool, is_group: bool) -> None:
-        self.is_label, self.is_group = is_label, is_group
-        self.kinds: Counter[str] = Counter()
-        self.names: Counter[str] = Counter()
-        """How often each name of a class or group occurs; each of several labels counts."""
-        self.numbers: Counter[str] = Counter()
-        """How often each value occurs as a number."""
-        self.spaced: Counter[str] = Counter()
-        """Names of classes or groups with white space around them."""
-        self.shapes: Counter[tuple[int, ...]] = Counter()
-
-    def see(self, value: Any, typed: bool) -> None:
-        kind = _kind(value, typed)
-        if kind == "text" and (self.is_label or self.is_group) and name_of(value) is None:
-            kind = "missing"
-        self.kinds[kind] += 1
-        if kind == "texts" or (isinstance(value, list) and self.is_label):
-            self.names.update(name for v in value if (name := name_of(v)) is not None)
-            self.spaced.update(spaced(value))
-        elif kind in ("text", "whole", "number") and (self.is_label or self.is_group):
-            name = str(name_of(value))
-            self.names[name] += 1
-            self.spaced.update(spaced([value]) if kind == "text" else ())
-            self.numbers[name] += kind != "text"
-        if kind == "list":
-            self.shapes[np.shape(value)] += 1
-
-    def field(self) -> Field | None:
-        """Return what the column holds, None if nothing here can use it."""
-        count = self.kinds
-        total = max(sum(count.values()) - count["missing"], 1)
-        if count["texts"] or (count["list"] and self.is_label and all(map(_whole, self.names))):
-            # -1 pads lists, and is not a class inside one
-            names = [name for name in self.names if not (_whole(name) and int(name) < 0)]
-            return Field("labels", tuple(sorted(names, key=in_order)))
-        if count["list"]:
-            return Field("array", shape=self._shape(), dtype="float32")
-        if self.is_group and self.names:
-            return Field("label", tuple(sorted(self.names, key=in_order)))
-        if self.is_label and self.names:
-            return self._classes(total)
-        if count["whole"] >= _MOST * total:
-            return Field("label")
-        if count["whole"] + count["number"] >= _MOST * total:
-            return Field("array", dtype="float32")
-        if count["bytes"]:
-            return Field("image", shape=(None, None, None))
-        return Field("text") if count["text"] else None
-
-    def _shape(self) -> tuple[int | None, ...]:
-        """Return the shape that nearly all arrays have, or its common part; None if they differ."""
-        (usual, often), *_ = self.shapes.most_common(1)
-        if often >= _MOST * self.shapes.total():
-            return usual
-        sizes = list(zip(*self.shapes, strict=False))
-        return tuple(each[0] if len(set(each)) == 1 else None for each in sizes)
-
-    def _classes(self, total: int) -> Field:
-        """Number the classes: integers from 0 on are class numbers; other numbers and names are sorted.
-
-        A value of another kind than nearly all others is a mistake in its row if it occurs only once; one that recurs
-        is a class.
+        Raises: UserError if there are none.
         """
-        numbers = {int(name): often for name, often in self.numbers.items() if often and _whole(name)}
-        strange = Counter({name: often for name, often in self.names.items() if not self.numbers[name]})
-        fractions = Counter({name: often for name, often in self.numbers.items() if often and not _whole(name)})
-        if fractions.total() > (1 - _MOST) * total and not strange:
-            return Field("array", dtype="float32")
-        strange += fractions
-        if not numbers or strange.total() > (1 - _MOST) * total or any(often > 1 for often in strange.values()):
-            return Field("label", tuple(sorted(self.names, key=in_order)))
-        plain = {n for n in numbers if 0 <= n < _MOST_NUMBERED}
-        if not plain or any(often > 1 for n, often in numbers.items() if n not in plain):
-            return Field("label", tuple(map(str, sorted(numbers))))
-        return Field("label", tuple(map(str, range(max(plain) + 1))))
+        chosen = np.flatnonzero(self.splits == split)
+        if not len(chosen):
+            known = sorted({str(name) for name in self.splits if name})
+            near = nearest(split, known) or f", try --data.{option.replace('_', '-')} {known[0] if known else 'NAME'}"
+            raise UserError(
+                f"got data.{option} {split!r}, expected one that {self.read.split} of {self.label} names "
+                f"({listed(known) or 'it names none'}){near}"
+            )
+        return chosen
 
+    def _check_columns(self) -> None:
+        """Raise UserError if the config names a column that is not there, or one for two kinds of files."""
+        known = sorted(self.columns)
+        named = (("split_field", (self.read.split,)), ("files", self.read.files), ("masks", self.read.masks))
+        for option, name in ((option, name) for option, names in named for name in names if name):
+            if name not in self.columns:
+                raise UserError(unknown(f"data.{option}", name, known, f"--data.{option.replace('_', '-')}"))
+        if both := sorted(set(self.read.files) & set(self.read.masks)):
+            raise UserError(f"got the column {both[0]!r} in data.files and in data.masks, expected it in one of them")
 
-def _whole(name: str) -> bool:
-    return name.removeprefix("-").isdecimal()
-
-
-def in_order(name: str) -> tuple[bool, int, str]:
-    """Sort key: numbers by value, then names alphabetically."""
-    return (False, int(name), "") if _whole(name) else (True, 0, name)
-
-
-def _kind(value: Any, typed: bool) -> str:
-    """Return what a value is; in a file without types (CSV), text that reads as a number is one."""
-    if value is None or value == "" or (isinstance(value, float) and value != value):
-        return "missing"
-    if isinstance(value, str):
-        if typed or value[-1] not in _DIGITS or "_" in value:
-            return "text"
-        if _whole(value):
-            return "whole"
-        try:
-            float(value)
-        except ValueError:
-            return "text"
-        return "number"
-    if isinstance(value, int | float):
-        return "whole" if isinstance(value, int) else "number"
-    if isinstance(value, list):
-        if value and all(isinstance(x, str) for x in value):
-            return "texts"
-        try:
-            return "list" if np.asarray(value).dtype.kind in "biuf" else "other"
-        except ValueError:  # lists of different lengths
-            return "other"
-    return "bytes" if isinstance(value, bytes) else "other"
+    def _field(self, name: str) -> Field | None:
+        """Return what a column holds; of files, by the suffix of most."""
+        if name in self.read.masks:
+            return Field("mask")
+        if name not in self.read.files:
+            return self.columns[name].field()
+        kind, suffix = self.columns[name].of_files()
+        if kind is None:
+            raise UserError(
+                f"got the column {name!r} in data.files of {self.label}, most of whose values end in {suffix!r}, "
+                f"expected files of images ({listed(SUFFIXES)}) or sounds ({listed(SOUNDS)})"
+            )
+        return Field(kind, shape=(None, None, None) if kind == "image" else ())
 
 
 def _canonical(values: Mapping[str, Any]) -> bytes:
@@ -355,6 +341,14 @@ def _stamped(patterns: Sequence[str]) -> tuple[tuple[Path, int, int], ...]:
     return tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in corpus.expand(patterns, "table"))
 
 
+def _size(folder: Path, value: Any) -> int:
+    """Return the size of the file that a column names, -1 without one; of a link its own, as it may be broken."""
+    try:
+        return os.stat(folder / value, follow_symlinks=False).st_size if isinstance(value, str) else -1
+    except (OSError, ValueError):
+        return -1
+
+
 @functools.lru_cache(2)
-def _scan(files: tuple[tuple[Path, int, int], ...], label_field: str, group_field: str) -> _Scan:
-    return _Scan([open_file(path) for path, *_ in files], label_field, group_field)
+def _scan(files: tuple[tuple[Path, int, int], ...], read: _Read) -> _Scan:
+    return _Scan([open_file(path) for path, *_ in files], read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from jaxmodels.data.files import shown
 
 if TYPE_CHECKING:
-    from jaxmodels.data.records import Field
+    from jaxmodels.data.records import Field, Kind
 
 EMPTY = "is an empty text"
 _MOST_CLASSES = 2**31
@@ -24,14 +25,10 @@ def unfit(name: str, value: Any, field: Field) -> str:
     Where classes have names, a label of -1 is an unknown one, as both TFDS and the library `datasets` write it. Without
     names, numbers below 0 are refused by `fields.numbered`, which sees all of them.
     """
-    if field.kind == "text":
-        return _text(name, value)
-    if field.kind == "image":
-        return _image(name, value, field)
-    return _array(name, value, field) if field.kind == "array" else _label(name, value, field)
+    return _CHECKS[field.kind](name, value, field)
 
 
-def _text(name: str, value: Any) -> str:
+def _text(name: str, value: Any, field: Field) -> str:
     if not isinstance(value, str):
         return f"{name} is {shown(value)}, expected text"
     if not value or value.isspace():
@@ -48,6 +45,27 @@ def _image(name: str, value: Any, field: Field) -> str:
         return f"{name} is {shown(value)}, expected the bytes of an image file, or an array of uint8"
     if value.dtype != np.uint8 or value.ndim != 3 or not value.size:
         return f"{name} is {value.dtype} of the shape {value.shape}, expected uint8 (height, width, channels)"
+    return _shape(name, value, field) if field.shape else ""
+
+
+def _audio(name: str, value: Any, field: Field) -> str:
+    if isinstance(value, bytes):
+        return ""
+    samples, rate = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+    if not isinstance(samples, np.ndarray) or not isinstance(rate, numbers.Integral) or not 0 < int(rate) < 1 << 20:
+        return f"{name} is {shown(value)}, expected the bytes of a sound file, or Sound(samples, rate)"
+    if samples.dtype not in (np.int16, np.float32) or samples.ndim not in (1, 2) or not samples.size:
+        return f"{name} is {samples.dtype} of the shape {samples.shape}, expected int16 or float32 (samples,)"
+    return "" if np.isfinite(samples).all() else f"{name} has samples that are no finite numbers"
+
+
+def _mask(name: str, value: Any, field: Field) -> str:
+    if isinstance(value, bytes):
+        return ""
+    if not isinstance(value, np.ndarray):
+        return f"{name} is {shown(value)}, expected the bytes of an image file, or an array of uint8"
+    if value.dtype != np.uint8 or value.ndim != 2 or not value.size:
+        return f"{name} is {value.dtype} of the shape {value.shape}, expected uint8 (height, width)"
     return _shape(name, value, field) if field.shape else ""
 
 
@@ -84,6 +102,17 @@ def _label(name: str, value: Any, field: Field) -> str:
         if not isinstance(label, numbers.Integral) or not least <= label < number:  # type: ignore[operator]
             return f"{name} is {shown(label)}, expected a class from 0 to {number - 1}"
     return ""
+
+
+_CHECKS: dict[Kind, Callable[[str, Any, Field], str]] = {
+    "image": _image,
+    "text": _text,
+    "label": _label,
+    "labels": _label,
+    "array": _array,
+    "audio": _audio,
+    "mask": _mask,
+}
 
 
 def number_dtype(dtype: np.dtype[Any]) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.generate import beam
-from jaxmodels.generate.predict import kind_of
+from jaxmodels.generate.prepare import kind_of
 from jaxmodels.models.families import create
 from jaxmodels.models.model import Model, quantized
 from jaxmodels.tasks.task import Task

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmodels.generate.predict import class_names, class_shares, kind_of, reader
+from jaxmodels.generate.classes import class_names, class_shares
+from jaxmodels.generate.prepare import kind_of, reader
 from jaxmodels.serve.errors import Broken
 from jaxmodels.train.saved import Run
 

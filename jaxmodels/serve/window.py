@@ -16,7 +16,8 @@ from jaxmodels.data import given, pixels
 from jaxmodels.data.files import TABLES, open_file
 from jaxmodels.data.records import Bad
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.generate.predict import class_names, class_shares, kind_of, reader
+from jaxmodels.generate.classes import class_names, class_shares
+from jaxmodels.generate.prepare import kind_of, reader
 from jaxmodels.train.saved import Run
 
 COLUMNS = 32

@@ -86,7 +86,9 @@ def test_a_class_that_was_not_trained_on_is_a_bad_record_by_name(moved, tmp_path
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--split", "nonsense"], "got --split 'nonsense' for data table, which has no such field"),
+        (["--split", "nonsense"], "got data.eval_split 'nonsense' without data.split_field"),
+        (["--data.eval-split", "nonsense"], "got data.eval_split 'nonsense' without data.split_field"),
+        (["--split", "a", "--data.eval-split", "b"], "got --split a and --data.eval-split b, expected one of them"),
         (["--data-dir", "/nowhere"], "try --data.path FILE"),
         (["--data.name", "mnist"], "got --data.name 'mnist' for data table"),
         (
