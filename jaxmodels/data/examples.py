@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from jaxmodels.data.balance import Balanced
 from jaxmodels.data.classes import check_differ, tell_similar, tell_unlearned
 from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
 from jaxmodels.data.files import shown
+from jaxmodels.data.marks import Marks
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.records import Field, Kind, Reader, Records, Row
 from jaxmodels.data.section import DataConfig, RecordsConfig, default
@@ -254,6 +255,28 @@ def labeled(opening: Opening, kinds: Sequence[Kind], *, optional: bool = False, 
         source = _rows(opening, train, field, label)
     source.field, source.kind = field, kind
     return Balanced(source, source.labels()) if cfg.balance and split == "train" else source
+
+
+def marked(opening: Opening, kind: Kind, marks: Callable[[str], Marks]) -> Source:
+    """Make images with what is marked on them: `marks` of the field of this kind.
+
+    It is the field that `data.label_field` names, or the only one.
+    """
+    cfg: Any = opening.data
+    opening.check((*_LABELLED[:-1], "class_names", *opening.reads, *_IMAGE), "images with marks")
+    train = open_records(cfg, "train")
+    field, named = input_field(train, cfg, ("image",)), cfg.label_field
+    known = [name for name, each in train.fields.items() if each.kind == kind]
+    if len(known) == 1 and named == default(cfg, "label_field"):
+        named = known[0]
+    label = named_field(train, "label_field", named, (kind,), [field])
+    records = train if opening.split == "train" else open_records(cfg, opening.split)
+    from jaxmodels.data import images
+
+    source = images.Pictures(records, opening, field=field, label=None, marks=marks(label))
+    source.field, source.kind = field, "image"
+    source.class_names = tuple(opening.classes) or cfg.class_names or train.fields[label].names
+    return source
 
 
 def _used(opening: Opening, kinds: Sequence[Kind], more: Sequence[str]) -> list[str]:

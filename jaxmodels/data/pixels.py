@@ -181,6 +181,11 @@ def _by_opencv(pixels: np.ndarray, scale: float, size: Size, box: Box) -> np.nda
     return out.reshape(*size, -1)
 
 
+def size_of(image: Image.Image | Jpeg | np.ndarray) -> tuple[int, int]:
+    """Return width and height of an opened image or an array (H, W, C)."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
 def mirrored(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
     """Mirror an image left to right."""
     if isinstance(image, Image.Image):

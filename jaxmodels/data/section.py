@@ -188,7 +188,7 @@ class RecordsConfig(TextsConfig):
     group_field: str = ""
     """Record field that names its group. Each metric is reported for each group, with the largest difference."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in captions, if the data's own are unsuitable."""
+    """Names of the classes, in captions and of what is marked on images, if the data's own are unsuitable."""
     captions: tuple[str, ...] = ()
     """Captions of an image by its class: "the digit {label}". Each example gets one of them."""
     bad_records: Natural = 100

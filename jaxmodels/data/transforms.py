@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from jaxmodels.data.marks import joined, scaling
 from jaxmodels.data.order import mix
-from jaxmodels.data.pixels import BILINEAR, Jpeg, Library, Size, as_array, as_image, mirrored, resized
+from jaxmodels.data.pixels import BILINEAR, Box, Jpeg, Library, Size, as_array, as_image, mirrored, resized
 from jaxmodels.data.section import TRANSFORMS, Augment
 from jaxmodels.errors import UserError
 
@@ -55,6 +56,16 @@ def check_channels(cfg: Augment, channels: int) -> None:
         raise UserError(
             f"got a model of images of {channels} channels to augment, expected 1 (gray) or 3 (RGB), "
             f"try without {', '.join(describe(cfg))}"
+        )
+
+
+def check_marks(cfg: Augment) -> None:
+    """Raise UserError if pixels would be moved in a way that what is marked on them could not follow."""
+    if cfg.randaugment or cfg.transforms:
+        raise UserError(
+            f"got augment {'randaugment' if cfg.randaugment else 'transforms'} for images with marks, which may move "
+            "pixels and leave the marks behind, expected crop, flip, shift, rotate, colour or cutout, try "
+            f"--augment.{'randaugment 0' if cfg.randaugment else 'transforms'}"
         )
 
 
@@ -151,18 +162,31 @@ def center(
     image: Image.Image | Jpeg, cfg: Augment, shape: tuple[int, int, int], library: Library = "pillow"
 ) -> np.ndarray:
     """Prepare one image for evaluation, uint8 (H, W, C): whole, or the central 7/8 if training crops; resized."""
-    height, width = shape[:2]
-    box = None
-    if cfg.crop is not None:
-        full = image.size
-        scale = CENTER * min(full[0] / width, full[1] / height)
-        w, h = width * scale, height * scale
-        left, top = (full[0] - w) / 2, (full[1] - h) / 2
-        box = (left, top, left + w, top + h)
-    return as_array(resized(image, (height, width), shape[2], box, library))
+    box = None if cfg.crop is None else _center(image.size, shape[:2])
+    return as_array(resized(image, shape[:2], shape[2], box, library))
 
 
-def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> tuple[float, float, float, float]:
+def affine(cfg: Augment, full: tuple[int, int], size: Size, row: np.ndarray | None) -> np.ndarray:
+    """Return where each pixel of an image of this size comes from in the one of (width, height) that it is made of.
+
+    It is the matrix (6,) of what `augment` does by a row of `draws`, or, without a row, of what `center` does.
+    """
+    if row is None:
+        return scaling(full, size, None if cfg.crop is None else _center(full, size))
+    outer = scaling(full, size, None if cfg.crop is None else _crop(full, cfg.crop, size, row))
+    return joined(outer, matrices(cfg, size, row[None])[0])
+
+
+def _center(full: tuple[int, int], size: Size) -> Box:
+    """Return the central part that evaluation sees of an image of (width, height)."""
+    height, width = size
+    scale = CENTER * min(full[0] / width, full[1] / height)
+    w, h = width * scale, height * scale
+    left, top = (full[0] - w) / 2, (full[1] - h) / 2
+    return left, top, left + w, top + h
+
+
+def _crop(full: tuple[int, int], least: float, size: Size, row: np.ndarray) -> Box:
     """Draw a part of an image of (width, height): uniform area, log-uniform aspect ratio, uniform position.
 
     The ratio is drawn from those with which the area fits, so that nothing has to be drawn again.
