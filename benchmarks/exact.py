@@ -54,6 +54,7 @@ CASES = {
     "wgan": Case(("wgan_mnist",)),
     "bert": Case(("bert_base_wikipedia",)),
     "bert-classes": Case(("bert_sst2",)),
+    "bert-spans": Case(("bert_squad",)),
     "clip": Case(("clip_digits",)),
     "transformer": Case(("transformer_wmt14",)),
     "gpt2": Case(GPT2, ("h100",)),

@@ -23,16 +23,17 @@ from tests.sections import data_of, task_of
 
 ALL = tuple(TASKS.names())
 LANGUAGE, EXAMPLES = ("causal_lm", "masked_lm", "seq2seq"), ("classification", "contrastive", "vae", "gan")
+OF_A_FIELD = (*LANGUAGE, *EXAMPLES)
 USES = {
     "seq_len": (ALL, ("text",)),
     "mean": (("classification", "contrastive"), ("image", "array")),
     "std": (("classification", "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
-    "input_field": (ALL, ()),
+    "input_field": (OF_A_FIELD, ()),
     "label_field": (EXAMPLES, ()),
     "target_field": (("seq2seq",), ()),
-    "group_field": (EXAMPLES, ()),
+    "group_field": ((*EXAMPLES, "question_answering"), ()),
     "class_names": (("contrastive",), ()),
     "captions": (("contrastive",), ()),
     "bad_records": (ALL, ()),
@@ -42,7 +43,7 @@ USES = {
 }
 """Field of data -> the tasks and the kinds of inputs that have a use for it."""
 SET = {"mean": {"mean": (0.5,), "std": (0.5,)}, "std": {"mean": (0.5,), "std": (0.5,)}, "pixels": {"pixels": "opencv"}}
-RECORDS, NO_RECORDS = ("tfds", "images", "table", "huggingface"), ("stdlib", "text", "tokens")
+RECORDS, NO_RECORDS = ("tfds", "images", "table", "huggingface", "squad"), ("stdlib", "text", "tokens")
 
 
 OWN = {"transforms": ("tests.sections:inverted",)}

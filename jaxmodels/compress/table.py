@@ -67,7 +67,8 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
     found, programs = [], []
     for run in runs:
         task = run.task
-        measure = evaluate.build_evaluate(task, mesh, classes=evaluation.source.class_names)
+        source = evaluation.source
+        measure = evaluate.build_evaluate(task, mesh, classes=source.class_names, source=source)
         found.append(measure(run.params, run.stats, given) or {})
         program = jax.jit(task.metrics)
         with jax.set_mesh(mesh):

@@ -18,6 +18,7 @@ from jaxmodels.data.corpus import Stdlib, Text
 from jaxmodels.data.folders import Images
 from jaxmodels.data.huggingface import HuggingFace
 from jaxmodels.data.section import Augment, DataConfig
+from jaxmodels.data.squad import SQuAD
 from jaxmodels.data.synthetic import Synthetic
 from jaxmodels.data.tables import Table
 from jaxmodels.data.tfds import TFDS
@@ -28,6 +29,7 @@ from jaxmodels.tasks.classification import Classification
 from jaxmodels.tasks.contrastive import Contrastive
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
+from jaxmodels.tasks.question_answering import QuestionAnswering
 from jaxmodels.tasks.seq2seq import Seq2Seq
 from jaxmodels.tasks.task import TaskConfig
 from jaxmodels.tasks.vae import VAE
@@ -36,11 +38,71 @@ from jaxmodels.train.schedules import WSD, Constant, Cosine, Linear, ScheduleCon
 from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, Train
 
 __all__ = [
-    "GAN", "SGD", "TFDS", "VAE", "WSD", "Adafactor", "Adam", "AdamW", "AdapterConfig", "AnyModel", "Augment",
-    "CausalLM", "Checkpoint", "Classification", "CompressConfig", "Config", "Constant", "Contrastive", "Cosine",
-    "DataConfig", "Distill", "DoRA", "Eval", "HuggingFace", "Images", "Init", "Linear", "Lion", "LoRA", "MaskedLM",
-    "Mesh", "Metrics", "Momentum", "Muon", "OptimConfig", "Profile", "Quantized", "RMSprop", "ScheduleConfig",
-    "Seq2Seq", "Sparse", "Stdlib", "Synthetic", "Table", "TaskConfig", "Text", "Tokens", "Train", "differences",
-    "docs", "documentation", "flatten", "from_json", "kind_name", "kinds_of", "load", "meant_kind", "of_kind",
-    "provenance", "read", "replaced", "save", "section_of", "to_json", "with_kinds",
+    "GAN",
+    "SGD",
+    "TFDS",
+    "VAE",
+    "WSD",
+    "Adafactor",
+    "Adam",
+    "AdamW",
+    "AdapterConfig",
+    "AnyModel",
+    "Augment",
+    "CausalLM",
+    "Checkpoint",
+    "Classification",
+    "CompressConfig",
+    "Config",
+    "Constant",
+    "Contrastive",
+    "Cosine",
+    "DataConfig",
+    "Distill",
+    "DoRA",
+    "Eval",
+    "HuggingFace",
+    "Images",
+    "Init",
+    "Linear",
+    "Lion",
+    "LoRA",
+    "MaskedLM",
+    "Mesh",
+    "Metrics",
+    "Momentum",
+    "Muon",
+    "OptimConfig",
+    "Profile",
+    "Quantized",
+    "QuestionAnswering",
+    "RMSprop",
+    "SQuAD",
+    "ScheduleConfig",
+    "Seq2Seq",
+    "Sparse",
+    "Stdlib",
+    "Synthetic",
+    "Table",
+    "TaskConfig",
+    "Text",
+    "Tokens",
+    "Train",
+    "differences",
+    "docs",
+    "documentation",
+    "flatten",
+    "from_json",
+    "kind_name",
+    "kinds_of",
+    "load",
+    "meant_kind",
+    "of_kind",
+    "provenance",
+    "read",
+    "replaced",
+    "save",
+    "section_of",
+    "to_json",
+    "with_kinds",
 ]  # fmt: skip

@@ -80,10 +80,10 @@ def texts_of(data: DataConfig) -> corpora.Corpus:
         return data.corpus()
     train = open_records(data, "train")
     field = input_field(train, data, ("text",))
-    return _Readers(data, train, (field,)).corpus(field)
+    return Readers(data, train, (field,)).corpus(field)
 
 
-class _Readers:
+class Readers:
     """One reader for each split of a set, opened once, so that a bad record is reported once."""
 
     def __init__(self, cfg: Any, train: Records, fields: Sequence[str], classes: Sequence[str] = ()) -> None:
@@ -179,7 +179,7 @@ def pairs(opening: Opening) -> Source:
             f"got {cfg.input_field!r} for data.input_field and for data.target_field, expected two fields, "
             "try another --data.target-field"
         )
-    readers = _Readers(cfg, train, fields)
+    readers = Readers(cfg, train, fields)
     tokenizer = readers.tokenizer(opening.vocab_size, *fields)
     rows = readers.rows(split)
     sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
@@ -291,7 +291,7 @@ def _rows(opening: Opening, train: Records, field: str, label: str | None) -> te
     """Make texts or arrays with labels, which are numbered by `opening.classes` if there are any."""
     cfg: Any = opening.data
     split, num_classes = opening.split, opening.num_classes
-    readers = _Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name], opening.classes)
+    readers = Readers(cfg, train, [name for name in (field, label, cfg.group_field) if name], opening.classes)
     tokenizer = readers.tokenizer(opening.vocab_size, field) if train.fields[field].kind == "text" else None
     rows = readers.rows(split)
     values = [row[field] for row in rows]

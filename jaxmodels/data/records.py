@@ -18,7 +18,7 @@ from jaxmodels.data.values import EMPTY, number_dtype, unfit
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.registry import named
 
-Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask"]
+Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask", "spans"]
 
 _AT_ONCE = 1024
 _SHOWN = 3
@@ -32,7 +32,7 @@ class Field:
 
     image: bytes of an image file, or uint8 (H, W, C); text: str; label: int; labels: a tuple of ints; array: numbers;
     audio: bytes of a sound file, or `Sound`; mask: bytes of an image file whose pixels are class numbers, or
-    uint8 (H, W).
+    uint8 (H, W); spans: a tuple of `Span`s.
     """
 
     kind: Kind

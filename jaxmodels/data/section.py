@@ -27,6 +27,7 @@ SOURCES = Registry(
         "tfds": "jaxmodels.data.tfds:TFDS",
         "images": "jaxmodels.data.folders:Images",
         "table": "jaxmodels.data.tables:Table",
+        "squad": "jaxmodels.data.squad:SQuAD",
         "huggingface": "jaxmodels.data.huggingface:HuggingFace",
         "tokens": "jaxmodels.data.tokens:Tokens",
         "synthetic": "jaxmodels.data.synthetic:Synthetic",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,14 @@ EMPTY = "is an empty text"
 _MOST_CLASSES = 2**31
 """Class numbers are int32 in a batch."""
 _GREATEST = float(np.finfo(np.float32).max)
+
+
+class Span(NamedTuple):
+    """A part of a text beside it, such as an answer in its context."""
+
+    text: str
+    start: int
+    """The character at which it begins."""
 
 
 def unfit(name: str, value: Any, field: Field) -> str:
@@ -69,6 +77,15 @@ def _mask(name: str, value: Any, field: Field) -> str:
     return _shape(name, value, field) if field.shape else ""
 
 
+def _spans(name: str, value: Any, field: Field) -> str:
+    if not isinstance(value, tuple) or not all(isinstance(each, tuple) and len(each) == 2 for each in value):
+        return f"{name} is {shown(value)}, expected a tuple of parts of a text, each with the character it begins at"
+    for text, start in value:
+        if not isinstance(text, str) or not text.strip() or type(start) is not int or start < 0:
+            return f"{name} holds {shown(text)} at {shown(start)}, expected a part of a text and a number from 0"
+    return ""
+
+
 def _array(name: str, value: Any, field: Field) -> str:
     if not isinstance(value, np.ndarray | np.generic):
         return f"{name} is {shown(value)}, expected an array of {field.dtype or 'numbers'}"
@@ -112,6 +129,7 @@ _CHECKS: dict[Kind, Callable[[str, Any, Field], str]] = {
     "array": _array,
     "audio": _audio,
     "mask": _mask,
+    "spans": _spans,
 }
 
 

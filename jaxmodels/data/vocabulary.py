@@ -58,9 +58,10 @@ def check_size(vocab_size: int) -> None:
 
 
 def _begun(rust: Any) -> Any:
-    """Make a whole text begin with the end token, whose features a classifier summarizes."""
+    """Make a whole text begin with the end token, whose features a classifier summarizes; it ends both of a pair."""
     from tokenizers import processors
 
     end = (END_OF_TEXT, rust.token_to_id(END_OF_TEXT))
-    rust.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[end])
+    pair = f"{END_OF_TEXT} $A {END_OF_TEXT} $B:1 {END_OF_TEXT}:1"
+    rust.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", pair, special_tokens=[end])
     return rust

@@ -12,6 +12,7 @@ HEADS = {
     "BertForMaskedLM": "masked_lm",
     "BertForSequenceClassification": "classification",
     "BertForPreTraining": "pretraining",
+    "BertForQuestionAnswering": "spans",
     "BertModel": "none",
 }
 """Our `head` for each name in `architectures`."""
@@ -100,12 +101,14 @@ def weights(c: BERTConfig) -> list[Weight]:
         Weight("cls.predictions.bias", "output/b"),
         *linear("cls.seq_relationship", "next_sentence"),
         *linear("classifier", "head"),
+        *linear("qa_outputs", "spans"),
     ]
 
 
 def task(c: BERTConfig) -> str:
     # no task trains the first two
-    return {"pretraining": "", "none": "", "classification": classifies(c)}.get(c.head, c.head)
+    trained = {"pretraining": "", "none": "", "classification": classifies(c), "spans": "question_answering"}
+    return trained.get(c.head, c.head)
 
 
 FORMAT = Format(

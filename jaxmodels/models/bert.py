@@ -42,9 +42,10 @@ class BERTConfig(ModelConfig):
     """Size of the residual stream (D)."""
     mlp_width: Dim = 3072
     """Hidden units of a block's MLP (F)."""
-    head: Literal["masked_lm", "classification", "pretraining", "none"] = "masked_lm"
+    head: Literal["masked_lm", "classification", "pretraining", "spans", "none"] = "masked_lm"
     """masked_lm: logits of each token; classification: of `classes`, from the first token; pretraining: logits of each
-    token, and of whether the second sentence follows the first (2); none: features, and the first token's pooled."""
+    token, and of whether the second sentence follows the first (2); spans: of whether an answer begins, and ends, at
+    each token (2); none: features, and the first token's pooled."""
     classes: Dim | None = None
     """Outputs of the classification head; None for other heads."""
     pool: Literal["first", "mean"] = "first"
@@ -112,8 +113,9 @@ class BERT(nn.Module):
     """Tokens (B, T) to the head's outputs in float32, or with `head=False` to features (B, T, D).
 
     masked_lm: logits (B, T, V), or those of the places `at` (B, P) alone, (B, P, V); classification: logits
-    (B, classes); pretraining: logits as with masked_lm, and (B, 2); none: features (B, T, D) and pooled features
-    (B, D). `types` (B, T) are the token types, 0 when not given.
+    (B, classes); pretraining: logits as with masked_lm, and (B, 2); spans: logits (B, T, 2) of the first and the last
+    token of an answer; none: features (B, T, D) and pooled features (B, D). `types` (B, T) are the token types, 0 when
+    not given.
     """
 
     config: BERTConfig
@@ -170,6 +172,9 @@ class BERT(nn.Module):
             return classify("head", c.classes or 0)
         if c.head == "pretraining":
             return restore(), classify("next_sentence", 2)
+        if c.head == "spans":
+            y = layers.Linear((2,), ("embed", "classes"), dtype=c.dtype, name="spans")(x)
+            return layers.shard(y, "batch", "seq", None).astype(jnp.float32)
         return x.astype(jnp.float32), pooled().astype(jnp.float32)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.tasks.task import METRICS, Batch, Better, Params, Sums, Task, Totals, Whole, divide, rows
 
@@ -88,8 +89,8 @@ def _also_kept(whole: Whole, each_row: Callable[..., Sums], check_free: Callable
         pairs = {f"{_ADDED}{name}": jnp.stack(jnp.broadcast_arrays(*pair), -1) for name, pair in added.items()}
         return {**whole.keep(params, stats, batch), **pairs}
 
-    def sums(kept: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, float]]:
-        found = whole.sums({name: x for name, x in kept.items() if not name.startswith(_ADDED)})
+    def sums(kept: Mapping[str, np.ndarray], source: Source) -> dict[str, tuple[Any, float]]:
+        found = whole.sums({name: x for name, x in kept.items() if not name.startswith(_ADDED)}, source)
         check_free(found)
         for name, x in kept.items():
             if name.startswith(_ADDED):
@@ -97,7 +98,7 @@ def _also_kept(whole: Whole, each_row: Callable[..., Sums], check_free: Callable
                 found = {**found, name.removeprefix(_ADDED): (total, float(weight))}
         return found
 
-    return Whole(keep, sums)
+    return whole._replace(keep=keep, sums=sums)
 
 
 def sums_of_rows(name: str, found: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ from jaxmodels.fields import described, shown
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import rules
 from jaxmodels.registry import function_of, named
-from jaxmodels.tasks.task import Answers, Aux, Loss, Task, TaskConfig, Whole
+from jaxmodels.tasks.task import Answers, Aux, Loss, Task, TaskConfig
 
 _NUMBERS = (jax.Array, np.ndarray, np.number, int, float)
 _SUMS = "{'loss': (sum, count), …}"
@@ -96,7 +96,7 @@ def checked(made: Any, config: TaskConfig) -> Task:
         losses=tuple(map(losses, made.losses)),
         metrics=_then(made.metrics, sums),
         summarize=_then(made.summarize, metrics),
-        whole=None if whole is None else Whole(whole.keep, _then(whole.sums, sums)),
+        whole=None if whole is None else whole._replace(sums=_then(whole.sums, sums)),
         predicts=None if predicts is None else _then(predicts, predictions),
         outputs=None if made.outputs is None else _then(made.outputs, outputs),
         samples=None if made.samples is None else _then(made.samples, images),

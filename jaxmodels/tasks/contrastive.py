@@ -125,7 +125,7 @@ class Contrastive(TaskConfig):
             metrics,
             fields,
             needs="a pair, with a label of 0 or above if it has one",
-            whole=Whole(keep, retrieval),
+            whole=Whole(keep, lambda kept, source: retrieval(kept)),
             better={"image_to_text": "max", "text_to_image": "max"},
         )
 

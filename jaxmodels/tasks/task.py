@@ -80,8 +80,11 @@ class Whole(NamedTuple):
 
     keep: Callable[[Params, Params, Batch], dict[str, jax.Array]]
     """`keep(params, stats, batch)`: what is kept of each example, arrays (B, …)."""
-    sums: Callable[[Mapping[str, np.ndarray]], dict[str, tuple[Any, float]]]
-    """Compute the metrics' sums from what was kept of all examples."""
+    sums: Callable[[Mapping[str, np.ndarray], Source], dict[str, tuple[Any, float]]]
+    """`sums(kept, source)`: the metrics' sums from what was kept of all examples, and the source that they are of, for
+    what is no array, such as texts."""
+    names: tuple[str, ...] = ()
+    """Metrics that `Task.metrics` does not have, since they are of no single batch."""
 
 
 class Autoencoder(NamedTuple):
@@ -208,12 +211,13 @@ TASKS = Registry(
         "contrastive": "jaxmodels.tasks.contrastive:Contrastive",
         "vae": "jaxmodels.tasks.vae:VAE",
         "gan": "jaxmodels.tasks.gan:GAN",
+        "question_answering": "jaxmodels.tasks.question_answering:QuestionAnswering",
     },
 )
 
-Answers = Literal["", "class", "classes", "caption", "continuation", "translation", "gaps"]
+Answers = Literal["", "class", "classes", "caption", "continuation", "translation", "gaps", "answer"]
 """What a trained model predicts for a record: its class, or several; the caption that fits; the continuation of a text;
-its translation; the masked tokens; nothing."""
+its translation; the masked tokens; the answer to a question; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmodels.config import Eval
+from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.parallel import progress, rules
 from jaxmodels.tasks.checks import check_padding
@@ -35,12 +36,14 @@ def build_evaluate(
     *,
     classes: Sequence[str] = (),
     groups: Sequence[str] = (),
+    source: Source | None = None,
 ) -> Evaluate:
     """Build `evaluate(params, stats, batches) -> metrics`, which returns None if `stop` became true before the end.
 
     The result depends only on the examples, not on batch size or device count: rows of weight 0, which pad the last
     batch, are ignored, and sums are divided once. If batches have a `group` (B,), each metric is also reported for each
-    of `groups`, with the largest difference between them (`gap/…`).
+    of `groups`, with the largest difference between them (`gap/…`). `source` gives the batches, for metrics that are
+    not of arrays alone.
 
     `evaluate` raises UserError if nothing in any batch counts, since a mean over nothing is not a number.
     """
@@ -90,7 +93,8 @@ def build_evaluate(
                 take(ahead)
         if task.whole is not None and kept:
             progress.phase("idle")  # batches do not say how long this takes
-            totals = sum_pairs(task.whole, {name: np.concatenate([x[name] for x in kept]) for name in kept[0]}, groups)
+            every = {name: np.concatenate([x[name] for x in kept]) for name in kept[0]}
+            totals = sum_pairs(task.whole, every, groups, source)
         if not totals or not totals[""]["loss"][1] > 0:
             raise UserError(
                 f"got nothing to evaluate, expected {task.needs} in the data, try jaxmodels data inspect to see it"
@@ -113,11 +117,14 @@ def mask_rows(batch: Batch, rows: jax.Array) -> Batch:
     return {**batch, "weight": jnp.where(rows, batch.get("weight", 1.0), 0.0)}
 
 
-def sum_pairs(whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
+def sum_pairs(
+    whole: Whole, kept: Mapping[str, np.ndarray], groups: Sequence[str], source: Source | None
+) -> dict[str, Any]:
     """Sum metrics that compare examples with each other: over all examples, and over each group's own."""
-    found: dict[str, Any] = {"": whole.sums(kept)}
+    sums: Any = whole.sums
+    found: dict[str, Any] = {"": sums(kept, source)}
     if groups and "group" in kept:
-        each = [whole.sums({name: x[kept["group"] == g] for name, x in kept.items()}) for g in range(len(groups))]
+        each = [sums({name: x[kept["group"] == g] for name, x in kept.items()}, source) for g in range(len(groups))]
         found["group"] = jax.tree.map(lambda *x: np.stack(x), *each)
     return found
 
@@ -160,7 +167,7 @@ def metric_names(
 ) -> list[str]:
     """Return the names of the metrics that an evaluation may report, from the shapes of its batches alone."""
     ones = {name: (np.ones(total.shape), 1.0) for name, (total, _) in metric_sums(task, mesh, batch).items()}
-    found = _first(task.summarize(ones, classes))
+    found = _first([*task.summarize(ones, classes), *(() if task.whole is None else task.whole.names)])
     if "group" in batch:
         each = [f"group/{group}/{name}" for group in unique(groups) for name in found]
         found += [*each, *(f"gap/{name}" for name in found)]

@@ -106,7 +106,8 @@ class Job:
     def evaluation(self, stop: Callable[[], bool] = lambda: False) -> evaluate.Evaluate:
         """Build the function that evaluates the task on the mesh, with the data's names of classes and groups."""
         source = self.sources["eval"]
-        return evaluate.build_evaluate(self.task, self.mesh, stop, classes=source.class_names, groups=source.groups)
+        named: dict[str, Any] = {"classes": source.class_names, "groups": source.groups, "source": source}
+        return evaluate.build_evaluate(self.task, self.mesh, stop, **named)
 
     def flops(self) -> FLOPs:
         """Count the model FLOPs of a step."""

@@ -243,7 +243,8 @@ class Evaluation:
         everywhere = NamedSharding(where, PartitionSpec())
         params, stats = jax.device_put((self.run.params, self.run.stats), everywhere)
         task, source = self.run.task, self.source
-        found = evaluate.build_evaluate(task, where, classes=source.class_names, groups=source.groups)
+        named: dict[str, Any] = {"classes": source.class_names, "groups": source.groups, "source": source}
+        found = evaluate.build_evaluate(task, where, **named)
         progress.phase("evaluation", self.run.step)
         try:
             return found(params, stats, self.loader(where).once()) or {}

@@ -20,7 +20,9 @@ ELSEWHERE = ("gpt2", "llama", "mistral", "qwen", "mixtral")
 
 def having(*fields):
     """Names of the configs that have any of these fields; BERT once, since its heads are outside of its blocks."""
-    rest = {name: config for name, config in CONFIGS.items() if name not in (*ELSEWHERE, "bert-classifier")}
+    rest = {
+        name: config for name, config in CONFIGS.items() if name not in (*ELSEWHERE, "bert-classifier", "bert-spans")
+    }
     return [name for name, config in rest.items() if any(hasattr(config, field) for field in fields)]
 
 

@@ -11,7 +11,8 @@ import pytest
 
 import jaxmodels
 from jaxmodels import tasks
-from jaxmodels.config import Contrastive, Stdlib
+from jaxmodels.config import Contrastive, QuestionAnswering, Stdlib
+from jaxmodels.data.contract import IGNORED
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.vit import ViTConfig
@@ -29,6 +30,7 @@ HEADS = {
     "masked_lm": (BERT, "BertForMaskedLM"),
     "classification": (dataclasses.replace(BERT, head="classification", classes=5), "BertForSequenceClassification"),
     "pretraining": (dataclasses.replace(BERT, head="pretraining"), "BertForPreTraining"),
+    "spans": (dataclasses.replace(BERT, head="spans"), "BertForQuestionAnswering"),
     "none": (dataclasses.replace(BERT, head="none"), "BertModel"),
 }
 VIT = ViTConfig((20, 20, 2), 5, 7, **SIZE)
@@ -132,6 +134,7 @@ OTHERS = {
     "cls.predictions": "output",
     "cls.seq_relationship": "next_sentence",
     "classifier": "head",
+    "qa_outputs": "spans",
     "vit.embeddings.patch_embeddings.projection": "patches",
     "vit.layernorm": "norm",
     "vision_model.embeddings.patch_embedding": "image/patches",
@@ -230,12 +233,47 @@ def test_bert_equals_transformers_with_padding_and_token_types(name, kernel):
         "masked_lm": ("logits",),
         "classification": ("logits",),
         "pretraining": ("prediction_logits", "seq_relationship_logits"),
+        "spans": ("start_logits", "end_logits"),
         "none": ("last_hidden_state", "pooler_output"),
     }[name]
+    if name == "spans":
+        got, alone = (tuple(np.moveaxis(x, -1, 0)) for x in (got, alone))
     for key, a, b in zip(outputs, *((x if isinstance(x, tuple) else (x,)) for x in (got, alone)), strict=True):
-        real = ids.astype(bool) if a.ndim == 3 else slice(None)
-        close(np.asarray(a)[real], expected[key][torch.from_numpy(real) if a.ndim == 3 else real])
+        real = ids.astype(bool) if a.shape[:2] == ids.shape else slice(None)
+        close(np.asarray(a)[real], expected[key][torch.from_numpy(real) if isinstance(real, np.ndarray) else real])
         close(b, plain[key])
+
+
+def test_the_loss_of_question_answering_and_its_gradients_are_those_of_transformers():
+    config, kind = HEADS["spans"]
+    reference, model = bert(config, kind), jaxmodels.create(config)
+    params, (tokens, _, types) = ours(model, reference), texts()
+    starts, ends = np.array([0, 2, 1, IGNORED], np.int32), np.array([0, 2, 2, IGNORED], np.int32)
+    # which ignores the place T
+    theirs = [tensor(np.where(x == IGNORED, T, x)) for x in (starts, ends)]
+    given = {"token_type_ids": tensor(types), "start_positions": theirs[0], "end_positions": theirs[1]}
+    expected = reference(tensor(tokens), **given).loss
+    expected.backward()
+    task = tasks.build(QuestionAnswering(), model.config, Stdlib(seq_len=T))
+
+    def batch(pad):
+        texts = {name: np.pad(x, [(0, 0), (0, pad)]) for name, x in (("tokens", tokens), ("types", types))}
+        return {
+            **texts,
+            "segment_ids": np.pad(np.ones_like(tokens), [(0, 0), (0, pad)]),
+            "starts": starts,
+            "ends": ends,
+        }
+
+    def loss(params, batch):
+        found = task.metrics({"model": params}, {}, batch)["loss"]
+        return found[0] / found[1]
+
+    wanted = ours(model, reference, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+    for pad in (0, 3):  # transformers counts what fills up a row among the places of an answer
+        value, gradient = jit(jax.value_and_grad(loss))(params, batch(pad))
+        assert float(value) == pytest.approx(expected.item(), abs=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), gradient, wanted)
 
 
 def test_the_gradients_of_masked_language_modeling_are_those_of_transformers():

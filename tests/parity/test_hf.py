@@ -83,6 +83,7 @@ CASES = {
     "bert-masked-lm": bert("ForMaskedLM", type_vocab_size=3),
     "bert-classifier": bert("ForSequenceClassification", num_labels=5),
     "bert-pretraining": bert("ForPreTraining", layer_norm_eps=1e-3),
+    "bert-spans": bert("ForQuestionAnswering"),
     "bert-body": bert("Model"),
     "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE, num_channels=2, num_labels=7)),
     "resnet-basic": resnet(embedding_size=9, hidden_sizes=[9, 14], depths=[1, 2], layer_type="basic", num_labels=4),
@@ -136,6 +137,8 @@ def outputs_of(model, given):
         return [out.last_hidden_state.numpy(), out.pooler_output.numpy()]
     if hasattr(out, "prediction_logits"):
         return [out.prediction_logits.numpy(), out.seq_relationship_logits.numpy()]
+    if hasattr(out, "start_logits"):
+        return [torch.stack([out.start_logits, out.end_logits], -1).numpy()]
     # a body: times the embedding it is tied to
     logits = out.logits if hasattr(out, "logits") else out.last_hidden_state @ model.wte.weight.T
     return [logits.detach().numpy()]

@@ -182,7 +182,7 @@ class Compared(TaskConfig):
         def keep(params, stats, batch):
             return {"outputs": task.outputs(params, stats, batch)[:, 0], "weight": rows(batch)}
 
-        def sums(kept):
+        def sums(kept, source):
             highest = float(kept["outputs"].max())
             return {"loss": (highest * len(kept["outputs"]), float(len(kept["outputs"])))}
 

@@ -103,7 +103,7 @@ def test_an_evaluation_of_pairs_compares_each_with_all_of_the_set():
     classes = np.array([0, 1, 0, 2, 2, 3, 0, 4, 4, 5], np.int32)
     kept = {field: np.asarray(x) for field, x in task.whole.keep(params, stats, {**batch, "classes": classes}).items()}
     expected = task.metrics(params, stats, {**batch, "classes": classes})
-    for name, (total, _) in task.whole.sums(kept).items():
+    for name, (total, _) in task.whole.sums(kept, source).items():
         assert total == pytest.approx(float(expected[name][0]), rel=1e-5)
 
 
