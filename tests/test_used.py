@@ -22,22 +22,23 @@ from jaxmodels.tasks import TASKS
 from tests.sections import data_of, task_of
 
 ALL = tuple(TASKS.names())
-LANGUAGE, EXAMPLES = ("causal_lm", "masked_lm", "seq2seq"), ("classification", "contrastive", "vae", "gan")
+LANGUAGE = ("causal_lm", "masked_lm", "seq2seq")
+EXAMPLES = ("classification", "segmentation", "contrastive", "vae", "gan")
 OF_A_FIELD = (*LANGUAGE, *EXAMPLES)
 USES = {
     "seq_len": (ALL, ("text",)),
-    "mean": (("classification", "contrastive"), ("image", "array")),
-    "std": (("classification", "contrastive"), ("image", "array")),
+    "mean": (("classification", "segmentation", "contrastive"), ("image", "array")),
+    "std": (("classification", "segmentation", "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
     "input_field": (OF_A_FIELD, ()),
     "label_field": (EXAMPLES, ()),
     "target_field": (("seq2seq",), ()),
     "group_field": ((*EXAMPLES, "question_answering"), ()),
-    "class_names": (("contrastive",), ()),
+    "class_names": (("segmentation", "contrastive"), ()),
     "captions": (("contrastive",), ()),
     "bad_records": (ALL, ()),
-    "balance": (EXAMPLES, ()),
+    "balance": (("classification", "contrastive", "vae", "gan"), ()),
     "threads": (EXAMPLES, ("image",)),
     "pixels": (EXAMPLES, ("image",)),
 }
@@ -90,6 +91,8 @@ def refused(source, task, shaped, augment=None, **fields):
 def kinds(task, shaped):
     if task == "contrastive":
         return ("image", "array", "text")
+    if task == "segmentation":
+        return ("image",)
     return ("image", "array") if task in EXAMPLES and (shaped or task != "classification") else ("text",)
 
 

@@ -15,6 +15,7 @@ from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.transformer import TransformerConfig
+from jaxmodels.models.unet import UNetConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
@@ -33,6 +34,7 @@ ZOO = {
     "vgg-bn": ("classification", VGGConfig(**IMAGE, depths=(1, 2), widths=(8, 16), hidden=(16,), batch_norm=True)),
     "resnet": ("classification", ResNetConfig(**RESNET, depths=(1, 2), widths=(8, 16), bottleneck=False)),
     "resnet-bottleneck": ("classification", ResNetConfig(**RESNET, depths=(2, 1), widths=(16, 32))),
+    "unet": ("segmentation", UNetConfig(**IMAGE, widths=(8, 12, 16))),
     "gpt2": ("causal_lm", GPT2Config(vocab_size=V, context=16, layers=2, width=32, heads=4, dropout=0.1)),
     "llama": ("causal_lm", LlamaConfig(**LLAMA)),
     "mistral": ("causal_lm", LlamaConfig(**LLAMA, window=5)),

@@ -1,4 +1,4 @@
-"""`jaxmodels predict RUN FILE...`: labels, texts or translations of new records."""
+"""`jaxmodels predict RUN FILE...`: labels, masks, texts or translations of new records."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jaxmodels.data import given
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Beams, Count
+from jaxmodels.generate.masks import Folder
 from jaxmodels.generate.predict import predictor, said
 from jaxmodels.generate.prepare import Answer, Asked, kind_of
 from jaxmodels.tasks.task import Answers, tasks_that_answer
@@ -27,9 +29,10 @@ def predict(
     beams: Beams | None = None,
     captions: tuple[str, ...] = (),
     class_names: tuple[str, ...] = (),
+    out: Path | None = None,
     best: bool = False,
 ) -> None:
-    """Predict labels, texts or translations of new records: one line of JSON for each, in order.
+    """Predict labels, masks, texts or translations of new records: one line of JSON for each, in order.
 
     Records are the rows of a table, the images of a folder, the lines of any other file, or with - those of standard
     input. A line is a text, the path of an image, or a list of numbers. The training data need not be present.
@@ -44,6 +47,7 @@ def predict(
         captions: texts of an image's class, one or several, such as 'a photo of a {label}', for a model of images and
             texts; those of the training when not given.
         class_names: names of the classes that captions are of; those of the training when not given.
+        out: folder for the masks that a model of pixels predicts, PNG files of each image's own size.
         best: use the best checkpoint instead of the newest.
     """
     from jaxmodels.train.run import compilation_cache
@@ -56,6 +60,7 @@ def predict(
         ("beams", beams, "translation"),
         ("captions", " ".join(captions) or None, "caption"),
         ("class-names", " ".join(class_names) or None, "caption"),
+        ("out", out, "mask"),
     )
     for name, value, answer in options:
         if value is not None and own.answers != answer:
@@ -63,6 +68,8 @@ def predict(
                 f"got --{name} {value} for a run of {own.kind}, expected it for {tasks_that_answer(answer)} alone, "
                 "try it without"
             )
+    if own.answers == "mask" and out is None:
+        raise UserError(f"got no --out for a run of {own.kind}, expected a folder for its masks, try --out masks")
     if captions or class_names:
         section: Any = opened.config.data
         section = section if section.real else section.of_kind("images")  # an imported model has no data of its own
@@ -72,13 +79,14 @@ def predict(
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)
     size = opened.config.eval.batch_size or opened.config.data.batch_size
+    keep = (lambda answer: answer) if out is None else Folder(out).keep
     count, bad = 0, []
     with ThreadPoolExecutor(opened.config.data.threads) as threads:
         for answer in said(found, ready, answers, size, threads):
             count += 1
             if "error" in answer:
                 bad.append(f"{answer['where']}: {answer['error']}")
-            print(_line(answer), flush=count % size == 0)
+            print(_line(keep(answer)), flush=count % size == 0)
     if bad:
         shortened = _plain("; ".join(bad[:3]) + ("; ..." if len(bad) > 3 else ""))
         if len(bad) == count:

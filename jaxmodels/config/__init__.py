@@ -30,6 +30,7 @@ from jaxmodels.tasks.contrastive import Contrastive
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
 from jaxmodels.tasks.question_answering import QuestionAnswering
+from jaxmodels.tasks.segmentation import Segmentation
 from jaxmodels.tasks.seq2seq import Seq2Seq
 from jaxmodels.tasks.task import TaskConfig
 from jaxmodels.tasks.vae import VAE
@@ -79,6 +80,7 @@ __all__ = [
     "RMSprop",
     "SQuAD",
     "ScheduleConfig",
+    "Segmentation",
     "Seq2Seq",
     "Sparse",
     "Stdlib",

@@ -51,7 +51,8 @@ class Pictures(Source):
         if marks is not None:
             transforms.check_marks(augment)
         pixels.check_library(cfg.pixels)
-        self._cfg = augment if split == "train" else Augment(crop=augment.crop)
+        # what is marked on an image is looked for in all of it
+        self._cfg = augment if split == "train" else Augment(crop=augment.crop if marks is None else None)
         self._changed = split == "train" and bool(transforms.describe(augment))
         self._records, self._seed, self._threads, self._limit = records, opening.seed, cfg.threads, cfg.bad_records
         self._library: pixels.Library = cfg.pixels

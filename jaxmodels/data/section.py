@@ -128,7 +128,8 @@ class Augment(Section, section="augment"):
 
     crop: Annotated[float, Range(above=0, most=1)] | None = None
     """Smallest fraction of an image's area in a random crop with sides between 3:4 and 4:3, resized to the model's
-    input (Szegedy et al. 2014). None: whole images. With crops, evaluation sees the central 7/8."""
+    input (Szegedy et al. 2014). None: whole images. With crops, evaluation sees the central 7/8, but all of an image
+    with a mask or boxes."""
     flip: bool = False
     """Whether to mirror half of the images."""
     shift: Natural = 0

@@ -14,6 +14,7 @@ from jaxmodels.data import given, pixels
 from jaxmodels.data.records import Bad
 from jaxmodels.errors import UserError
 from jaxmodels.generate.classes import captioned, classifier
+from jaxmodels.generate.masks import masker, whole
 from jaxmodels.generate.prepare import (
     Answer,
     Answers,
@@ -96,6 +97,7 @@ def _own(run: Run, predicts: Callable[..., Any]) -> Answers:
 PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "class": lambda run, how: (reader(run), classifier(run)),
     "classes": lambda run, how: (reader(run), classifier(run)),
+    "mask": lambda run, how: (whole(run), masker(run)),
     "caption": lambda run, how: (images(run), captioned(run)),
     "continuation": lambda run, how: (prompt(run, how.tokens), writer(run, how.tokens)),
     "translation": lambda run, how: (source(run), translator(run, how.beams)),

@@ -22,6 +22,7 @@ FAMILIES = Registry(
         "cnn": "jaxmodels.models.cnn:CNNConfig",
         "resnet": "jaxmodels.models.resnet:ResNetConfig",
         "vgg": "jaxmodels.models.vgg:VGGConfig",
+        "unet": "jaxmodels.models.unet:UNetConfig",
         "lstm": "jaxmodels.models.lstm:LSTMConfig",
         "vae": "jaxmodels.models.vae:VAEConfig",
         "gan": "jaxmodels.models.gan:GANConfig",

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxmodels.errors import UserError
-from jaxmodels.report import attention, confusion, curves, latents, saliency, samples, summary, timeline, translations
+from jaxmodels.report import (
+    attention,
+    confusion,
+    curves,
+    latents,
+    masks,
+    saliency,
+    samples,
+    summary,
+    timeline,
+    translations,
+)
 from jaxmodels.report.page import Part, Section, render
 from jaxmodels.report.pieces import Picture, Piece
 from jaxmodels.train.saved import Evaluation, imported, load_run, read_kept
@@ -17,6 +28,7 @@ log = logging.getLogger("jaxmodels")
 
 PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Confusion": confusion.pieces,
+    "Masks": masks.pieces,
     "Translations": translations.pieces,
     "Latents": latents.pieces,
     "Samples": samples.pieces,

@@ -208,6 +208,7 @@ TASKS = Registry(
         "masked_lm": "jaxmodels.tasks.masked_lm:MaskedLM",
         "classification": "jaxmodels.tasks.classification:Classification",
         "seq2seq": "jaxmodels.tasks.seq2seq:Seq2Seq",
+        "segmentation": "jaxmodels.tasks.segmentation:Segmentation",
         "contrastive": "jaxmodels.tasks.contrastive:Contrastive",
         "vae": "jaxmodels.tasks.vae:VAE",
         "gan": "jaxmodels.tasks.gan:GAN",
@@ -215,9 +216,9 @@ TASKS = Registry(
     },
 )
 
-Answers = Literal["", "class", "classes", "caption", "continuation", "translation", "gaps", "answer"]
-"""What a trained model predicts for a record: its class, or several; the caption that fits; the continuation of a text;
-its translation; the masked tokens; the answer to a question; nothing."""
+Answers = Literal["", "class", "classes", "mask", "caption", "continuation", "translation", "gaps", "answer"]
+"""What a trained model predicts for a record: its class, or several; the class of each pixel; the caption that fits;
+the continuation of a text; its translation; the masked tokens; the answer to a question; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:

@@ -107,6 +107,8 @@ def test_masks_and_boxes_move_with_the_pixels(how, split, kept, monkeypatch):
     batch = whole(source(Marked(encoded=kept != "kept"), HOW[how], split))
     turned = "turn" in how and split == "train"
     seen = 0
+    if split == "eval":
+        assert batch["boxes"][0, 0] == pytest.approx(np.array(BOX) * np.tile([0.4, 48 / 70], 2)), "all of it is seen"
     for image, mask, boxes, classes in zip(
         *(batch[name] for name in ("inputs", "labels", "boxes", "classes")), strict=True
     ):

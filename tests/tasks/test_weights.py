@@ -31,6 +31,7 @@ from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.transformer import TransformerConfig
+from jaxmodels.models.unet import UNetConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.tasks.task import rows
@@ -48,6 +49,7 @@ CASES = {
     "causal_lm": GPT2Config(V, T, **BODY),
     "masked_lm": BERTConfig(V, context=T, mlp_width=8, **BODY),
     "seq2seq": TransformerConfig(vocab_size=V, mlp_width=8, **BODY),
+    "segmentation": UNetConfig(IMAGE, 7, (4, 6)),
     "contrastive": CLIPConfig(IMAGE, 2, vocab_size=V, context=T, embedding=4, **TOWERS),
     "vae": VAEConfig(input_shape=IMAGE, hidden=(8,), latents=2),
     "gan": GANConfig(input_shape=IMAGE, latents=3, channels=(4,)),
