@@ -19,6 +19,7 @@ from jaxmodels.models.unet import UNetConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
+from jaxmodels.models.wavenet import WaveNetConfig
 
 V, B, T = 48, 8, 12
 LLAMA = {"vocab_size": V, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48}
@@ -50,6 +51,7 @@ ZOO = {
     "t5": ("seq2seq", TransformerConfig("t5", V, norm="pre", activation="gated_gelu", tied=False, **BODY)),
     "vit": ("classification", ViTConfig(**IMAGE, patch=4, **BODY, dropout=0.1)),
     "clip": ("contrastive", CLIPConfig(**CLIP)),
+    "wavenet": ("waveform", WaveNetConfig(stacks=2, depth=2, width=8, skip=8)),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),

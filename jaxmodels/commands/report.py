@@ -32,6 +32,8 @@ def report(runs: tuple[str, ...], /, out: Path | None = None, split: str | None 
                 f"got --split {split!r} for {run}, whose data {cfg.data.kind} has no splits, "
                 "expected data with named splits, try it without"
             )
+        if split is not None:
+            cfg.data.evaluated_on({"eval_split": split})  # refuses it for a table without a column of splits
     check_place(out or Path(runs[0]) / "report", "--out", folder=True)
     found = write({name: Path(run) for name, run in zip(names(runs), runs, strict=True)}, out, split, best)
     print(f"{found}, and {len(list(found.parent.glob('*.png')))} pictures beside it")

@@ -1,13 +1,16 @@
-"""`jaxmodels sample RUN`: text from a language model or a translator."""
+"""`jaxmodels sample RUN`: text from a language model or a translator, and sounds."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from jaxmodels.errors import UserError, printable
+from jaxmodels.errors import UserError, check_place, printable
 from jaxmodels.fields import Count, Range, Seed
+
+if TYPE_CHECKING:
+    from jaxmodels.train.saved import Run
 
 
 def sample(
@@ -20,13 +23,16 @@ def sample(
     top_p: Annotated[float, Range(above=0, most=1)] | None = None,
     repetition_penalty: Annotated[float, Range(above=0)] | None = None,
     seed: Seed | None = None,
+    seconds: Annotated[float, Range(above=0, most=3600)] | None = None,
+    out: Path | None = None,
     best: bool = False,
 ) -> None:
-    """Generate text with a run: continue the prompt, or translate it (by beam search with 4 beams).
+    """Generate with a run: text that continues the prompt, its translation (by beam search with 4 beams), or a sound.
 
     Args:
         run: run directory.
-        prompt: how the text begins (default: a line end), or the text to translate.
+        prompt: how the text begins (default: a line end), the text to translate, or what the sound is to be of, such as
+            'seven, george' if it was trained with labels and groups.
         tokens: how many tokens to add; default 200, or as many as fit into the model's context.
         temperature: 0 takes the likeliest token each time; higher is more varied; default 0.8.
         top_k: choose among the k likeliest tokens only.
@@ -34,6 +40,8 @@ def sample(
         repetition_penalty: above 1 makes tokens that the text already has less likely; default: what the files of an
             imported model ask for, or 1.
         seed: the same seed gives the same text; default 0.
+        seconds: length of a sound; default 1.
+        out: WAV file to write a sound into; default sample.wav in the run directory.
         best: use the best checkpoint instead of the newest.
     """
     from jaxmodels import config as configs
@@ -55,6 +63,16 @@ def sample(
             f"above 0, try it without {flag}"
         )
     cfg, _ = configs.read(run)
+    opened = load_run(run, best=best) if not cfg.task.answers else None
+    if opened is not None and opened.task.sounds is not None:
+        if wrong := sorted(set(given) - {"temperature", "seed"}):
+            flag = f"--{wrong[0].replace('_', '-')}"
+            raise UserError(f"got {flag} for a run that draws sounds, expected it for one of texts, try it without")
+        _sound(opened, prompt, seconds or 1.0, out, given)
+        return
+    for name, value in (("seconds", seconds), ("out", out)):
+        if value is not None:
+            raise UserError(f"got --{name} {value} for a run of {cfg.task.kind}, expected one that draws sounds")
     if cfg.task.answers not in ("continuation", "translation"):
         instead = "predict" if cfg.task.answers else "report"
         files = " FILE" if instead == "predict" else ""
@@ -89,6 +107,17 @@ def sample(
     penalty = asked.repetition_penalty(Path(run))
     given.setdefault("repetition_penalty", penalty)
     _show(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
+
+
+def _sound(run: Run, prompt: str | None, seconds: float, out: Path | None, given: dict[str, Any]) -> None:
+    from jaxmodels.data.waves import wav
+    from jaxmodels.generate.sounds import conditions_of, draw_sounds
+
+    path = run.directory / "sample.wav" if out is None else out
+    check_place(path, "--out")
+    samples, rate = draw_sounds(run, conditions_of(run, prompt), seconds=seconds, **given)
+    path.write_bytes(wav(samples[0], rate))
+    print(f"{path}: {len(samples[0]) / rate:.1f} seconds at {rate:,} samples a second")
 
 
 def _show(text: str) -> None:

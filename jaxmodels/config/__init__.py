@@ -34,6 +34,7 @@ from jaxmodels.tasks.segmentation import Segmentation
 from jaxmodels.tasks.seq2seq import Seq2Seq
 from jaxmodels.tasks.task import TaskConfig
 from jaxmodels.tasks.vae import VAE
+from jaxmodels.tasks.waveform import Waveform
 from jaxmodels.train.optim import SGD, Adafactor, Adam, AdamW, Lion, Momentum, Muon, OptimConfig, RMSprop
 from jaxmodels.train.schedules import WSD, Constant, Cosine, Linear, ScheduleConfig
 from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, Train
@@ -90,6 +91,7 @@ __all__ = [
     "Text",
     "Tokens",
     "Train",
+    "Waveform",
     "differences",
     "docs",
     "documentation",

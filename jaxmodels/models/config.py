@@ -29,6 +29,7 @@ FAMILIES = Registry(
         "bert": "jaxmodels.models.bert:BERTConfig",
         "vit": "jaxmodels.models.vit:ViTConfig",
         "clip": "jaxmodels.models.clip:CLIPConfig",
+        "wavenet": "jaxmodels.models.wavenet:WaveNetConfig",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

@@ -16,6 +16,7 @@ from jaxmodels.report import (
     masks,
     saliency,
     samples,
+    sounds,
     summary,
     timeline,
     translations,
@@ -32,6 +33,7 @@ PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Translations": translations.pieces,
     "Latents": latents.pieces,
     "Samples": samples.pieces,
+    "Sounds": sounds.pieces,
     "Attention": attention.pieces,
     "Saliency": saliency.pieces,
 }

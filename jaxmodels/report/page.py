@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from jaxmodels.report.pieces import Picture, Piece, Table, Tokens
+from jaxmodels.report.pieces import Heard, Picture, Piece, Table, Tokens
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5d6670; --paper: #fbfbfa; --card: #ffffff; --line: #e2e4e7; }
@@ -39,6 +39,9 @@ th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .tokens { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem;
   line-height: 2; margin-bottom: .5rem; }
 .tokens b { display: block; font-weight: 600; color: var(--soft); font-size: .85rem; line-height: 1.5; }
+.heard { display: flex; flex-wrap: wrap; gap: .75rem; }
+.heard label { color: var(--soft); font-size: .85rem; }
+.heard audio { display: block; width: 15rem; height: 2.2rem; }
 .tokens span { padding: .1rem .25rem; border-radius: 3px; margin-right: .12rem; white-space: pre; }
 """
 
@@ -99,7 +102,16 @@ def html(piece: Piece, images: dict[Picture, bytes]) -> str:
         return f'<figure><img src="data:image/png;base64,{source}" width="{width}" alt="{name}">{caption}</figure>'
     if isinstance(piece, Table):
         return f'<figure><div class="wide">{table(piece)}</div>{caption}</figure>'
+    if isinstance(piece, Heard):
+        return f'<figure><div class="heard">{"".join(map(player, piece.sounds))}</div>{caption}</figure>'
     return f"<figure>{tokens(piece)}{caption}</figure>"
+
+
+def player(sound: tuple[str, bytes]) -> str:
+    """Render a sound as a player, with its heading."""
+    heading, content = sound
+    source = f"data:audio/wav;base64,{base64.b64encode(content).decode()}"
+    return f'<label>{escape(heading)}<audio controls preload="metadata" src="{source}"></audio></label>'
 
 
 def table(piece: Table) -> str:

@@ -52,7 +52,15 @@ class Tokens:
     caption: str = ""
 
 
-Piece = Picture | Table | Tokens
+@dataclass(frozen=True)
+class Heard:
+    """Sounds to play: WAV files, with a heading for each."""
+
+    sounds: Sequence[tuple[str, bytes]]
+    caption: str = ""
+
+
+Piece = Picture | Table | Tokens | Heard
 
 
 def figure(width: float, height: float) -> Figure:

@@ -52,6 +52,8 @@ class Kept:
     """What that field holds: image, text or array."""
     classes: tuple[str, ...] = ()
     """Names of the classes, if they have names."""
+    groups: tuple[str, ...] = ()
+    """Names of the groups, if the data have any."""
     train: str = ""
     """What the run was trained on, in one line."""
     eval: str = ""
@@ -60,7 +62,8 @@ class Kept:
 
 def keep_facts(run: Path, train: data.Source, held_out: data.Source) -> None:
     """Write the facts about a run's data beside its config, and its tokenizer."""
-    kept = Kept(held_out.field, held_out.kind, tuple(train.class_names), train.describe(), held_out.describe())
+    names = (tuple(train.class_names), tuple(train.groups))
+    kept = Kept(held_out.field, held_out.kind, *names, train.describe(), held_out.describe())
     write_kept(run, kept)
     if train.tokenizer is not None:
         with tempfile.TemporaryDirectory(suffix=".part", dir=run) as folder:
@@ -76,11 +79,12 @@ def read_kept(run: Path) -> Kept:
         return Kept()
     values = special.objects(path, "facts about a run's data")
     found = {field.name: values.get(field.name, field.default) for field in dataclasses.fields(Kept)}
-    classes = found.pop("classes")
-    named = isinstance(classes, list | tuple) and all(isinstance(name, str | int) for name in classes)
+    lists = [found.pop(name) for name in ("classes", "groups")]
+    named = all(isinstance(each, list | tuple) and all(isinstance(x, str | int) for x in each) for each in lists)
     if not named or not all(isinstance(value, str) for value in found.values()):
         raise UserError(f"got {path} with values of another kind, expected facts about a run's data, try another copy")
-    return Kept(classes=tuple(map(str, classes)), **found)
+    classes, groups = (tuple(map(str, each)) for each in lists)
+    return Kept(classes=classes, groups=groups, **found)
 
 
 def write_kept(run: Path, kept: Kept) -> None:

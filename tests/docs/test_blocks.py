@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from jaxmodels import create
+from jaxmodels.data.waves import wav
 from jaxmodels.hf.save import save_pretrained
 from jaxmodels.models.bert import BERTConfig
 from tests.conftest import ROOT
@@ -32,6 +34,7 @@ def folder(tmp_path, monkeypatch):
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k}.png")
     rows = [f"{text} {k},{label}" for k in range(40) for text, label in (("a fine film", "good"), ("too long", "bad"))]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    recorded(tmp_path / "recordings")
     published(tmp_path / "bert-base-uncased")
     monkeypatch.chdir(tmp_path)
     # what a reader has beside it is importable: a config's neighbors, and modules of tasks, models and sources
@@ -41,6 +44,17 @@ def folder(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+def recorded(where):
+    """A few short sounds of two words by two speakers, with a table of them."""
+    where.mkdir()
+    rows = []
+    for k in range(12):
+        word, speaker = ("yes", "no")[k % 2], ("ann", "bob")[k // 2 % 2]
+        (where / f"{k}.wav").write_bytes(wav(np.sin(np.arange(900) / (k + 2)), 8000))
+        rows.append({"file": f"{k}.wav", "word": word, "speaker": speaker, "split": "train" if k < 8 else "validation"})
+    (where / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def published(where):

@@ -14,7 +14,7 @@ from jaxmodels.models.model import Family, functional
 from jaxmodels.models.parameters import Axes
 from tests.zoo import ZOO
 
-BEFORE = ("embed", "embed_norm", "patches", "positions", "relative", "types", "class_token")
+BEFORE = ("embed", "embed_norm", "patches", "positions", "relative", "types", "class_token", "embed_before")
 
 
 def paths(tree):

@@ -17,7 +17,7 @@ import pytest
 from jaxmodels import config as configs
 from jaxmodels.cli import main
 from jaxmodels.commands.import_ import import_run
-from jaxmodels.config import TFDS, AdamW, Classification, Config, Eval, Metrics, Table, Train
+from jaxmodels.config import TFDS, AdamW, Classification, Config, Eval, Metrics, Table, Text, Train
 from jaxmodels.models.families import create
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.report import attention, build, confusion, curves, latents, page, saliency, samples, summary
@@ -344,10 +344,13 @@ def test_runs_with_odd_names_stay_apart_and_are_named_as_they_are(tmp_path):
 
 
 def test_a_split_of_what_has_none_is_refused(tmp_path, capsys):
-    cfg = Config(model=MLPConfig(), data=Table(path=("a.csv",)))
-    configs.save(cfg, tmp_path / "config.json", {})
-    assert main(["report", str(tmp_path), "--split", "nonsense"]) == 2
-    assert "got --split 'nonsense'" in capsys.readouterr().err
+    for data, said in (
+        (Text(path=("a.txt",)), "got --split 'nonsense'"),
+        (Table(path=("a.csv",)), "got data.eval_split 'nonsense' without data.split_field"),
+    ):
+        configs.save(Config(model=MLPConfig(), data=data), tmp_path / "config.json", {})
+        assert main(["report", str(tmp_path), "--split", "nonsense"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(trained, capsys):
