@@ -56,6 +56,7 @@ CASES = {
     "bert-classes": Case(("bert_sst2",)),
     "bert-spans": Case(("bert_squad",)),
     "clip": Case(("clip_digits",)),
+    "sasrec": Case(("sasrec_movielens",)),
     "transformer": Case(("transformer_wmt14",)),
     "gpt2": Case(GPT2, ("h100",)),
     "gpt2-tensor": Case((*GPT2, *XLA, "--mesh.tensor", "2", "--mesh.sequence", "True")),

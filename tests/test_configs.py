@@ -14,6 +14,7 @@ FULL = (
     "llama3_8b_c4",
     "lstm_imdb",
     "resnet50_imagenet",
+    "sasrec_movielens",
     "transformer_wmt14",
     "vit_b16_imagenet",
 )

@@ -14,6 +14,7 @@ from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
+from jaxmodels.models.sasrec import SASRecConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.unet import UNetConfig
 from jaxmodels.models.vae import VAEConfig
@@ -52,6 +53,7 @@ ZOO = {
     "vit": ("classification", ViTConfig(**IMAGE, patch=4, **BODY, dropout=0.1)),
     "clip": ("contrastive", CLIPConfig(**CLIP)),
     "wavenet": ("waveform", WaveNetConfig(stacks=2, depth=2, width=8, skip=8)),
+    "sasrec": ("next_item", SASRecConfig(V, context=16, layers=2, heads=4, width=32, mlp_width=48)),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),

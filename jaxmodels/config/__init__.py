@@ -17,6 +17,7 @@ from jaxmodels.config.sections import AnyModel, Config
 from jaxmodels.data.corpus import Stdlib, Text
 from jaxmodels.data.folders import Images
 from jaxmodels.data.huggingface import HuggingFace
+from jaxmodels.data.interactions import Interactions
 from jaxmodels.data.section import Augment, DataConfig
 from jaxmodels.data.squad import SQuAD
 from jaxmodels.data.synthetic import Synthetic
@@ -29,6 +30,7 @@ from jaxmodels.tasks.classification import Classification
 from jaxmodels.tasks.contrastive import Contrastive
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
+from jaxmodels.tasks.next_item import NextItem
 from jaxmodels.tasks.question_answering import QuestionAnswering
 from jaxmodels.tasks.segmentation import Segmentation
 from jaxmodels.tasks.seq2seq import Seq2Seq
@@ -66,6 +68,7 @@ __all__ = [
     "HuggingFace",
     "Images",
     "Init",
+    "Interactions",
     "Linear",
     "Lion",
     "LoRA",
@@ -74,6 +77,7 @@ __all__ = [
     "Metrics",
     "Momentum",
     "Muon",
+    "NextItem",
     "OptimConfig",
     "Profile",
     "Quantized",

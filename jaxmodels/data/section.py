@@ -30,6 +30,7 @@ SOURCES = Registry(
         "squad": "jaxmodels.data.squad:SQuAD",
         "huggingface": "jaxmodels.data.huggingface:HuggingFace",
         "tokens": "jaxmodels.data.tokens:Tokens",
+        "interactions": "jaxmodels.data.interactions:Interactions",
         "synthetic": "jaxmodels.data.synthetic:Synthetic",
     },
 )

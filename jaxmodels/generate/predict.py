@@ -25,6 +25,7 @@ from jaxmodels.generate.prepare import (
     reader,
     tokenizer_of,
 )
+from jaxmodels.generate.recommend import history, recommender
 from jaxmodels.generate.text_answers import filler, gaps, prompt, source, translator, writer
 from jaxmodels.train.saved import Run
 
@@ -102,5 +103,6 @@ PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "continuation": lambda run, how: (prompt(run, how.tokens), writer(run, how.tokens)),
     "translation": lambda run, how: (source(run), translator(run, how.beams)),
     "gaps": lambda run, how: (gaps(run), filler(run)),
+    "items": lambda run, how: (history(run), recommender(run)),
 }
 """What a task answers (`TaskConfig.answers`) -> the function of a run that makes its predictor."""

@@ -30,6 +30,7 @@ FAMILIES = Registry(
         "vit": "jaxmodels.models.vit:ViTConfig",
         "clip": "jaxmodels.models.clip:CLIPConfig",
         "wavenet": "jaxmodels.models.wavenet:WaveNetConfig",
+        "sasrec": "jaxmodels.models.sasrec:SASRecConfig",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

@@ -33,7 +33,7 @@ figcaption, .note { color: var(--soft); font-size: .9rem; margin-top: .5rem; max
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; background: var(--card); border: 1px solid var(--line); font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .8rem; border-bottom: 1px solid var(--line);
-  overflow-wrap: break-word; max-width: 40rem; }
+  overflow-wrap: break-word; max-width: 40rem; white-space: pre-line; }
 th { font-weight: 600; }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .tokens { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem;

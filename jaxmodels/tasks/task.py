@@ -158,12 +158,14 @@ TASKS = Registry(
         "gan": "jaxmodels.tasks.gan:GAN",
         "waveform": "jaxmodels.tasks.waveform:Waveform",
         "question_answering": "jaxmodels.tasks.question_answering:QuestionAnswering",
+        "next_item": "jaxmodels.tasks.next_item:NextItem",
     },
 )
 
-Answers = Literal["", "class", "classes", "mask", "caption", "continuation", "translation", "gaps", "answer"]
+Answers = Literal["", "class", "classes", "mask", "caption", "continuation", "translation", "gaps", "answer", "items"]
 """What a trained model predicts for a record: its class, or several; the class of each pixel; the caption that fits;
-the continuation of a text; its translation; the masked tokens; the answer to a question; nothing."""
+the continuation of a text; its translation; the masked tokens; the answer to a question; the items that a user takes
+next; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:
