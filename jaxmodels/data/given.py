@@ -17,12 +17,13 @@ from jaxmodels.data.folders import SUFFIXES
 from jaxmodels.data.records import Bad
 from jaxmodels.errors import UserError, nearest
 
-Kind = Literal["text", "image", "array"]
-"""What a model reads: str; the bytes of an image file; numbers as lists."""
+Kind = Literal["text", "image", "array", "record"]
+"""What a model reads: str; the bytes of an image file; numbers as lists; several columns of a row, as a dict."""
 _GIVES: dict[Kind, str] = {
     "text": "a table with a column of texts (CSV, JSON lines, Parquet), a file of lines, or - for the standard input",
     "image": "images, folders of images, a file of their paths, or Parquet with a column of images",
     "array": "a table with a column of numbers (JSON lines, Parquet), a file of lists of numbers, or -",
+    "record": "a table (CSV, JSON lines, Parquet), a file of lines of JSON objects, or -",
 }
 STDIN = "-"
 _MARK = "\ufeff"  # the byte order mark with which some programs begin a text
@@ -56,7 +57,9 @@ def records(paths: Sequence[str], kind: Kind, field: str, known: str = "") -> It
         raise UserError("got no files, expected some, or - for the lines of the standard input, try -")
     places = [place for path in paths for place in _places(path, kind)]
     tables = {place.path: open_file(place.path) for place in places if place.how == "table"}
-    columns = {path: _column(table, kind, field, known) for path, table in tables.items()}
+    if field and kind == "record":
+        raise UserError(f"got --input-field {field} for a model that reads several columns, try without it")
+    columns = {path: "" if kind == "record" else _column(table, kind, field, known) for path, table in tables.items()}
     if field and not tables:
         raise UserError(f"got --input-field {field} without a table, expected CSV, JSON lines or Parquet")
     return _read(places, kind, tables, columns)
@@ -158,6 +161,9 @@ def _rows(name: str, table: File, column: str) -> Iterator[Given]:
         if isinstance(values, str):
             yield Given(where, Bad(where, values))
             continue
+        if not column:
+            yield Given(where, values)
+            continue
         value = values.get(column)
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as the datasets library stores images
             value = value["bytes"]
@@ -181,11 +187,16 @@ def _lines(name: str, file: Iterable[bytes], kind: Kind) -> Iterator[Given]:
         elif kind == "image":
             yield Given(line, _bytes(Path(line.strip()).expanduser(), line))
         else:
-            yield Given(where, _numbers(where, line) if kind == "array" else line)
+            yield Given(where, line if kind == "text" else _parsed(where, line, kind))
 
 
-def _numbers(where: str, line: str) -> Any:
+def _parsed(where: str, line: str, kind: Kind) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
+        value = None
+    if kind == "record":
+        return value if isinstance(value, dict) else Bad(where, f"{shown(line)} is not an object in JSON")
+    if value is None:
         return Bad(where, f"{shown(line)} is not a list of numbers in JSON")
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,43 +81,45 @@ def spanned(window: Window, context: str, answer: Answer) -> Span | None:
     return Span(context[start:stop], start)
 
 
-def windows(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], how: Windowing) -> list[list[Window]]:
-    """Encode questions and contexts: [CLS] question [SEP] part of the context [SEP], or what the tokenizer has there.
+def windower(tokenizer: Tokenizer, how: Windowing) -> Callable[[Sequence[tuple[str, str]]], list[list[Window]]]:
+    """Return the function that makes windows of questions and contexts; thread-safe.
+
+    A window is [CLS] question [SEP] part of the context [SEP], or has what else the tokenizer puts around a pair.
 
     Raises:
         UserError: the tokenizer does not say what is around a pair, or a window has no room for more context than it
             has in common with the one before.
     """
-    around = _around(tokenizer)
-    if how.length - around - how.question <= how.overlap:
-        raise UserError(
-            f"got windows of {how.length} tokens with {how.overlap} in common, {how.question} for the question and "
-            f"{around} special ones, expected room for more of the context, "
-            f"try --data.seq-len {around + how.question + 2 * how.overlap}"
-        )
     from tokenizers import Tokenizer as Rust
 
-    rust = Rust.from_str(tokenizer.to_json())  # a copy, because threads share the other one, which cuts nothing
-    try:
-        heads = [found.offsets for found in rust.encode_batch([a for a, _ in pairs], add_special_tokens=False)]
-        most = how.question
-        cut = [a[: at[most - 1][1]] if len(at) > most else a for (a, _), at in zip(pairs, heads, strict=True)]
-        rust.enable_truncation(how.length, stride=how.overlap, strategy="only_second")
-        done = rust.encode_batch([(a, b) for a, (_, b) in zip(cut, pairs, strict=True)])
-    except TypeError:  # it takes only text that UTF-8 can encode
-        raise UserError("got a text with half of a surrogate pair, expected characters of UTF-8") from None
-    return [[_window(each) for each in (found, *found.overflowing)] for found in done]
+    if not isinstance(tokenizer, HuggingFace):
+        raise _no_pairs(tokenizer)
+    whole, cutting = (Rust.from_str(tokenizer.to_json()) for _ in range(2))
+    mask = whole.encode("a", "a").special_tokens_mask
+    if sum(mask) < 3 or not mask[0]:
+        raise _no_pairs(tokenizer)
+    if how.length - sum(mask) - how.question <= how.overlap:
+        raise UserError(
+            f"got windows of {how.length} tokens with {how.overlap} in common, {how.question} for the question and "
+            f"{sum(mask)} special ones, expected room for more of the context, "
+            f"try --data.seq-len {sum(mask) + how.question + 2 * how.overlap}"
+        )
+    cutting.enable_truncation(how.length, stride=how.overlap, strategy="only_second")
+
+    def windows(pairs: Sequence[tuple[str, str]]) -> list[list[Window]]:
+        try:
+            heads = [found.offsets for found in whole.encode_batch([a for a, _ in pairs], add_special_tokens=False)]
+            cut = [a[: at[: how.question][-1][1]] if at else a for (a, _), at in zip(pairs, heads, strict=True)]
+            done = cutting.encode_batch([(a, b) for a, (_, b) in zip(cut, pairs, strict=True)])
+        except TypeError:  # the library takes only text that UTF-8 can encode
+            raise UserError("got a text with half of a surrogate pair, expected characters of UTF-8") from None
+        return [[_window(each) for each in (found, *found.overflowing)] for found in done]
+
+    return windows
 
 
-def _around(tokenizer: Tokenizer) -> int:
-    """Return how many special tokens are around a pair of texts."""
-    if isinstance(tokenizer, HuggingFace):
-        from tokenizers import Tokenizer as Rust
-
-        mask = Rust.from_str(tokenizer.to_json()).encode("a", "a").special_tokens_mask
-        if sum(mask) > 2 and mask[0]:
-            return sum(mask)
-    raise UserError(
+def _no_pairs(tokenizer: Tokenizer) -> UserError:
+    return UserError(
         f"got tokenizer {tokenizer}, expected one that says which tokens are before, between and behind two texts, "
         "try the tokenizer.json of a BERT, or --data.tokenizer words:8000"
     )
@@ -226,7 +228,7 @@ def answered(opening: Opening, how: Windowing, unanswerable: bool) -> Source:
         else:
             kept.append(row)
     questions = [Question(row["question"], row["context"], tuple(row["answers"])) for row in kept]
-    found = windows(tokenizer, [(each.question, each.context) for each in questions], how)
+    found = windower(tokenizer, how)([(each.question, each.context) for each in questions])
     of = np.repeat(np.arange(len(questions)), [len(each) for each in found])
     flat = [window for each in found for window in each]
     arrays = rows(flat, how.length)

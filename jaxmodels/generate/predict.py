@@ -13,6 +13,7 @@ import numpy as np
 from jaxmodels.data import given, pixels
 from jaxmodels.data.records import Bad
 from jaxmodels.errors import UserError
+from jaxmodels.generate.answer import answerer, question
 from jaxmodels.generate.classes import captioned, classifier
 from jaxmodels.generate.masks import masker, whole
 from jaxmodels.generate.prepare import (
@@ -104,5 +105,6 @@ PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "translation": lambda run, how: (source(run), translator(run, how.beams)),
     "gaps": lambda run, how: (gaps(run), filler(run)),
     "items": lambda run, how: (history(run), recommender(run)),
+    "answer": lambda run, how: (question(run), answerer(run)),
 }
 """What a task answers (`TaskConfig.answers`) -> the function of a run that makes its predictor."""

@@ -36,6 +36,8 @@ def kind_of(run: Run) -> given.Kind:
     """Return what a run's model reads."""
     if run.kept.kind == "array":  # of items too, whose numbers are no tokens of a text
         return "array"
+    if run.config.task.answers == "answer":
+        return "record"
     if "model" in run.networks and np.issubdtype(run.model.inputs(1)[0].dtype, np.integer):
         return "text"
     return "array" if len(shape_of(run)) != 3 else "image"

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxmodels.errors import UserError
 from jaxmodels.report import (
+    answers,
     attention,
     confusion,
     curves,
@@ -33,6 +34,7 @@ PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Masks": masks.pieces,
     "Translations": translations.pieces,
     "Recommendations": recommendations.pieces,
+    "Answers": answers.pieces,
     "Latents": latents.pieces,
     "Samples": samples.pieces,
     "Sounds": sounds.pieces,

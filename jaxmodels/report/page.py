@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from jaxmodels.report.pieces import Heard, Picture, Piece, Table, Tokens
+from jaxmodels.report.pieces import Heard, Marked, Picture, Piece, Table, Tokens
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5d6670; --paper: #fbfbfa; --card: #ffffff; --line: #e2e4e7; }
@@ -42,6 +42,13 @@ th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .heard { display: flex; flex-wrap: wrap; gap: .75rem; }
 .heard label { color: var(--soft); font-size: .85rem; }
 .heard audio { display: block; width: 15rem; height: 2.2rem; }
+.marked { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem;
+  margin-bottom: .5rem; max-width: 60rem; }
+.marked b { display: block; font-weight: 600; color: var(--soft); font-size: .85rem; }
+mark { color: inherit; background: none; border-radius: 3px; padding: .05rem .1rem; }
+mark.hit { background: rgba(31, 111, 214, .35); }
+mark.said { background: rgba(214, 60, 31, .3); }
+mark.missed { text-decoration: underline 2px dashed rgb(31, 111, 214); text-underline-offset: 3px; }
 .tokens span { padding: .1rem .25rem; border-radius: 3px; margin-right: .12rem; white-space: pre; }
 """
 
@@ -104,6 +111,8 @@ def html(piece: Piece, images: dict[Picture, bytes]) -> str:
         return f'<figure><div class="wide">{table(piece)}</div>{caption}</figure>'
     if isinstance(piece, Heard):
         return f'<figure><div class="heard">{"".join(map(player, piece.sounds))}</div>{caption}</figure>'
+    if isinstance(piece, Marked):
+        return f"<figure>{marked(piece)}{caption}</figure>"
     return f"<figure>{tokens(piece)}{caption}</figure>"
 
 
@@ -140,6 +149,15 @@ def tokens(piece: Tokens) -> str:
             for label, value in zip(labels, np.asarray(values, float).tolist(), strict=True)
         )
         out.append(f'<div class="tokens"><b>{escape(heading)}</b>{spans}</div>')
+    return "".join(out)
+
+
+def marked(piece: Marked) -> str:
+    """Render texts with their marked parts."""
+    out = []
+    for heading, parts in piece.texts:
+        text = "".join(f'<mark class="{mark}">{escape(part)}</mark>' if mark else escape(part) for part, mark in parts)
+        out.append(f'<div class="marked"><b>{escape(heading)}</b>{text}</div>')
     return "".join(out)
 
 

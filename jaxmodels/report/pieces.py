@@ -60,7 +60,20 @@ class Heard:
     caption: str = ""
 
 
-Piece = Picture | Table | Tokens | Heard
+@dataclass(frozen=True)
+class Marked:
+    """Texts in parts, some of them marked, with a heading for each text.
+
+    A part is marked "hit" where what a model says is right, "said" where it is not, and "missed" where it should have
+    said something; "" otherwise.
+    """
+
+    texts: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    """(heading, [(part, mark), …])."""
+    caption: str = ""
+
+
+Piece = Picture | Table | Tokens | Heard | Marked
 
 
 def figure(width: float, height: float) -> Figure:

@@ -72,7 +72,7 @@ def rewritten(file, tmp_path, change):
 
 def test_windows_hold_every_token_of_the_context_and_say_where_it_is(tokenizer):
     context = passage(3)["context"]
-    (windows,) = asked.windows(tokenizer, [("what is mu ?", context)], Windowing(T, 3, 4))
+    (windows,) = asked.windower(tokenizer, Windowing(T, 3, 4))([("what is mu ?", context)])
     assert len(windows) > 2
     (end,) = tokenizer.ids(["<|endoftext|>"])
     places = []
@@ -92,7 +92,7 @@ def test_windows_hold_every_token_of_the_context_and_say_where_it_is(tokenizer):
 
 
 def test_a_token_begins_an_answer_only_in_the_window_with_the_most_around_it(tokenizer):
-    (windows,) = asked.windows(tokenizer, [("what ?", passage(3)["context"])], Windowing(T, 4, 4))
+    (windows,) = asked.windower(tokenizer, Windowing(T, 4, 4))([("what ?", passage(3)["context"])])
     first: dict = {}
     for number, (window, may) in enumerate(zip(windows, asked.beginnings(windows), strict=True)):
         assert (may[window.inner] != NOWHERE).all() and (may[window.types == 0] == NOWHERE).all() and not may[-1]
@@ -280,7 +280,7 @@ def test_models_that_cannot_answer_are_refused(task, model, message):
 
 def test_what_leaves_no_room_for_a_context_or_says_nothing_of_pairs_is_refused(file, tokenizer):
     with pytest.raises(UserError, match="try --data.seq-len"):
-        asked.windows(tokenizer, [("what ?", "mu nu")], Windowing(10, 3, 4))
+        asked.windower(tokenizer, Windowing(10, 3, 4))
     with pytest.raises(UserError, match="before, between and behind two texts"):
         opened(file, tokenizer="bytes")
     with pytest.raises(UserError, match="expected both or neither"):
