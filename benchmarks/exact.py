@@ -57,6 +57,7 @@ CASES = {
     "bert-spans": Case(("bert_squad",)),
     "clip": Case(("clip_digits",)),
     "sasrec": Case(("sasrec_movielens",)),
+    "dit": Case(("dit_imagenet",)),
     "transformer": Case(("transformer_wmt14",)),
     "gpt2": Case(GPT2, ("h100",)),
     "gpt2-tensor": Case((*GPT2, *XLA, "--mesh.tensor", "2", "--mesh.sequence", "True")),

@@ -10,6 +10,7 @@ from jaxmodels.train.job import assemble
 FULL = (
     "bert_base_wikipedia",
     "bert_squad",
+    "dit_imagenet",
     "gpt2_openwebtext",
     "llama3_8b_c4",
     "lstm_imdb",

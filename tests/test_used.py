@@ -23,7 +23,7 @@ from tests.sections import data_of, task_of
 
 ALL = tuple(TASKS.names())
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq")
-EXAMPLES = ("classification", "segmentation", "contrastive", "vae", "gan")
+EXAMPLES = ("classification", "segmentation", "contrastive", "vae", "gan", "diffusion")
 OF_A_FIELD = (*LANGUAGE, *EXAMPLES)
 USES = {
     "seq_len": (ALL, ("text",)),
@@ -35,10 +35,10 @@ USES = {
     "label_field": (EXAMPLES, ()),
     "target_field": (("seq2seq",), ()),
     "group_field": ((*EXAMPLES, "question_answering"), ()),
-    "class_names": (("segmentation", "contrastive"), ()),
-    "captions": (("contrastive",), ()),
+    "class_names": (("segmentation", "contrastive", "diffusion"), ()),
+    "captions": (("contrastive", "diffusion"), ()),
     "bad_records": (ALL, ()),
-    "balance": (("classification", "contrastive", "vae", "gan"), ()),
+    "balance": (("classification", "contrastive", "vae", "gan", "diffusion"), ()),
     "threads": (EXAMPLES, ("image",)),
     "pixels": (EXAMPLES, ("image",)),
 }
@@ -89,7 +89,7 @@ def refused(source, task, shaped, augment=None, **fields):
 
 
 def kinds(task, shaped):
-    if task == "contrastive":
+    if task in ("contrastive", "diffusion"):
         return ("image", "array", "text")
     if task == "segmentation":
         return ("image",)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
+from jaxmodels.models.dit import DiTConfig
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.llama import LlamaConfig
@@ -54,6 +55,7 @@ ZOO = {
     "clip": ("contrastive", CLIPConfig(**CLIP)),
     "wavenet": ("waveform", WaveNetConfig(stacks=2, depth=2, width=8, skip=8)),
     "sasrec": ("next_item", SASRecConfig(V, context=16, layers=2, heads=4, width=32, mlp_width=48)),
+    "dit": ("diffusion", DiTConfig(**IMAGE, patch=4, **BODY)),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),

@@ -36,7 +36,8 @@ class EvalOptions(Section):
     data_dir: str | None = None
     """TFDS data directory to use instead of the run's own."""
     classifier: Path | None = None
-    """A classifier's run, which judges 1,000 images that a generative model generates."""
+    """A classifier's run, which judges 1,000 images that a generative model generates, and compares them with the
+    data's."""
     beams: Beams | None = None
     """Width of the beam search for translations; default 4; 1: greedy."""
 
@@ -103,6 +104,7 @@ def _options(kind: type[DataConfig]) -> type:
 
 def evaluate(given: OtherData, options: EvalOptions) -> None:
     """Measure the run and print its metrics."""
+    from jaxmodels.data import contract
     from jaxmodels.generate import judge
     from jaxmodels.parallel import progress
     from jaxmodels.train import load_run
@@ -126,7 +128,11 @@ def evaluate(given: OtherData, options: EvalOptions) -> None:
     translates = run.config.task.answers == "translation" and run.config.data.real
     if options.beams is not None and not translates:
         raise UserError(f"got --beams {options.beams} for a run of task {run.config.task.kind}, try it without")
-    judged = judge.judge_images(run, options.classifier) if options.classifier is not None else {}
+    judged = {}
+    if options.classifier is not None:
+        images = contract.images(run.task.fields)
+        real = (batch[name] for batch in evaluation.batches() for name in images)
+        judged = judge.judge_images(run, options.classifier, real=real)
     found = evaluation.measure()
     if translates:
         found |= judge.judge_translations(run, 4 if options.beams is None else options.beams)

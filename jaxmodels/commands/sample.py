@@ -1,13 +1,14 @@
-"""`jaxmodels sample RUN`: text from a language model or a translator, and sounds."""
+"""`jaxmodels sample RUN`: text from a language model or a translator, sounds, and pictures."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxmodels.errors import UserError, check_place, printable
-from jaxmodels.fields import Count, Range, Seed
+from jaxmodels.fields import Count, Range, Seed, Weight
 
 if TYPE_CHECKING:
     from jaxmodels.train.saved import Run
@@ -24,24 +25,31 @@ def sample(
     repetition_penalty: Annotated[float, Range(above=0)] | None = None,
     seed: Seed | None = None,
     seconds: Annotated[float, Range(above=0, most=3600)] | None = None,
+    count: Annotated[int, Range(1, 1000)] | None = None,
+    guidance: Weight | None = None,
+    steps: Count | None = None,
     out: Path | None = None,
     best: bool = False,
 ) -> None:
-    """Generate with a run: text that continues the prompt, its translation (by beam search with 4 beams), or a sound.
+    """Generate with a run: text that continues the prompt, its translation (by 4 beams), a sound, or pictures.
 
     Args:
         run: run directory.
         prompt: how the text begins (default: a line end), the text to translate, or what the sound is to be of, such as
-            'seven, george' if it was trained with labels and groups.
+            'seven, george' if it was trained with labels and groups; of pictures a class or a text (default: all
+            classes in turn, or anything).
         tokens: how many tokens to add; default 200, or as many as fit into the model's context.
         temperature: 0 takes the likeliest token each time; higher is more varied; default 0.8.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the likeliest tokens that together have this probability.
         repetition_penalty: above 1 makes tokens that the text already has less likely; default: what the files of an
             imported model ask for, or 1.
-        seed: the same seed gives the same text; default 0.
+        seed: the same seed gives the same text, sound or pictures; default 0.
         seconds: length of a sound; default 1.
-        out: WAV file to write a sound into; default sample.wav in the run directory.
+        count: number of pictures; default 16.
+        guidance: how closely pictures follow the prompt; default: as in the run's config.
+        steps: steps from noise to picture; default: as in the run's config.
+        out: WAV or PNG to write a sound or pictures into; default sample.wav or sample.png in the run directory.
         best: use the best checkpoint instead of the newest.
     """
     from jaxmodels import config as configs
@@ -64,15 +72,26 @@ def sample(
         )
     cfg, _ = configs.read(run)
     opened = load_run(run, best=best) if not cfg.task.answers else None
-    if opened is not None and opened.task.sounds is not None:
-        if wrong := sorted(set(given) - {"temperature", "seed"}):
-            flag = f"--{wrong[0].replace('_', '-')}"
-            raise UserError(f"got {flag} for a run that draws sounds, expected it for one of texts, try it without")
+    drawn = {"seconds": seconds, "count": count, "guidance": guidance, "steps": steps, "out": out}
+    wanted = {name: value for name, value in drawn.items() if value is not None}
+    kinds = {
+        "sounds": {"temperature", "seed", "seconds", "out"},
+        "pictures": {"seed", *drawn} - {"seconds"},
+        "texts": set(options),
+    }
+    kind = "texts"
+    if opened is not None:
+        kind = "sounds" if opened.task.sounds is not None else "pictures" if opened.task.samples is not None else kind
+    for name in [*given, *wanted]:
+        if name not in kinds[kind]:
+            flag, where = f"--{name.replace('_', '-')}", next(each for each in kinds if name in kinds[each])
+            raise UserError(f"got {flag} for a run of {cfg.task.kind}, expected it for one of {where}, try it without")
+    if opened is not None and kind == "sounds":
         _sound(opened, prompt, seconds or 1.0, out, given)
         return
-    for name, value in (("seconds", seconds), ("out", out)):
-        if value is not None:
-            raise UserError(f"got --{name} {value} for a run of {cfg.task.kind}, expected one that draws sounds")
+    if opened is not None and kind == "pictures":
+        _pictures(opened, prompt, count or 16, seed or 0, out, {"guidance": guidance, "sample_steps": steps})
+        return
     if cfg.task.answers not in ("continuation", "translation"):
         instead = "predict" if cfg.task.answers else "report"
         files = " FILE" if instead == "predict" else ""
@@ -118,6 +137,23 @@ def _sound(run: Run, prompt: str | None, seconds: float, out: Path | None, given
     samples, rate = draw_sounds(run, conditions_of(run, prompt), seconds=seconds, **given)
     path.write_bytes(wav(samples[0], rate))
     print(f"{path}: {len(samples[0]) / rate:.1f} seconds at {rate:,} samples a second")
+
+
+def _pictures(run: Run, prompt: str | None, count: int, seed: int, out: Path | None, changed: dict[str, Any]) -> None:
+    """Draw pictures to a PNG, with the task's fields changed where that is asked for."""
+    from jaxmodels.generate.pictures import draw, sheet
+
+    path, task = out or run.directory / "sample.png", run.config.task
+    check_place(path, "--out")
+    for name in (changed := {name: value for name, value in changed.items() if value is not None}):
+        if not hasattr(task, name):
+            flag = "--steps" if name == "sample_steps" else "--guidance"
+            raise UserError(f"got {flag} for a run of {task.kind}, whose pictures need none, try it without")
+    run = replace(run, config=replace(run.config, task=replace(task, **changed)))
+    images = draw(run, prompt, count, seed)
+    sheet(images).save(path, "png")
+    height, width = images.shape[1:3]
+    print(printable(f"{path}: {count} pictures of {width}×{height}" + (f" of {prompt}" if prompt else "")))
 
 
 def _show(text: str) -> None:

@@ -28,6 +28,7 @@ from jaxmodels.parallel.mesh import Mesh
 from jaxmodels.tasks.causal_lm import CausalLM
 from jaxmodels.tasks.classification import Classification
 from jaxmodels.tasks.contrastive import Contrastive
+from jaxmodels.tasks.diffusion import Diffusion
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
 from jaxmodels.tasks.next_item import NextItem
@@ -62,6 +63,7 @@ __all__ = [
     "Contrastive",
     "Cosine",
     "DataConfig",
+    "Diffusion",
     "Distill",
     "DoRA",
     "Eval",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 from jaxmodels import data
 from jaxmodels.errors import UserError
 from jaxmodels.generate import bleu, translate_texts
-from jaxmodels.tasks.metrics import inception_score
+from jaxmodels.tasks.metrics import frechet_distance, inception_score
 from jaxmodels.tasks.task import normalized, tasks_that_answer
 from jaxmodels.train.saved import Run, load_run
 
@@ -26,11 +28,12 @@ def judge_translations(run: Run, beams: int = 4) -> dict[str, float]:
     return {"bleu": bleu(found, references)}
 
 
-def judge_images(run: Run, classifier: Path, count: int = 1000) -> dict[str, float]:
-    """Judge a generative model's images by a trained classifier's predictions.
+def judge_images(run: Run, classifier: Path, count: int = 1000, real: Iterable[np.ndarray] = ()) -> dict[str, float]:
+    """Judge a generative model's images by what a trained classifier makes of them.
 
     `score` is the inception score of Salimans et al. 2016, computed with this classifier; `classes` counts the classes
-    that it predicts at all; `confidence` is its mean highest probability.
+    that it predicts at all; `confidence` is its mean highest probability. `frechet` is the Fréchet distance of its last
+    hidden units from those of `real` images, batches (B, H, W, C), if there are any.
     """
     samples = run.task.samples
     if samples is None:
@@ -51,12 +54,22 @@ def judge_images(run: Run, classifier: Path, count: int = 1000) -> dict[str, flo
             "expected the same, try a classifier that was trained on images of that size"
         )
 
-    @jax.jit
     def probabilities(images: jax.Array) -> jax.Array:
-        logits = judge.apply(normalized(images, judge.config.data))
-        return jax.nn.softmax(logits.astype(jnp.float32))
+        return jax.nn.softmax(judge.apply(normalized(images, judge.config.data)).astype(jnp.float32))
+
+    def features(images: jax.Array) -> jax.Array:
+        return judge.apply(normalized(images, judge.config.data), head=False)
 
     images = samples(run.params, run.stats, count)
-    seen = np.concatenate([probabilities(images[i : i + _AT_ONCE]) for i in range(0, count, _AT_ONCE)])
+    parts = [images[i : i + _AT_ONCE] for i in range(0, count, _AT_ONCE)]
+    seen = _each(probabilities, parts)
     chosen = np.unique(seen.argmax(1))
-    return {"score": inception_score(seen), "classes": float(len(chosen)), "confidence": float(seen.max(1).mean())}
+    found = {"score": inception_score(seen), "classes": float(len(chosen)), "confidence": float(seen.max(1).mean())}
+    if truth := list(real):
+        found["frechet"] = frechet_distance(_each(features, parts), _each(features, truth))
+    return found
+
+
+def _each(compute: Any, parts: Iterable[Any]) -> np.ndarray:
+    compute = jax.jit(compute)
+    return np.concatenate([compute(part) for part in parts])

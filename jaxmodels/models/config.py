@@ -31,6 +31,7 @@ FAMILIES = Registry(
         "clip": "jaxmodels.models.clip:CLIPConfig",
         "wavenet": "jaxmodels.models.wavenet:WaveNetConfig",
         "sasrec": "jaxmodels.models.sasrec:SASRecConfig",
+        "dit": "jaxmodels.models.dit:DiTConfig",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

@@ -40,7 +40,7 @@ class MLP(nn.Module):
     config: MLPConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
         c = self.config
         check_shape(x, c.input_shape)
         x = x.reshape(x.shape[0], math.prod(c.input_shape))
@@ -49,6 +49,8 @@ class MLP(nn.Module):
             axes = ("features", "mlp") if i == 0 else ("embed", "mlp")
             x = nn.relu(layers.Linear((width,), axes, initializer=he, dtype=c.dtype, name=f"hidden{i}")(x))
             x = layers.Dropout(c.dropout)(x, train)
+        if not head:
+            return x
         return layers.Linear((c.classes,), ("embed", "classes"), initializer=he, dtype=c.dtype, name="head")(x).astype(
             jnp.float32
         )

@@ -8,6 +8,21 @@ import jax.numpy as jnp
 from jaxmodels.models import layers
 
 
+def cut(images: jax.Array, patch: int) -> jax.Array:
+    """Cut images (B, H, W, C) into square patches, row by row: (B, N, patch, patch, C)."""
+    B, height, breadth, C = images.shape
+    rows, columns = height // patch, breadth // patch
+    return images.reshape(B, rows, patch, columns, patch, C).swapaxes(2, 3).reshape(B, rows * columns, patch, patch, C)
+
+
+def join(patches: jax.Array, rows: int) -> jax.Array:
+    """Put patches (B, N, patch, patch, C) together again, as images that have this many rows of them."""
+    B, count, patch, _, C = patches.shape
+    columns = count // rows
+    x = patches.reshape(B, rows, columns, patch, patch, C).swapaxes(2, 3)
+    return x.reshape(B, rows * patch, columns * patch, C)
+
+
 def embed_patches(
     images: jax.Array,
     patch: int,
@@ -21,9 +36,7 @@ def embed_patches(
 
     With `token`, the initializer of a learned class token, that token comes first.
     """
-    B, height, breadth, C = images.shape
-    rows, columns = height // patch, breadth // patch
-    x = images.reshape(B, rows, patch, columns, patch, C).swapaxes(2, 3).reshape(B, rows * columns, patch, patch, C)
+    B, x = len(images), cut(images, patch)
     # a product, which on a CPU is faster than a convolution with stride and window the same
     axes = ("window", "window", "features", "embed")
     x = layers.Linear((width,), axes, bias, dtype=dtype, before_stack=True, name="patches")(x)

@@ -11,12 +11,13 @@ from jaxmodels.train.saved import Evaluation
 
 MOMENTS = 8
 SIDE = 8
+ROWS, COLUMNS = 8, 11
 SEED = 1
 """Seed of the fresh images; the images over time have other latents."""
 
 
 def pieces(evaluation: Evaluation) -> list[Piece]:
-    """Show samples from the same latents during training, and a grid of fresh ones."""
+    """Show samples from the same latents during training, a grid of fresh ones, and how they come out of noise."""
     run = evaluation.run
     found: list[Piece] = []
     moments = over_time(run.directory / "samples", run.step)
@@ -30,6 +31,12 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     if run.task.samples is not None and run.task.autoencoder is None:  # a VAE's codes have a picture of their own
         images = np.asarray(run.task.samples(run.params, run.stats, SIDE * SIDE, SEED))
         found.append(Picture("fresh", sheet(images, SIDE, 6.0), f"{SIDE * SIDE} images of the checkpoint, unselected."))
+    if run.task.path is not None:
+        path = np.asarray(run.task.path(run.params, run.stats, ROWS, SEED))
+        moments = np.unique(np.linspace(0, len(path) - 1, COLUMNS).round().astype(int))
+        rows = path[moments].swapaxes(0, 1).reshape(-1, *path.shape[2:])
+        caption = f"From noise to picture, one in each row, in {len(path) - 1} steps."
+        found.append(Picture("path", sheet(rows, len(moments), 7.0), caption))
     return found
 
 

@@ -92,7 +92,7 @@ def functions(run: Run) -> dict[str, Function]:
     if task.predicts is not None:
         return {"predict": Function(_predicts(task), _read(run))}
     if task.samples is not None:
-        return {"generate": _samples(task)}
+        return {"generate": _samples(run)}
     raise UserError(
         f"got a run of task {run.config.task.kind}, which says nothing of a record and makes no images, expected one "
         "that does, try --format huggingface"
@@ -131,15 +131,24 @@ def _predicts(task: Task) -> Compute:
     return lambda run, given: dict(predicts(run.params, run.stats, given))
 
 
-def _samples(task: Task) -> Function:
-    samples = task.samples
+def _samples(run: Run) -> Function:
+    samples, asks = run.task.samples, run.task.asks
     assert samples is not None
 
     def compute(run: Run, given: Arrays) -> Arrays:
-        return {"images": samples(run.params, run.stats, given["images"].shape[0], given["seed"])}
+        rows = {name: x for name, x in given.items() if name != "seed"}
+        count = next(iter(rows.values())).shape[0]
+        asked = {"given": rows} if asks else {}
+        return {"images": samples(run.params, run.stats, count, given["seed"], **asked)}
 
     # of `images` only the number counts, since a size that is not known before is that of an array
-    return Function(compute, {"images": Input((BATCH,), "uint8"), "seed": Input((), least=0)})
+    asked = {
+        "labels": lambda: Input((BATCH,), least=0, below=run.model.config.classes + 1),
+        "tokens": lambda: _ids(run),
+        "segment_ids": lambda: MARKS,
+    }
+    rows = {name: asked[name]() for name in asks} or {"images": Input((BATCH,), "uint8")}
+    return Function(compute, {**rows, "seed": Input((), least=0)})
 
 
 def _towers(run: Run) -> dict[str, Function]:

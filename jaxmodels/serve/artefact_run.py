@@ -264,8 +264,14 @@ def main(words):
         )
         return
     first, rest = words[0], [int(word) for word in words[1:]]
-    if "generate" in has and rest:
-        given = {"images": np.zeros(rest[0], np.uint8), "seed": np.array([*rest, 0][1], np.int32)}
+    asked = has.get("generate", {}).get("inputs", {})
+    if rest and ("images" in asked or "labels" in asked):
+        given: dict[str, np.ndarray] = {"seed": np.array([*rest, 0][1], np.int32)}
+        if "labels" in asked:  # of the class that comes third, or of all in turn
+            each = np.arange(rest[0]) % max(asked["labels"]["below"] - 1, 1) if len(rest) < 3 else rest[2]
+            given["labels"] = np.full(rest[0], each, np.int32)
+        else:
+            given["images"] = np.zeros(rest[0], np.uint8)
         np.save(first, np.asarray(model("generate", **given)["images"]))
     elif "start" in has:
         ids = model.ids_of(first)

@@ -28,6 +28,7 @@ _ARGUMENTS = {
     "metrics": ("params", "stats", "batch"),
     "summarize": ("totals", "classes"),
     "samples": ("params", "stats", "count", "seed"),
+    "path": ("params", "stats", "count", "seed"),
     "predicts": ("params", "stats", "batch"),
     "outputs": ("params", "stats", "batch"),
     "ask": ("batch", "rng"),

@@ -120,3 +120,17 @@ def inception_score(probabilities: np.ndarray) -> float:
     p = np.asarray(probabilities, np.float64)
     ratio = np.log(np.maximum(p, 1e-12)) - np.log(np.maximum(p.mean(0, keepdims=True), 1e-12))
     return float(np.exp((p * ratio).sum(1).mean()))
+
+
+def frechet_distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Squared distance between two normal distributions with the means and covariances of two sets of features.
+
+    Shapes: (N, D) and (M, D). It is biased upwards for few rows: compare only figures of equally many.
+    Source: Heusel et al. 2017, equation 6, with the trace of the root of C₁C₂ from C₁^½ C₂ C₁^½, which is symmetric.
+    """
+    one, other = (np.asarray(x, np.float64) for x in (one, other))
+    (mean, covariance), (mean2, covariance2) = ((x.mean(0), np.atleast_2d(np.cov(x.T))) for x in (one, other))
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariance2 @ root), 0)).sum()
+    return float(np.square(mean - mean2).sum() + np.trace(covariance) + np.trace(covariance2) - 2 * shared)

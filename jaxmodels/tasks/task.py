@@ -58,7 +58,12 @@ class Task:
     """How a whole set is measured, if sums over its batches would depend on their size."""
     samples: Callable[..., jax.Array] | None = None
     """`samples(params, stats, count=64, seed=0)`: images (N, H, W, C) in [0, 1] that a generative model generates; the
-    same seed gives the same latents."""
+    same seed gives the same latents. Where it has `asks`, it takes `given=` too, their arrays of `count` rows."""
+    path: Callable[..., jax.Array] | None = None
+    """`path(params, stats, count, seed=0)`: what there is before and after each step of a model that makes images in
+    several, (K, N, H, W, C) in [0, 1]; the last are those of `samples`. It takes `given=` too."""
+    asks: tuple[str, ...] = ()
+    """Fields of a batch that say what is asked for in an image, such as its class."""
     sounds: Sounds | None = None
     """How a model of sounds draws them."""
     autoencoder: Autoencoder | None = None
@@ -159,6 +164,7 @@ TASKS = Registry(
         "waveform": "jaxmodels.tasks.waveform:Waveform",
         "question_answering": "jaxmodels.tasks.question_answering:QuestionAnswering",
         "next_item": "jaxmodels.tasks.next_item:NextItem",
+        "diffusion": "jaxmodels.tasks.diffusion:Diffusion",
     },
 )
 

@@ -59,7 +59,7 @@ def test_sample_writes_the_sound_that_is_named(run, tmp_path, capsys):
         ([], "got no --prompt for"),
         (["--prompt", "two"], "expected 2 name(s) of what is to be drawn, try --prompt 'one, ann'"),
         (["--prompt", "tow, ann"], "got 'tow' to draw, expected one of one, two, did you mean 'two'?"),
-        (["--prompt", "two, ann", "--top-k", "3"], "got --top-k for a run that draws sounds"),
+        (["--prompt", "two, ann", "--top-k", "3"], "got --top-k for a run of waveform, expected it for one of texts"),
         (["--prompt", "two, ann", "--out", "no/where.wav"], "whose folder does not exist"),
     ],
 )

@@ -156,7 +156,9 @@ def test_unrolled_and_recomputed_it_is_the_same_and_costs_what_it_says(name):
 @pytest.mark.parametrize("name", having("dtype"))
 def test_bfloat16_is_float32_to_within_its_rounding(name):
     half = jaxmodels.create(CONFIGS[name], dtype="bfloat16")
-    params, inputs, stats = initial(name)(jax.random.key(0)), example(half), half.stats() or None
+    # DiT's outputs are 0 at first
+    params = arrays(half) if name == "dit" else initial(name)(jax.random.key(0))
+    inputs, stats = example(half), half.stats() or None
     exact = evaluate(name)(params, inputs)
     rounded = jax.jit(functools.partial(outputs, half))(params, stats)
     pairs = list(zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True))

@@ -44,10 +44,10 @@ def alone(code):
     return done.stdout
 
 
-def made(folder, name, config=None, text=False):
+def made(folder, name, config=None, text=False, task=None):
     """A run of a family that was never trained, in which each parameter matters."""
-    task, model = ZOO[name]
-    cfg = Config(model=config or model, task=task_of(task), data=data_of("synthetic", batch_size=8, seq_len=12))
+    kind, model = ZOO[name]
+    cfg = Config(model=config or model, task=task or task_of(kind), data=data_of("synthetic", batch_size=8, seq_len=12))
     folder.mkdir()
     if text:
         (folder / "tokenizer.json").write_text(words(["one two three four five six"], 48).to_str())
@@ -145,6 +145,14 @@ def test_images_are_those_that_the_task_generates_from_the_seed(name, tmp_path):
     np.testing.assert_allclose(found["images"], run.task.samples(run.params, run.stats, 3, 5), atol=1e-5)
     kept = json.loads((folder / "manifest.json").read_text())["weights"]
     assert kept and not any("discriminator" in path for path in kept)  # what no function reads is left out
+
+
+def test_pictures_of_classes_are_those_that_the_task_draws(tmp_path):
+    run = made(tmp_path / "run", "dit", task=task_of("diffusion", guidance=2.0, sample_steps=2))
+    labels = np.array([4, 0, 5], np.int32)
+    found = artefact_run.load(written(run))("generate", labels=labels, seed=np.array(5, np.int32))
+    given = {"labels": jax.numpy.asarray(labels)}
+    np.testing.assert_allclose(found["images"], run.task.samples(run.params, run.stats, 3, 5, given), atol=1e-5)
 
 
 def test_a_function_is_for_cpu_cuda_and_tpu_and_calls_no_kernel_of_one_of_them(classifier, writer):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from sklearn import metrics as sklearn
 
 from jaxmodels.tasks import metrics
@@ -179,3 +180,18 @@ def test_a_class_of_which_an_example_says_nothing_counts_neither_way():
     found = multiple(logits, labels)
     assert np.asarray(found["counts"][0]).tolist() == [[2, 0, 0], [0, 0, 1], [1, 0, 0]]
     assert [int(x) for x in found["accuracy"]] == [1, 2]
+
+
+def test_the_frechet_distance_is_that_of_scipys_matrix_root():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(200, 5)), 0.3 + rng.normal(size=(150, 5)) @ rng.normal(size=(5, 5))
+    a, b = np.cov(one.T), np.cov(other.T)
+    apart = np.square(one.mean(0) - other.mean(0)).sum()
+    expected = apart + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert metrics.frechet_distance(one, other) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(one, one[::-1]) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(one, one + 2) == pytest.approx(5 * 4)
+    flat = one * [1, 1, 0, 0, 0]  # features that never vary, of which a plain root has an imaginary part
+    assert metrics.frechet_distance(flat, 3 * flat) == pytest.approx(
+        np.square(2 * flat.mean(0)).sum() + 4 * np.trace(np.cov(flat.T))
+    )

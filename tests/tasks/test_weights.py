@@ -27,6 +27,7 @@ from jaxmodels.data.texts import Rows
 from jaxmodels.errors import UserError
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
+from jaxmodels.models.dit import DiTConfig
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
@@ -53,6 +54,7 @@ CASES = {
     "contrastive": CLIPConfig(IMAGE, 2, vocab_size=V, context=T, embedding=4, **TOWERS),
     "vae": VAEConfig(input_shape=IMAGE, hidden=(8,), latents=2),
     "gan": GANConfig(input_shape=IMAGE, latents=3, channels=(4,)),
+    "diffusion": DiTConfig(IMAGE, 2, classes=7, mlp_width=8, **BODY),
 }
 # at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

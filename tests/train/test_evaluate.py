@@ -34,7 +34,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.parallel import progress
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.tasks.metrics import inception_score
+from jaxmodels.tasks.metrics import frechet_distance, inception_score
 from jaxmodels.tasks.task import Task, divide
 from jaxmodels.train import evaluate, load_run
 from jaxmodels.train import run as runs
@@ -265,6 +265,9 @@ def test_images_are_judged_by_a_classifier_on_the_command_line(run_of, tmp_path,
     images = opened.task.samples(opened.params, {}, 1000)
     logits = by.apply(images)
     assert found["score"] == pytest.approx(inception_score(np.asarray(jax.nn.softmax(logits))), rel=1e-4)
+    real = np.concatenate([batch["inputs"] for batch in opened.evaluation().batches()]) / np.float32(255)
+    features = (np.asarray(by.apply(x, head=False)) for x in (images, real))
+    assert found["frechet"] == pytest.approx(frechet_distance(*features), rel=1e-3)
 
 
 def test_what_cannot_judge_or_be_judged_is_refused(run_of):
