@@ -66,7 +66,7 @@ def predictor(run: Run, how: Asked) -> Predictor:
     if not answers and predicts is None:
         raise UserError(
             f"got a run of task {run.config.task.kind}, expected one that says something of a record, "
-            f"try jaxmodels report {run.directory}, which shows the images that it makes"
+            f"try jaxmodels report {run.directory}, which shows what it makes"
         )
     if kind_of(run) == "text":
         tokenizer_of(run)
