@@ -15,7 +15,7 @@ SECTIONS = {"Augment", "Checkpoint", "Config", "Eval", "Init", "Mesh", "Metrics"
 KINDS = {
     "SGD", "AdamW", "Adafactor", "Adam", "Lion", "Momentum", "Muon", "RMSprop",  # optim
     "WSD", "Constant", "Cosine", "Linear",  # optim.schedule
-    "GAN", "VAE", "CausalLM", "Classification", "Contrastive", "MaskedLM", "Seq2Seq",  # task
+    "GAN", "VAE", "CausalLM", "Classification", "Contrastive", "MaskedLM", "Seq2Seq", "Transcription",  # task
     "TFDS", "HuggingFace", "Images", "Stdlib", "Synthetic", "Table", "Text", "Tokens",  # data
 }  # fmt: skip
 """Sections that come in kinds, from `jaxmodels.config`."""

@@ -31,15 +31,15 @@ USES = {
     "std": (("classification", "segmentation", "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
-    "input_field": (OF_A_FIELD, ()),
+    "input_field": ((*OF_A_FIELD, "transcription"), ()),
     "label_field": (EXAMPLES, ()),
-    "target_field": (("seq2seq",), ()),
-    "group_field": ((*EXAMPLES, "question_answering"), ()),
+    "target_field": (("seq2seq", "transcription"), ()),
+    "group_field": ((*EXAMPLES, "question_answering", "transcription"), ()),
     "class_names": (("segmentation", "contrastive", "diffusion"), ()),
     "captions": (("contrastive", "diffusion"), ()),
     "bad_records": (ALL, ()),
     "balance": (("classification", "contrastive", "vae", "gan", "diffusion"), ()),
-    "threads": (EXAMPLES, ("image",)),
+    "threads": ((*EXAMPLES, "transcription"), ("image", "audio")),
     "pixels": (EXAMPLES, ("image",)),
 }
 """Field of data -> the tasks and the kinds of inputs that have a use for it."""
@@ -74,6 +74,7 @@ def unread(monkeypatch):
         for method in ("records", "corpus", "windows"):
             if name in RECORDS or method != "records":
                 monkeypatch.setattr(SOURCES.find(name), method, read)
+    return read
 
 
 def refused(source, task, shaped, augment=None, **fields):
@@ -93,6 +94,8 @@ def kinds(task, shaped):
         return ("image", "array", "text")
     if task == "segmentation":
         return ("image",)
+    if task == "transcription":
+        return ("audio", "text")
     return ("image", "array") if task in EXAMPLES and (shaped or task != "classification") else ("text",)
 
 
@@ -143,9 +146,11 @@ def test_what_says_the_same_twice_is_refused():
         tasks.build(GAN(gradient_penalty=1.0), GANConfig(kind="dcgan"), Synthetic())
 
 
-def test_every_config_uses_all_that_it_sets(root, unread):
+def test_every_config_uses_all_that_it_sets(root, unread, monkeypatch):
     for path in (root / "configs").glob("*.py"):
         cfg = configs.load(path)
+        if type(cfg.data).__module__.startswith("examples."):
+            monkeypatch.setattr(type(cfg.data), "records", unread)
         with contextlib.suppress(Opened):
             open_for(cfg, "train", tasks.build(cfg.task, cfg.model, cfg.data).fields)
 

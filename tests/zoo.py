@@ -21,6 +21,7 @@ from jaxmodels.models.unet import UNetConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
+from jaxmodels.models.wav2vec2 import Wav2Vec2Config
 from jaxmodels.models.wavenet import WaveNetConfig
 
 V, B, T = 48, 8, 12
@@ -29,6 +30,14 @@ IMAGE = {"input_shape": (8, 8, 3), "classes": 5}
 BODY = {"layers": 2, "width": 32, "heads": 4, "mlp_width": 48}
 TOWERS = {f"{tower}_{name}": size for tower in ("image", "text") for name, size in BODY.items()}
 CLIP = {"input_shape": (8, 8, 3), "patch": 4, "vocab_size": V, "context": 16, "embedding": 16, **TOWERS}
+SOUND = {
+    "vocab_size": V,
+    "conv_widths": (8, 16),
+    "position_window": 4,
+    "position_groups": 2,
+    "mask_time_span": 3,
+    "mask_time": 0.3,
+}
 RESNET = {**IMAGE, "stem": "small", "stem_width": 8}
 ZOO = {
     "mlp": ("classification", MLPConfig(**IMAGE, hidden=(16, 8), dropout=0.1)),
@@ -56,6 +65,26 @@ ZOO = {
     "wavenet": ("waveform", WaveNetConfig(stacks=2, depth=2, width=8, skip=8)),
     "sasrec": ("next_item", SASRecConfig(V, context=16, layers=2, heads=4, width=32, mlp_width=48)),
     "dit": ("diffusion", DiTConfig(**IMAGE, patch=4, **BODY)),
+    "wav2vec2": (
+        "transcription",
+        Wav2Vec2Config(sample_rate=40, conv_windows=(5, 3), conv_strides=(4, 2), **SOUND, **BODY),
+    ),
+    "wav2vec2-mels": (
+        "transcription",
+        Wav2Vec2Config(
+            sample_rate=400,
+            mels=8,
+            conv_windows=(3, 3),
+            conv_strides=(8, 4),
+            conv_norm="layer",
+            conv_bias=True,
+            norm="pre",
+            mask_bands=0.2,
+            mask_bands_span=2,
+            **SOUND,
+            **BODY,
+        ),
+    ),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),

@@ -36,6 +36,7 @@ from jaxmodels.tasks.question_answering import QuestionAnswering
 from jaxmodels.tasks.segmentation import Segmentation
 from jaxmodels.tasks.seq2seq import Seq2Seq
 from jaxmodels.tasks.task import TaskConfig
+from jaxmodels.tasks.transcription import Transcription
 from jaxmodels.tasks.vae import VAE
 from jaxmodels.tasks.waveform import Waveform
 from jaxmodels.train.optim import SGD, Adafactor, Adam, AdamW, Lion, Momentum, Muon, OptimConfig, RMSprop
@@ -97,6 +98,7 @@ __all__ = [
     "Text",
     "Tokens",
     "Train",
+    "Transcription",
     "Waveform",
     "differences",
     "docs",

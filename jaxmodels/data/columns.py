@@ -14,6 +14,7 @@ import numpy as np
 from jaxmodels.data.classes import spaced
 from jaxmodels.data.folders import SUFFIXES
 from jaxmodels.data.records import Field, Kind
+from jaxmodels.data.sounds import SUFFIXES as SOUNDS
 
 # Fraction of a column's values that must be numbers for it to be numeric; its other values are then bad.
 _MOST = 0.9
@@ -23,7 +24,6 @@ _DIGITS = frozenset("0123456789")
 _NUMBER = re.compile(r"\s*[+-]?\d+(\.\d*)?([eE][+-]?\d+)?\s*")
 # No system has longer paths.
 _LONGEST_PATH = 4096
-SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 # Integers below this are exact in float64; a larger one is a name, such as an account number.
 _EXACT = 2**53
 

@@ -39,6 +39,8 @@ class BatchField:
     """Whether a batch may lack it."""
     usual: bool = False
     """Whether batches of real data have it although it is optional; a plan includes it then."""
+    rate: int | None = None
+    """Samples a second of a sound (N,)."""
 
     def rows(self, count: int, stored: bool = False) -> jax.ShapeDtypeStruct:
         """Return the array for this many examples, as the task computes with it or as it is stored."""

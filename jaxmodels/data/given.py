@@ -1,4 +1,4 @@
-"""Inputs that a user gives to a saved run: image files, tables, lines of text, and standard input."""
+"""Inputs that a user gives to a saved run: files of images and sounds, tables, lines of text, and standard input."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ import numpy as np
 from jaxmodels.data.files import TABLES, File, open_file, shown
 from jaxmodels.data.folders import SUFFIXES
 from jaxmodels.data.records import Bad
+from jaxmodels.data.sounds import SUFFIXES as SOUNDS
 from jaxmodels.errors import UserError, nearest
 
-Kind = Literal["text", "image", "array", "record"]
-"""What a model reads: str; the bytes of an image file; numbers as lists; several columns of a row, as a dict."""
+Kind = Literal["text", "image", "audio", "array", "record"]
+"""What a model reads: str; the bytes of an image file or a sound file; numbers as lists; several columns of a row, as a
+dict."""
+_FILES: dict[Kind, tuple[str, ...]] = {"image": SUFFIXES, "audio": SOUNDS}
+"""The suffixes of files that are one record each."""
 _GIVES: dict[Kind, str] = {
     "text": "a table with a column of texts (CSV, JSON lines, Parquet), a file of lines, or - for the standard input",
     "image": "images, folders of images, a file of their paths, or Parquet with a column of images",
+    "audio": "sound files, folders of them, a file of their paths, or Parquet with a column of sounds",
     "array": "a table with a column of numbers (JSON lines, Parquet), a file of lists of numbers, or -",
     "record": "a table (CSV, JSON lines, Parquet), a file of lines of JSON objects, or -",
 }
@@ -41,14 +46,15 @@ class _Place(NamedTuple):
 
     name: str
     path: Path
-    how: Literal["lines", "image", "table"]
+    how: Literal["lines", "whole", "table"]
 
 
 def records(paths: Sequence[str], kind: Kind, field: str, known: str = "") -> Iterator[Given]:
-    """Read the records of files in order: the rows of a table, the images of a folder, the lines of any other file.
+    """Read the records of files in order: the rows of a table, the images or sounds of a folder, the lines of any other
+    file.
 
-    A line is a text, the path of an image, or numbers in JSON; `-` reads the lines of standard input. `field` is the
-    table column to read; by default it is `known`, or the only suitable one.
+    A line is a text, the path of an image or a sound, or numbers in JSON; `-` reads the lines of standard input.
+    `field` is the table column to read; by default it is `known`, or the only suitable one.
 
     Raises:
         UserError: a file does not exist or holds nothing of that kind. Raised before anything is read.
@@ -75,24 +81,30 @@ def _places(name: str, kind: Kind) -> list[_Place]:
             raise UserError(f"got {name!r}, which matches no file, expected one that does, try ls {name}")
         return [place for each in found for place in _places(each, kind)]
     if path.is_dir():
-        if kind != "image":
+        if kind not in _FILES:
             raise UserError(
-                f"got the folder {name} for a model that reads {kind}s, expected {_GIVES[kind]}{_inside(path)}"
+                f"got the folder {name} for a model that reads {_named(kind)}, expected {_GIVES[kind]}{_inside(path)}"
             )
         found = [Path(folder, each) for folder, _, files in os.walk(path) for each in files]
-        found = sorted(each for each in found if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
+        found = sorted(each for each in found if each.suffix.lower() in _FILES[kind] and not each.name.startswith("."))
         if not found:
-            raise UserError(f"got the folder {name} without images, expected some of {', '.join(SUFFIXES)}")
-        return [_Place(str(each), each, "image") for each in found]
+            raise UserError(f"got the folder {name} without {_named(kind)}, expected some of {', '.join(_FILES[kind])}")
+        return [_Place(str(each), each, "whole") for each in found]
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         near = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise UserError(f"got {name!r}, which {what}, expected a file, a folder of images or -{near or ', try ls'}")
-    if path.suffix.lower() in SUFFIXES:
-        if kind != "image":
-            raise UserError(f"got the image {name} for a model that reads {kind}s, expected {_GIVES[kind]}")
-        return [_Place(name, path, "image")]
+    for held, suffixes in _FILES.items():
+        if path.suffix.lower() in suffixes:
+            if kind != held:
+                got = _named(held).removesuffix("s")
+                raise UserError(f"got the {got} {name} for a model that reads {_named(kind)}, expected {_GIVES[kind]}")
+            return [_Place(name, path, "whole")]
     return [_Place(name, path, "table" if path.suffix.lower() in TABLES else "lines")]
+
+
+def _named(kind: Kind) -> str:
+    return "sounds" if kind == "audio" else f"{kind}s"
 
 
 def _inside(folder: Path) -> str:
@@ -107,7 +119,7 @@ def _inside(folder: Path) -> str:
 
 def _holds(value: Any, kind: Kind) -> bool:
     """Whether a table's value may be what a model of this kind reads."""
-    if kind == "image":
+    if kind in _FILES:
         return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
     return isinstance(value, str if kind == "text" else list | tuple | np.ndarray)
 
@@ -119,7 +131,8 @@ def _column(table: File, kind: Kind, field: str, known: str) -> str:
     fit = [name for name in names if _holds(first[name], kind)]
     if names and not fit and (field or known) not in names:
         raise UserError(
-            f"got {table.path} without a column of {kind}s for a model that reads {kind}s, expected {_GIVES[kind]}"
+            f"got {table.path} without a column of {_named(kind)} for a model that reads {_named(kind)}, "
+            f"expected {_GIVES[kind]}"
         )
     if not field and known not in names and len(names) == 1:
         return names[0]
@@ -135,7 +148,7 @@ def _column(table: File, kind: Kind, field: str, known: str) -> str:
 
 def _read(places: Sequence[_Place], kind: Kind, tables: dict[Path, File], columns: dict[Path, str]) -> Iterator[Given]:
     for name, path, how in places:
-        if how == "image":
+        if how == "whole":
             yield Given(name, _bytes(path, name))
         elif how == "table":
             yield from _rows(name, tables[path], columns[path])
@@ -165,7 +178,7 @@ def _rows(name: str, table: File, column: str) -> Iterator[Given]:
             yield Given(where, values)
             continue
         value = values.get(column)
-        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as the datasets library stores images
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as datasets stores images and sounds
             value = value["bytes"]
         if isinstance(value, str):
             value = value.removeprefix(_MARK)
@@ -184,7 +197,7 @@ def _lines(name: str, file: Iterable[bytes], kind: Kind) -> Iterator[Given]:
             continue
         if not line.strip():
             yield Given(where, Bad(where, "is empty"))
-        elif kind == "image":
+        elif kind in _FILES:
             yield Given(line, _bytes(Path(line.strip()).expanduser(), line))
         else:
             yield Given(where, line if kind == "text" else _parsed(where, line, kind))

@@ -187,7 +187,7 @@ class RecordsConfig(TextsConfig):
     label_field: str = "label"
     """Record field that holds the class, or several classes."""
     target_field: str = ""
-    """Record field that holds the translation of the input."""
+    """Record field that holds the translation or the transcript of the input."""
     group_field: str = ""
     """Record field that names its group. Each metric is reported for each group, with the largest difference."""
     class_names: tuple[str, ...] = ()
@@ -199,7 +199,7 @@ class RecordsConfig(TextsConfig):
     balance: bool = False
     """Whether each class appears equally often in training; examples of smaller classes recur within an epoch."""
     threads: Workers = 4
-    """Threads that decode and augment images."""
+    """Threads that decode sounds, and decode and augment images."""
     pixels: Literal["pillow", "opencv"] = "pillow"
     """Library that decodes JPEG and resizes images. pillow averages all pixels that are merged into one. opencv (extra
     `opencv`) takes half the time, and uses the four nearest pixels unless an image shrinks to less than half."""

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmodels.data import given, pixels
+from jaxmodels.data import given, pixels, sounds
 from jaxmodels.data.records import Bad
 from jaxmodels.errors import UserError
 from jaxmodels.generate.answer import answerer, question
@@ -27,6 +27,7 @@ from jaxmodels.generate.prepare import (
     tokenizer_of,
 )
 from jaxmodels.generate.recommend import history, recommender
+from jaxmodels.generate.speech import listener, recognizer
 from jaxmodels.generate.text_answers import filler, gaps, prompt, source, translator, writer
 from jaxmodels.train.saved import Run
 
@@ -43,7 +44,7 @@ def said(
     def prepare(value: Any) -> Any:
         try:
             return value if isinstance(value, Bad) else ready(value)
-        except (UserError, pixels.Unreadable) as error:
+        except (UserError, pixels.Unreadable, sounds.Unreadable) as error:
             return Bad("", str(error))
 
     rest = iter(records)
@@ -106,5 +107,6 @@ PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "gaps": lambda run, how: (gaps(run), filler(run)),
     "items": lambda run, how: (history(run), recommender(run)),
     "answer": lambda run, how: (question(run), answerer(run)),
+    "transcript": lambda run, how: (listener(run), recognizer(run)),
 }
 """What a task answers (`TaskConfig.answers`) -> the function of a run that makes its predictor."""

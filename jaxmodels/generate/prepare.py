@@ -34,6 +34,8 @@ class Asked(NamedTuple):
 
 def kind_of(run: Run) -> given.Kind:
     """Return what a run's model reads."""
+    if run.config.task.answers == "transcript":
+        return "audio"
     if run.kept.kind == "array":  # of items too, whose numbers are no tokens of a text
         return "array"
     if run.config.task.answers == "answer":

@@ -20,6 +20,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "vit": ("vit",),
     "resnet": ("resnet",),
     "clip": ("clip",),
+    "wav2vec2": ("wav2vec2",),
 }
 """Each family, which is also the name of a module here, and the `model_type`s of config.json that it reads."""
 

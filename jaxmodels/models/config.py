@@ -32,6 +32,7 @@ FAMILIES = Registry(
         "wavenet": "jaxmodels.models.wavenet:WaveNetConfig",
         "sasrec": "jaxmodels.models.sasrec:SASRecConfig",
         "dit": "jaxmodels.models.dit:DiTConfig",
+        "wav2vec2": "jaxmodels.models.wav2vec2:Wav2Vec2Config",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

@@ -21,6 +21,7 @@ from jaxmodels.report import (
     sounds,
     summary,
     timeline,
+    transcripts,
     translations,
 )
 from jaxmodels.report.page import Part, Section, render
@@ -35,6 +36,7 @@ PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Translations": translations.pieces,
     "Recommendations": recommendations.pieces,
     "Answers": answers.pieces,
+    "Transcripts": transcripts.pieces,
     "Latents": latents.pieces,
     "Samples": samples.pieces,
     "Sounds": sounds.pieces,

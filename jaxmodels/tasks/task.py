@@ -70,7 +70,8 @@ class Task:
     """Conversions between an autoencoder's images and its inputs and outputs."""
     predicts: Callable[[Params, Params, Batch], Mapping[str, jax.Array]] | None = None
     """`predicts(params, stats, batch)`: what `jaxmodels predict` prints for each record if `answers` is "", as arrays
-    (B, …) by name. The batch has only `inputs` and, for texts, `segment_ids`."""
+    (B, …) by name. The batch has only `inputs` and, for texts, `segment_ids`; a transcript's has `lengths`, and its
+    answer are `tokens` (B, T), ignored below 0, and the `confidence` (B,)."""
     gap: int | None = None
     """The id of a masked token."""
     outputs: Callable[[Params, Params, Batch], Any] | None = None
@@ -165,13 +166,16 @@ TASKS = Registry(
         "question_answering": "jaxmodels.tasks.question_answering:QuestionAnswering",
         "next_item": "jaxmodels.tasks.next_item:NextItem",
         "diffusion": "jaxmodels.tasks.diffusion:Diffusion",
+        "transcription": "jaxmodels.tasks.transcription:Transcription",
     },
 )
 
-Answers = Literal["", "class", "classes", "mask", "caption", "continuation", "translation", "gaps", "answer", "items"]
+Answers = Literal[
+    "", "class", "classes", "mask", "caption", "continuation", "translation", "gaps", "answer", "items", "transcript"
+]  # fmt: skip
 """What a trained model predicts for a record: its class, or several; the class of each pixel; the caption that fits;
 the continuation of a text; its translation; the masked tokens; the answer to a question; the items that a user takes
-next; nothing."""
+next; the text of a sound; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:
@@ -298,8 +302,9 @@ def numbers(shape: Sequence[int]) -> BatchField:
 
 
 def floats(x: jax.Array) -> jax.Array:
-    """Scale bytes (images as stored) to [0, 1]; return anything else unchanged."""
-    return x.astype(jnp.float32) / 255.0 if x.dtype == jnp.uint8 else x
+    """Scale bytes (images as stored) to [0, 1] and 16 bits (sounds) to [-1, 1]; return anything else unchanged."""
+    scale = {jnp.dtype(jnp.uint8): 255.0, jnp.dtype(jnp.int16): 32768.0}.get(x.dtype)
+    return x if scale is None else x.astype(jnp.float32) / scale
 
 
 def normalized(x: jax.Array, data: DataConfig) -> jax.Array:

@@ -145,7 +145,21 @@ def clip():
     return tf.CLIPModel(config), run
 
 
-MODELS = (gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, clip)
+def wav2vec2():
+    config = tf.Wav2Vec2Config(
+        **SIZES, vocab_size=V, conv_dim=(6, 8), conv_kernel=(5, 3), conv_stride=(3, 2), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=3, attn_implementation="eager",
+    )  # fmt: skip
+
+    def run(model):
+        x = rng.normal(size=(B, 60)).astype(np.float32)
+        seen = tf.Wav2Vec2FeatureExtractor()(list(x), sampling_rate=16000, return_tensors="pt").input_values
+        return {"0": x}, {"logits": model(seen).logits}
+
+    return tf.Wav2Vec2ForCTC(config), run
+
+
+MODELS = (gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, clip, wav2vec2)
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,0 +1,90 @@
+"""A recognizer's transcripts beside the texts, and where it heard each character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.models.spectrogram import hop, log_mel
+from jaxmodels.report.pieces import Picture, Piece, Table, figure
+from jaxmodels.tasks import ctc
+from jaxmodels.tasks.task import floats
+from jaxmodels.train.saved import Evaluation
+
+LOOKED_AT = 256
+"""The first held-out sounds, of which the worst are shown."""
+LISTED = 24
+DRAWN = 3
+_BANDS = 40
+
+
+def pieces(evaluation: Evaluation) -> list[Piece]:
+    """Tabulate the transcripts with the most errors, and draw the frames of some sounds with their characters."""
+    run, tokenizer = evaluation.run, evaluation.source.tokenizer
+    if run.config.task.answers != "transcript" or tokenizer is None:
+        return []
+    config: Any = run.config.task
+    blank = run.model.config.vocab_size - 1 if config.blank is None else config.blank
+    assert run.task.outputs is not None
+    outputs = jax.jit(run.task.outputs)
+    size, last = run.config.eval.batch_size or run.config.data.batch_size, min(LOOKED_AT, len(evaluation.source))
+    found = []
+    for first in range(0, last, size):
+        batch = evaluation.examples(first, first + size)
+        logits, frames = outputs(run.params, run.stats, batch), run.model.config.frames(batch["lengths"])
+        read = ctc.stripped(ctc.greedy(logits, jnp.asarray(frames), blank), config.space)
+        wrong = ctc.edits(read, ctc.stripped(jnp.asarray(batch["targets"]), config.space))
+        rows = zip(batch["inputs"], batch["lengths"], batch["targets"], logits, frames, read, wrong, strict=True)
+        found += [tuple(map(np.asarray, row)) for row in rows if (row[2] >= 0).any()]
+
+    def spelled(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids[ids >= 0]).strip()
+
+    order = sorted(range(len(found)), key=lambda i: -int(found[i][-1]) / int((found[i][2] >= 0).sum()))
+    listed = [
+        (spelled(text), spelled(read), f"{int(wrong)} of {int((text >= 0).sum())}")
+        for *_, text, _, _, read, wrong in (found[i] for i in order[:LISTED])
+    ]
+    caption = f"The transcripts with the most errors a character, of the first {len(found):,} held-out sounds."
+    shown: list[Piece] = [Table(("text", "transcript", "errors"), listed, caption)]
+    drawn = [i for i in [*order[:1], *order[:0:-1]] if ctc.fits(found[i][4][None], jnp.asarray(found[i][2])[None])[0]]
+    for name, i in zip(("worst", "good", "better"), drawn[:DRAWN], strict=False):
+        sound, length, text, logits, frames, read, _ = found[i]
+        picture = draw(sound[: int(length)], evaluation, logits[: int(frames)], text[text >= 0], blank)
+        said = f"Frames of “{spelled(text)}”, read as “{spelled(read)}”; below, where each character is the likeliest."
+        shown.append(Picture(f"alignment-{name}", picture, said))
+    return shown
+
+
+def draw(sound: np.ndarray, evaluation: Evaluation, logits: np.ndarray, text: np.ndarray, blank: int) -> Any:
+    """Draw log-mel frames of a sound, and the probabilities of the characters of its text with their alignment."""
+    tokenizer = evaluation.source.tokenizer
+    assert tokenizer is not None
+    rate = evaluation.run.task.fields["inputs"].rate or 1
+    mels = np.asarray(log_mel(floats(jnp.asarray(sound))[None], rate, _BANDS))[0]
+    log_p = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
+    at, seconds = ctc.align(log_p, text, blank), len(sound) / rate
+    whole = figure(10.0, 3.4)
+    above, below = whole.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    extent = (0, len(mels) * hop(rate) / rate, 0, rate / 2000)
+    above.imshow(mels.T, aspect="auto", origin="lower", extent=extent, cmap="magma")
+    above.set_ylabel("mel bands")
+    above.set_yticks([])
+    time = (np.arange(len(log_p)) + 0.5) * seconds / len(log_p)
+    below.plot(time, np.exp(log_p[:, blank]), color="0.8", linewidth=1)
+    for place in range(len(text)):
+        own = np.flatnonzero(at == place)
+        letter = tokenizer.decode(text[place : place + 1]).replace(" ", "␣")
+        middle = time[own].mean()
+        chance = np.exp(log_p[own, text[place]]).max()
+        below.vlines(middle, 0, chance, color="#1f6fb4")
+        below.text(middle, 1.05, letter, ha="center", fontsize=8, parse_math=False, clip_on=False)
+        above.axvline(middle, color="white", linewidth=0.4, alpha=0.6)
+    below.set_ylim(0, 1)
+    below.set_xlim(0, seconds)
+    below.set_ylabel("probability")
+    below.set_xlabel("seconds")
+    return whole
