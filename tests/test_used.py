@@ -23,19 +23,20 @@ from tests.sections import data_of, task_of
 
 ALL = tuple(TASKS.names())
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq")
-EXAMPLES = ("classification", "segmentation", "contrastive", "vae", "gan", "diffusion")
+MARKED = ("segmentation", "detection")
+EXAMPLES = ("classification", *MARKED, "contrastive", "vae", "gan", "diffusion")
 OF_A_FIELD = (*LANGUAGE, *EXAMPLES)
 USES = {
     "seq_len": (ALL, ("text",)),
-    "mean": (("classification", "segmentation", "contrastive"), ("image", "array")),
-    "std": (("classification", "segmentation", "contrastive"), ("image", "array")),
+    "mean": (("classification", *MARKED, "contrastive"), ("image", "array")),
+    "std": (("classification", *MARKED, "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
     "input_field": ((*OF_A_FIELD, "transcription"), ()),
     "label_field": (EXAMPLES, ()),
     "target_field": (("seq2seq", "transcription"), ()),
     "group_field": ((*EXAMPLES, "question_answering", "transcription"), ()),
-    "class_names": (("segmentation", "contrastive", "diffusion"), ()),
+    "class_names": ((*MARKED, "contrastive", "diffusion"), ()),
     "captions": (("contrastive", "diffusion"), ()),
     "bad_records": (ALL, ()),
     "balance": (("classification", "contrastive", "vae", "gan", "diffusion"), ()),
@@ -44,7 +45,7 @@ USES = {
 }
 """Field of data -> the tasks and the kinds of inputs that have a use for it."""
 SET = {"mean": {"mean": (0.5,), "std": (0.5,)}, "std": {"mean": (0.5,), "std": (0.5,)}, "pixels": {"pixels": "opencv"}}
-RECORDS, NO_RECORDS = ("tfds", "images", "table", "huggingface", "squad"), ("stdlib", "text", "tokens")
+RECORDS, NO_RECORDS = ("tfds", "images", "table", "huggingface", "squad", "coco"), ("stdlib", "text", "tokens")
 
 
 OWN = {"transforms": ("tests.sections:inverted",)}
@@ -92,7 +93,7 @@ def refused(source, task, shaped, augment=None, **fields):
 def kinds(task, shaped):
     if task in ("contrastive", "diffusion"):
         return ("image", "array", "text")
-    if task == "segmentation":
+    if task in MARKED:
         return ("image",)
     if task == "transcription":
         return ("audio", "text")

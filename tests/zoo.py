@@ -23,6 +23,7 @@ from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
 from jaxmodels.models.wav2vec2 import Wav2Vec2Config
 from jaxmodels.models.wavenet import WaveNetConfig
+from jaxmodels.models.yolox import YOLOXConfig
 
 V, B, T = 48, 8, 12
 LLAMA = {"vocab_size": V, "layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48}
@@ -89,6 +90,7 @@ ZOO = {
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
     "dcgan-discriminator": ("gan", GANConfig("discriminator", input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
+    "yolox": ("detection", YOLOXConfig((64, 64, 3), 5, depth=0.1, width=0.125)),
     "wgan": ("gan", GANConfig(kind="wgan-gp", input_shape=(8, 8, 1), latents=6, channels=(8, 16), hidden=8)),
 }
 """Name -> the task it is trained on, and its config."""

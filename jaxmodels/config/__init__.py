@@ -14,6 +14,7 @@ from jaxmodels.config.explain import differences, docs, documentation, flatten, 
 from jaxmodels.config.files import from_json, load, read, save, to_json
 from jaxmodels.config.kinds import kind_name, kinds_of, meant_kind, of_kind, replaced, section_of, with_kinds
 from jaxmodels.config.sections import AnyModel, Config
+from jaxmodels.data.coco import COCO
 from jaxmodels.data.corpus import Stdlib, Text
 from jaxmodels.data.folders import Images
 from jaxmodels.data.huggingface import HuggingFace
@@ -28,6 +29,7 @@ from jaxmodels.parallel.mesh import Mesh
 from jaxmodels.tasks.causal_lm import CausalLM
 from jaxmodels.tasks.classification import Classification
 from jaxmodels.tasks.contrastive import Contrastive
+from jaxmodels.tasks.detection import Detection
 from jaxmodels.tasks.diffusion import Diffusion
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
@@ -44,6 +46,7 @@ from jaxmodels.train.schedules import WSD, Constant, Cosine, Linear, ScheduleCon
 from jaxmodels.train.sections import Checkpoint, Eval, Init, Metrics, Profile, Train
 
 __all__ = [
+    "COCO",
     "GAN",
     "SGD",
     "TFDS",
@@ -64,6 +67,7 @@ __all__ = [
     "Contrastive",
     "Cosine",
     "DataConfig",
+    "Detection",
     "Diffusion",
     "Distill",
     "DoRA",

@@ -97,6 +97,7 @@ def text(cfg: Text) -> Corpus:
 _ENDINGS = {
     "table": ("csv", "jsonl", "tsv", "json", "parquet"),
     "tokens": ("bin", "npy"),
+    "coco": ("json",),
     "texts": ("txt", "jsonl", "csv", "tsv", "json", "parquet"),
 }
 """Extensions that a folder is searched for, to suggest a glob instead."""

@@ -264,18 +264,19 @@ def marked(opening: Opening, kind: Kind, marks: Callable[[str], Marks]) -> Sourc
     """
     cfg: Any = opening.data
     opening.check((*_LABELLED[:-1], "class_names", *opening.reads, *_IMAGE), "images with marks")
-    train = open_records(cfg, "train")
+    train = open_records(cfg, "train", opening.classes)
     field, named = input_field(train, cfg, ("image",)), cfg.label_field
     known = [name for name, each in train.fields.items() if each.kind == kind]
     if len(known) == 1 and named == default(cfg, "label_field"):
         named = known[0]
     label = named_field(train, "label_field", named, (kind,), [field])
-    records = train if opening.split == "train" else open_records(cfg, opening.split)
+    records = train if opening.split == "train" else open_records(cfg, opening.split, opening.classes)
     from jaxmodels.data import images
 
     source = images.Pictures(records, opening, field=field, label=None, marks=marks(label))
     source.field, source.kind = field, "image"
     source.class_names = tuple(opening.classes) or cfg.class_names or train.fields[label].names
+    source.num_classes = len(train.fields[label].names) or None
     return source
 
 

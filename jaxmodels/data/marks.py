@@ -142,7 +142,8 @@ class Boxes(Marks):
     """Up to `most` boxes an image: `boxes` (B, most, 4), x, y, width and height in pixels, with `classes` (B, most).
 
     A record has an array (N, 5) of x, y, width, height and class. The class of a place without a box is IGNORED, and so
-    is that of a box of which too little is left.
+    is that of a box of which too little is left. `known` (B,) is 1 for an image, also for one without a box, and 0 for
+    one that stands in for an image that cannot be read.
     """
 
     field: str
@@ -154,6 +155,7 @@ class Boxes(Marks):
         return {
             "boxes": np.zeros((count, self.most, 4), np.float32),
             "classes": np.full((count, self.most), IGNORED, np.int32),
+            "known": np.zeros(count, np.int32),
         }
 
     def read(self, value: object, full: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -162,13 +164,14 @@ class Boxes(Marks):
             raise Unreadable(f"has {len(rows)} boxes, expected at most {self.most}")
         found = {name: x[0] for name, x in self.room(1, (full[1], full[0])).items()}
         found["boxes"][: len(rows)], found["classes"][: len(rows)] = rows[:, :4], rows[:, 4]
-        return found
+        return found | {"known": np.ones((), np.int32)}
 
     def move(self, marked: Mapping[str, np.ndarray], matrices: np.ndarray, size: Size) -> dict[str, np.ndarray]:
         each = zip(marked["boxes"], matrices, strict=True)
         boxes = np.stack([move_boxes(boxes, matrix, size, self.visible) for boxes, matrix in each])
         there = (boxes[..., 2:] > 0).all(-1)
-        return {"boxes": boxes, "classes": np.where(there, marked["classes"], np.int32(IGNORED))}
+        classes = np.where(there, marked["classes"], np.int32(IGNORED))
+        return {"boxes": boxes, "classes": classes, "known": marked["known"]}
 
 
 def values_of(classes: int, ignored: Sequence[int]) -> list[int]:

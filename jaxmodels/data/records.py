@@ -18,7 +18,7 @@ from jaxmodels.data.values import EMPTY, number_dtype, unfit
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.registry import named
 
-Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask", "spans"]
+Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask", "spans", "boxes"]
 
 _AT_ONCE = 1024
 _SHOWN = 3
@@ -32,7 +32,8 @@ class Field:
 
     image: bytes of an image file, or uint8 (H, W, C); text: str; label: int; labels: a tuple of ints; array: numbers;
     audio: bytes of a sound file, or `Sound`; mask: bytes of an image file whose pixels are class numbers, or
-    uint8 (H, W); spans: a tuple of `Span`s.
+    uint8 (H, W); spans: a tuple of `Span`s; boxes: numbers (N, 5), left, top,
+    width and height in pixels, and the class.
     """
 
     kind: Kind
@@ -172,7 +173,8 @@ class Known(Records):
 
     def read(self, indices: Sequence[int], fields: Sequence[str]) -> list[dict[str, Any] | Bad]:
         found = read(self.records, indices, fields)
-        if self._label not in fields or self.fields[self._label].kind not in ("label", "labels"):
+        kind = self.fields[self._label].kind
+        if self._label not in fields or kind not in ("label", "labels", "boxes"):
             return found
         return [self._one(index, value) for index, value in zip(indices, found, strict=True)]
 
@@ -180,14 +182,18 @@ class Known(Records):
         if isinstance(value, Bad):
             return value
         label = value[self._label]
-        several = isinstance(label, tuple)
-        each = label if several else (label,)
+        several, boxes = isinstance(label, tuple), self.fields[self._label].kind == "boxes"
+        if boxes and unfit(self._label, label, self.records.fields[self._label]):
+            return value  # the reader says why
+        each = label[:, 4].astype(int).tolist() if boxes else label if several else (label,)
         places = [at if at < 0 else self._to[at] if at < len(self._to) else None for at in each]  # below 0: ignored
         if None in places:
             at = each[places.index(None)]
             said = repr(self._names[at]) if at < len(self._names) else at
             known = ", ".join(self._classes[:10]) + (", ..." if len(self._classes) > 10 else "")
             return Bad(self.where(index), f"{self._label} is {said}, expected one of {known}, which were trained on")
+        if boxes:
+            return {**value, self._label: np.column_stack([label[:, :4], np.array(places, label.dtype)])}
         return {**value, self._label: tuple(places) if several else places[0]}
 
 

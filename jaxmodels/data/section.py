@@ -28,6 +28,7 @@ SOURCES = Registry(
         "images": "jaxmodels.data.folders:Images",
         "table": "jaxmodels.data.tables:Table",
         "squad": "jaxmodels.data.squad:SQuAD",
+        "coco": "jaxmodels.data.coco:COCO",
         "huggingface": "jaxmodels.data.huggingface:HuggingFace",
         "tokens": "jaxmodels.data.tokens:Tokens",
         "interactions": "jaxmodels.data.interactions:Interactions",

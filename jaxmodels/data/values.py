@@ -86,6 +86,19 @@ def _spans(name: str, value: Any, field: Field) -> str:
     return ""
 
 
+def _boxes(name: str, value: Any, field: Field) -> str:
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.shape[1] != 5 or not number_dtype(value.dtype):
+        return f"{name} is {shown(value)}, expected numbers (boxes, 5): left, top, width, height and class"
+    if not np.isfinite(value).all():
+        return f"{name} holds {value[~np.isfinite(value)].flat[0]}, expected finite numbers"
+    if (flat := (value[:, 2:4] <= 0).any(1)).any():
+        return f"{name} has the box {value[flat][0, :4].tolist()}, expected a width and a height above 0"
+    known = len(field.names) or _MOST_CLASSES
+    if (odd := (value[:, 4] < 0) | (value[:, 4] >= known) | (value[:, 4] % 1 != 0)).any():
+        return f"{name} has a box of class {value[odd][0, 4]:g}, expected a class from 0 to {known - 1}"
+    return ""
+
+
 def _array(name: str, value: Any, field: Field) -> str:
     if not isinstance(value, np.ndarray | np.generic):
         return f"{name} is {shown(value)}, expected an array of {field.dtype or 'numbers'}"
@@ -130,6 +143,7 @@ _CHECKS: dict[Kind, Callable[[str, Any, Field], str]] = {
     "audio": _audio,
     "mask": _mask,
     "spans": _spans,
+    "boxes": _boxes,
 }
 
 

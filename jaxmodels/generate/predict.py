@@ -15,6 +15,7 @@ from jaxmodels.data.records import Bad
 from jaxmodels.errors import UserError
 from jaxmodels.generate.answer import answerer, question
 from jaxmodels.generate.classes import captioned, classifier
+from jaxmodels.generate.detected import detector
 from jaxmodels.generate.masks import masker, whole
 from jaxmodels.generate.prepare import (
     Answer,
@@ -108,5 +109,6 @@ PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "items": lambda run, how: (history(run), recommender(run)),
     "answer": lambda run, how: (question(run), answerer(run)),
     "transcript": lambda run, how: (listener(run), recognizer(run)),
+    "boxes": lambda run, how: detector(run),
 }
 """What a task answers (`TaskConfig.answers`) -> the function of a run that makes its predictor."""

@@ -33,6 +33,7 @@ FAMILIES = Registry(
         "sasrec": "jaxmodels.models.sasrec:SASRecConfig",
         "dit": "jaxmodels.models.dit:DiTConfig",
         "wav2vec2": "jaxmodels.models.wav2vec2:Wav2Vec2Config",
+        "yolox": "jaxmodels.models.yolox:YOLOXConfig",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

@@ -11,6 +11,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.report import (
     answers,
     attention,
+    boxes,
     confusion,
     curves,
     latents,
@@ -33,6 +34,7 @@ log = logging.getLogger("jaxmodels")
 PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Confusion": confusion.pieces,
     "Masks": masks.pieces,
+    "Boxes": boxes.pieces,
     "Translations": translations.pieces,
     "Recommendations": recommendations.pieces,
     "Answers": answers.pieces,

@@ -159,6 +159,7 @@ TASKS = Registry(
         "classification": "jaxmodels.tasks.classification:Classification",
         "seq2seq": "jaxmodels.tasks.seq2seq:Seq2Seq",
         "segmentation": "jaxmodels.tasks.segmentation:Segmentation",
+        "detection": "jaxmodels.tasks.detection:Detection",
         "contrastive": "jaxmodels.tasks.contrastive:Contrastive",
         "vae": "jaxmodels.tasks.vae:VAE",
         "gan": "jaxmodels.tasks.gan:GAN",
@@ -171,11 +172,12 @@ TASKS = Registry(
 )
 
 Answers = Literal[
-    "", "class", "classes", "mask", "caption", "continuation", "translation", "gaps", "answer", "items", "transcript"
+    "", "class", "classes", "mask", "boxes", "caption", "continuation", "translation", "gaps", "answer",
+    "items", "transcript",
 ]  # fmt: skip
-"""What a trained model predicts for a record: its class, or several; the class of each pixel; the caption that fits;
-the continuation of a text; its translation; the masked tokens; the answer to a question; the items that a user takes
-next; the text of a sound; nothing."""
+"""What a trained model predicts for a record: its class, or several; the class of each pixel; boxes around objects; the
+caption that fits; the continuation of a text; its translation; the masked tokens; the answer to a question; the items
+that a user takes next; the text of a sound; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:

@@ -12,9 +12,11 @@ import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.models import layers, vit
 from jaxmodels.models.cnn import CNNConfig
+from jaxmodels.models.kernels.convolution import convolve
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
+from jaxmodels.models.yolox import YOLOXConfig
 
 # at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -220,3 +222,35 @@ def test_stochastic_depth_keeps_the_mean_and_skips_whole_examples():
     for rate, train in ((0.0, True), (0.9, False)):
         np.testing.assert_array_equal(skip.apply({}, x, rate, train, rngs={"dropout": jax.random.key(0)}), x)
     np.testing.assert_allclose(vit.depths(0.3, 3), [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_yolox_multiplies_in_bfloat16_where_it_is_told_to_and_gives_float32():
+    """Its first outputs hardly depend on its weights, so that their rounding says nothing."""
+    model = jaxmodels.create(YOLOXConfig((32, 32, 3), 2, depth=0.1, width=0.125, dtype="bfloat16"))
+    traced = jax.make_jaxpr(model.apply)(model.shapes(), model.inputs(1)[0], stats=model.stats())
+    products = [eqn for eqn in traced.eqns if eqn.primitive.name in ("conv_general_dilated", "dot_general")]
+    assert {x.aval.dtype.name for eqn in products for x in eqn.invars} == {"bfloat16"} and len(products) > 40
+    assert traced.out_avals[0].dtype == np.float32
+
+
+def test_sides_that_the_strides_do_not_divide_are_refused_with_the_nearest():
+    with pytest.raises(UserError, match="try --model.input-shape 256 320 3"):
+        YOLOXConfig((240, 320, 3))
+
+
+def test_places_of_yolox_are_the_centers_of_squares_of_each_stride():
+    anchors = YOLOXConfig((64, 32, 3)).anchors()
+    np.testing.assert_array_equal(np.bincount(anchors[:, 2].astype(int))[[8, 16, 32]], [32, 8, 2])
+    np.testing.assert_array_equal(anchors[[0, 1, 4, -1]], [[4, 4, 8], [12, 4, 8], [4, 12, 8], [16, 48, 32]])
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding"), [(1, ((1, 1), (1, 1))), (2, ((1, 1), (1, 1))), (2, "SAME"), (3, "VALID")]
+)
+def test_channels_by_themselves_are_convolved_as_xla_does(stride, padding):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 9, 10, 6)).astype(np.float32), rng.normal(size=(3, 3, 1, 6)).astype(np.float32)
+    layout = ("NHWC", "HWIO", "NHWC")
+    how = {"dimension_numbers": layout, "feature_group_count": 6}
+    expected = jax.lax.conv_general_dilated(x, w, (stride, stride), padding, **how)
+    np.testing.assert_allclose(convolve(x, w, (stride, stride), padding, 6), expected, rtol=1e-5, atol=1e-5)

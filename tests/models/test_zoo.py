@@ -153,7 +153,7 @@ def test_unrolled_and_recomputed_it_is_the_same_and_costs_what_it_says(name):
     assert cost("full") > cost("none")
 
 
-@pytest.mark.parametrize("name", having("dtype"))
+@pytest.mark.parametrize("name", [name for name in having("dtype") if name != "yolox"])  # test_vision.py
 def test_bfloat16_is_float32_to_within_its_rounding(name):
     half = jaxmodels.create(CONFIGS[name], dtype="bfloat16")
     # DiT's outputs are 0 at first

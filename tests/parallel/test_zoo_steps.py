@@ -16,6 +16,8 @@ from tests.zoo import ZOO, B, T, arrays, fill
 
 ELSEWHERE = {"llama", "mistral", "qwen", "mixtral", "mixtral-capacity", "vgg", "dcgan-discriminator"}
 """Whose steps test_equivalence.py, test_mixtral.py or another row of the zoo takes: vgg's are those of vgg-bn."""
+LARGE = {"yolox": 1e-4}
+"""How far parameters may be apart where gradients, and so their rounding, are tens of times those of others."""
 # plain gradient descent: Adam's first step is the gradient's sign, which rounding decides where it is nearly 0
 DESCENT = SGD(peak_lr=0.1, weight_decay=0.0, clip_norm=None, schedule=Constant())
 
@@ -70,7 +72,8 @@ def test_one_step_is_equal_on_one_device_and_on_eight(name):
     assert metrics.keys() == metrics8.keys()
     for key, value in metrics.items():
         assert metrics8[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
-    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=2e-5)  # noqa: E731
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=LARGE.get(name, 2e-5))
+    params8, params, stats8, stats = jax.tree.map(np.asarray, (params8, params, stats8, stats))
     jax.tree.map(close, params8, params)
     jax.tree.map(close, stats8, stats)
     moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), params, before)

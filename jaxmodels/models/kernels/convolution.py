@@ -1,4 +1,4 @@
-"""Convolution, and a faster form of it for maps no larger than the window.
+"""Convolution, and faster forms of it: for maps no larger than the window, and for channels by themselves.
 
 Dims: B rows, C channels in, F channels out.
 """
@@ -21,11 +21,15 @@ def convolve(
     """Convolution of x (B, …, C) by w (window…, C / groups, F); any number of spatial dimensions.
 
     A map no larger than the window is left to `small`: XLA's convolution for CPUs takes tens of times as long on a map
-    of 2×2 with a window of 3×3, and on larger ones no longer than that.
+    of 2×2 with a window of 3×3, and on larger ones no longer than that. Where each channel is convolved by itself,
+    `depthwise` adds up shifted products: 3×3 windows of 32 channels took XLA twenty times as long forwards, and two to
+    fifteen times with gradients.
     """
     sizes, window = x.shape[1:-1], w.shape[:-2]
     if groups == 1 and max(window) > 1 and all(n <= k for n, k in zip(sizes, window, strict=True)):
         return small(x, w, strides, padding)
+    if groups == x.shape[-1] == w.shape[-1] > 1:
+        return depthwise(x, w, strides, padding)
     letters = "".join(map(chr, range(ord("0"), ord("0") + len(window))))
     layout = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
     return jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=layout, feature_group_count=groups)
@@ -88,6 +92,19 @@ def small(x: Array, w: Array, strides: Sequence[int], padding: str | Sequence[tu
         return jnp.zeros((len(x), *places, w.shape[-1]), x.dtype)
     w = w[tuple(slice(taps.start, taps.stop) for taps in met)]
     return jnp.tensordot(jnp.stack(covered, -2), w.reshape(-1, *w.shape[-2:]), 2)
+
+
+def depthwise(x: Array, w: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]]) -> Array:
+    """Convolution of each channel by itself, x (B, …, C) by w (window…, 1, C), as a sum of shifted products."""
+    sizes, window = x.shape[1:-1], w.shape[:-2]
+    pads = jax.lax.padtype_to_pads(sizes, window, strides, padding) if isinstance(padding, str) else padding
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    reach = [(n - k) // s * s + 1 for n, k, s in zip(x.shape[1:-1], window, strides, strict=True)]
+    parts = (
+        x[(slice(None), *(slice(i, i + n, s) for i, n, s in zip(at, reach, strides, strict=True)))] * w[(*at, 0)]
+        for at in itertools.product(*map(range, window))
+    )
+    return functools.reduce(jnp.add, parts)
 
 
 def overlap(y: Array, axis: int, stride: int, cut: Sequence[int]) -> Array:

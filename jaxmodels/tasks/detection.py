@@ -1,0 +1,180 @@
+"""Detection: boxes of objects and their classes, by SimOTA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmodels.data import examples
+from jaxmodels.data.classes import check_classes
+from jaxmodels.data.contract import BatchField
+from jaxmodels.data.marks import Boxes
+from jaxmodels.data.opening import Opening
+from jaxmodels.data.section import DataConfig
+from jaxmodels.data.source import Source
+from jaxmodels.errors import UserError
+from jaxmodels.fields import Dim, Share, Weight
+from jaxmodels.models.model import Model
+from jaxmodels.tasks import boxes
+from jaxmodels.tasks.average_precision import average_precisions
+from jaxmodels.tasks.losses import binary_cross_entropy
+from jaxmodels.tasks.metrics import LISTED, unique
+from jaxmodels.tasks.task import (
+    Answers,
+    Aux,
+    Batch,
+    Loss,
+    Params,
+    Sums,
+    Task,
+    TaskConfig,
+    Totals,
+    Whole,
+    divide,
+    forward,
+    normalized,
+    numbers,
+    rows,
+)
+
+PRECISIONS = ("ap", "ap50", "ap75")
+
+
+@dataclass(frozen=True)
+class Detection(TaskConfig):
+    """Find objects in `inputs` (B, H, W, C): their `boxes` (B, G, 4) in pixels and their `classes` (B, G).
+
+    A box is left, top, width and height; a class below 0 says that there is none, so that images have as many. An image
+    of which nothing is known has a 0 in `known` (B,).
+
+    Each object is given some of the model's places (`boxes.assign`), which learn its box and its class; all learn
+    whether they have one. The loss is divided by the number of places that have one, of which an image without any
+    counts as one. Source: Ge et al. 2021.
+    """
+
+    objects: Dim = 120
+    """Most objects of an image."""
+    box_loss: Literal["iou", "giou"] = "iou"
+    """What a box learns: 1 - IoU², or 1 - the generalized IoU (Rezatofighi et al. 2019)."""
+    box_weight: Weight = 5.0
+    """Factor of that loss beside the cross-entropies of objects and classes."""
+    score: Share = 0.01
+    """Lowest score with which a box is told."""
+    overlap: Share = 0.65
+    """Of two boxes of a class whose intersection over union is above this, only the better one is told."""
+    found: Dim = 100
+    """Most boxes that are told of an image."""
+    answers: ClassVar[Answers] = "boxes"
+    reads: ClassVar[tuple[str, ...]] = ("mean", "std")
+
+    def examples(self, opening: Opening) -> Source:
+        source = examples.marked(opening, "boxes", lambda field: Boxes(field, self.objects))
+        check_classes(source, opening.num_classes)
+        return source
+
+    def build(self, model: Model, data: DataConfig) -> Task:
+        if not hasattr(model.config, "anchors"):
+            raise UserError(
+                f"got task detection with {type(model.config).__name__}, expected a detector, try --model yolox-nano"
+            )
+        anchors, classes = jnp.asarray(model.config.anchors()), model.config.classes
+        assign = jax.vmap(boxes.assign, in_axes=(0, 0, 0, None, 0, 0))
+        similar = boxes.overlaps if self.box_loss == "iou" else boxes.generalized
+
+        def apply(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[jax.Array, Params]:
+            return forward(("model", model), params, stats, normalized(batch["inputs"], data), **how)
+
+        def parts(outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+            """The losses of each image (B,), and what they are divided by."""
+            told, object_logits, class_logits = outputs[..., :4], outputs[..., 4], outputs[..., 5:]
+            truth, labels = corners(batch["boxes"]), batch["classes"]
+            which, overlap = assign(*jax.lax.stop_gradient((told, object_logits, class_logits)), anchors, truth, labels)
+            has, which = (which >= 0).astype(jnp.float32), jnp.maximum(which, 0)
+            near = similar(told, jnp.take_along_axis(truth, which[..., None], 1))
+            name = jnp.take_along_axis(labels, which, 1)
+            sure = jax.nn.one_hot(name, classes) * overlap[..., None]
+            each = {
+                "box": ((1 - (near**2 if self.box_loss == "iou" else near)) * has).sum(1),
+                "object": binary_cross_entropy(object_logits, has).sum(1),
+                "class": (binary_cross_entropy(class_logits, sure).sum(-1) * has).sum(1),
+            }
+            loss = self.box_weight * each["box"] + each["object"] + each["class"]
+            counts = counted(batch)
+            found = {"loss": loss, **{f"{name}_loss": x for name, x in each.items()}}
+            return {name: x * counts for name, x in found.items()} | {"count": jnp.maximum(has.sum(1), 1) * counts}
+
+        def sums(found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+            count = found["count"].sum()
+            return {name: (x.sum(), count) for name, x in found.items() if name != "count"}
+
+        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+            outputs, stats = apply(params, stats, batch, train=True, rng=rng)
+            found = sums(parts(outputs, batch))
+            total, count = found["loss"]
+            return total, Aux(count, found, stats)
+
+        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+            return sums(parts(apply(params, stats, batch)[0], batch))
+
+        def tell(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
+            return boxes.tell(apply(params, stats, batch)[0], self.overlap, self.score, self.found)._asdict()
+
+        def keep(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
+            outputs, _ = apply(params, stats, batch)
+            found = boxes.tell(outputs, self.overlap, self.score, self.found)._asdict()
+            own = {"truth": corners(batch["boxes"]), "labels": batch["classes"], "weight": counted(batch)}
+            return {**parts(outputs, batch), **found, **own}
+
+        def measured(kept: Mapping[str, np.ndarray], source: Source) -> dict[str, tuple[Any, float]]:
+            losses = {
+                name: x.astype(np.float64) for name, x in kept.items() if name == "count" or name.endswith("loss")
+            }
+            return {**sums(losses), "precisions": (average_precisions(kept, classes), 1.0)}
+
+        fields = {
+            "inputs": numbers(model.config.input_shape),
+            "boxes": BatchField((self.objects, 4), np.float32),
+            "classes": BatchField((self.objects,), below=classes),
+            "known": BatchField((), below=2, optional=True, usual=True),
+        }
+        return Task(
+            {"model": model},
+            (Loss("loss", "model", loss),),
+            metrics,
+            fields,
+            needs="an image",
+            summarize=summarize,
+            whole=Whole(keep, measured, PRECISIONS),
+            predicts=tell,
+            better=dict.fromkeys(PRECISIONS, "max"),
+        )
+
+
+def counted(batch: Batch) -> jax.Array:
+    """Return 1 for each image that counts, and 0 for others, (B,)."""
+    return rows(batch) * batch["known"] if "known" in batch else rows(batch)
+
+
+def corners(boxes: jax.Array) -> jax.Array:
+    """Turn left, top, width and height into left, top, right and bottom, (…, 4)."""
+    return jnp.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1)
+
+
+def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
+    """Average the precisions over classes that occur: over ten overlaps (`ap`), at 0.5 and 0.75, and each class's."""
+    found = divide({name: total for name, total in totals.items() if name != "precisions"})
+    if "precisions" not in totals:  # of a batch
+        return found
+    every, _ = totals["precisions"]
+    there = ~np.isnan(every[:, 0])
+    of = {"ap": every.mean(1), "ap50": every[:, 0], "ap75": every[:, 5]}
+    found |= {name: float(values[there].mean()) if there.any() else 0.0 for name, values in of.items()}
+    if len(every) <= LISTED:
+        names = unique([*classes, *map(str, range(len(classes), len(every)))])
+        found |= {f"{name}/{names[i]}": float(of[name][i]) for name in ("ap", "ap50") for i in np.flatnonzero(there)}
+    return found
