@@ -17,6 +17,7 @@ from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.sasrec import SASRecConfig
 from jaxmodels.models.transformer import TransformerConfig
+from jaxmodels.models.two_tower import TwoTowerConfig
 from jaxmodels.models.unet import UNetConfig
 from jaxmodels.models.vae import VAEConfig
 from jaxmodels.models.vgg import VGGConfig
@@ -86,6 +87,7 @@ ZOO = {
             **BODY,
         ),
     ),
+    "two-tower": ("retrieval", TwoTowerConfig(V, width=32, users=B, words=64, name_words=3, hidden=(24,))),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),

@@ -14,7 +14,7 @@ from jaxmodels.data.files import shown
 from jaxmodels.data.histories import last_items
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.generate.prepare import Answer, Answers
-from jaxmodels.tasks.ranking import AT, unseen
+from jaxmodels.tasks.ranking import AT, Recommends, unseen
 from jaxmodels.train.saved import Run
 
 
@@ -59,12 +59,13 @@ def history(run: Run) -> Callable[[Any], Any]:
 
 def recommender(run: Run) -> Answers:
     """Answer with the items of the highest scores that are not in the history, the best first."""
-    names, outputs = names_of(run), run.task.outputs
-    assert outputs is not None
+    names, task = names_of(run), run.config.task
+    assert isinstance(task, Recommends)
+    scorer = task.scorer(run.model, names)
 
     @jax.jit
     def best(params: Any, stats: Any, batch: Any, seen: Any) -> Any:
-        scores = outputs(params, stats, batch)[:, : len(names)]
+        scores = scorer(params, stats, batch)[:, : len(names)]
         return jax.lax.top_k(unseen(scores, seen), min(AT, len(names)))
 
     def answers(ready: Sequence[Any]) -> list[Answer]:

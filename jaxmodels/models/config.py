@@ -34,6 +34,7 @@ FAMILIES = Registry(
         "dit": "jaxmodels.models.dit:DiTConfig",
         "wav2vec2": "jaxmodels.models.wav2vec2:Wav2Vec2Config",
         "yolox": "jaxmodels.models.yolox:YOLOXConfig",
+        "two_tower": "jaxmodels.models.two_tower:TwoTowerConfig",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,12 @@ from jaxmodels.parallel.rules import gather
 from jaxmodels.tasks import ranking
 from jaxmodels.tasks.losses import Scores, cross_entropy, language_cross_entropy, logits_of
 from jaxmodels.tasks.task import (
-    Answers,
     Aux,
     Batch,
     Loss,
     Params,
     Sums,
     Task,
-    TaskConfig,
     counted,
     forward,
     tokens,
@@ -36,7 +35,7 @@ from jaxmodels.tasks.task import (
 
 
 @dataclass(frozen=True)
-class NextItem(TaskConfig):
+class NextItem(ranking.Recommends):
     """Train a decoder on histories `tokens` (B, T) that end at the right, with `targets` (B, T), below 0 ignored.
 
     In evaluation, the scores at the last place rank all items but those in `seen` (B, S), and the metrics say where
@@ -52,7 +51,6 @@ class NextItem(TaskConfig):
     """Days after which a target counts half as often. None: all count."""
     places: Dim | None = None
     """Places of a row whose targets count, drawn among those that do, anew in each epoch. None: all of them."""
-    answers: ClassVar[Answers] = "items"
 
     def examples(self, opening: Opening) -> Source:
         return Sequences(opening, self.horizon, self.half_life, self.places)
@@ -74,16 +72,12 @@ class NextItem(TaskConfig):
                 "try --task.negatives 0, which compares with all of them"
             )
 
-        def features(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
-            rows = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
-            return forward(("model", model), params, stats, batch["tokens"], **rows, head=False, **how)
-
         def chosen(x: jax.Array, batch: Batch) -> jax.Array:
             return x if self.places is None else jnp.take_along_axis(x, batch["at"][..., None], 1)
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
             rng, own = jax.random.split(rng)
-            x, stats = features(params, stats, batch, train=True, rng=rng)
+            x, stats = features(model, params, stats, batch, train=True, rng=rng)
             x, table, targets = chosen(x, batch), unembedding(params["model"]), counted(batch, batch["targets"])
             if self.negatives:
                 s = sampled(own, x, table, targets, self.negatives)
@@ -91,15 +85,13 @@ class NextItem(TaskConfig):
                 s = all_items(x, table, targets, few=self.places is not None)
             return s.objective, Aux(s.count, {"loss": (s.objective, s.count)}, stats)
 
-        def scores(params: Params, stats: Params, batch: Batch) -> jax.Array:
-            x, _ = features(params, stats, batch)
-            return logits_of(x[:, -1:], unembedding(params["model"]).astype(x.dtype))[:, 0]
+        scores = self.scorer(model, ())
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
             if "held" in batch:
                 found = scores(params, stats, batch)
                 return {"loss": ranking.held_loss(found, batch), **ranking.sums(found, batch)}
-            x, _ = features(params, stats, batch)
+            x, _ = features(model, params, stats, batch)
             table, targets = unembedding(params["model"]), counted(batch, batch["targets"])
             s = all_items(chosen(x, batch), table, targets, few=self.places is not None)
             return {"loss": (s.loss, s.count)}
@@ -125,6 +117,22 @@ class NextItem(TaskConfig):
             better=ranking.BETTER,
             outputs=scores,
         )
+
+    def scorer(self, model: Model, names: Sequence[str]) -> Callable[[Params, Params, Batch], jax.Array]:
+        table = model.unembedding
+        assert table is not None
+
+        def scores(params: Params, stats: Params, batch: Batch) -> jax.Array:
+            x, _ = features(model, params, stats, batch)
+            return logits_of(x[:, -1:], table(params["model"]).astype(x.dtype))[:, 0]
+
+        return scores
+
+
+def features(model: Model, params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
+    """Return what the model has behind its blocks at each place of the histories, (B, T, D), and the statistics."""
+    rows = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    return forward(("model", model), params, stats, batch["tokens"], **rows, head=False, **how)
 
 
 def all_items(x: jax.Array, table: jax.Array, targets: jax.Array, few: bool = False) -> Scores:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.tasks.task import Batch, Better, Sums, rows
+from jaxmodels.models.model import Model
+from jaxmodels.tasks.task import Answers, Batch, Better, Params, Sums, TaskConfig, rows
 
 AT = 10
 """Places of a list that is shown."""
@@ -16,6 +20,18 @@ CANDIDATES = 100
 BETTER: Mapping[str, Better] = dict.fromkeys(
     (f"hr@{AT}", f"ndcg@{AT}", "mrr", f"recall@{AT}", f"recall@{CANDIDATES}"), "max"
 )
+
+
+@dataclass(frozen=True)
+class Recommends(TaskConfig):
+    """A task whose model scores all items after a history."""
+
+    answers: ClassVar[Answers] = "items"
+
+    @abstractmethod
+    def scorer(self, model: Model, names: Sequence[str]) -> Callable[[Params, Params, Batch], jax.Array]:
+        """Return `scores(params, stats, batch)`: those of the items that have these names, (B, V), after the histories
+        `tokens` and `segment_ids` (B, T)."""
 
 
 def unseen(scores: jax.Array, seen: jax.Array) -> jax.Array:

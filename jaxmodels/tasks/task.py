@@ -168,6 +168,7 @@ TASKS = Registry(
         "next_item": "jaxmodels.tasks.next_item:NextItem",
         "diffusion": "jaxmodels.tasks.diffusion:Diffusion",
         "transcription": "jaxmodels.tasks.transcription:Transcription",
+        "retrieval": "jaxmodels.tasks.retrieval:Retrieval",
     },
 )
 
