@@ -12,12 +12,12 @@ from jaxmodels.models.dit import DiTConfig
 def get_config() -> Config:
     return Config(
         model=DiTConfig(
-            input_shape=(28, 28, 1), patch=4, classes=10, layers=4, heads=4, width=128, mlp_width=512, attention="xla"
+            input_shape=(28, 28, 1), patch=4, classes=10, layers=4, heads=3, width=96, mlp_width=384, attention="xla"
         ),
         task=Diffusion(objective="flow", guidance=1.5, sample_steps=25),
         data=TFDS(name="mnist", eval_split="test", batch_size=64),
         augment=Augment(),
-        optim=Muon(peak_lr=2e-3, warmup_steps=100, schedule=Constant()),
-        train=Train(steps=6000, ema=0.995),
-        eval=Eval(every=500, batch_size=500, batches=4),
+        optim=Muon(peak_lr=3e-3, warmup_steps=50, schedule=Constant()),
+        train=Train(steps=10_000, ema=0.995),
+        eval=Eval(every=1000, batch_size=500, batches=4),
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.report.pieces import Picture, Piece, grid, sheet, show, tile
+from jaxmodels.report.pieces import Picture, Piece, blank, grid, pixels, sheet, show, tile
 from jaxmodels.train.saved import Evaluation
 
 MOMENTS = 8
 SIDE = 8
 ROWS, COLUMNS = 8, 11
+NAMED = 24
 SEED = 1
 """Seed of the fresh images; the images over time have other latents."""
 
@@ -37,7 +40,27 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
         rows = path[moments].swapaxes(0, 1).reshape(-1, *path.shape[2:])
         caption = f"From noise to picture, one in each row, in {len(path) - 1} steps."
         found.append(Picture("path", sheet(rows, len(moments), 7.0), caption))
-    return found
+    return found + by_text(evaluation)
+
+
+def by_text(evaluation: Evaluation) -> list[Piece]:
+    """Show what is drawn of held-out texts, each beside the image that has this text."""
+    run = evaluation.run
+    if run.task.samples is None or "tokens" not in run.task.asks:
+        return []
+    batch = evaluation.examples(0, NAMED)
+    given = {name: jnp.asarray(batch[name]) for name in run.task.asks if name in batch}
+    drawn = run.task.samples(run.params, run.stats, len(batch["images"]), SEED, given=given)
+    pairs = np.concatenate([np.asarray(drawn), pixels(batch["images"])], 2)
+    columns = 4
+    figure, axes = grid(-(-len(pairs) // columns), columns, 2.4, 1.5)
+    for axis in axes.flat:
+        blank(axis)
+    names = [evaluation.class_name(int(label)) for label in batch.get("labels", ())] or [""] * len(pairs)
+    for axis, pair, name in zip(axes.flat, pairs, names, strict=False):
+        show(axis, pair)
+        axis.set_title(textwrap.shorten(name, 30, placeholder=" …"), fontsize=8)
+    return [Picture("texts", figure, "Images drawn of held-out texts; to the right of each, an image of that text.")]
 
 
 def over_time(folder: Path, last: int) -> list[tuple[int, np.ndarray]]:

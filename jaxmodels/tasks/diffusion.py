@@ -104,7 +104,8 @@ class Diffusion(TaskConfig):
             """What the network predicts, of anything in the rows where what is asked for does not count (B,)."""
             words: dict[str, Any] = {}
             if by_text:
-                given, words["segment_ids"] = asked["tokens"], asked["segment_ids"] * counts[:, None]
+                given = asked["tokens"]
+                words["segment_ids"] = asked.get("segment_ids", jnp.ones_like(given)) * counts[:, None]
             else:
                 given = jnp.where(counts, asked["labels"], classes) if classes else None
             return forward(("model", model), params, stats, x, times, given, **words, **how)
@@ -164,7 +165,8 @@ class Diffusion(TaskConfig):
 
         if by_text:
             label = BatchField((), optional=True, usual=True)
-            given = {"tokens": tokens(data, vocabulary), "segment_ids": tokens(data), "labels": label}
+            segments = tokens(data, optional=True, usual=True)
+            given = {"tokens": tokens(data, vocabulary), "segment_ids": segments, "labels": label}
         else:
             given = {"labels": BatchField((), below=classes) if classes else BatchField(None, optional=True)}
         return Task(
