@@ -34,7 +34,8 @@ def detector(run: Run) -> Predictor:
 
     def answers(given: Sequence[Any]) -> list[Answer]:
         batch = {"inputs": np.stack([each["inputs"] for each in given])}
-        boxes, scores, classes = (np.asarray(x) for x in jax.tree.leaves(found(run.params, run.stats, batch)))
+        told = {name: np.asarray(x) for name, x in found(run.params, run.stats, batch).items()}
+        boxes, scores, classes = told["boxes"], told["scores"], told["classes"]
         return [one(each, *parts) for each, *parts in zip(given, boxes, scores, classes, strict=True)]
 
     def one(each: Any, boxes: np.ndarray, scores: np.ndarray, classes: np.ndarray) -> Answer:
