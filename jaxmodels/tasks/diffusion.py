@@ -72,6 +72,11 @@ class Diffusion(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance != 1 and not self.label_dropout:
+            raise UserError(
+                f"got task.guidance {self.guidance} with task.label_dropout 0, at which a model has not learned what "
+                "pictures of anything are, expected a share above 0, try --task.guidance 1 or --task.label-dropout 0.1"
+            )
         if self.objective == "flow":
             for name in ("schedule", "noise_steps", "eta"):
                 if (value := getattr(self, name)) != (usual := default(self, name)):
@@ -95,6 +100,11 @@ class Diffusion(TaskConfig):
         process = Process(self.objective, self.schedule, self.noise_steps)
         by_text = vocabulary > 0
         image = "images" if by_text else "inputs"
+        if self.guidance != 1 and not (classes or by_text):
+            raise UserError(
+                f"got task.guidance {self.guidance} for a model of neither classes nor texts, by which pictures could "
+                "be guided, expected one of them, try --task.guidance 1"
+            )
         if wrong := [each for each in self.draw if each >= classes]:
             raise UserError(
                 f"got class {wrong[0]} in task.draw, expected classes below model.classes {classes}, try without it"
@@ -141,7 +151,7 @@ class Diffusion(TaskConfig):
             def rule(x: jax.Array, times: jax.Array, counts: jax.Array) -> jax.Array:
                 return predict(params, stats, x, times, given if x.shape[0] == count else both, counts)[0]
 
-            predicted = guided(rule, self.guidance if given else 1.0)
+            predicted = guided(rule, self.guidance)
             x = jax.random.normal(start, (count, *shape))
             found = process.sample(predicted, x, key, self.sample_steps, self.eta, kept)
             if kept:

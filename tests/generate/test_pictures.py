@@ -32,7 +32,8 @@ def run_of(tmp_path_factory):
     """Runs that were never trained, in which each parameter matters."""
     found = {}
     for name, (kind, model) in MODELS.items():
-        task = task_of(kind, **({"sample_steps": 2, "guidance": 2.0} if kind == "diffusion" else {}))
+        guidance = 1.0 if name == "nothing" else 2.0
+        task = task_of(kind, **({"sample_steps": 2, "guidance": guidance} if kind == "diffusion" else {}))
         cfg = Config(model=model, task=task, data=data_of("synthetic", seq_len=6))
         folder = tmp_path_factory.mktemp(name)
         write_kept(folder, Kept(classes=("cat", "dog", "cow")))

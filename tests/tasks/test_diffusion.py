@@ -186,6 +186,7 @@ def test_pictures_by_text_without_one_are_of_anything():
             {"objective": "v", "sample_steps": 2000},
             "got task.sample_steps 2000, expected at most task.noise_steps 1000",
         ),
+        ({"guidance": 2.0, "label_dropout": 0.0}, "got task.guidance 2.0 with task.label_dropout 0, at which"),
         ({"draw": (1, 3)}, "got class 3 in task.draw, expected classes below model.classes 3"),
     ],
 )
@@ -195,5 +196,8 @@ def test_what_has_no_meaning_is_refused(fields, message):
 
 
 def test_other_models_are_refused():
+    nothing = DiTConfig(classes=0, **SIZES)
+    with pytest.raises(UserError, match=r"got task.guidance 2.0 for a model of neither classes nor texts"):
+        tasks.build(task_of("diffusion", guidance=2.0), nothing, Stdlib())
     with pytest.raises(UserError, match="got task diffusion with ViTConfig, expected a network that gives"):
         tasks.build(task_of("diffusion"), ViTConfig(layers=1), Stdlib())
