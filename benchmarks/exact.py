@@ -54,6 +54,7 @@ CASES = {
     "wgan": Case(("wgan_mnist",)),
     "bert": Case(("bert_base_wikipedia",)),
     "bert-classes": Case(("bert_sst2",)),
+    "bert-sentences": Case(("bert_scitldr",)),
     "bert-spans": Case(("bert_squad",)),
     "clip": Case(("clip_digits",)),
     "sasrec": Case(("sasrec_movielens",)),

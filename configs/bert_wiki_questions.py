@@ -23,8 +23,8 @@ def get_config() -> Config:
             path=("train.json",), eval_path=("validation.json",), tokenizer="minilm", seq_len=192, batch_size=16
         ),
         optim=AdamW(peak_lr=1.5e-4, b2=0.999, warmup_steps=50, schedule=Linear(final_lr_fraction=0.0)),
-        train=Train(steps=960),
-        eval=Eval(every=320, batch_size=32, metric="eval/f1", mode="max"),
+        train=Train(steps=720),
+        eval=Eval(every=360, batch_size=32, metric="eval/f1", mode="max"),
         checkpoint=Checkpoint(best=True),
         init=Init(source="minilm", fresh=("spans/*",)),
     )

@@ -9,6 +9,7 @@ from jaxmodels.train.job import assemble
 
 FULL = (
     "bert_base_wikipedia",
+    "bert_scitldr",
     "bert_squad",
     "dit_imagenet",
     "gpt2_openwebtext",

@@ -60,6 +60,7 @@ ZOO = {
     "bert": ("masked_lm", BERTConfig(vocab_size=V, context=16, **BODY)),
     "bert-classifier": ("classification", BERTConfig(V, context=16, head="classification", classes=5, **BODY)),
     "bert-spans": ("question_answering", BERTConfig(vocab_size=V, context=16, head="spans", **BODY)),
+    "bert-sentences": ("extraction", BERTConfig(vocab_size=V, context=16, head="sentences", **BODY)),
     "transformer": ("seq2seq", TransformerConfig(vocab_size=V, **BODY)),
     "t5": ("seq2seq", TransformerConfig("t5", V, norm="pre", activation="gated_gelu", tied=False, **BODY)),
     "vit": ("classification", ViTConfig(**IMAGE, patch=4, **BODY, dropout=0.1)),

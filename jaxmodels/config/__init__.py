@@ -31,6 +31,7 @@ from jaxmodels.tasks.classification import Classification
 from jaxmodels.tasks.contrastive import Contrastive
 from jaxmodels.tasks.detection import Detection
 from jaxmodels.tasks.diffusion import Diffusion
+from jaxmodels.tasks.extraction import Extraction
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
 from jaxmodels.tasks.next_item import NextItem
@@ -71,7 +72,7 @@ __all__ = [
     "Diffusion",
     "Distill",
     "DoRA",
-    "Eval",
+    "Eval", "Extraction",
     "HuggingFace",
     "Images",
     "Init",

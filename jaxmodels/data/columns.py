@@ -53,8 +53,8 @@ def listed(names: Sequence[str]) -> str:
 class Column:
     """The values of a column, counted by what they are."""
 
-    def __init__(self, is_label: bool, is_group: bool) -> None:
-        self.is_label, self.is_group = is_label, is_group
+    def __init__(self, is_label: bool, is_group: bool, is_read: bool = False) -> None:
+        self.is_label, self.is_group, self.is_read = is_label, is_group, is_read
         self.kinds: Counter[str] = Counter()
         self.names: Counter[str] = Counter()
         """How often each name of a class or group occurs; each of several labels counts."""
@@ -93,6 +93,8 @@ class Column:
         """Return what the column holds, None if nothing here can use it."""
         count = self.kinds
         total = max(sum(count.values()) - count["missing"], 1)
+        if count["texts"] and self.is_read:
+            return Field("texts")
         if count["texts"] or (count["list"] and self.is_label and all(map(whole, self.names))):
             # -1 pads lists, and is not a class inside one
             names = [name for name in self.names if not (whole(name) and int(name) < 0)]

@@ -18,7 +18,7 @@ from jaxmodels.data.values import EMPTY, number_dtype, unfit
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.registry import named
 
-Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask", "spans", "boxes"]
+Kind = Literal["image", "text", "label", "labels", "array", "audio", "mask", "spans", "boxes", "texts"]
 
 _AT_ONCE = 1024
 _SHOWN = 3
@@ -32,8 +32,8 @@ class Field:
 
     image: bytes of an image file, or uint8 (H, W, C); text: str; label: int; labels: a tuple of ints; array: numbers;
     audio: bytes of a sound file, or `Sound`; mask: bytes of an image file whose pixels are class numbers, or
-    uint8 (H, W); spans: a tuple of `Span`s; boxes: numbers (N, 5), left, top,
-    width and height in pixels, and the class.
+    uint8 (H, W); spans: a tuple of `Span`s; texts: a tuple of strs;
+    boxes: numbers (N, 5), left, top, width and height in pixels, and the class.
     """
 
     kind: Kind

@@ -92,7 +92,8 @@ def records(cfg: Table, split: Split) -> Records:
 
     Raises: UserError if a file is not a table, or nothing is left for the split.
     """
-    read = _Read(cfg.label_field, cfg.group_field, cfg.split_field, cfg.files, cfg.masks)
+    inputs = (cfg.input_field, cfg.target_field)
+    read = _Read(cfg.label_field, cfg.group_field, cfg.split_field, cfg.files, cfg.masks, inputs)
     train = _scan(_stamped(cfg.path), read)
     if cfg.split_field:
         here, chosen = train, train.rows_of(cfg.train_split if split == "train" else cfg.eval_split, f"{split}_split")
@@ -175,6 +176,8 @@ class _Rows(Records):
             raise _Unfit(f"{name} is missing")
         if field.kind == "label":
             return self._class(name, value)
+        if field.kind == "texts" and isinstance(value, list):
+            return tuple(value)
         if field.kind == "labels":
             return tuple(self._class(name, v) for v in (value if isinstance(value, list) else [value]))
         if field.kind == "array":
@@ -228,6 +231,8 @@ class _Read(NamedTuple):
     split: str
     files: tuple[str, ...]
     masks: tuple[str, ...]
+    inputs: tuple[str, ...]
+    """What a model reads, so that a list of texts there is no list of classes."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -263,7 +268,7 @@ class _Scan:
                     self.seen[-1].update(values)
                 for name, value in values.items():
                     if name not in self.columns:
-                        self.columns[name] = Column(name == read.label, name == read.group)
+                        self.columns[name] = Column(name == read.label, name == read.group, name in read.inputs)
                     self.columns[name].see(value, file.typed)
         if broken and not self.columns:
             raise UserError(

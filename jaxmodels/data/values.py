@@ -99,6 +99,12 @@ def _boxes(name: str, value: Any, field: Field) -> str:
     return ""
 
 
+def _texts(name: str, value: Any, field: Field) -> str:
+    if not isinstance(value, tuple) or not value:
+        return f"{name} is {shown(value)}, expected a tuple of texts"
+    return next((wrong for each in value if (wrong := _text(name, each, field))), "")
+
+
 def _array(name: str, value: Any, field: Field) -> str:
     if not isinstance(value, np.ndarray | np.generic):
         return f"{name} is {shown(value)}, expected an array of {field.dtype or 'numbers'}"
@@ -144,6 +150,7 @@ _CHECKS: dict[Kind, Callable[[str, Any, Field], str]] = {
     "mask": _mask,
     "spans": _spans,
     "boxes": _boxes,
+    "texts": _texts,
 }
 
 

@@ -16,6 +16,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.generate.answer import answerer, question
 from jaxmodels.generate.classes import captioned, classifier
 from jaxmodels.generate.detected import detector
+from jaxmodels.generate.extract import document, extractor
 from jaxmodels.generate.masks import masker, whole
 from jaxmodels.generate.prepare import (
     Answer,
@@ -107,6 +108,7 @@ PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "translation": lambda run, how: (source(run), translator(run, how.beams)),
     "gaps": lambda run, how: (gaps(run), filler(run)),
     "items": lambda run, how: (history(run), recommender(run)),
+    "extract": lambda run, how: (document(run), extractor(run)),
     "answer": lambda run, how: (question(run), answerer(run)),
     "transcript": lambda run, how: (listener(run), recognizer(run)),
     "boxes": lambda run, how: detector(run),

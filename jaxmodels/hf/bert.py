@@ -51,6 +51,11 @@ def describe(c: BERTConfig) -> dict[str, Any]:
             f"got a BERT with pool {c.pool!r}, which transformers does not have, expected pool first, "
             "try a run that was trained with --model.pool first"
         )
+    if c.head not in HEADS.values():
+        raise UserError(
+            f"got a BERT with head {c.head!r}, which transformers does not have, expected one of "
+            f"{', '.join(HEADS.values())}, try jaxmodels predict"
+        )
     (architecture,) = (name for name, head in HEADS.items() if head == c.head)
     found = {
         "architectures": [architecture],

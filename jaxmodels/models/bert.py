@@ -42,10 +42,11 @@ class BERTConfig(ModelConfig):
     """Size of the residual stream (D)."""
     mlp_width: Dim = 3072
     """Hidden units of a block's MLP (F)."""
-    head: Literal["masked_lm", "classification", "pretraining", "spans", "none"] = "masked_lm"
+    head: Literal["masked_lm", "classification", "pretraining", "spans", "sentences", "none"] = "masked_lm"
     """masked_lm: logits of each token; classification: of `classes`, from the first token; pretraining: logits of each
     token, and of whether the second sentence follows the first (2); spans: of whether an answer begins, and ends, at
-    each token (2); none: features, and the first token's pooled."""
+    each token (2); sentences: of whether a sentence belongs to a summary, from its first token; none: features, and the
+    first token's pooled."""
     classes: Dim | None = None
     """Outputs of the classification head; None for other heads."""
     pool: Literal["first", "mean"] = "first"
@@ -114,7 +115,8 @@ class BERT(nn.Module):
 
     masked_lm: logits (B, T, V), or those of the places `at` (B, P) alone, (B, P, V); classification: logits
     (B, classes); pretraining: logits as with masked_lm, and (B, 2); spans: logits (B, T, 2) of the first and the last
-    token of an answer; none: features (B, T, D) and pooled features (B, D). `types` (B, T) are the token types, 0 when
+    token of an answer; sentences: logits (B, P) of the tokens `at` (B, P), each the first of a sentence; none: features
+    (B, T, D) and pooled features (B, D). `types` (B, T) are the token types, 0 when
     not given.
     """
 
@@ -175,6 +177,10 @@ class BERT(nn.Module):
         if c.head == "spans":
             y = layers.Linear((2,), ("embed", "classes"), dtype=c.dtype, name="spans")(x)
             return layers.shard(y, "batch", "seq", None).astype(jnp.float32)
+        if c.head == "sentences":
+            y = x[:, :1] if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+            y = layers.Linear((1,), ("embed", "classes"), dtype=c.dtype, name="sentences")(y)
+            return layers.shard(y[..., 0], "batch", None).astype(jnp.float32)
         return x.astype(jnp.float32), pooled().astype(jnp.float32)
 
 

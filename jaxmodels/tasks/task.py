@@ -165,6 +165,7 @@ TASKS = Registry(
         "gan": "jaxmodels.tasks.gan:GAN",
         "waveform": "jaxmodels.tasks.waveform:Waveform",
         "question_answering": "jaxmodels.tasks.question_answering:QuestionAnswering",
+        "extraction": "jaxmodels.tasks.extraction:Extraction",
         "next_item": "jaxmodels.tasks.next_item:NextItem",
         "diffusion": "jaxmodels.tasks.diffusion:Diffusion",
         "transcription": "jaxmodels.tasks.transcription:Transcription",
@@ -174,11 +175,11 @@ TASKS = Registry(
 
 Answers = Literal[
     "", "class", "classes", "mask", "boxes", "caption", "continuation", "translation", "gaps", "answer",
-    "items", "transcript",
+    "extract", "items", "transcript",
 ]  # fmt: skip
 """What a trained model predicts for a record: its class, or several; the class of each pixel; boxes around objects; the
-caption that fits; the continuation of a text; its translation; the masked tokens; the answer to a question; the items
-that a user takes next; the text of a sound; nothing."""
+caption that fits; the continuation of a text; its translation; the masked tokens; the answer to a question; the
+sentences that sum a text up; the items that a user takes next; the text of a sound; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:

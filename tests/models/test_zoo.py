@@ -20,9 +20,8 @@ ELSEWHERE = ("gpt2", "llama", "mistral", "qwen", "mixtral")
 
 def having(*fields):
     """Names of the configs that have any of these fields; BERT once, since its heads are outside of its blocks."""
-    rest = {
-        name: config for name, config in CONFIGS.items() if name not in (*ELSEWHERE, "bert-classifier", "bert-spans")
-    }
+    others = {"bert-classifier", "bert-spans", "bert-sentences", *ELSEWHERE}
+    rest = {name: config for name, config in CONFIGS.items() if name not in others}
     return [name for name, config in rest.items() if any(hasattr(config, field) for field in fields)]
 
 
