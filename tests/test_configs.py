@@ -19,6 +19,7 @@ FULL = (
     "sasrec_movielens",
     "transformer_wmt14",
     "vit_b16_imagenet",
+    "yolox_s_coco",
 )
 """Configs of sets that are too large to be here."""
 
