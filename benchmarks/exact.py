@@ -57,6 +57,7 @@ CASES = {
     "bert-sentences": Case(("bert_scitldr",)),
     "bert-spans": Case(("bert_squad",)),
     "clip": Case(("clip_digits",)),
+    "wav2vec2": Case(("wav2vec2_librispeech",)),
     "sasrec": Case(("sasrec_movielens",)),
     "dit": Case(("dit_imagenet",)),
     "yolox": Case(("yolox_s_coco",)),

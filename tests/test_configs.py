@@ -20,6 +20,7 @@ FULL = (
     "transformer_wmt14",
     "vit_b16_imagenet",
     "yolox_s_coco",
+    "wav2vec2_librispeech",
 )
 """Configs of sets that are too large to be here."""
 

@@ -19,6 +19,7 @@ from jaxmodels.data.synthetic import Synthetic
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, load, pixels, save
+from jaxmodels.hf import tokenizer as tokenizers
 from jaxmodels.models.families import family_of
 from jaxmodels.tasks import TaskConfig
 
@@ -41,7 +42,7 @@ def import_run(directory: Path, /, out: Path) -> None:
         config = source.model.config
         # before the weights, because a file may be damaged, or be a link to elsewhere
         beside.keep(directory, part)
-        tokenizer = data.load_tokenizer(directory) if (directory / FILE).is_file() else None
+        tokenizer = tokenizers.load(directory)
         if tokenizer is not None:
             tokenizer.save(part)
         with progress("reading", source.size) as done:
@@ -63,6 +64,8 @@ def import_run(directory: Path, /, out: Path) -> None:
             saved.write_kept(part, saved.Kept(classes=names))
         if tokenizer is not None and cfg.task.answers == "gaps":
             cfg = replace(cfg, task=masking(cfg.task, directory, tokenizer))
+        if cfg.task.answers == "transcript":
+            cfg = replace(cfg, task=recognizing(cfg.task, directory, tokenizer))
         meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}
         checkpointer = Checkpointer(part / "checkpoints")
         checkpointer.save(0, state, meta)
@@ -106,3 +109,10 @@ def masking(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer) -> Tas
     ids = tokenizer.ids((token or "[MASK]", text_of(directory, "pad_token") or "[PAD]"))
     kept = {i for i in (ids[1], *tokenizer.before, *tokenizer.after) if i is not None}
     return replace(task, mask_token=ids[0], keep=tuple(sorted(kept)))
+
+
+def recognizing(task: TaskConfig, directory: Path, tokenizer: data.Tokenizer | None) -> TaskConfig:
+    """Set the ids of the blank, which pads texts in transformers, and of what stands between words."""
+    blank = special.objects(directory / "config.json").get("pad_token_id", 0)
+    space = None if tokenizer is None else tokenizer.ids([tokenizers.delimiter(directory)])[0]
+    return replace(task, blank=blank, space=space)

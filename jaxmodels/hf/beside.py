@@ -86,7 +86,8 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
     tokenizer = data.load_tokenizer(run) if (run / FILE).is_file() else None
     kept, settings = run / KEPT, {}
     # with a tokenizer of its own, the files that came with the weights, and their ids, no longer apply
-    own = tokenizer is not None and not ((kept / FILE).is_file() and same(tokenizer, data.load_tokenizer(kept)))
+    came = tokenizers.load(kept) if kept.is_dir() else None
+    own = tokenizer is not None and not (came is not None and same(tokenizer, came))
     if kept.is_dir():
         left = {path for pattern in TEXT for path in kept.glob(pattern)} if own else set()
         for path in {*kept.iterdir()} - left - {kept / "config.json"}:  # written last, with the weights

@@ -6,8 +6,41 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxmodels.data.tokenizer import FILE, Bytes, Chars, HuggingFace, Tokenizer
+from jaxmodels.data.special import objects, text_of
+from jaxmodels.data.tokenizer import FILE, Bytes, Chars, HuggingFace, Tokenizer, load_tokenizer
 from jaxmodels.errors import UserError
+
+SPOKEN = "vocab.json"
+"""The file with the characters of a model for CTC, which has no tokenizer.json."""
+
+
+def load(directory: Path) -> Tokenizer | None:
+    """Load the tokenizer of a directory of transformers: its tokenizer.json, or the characters of a model for CTC.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    if (directory / FILE).is_file():
+        return load_tokenizer(directory)
+    path, config = directory / SPOKEN, directory / "config.json"
+    if not path.is_file() or not config.is_file() or objects(config).get("model_type") != "wav2vec2":
+        return None
+    from tokenizers import Tokenizer as Rust
+    from tokenizers import decoders, models, normalizers
+
+    vocabulary = objects(path)
+    if not vocabulary or {*vocabulary.values()} != {*range(len(vocabulary))}:
+        raise UserError(f"got {path}, expected the characters with their ids, from 0 on, try another copy")
+    unknown, between = text_of(directory, "unk_token") or "<unk>", delimiter(directory)
+    rust = Rust(models.BPE(vocab=vocabulary, merges=[], unk_token=unknown if unknown in vocabulary else None))
+    rust.normalizer = normalizers.Replace(" ", between)  # type: ignore
+    rust.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(between, " ")])  # type: ignore
+    return HuggingFace(rust.to_str())
+
+
+def delimiter(directory: Path) -> str:
+    """Return what stands between the words of a model for CTC."""
+    return text_of(directory, "word_delimiter_token") or "|"
 
 
 def save(tokenizer: Tokenizer, directory: Path, translates: bool = False) -> None:

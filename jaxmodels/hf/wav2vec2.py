@@ -15,7 +15,9 @@ _USUAL = (0.1, 0.1, 0.0, 0.1, 0.1)
 
 def config(s: Settings) -> Wav2Vec2Config:
     named = s.several("architectures", str, ["Wav2Vec2ForCTC"])
-    Settings({"architectures": named[0]}, s.where, s).only("architectures", "Wav2Vec2ForCTC")
+    # those without a head for CTC are where training begins, with init.fresh head/*
+    known = ("Wav2Vec2ForCTC", "Wav2Vec2ForPreTraining", "Wav2Vec2Model")
+    Settings({"architectures": named[0]}, s.where, s).only("architectures", *known)
     s.only("hidden_act", "gelu")
     s.only("feat_extract_activation", "gelu")
     s.only("add_adapter", False)
@@ -132,6 +134,8 @@ FORMAT = Format(
     describe=describe,
     weights=weights,
     prefix="wav2vec2.",
+    # of pre-training alone
+    skipped=(r"^(wav2vec2\.)?(quantizer|project_hid|project_q)\.",),
     # as torch wrote weight normalization until 2.0
     aliases=(
         (r"conv\.weight_g$", "conv.parametrizations.weight.original0"),

@@ -1,14 +1,19 @@
 """wav2vec 2.0, log-mel frames, the CTC loss and error rates equal transformers', PyTorch's and jiwer's."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxmodels
+from jaxmodels import config as configs
+from jaxmodels.cli import main
 from jaxmodels.models.spectrogram import log_mel
 from jaxmodels.tasks import ctc
 from jaxmodels.tasks.transcription import errors
+from tests.data.test_sounds import wav
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
@@ -53,6 +58,36 @@ def test_logits_are_those_of_each_sound_alone_whatever_pads_it(pair):
             wanted = theirs(extract(x, sampling_rate=16000, return_tensors="pt").input_values).logits[0].numpy()
         assert len(wanted) == model.config.frames(len(x)) and np.abs(wanted).max() > 0.5
         np.testing.assert_allclose(row[: len(wanted)], wanted, rtol=0, atol=1e-4)
+
+
+def test_an_imported_recognizer_writes_what_transformers_reads(pair, tmp_path, capsys):
+    """With the characters of vocab.json, the blank at 0 and | between words; and is exported with them."""
+    theirs, _, _ = pair
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEF"]
+    (tmp_path / "hf").mkdir()
+    theirs.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    reads = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "hf" / "vocab.json"))
+    sound = np.random.default_rng(0).integers(-9000, 9000, 900).astype(np.int16)
+    (tmp_path / "x.wav").write_bytes(wav(sound / 32768, 16000))
+    seen = transformers.Wav2Vec2FeatureExtractor()(sound / 32768, sampling_rate=16000, return_tensors="pt").input_values
+    with torch.no_grad():
+        wanted = reads.batch_decode(theirs(seen).logits.argmax(-1))[0]
+    assert len(wanted) > 3
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    assert main(["import", str(tmp_path / "hf"), "--out", run]) == 0
+    task = configs.read(run)[0].task
+    assert (task.blank, task.space) == (0, 4)
+    # which has 16,000 frames in 20 seconds
+    saved = tmp_path / "run" / "config.json"
+    saved.write_text(saved.read_text().replace('"seconds": 20.0', '"seconds": 0.06'))
+    capsys.readouterr()
+    assert main(["predict", run, str(tmp_path / "x.wav")]) == 0
+    said = json.loads(capsys.readouterr().out)["transcript"]
+    assert " ".join(said.split()) == " ".join(wanted.split())
+    assert main(["export", run, str(out)]) == 0
+    assert (out / "vocab.json").read_bytes() == (tmp_path / "hf" / "vocab.json").read_bytes()
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "hf" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
