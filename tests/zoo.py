@@ -16,6 +16,7 @@ from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.sasrec import SASRecConfig
+from jaxmodels.models.segformer import SegFormerConfig
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.models.two_tower import TwoTowerConfig
 from jaxmodels.models.unet import UNetConfig
@@ -41,6 +42,8 @@ SOUND = {
     "mask_time": 0.3,
 }
 RESNET = {**IMAGE, "stem": "small", "stem_width": 8}
+SEGFORMER = {"depths": (2, 1), "widths": (8, 16), "heads": (2, 4), "reductions": (2, 1), "windows": (3, 3),
+             "strides": (2, 2), "decoder_width": 16}  # fmt: skip
 ZOO = {
     "mlp": ("classification", MLPConfig(**IMAGE, hidden=(16, 8), dropout=0.1)),
     "cnn": ("classification", CNNConfig(**IMAGE, widths=(8, 16), hidden=(16,), dropout=0.1)),
@@ -49,6 +52,7 @@ ZOO = {
     "resnet": ("classification", ResNetConfig(**RESNET, depths=(1, 2), widths=(8, 16), bottleneck=False)),
     "resnet-bottleneck": ("classification", ResNetConfig(**RESNET, depths=(2, 1), widths=(16, 32))),
     "unet": ("segmentation", UNetConfig(**IMAGE, widths=(8, 12, 16))),
+    "segformer": ("segmentation", SegFormerConfig(**IMAGE, **SEGFORMER)),
     "gpt2": ("causal_lm", GPT2Config(vocab_size=V, context=16, layers=2, width=32, heads=4, dropout=0.1)),
     "llama": ("causal_lm", LlamaConfig(**LLAMA)),
     "mistral": ("causal_lm", LlamaConfig(**LLAMA, window=5)),

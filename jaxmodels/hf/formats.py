@@ -19,6 +19,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "bert": ("bert",),
     "vit": ("vit",),
     "resnet": ("resnet",),
+    "segformer": ("segformer",),
     "clip": ("clip",),
     "wav2vec2": ("wav2vec2",),
 }

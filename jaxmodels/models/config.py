@@ -22,6 +22,7 @@ FAMILIES = Registry(
         "cnn": "jaxmodels.models.cnn:CNNConfig",
         "resnet": "jaxmodels.models.resnet:ResNetConfig",
         "vgg": "jaxmodels.models.vgg:VGGConfig",
+        "segformer": "jaxmodels.models.segformer:SegFormerConfig",
         "unet": "jaxmodels.models.unet:UNetConfig",
         "lstm": "jaxmodels.models.lstm:LSTMConfig",
         "vae": "jaxmodels.models.vae:VAEConfig",

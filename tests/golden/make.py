@@ -159,7 +159,23 @@ def wav2vec2():
     return tf.Wav2Vec2ForCTC(config), run
 
 
-MODELS = (gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, clip, wav2vec2)
+def segformer():
+    config = tf.SegformerConfig(
+        hidden_sizes=[4, 6], depths=[2, 1], num_attention_heads=[1, 2], sr_ratios=[2, 1], patch_sizes=[7, 3],
+        strides=[4, 2], mlp_ratios=[2, 2], num_encoder_blocks=2, decoder_hidden_size=5, image_size=16, **CLASSES,
+    )  # fmt: skip
+
+    def segment(model):
+        found, logits = classify(model)
+        return found, {"logits": logits["logits"].permute(0, 2, 3, 1)}
+
+    return tf.SegformerForSemanticSegmentation(config), segment
+
+
+MODELS = (
+    gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, segformer, clip,
+    wav2vec2,
+)  # fmt: skip
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""U-Net equals a plain torch script: logits, gradients, statistics; and has the published numbers of parameters."""
+"""U-Net equals a plain torch script, SegFormer transformers': logits, gradients, statistics, numbers of parameters."""
 
 import functools
 
@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 
 import jaxmodels
+from jaxmodels import tasks
+from jaxmodels.config import Segmentation, Stdlib
+from jaxmodels.hf.save import save_pretrained
 from jaxmodels.models.unet import UNetConfig
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
+transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
 
 # at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -119,6 +123,60 @@ def test_unet_has_the_references_logits_gradients_and_statistics(reference):
 
 
 def test_unet_has_the_published_numbers_of_parameters():
-    """Of milesial/Pytorch-UNet and of mateuszbuda/brain-segmentation-pytorch."""
+    """31 million of the channels of the paper; half of them 7.76 million (Zhou et al. 2018, table 2)."""
     assert jaxmodels.create("unet-64").count() == 31_037_698
     assert jaxmodels.create("unet-32", classes=1).count() == 7_763_041
+
+
+@pytest.fixture(scope="module")
+def segformer(tmp_path_factory):
+    """Transformers' model with random weights, and the directory that it is saved in."""
+    torch.manual_seed(0)
+    model = transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(
+            hidden_sizes=[8, 12, 16], depths=[2, 1, 1], num_attention_heads=[1, 2, 4], sr_ratios=[4, 2, 1],
+            patch_sizes=[7, 3, 3], strides=[4, 2, 2], mlp_ratios=[2, 2, 2], num_encoder_blocks=3,
+            decoder_hidden_size=10, num_labels=5, drop_path_rate=0.0, classifier_dropout_prob=0.0, image_size=[64, 32],
+        )
+    ).eval()  # fmt: skip
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.endswith("num_batches_tracked"):
+            p.data = (
+                1 + 0.3 * torch.rand_like(p)
+                if "norm" in name and name.endswith(("weight", "var"))
+                else (torch.randn_like(p) * (p[0].numel() or 1) ** -0.5)
+            )
+    directory = tmp_path_factory.mktemp("segformer")
+    model.save_pretrained(directory)
+    return model, directory
+
+
+def test_segformer_has_transformers_logits_loss_and_weights_both_ways(segformer, tmp_path):
+    reference, directory = segformer
+    model, params = jaxmodels.load_pretrained(directory)
+    rng = np.random.default_rng(0)
+    images = rng.normal(0.5, 1, (2, 64, 32, 3)).astype(np.float32)
+    labels = rng.integers(-1, 5, (2, 64, 32)).astype(np.int16)
+    given = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        theirs = torch.from_numpy(np.where(labels < 0, 255, labels).astype(int))
+        expected = reference(given, labels=theirs)
+    logits, _ = jit(model.apply)(params, images, stats=model.stats())
+    assert float(expected.logits.std()) > 0.1, "a signal arrives"
+    np.testing.assert_allclose(logits, expected.logits.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-4)
+    task = tasks.build(Segmentation(), model.config, Stdlib())
+    total, count = jit(task.metrics)({"model": params}, {"model": model.stats()}, {"inputs": images, "labels": labels})[
+        "loss"
+    ]
+    assert float(total) / float(count) == pytest.approx(float(expected.loss), rel=1e-4)
+    save_pretrained(tmp_path / "ours", model, params)
+    again = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert torch.equal(again(given).logits, expected.logits)
+
+
+def test_segformer_has_the_published_numbers_of_parameters():
+    """Xie et al. 2021, tables 1 and 6: 3.8, 13.7, 27.5, 47.3, 64.1 and 84.7 million; of B0 transformers' own."""
+    published = [3.8, 13.7, 27.5, 47.3, 64.1, 84.7]
+    counts = [jaxmodels.create(f"segformer-b{i}").count() for i in range(6)]
+    assert [round(count / 1e6, 1) for count in counts] == published and counts[0] == 3_752_694
