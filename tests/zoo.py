@@ -42,8 +42,15 @@ SOUND = {
     "mask_time": 0.3,
 }
 RESNET = {**IMAGE, "stem": "small", "stem_width": 8}
-SEGFORMER = {"depths": (2, 1), "widths": (8, 16), "heads": (2, 4), "reductions": (2, 1), "windows": (3, 3),
-             "strides": (2, 2), "decoder_width": 16}  # fmt: skip
+SEGFORMER = {
+    "depths": (2, 1),
+    "widths": (8, 16),
+    "heads": (2, 4),
+    "reductions": (2, 1),
+    "windows": (7, 3),
+    "strides": (4, 2),
+    "decoder_width": 16,
+}
 ZOO = {
     "mlp": ("classification", MLPConfig(**IMAGE, hidden=(16, 8), dropout=0.1)),
     "cnn": ("classification", CNNConfig(**IMAGE, widths=(8, 16), hidden=(16,), dropout=0.1)),
