@@ -47,9 +47,9 @@ SEGFORMER = {
     "widths": (8, 16),
     "heads": (2, 4),
     "reductions": (2, 1),
-    "windows": (7, 3),
-    "strides": (4, 2),
-    "decoder_width": 16,
+    "windows": (3, 3),
+    "strides": (2, 2),
+    "decoder_width": 8,
 }
 ZOO = {
     "mlp": ("classification", MLPConfig(**IMAGE, hidden=(16, 8), dropout=0.1)),

@@ -31,10 +31,10 @@ def calm(config, **changes):
     return dataclasses.replace(config, **{**still, **changes})
 
 
-def close(got, expected):
-    """Equal within 1e-5 of the largest number of each array."""
+def close(got, expected, least=1):
+    """Equal within 1e-5 of the largest number of each array, or of `least`."""
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max())), got, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(least, np.abs(b).max())), got, expected
     )
 
 
@@ -134,7 +134,7 @@ def test_unrolled_and_recomputed_it_is_the_same_and_costs_what_it_says(name):
     changes = {field: value for field, value in (("unroll", 2), ("remat", "full")) if hasattr(CONFIGS[name], field)}
     (out, grads), (out2, grads2) = gradients(name), gradients(name, **changes)
     close(out2, out)
-    close(grads2, grads)
+    close(grads2, grads, least=5)  # a bias in front of a batch normalization has a gradient of rounding alone
     if "remat" not in changes:
         return
 
