@@ -95,7 +95,7 @@ class Depthwise(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         height, width, channels = x.shape[1:]
         axes, init = ("window", "window", "mlp"), layers.normal(math.sqrt(2 / 9))
-        w = weight(self, "w", init, axes, (3, 3, channels), self.dtype, "matrix")
+        w: Any = weight(self, "w", init, axes, (3, 3, channels), self.dtype, "matrix")
         b = parameter(self, "b", nn.initializers.zeros, ("mlp",), (channels,), "bias")
         around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         rows = [sum(around[:, :, j : j + width] * w[i, j] for j in range(3)) for i in range(3)]
