@@ -2,7 +2,8 @@
 
     jaxmodels train configs/sasrec_retail.py --data.path DIR/interactions.csv --data.items DIR/items.csv
 
-DIR is a folder with the tables of UCI's Online Retail.
+DIR is a folder with the tables of UCI's Online Retail. Reached: NDCG@10 0.097, HR@10 0.463 over all items (EASE: 0.103,
+0.474) when the clock stopped it at step 281, after 2 minutes on two busy CPU cores; benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import Adam, Config, Eval, Interactions, NextItem, Train
@@ -21,6 +22,6 @@ def get_config() -> Config:
             batch_size=64,
         ),
         optim=Adam(peak_lr=4e-3, b2=0.98, warmup_steps=50),
-        train=Train(steps=800),
+        train=Train(steps=446),
         eval=Eval(every=0, batch_size=256),
     )

@@ -2,7 +2,9 @@
 
     jaxmodels train configs/two_tower_retail.py --data.path DIR/interactions.csv --data.items DIR/items.csv
 
-DIR is a folder with the tables of UCI's Online Retail.
+DIR is a folder with the tables of UCI's Online Retail. Reached: NDCG@10 0.109, HR@10 0.476 over all items (EASE: 0.103,
+0.474), in 100 steps, less than a minute on two busy CPU cores; benchmarks/results/applications.md. The number of steps
+and the half-life were chosen on October: with more steps the model learns its few recent weeks by heart.
 """
 
 from jaxmodels.config import Adam, Config, Eval, Interactions, Train
@@ -22,6 +24,6 @@ def get_config() -> Config:
             batch_size=512,
         ),
         optim=Adam(peak_lr=1e-2, warmup_steps=20),
-        train=Train(steps=800),
+        train=Train(steps=100),
         eval=Eval(every=0),
     )

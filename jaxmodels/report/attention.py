@@ -30,7 +30,7 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     """Map the attention of each layer (mean over heads) and of the last layer's heads, for one example; empty if
     none."""
     run = evaluation.run
-    if "model" not in run.networks:
+    if "model" not in run.networks or run.config.task.answers == "items":  # which are no pieces of a text
         return []
     batch, answers, fields = evaluation.examples(0, LOOKED_AT), run.config.task.answers, run.task.fields
     if answers == "translation":

@@ -10,7 +10,7 @@ import pytest
 from jaxmodels.cli import main
 from jaxmodels.config import Config, Interactions, Metrics, NextItem, Train
 from jaxmodels.models.sasrec import SASRecConfig
-from jaxmodels.report import recommendations
+from jaxmodels.report import attention, recommendations
 from jaxmodels.train import load_run
 from tests.sections import untrained
 
@@ -83,6 +83,10 @@ def test_the_report_marks_what_was_taken(run):
         }
         taken = hits | set(filter(None, missed.split("\n")))
         assert any(taken == {f"item no. {i}" for i in held if i >= 0} for held in batch["held"].tolist())
+
+
+def test_items_are_no_pieces_of_a_text(run):
+    assert attention.pieces(load_run(run).evaluation()) == []
 
 
 def test_evaluation_on_what_was_trained_on_is_refused(run, capsys):
