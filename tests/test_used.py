@@ -71,9 +71,9 @@ def unread(monkeypatch):
     def read(*_):
         raise Opened
 
-    for name in (*RECORDS, *NO_RECORDS):
+    for name in (*RECORDS, "interactions", *NO_RECORDS):
         for method in ("records", "corpus", "windows"):
-            if name in RECORDS or method != "records":
+            if name not in NO_RECORDS or method != "records":
                 monkeypatch.setattr(SOURCES.find(name), method, read)
     return read
 
