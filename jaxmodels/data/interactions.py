@@ -89,7 +89,7 @@ class Interactions(RecordsConfig):
 
     def evaluated_on(self, fields: Mapping[str, Any]) -> Interactions:
         """Return the source with these fields changed; what was trained on stays so, and cannot be predicted."""
-        if "path" in fields:  # other users
+        if fields.get("path", self.path) != self.path:  # other users
             return dataclasses.replace(self, **{"train_until": "", **fields})
         if fields.get("eval_from") and not self.eval_from:
             raise UserError(

@@ -113,6 +113,10 @@ def test_what_was_trained_on_is_never_what_is_predicted(shop):
     assert told(open_records(later, "eval"))["bert"] == (["apple", "bread", "apple (4)"], [2, 3, 7], ["cheese"])
     with pytest.raises(UserError, match="before data.train_until"):
         cfg.evaluated_on({"eval_from": "1970-01-03"})
+    with pytest.raises(UserError, match="before data.train_until"):
+        cfg.evaluated_on({"eval_from": "1970-01-03", "path": cfg.path})
+    other = cfg.evaluated_on({"eval_from": "1970-01-03", "path": ("other.csv",)})
+    assert other.path == ("other.csv",) and not other.train_until, "of whom nothing was trained on"
     with pytest.raises(UserError, match="all but the last item"):
         shop().evaluated_on({"eval_from": "1970-01-06"})
 
