@@ -24,12 +24,13 @@ from tests.sections import data_of, task_of
 ALL = tuple(TASKS.names())
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq")
 MARKED = ("segmentation", "detection")
-EXAMPLES = ("classification", *MARKED, "contrastive", "vae", "gan", "diffusion")
+LABELED = ("classification", "verification")
+EXAMPLES = (*LABELED, *MARKED, "contrastive", "vae", "gan", "diffusion")
 OF_A_FIELD = (*LANGUAGE, *EXAMPLES)
 USES = {
     "seq_len": (ALL, ("text",)),
-    "mean": (("classification", *MARKED, "contrastive"), ("image", "array")),
-    "std": (("classification", *MARKED, "contrastive"), ("image", "array")),
+    "mean": ((*LABELED, *MARKED, "contrastive"), ("image", "array")),
+    "std": ((*LABELED, *MARKED, "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
     "input_field": ((*OF_A_FIELD, "extraction", "transcription"), ()),
@@ -39,7 +40,7 @@ USES = {
     "class_names": ((*MARKED, "contrastive", "diffusion"), ()),
     "captions": (("contrastive", "diffusion"), ()),
     "bad_records": (ALL, ()),
-    "balance": (("classification", "contrastive", "vae", "gan", "diffusion"), ()),
+    "balance": ((*LABELED, "contrastive", "vae", "gan", "diffusion"), ()),
     "threads": ((*EXAMPLES, "transcription"), ("image", "audio")),
     "pixels": (EXAMPLES, ("image",)),
 }

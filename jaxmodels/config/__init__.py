@@ -41,6 +41,7 @@ from jaxmodels.tasks.seq2seq import Seq2Seq
 from jaxmodels.tasks.task import TaskConfig
 from jaxmodels.tasks.transcription import Transcription
 from jaxmodels.tasks.vae import VAE
+from jaxmodels.tasks.verification import Verification
 from jaxmodels.tasks.waveform import Waveform
 from jaxmodels.train.optim import SGD, Adafactor, Adam, AdamW, Lion, Momentum, Muon, OptimConfig, RMSprop
 from jaxmodels.train.schedules import WSD, Constant, Cosine, Linear, ScheduleConfig
@@ -72,7 +73,8 @@ __all__ = [
     "Diffusion",
     "Distill",
     "DoRA",
-    "Eval", "Extraction",
+    "Eval",
+    "Extraction",
     "HuggingFace",
     "Images",
     "Init",
@@ -104,6 +106,7 @@ __all__ = [
     "Tokens",
     "Train",
     "Transcription",
+    "Verification",
     "Waveform",
     "differences",
     "docs",

@@ -158,6 +158,7 @@ TASKS = Registry(
         "masked_lm": "jaxmodels.tasks.masked_lm:MaskedLM",
         "classification": "jaxmodels.tasks.classification:Classification",
         "seq2seq": "jaxmodels.tasks.seq2seq:Seq2Seq",
+        "verification": "jaxmodels.tasks.verification:Verification",
         "segmentation": "jaxmodels.tasks.segmentation:Segmentation",
         "detection": "jaxmodels.tasks.detection:Detection",
         "contrastive": "jaxmodels.tasks.contrastive:Contrastive",

@@ -50,6 +50,7 @@ CASES = {
     "causal_lm": GPT2Config(V, T, **BODY),
     "masked_lm": BERTConfig(V, context=T, mlp_width=8, **BODY),
     "seq2seq": TransformerConfig(vocab_size=V, mlp_width=8, **BODY),
+    "verification": MLPConfig(IMAGE, 7, (8,)),
     "segmentation": UNetConfig(IMAGE, 7, (4, 6)),
     "contrastive": CLIPConfig(IMAGE, 2, vocab_size=V, context=T, embedding=4, **TOWERS),
     "vae": VAEConfig(input_shape=IMAGE, hidden=(8,), latents=2),
