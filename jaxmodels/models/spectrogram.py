@@ -38,7 +38,7 @@ def log_mel(samples: jax.Array, rate: int, mels: int) -> jax.Array:
     # frames by slices of whole hops: a gather of samples is slow on accelerators
     parts = -(-width // step)
     x = jnp.pad(x, ((0, 0), (0, max(0, (count + parts) * step - x.shape[1]))))[:, : (count + parts) * step]
-    pieces = x.reshape(len(x), -1, step)
+    pieces = x.reshape(x.shape[0], -1, step)
     frames = jnp.concatenate([pieces[:, i : i + count] for i in range(parts)], -1)[..., :width]
     # the Fourier transform is a product, which any mesh splits by rows; an FFT would be gathered
     waves, bands = (jnp.asarray(each) for each in tables(rate, mels))

@@ -186,7 +186,7 @@ class Wav2Vec2(nn.Module):
     @nn.compact
     def __call__(self, sounds: Array, *, lengths: Array | None = None, train: bool = False, head: bool = True) -> Array:
         c, drop = self.config, layers.Dropout(self.config.dropout)
-        lengths = jnp.full(len(sounds), sounds.shape[1]) if lengths is None else lengths
+        lengths = jnp.full(sounds.shape[:1], sounds.shape[1]) if lengths is None else lengths
         if c.mels:
             counts = lengths // hop(c.sample_rate)
             x = log_mel(sounds, c.sample_rate, c.mels)
@@ -235,9 +235,9 @@ class Wav2Vec2(nn.Module):
         plans = ((x.shape[1], c.mask_time, c.mask_time_span), (x.shape[2], c.mask_bands, c.mask_bands_span))
         for size, share, span in plans:
             if not train or not share:
-                found.append(jnp.zeros((len(x), size), bool))
+                found.append(jnp.zeros((x.shape[0], size), bool))
                 continue
-            begun = jax.random.uniform(self.make_rng("dropout"), (len(x), size)) < share / span
+            begun = jax.random.uniform(self.make_rng("dropout"), (x.shape[0], size)) < share / span
             count = jnp.cumsum(begun, 1)
             found.append(count > jnp.pad(count, ((0, 0), (span, 0)))[:, :size])
         return found[0], found[1]

@@ -228,6 +228,8 @@ def about(run: Run, folder: Path) -> dict[str, Any]:
             "resize": section.pixels,
             "mean and std, applied by the functions": [list(section.mean), list(section.std)],
         }
+    if artefact_functions.kind_of(run) == "audio":
+        told["sounds"] = {"rate": run.task.fields["inputs"].rate, "samples": "mono, in [-1, 1], zeros behind the last"}
     tokenizer = run.tokenizer
     if tokenizer is not None:
         tokenizer.save(folder)

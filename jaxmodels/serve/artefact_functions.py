@@ -108,10 +108,16 @@ MARKS = Input((BATCH, LENGTH), least=0, below=2)
 
 
 def _read(run: Run) -> dict[str, Input]:
-    """The inputs of a model of texts, images or numbers, as `jaxmodels predict` makes them."""
+    """The inputs of a model of texts, sounds, images or numbers, as `jaxmodels predict` makes them."""
     kind = kind_of(run)
     if kind == "text":
         return {"inputs": _ids(run), "segment_ids": MARKS}
+    if kind == "audio":
+        (samples,) = run.task.fields["inputs"].shape or (0,)
+        return {
+            "inputs": Input((BATCH, samples), "float32"),
+            "lengths": Input((BATCH,), least=1, below=samples + 1),
+        }
     shape = run.networks[next(iter(run.networks))].inputs(1)[0].shape[1:]
     return {"inputs": Input((BATCH, *shape), "uint8" if kind == "image" else "float32")}
 

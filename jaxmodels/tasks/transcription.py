@@ -78,7 +78,7 @@ class Transcription(TaskConfig):
 
         def read(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[jax.Array, jax.Array, Params]:
             sounds = floats(batch["inputs"])
-            lengths = batch.get("lengths", jnp.full(len(sounds), sounds.shape[1]))
+            lengths = batch.get("lengths", jnp.full(sounds.shape[:1], sounds.shape[1]))
             logits, stats = forward(("model", model), params, stats, sounds, lengths=lengths, **how)
             return logits, jnp.clip(config.frames(lengths), 0, logits.shape[1]), stats
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import config as configs
-from jaxmodels import tasks
+from jaxmodels import load_run, tasks
 from jaxmodels.cli import main
 from jaxmodels.config import Config, Eval, Synthetic, Table, Train, Transcription
 from jaxmodels.errors import UserError
@@ -164,3 +164,10 @@ def test_predict_transcribes_files_and_says_which_it_cannot(run, capsys):
     assert "ends after" in told[1]["error"] and "lasts 0.6 s, expected at most task.seconds, 0.5" in told[3]["error"]
     assert set(told[0]["transcript"]) <= set("ab \n\N{REPLACEMENT CHARACTER}") and 0 < told[0]["confidence"] <= 1
     assert main(["predict", str(run), str(folder / "index.txt")]) == 2
+
+
+def test_an_artefact_takes_sounds_of_the_run_s_length(run):
+    from jaxmodels.serve.artefact_functions import BATCH, functions
+
+    inputs = functions(load_run(run))["predict"].inputs
+    assert {name: want.shape for name, want in inputs.items()} == {"inputs": (BATCH, 2000), "lengths": (BATCH,)}
