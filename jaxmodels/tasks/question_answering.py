@@ -123,7 +123,7 @@ class QuestionAnswering(TaskConfig):
                 judge_answer(source.text(answer), [each.text for each in source.questions[question].answers])
                 for question, answer in self.join(kept, source.of).items()
             ]
-            exact, overlap = map(sum, zip(*judged, strict=True))
+            exact, overlap = np.reshape(judged, (-1, 2)).sum(0).tolist()  # of a group there may be none
             return {**found, "exact_match": (exact, float(len(judged))), "f1": (overlap, float(len(judged)))}
 
         place = BatchField((), below=data.seq_len)
@@ -157,7 +157,7 @@ class QuestionAnswering(TaskConfig):
         order = np.argsort(of[windows["window"]], kind="stable")
         rows = {name: windows[name][order] for name in (*Best._fields, "window")}
         asked, begins = np.unique(of[rows["window"]], return_index=True)
-        groups = zip(asked.tolist(), begins.tolist(), [*begins.tolist()[1:], len(order)], strict=True)
+        groups = zip(asked.tolist(), begins.tolist(), [*begins.tolist(), len(order)][1:], strict=True)
         return {question: self._one({name: x[a:b] for name, x in rows.items()}) for question, a, b in groups}
 
     def _one(self, windows: Mapping[str, np.ndarray]) -> Answer:
@@ -166,7 +166,7 @@ class QuestionAnswering(TaskConfig):
         window, first, last = (int(windows[name][row]) for name in ("window", "first", "last"))
         score, total = float(windows["score"][row]), float(np.logaddexp.reduce(windows["total"].astype(np.float64)))
         if self.unanswerable:
-            none = float(windows["none"].min())  # no text has the answer only where no window has it
+            none = float(windows["none"].min())  # a text lacks it only where each window does
             total = float(np.logaddexp(total, none))
             if none > score + self.margin:
                 return Answer(window, None, float(np.exp(none - total)))

@@ -207,6 +207,10 @@ def test_a_question_has_the_best_answer_of_its_windows():
     assert found[5].probability == pytest.approx(np.exp(2 - np.logaddexp(1, 4)))
 
 
+def test_of_no_windows_there_are_no_answers():
+    assert TASK.join(kept(score=np.zeros(0)), np.array([0])) == {}
+
+
 def test_a_question_has_no_answer_where_no_window_has_one():
     task = dataclasses.replace(TASK, unanswerable=True)
     rows, of = kept(score=[1.0, 0.0], none=[3.0, 2.0]), np.array([0, 0])
