@@ -27,5 +27,5 @@ def get_config() -> Config:
         augment=Augment(crop=0.5, flip=True, rotate=10, colour=0.3),
         optim=AdamW(peak_lr=2e-3, weight_decay=0.05, warmup_steps=50, schedule=Cosine(final_lr_fraction=0.01)),
         train=Train(steps=700),
-        eval=Eval(every=175, batch_size=70, metric="eval/miou", mode="max"),
+        eval=Eval(every=175, batch_size=72, metric="eval/miou", mode="max"),
     )
