@@ -28,12 +28,12 @@ LABELED = ("classification", "verification")
 EXAMPLES = (*LABELED, *MARKED, "contrastive", "vae", "gan", "diffusion")
 OF_A_FIELD = (*LANGUAGE, *EXAMPLES)
 USES = {
-    "seq_len": (ALL, ("text",)),
+    "seq_len": (ALL, ("text", "audio", "items")),
     "mean": ((*LABELED, *MARKED, "contrastive"), ("image", "array")),
     "std": ((*LABELED, *MARKED, "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
-    "input_field": ((*OF_A_FIELD, "extraction", "transcription"), ()),
+    "input_field": ((*OF_A_FIELD, "extraction", "transcription", "waveform"), ()),
     "label_field": ((*EXAMPLES, "extraction"), ()),
     "target_field": (("seq2seq", "extraction", "transcription"), ()),
     "group_field": ((*EXAMPLES, "question_answering", "transcription"), ()),
@@ -98,6 +98,10 @@ def kinds(task, shaped):
         return ("image",)
     if task == "transcription":
         return ("audio", "text")
+    if task == "waveform":
+        return ("audio",)
+    if task in ("next_item", "retrieval"):
+        return ("items",)
     return ("image", "array") if task in EXAMPLES and (shaped or task != "classification") else ("text",)
 
 
