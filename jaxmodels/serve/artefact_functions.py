@@ -76,7 +76,7 @@ def functions(run: Run) -> dict[str, Function]:
     """The functions of a run, by name.
 
     Raises:
-        UserError: its task says nothing of a record and makes no images.
+        UserError: its task is one that an artefact has no function for.
     """
     task, answers = run.task, run.config.task.answers
     if answers in ("class", "classes"):
@@ -94,8 +94,8 @@ def functions(run: Run) -> dict[str, Function]:
     if task.samples is not None:
         return {"generate": _samples(run)}
     raise UserError(
-        f"got a run of task {run.config.task.kind}, which says nothing of a record and makes no images, expected one "
-        "that does, try --format huggingface"
+        f"got a run of task {run.config.task.kind}, for which an artefact has no function, expected one "
+        "that classifies, writes, translates, fills gaps or makes images, try --format huggingface"
     )
 
 
