@@ -2,6 +2,8 @@
 
 jaxmodels train configs/dit_emoji.py --data.path DIR/index.jsonl     # image, text, held_out_name; pictures beside it
 jaxmodels sample runs/dit_emoji --prompt "red heart" --guidance 3
+
+No pictures of it were looked at yet: only its data were opened.
 """
 
 from jaxmodels.config import Augment, Config, Constant, Diffusion, Eval, Muon, Table, Train
