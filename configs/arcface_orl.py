@@ -6,7 +6,8 @@
     jaxmodels predict runs/arcface_orl PORTRAIT...
 
 The first is evaluated on other pictures of the 40 people that it was trained on, the second on ten people that it never
-saw, of which `eval/auc` and `eval/tar` count.
+saw, of which `eval/auc` and `eval/tar` count. The aims are an accuracy of 96 %, and 0.96 and 0.70. It has run for a few
+steps only, and no figure was read.
 """
 
 from jaxmodels.config import AdamW, Augment, Config, Cosine, Eval, Table, Train, Verification

@@ -3,7 +3,8 @@
     jaxmodels train configs/segformer_pets.py --data.path DIR/pets/index.jsonl
     jaxmodels eval runs/segformer_pets
 
-Its first patches are 2 pixels apart instead of 4, so that it sees as many tokens of 64×64 pixels as B0 of 128×128.
+Its first patches are 2 pixels apart instead of 4, so that it sees as many tokens of 64×64 pixels as B0 of 128×128. Its
+aim is a mIoU of 0.50; it has been built and its step compiled, but no figure of it was read.
 """
 
 import dataclasses

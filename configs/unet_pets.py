@@ -1,8 +1,12 @@
 """A small U-Net that tells pets from their background and the border between, on photographs of 64×64.
 
-jaxmodels train configs/unet_pets.py --data.path DIR/pets/index.jsonl
-jaxmodels eval runs/unet_pets
-jaxmodels predict runs/unet_pets PHOTO... --out masks
+    jaxmodels train configs/unet_pets.py --data.path DIR/pets/index.jsonl
+    jaxmodels eval runs/unet_pets
+    jaxmodels predict runs/unet_pets PHOTO... --out masks
+
+The aim is a mIoU of 0.60 on 140 photographs that were held out; the most frequent class of each pixel has 0.360. These
+3,000 steps have not been run. With --train.steps 300, in 5 minutes of two CPU cores that did other work too, it reached
+0.430 (pet 0.547, background 0.743, border 0.000, which it does not find yet); benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import AdamW, Augment, Config, Cosine, Eval, Segmentation, Table, Train
@@ -26,6 +30,6 @@ def get_config() -> Config:
         ),
         augment=Augment(crop=0.5, flip=True, rotate=10, colour=0.3),
         optim=AdamW(peak_lr=2e-3, weight_decay=0.05, warmup_steps=50, schedule=Cosine(final_lr_fraction=0.01)),
-        train=Train(steps=700),
-        eval=Eval(every=175, batch_size=72, metric="eval/miou", mode="max"),
+        train=Train(steps=3000),
+        eval=Eval(every=500, batch_size=72, metric="eval/miou", mode="max"),
     )
