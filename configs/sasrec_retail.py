@@ -2,8 +2,8 @@
 
     jaxmodels train configs/sasrec_retail.py --data.path DIR/interactions.csv --data.items DIR/items.csv
 
-DIR is a folder with the tables of UCI's Online Retail. Reached: NDCG@10 0.097, HR@10 0.463 over all items (EASE: 0.103,
-0.474) when the clock stopped it at step 281, after 2 minutes on two busy CPU cores; benchmarks/results/applications.md.
+DIR is a folder with the tables of UCI's Online Retail. Reached: NDCG@10 0.097, HR@10 0.455 over all items (EASE: 0.103,
+0.474), after 3 minutes on two busy CPU cores; benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import Adam, Config, Eval, Interactions, NextItem, Train

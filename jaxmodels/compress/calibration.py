@@ -61,7 +61,7 @@ def open_source(run: Run, given: Mapping[str, Any], kind: str | None) -> data.So
         section = type(section)(**{**vars(section), "tokenizer": str(run.directory)})
     opened = type(cfg)(**{**vars(cfg), "data": section})
     try:
-        source = data.open_for(opened, "train", task.fields, run.kept.classes)
+        source = data.open_for(opened, "train", task.fields, run.kept.classes, run.kept.groups)
     except UserError as error:
         raise UserError(f"{error}, or other data than the run's own with {cfg.data.instead}") from error
     check_batch(task.fields, data.spec(source, section.batch_size))

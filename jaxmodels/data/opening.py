@@ -34,6 +34,8 @@ class Opening:
     """Names of the classes that a model was trained on, if labels are to use these instead of the data's own."""
     fields: Contract | None = None
     """The fields of the task's batches."""
+    groups: Sequence[str] = ()
+    """Names of the groups that a model was trained on, which number them where they are among its inputs."""
 
     def check(self, used: Sequence[str], kinds: str) -> None:
         """Refuse options that have no effect: `used` names the shared fields of `data` that these examples depend on.
@@ -67,11 +69,12 @@ def open_source(
     seed: int = 0,
     classes: Sequence[str] = (),
     fields: Contract | None = None,
+    groups: Sequence[str] = (),
 ) -> Source:
     """Open the examples of a split for a task, given as its config section.
 
     `vocab_size`, `inputs_shape` and `num_classes` are the model's, and the data are checked against them. Synthetic
-    data are drawn from `fields`, the contract of the task's batches. See `Opening` for `augment`, `seed` and `classes`.
+    data are drawn from `fields`, the contract of the task's batches. See `Opening` for the others.
 
     Raises: UserError.
     """
@@ -87,6 +90,7 @@ def open_source(
         seed,
         tuple(classes),
         fields,
+        tuple(groups),
     )
     found = data.examples(opening, task)
     if not isinstance(found, Source):
@@ -95,8 +99,10 @@ def open_source(
     return found
 
 
-def open_for(cfg: Any, split: Split, fields: Contract | None = None, classes: Sequence[str] = ()) -> Source:
-    """Open the examples of a whole experiment; `fields` are its task's contract, `classes` are as in `Opening`."""
+def open_for(
+    cfg: Any, split: Split, fields: Contract | None = None, classes: Sequence[str] = (), groups: Sequence[str] = ()
+) -> Source:
+    """Open the examples of a whole experiment; `fields` are its task's contract, the others are as in `Opening`."""
     return open_source(
         cfg.data,
         split,
@@ -108,4 +114,5 @@ def open_for(cfg: Any, split: Split, fields: Contract | None = None, classes: Se
         seed=cfg.train.seed,
         classes=classes,
         fields=fields,
+        groups=groups,
     )

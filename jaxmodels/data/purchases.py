@@ -15,6 +15,9 @@ from jaxmodels.data.source import Source, fingerprint
 from jaxmodels.data.transforms import draws
 from jaxmodels.errors import UserError
 
+ANY_USER = 2**24
+"""The bound of users' numbers that no model reads; any number is below it."""
+
 
 class Purchases(Source):
     """Rows of a user, `user` (N,), a history, `tokens` and `segment_ids` (N, T), and an `item` (N,).
@@ -40,6 +43,14 @@ class Purchases(Source):
         self._seed, self.class_names = opening.seed, fields["items"].names
         self.kind, self.field = "array", "items"
         self._users = np.array([row["user"] for row in rows], np.int32)
+        if most is not None and most < ANY_USER:  # a model that has a vector of each user, by its number
+            self.groups = fields["user"].names
+            if opening.groups and self.groups != tuple(opening.groups):
+                others = sorted(set(self.groups) - set(opening.groups)) or ["fewer"]
+                raise UserError(
+                    f"got users that the model was not trained on ({', '.join(others[:3])}), expected those that its "
+                    "vectors belong to, try the table that it was trained on, or a model without model.users"
+                )
         self._items = [np.array(row["items"], np.int32) for row in rows]
         self._times = [np.asarray(row["times"], np.float64) for row in rows]
         self._held = [np.array(row["held"], np.int32) for row in rows]

@@ -15,7 +15,7 @@ from jaxmodels.data.contract import IGNORED
 from jaxmodels.data.examples import open_records
 from jaxmodels.data.fields import input_field, named_field, named_groups, numbered
 from jaxmodels.data.opening import Opening
-from jaxmodels.data.records import Reader
+from jaxmodels.data.records import Field, Reader
 from jaxmodels.data.source import Source, Split, fingerprint
 from jaxmodels.data.transforms import draws
 from jaxmodels.errors import UserError
@@ -135,7 +135,11 @@ def open_waves(opening: Opening, rate: int, conditions: Sequence[str], context: 
 
     numbers: list[tuple[tuple[str, ...], Callable[[Any], int]]] = []
     for each, name in zip(conditions, named, strict=True):
-        names, number = named_groups(train.fields[name], lambda name=name: values(name))
+        if each == "group" and opening.groups:
+            names = tuple(opening.groups)
+            number = _numbers(names, train.fields[name])
+        else:
+            names, number = named_groups(train.fields[name], lambda name=name: values(name))
         if not names:
             names = tuple(map(str, range(numbered(train, name, values(name)))))
         most = (opening.fields or {}).get(f"{each}_condition")
@@ -180,3 +184,13 @@ def open_waves(opening: Opening, rate: int, conditions: Sequence[str], context: 
         else:
             found.groups = names
     return found
+
+
+def _numbers(names: Sequence[str], field: Field) -> Callable[[Any], int]:
+    """Return the function that numbers a value of a field by these names; one that is none of them is a KeyError."""
+    places, own = {name: at for at, name in enumerate(names)}, field.names
+
+    def number(value: Any) -> int:
+        return places[own[value] if own else value.strip() if isinstance(value, str) else str(value)]
+
+    return number

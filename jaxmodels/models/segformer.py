@@ -98,7 +98,7 @@ class Depthwise(nn.Module):
         w: Any = weight(self, "w", init, axes, (3, 3, channels), self.dtype, "matrix")
         b = parameter(self, "b", nn.initializers.zeros, ("mlp",), (channels,), "bias")
         around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        rows = [sum(around[:, :, j : j + width] * w[i, j] for j in range(3)) for i in range(3)]
+        rows: list[Any] = [sum(around[:, :, j : j + width] * w[i, j] for j in range(3)) for i in range(3)]
         return sum((row[:, i : i + height] for i, row in enumerate(rows)), b.astype(self.dtype))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxmodels.data.contract import IGNORED, BatchField
 from jaxmodels.data.opening import Opening
-from jaxmodels.data.purchases import Purchases, words_of
+from jaxmodels.data.purchases import ANY_USER, Purchases, words_of
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
@@ -107,7 +107,7 @@ class Retrieval(ranking.Recommends):
         size, count = data.seq_len, c.vocab_size
         ids, number, some = tokens(data, count), BatchField((), below=count), BatchField(None, optional=True)
         fields = {
-            "user": BatchField((), below=c.users or 2**24),
+            "user": BatchField((), below=c.users or ANY_USER),
             "tokens": ids,
             "segment_ids": tokens(data, 2),
             "item": number,

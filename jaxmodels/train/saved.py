@@ -288,7 +288,7 @@ def _evaluation(run: Run, given: Mapping[str, Any], kind: str | None) -> Evaluat
     task, section = run.task, evaluation_data(run, given, kind)
     cfg = dataclasses.replace(run.config, data=section)
     try:
-        source = data.open_for(cfg, "eval", task.fields, run.kept.classes)
+        source = data.open_for(cfg, "eval", task.fields, run.kept.classes, run.kept.groups)
     except UserError as error:
         if given or kind:
             raise

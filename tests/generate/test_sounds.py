@@ -74,3 +74,15 @@ def test_the_page_has_players_and_spectrograms(run, monkeypatch):
     assert [title for title, _ in heard.sounds] == ["one, ann", "two, bob"]
     assert html(heard, {}).count('<audio controls preload="metadata" src="data:audio/wav;base64,UklGR') == 2
     assert picture.png().startswith(b"\x89PNG")
+
+
+def test_other_sounds_are_numbered_by_the_names_that_were_trained_on(run, tmp_path, caplog):
+    rows = []
+    for i, (word, who) in enumerate([("two", "bob"), ("two", "bob"), ("one", "zoe")]):
+        (tmp_path / f"{i}.wav").write_bytes(wav(np.sin(np.arange(40) / (i + 2)), 8000))
+        rows.append({"file": f"{i}.wav", "label": word, "who": who})
+    table = tmp_path / "other.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = load_run(run).evaluation({"path": (str(table),)}).examples(0, 2)
+    assert batch["label_condition"].tolist() == batch["group_condition"].tolist() == [1, 1]
+    assert "other.jsonl:3: has the group 'zoe', which is not in training" in caplog.text

@@ -181,3 +181,17 @@ def test_what_does_not_fit_is_refused(shop):
         TwoTowerConfig(V, history=False)
     with pytest.raises(UserError, match="knows users by their numbers alone"):
         Retrieval().scorer(jaxmodels.create(FACTORS), ["a"] * V)
+
+
+def test_vectors_of_users_are_not_read_by_the_numbers_of_others(shop, tmp_path):
+    """Users are numbered by their order in a table, so another table would give their vectors to other users."""
+    folder, _, data = shop
+    run = load_run(untrained(Config(model=FACTORS, task=Retrieval(), data=data), tmp_path / "run"))
+    assert run.kept.groups == tuple(map(str, range(U))) and run.evaluation().source.groups == run.kept.groups
+    lines = (folder / "log.csv").read_text().splitlines()
+    other = tmp_path / "other.csv"
+    other.write_text("\n".join([lines[0], *(f"9{line}" for line in lines[1:])]) + "\n")
+    with pytest.raises(
+        UserError, match=r"got users that the model was not trained on \(90, 91, "
+    ):
+        run.evaluation({"path": (str(other),)})
