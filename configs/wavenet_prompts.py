@@ -3,7 +3,7 @@
     jaxmodels train configs/wavenet_prompts.py --data.path index.jsonl     # a table that names sound files and splits
     jaxmodels sample runs/wavenet_prompts --seconds 2 --out said.wav
 
-For the 409 prompts (13 minutes) of Asterisk's sounds; nothing has been read of it yet: benchmarks/results/applications.md.
+For the 409 prompts (13 minutes) of Asterisk's sounds. Not trained here: benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import AdamW, Config, Cosine, Eval, Table, Train, Waveform
