@@ -191,7 +191,5 @@ def test_vectors_of_users_are_not_read_by_the_numbers_of_others(shop, tmp_path):
     lines = (folder / "log.csv").read_text().splitlines()
     other = tmp_path / "other.csv"
     other.write_text("\n".join([lines[0], *(f"9{line}" for line in lines[1:])]) + "\n")
-    with pytest.raises(
-        UserError, match=r"got users that the model was not trained on \(90, 91, "
-    ):
+    with pytest.raises(UserError, match=r"got users that the model was not trained on \(90, 91, "):
         run.evaluation({"path": (str(other),)})
