@@ -17,6 +17,7 @@ from jaxmodels.errors import UserError
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 """Endings of files that are taken for sounds, in lower case."""
 _FULL = 32768.0
+_SLOWEST, _FASTEST = 1_000, 400_000
 
 
 class Unreadable(Exception):
@@ -34,6 +35,8 @@ def samples_of(value: bytes | Sound, rate: int) -> np.ndarray:
     if samples.ndim == 2:
         whole = samples.shape[1] == 1
         samples = samples[:, 0] if whole else floats(samples).mean(1)
+    if not _SLOWEST <= own <= _FASTEST:  # a filter between such rates would take minutes to make
+        raise Unreadable(f"has {own:,} samples a second, expected {_SLOWEST:,} to {_FASTEST:,}")
     if own != rate:
         samples = resampled(floats(samples), own, rate)
     if not samples.size:
