@@ -1,4 +1,4 @@
-"""`jaxmodels sample RUN`: text from a language model or a translator, sounds, and pictures."""
+"""`jaxmodels sample RUN`: texts, translations, sounds or pictures of a run."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 import jaxmodels
 from jaxmodels.models.dit import DiTConfig
@@ -15,7 +14,8 @@ from jaxmodels.tasks.noise import Process
 from tests.zoo import arrays
 
 pytestmark = pytest.mark.parity
-diffusers = pytest.importorskip("diffusers")
+torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
+diffusers = pytest.importorskip("diffusers", reason="needs the parity extra: diffusers")
 
 SHAPE, CLASSES = (8, 8, 3), 5
 SIZES = {"layers": 2, "heads": 4, "width": 32, "mlp_width": 128}
