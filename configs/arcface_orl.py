@@ -6,8 +6,8 @@
     jaxmodels predict runs/arcface_orl PORTRAIT...
 
 The first is evaluated on other pictures of the 40 people that it was trained on, the second on ten people that it never
-saw, of which `eval/auc` and `eval/tar` count. The aims are an accuracy of 96 %, and 0.96 and 0.70. It has run for a few
-steps only, and no figure was read.
+saw, of which `eval/auc` and `eval/tar` count. Reached in 1.5 minutes each on two CPU cores: accuracy 99.0 % (aim 96 %),
+of unseen people AUC 0.958 and TAR 0.644 (aims: 0.96 and 0.70); benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import AdamW, Augment, Config, Cosine, Eval, Table, Train, Verification
