@@ -5,7 +5,7 @@
     jaxmodels predict runs/unet_pets PHOTO... --out masks
 
 Reached a mIoU of 0.649 on 140 photographs that were held out (pet 0.711, background 0.837, border 0.398), in 14 minutes
-on two CPU cores; the aim is 0.60, and the most frequent class of each pixel has 0.360. benchmarks/results/applications.md.
+on two CPU cores. The aim is 0.60; the most frequent class of each pixel has 0.360. benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import AdamW, Augment, Config, Cosine, Eval, Segmentation, Table, Train
