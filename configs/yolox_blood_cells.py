@@ -4,9 +4,9 @@ jaxmodels train configs/yolox_blood_cells.py --data.path DIR/train.json --data.e
 jaxmodels predict runs/yolox_blood_cells DIR/images/BloodImage_00007.jpg
 jaxmodels report runs/yolox_blood_cells
 
-Meant to reach AP50 0.75 and AP 0.42 on the 72 test images (0.33 and 0.17 by the color of the cells) in less than 40
-minutes on two idle cores, where a step should take about 0.3 s. No figure has been read yet: it was not trained to its
-end.
+Reached AP50 0.881 and AP 0.545 on the 72 test images (0.33 and 0.17 by the color of the cells) at step 900 of 3,000, in
+5 minutes on two CPU cores; the aims are 0.75 and 0.42. The other steps have not been run.
+benchmarks/results/applications.md.
 """
 
 from jaxmodels.config import COCO, AdamW, Augment, Checkpoint, Config, Cosine, Detection, Eval, Train
