@@ -20,6 +20,7 @@ from jaxmodels.models.decoding import Context
 from jaxmodels.models.families import register
 from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import image_inputs
+from jaxmodels.models.kernels.convolution import depthwise
 from jaxmodels.models.kernels.kernel import Attention
 from jaxmodels.models.model import Dtype, Family, Remat
 from jaxmodels.models.parameters import parameter, weight
@@ -93,13 +94,11 @@ class Depthwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        height, width, channels = x.shape[1:]
+        channels = x.shape[-1]
         axes, init = ("window", "window", "mlp"), layers.normal(math.sqrt(2 / 9))
         w: Any = weight(self, "w", init, axes, (3, 3, channels), self.dtype, "matrix")
         b = parameter(self, "b", nn.initializers.zeros, ("mlp",), (channels,), "bias")
-        around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        rows: list[Any] = [sum(around[:, :, j : j + width] * w[i, j] for j in range(3)) for i in range(3)]
-        return sum((row[:, i : i + height] for i, row in enumerate(rows)), b.astype(self.dtype))
+        return depthwise(x, w[:, :, None], (1, 1), "SAME") + b.astype(self.dtype)
 
 
 class MixMLP(nn.Module):

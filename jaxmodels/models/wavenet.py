@@ -66,7 +66,7 @@ class Layer(nn.Module):
             return layers.Linear((features,), axes, bias, init, c.dtype, name=name)
 
         before, kept = earlier(x, self.gap, kept, at)
-        # one product of both samples, in a call of one sample too: a convolution with gaps is no faster on a CPU
+        # one product of both samples, which a call of one sample with a cache takes as well
         pair = jnp.concatenate([before, x], -1)
 
         def gate(name: str) -> jax.Array:

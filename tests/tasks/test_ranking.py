@@ -63,8 +63,6 @@ def values(records, *fields):
 
 def test_the_popularity_of_items_ranks_as_the_page_of_the_data_says(shared_data):
     folder = shared_data / "online_retail"
-    if not folder.is_dir():
-        pytest.skip("needs shared/data/online_retail")
     cfg = Interactions(
         path=(str(folder / "interactions.csv"),), items=(str(folder / "items.csv"),), eval_from="2011-11-01"
     )
