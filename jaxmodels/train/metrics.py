@@ -201,5 +201,9 @@ def memory() -> float:
 
 
 def main_metrics(values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that fit on one line: the first four of the whole set, none of single classes or groups."""
-    return dict([(name, value) for name, value in values.items() if name.count("/") == 1][:4])
+    """The metrics that fit on one line: the first four of the whole set, none of single classes or groups.
+
+    The parts of a loss come behind all others.
+    """
+    whole = [(name, value) for name, value in values.items() if name.count("/") == 1]
+    return dict(sorted(whole, key=lambda each: each[0].endswith("_loss"))[:4])

@@ -84,3 +84,8 @@ def test_metrics_that_are_missing_are_said_in_one_line(
     record.close()
     missing = 3 if hole == "file" else 1
     assert caplog.text.count("\n") == 1 and f"lacks {missing} of the 3 lines up to step 30" in caplog.text
+
+
+def test_a_line_has_what_an_evaluation_is_judged_by_before_the_parts_of_its_loss():
+    values = {f"eval/{name}": 1.0 for name in ("loss", "box_loss", "class_loss", "object_loss", "ap", "ap50", "ap/cat")}
+    assert list(metrics.main_metrics(values)) == ["eval/loss", "eval/ap", "eval/ap50", "eval/box_loss"]
