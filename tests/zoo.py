@@ -25,6 +25,7 @@ from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.models.vit import ViTConfig
 from jaxmodels.models.wav2vec2 import Wav2Vec2Config
 from jaxmodels.models.wavenet import WaveNetConfig
+from jaxmodels.models.whisper import WhisperConfig
 from jaxmodels.models.yolox import YOLOXConfig
 
 V, B, T = 48, 8, 12
@@ -99,6 +100,8 @@ ZOO = {
             **BODY,
         ),
     ),
+    # 12 places, as many as tokens
+    "whisper": ("seq2seq:seconds=0.24", WhisperConfig(V, context=16, sample_rate=400, mels=8, places=12, **BODY)),
     "two-tower": ("retrieval", TwoTowerConfig(V, width=32, users=B, words=64, name_words=3, hidden=(24,))),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +30,7 @@ class Recordings(Source):
     """
 
     def __init__(
-        self, records: Records, opening: Opening, *, field: str, target: str, tokenizer: Tokenizer, blank: int
+        self, records: Records, opening: Opening, *, field: str, target: str, tokenizer: Tokenizer, blank: int | None
     ) -> None:
         """`field` and `target` name the sound and its transcript; `blank` is the id that no transcript may have."""
         cfg: Any = opening.data
@@ -38,7 +38,7 @@ class Recordings(Source):
         contract = opening.fields["inputs"]
         assert contract.shape is not None and contract.rate is not None
         (self._samples,), self.rate, self._length = contract.shape, contract.rate, cfg.seq_len
-        self._split, self._records, self._blank = opening.split, records, blank
+        self._split, self._records, self._blank, self._room = opening.split, records, blank, cfg.seq_len
         self.field, self.kind, self._target, self._group = field, "audio", target, cfg.group_field
         self.tokenizer, self.vocab_size, self._encode = tokenizer, tokenizer.vocab_size, tokenizer.encode
         self._reader = Reader(records, [name for name in dict.fromkeys((field, target, self._group)) if name],
@@ -70,18 +70,27 @@ class Recordings(Source):
                 else:
                     rows[place], made[place] = row, one
             left = np.array(again, np.int64)
-        found = {
-            "inputs": np.zeros((len(indices), self._samples), np.int16),
-            "lengths": np.array([len(samples) for samples, _ in made], np.int32),
-            "targets": np.full((len(indices), self._length), IGNORED, np.int32),
-        }
-        for place, (samples, ids) in enumerate(made):
-            found["inputs"][place, : len(samples)] = samples
-            if not (replaced[place] and self._split == "eval"):
-                found["targets"][place, : len(ids)] = ids
+        heard = np.zeros((len(indices), self._samples), np.int16)
+        for place, (samples, _) in enumerate(made):
+            heard[place, : len(samples)] = samples
+        found = {"inputs": heard, **self._laid([ids for _, ids in made])}
+        if self._split == "eval":
+            found["targets"][replaced] = IGNORED
+        if self.lengths:
+            found["lengths"] = np.array([len(samples) for samples, _ in made], np.int32)
         if self._group:
             found["group"] = np.array([self._group_of(row[self._group]) for row in rows], np.int32)
         return found
+
+    lengths = True
+    """Whether a batch has the samples of each sound, `lengths` (B,)."""
+
+    def _laid(self, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Lay out the tokens of transcripts as arrays of a batch."""
+        targets = np.full((len(texts), self._length), IGNORED, np.int32)
+        for row, ids in zip(targets, texts, strict=True):
+            row[: len(ids)] = ids
+        return {"targets": targets}
 
     def _make(self, row: Row) -> tuple[np.ndarray, np.ndarray] | str:
         """Return the samples and the tokens of a record, or why it has none."""
@@ -96,9 +105,11 @@ class Recordings(Source):
             ids = self._encode(row[self._target])
         except UserError as error:  # a character that no training text has
             return str(error)
-        if len(ids) > self._length:
-            return f"{self._target} has {len(ids)} tokens, expected at most data.seq_len, {self._length}"
-        if self._blank in ids:
+        if len(ids) > self._room:
+            return (
+                f"{self._target} has {len(ids)} tokens, expected at most {self._room} of data.seq_len, {self._length}"
+            )
+        if self._blank is not None and self._blank in ids:
             return f"{self._target} has the token {self._blank}, which task.blank says is none of a text"
         return samples, ids
 
@@ -110,12 +121,61 @@ class Recordings(Source):
         )
 
 
+class Dictations(Recordings):
+    """Recordings whose transcripts are read token by token: `tokens`, what precedes a text and the text, and `targets`,
+    the text and its end."""
+
+    lengths = False
+
+    def __init__(self, records: Records, opening: Opening, *, first: Sequence[int], end: int, **named: Any) -> None:
+        """`first` are the tokens that precede a text, `end` is the one that closes it."""
+        super().__init__(records, opening, blank=None, **named)
+        self._first, self._end = np.array(first, np.int32), end
+        self._room = self._length - len(first)
+        self.fingerprint = fingerprint([self._first], "dictations", self.fingerprint, end)
+
+    def _laid(self, texts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        tokens = np.zeros((len(texts), self._length), np.int32)
+        targets = np.full((len(texts), self._length), IGNORED, np.int32)
+        for row, target, ids in zip(tokens, targets, texts, strict=True):
+            whole = np.concatenate([self._first, ids])
+            row[: len(whole)], before = whole, len(self._first) - 1
+            # what is given when a text is read is not to be predicted
+            target[before : len(whole)] = [*whole[before + 1 :], self._end]
+        return {"tokens": tokens, "targets": targets}
+
+
 def transcribed(opening: Opening, blank: int | None, space: int | None) -> Recordings:
     """Make recordings with transcripts; without the id of a blank, the vocabulary must leave room for it at its end.
 
     Raises:
         UserError: the records have no sound or no text, or tokenizer, blank and space do not fit together.
     """
+    records, found = _opened(opening)
+    size = opening.vocab_size or 0
+    _check_tokens(found["tokenizer"], size, blank, space)
+    return Recordings(records, opening, blank=size - 1 if blank is None else blank, **found)
+
+
+def dictated(opening: Opening) -> Dictations:
+    """Make recordings with transcripts for a decoder, which begins and ends them with the tokenizer's own tokens.
+
+    Raises:
+        UserError: the records have no sound or no text, or the tokenizer has no token that ends a text.
+    """
+    records, found = _opened(opening)
+    tokenizer: Tokenizer = found["tokenizer"]
+    corpora.check_vocab(tokenizer.vocab_size, opening.vocab_size)
+    if tokenizer.end is None:
+        raise UserError(
+            f"got tokenizer {tokenizer} without a token that ends a text, expected one, try --data.tokenizer bpe:8000"
+        )
+    first = (tokenizer.end if tokenizer.special.start is None else tokenizer.special.start,)
+    return Dictations(records, opening, first=first, end=tokenizer.end, **found)
+
+
+def _opened(opening: Opening) -> tuple[Records, dict[str, Any]]:
+    """Open the records of a split; also return the names of sound and text, and the tokenizer of the texts."""
     cfg: Any = opening.data
     opening.check(_USED, "recordings")
     train = open_records(cfg, "train")
@@ -132,10 +192,7 @@ def transcribed(opening: Opening, blank: int | None, space: int | None) -> Recor
             yield from (row[target] for row in rows)
 
     tokenizer = corpora.build_tokenizer(corpora.Corpus(f"{train.label} {target}", documents), cfg, None)
-    size = opening.vocab_size or 0
-    _check_tokens(tokenizer, size, blank, space)
-    how: dict[str, Any] = {"tokenizer": tokenizer, "blank": size - 1 if blank is None else blank}
-    return Recordings(records, opening, field=field, target=target, **how)
+    return records, {"field": field, "target": target, "tokenizer": tokenizer}
 
 
 def _only_text(train: Records, group: str) -> str:

@@ -22,6 +22,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "segformer": ("segformer",),
     "clip": ("clip",),
     "wav2vec2": ("wav2vec2",),
+    "whisper": ("whisper",),
 }
 """Each family, which is also the name of a module here, and the `model_type`s of config.json that it reads."""
 

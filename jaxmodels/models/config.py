@@ -34,6 +34,7 @@ FAMILIES = Registry(
         "sasrec": "jaxmodels.models.sasrec:SASRecConfig",
         "dit": "jaxmodels.models.dit:DiTConfig",
         "wav2vec2": "jaxmodels.models.wav2vec2:Wav2Vec2Config",
+        "whisper": "jaxmodels.models.whisper:WhisperConfig",
         "yolox": "jaxmodels.models.yolox:YOLOXConfig",
         "two_tower": "jaxmodels.models.two_tower:TwoTowerConfig",
     },

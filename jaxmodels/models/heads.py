@@ -35,6 +35,8 @@ class MultiHead(nn.Module):
     scale: float | None = None
     bias: bool = True
     """Whether the projections of queries, keys and values have a bias."""
+    key_bias: bool = True
+    """Whether that of keys has one, which changes none of the weights: it adds the same to all of a query's scores."""
     out_bias: bool = True
     norm_eps: float | None = None
     """The eps of RMSNorm on queries and keys; None: no norm there."""
@@ -61,8 +63,9 @@ class MultiHead(nn.Module):
         def project(name: str, source: Array) -> Array:
             heads, axis = (self.heads, "heads") if name == "q" or not self.kv_heads else (self.kv_heads, "kv_heads")
             init = self.initializers["qkv".index(name)]
+            bias = self.bias and (name != "k" or self.key_bias)
             linear = layers.Linear(
-                (heads, self.head_dim), ("embed", axis, "head_dim"), self.bias, init, self.dtype, name=name
+                (heads, self.head_dim), ("embed", axis, "head_dim"), bias, init, self.dtype, name=name
             )
             return layers.shard(linear(source), "batch", "seq", axis, None)
 

@@ -1,17 +1,21 @@
-"""Sequence to sequence: predict each next token of a target from a source and the target so far."""
+"""Sequence to sequence: predict each next token of a target from a source, text or sound, and the target so far."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmodels.data import examples
+from jaxmodels.data.contract import BatchField
 from jaxmodels.data.opening import Opening
+from jaxmodels.data.recordings import dictated
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
+from jaxmodels.fields import Positive
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
@@ -23,6 +27,7 @@ from jaxmodels.tasks.task import (
     ScoredConfig,
     Task,
     counted,
+    floats,
     forward,
     language_task,
     scored,
@@ -35,13 +40,18 @@ class Seq2Seq(ScoredConfig):
     """Train an encoder-decoder on sources `inputs` (B, S), decoder inputs `tokens` (B, T) and `targets` (B, T).
 
     Targets are the tokens that follow, ignored below 0. A batch may have `segment_ids` (B, S) and `target_segment_ids`
-    (B, T), for padding and packing.
+    (B, T), for padding and packing. With `task.seconds` sources are sounds (B, N), padded with silence.
     """
 
-    answers: ClassVar[Answers] = "translation"
+    seconds: Positive | None = None
+    """Length of sources that are sounds: shorter ones are padded, and longer ones left out. None: sources are texts."""
+
+    @property
+    def answers(self) -> Answers:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "translation" if self.seconds is None else "transcript"
 
     def examples(self, opening: Opening) -> Source:
-        return examples.pairs(opening)
+        return examples.pairs(opening) if self.seconds is None else dictated(opening)
 
     def build(self, model: Model, data: DataConfig) -> Task:
         unembedding = model.unembedding
@@ -50,11 +60,15 @@ class Seq2Seq(ScoredConfig):
                 f"got task seq2seq with {type(model.config).__name__}, expected an encoder-decoder, "
                 "try TransformerConfig or another --task"
             )
+        packing = ("segment_ids", "target_segment_ids") if self.seconds is None else ()
+
+        def given(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
+            sources = batch["inputs"] if self.seconds is None else floats(batch["inputs"])
+            return (sources, batch["tokens"]), {name: batch[name] for name in packing if name in batch}
 
         def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
-            packed = {name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch}
-            inputs, targets = (batch["inputs"], batch["tokens"]), counted(batch, batch["targets"])
-            return Asked(inputs, {**packed, "head": False}, targets, self.score, rng)
+            inputs, packed = given(batch)
+            return Asked(inputs, {**packed, "head": False}, counted(batch, batch["targets"]), self.score, rng)
 
         def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
             asked = ask(batch)
@@ -63,12 +77,39 @@ class Seq2Seq(ScoredConfig):
             return language_cross_entropy(features, output, asked.targets, self.label_smoothing, self.z_loss), stats
 
         def outputs(params: Params, stats: Params, batch: Batch) -> Any:
-            packed: dict[str, Any] = {
-                name: batch[name] for name in ("segment_ids", "target_segment_ids") if name in batch
-            }
-            return forward(("model", model), params, stats, batch["inputs"], batch["tokens"], **packed)[0]
+            inputs, packed = given(batch)
+            return forward(("model", model), params, stats, *inputs, **packed)[0]
 
         ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True, usual=True)
-        fields = {"inputs": ids, "tokens": ids, "targets": ids, "segment_ids": segments, "target_segment_ids": segments}
+        fields = {
+            "inputs": self._sources(model, ids),
+            "tokens": ids,
+            "targets": ids,
+            **dict.fromkeys(packing, segments),
+        }
         loss, metrics = scored(score)
         return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs, ask=ask)
+
+    def _sources(self, model: Model, ids: BatchField) -> BatchField:
+        """Return the field of the sources: token ids, or sounds of the model's rate.
+
+        Raises:
+            UserError: the model reads others, or no sounds as long.
+        """
+        config, kind = model.config, type(model.config).__name__
+        rate, longest = getattr(config, "sample_rate", None), getattr(config, "longest_sound", None)
+        if rate is None and self.seconds is None:
+            return ids
+        if rate is None:
+            raise UserError(f"got task.seconds {self.seconds} with {kind}, which reads texts, expected none, "
+                            "try --task.seconds None")  # fmt: skip
+        most = "" if longest is None else f" of at most {longest / rate:g}"
+        if self.seconds is None:
+            raise UserError(f"got no task.seconds with {kind}, which reads sounds, expected their length{most}, "
+                            "try --task.seconds 30")  # fmt: skip
+        samples = round(self.seconds * rate)
+        if longest is not None and not 1 <= samples <= longest:
+            raise UserError(f"got task.seconds {self.seconds:g} with {kind}, expected a length{most}, "
+                            f"try --task.seconds {longest / rate:g}")  # fmt: skip
+        # 16 bits a sample, of which a plan draws those from 0 on
+        return BatchField((samples,), np.float32, stored=np.int16, below=2**15, rate=rate)

@@ -159,6 +159,25 @@ def wav2vec2():
     return tf.Wav2Vec2ForCTC(config), run
 
 
+def whisper():
+    config = tf.WhisperConfig(
+        vocab_size=V, d_model=12, encoder_layers=1, decoder_layers=2, encoder_attention_heads=3,
+        decoder_attention_heads=3, encoder_ffn_dim=20, decoder_ffn_dim=20, max_source_positions=5,
+        max_target_positions=9, num_mel_bins=6, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        decoder_start_token_id=1, attn_implementation="eager",
+    )  # fmt: skip
+
+    def run(model):
+        x, ids = (0.3 * rng.normal(size=(B, 1600))).astype(np.float32), tokens()
+        extract = tf.WhisperFeatureExtractor(feature_size=6, chunk_length=1, n_samples=1600)
+        extract.n_samples = 1600
+        seen = extract(list(x), sampling_rate=16000, return_tensors="pt", max_length=1600).input_features
+        logits = model(input_features=seen, decoder_input_ids=torch.from_numpy(ids).long()).logits
+        return {"0": x, "1": ids}, {"logits": logits}
+
+    return tf.WhisperForConditionalGeneration(config), run
+
+
 def segformer():
     config = tf.SegformerConfig(
         hidden_sizes=[4, 6], depths=[2, 1], num_attention_heads=[1, 2], sr_ratios=[2, 1], patch_sizes=[7, 3],
@@ -174,7 +193,7 @@ def segformer():
 
 MODELS = (
     gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, segformer, clip,
-    wav2vec2,
+    wav2vec2, whisper,
 )  # fmt: skip
 
 
