@@ -29,6 +29,7 @@ COLUMNS = {
 }  # fmt: skip
 MAXTEXT = "AI-Hypercomputer/maxtext"
 RECIPES = "AI-Hypercomputer/tpu-recipes, training/trillium"
+IRONWOOD = "AI-Hypercomputer/tpu-recipes, training/ironwood/README.md and llama3.1-405b/8k-bf16-tpu7x-4x8x8"
 TITAN = "pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 
 
@@ -144,6 +145,17 @@ ROWS = {
         ),
         f"{RECIPES}/GPT3-175B-MaxText/bf16 (385 TFLOP/s a chip)",
         note="theirs keeps blocks' inputs in the device's memory",
+    ),
+    "llama3.1-405b-v7-256": Row(
+        249.9,
+        "v7:4x8x8",
+        language(
+            dataclasses.replace(preset("llama3.1-405b"), remat="full"),
+            3 * 512, 8192, Mesh(data=1, fsdp=512), accumulate=3,
+        ),
+        f"{IRONWOOD} (1261 TFLOP/s a chip)",
+        note="theirs keeps blocks' inputs in the host's memory, whose link has no published rate, and a moment in "
+        "bfloat16; ours takes a third of the rows at a time",
     ),
     "torchtitan-8b": Row(
         6667,

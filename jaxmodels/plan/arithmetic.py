@@ -235,7 +235,7 @@ class Arithmetic:
         traffic += 2 * rows * of_rows(saved) * (1 - min(unroll, self.layers) / self.layers)
         away = 2 * rows * saved.hosted / whole  # to the host and back
         memory = (traffic + away) / (row.bandwidth * share["memory"])
-        if away:  # transfers to the host overlap with compute
+        if away and row.host:  # transfers to the host overlap with compute
             memory += max(0.0, away / (row.host * share["link"]) - 0.8 * compute)
         hidden = max(0.0, links["parameters"] - 0.8 * compute)  # gathers overlap with compute
         return Guess(

@@ -9,7 +9,6 @@ from typing import Any
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
 from jaxmodels.models.kernels.visibility import Mask
-from jaxmodels.parallel import hardware
 from jaxmodels.plan import products, program, roofline
 from jaxmodels.plan.candidates import remats
 from jaxmodels.plan.compile import Compiled
@@ -25,8 +24,8 @@ MUCH = 2.5
 def figures(cfg: Config, made: Compiled) -> dict[str, Any]:
     """All figures of a compiled step, as JSON values. Bytes are per device.
 
-    There is no time if the program contains kernels or loops whose FLOPs are not known ("uncounted"), or if it does
-    not fit on a device.
+    There is no time if it does not fit on a device, or if it is not known what a part of the program takes
+    ("uncounted"): a kernel, a loop of unknown length, or copies over a link whose rate nobody has published.
 
     Raises:
         UserError: the figures contradict each other.
@@ -60,6 +59,8 @@ def figures(cfg: Config, made: Compiled) -> dict[str, Any]:
         return found
     dtype, compiled = getattr(cfg.model, "dtype", "float32"), program.parse(made.text)
     found |= {"attention": compiled.kernels(), "uncounted": compiled.uncounted()}
+    if not row.host and compiled.uses_host():
+        found["uncounted"].append(f"copies between {row.name} and its host, whose link has no published rate")
     if found["uncounted"]:
         return found  # a time that leaves them out would be wrong
     dtype = dtype if dtype in row.flops else "bfloat16"
@@ -175,7 +176,7 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
         lines += [f"attention: kernel {', '.join(plan['attention'])}"]
     if "step_seconds" not in plan:
         if plan.get("uncounted"):
-            lines.append(f"no time is given, for what these compute is not known: {', '.join(plan['uncounted'])}")
+            lines.append(f"no time is given, for what these take is not known: {', '.join(plan['uncounted'])}")
         lines.append(f"compiling took {plan['compile_seconds']:.0f} s")
         return "\n".join(lines)
     lines += [
@@ -221,7 +222,7 @@ def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:
     tried, kinds, remat = [], remats(cfg.model), getattr(cfg.model, "remat", "none")
     if "full" in kinds and remat in ("none", "dots"):
         tried.append("--model.remat full")
-    elif "offload" in kinds and remat == "full" and hardware.find(plan["on"].partition(":")[0]).host:
+    elif "offload" in kinds and remat == "full":
         tried.append("--model.remat offload")
     return [
         f"  activations fill the device: try {' or '.join([*tried, f'--train.accumulate {2 * cfg.train.accumulate}'])}"

@@ -14,6 +14,8 @@ BYTES = {
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 HOST = "host copy"
+HOST_MEMORY = "S(5)"
+"""What the layout of an array in host memory has in it."""
 COPIES = ("copy", "copy-start", "dynamic-slice-start", "dynamic-update-slice-start", "fusion-start")
 """Instructions that copy an array or a slice of one. They transfer it if one of their arrays is in host memory."""
 SLICES = {
@@ -54,7 +56,7 @@ class Instruction:
         collective, because it runs beside the other instructions.
         """
         base = self.opcode.removesuffix("-start")
-        if self.opcode in COPIES and "S(5)" in self.shape:
+        if self.opcode in COPIES and HOST_MEMORY in self.shape:
             return HOST
         if self.opcode == "recv" and (found := re.search(r'megascale_transfer_type="(\w+)"', self.attributes)):
             base = SLICES[found.group(1)]

@@ -68,6 +68,10 @@ class Program:
             found |= dict.fromkeys(name for name in names if name)
         return list(found)
 
+    def uses_host(self) -> bool:
+        """Whether the program keeps arrays in host memory."""
+        return any(hlo.HOST_MEMORY in each.shape for _, each, _ in self.walk())
+
     def kernels(self) -> list[str]:
         """The attention kernels that the program uses."""
         found = (products.attention(each.label) for _, each, _ in self.walk())
@@ -208,12 +212,12 @@ def hosted(computation: Computation, each: Instruction) -> float:
     """Bytes of host memory that an instruction reads or writes directly, without a separate copy."""
     if waits(each):
         return 0.0
-    total = size(each.shape) if "S(5)" in each.shape else 0.0
+    total = size(each.shape) if hlo.HOST_MEMORY in each.shape else 0.0
     for name in each.operands:
         source = computation.instructions.get(name)
         while source is not None and source.opcode == "bitcast":
             source = computation.instructions.get(source.operands[0])
-        total += size(source.shape) if source is not None and "S(5)" in source.shape else 0.0
+        total += size(source.shape) if source is not None and hlo.HOST_MEMORY in source.shape else 0.0
     return total
 
 

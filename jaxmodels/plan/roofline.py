@@ -156,9 +156,8 @@ def payload(each: Instruction, devices: int) -> float:
     """Bytes of a collective's whole result, or of a reduce-scatter's whole input."""
     total = hlo.size(each.shape)
     if each.kind == hlo.HOST:  # the array that is on the device, which may be a slice of the one on the host
-        here = [
-            math.prod(dims) * hlo.BYTES[kind] for kind, dims, layout in hlo.arrays(each.shape) if "S(5)" not in layout
-        ]
+        near = [one for one in hlo.arrays(each.shape) if hlo.HOST_MEMORY not in one[2]]
+        here = [math.prod(dims) * hlo.BYTES[kind] for kind, dims, _ in near]
         return max(here, default=total)
     begins = each.opcode.endswith("-start")
     if each.kind in ("all-gather", "reduce-scatter") and begins:  # inputs and outputs, one of which is a part

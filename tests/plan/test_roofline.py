@@ -209,6 +209,7 @@ ENTRY %main (a: f32[1024,1024], b: f32[1024,1024]) -> f32[1024,1024] {
   ROOT %sum = f32[1024,1024]{1,0} add(%b, %c)
 }
 """
+    assert program.parse(text).uses_host() and not program.parse(text.replace("S(5)", "S(1)")).uses_host()
     got = played(text)
     (copied,) = got.transfers
     assert (copied.kind, copied.link, copied.bytes) == ("host copy", "host", pytest.approx(4 * 1024**2, abs=4))

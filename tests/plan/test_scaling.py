@@ -192,5 +192,13 @@ def test_a_first_size_on_which_nothing_runs_is_told(fake):
         curves()
 
 
+def test_a_first_size_without_a_time_is_told(fake, monkeypatch):
+    fake()
+    untimed = {"fits": True, "memory": {"peak": 1e9, "device": 1e10}, "uncounted": ["the kernel mine"]}
+    monkeypatch.setattr(scaling, "figures", lambda cfg, made: untimed)
+    with pytest.raises(UserError, match=r"got h100:1x8, expected a first size .*no time is given for the kernel mine"):
+        curves()
+
+
 def test_all_axes_that_cut_something_are_offered():
     assert scaling.offered(judge(CONFIG)) == ["data", "stage", "fsdp", "context", "tensor"]

@@ -146,6 +146,8 @@ def test_recomputing_and_microbatches_make_the_guess_smaller_and_slower(judged):
     assert none.seconds < dots.seconds < full.seconds <= offload.seconds
     inputs = 4 * 64 / 32 * 8192 * 512 * 2  # of 4 blocks, in bfloat16
     assert full.activations - offload.activations == pytest.approx(inputs)
+    unpublished = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="offload"))
+    assert arithmetic.Arithmetic(unpublished, topology.parse("v7:2x2x4")).guess(unpublished).seconds > 0
     assert guess(accumulate=2, **fsdp).activations == pytest.approx(none.activations / 2, rel=0.05)
     assert guess(data=1, fsdp=16, tensor=2).seconds > none.seconds, "what tensor sums is waited for"
     sizes = dict(data=1, stage=1, fsdp=4, expert=1, context=1, tensor=8)
