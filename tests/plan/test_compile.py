@@ -207,19 +207,12 @@ def test_blocks_whose_inputs_are_on_the_host_need_less_of_the_device(planned, on
 
 
 def test_where_no_rate_of_the_link_to_the_host_is_published_memory_is_told_and_no_time(compiled):
-    model = dataclasses.replace(CONFIG.model, context=2048, layers=4, remat="offload")
-    cfg = dataclasses.replace(CONFIG, model=model, data=dataclasses.replace(CONFIG.data, seq_len=2048))
+    cfg = dataclasses.replace(CONFIG, optim=AdamW(offload=True))
     made = compiled("v5e:2x4", cfg)
-    unknown = dataclasses.replace(made.topology, hardware=dataclasses.replace(made.topology.hardware, host=0.0))
-    places = dataclasses.replace(made.places, topology=unknown)
-    plan = figures.figures(cfg, dataclasses.replace(made, topology=unknown, places=places))
-    assert plan["fits"] and plan["memory"]["peak"] == made.peak
-    assert "step_seconds" not in plan and plan["uncounted"] == [
-        "copies between v5e and its host, whose link has no published rate"
-    ]
-    assert f"no time is given, for what these take is not known: {plan['uncounted'][0]}" in figures.figures_table(
-        cfg, plan
-    )
+    on = dataclasses.replace(made.topology, hardware=dataclasses.replace(made.topology.hardware, host=0.0))
+    plan = figures.figures(cfg, dataclasses.replace(made, topology=on))
+    assert plan["fits"] and plan["memory"]["peak"] == made.peak and "step_seconds" not in plan
+    assert plan["uncounted"] == ["copies between v5e and its host, whose link has no published rate"]
 
 
 IMAGES = {"task": Classification(), "data": Synthetic(batch_size=64)}
