@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.compress.codes import Coding
+from jaxmodels.compress.coding import Coding
 from jaxmodels.compress.patterns import matched, matches
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Positive, Range, Section

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels import data
-from jaxmodels.compress.codes import named
+from jaxmodels.compress.coding import named
 from jaxmodels.data.contract import check_batch
 from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import sides

@@ -1,98 +1,27 @@
-"""Quantization: which parameters of a model are coded, how, and round-to-nearest codes of an array."""
+"""Codes of an array: how a parameter is coded, which shapes that gives, and rounding to the nearest."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmodels.compress.patterns import matched
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Range, Section
 from jaxmodels.models.adapted import sides
-from jaxmodels.models.coded import NF4, Coded, Kind, is_coded, pack
-from jaxmodels.models.model import Model
+from jaxmodels.models.coded import NF4, Activations, Coded, Kind, pack
 from jaxmodels.models.parameters import Axes
-from jaxmodels.registry import Registry
 
 Array = jax.Array
-COMPRESSIONS = Registry(
-    "compress",
-    "jaxmodels.compressions",
-    {"quantized": "jaxmodels.compress.codes:Quantized", "sparse": "jaxmodels.compress.sparse:Sparse"},
-)
 RANGES: Mapping[str, tuple[int, int]] = {"int8": (-128, 127), "int4": (-8, 7)}
 """The lowest and the highest code."""
 FOUR_BITS = ("int4", "nf4")
 HIGHEST = 448.0
 """The largest number of float8 (E4M3)."""
-_KINDS = ("matrix", "embedding")
-
-
-@dataclass(frozen=True)
-class CompressConfig(Section, section="compress", kinds=COMPRESSIONS):
-    """How a run holds its parameters."""
-
-    def specs(self, networks: Mapping[str, Model]) -> dict[str, Spec]:
-        """Return how parameters are coded, by network and path; those that are not coded are left out."""
-        return {}
-
-    def trained(self, optimizer: Any, steps: int, axes: Mapping[str, Any], updates: int = 1) -> Any:
-        """Return the optimizer of a network whose parameters have these logical axes, over a run of so many steps."""
-        return optimizer
-
-
-@dataclass(frozen=True)
-class Quantized(CompressConfig):
-    """Parameters as codes of few bits with scales. Patterns are of paths below the network, such as layers/attn/q/w."""
-
-    codes: Kind = "int8"
-    """int8; int4, two a byte; float8 (E4M3); or nf4, the 16 values of QLoRA (Dettmers et al. 2023), two a byte."""
-    group: Annotated[int, Range(2, 2**20)] | None = None
-    """Inputs that share a scale, such as 32, 64 or 128. None: all inputs of an output."""
-    symmetric: bool = True
-    """Whether the codes lie around 0; otherwise int8 and int4 have a zero point beside each scale."""
-    targets: tuple[str, ...] = ("*",)
-    """Patterns of the matrices that are coded: *, */mlp/*, layers/attn/q/w."""
-    embeddings: tuple[str, ...] = ()
-    """Patterns of embeddings and output layers that are coded too: embed, head."""
-    kept: tuple[str, ...] = ()
-    """Patterns of parameters that stay as they are."""
-
-    def __post_init__(self) -> None:
-        if not self.symmetric and self.codes not in RANGES:
-            raise UserError(
-                f"got compress.symmetric False for {self.codes}, which has no zero points, expected int8 or int4, "
-                "try --compress.codes int4"
-            )
-
-    def specs(self, networks: Mapping[str, Model]) -> dict[str, Spec]:
-        names, spec = named(networks), Spec(self.codes, self.group, self.symmetric)
-        shapes = {
-            f"{network}/{_path(path)}": leaf.shape
-            for network, model in networks.items()
-            for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes())
-        }
-        every, of = list(names), {kind: [name for name in names if names[name].kind == kind] for kind in _KINDS}
-        chosen = {
-            *matched("compress.targets", self.targets, every, of["matrix"], "matrix"),
-            *matched("compress.embeddings", self.embeddings, every, of["embedding"], "embedding"),
-        } - {*matched("compress.kept", self.kept, every, every, "parameter")}
-        for name in sorted(chosen):
-            try:
-                layout(shapes[name], names[name], spec)
-            except UserError as error:
-                path = name.partition("/")[2]
-                said = str(error).replace("a parameter", path, 1)
-                raise UserError(said.replace("with its path", f"'{path.removesuffix('/w')}'")) from None
-        return {name: spec for name in names if name in chosen}
 
 
 class Spec(NamedTuple):
@@ -102,6 +31,10 @@ class Spec(NamedTuple):
     group: int | None = None
     """Inputs that share a scale; None: all inputs of an output."""
     symmetric: bool = True
+    factors: bool = False
+    """Whether each input has a factor."""
+    activations: Activations | None = None
+    """How inputs of products become int8; None: they do not."""
 
 
 def shared(names: Axes) -> range:
@@ -178,22 +111,38 @@ def layout(shape: Sequence[int], names: Axes, spec: Spec) -> Coded:
     kind = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}.get(spec.kind, jnp.uint8)
     zeros = None if spec.symmetric else jax.ShapeDtypeStruct(parts, jnp.int8)
     codes, scales = jax.ShapeDtypeStruct(tuple(held), kind), jax.ShapeDtypeStruct(parts, jnp.float32)
-    return Coded(codes, scales, zeros, spec.kind, packed)
+    first, middle = sides(names, names.kind)
+    ones = [1] * (len(shape) - middle)
+    factors = jax.ShapeDtypeStruct((*shape[:middle], *ones), jnp.float32) if spec.factors else None
+    step = None
+    if spec.activations == "static":
+        step = jax.ShapeDtypeStruct((*shape[:first], *[1] * (middle - first), *ones), jnp.float32)
+    return Coded(codes, scales, zeros, factors, step, spec.kind, packed, spec.activations)
 
 
 def quantize(w: Any, names: Axes, spec: Spec) -> Coded:
     """Return a parameter with its numbers rounded to the nearest that codes stand for.
 
     Raises:
-        UserError: groups do not divide its inputs, or codes of four bits none of its dimensions.
+        UserError: as `layout` and `encoded`.
     """
     return encoded(w, layout(w.shape, names, spec))
 
 
 def encoded(w: Any, like: Coded) -> Coded:
-    """Return a parameter, or some of the matrices that it stacks, rounded to codes like those of `like`."""
+    """Return a parameter, or some of the matrices that it stacks, rounded to codes like those of `like`.
+
+    Raises:
+        UserError: `like` has what is measured on data: factors of inputs, or a scale of activations.
+    """
+    if like.factors is not None or like.step is not None:
+        what = "compress.factors" if like.factors is not None else "compress.activations static"
+        raise UserError(
+            f"got {what} for float32 weights, expected a run that `jaxmodels compress` has made, in which they are "
+            "measured, try jaxmodels compress RUN awq, or smoothquant"
+        )
     parts = like.scales.shape[like.ndim - w.ndim :]
-    return _encoded(w, parts, like.kind, like.zeros is None, like.packed)
+    return _encoded(w, parts, like.kind, like.zeros is None, like.packed, like.activations)
 
 
 def encoded_on_host(w: Any, like: Coded) -> Coded:
@@ -207,10 +156,14 @@ def encoded_on_host(w: Any, like: Coded) -> Coded:
         return jax.device_get(encoded(np.asarray(w, np.float32), like))
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _encoded(w: Array, parts: tuple[int, ...], kind: Kind, symmetric: bool, packed: int | None) -> Coded:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _encoded(
+    w: Array, parts: tuple[int, ...], kind: Kind, symmetric: bool, packed: int | None, activations: Activations | None
+) -> Coded:
     scales, zeros = _grid(w, parts, kind, symmetric)
-    return _assemble(nearest(w, scales, zeros, kind), scales, zeros, kind, packed)
+    return Coded(
+        *_arrays(nearest(w, scales, zeros, kind), scales, zeros, kind, packed), None, None, kind, packed, activations
+    )
 
 
 def grid(w: Any, names: Axes, spec: Spec) -> tuple[Array, Array | None]:
@@ -259,12 +212,14 @@ def spread(scales: Any, shape: Sequence[int]) -> Array:
     return scales
 
 
-def assemble(codes: Any, scales: Any, zeros: Any, names: Axes, spec: Spec) -> Coded:
+def assemble(
+    codes: Any, scales: Any, zeros: Any, names: Axes, spec: Spec, factors: Any = None, step: Any = None
+) -> Coded:
     """Return the leaf of codes that were chosen elsewhere: signed integers (nf4: from 0 to 15), or float8, of the
-    parameter's shape.
+    parameter's shape; `factors` are one for each input and `step` one for each matrix, in the parameter's order.
 
     Raises:
-        UserError: they do not fit the parameter's groups.
+        UserError: they do not fit the parameter's groups, or `spec`.
     """
     like = layout(codes.shape, names, spec)
     if tuple(scales.shape) != like.scales.shape or (zeros is None) != (like.zeros is None):
@@ -272,52 +227,20 @@ def assemble(codes: Any, scales: Any, zeros: Any, names: Axes, spec: Spec) -> Co
             f"got scales of shape {tuple(scales.shape)}{'' if zeros is None else ' and zeros'} for {spec}, expected "
             f"{like.scales.shape}{'' if like.zeros is None else ' and zeros'}, try scale_shape"
         )
-    return _assemble(codes, scales, zeros, spec.kind, like.packed)
+    more = []
+    for what, given, held in (("factors", factors, like.factors), ("a step", step, like.step)):
+        if (given is None) != (held is None):
+            raise UserError(f"got {'no ' if given is None else ''}{what} for {spec}, expected what it says")
+        more.append(None if held is None else jnp.asarray(given, jnp.float32).reshape(held.shape))
+    arrays = _arrays(codes, scales, zeros, spec.kind, like.packed)
+    return Coded(*arrays, *more, spec.kind, like.packed, spec.activations)
 
 
-def _assemble(codes: Any, scales: Any, zeros: Any, kind: Kind, packed: int | None) -> Coded:
+def _arrays(codes: Any, scales: Any, zeros: Any, kind: Kind, packed: int | None) -> tuple[Array, Array, Array | None]:
+    """Return codes, scales and zeros as a leaf holds them."""
     codes = jnp.asarray(codes) if kind == "float8" else jnp.asarray(codes).astype(jnp.int8)
     zeros = None if zeros is None else jnp.asarray(zeros).astype(jnp.int8)
-    return Coded(
-        codes if packed is None else pack(codes, packed), jnp.asarray(scales, jnp.float32), zeros, kind, packed
-    )
-
-
-@dataclass(frozen=True)
-class Coding:
-    """Which parameters of a task's networks are coded, and how."""
-
-    networks: Mapping[str, Model]
-    chosen: Mapping[str, Spec]
-    """By network and path: model/layers/attn/q/w."""
-
-    def encode(self, params: Any) -> Any:
-        """Return parameters, by network, with the chosen ones coded by round-to-nearest."""
-        return self._mapped(lambda name, w: quantize(w, self._names[name], self.chosen[name]), params)
-
-    def shapes(self) -> Any:
-        """Return the shapes of the parameters, by network."""
-        return self._mapped(
-            lambda name, w: layout(w.shape, self._names[name], self.chosen[name]),
-            {name: network.shapes() for name, network in self.networks.items()},
-        )
-
-    def axes(self, of: Any = None) -> Any:
-        """Return the logical axes of the parameters, by network; `of` is that tree, or a part of it, without codes."""
-        whole = {name: network.axes() for name, network in self.networks.items()} if of is None else of
-        shapes = dict(jax.tree_util.tree_leaves_with_path(self.shapes(), is_leaf=is_coded))
-        layouts = {_path(path): leaf for path, leaf in shapes.items()}
-        return self._mapped(lambda name, names: axes_of(names, layouts[name]), whole)
-
-    def _mapped(self, one: Callable[[str, Any], Any], tree: Any) -> Any:
-        def each(path: tuple[Any, ...], leaf: Any) -> Any:
-            return one(_path(path), leaf) if _path(path) in self.chosen and not is_coded(leaf) else leaf
-
-        return jax.tree_util.tree_map_with_path(each, tree, is_leaf=lambda x: isinstance(x, tuple) or is_coded(x))
-
-    @functools.cached_property
-    def _names(self) -> dict[str, Axes]:
-        return named(self.networks)
+    return codes if packed is None else pack(codes, packed), jnp.asarray(scales, jnp.float32), zeros
 
 
 def axes_of(names: Axes, leaf: Coded) -> Coded:
@@ -328,26 +251,3 @@ def axes_of(names: Axes, leaf: Coded) -> Coded:
         return Axes(kept, names.kind, names.before_stack)
 
     return jax.tree.map(one, leaf)
-
-
-def coding(section: CompressConfig | None, networks: Mapping[str, Model]) -> Coding | None:
-    """Return which parameters of networks a config holds as codes; None if it holds none so.
-
-    Raises:
-        UserError: a pattern matches nothing that it could, or a parameter cannot be coded so.
-    """
-    specs = {} if section is None else section.specs(networks)
-    return Coding(networks, specs) if specs else None
-
-
-def named(networks: Mapping[str, Model]) -> dict[str, Axes]:
-    """Return the logical axes of all parameters by network and path."""
-    return {
-        f"{network}/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
-        for network, model in networks.items()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model.axes(), is_leaf=lambda x: isinstance(x, tuple))
-    }
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

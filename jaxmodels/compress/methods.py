@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.compress.calibration import Calibration, get, matrices, put, stages
-from jaxmodels.compress.codes import named
+from jaxmodels.compress.coding import named
 from jaxmodels.compress.patterns import matched
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
@@ -38,6 +38,8 @@ METHODS = Registry(
         "structured": "jaxmodels.compress.structured:Structured",
         "rtn": "jaxmodels.compress.rounding:RTN",
         "gptq": "jaxmodels.compress.rounding:GPTQ",
+        "awq": "jaxmodels.compress.factors:AWQ",
+        "smoothquant": "jaxmodels.compress.factors:SmoothQuant",
     },
 )
 
@@ -124,8 +126,8 @@ class MatrixMethod(MethodConfig):
         """Return the parameter that stands for changed matrices, whose values are w; `parts` are theirs."""
         return w
 
-    def changed(self, config: Config) -> Config:
-        """Return the config of the compressed model."""
+    def changed(self, config: Config, left: Sequence[str] = ()) -> Config:
+        """Return the config of the compressed model; the matrices `left`, by network and path, stay as they were."""
         return config
 
     def fits(self, name: str, axes: Axes, inputs: int, outputs: int) -> str:
@@ -164,12 +166,17 @@ class MatrixMethod(MethodConfig):
             if work.calibration is not None and self.asks != "nothing":
                 sums = work.calibration.measure(params, work.stats, names, self.asks == "pairs")
             for name, layer in stage:
+                if name in sums and not sums[name].count.min():
+                    left[name] = "no result that is differentiated depends on it in the data, as on a router of one"
+                    continue
                 params, facts = self._one(params, name, chosen[name], layer, sums.get(name), parts[name])
                 said.setdefault(name, []).append(facts)
             work.report(", ".join(name.partition("/")[2] for name in names))
-        leaves = {name: self.leaf(chosen[name], shapes[name], get(params, name), parts[name]) for name in order}
-        facts = {name: _joined(each) for name, each in said.items()}
-        return Compressed(self.changed(work.config), put(params, leaves), work.stats, facts, left)
+        leaves = {name: get(work.params, name) for name in left}
+        for name in said.keys() - left.keys():
+            leaves[name] = self.leaf(chosen[name], shapes[name], get(params, name), parts[name])
+        facts = {name: _joined(each) for name, each in said.items() if name not in left}
+        return Compressed(self.changed(work.config, list(left)), put(params, leaves), work.stats, facts, left)
 
     def _one(
         self, params: Any, name: str, axes: Axes, layer: int, sums: Sums | None, parts: list[Any]

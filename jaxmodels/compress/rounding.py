@@ -6,6 +6,7 @@ Dims: I inputs and O outputs of a matrix, N groups of inputs that share a scale.
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -13,7 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.compress.codes import RANGES, Quantized, Spec, assemble, grid, nearest, scale_shape, spread
+from jaxmodels.compress.codes import RANGES, Spec, assemble, grid, nearest, scale_shape, spread
+from jaxmodels.compress.coding import Quantized
 from jaxmodels.compress.methods import MatrixMethod, Work
 from jaxmodels.compress.sweep import BLOCK, sweep
 from jaxmodels.config import Config
@@ -28,8 +30,34 @@ FLAT = Axes(("embed", "mlp"), "matrix")
 
 
 @dataclass(frozen=True)
-class RoundingConfig(MatrixMethod):
+class CodesConfig(MatrixMethod):
     """What methods of quantization have in common."""
+
+    @property
+    @abstractmethod
+    def section(self) -> Quantized:
+        """The section `compress` of a run whose matrices are all coded so."""
+
+    @property
+    def spec(self) -> Spec:
+        section = self.section
+        return Spec(section.codes, section.group, section.symmetric, section.factors, section.activations)
+
+    def changed(self, config: Config, left: Sequence[str] = ()) -> Config:
+        kept = (*self.kept, *(name.partition("/")[2].removesuffix("/w") for name in left))
+        return dataclasses.replace(config, compress=dataclasses.replace(self.section, kept=kept))
+
+    def check(self, work: Work) -> None:
+        super().check(work)
+        try:
+            self.section.specs(work.task.networks)
+        except UserError as error:  # options have no section here
+            raise UserError(str(error).replace("--compress.", "--")) from None
+
+
+@dataclass(frozen=True)
+class RoundingConfig(CodesConfig):
+    """Which codes stand for the weights."""
 
     codes: Literal["int8", "int4"] = "int8"
     """Type of the codes; of int4 two share a byte."""
@@ -39,21 +67,8 @@ class RoundingConfig(MatrixMethod):
     """Whether the codes lie around 0; otherwise they have a zero point beside each scale."""
 
     @property
-    def spec(self) -> Spec:
-        return Spec(self.codes, self.group, self.symmetric)
-
-    def changed(self, config: Config) -> Config:
-        section = Quantized(self.codes, self.group, self.symmetric, targets=self.targets, kept=self.kept)
-        return dataclasses.replace(config, compress=section)
-
-    def check(self, work: Work) -> None:
-        super().check(work)
-        section = self.changed(work.config).compress
-        assert section is not None
-        try:
-            section.specs(work.task.networks)
-        except UserError as error:  # options have no section here
-            raise UserError(str(error).replace("--compress.", "--")) from None
+    def section(self) -> Quantized:
+        return Quantized(self.codes, self.group, self.symmetric, targets=self.targets, kept=self.kept)
 
     def leaf(self, axes: Axes, shape: tuple[int, ...], w: Array, parts: Sequence[Any]) -> Any:
         codes, scales, zeros = (None if each[0] is None else jnp.stack(each) for each in zip(*parts, strict=True))

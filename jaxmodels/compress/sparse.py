@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodels.compress.codes import CompressConfig
+from jaxmodels.compress.coding import CompressConfig
 from jaxmodels.compress.patterns import matched
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Count, Dropped, Natural

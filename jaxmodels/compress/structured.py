@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxmodels import tasks
 from jaxmodels.compress.calibration import Calibration
-from jaxmodels.compress.codes import named
+from jaxmodels.compress.coding import named
 from jaxmodels.compress.methods import Compressed, MethodConfig, Work
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest

@@ -7,7 +7,7 @@ that comes in several kinds by `--section kind`.
 from __future__ import annotations
 
 from jaxmodels.compress.adapters import AdapterConfig, DoRA, LoRA
-from jaxmodels.compress.codes import CompressConfig, Quantized
+from jaxmodels.compress.coding import CompressConfig, Quantized
 from jaxmodels.compress.distillation import Distill
 from jaxmodels.compress.sparse import Sparse
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxmodels.compress.adapters import AdapterConfig
-from jaxmodels.compress.codes import CompressConfig
+from jaxmodels.compress.coding import CompressConfig
 from jaxmodels.compress.distillation import Distill
 from jaxmodels.data.corpus import Stdlib
 from jaxmodels.data.section import Augment, DataConfig

@@ -41,8 +41,10 @@ def written(config: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, Written],
         else:
             out[name] = Written(slot.shape, lambda slot=slot: slot.theirs(_numbers(slot, leaves)))
     kinds = {leaf.kind for leaf in leaves.values() if is_coded(leaf)}
-    if not coded or not kinds <= {*FORMATS}:
+    more = any(leaf.factors is not None or leaf.activations for leaf in leaves.values() if is_coded(leaf))
+    if not coded or not kinds <= {*FORMATS} or more:
         what = f"codes of {', '.join(sorted(kinds - {*FORMATS}))}" if coded else "no codes in a Linear of transformers"
+        what = "factors of inputs, or int8 activations" if coded and more else what
         raise UserError(
             f"got a {type(config).__name__.removesuffix('Config')} with {what}, expected some of "
             f"{', '.join(FORMATS)}, which {METHOD} holds, try --format huggingface"

@@ -1,7 +1,9 @@
 """A parameter as codes of few bits with scales, as one leaf of a tree of parameters.
 
-It stands for w = scale · (code - zero), or scale · table[code] where the codes count values of a table. Layers multiply
-by it, dequantized as they read it, so a scan over stacked layers never holds more than one layer's numbers.
+It stands for w = scale · (code - zero), or scale · table[code] where the codes count values of a table; where inputs
+have factors, for w = factor · scale · (code - zero). Layers multiply by it, dequantized as they read it, so a scan over
+stacked layers never holds more than one layer's numbers. Where activations are int8 as well, the product is of codes
+(`kernels.quantized.coded_product`).
 Shapes: scales and zeros have the rank of the parameter, and each of their dimensions divides the parameter's, by the
 size of a block of inputs that share a scale. So a mesh cuts them by the parameter's own logical axes.
 """
@@ -17,11 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.errors import UserError
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.rules import Names, constrain, gather
 
 Array = jax.Array
 Kind = Literal["int8", "int4", "float8", "nf4"]
+Activations = Literal["dynamic", "static"]
+"""How inputs of products become int8: with a scale of each row, found as it comes, or with one that is held."""
 
 NF4 = np.array([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -44,10 +49,16 @@ class Coded:
     scales: Any
     zeros: Any = None
     """Codes that stand for 0, int8; None: 0 does."""
+    factors: Any = None
+    """What each input is multiplied by before the rest, 1 along the outputs (AWQ, SmoothQuant); None: 1."""
+    step: Any = None
+    """The scale of static int8 activations, of size 1 for each of stacked matrices."""
     kind: Kind = field(default="int8", metadata={"static": True})
     packed: int | None = field(default=None, metadata={"static": True})
     """The dimension, counted from the last, in which two codes that follow each other share a byte, the first in its
     lower half; None: each has a byte of its own."""
+    activations: Activations | None = field(default=None, metadata={"static": True})
+    """How the inputs of its products are made int8; None: they stay as they are."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +79,7 @@ class Coded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zeros."""
+        """Bytes of all its arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
@@ -91,7 +102,10 @@ def dequantize(leaf: Coded, dtype: Any = "float32") -> Array:
     shape, values, scales = values.shape, values.reshape(blocks), scales.reshape(wide)
     if leaf.zeros is not None:
         values = values - jnp.asarray(leaf.zeros).astype(jnp.float32).reshape(wide)
-    return (values * scales).reshape(shape).astype(dtype)
+    w = (values * scales).reshape(shape)
+    if leaf.factors is not None:
+        w = w * leaf.factors
+    return w.astype(dtype)
 
 
 def unpack(leaf: Coded) -> Array:
@@ -130,7 +144,21 @@ def through(f: Callable[[Any], Array], leaf: Any, names: Names, dtype: Any = "fl
     """
     if not isinstance(leaf, Coded):
         return f(leaf)
+    check_numbers(leaf, names)
     return jax.checkpoint(lambda leaf: f(dequantize(gathered(leaf, names), dtype)))(leaf)
+
+
+def check_numbers(leaf: Coded, names: Names) -> None:
+    """Refuse a parameter with int8 activations where its product is one of numbers: in all layers but `Linear`.
+
+    Raises:
+        UserError: it has them.
+    """
+    if leaf.activations:
+        raise UserError(
+            f"got {leaf.activations} int8 activations for a parameter with the axes {', '.join(map(str, names))}, "
+            "whose layer multiplies numbers, expected the matrix of a linear layer, try --compress.kept with its path"
+        )
 
 
 def gathered(leaf: Any, names: Names) -> Any:

@@ -27,7 +27,7 @@ from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
 from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
-from jaxmodels.models.kernels.quantized import kind_of, quantized_product
+from jaxmodels.models.kernels.quantized import coded_product, kind_of, quantized_product
 from jaxmodels.models.observed import matrix_rows, observe, patch_rows, unobserved
 from jaxmodels.models.parameters import Init, contracted_dimensions, leaf, parameter, weight
 from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
@@ -61,7 +61,11 @@ class Linear(nn.Module):
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
         multiply: Any = gathered_product if pieces("embed") > 1 else product
         whole: Any = lambda w: multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)  # noqa: E731
-        y: Any = through(whole, base_of(given), how[0], self.dtype)
+        base = base_of(given)
+        if isinstance(base, Coded) and base.activations:
+            y: Any = coded_product(x, base, *how)
+        else:
+            y = through(whole, base, how[0], self.dtype)
         if isinstance(given, Adapted):
             ins, outs = (*self.axes[:contracted], None), (None, *self.axes[contracted:])
             down: Any = lambda a: multiply(x, a, ins, contracted, self.dtype)  # noqa: E731

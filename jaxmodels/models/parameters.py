@@ -11,7 +11,7 @@ from flax import struct
 
 from jaxmodels.errors import UserError
 from jaxmodels.models.adapted import Adapted, merged
-from jaxmodels.models.coded import Coded, dequantize
+from jaxmodels.models.coded import Coded, check_numbers, dequantize
 from jaxmodels.models.observed import Observed, unobserved
 from jaxmodels.parallel.rules import gather, spec
 
@@ -95,7 +95,10 @@ def parameter(
     value = unobserved(leaf(module, name, initializer, axes, shape, kind, before_stack))
     if isinstance(value, Adapted):
         return merged(value, axes, kind)
-    return dequantize(value) if isinstance(value, Coded) else value
+    if not isinstance(value, Coded):
+        return value
+    check_numbers(value, axes)
+    return dequantize(value)
 
 
 def _check_axes(module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:

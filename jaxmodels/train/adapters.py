@@ -11,7 +11,7 @@ import jax
 
 from jaxmodels import config as configs
 from jaxmodels.compress.adapters import AdapterConfig, adaptation
-from jaxmodels.compress.codes import CompressConfig, coding
+from jaxmodels.compress.coding import CompressConfig, coding
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.hf import peft_load

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmodels.compress.adapters import Adaptation, adaptation
-from jaxmodels.compress.codes import Coding, coding
+from jaxmodels.compress.coding import Coding, coding
 from jaxmodels.compress.distillation import Teaching
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 
 from jaxmodels import tasks
 from jaxmodels.compress.calibration import Calibration, matrices, stages
-from jaxmodels.compress.codes import named
+from jaxmodels.compress.coding import named
 from jaxmodels.config import CausalLM, Classification, Config, Mesh, Synthetic
 from jaxmodels.data.contract import IGNORED
 from jaxmodels.models.cnn import CNNConfig

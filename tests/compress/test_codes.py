@@ -13,7 +13,8 @@ from scipy import stats
 from jaxmodels import cli, create, load_pretrained, load_run
 from jaxmodels import config as configs
 from jaxmodels.commands.export import export_run
-from jaxmodels.compress.codes import Spec, assemble, coding, grid, quantize, scale_shape
+from jaxmodels.compress.codes import Spec, assemble, grid, quantize, scale_shape
+from jaxmodels.compress.coding import coding
 from jaxmodels.config import Checkpoint, Config, Init, LoRA, Mesh, Metrics, Quantized, Synthetic, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.coded import NF4, dequantize, is_coded, plain, unpack

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import create, load_pretrained
-from jaxmodels.compress.codes import coding
+from jaxmodels.compress.coding import coding
 from jaxmodels.config import Quantized
 from jaxmodels.errors import UserError
 from jaxmodels.hf import files

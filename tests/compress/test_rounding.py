@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli
-from jaxmodels.compress.codes import Coding, Spec, coding
+from jaxmodels.compress.codes import Spec
+from jaxmodels.compress.coding import Coding, coding
 from jaxmodels.compress.rounding import GPTQ, RTN
 from jaxmodels.models.coded import Coded, dequantize
 from jaxmodels.models.observed import Sums

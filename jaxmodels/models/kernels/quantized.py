@@ -1,4 +1,4 @@
-"""Products with weights in eight bits, forward and backward; parameters stay float32.
+"""Products in eight bits: of float32 parameters, forward and backward, and of parameters that are held as int8 codes.
 
 Each factor is divided by a scale that maps its largest value to the largest one of its type, and rounded; the product
 is accumulated in more bits and multiplied by both scales, which are computed anew for each array. float8 has one scale
@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxmodels.models.coded import Coded, dequantize
+from jaxmodels.models.coded import gathered as gathered_codes
 from jaxmodels.parallel.rules import constrain, gather
 
 Array = jax.Array
@@ -138,3 +141,47 @@ def _backward(
 
 
 quantized_product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def coded_product(x: Array, w: Coded, axes: tuple[str, ...], contracted: int, dtype: str) -> Array:
+    """x (…, inputs…) times a parameter of int8 codes, with the inputs rounded to int8: sums of integers, scaled.
+
+    Each row of x has the scale of its largest number, or all have the one that the parameter holds; numbers beyond it
+    become the largest code. The gradient of x is that of the product with x as it was (straight through).
+    """
+    held = gathered_codes(w, axes)
+    last = range(x.ndim - contracted, x.ndim)
+    if held.factors is not None:
+        x = x * held.factors.reshape(x.shape[last.start :]).astype(x.dtype)
+    if held.step is None:
+        a = quantize(x, "int8", last)
+    else:
+        step = held.step.reshape((1,) * x.ndim)
+        a = Scaled(jnp.clip(jnp.round(x.astype(jnp.float32) / step), -127, 127).astype(jnp.int8), step)
+    return multiply(a, Scaled(held.codes, held.scales), last, range(contracted), KINDS["int8"], dtype)
+
+
+def _coded_forward(x: Array, w: Coded, *how: object) -> tuple[Array, tuple[Array, Coded]]:
+    return coded_product(x, w, *how), (x, w)  # pyright: ignore[reportArgumentType]
+
+
+def _coded_backward(
+    axes: tuple[str, ...], contracted: int, dtype: str, kept: tuple[Array, Coded], dy: Array
+) -> tuple[Array, Coded]:
+    x, w = kept
+    numbers = dequantize(gathered_codes(w, axes), dtype)
+    outputs = tuple(range(x.ndim - contracted, dy.ndim)), tuple(range(contracted, numbers.ndim))
+    dx = jax.lax.dot_general(dy.astype(dtype), numbers, (outputs, ((), ())))
+    none = jax.tree.map(  # codes are not trained
+        lambda part: (
+            jnp.zeros(part.shape, part.dtype)
+            if jnp.issubdtype(part.dtype, jnp.floating)
+            else np.zeros(part.shape, jax.dtypes.float0)
+        ),
+        w,
+    )
+    return dx.astype(x.dtype), none
+
+
+coded_product.defvjp(_coded_forward, _coded_backward)
