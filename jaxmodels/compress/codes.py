@@ -161,9 +161,8 @@ def _encoded(
     w: Array, parts: tuple[int, ...], kind: Kind, symmetric: bool, packed: int | None, activations: Activations | None
 ) -> Coded:
     scales, zeros = _grid(w, parts, kind, symmetric)
-    return Coded(
-        *_arrays(nearest(w, scales, zeros, kind), scales, zeros, kind, packed), None, None, kind, packed, activations
-    )
+    arrays = _arrays(nearest(w, scales, zeros, kind), scales, zeros, kind, packed)
+    return Coded(*arrays, kind=kind, packed=packed, activations=activations)
 
 
 def grid(w: Any, names: Axes, spec: Spec) -> tuple[Array, Array | None]:
@@ -233,7 +232,7 @@ def assemble(
             raise UserError(f"got {'no ' if given is None else ''}{what} for {spec}, expected what it says")
         more.append(None if held is None else jnp.asarray(given, jnp.float32).reshape(held.shape))
     arrays = _arrays(codes, scales, zeros, spec.kind, like.packed)
-    return Coded(*arrays, *more, spec.kind, like.packed, spec.activations)
+    return Coded(*arrays, more[0], more[1], spec.kind, like.packed, spec.activations)
 
 
 def _arrays(codes: Any, scales: Any, zeros: Any, kind: Kind, packed: int | None) -> tuple[Array, Array, Array | None]:

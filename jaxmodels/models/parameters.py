@@ -97,7 +97,7 @@ def parameter(
         return merged(value, axes, kind)
     if not isinstance(value, Coded):
         return value
-    check_numbers(value, axes)
+    check_numbers(value, tuple(axes))
     return dequantize(value)
 
 
