@@ -14,6 +14,7 @@ from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.lstm import LSTMConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.models.multimodal import ImageTower, MultimodalConfig, SoundTower
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.models.sasrec import SASRecConfig
 from jaxmodels.models.segformer import SegFormerConfig
@@ -42,6 +43,8 @@ SOUND = {
     "mask_time_span": 3,
     "mask_time": 0.3,
 }
+SEEING = ImageTower(1, unread=False, input_shape=(8, 8, 3), patch=2, heads=4, width=16, mlp_width=24, token=2)
+HEARING = SoundTower(1, sample_rate=400, mels=8, places=24, heads=4, width=16, mlp_width=24, token=3)
 RESNET = {**IMAGE, "stem": "small", "stem_width": 8}
 SEGFORMER = {
     "depths": (2, 1),
@@ -102,6 +105,7 @@ ZOO = {
     ),
     # 12 places, as many as tokens
     "whisper": ("seq2seq:seconds=0.24", WhisperConfig(V, context=16, sample_rate=400, mels=8, places=12, **BODY)),
+    "multimodal": ("multimodal_lm", MultimodalConfig(**LLAMA, image=SEEING, sound=HEARING)),
     "two-tower": ("retrieval", TwoTowerConfig(V, width=32, users=B, words=64, name_words=3, hidden=(24,))),
     "vae": ("vae", VAEConfig(input_shape=(8, 8, 1), hidden=(16,), latents=4)),
     "vae-conv": ("vae", VAEConfig("conv", input_shape=(8, 8, 1), hidden=(8, 16), latents=4)),

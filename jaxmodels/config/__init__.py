@@ -34,6 +34,7 @@ from jaxmodels.tasks.diffusion import Diffusion
 from jaxmodels.tasks.extraction import Extraction
 from jaxmodels.tasks.gan import GAN
 from jaxmodels.tasks.masked_lm import MaskedLM
+from jaxmodels.tasks.multimodal_lm import MultimodalLM
 from jaxmodels.tasks.next_item import NextItem
 from jaxmodels.tasks.question_answering import QuestionAnswering
 from jaxmodels.tasks.segmentation import Segmentation
@@ -86,6 +87,7 @@ __all__ = [
     "Mesh",
     "Metrics",
     "Momentum",
+    "MultimodalLM",
     "Muon",
     "NextItem",
     "OptimConfig",

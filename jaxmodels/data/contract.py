@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,16 @@ A batch says so in the array that is to be predicted, and not in a second one of
 disagree, and only one is packed, sent to the devices and cut over the mesh. The losses make their weights of it. Whole
 rows that do not count, whatever a task predicts of them, have the weight 0 in a batch's `weight` (B,).
 """
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a language model reads a medium: in the places of a token of its texts."""
+
+    token: int
+    """The token's id."""
+    count: Callable[[int], int]
+    """How many places one takes; of a sound, by its samples."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,8 @@ class BatchField:
     """Whether batches of real data have it although it is optional; a plan includes it then."""
     rate: int | None = None
     """Samples a second of a sound (N,)."""
+    places: Places | None = None
+    """Where a text has the image or the sound, if a model of texts reads it."""
 
     def rows(self, count: int, stored: bool = False) -> jax.ShapeDtypeStruct:
         """Return the array for this many examples, as the task computes with it or as it is stored."""

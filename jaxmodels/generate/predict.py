@@ -29,6 +29,7 @@ from jaxmodels.generate.prepare import (
     tokenizer_of,
 )
 from jaxmodels.generate.recommend import history, recommender
+from jaxmodels.generate.replies import asker, replier
 from jaxmodels.generate.speech import listener, recognizer
 from jaxmodels.generate.text_answers import filler, gaps, prompt, source, translator, writer
 from jaxmodels.train.saved import Run
@@ -112,5 +113,6 @@ PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
     "answer": lambda run, how: (question(run), answerer(run)),
     "transcript": lambda run, how: (listener(run), recognizer(run)),
     "boxes": lambda run, how: detector(run),
+    "reply": lambda run, how: (asker(run, how.tokens), replier(run, how.tokens)),
 }
 """What a task answers (`TaskConfig.answers`) -> the function of a run that makes its predictor."""

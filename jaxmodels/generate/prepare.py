@@ -38,7 +38,7 @@ def kind_of(run: Run) -> given.Kind:
         return "audio"
     if run.kept.kind == "array":  # of items too, whose numbers are no tokens of a text
         return "array"
-    if run.config.task.answers in ("answer", "extract"):
+    if run.config.task.answers in ("answer", "extract", "reply"):
         return "record"
     if "model" in run.networks and np.issubdtype(run.model.inputs(1)[0].dtype, np.integer):
         return "text"

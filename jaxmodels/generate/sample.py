@@ -56,6 +56,7 @@ def sample(
     seed: int = 0,
     cached: bool = True,
     ends: Sequence[int] = (),
+    media: Sequence[Any] = (),
 ) -> np.ndarray | list[np.ndarray]:
     """Continue prompts by `tokens` tokens, or up to one of the tokens `ends`, which then fills the rest of its row.
 
@@ -63,7 +64,8 @@ def sample(
     takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much
     probability (Holtzman et al. 2020). A `repetition_penalty` above 1 makes tokens that a row already has less likely:
     it divides their positive logits and multiplies their negative ones (Keskar et al. 2019, section 4.1).
-    `cached=False` recomputes all tokens for each new one, with the same result.
+    `cached=False` recomputes all tokens for each new one, with the same result. `media` are what the model takes behind
+    the tokens, such as images, a row for each prompt, in which tokens stand for them.
     Shapes: prompt (B, P) integers, P ≥ 1, or B sequences of integers; returns (B, P + tokens), or B arrays.
 
     Raises:
@@ -81,7 +83,9 @@ def sample(
         raise UserError(
             f"got repetition_penalty {repetition_penalty}, expected a number above 0, try 1.2, or 1 for no penalty"
         )
-    run, longest = _cached if cached else _uncached, int(lengths.max()) + tokens
+    if media and not cached:  # where a new token that stands for a medium would be read as one
+        raise UserError("got media with cached=False, expected them with a cache, try cached=True")
+    longest = int(lengths.max()) + tokens
     model = with_cache(model) if cached else model
     # lengths are rounded up, so that prompts of similar length share a compiled program
     room = -(-longest // 64) * 64 if model.longest is None else min(-(-longest // 64) * 64, model.longest)
@@ -90,7 +94,8 @@ def sample(
         line[: len(row)] = row
     told = Prompts(jnp.asarray(lengths), jnp.int32(tokens), jnp.asarray(ends, jnp.int32), jax.random.key(seed))
     how = How(temperature and max(temperature, SMALLEST), top_k, top_p, max(repetition_penalty, SMALLEST))
-    out = run(model, params, jnp.asarray(padded), told, how)
+    given = (model, params, jnp.asarray(padded), told, how)
+    out = _cached(*given, tuple(media)) if cached else _uncached(*given)
     found = [row[: length + tokens] for row, length in zip(np.array(out), lengths, strict=True)]
     for row, length in zip(found, lengths, strict=True):
         if (stops := np.flatnonzero(np.isin(row[length:], ends))).size:
@@ -184,7 +189,7 @@ def _put(tokens: jax.Array, at: jax.Array, logits: jax.Array, step: Any, told: P
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _cached(model: Model, params: Any, tokens: jax.Array, told: Prompts, how: How) -> jax.Array:
+def _cached(model: Model, params: Any, tokens: jax.Array, told: Prompts, how: How, media: tuple[Any, ...]) -> jax.Array:
     B, room = tokens.shape
 
     def goes_on(carry: tuple[jax.Array, Any, jax.Array]) -> jax.Array:
@@ -201,7 +206,7 @@ def _cached(model: Model, params: Any, tokens: jax.Array, told: Prompts, how: Ho
     # All prompts go through together, each to its own length. What follows is padding: it leaves a recurrent state
     # unchanged, and with the length set back its keys are overwritten before they are ever attended to.
     real = (jnp.arange(room) < told.lengths[:, None]).astype(jnp.int32)
-    logits, cache = model.apply(params, tokens, segment_ids=real, cache=model.cache(B, room))
+    logits, cache = model.apply(params, tokens, *media, segment_ids=real, cache=model.cache(B, room))
     last = logits[jnp.arange(B), told.lengths - 1]
     tokens = _put(tokens, told.lengths - 1, last, 0, told, how)
     start = (tokens, {**cache, "length": told.lengths}, jnp.int32(1))

@@ -23,6 +23,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "clip": ("clip",),
     "wav2vec2": ("wav2vec2",),
     "whisper": ("whisper",),
+    "multimodal": ("llava", "idefics3", "smolvlm", "qwen2_audio"),
 }
 """Each family, which is also the name of a module here, and the `model_type`s of config.json that it reads."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,12 +81,13 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 class Size(NamedTuple):
-    """The size of one tower."""
+    """The size of one tower, and the activation of its MLPs."""
 
     depth: int
     heads: int
     width: int
     mlp_width: int
+    activation: Callable[[jax.Array], jax.Array] = quick_gelu
 
 
 class Block(nn.Module):
@@ -97,7 +99,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, carried: None, ctx: Context) -> tuple[jax.Array, None]:
-        c, (depth, heads, width, mlp_width) = self.config, self.size
+        c, (depth, heads, width, mlp_width, activation) = self.config, self.size
         inner = layers.normal((2 * width * depth) ** -0.5)
         attn = MultiHead(
             heads,
@@ -109,7 +111,7 @@ class Block(nn.Module):
             name="attn",
         )
         mlp = layers.MLP(
-            mlp_width, quick_gelu, initializers=(layers.normal((2 * width) ** -0.5), inner), dtype=c.dtype, name="mlp"
+            mlp_width, activation, initializers=(layers.normal((2 * width) ** -0.5), inner), dtype=c.dtype, name="mlp"
         )
         y, _ = attn(layers.LayerNorm(c.norm_eps, name="attn_norm")(x), ctx)
         x = x + y
@@ -117,10 +119,18 @@ class Block(nn.Module):
         return layers.shard(x, "batch", "seq", None), None
 
 
-def encode(c: CLIPConfig, size: Size, x: jax.Array, ctx: Context, *, causal: bool) -> jax.Array:
+def encode(c: CLIPConfig, size: Size, x: jax.Array, ctx: Context, *, causal: bool, name: str = "layers") -> jax.Array:
     """Run x (B, T, D) through a tower's blocks."""
-    blocks = layers.scan_layers(Block, size.depth, c.remat, c.unroll)(c, size, causal, name="layers")
+    blocks = layers.scan_layers(Block, size.depth, c.remat, c.unroll)(c, size, causal, name=name)
     return blocks(x, None, ctx)[0]
+
+
+def embed_image(c: CLIPConfig, images: jax.Array) -> jax.Array:
+    """What the blocks of the image tower take, (B, 1 + N, D), the class token first; call it inside a network."""
+    check_shape(images, c.input_shape)
+    token = layers.normal(c.image_width**-0.5)
+    x = embed_patches(images, c.patch, c.image_width, token=token, bias=False, dtype=c.dtype)
+    return layers.LayerNorm(c.norm_eps, before_stack=True, name="embed_norm")(x)
 
 
 def project(c: CLIPConfig, x: jax.Array) -> jax.Array:
@@ -141,11 +151,7 @@ class Images(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         c = self.config
         size = Size(c.image_layers, c.image_heads, c.image_width, c.image_mlp_width)
-        token = layers.normal(size.width**-0.5)
-        check_shape(images, c.input_shape)
-        x = embed_patches(images, c.patch, size.width, token=token, bias=False, dtype=c.dtype)
-        x = layers.LayerNorm(c.norm_eps, before_stack=True, name="embed_norm")(x)
-        return project(c, encode(c, size, x, Context(), causal=False)[:, 0])
+        return project(c, encode(c, size, embed_image(c, images), Context(), causal=False)[:, 0])
 
 
 class Texts(nn.Module):

@@ -37,6 +37,7 @@ FAMILIES = Registry(
         "whisper": "jaxmodels.models.whisper:WhisperConfig",
         "yolox": "jaxmodels.models.yolox:YOLOXConfig",
         "two_tower": "jaxmodels.models.two_tower:TwoTowerConfig",
+        "multimodal": "jaxmodels.models.multimodal:MultimodalConfig",
     },
 )
 """The config of each family, whose module registers the family when it is imported."""

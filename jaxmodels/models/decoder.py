@@ -99,7 +99,7 @@ class Decoder(nn.Module, ABC):
     def __call__(
         self,
         tokens: jax.Array,
-        *,
+        *media: jax.Array,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: dict[str, Any] | None = None,
@@ -109,7 +109,8 @@ class Decoder(nn.Module, ABC):
     ) -> Any:
         ctx = Context.of(tokens, cache, positions, segment_ids, longest=self.longest())
         embed = self.token_embedding("embed")
-        body = self.body(self.enter(embed(tokens), ctx, train), ctx, cache, train)
+        x = self.embedded(embed, tokens, *media, train=train)
+        body = self.body(self.enter(x, ctx, train), ctx, cache, train)
         y: Any = self.output(embed).logits(body.features) if head else body.features
         if auxiliary:
             y = (y, self.losses(body.sums))
@@ -126,6 +127,10 @@ class Decoder(nn.Module, ABC):
         """The embedding, or an output layer of its own."""
         c = self.config
         return layers.Embed(c.vocab_size, c.width, dtype=c.dtype, before_stack=name == "embed", name=name)
+
+    def embedded(self, embed: layers.Embed, tokens: jax.Array, *, train: bool) -> jax.Array:
+        """The embedded tokens (B, T, D); a family that reads other media too takes them behind the tokens."""
+        return embed(tokens)
 
     def output(self, embed: layers.Embed) -> layers.Embed:
         """The output layer, whose `logits` turn features into logits."""

@@ -171,16 +171,18 @@ TASKS = Registry(
         "diffusion": "jaxmodels.tasks.diffusion:Diffusion",
         "transcription": "jaxmodels.tasks.transcription:Transcription",
         "retrieval": "jaxmodels.tasks.retrieval:Retrieval",
+        "multimodal_lm": "jaxmodels.tasks.multimodal_lm:MultimodalLM",
     },
 )
 
 Answers = Literal[
     "", "class", "classes", "mask", "boxes", "caption", "continuation", "translation", "gaps", "answer",
-    "extract", "items", "transcript",
+    "extract", "items", "transcript", "reply",
 ]  # fmt: skip
 """What a trained model predicts for a record: its class, or several; the class of each pixel; boxes around objects; the
 caption that fits; the continuation of a text; its translation; the masked tokens; the answer to a question; the
-sentences that sum a text up; the items that a user takes next; the text of a sound; nothing."""
+sentences that sum a text up; the items that a user takes next; the text of a sound; the reply to a question
+about media; nothing."""
 
 
 def tasks_that_answer(*answers: Answers) -> str:
