@@ -42,7 +42,7 @@ def predict(
         run: run directory.
         files: images, folders of images, tables (CSV, JSON lines, Parquet), text files, or -.
         input_field: table column to read, if its name differs from that in training.
-        tokens: largest number of tokens to continue a text by, for a language model; default 100.
+        tokens: largest number of tokens to continue a text by, or of a reply, for a language model; default 100.
         beams: width of the beam search, for a translator; default 4.
         captions: texts of an image's class, one or several, such as 'a photo of a {label}', for a model of images and
             texts; those of the training when not given.
@@ -56,7 +56,7 @@ def predict(
     opened = load_run(run, best=best)
     own = opened.config.task
     options: tuple[tuple[str, Any, Answers], ...] = (
-        ("tokens", tokens, "continuation"),
+        ("tokens", tokens, "reply" if own.answers == "reply" else "continuation"),
         ("beams", beams, "translation"),
         ("captions", " ".join(captions) or None, "caption"),
         ("class-names", " ".join(class_names) or None, "caption"),

@@ -208,10 +208,12 @@ def first(row: Weight) -> Weight:
 
 def weights(c: MultimodalConfig) -> list[Weight]:
     merging = c.image.kind == "siglip" and not c.sound.layers
-    text, seen = ("text_model.", "vision_model.") if merging else ("language_model.", "vision_tower.")
-    seen = "model." + seen
+    # as transformers writes them, where its models have other names since
+    text, seen = ("model.text_model.", "model.vision_model.") if merging else ("language_model.model.", "vision_tower.")
+    head = "lm_head" if merging else "language_model.lm_head"
     rows = [
-        dataclasses.replace(row, theirs=re.sub(r"^model\.", f"model.{text}", row.theirs)) for row in llama.weights(c)
+        dataclasses.replace(row, theirs=re.sub("^lm_head", head, re.sub(r"^model\.", text, row.theirs)))
+        for row in llama.weights(c)
     ]
     embeddings = seen + "embeddings."
     rows += [
@@ -223,11 +225,11 @@ def weights(c: MultimodalConfig) -> list[Weight]:
         *encoder(seen + "encoder.layers.{layer}.", "image/layers/"),
         *map(first, encoder(f"{seen}encoder.layers.{c.image.layers}.", "image/unread/")),
         *norm(seen + "post_layernorm", "image/norm"),
-        *linear("model.multi_modal_projector.linear_1", "image/projector_up"),
-        *linear("model.multi_modal_projector.linear_2", "image/projector_down"),
+        *linear("multi_modal_projector.linear_1", "image/projector_up"),
+        *linear("multi_modal_projector.linear_2", "image/projector_down"),
         Weight("model.connector.modality_projection.proj.weight", "image/projector/w", "o i -> i o"),
-        *whisper.encoder("model.audio_tower.", "sound/encoder/"),
-        *linear("model.multi_modal_projector.linear", "sound/projector"),
+        *whisper.encoder("audio_tower.", "sound/encoder/"),
+        *linear("multi_modal_projector.linear", "sound/projector"),
     ]
     return rows
 
@@ -238,14 +240,11 @@ FORMAT = Format(
     describe=describe,
     weights=weights,
     names={"image_token_id": "image_token_index", "audio_token_id": "audio_token_index"},
-    copies={"lm_head.weight": "model.text_model.embed_tokens.weight"},
-    skipped=(r"rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$", r"^model\.vision_tower\.post_layernorm\."),
-    aliases=(
-        # as published files have them, which are older than the names in transformers
-        (r"^language_model\.lm_head\.", "lm_head."),
-        (r"^language_model\.model\.", "model.language_model."),
-        (r"^(vision_tower|audio_tower|multi_modal_projector)\.", r"model.\1."),
-        (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-    ),
+    copies={
+        "language_model.lm_head.weight": "language_model.model.embed_tokens.weight",
+        "lm_head.weight": "model.text_model.embed_tokens.weight",
+    },
+    skipped=(r"rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$", r"^vision_tower\.post_layernorm\."),
+    aliases=((r"^vision_tower\.vision_model\.", "vision_tower."),),  # before version 5 of transformers
     task=lambda config: "multimodal_lm",
 )

@@ -191,9 +191,60 @@ def segformer():
     return tf.SegformerForSemanticSegmentation(config), segment
 
 
+MEDIUM = V - 1
+"""The token that stands for an image or a sound."""
+
+
+def look(model):
+    size = model.config.vision_config.image_size
+    ids, x = tokens() % MEDIUM, images(size)
+    ids[:, 1:5] = MEDIUM
+    pixels = torch.from_numpy(x).permute(0, 3, 1, 2)
+    pixels = pixels if model.config.model_type == "llava" else pixels[:, None]
+    logits = model(input_ids=torch.from_numpy(ids).long(), pixel_values=pixels).logits
+    return {"0": ids, "1": x}, {"logits": logits}
+
+
+def llava():
+    seen = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **SIZES}
+    text = {"model_type": "llama", **DECODER}
+    config = tf.LlavaConfig(text_config=text, vision_config=seen, image_token_index=MEDIUM)
+    return tf.LlavaForConditionalGeneration(config), look
+
+
+def idefics3():
+    text, seen = {"model_type": "llama", **DECODER}, {"image_size": 16, "patch_size": 4, **SIZES}
+    config = tf.Idefics3Config(text_config=text, vision_config=seen, image_token_id=MEDIUM, scale_factor=2)
+    return tf.Idefics3ForConditionalGeneration(config), look
+
+
+def smolvlm():
+    text, seen = {"model_type": "llama", **DECODER}, {"image_size": 16, "patch_size": 4, **SIZES}
+    config = tf.SmolVLMConfig(text_config=text, vision_config=seen, image_token_id=MEDIUM, scale_factor=2)
+    return tf.SmolVLMForConditionalGeneration(config), look
+
+
+def qwen2_audio():
+    heard = dict(model_type="qwen2_audio_encoder", d_model=12, encoder_layers=1, encoder_attention_heads=3,
+                 encoder_ffn_dim=20, num_mel_bins=6, max_source_positions=8)  # fmt: skip
+    text = {"model_type": "qwen2", **DECODER}
+
+    def listen(model):
+        x, ids = (0.3 * rng.normal(size=(B, 2560))).astype(np.float32), tokens() % MEDIUM
+        ids[:, 1:5] = MEDIUM
+        extract = tf.WhisperFeatureExtractor(feature_size=6, chunk_length=1)
+        seen = extract(list(x), sampling_rate=16000, return_tensors="pt", max_length=2560).input_features
+        mask, ids_of_theirs = torch.ones(B, 16).long(), torch.from_numpy(ids).long()
+        given = {"input_ids": ids_of_theirs, "attention_mask": torch.ones_like(ids_of_theirs)}
+        return {"0": ids, "1": x}, {"logits": model(**given, input_features=seen, feature_attention_mask=mask).logits}
+
+    config = tf.Qwen2AudioConfig(text_config=text, audio_config=heard, audio_token_index=MEDIUM)
+    return tf.Qwen2AudioForConditionalGeneration(config), listen
+
+
 MODELS = (
     gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, segformer, clip,
-    wav2vec2, whisper,
+    wav2vec2, whisper, llava, idefics3, smolvlm, qwen2_audio,
 )  # fmt: skip
 
 

