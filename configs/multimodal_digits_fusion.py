@@ -49,6 +49,6 @@ def get_config() -> Config:
         ),
         augment=Augment(shift=2, rotate=10),
         optim=Muon(peak_lr=2e-3, warmup_steps=100, schedule=Cosine(final_lr_fraction=0.01)),
-        train=Train(steps=3000),
-        eval=Eval(every=500, batch_size=250, metric="eval/exact_match", mode="max"),
+        train=Train(steps=1500),
+        eval=Eval(every=500, batch_size=300, metric="eval/exact_match", mode="max"),
     )

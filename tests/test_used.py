@@ -33,15 +33,15 @@ USES = {
     "std": ((*LABELED, *MARKED, "contrastive"), ("image", "array")),
     "tokenizer": (ALL, ("text",)),
     "pack": (LANGUAGE, ("text",)),
-    "input_field": ((*OF_A_FIELD, "extraction", "transcription", "waveform"), ()),
+    "input_field": ((*OF_A_FIELD, "extraction", "transcription", "waveform", "multimodal_lm"), ()),
     "label_field": ((*EXAMPLES, "extraction"), ()),
-    "target_field": (("seq2seq", "extraction", "transcription"), ()),
-    "group_field": ((*EXAMPLES, "question_answering", "transcription"), ()),
+    "target_field": (("seq2seq", "extraction", "transcription", "multimodal_lm"), ()),
+    "group_field": ((*EXAMPLES, "question_answering", "transcription", "multimodal_lm"), ()),
     "class_names": ((*MARKED, "contrastive", "diffusion"), ()),
     "captions": (("contrastive", "diffusion"), ()),
     "bad_records": (ALL, ()),
     "balance": ((*LABELED, "contrastive", "vae", "gan", "diffusion"), ()),
-    "threads": ((*EXAMPLES, "transcription"), ("image", "audio")),
+    "threads": ((*EXAMPLES, "transcription", "multimodal_lm"), ("image", "audio")),
     "pixels": (EXAMPLES, ("image",)),
 }
 """Field of data -> the tasks and the kinds of inputs that have a use for it."""
@@ -96,7 +96,7 @@ def kinds(task, shaped):
         return ("image", "array", "text")
     if task in MARKED:
         return ("image",)
-    if task == "transcription":
+    if task in ("transcription", "multimodal_lm"):  # of a model that only hears
         return ("audio", "text")
     if task == "waveform":
         return ("audio",)

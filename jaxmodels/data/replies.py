@@ -159,7 +159,7 @@ class Replies(Source):
             prompt, answer = layout.prompt(row[fields["question"]], places), layout.words(row[fields["answer"]])
         except (UserError, pixels.Unreadable, sounds.Unreadable) as error:
             return str(error)
-        ids = np.concatenate([prompt, answer, [layout.tokenizer.end]])
+        ids = np.append(np.concatenate([prompt, answer]), np.int32(layout.tokenizer.end or 0))
         if len(answer) >= self._longest:
             return f"{fields['answer']} has {len(answer)} tokens, expected at most {self._longest - 1}"
         if len(ids) > self._length + 1:
@@ -225,10 +225,11 @@ def replied(opening: Opening, template: str, longest: int) -> Replies:
         UserError: the records have no such fields, or the tokenizer does not fit.
     """
     cfg: Any = opening.data
-    train = open_records(cfg, "train")
     contract = opening.fields or {}
     names = [name for name in KINDS if f"{name}s" in contract]
-    opening.check((*_USED, *opening.reads, *(("pixels", "augment") if "image" in names else ())), "replies")
+    seen = (*opening.reads, "pixels", "augment") if "image" in names else ()
+    opening.check((*_USED, *seen), "questions about media")
+    train = open_records(cfg, "train")
     fields = {name: only_field(train, KINDS[name]) for name in names}
     if not cfg.target_field:
         known = sorted(name for name, each in train.fields.items() if each.kind == "text")

@@ -75,7 +75,8 @@ def replier(run: Run, tokens: int) -> Answers:
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
         names = [name for name in ready[0] if name not in ("prompt", "question")]
-        given = media({name: np.stack([each[name] for each in ready]) for name in names}, run.config.data)
+        arrays: Any = {name: np.stack([each[name] for each in ready]) for name in names}
+        given = media(arrays, run.config.data)
         prompts, ends = [each["prompt"] for each in ready], tokenizer.special.ends
         rows = sample(run.model, run.params["model"], prompts, tokens, ends=ends, media=given, temperature=0)
         new = [row[len(ids) :] for row, ids in zip(rows, prompts, strict=True)]
