@@ -21,7 +21,7 @@ def tune(given: Configured, options: TuneOptions) -> None:
     cfg = replace(cfg, metrics=replace(cfg.metrics, progress="none", loggers=()))
     out = searching.search(cfg, options, file, argv)
     trials = searching.read_trials(cfg, options, out)
-    choices = [searching.parse_choice(text, cfg) for text in options.space]
+    choices = searching.parse_space(options.space, cfg)
     print("\n" + searching.ranking(cfg, options, trials))
     ended = [trial for trial in trials if trial["value"] is not None and not trial["pruned"]]
     if ended:

@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,6 +60,17 @@ class Choice:
         """Return the value among a trial's parameters, as a person writes it."""
         value = params[self.field]
         return self.values[value] if self.values else value
+
+
+def parse_space(space: Sequence[str], cfg: Config) -> list[Choice]:
+    """Parse all choices of a search; refuse none, and two of the same field."""
+    if not space:
+        raise UserError("got no --space, expected fields to choose, try --space optim.peak_lr=1e-4:1e-1:log")
+    choices = [parse_choice(text, cfg) for text in space]
+    for name, count in Counter(choice.field for choice in choices).items():
+        if count > 1:
+            raise UserError(f"got --space for {name} {count} times, expected each field once, try one of them")
+    return choices
 
 
 def parse_choice(text: str, cfg: Config) -> Choice:
@@ -139,9 +151,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
     except ModuleNotFoundError as error:
         raise UserError("got no package optuna, expected it for tune, try pip install 'jaxmodels[tune]'") from error
 
-    if not options.space:
-        raise UserError("got no --space, expected fields to choose, try --space optim.peak_lr=1e-4:1e-1:log")
-    choices = [parse_choice(text, cfg) for text in options.space]
+    choices = parse_space(options.space, cfg)
     out = Path(options.out or f"runs/{Path(file).stem}-tune")
     check_free(out)
     (out / "trials").mkdir(parents=True, exist_ok=True)
@@ -345,7 +355,7 @@ def read_trials(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, 
     """Return a study's trials that count: number, value (None if there is none), pruned, seconds, and each field."""
     import optuna
 
-    choices = [parse_choice(text, cfg) for text in options.space]
+    choices = parse_space(options.space, cfg)
     study = optuna.load_study(study_name="tune", storage=storage(out))
     found = []
     for trial in study.get_trials(deepcopy=False, states=_ended()):
@@ -360,7 +370,7 @@ def read_trials(cfg: Config, options: TuneOptions, out: Path) -> list[dict[str, 
 
 def ranking(cfg: Config, options: TuneOptions, trials: Sequence[dict[str, Any]], rows: int = 10) -> str:
     """Format the best trials as a table, best first; trials that stopped early come after all others."""
-    fields = [parse_choice(text, cfg).field for text in options.space]
+    fields = [choice.field for choice in parse_space(options.space, cfg)]
     sign = 1 if cfg.eval.lowest else -1
     known = [trial for trial in trials if trial["value"] is not None]
     ranked = sorted(known, key=lambda trial: (trial["pruned"], sign * trial["value"]))

@@ -334,3 +334,10 @@ def test_a_space_that_is_none_is_refused_in_one_line(text, message):
 def test_a_search_for_nothing_is_refused():
     with pytest.raises(UserError, match="got no --space, expected fields to choose"):
         tune.search(CFG, TuneOptions(), "tiny.py", [])
+
+
+def test_two_spaces_of_one_field_are_refused_before_anything_is_written(tmp_path):
+    spaces = ("optim.peak_lr=1e-3:1e-2", "--optim.peak-lr=1e-1,1", "data.batch_size=4:8")
+    with pytest.raises(UserError, match=r"got --space for optim.peak_lr 2 times, expected each field once"):
+        tune.search(CFG, TuneOptions(space=spaces, out=str(tmp_path / "out")), "tiny.py", [])
+    assert not (tmp_path / "out").exists()
