@@ -77,6 +77,7 @@ ZOO = {
     "bert-spans": ("question_answering", BERTConfig(vocab_size=V, context=16, head="spans", **BODY)),
     "bert-sentences": ("extraction", BERTConfig(vocab_size=V, context=16, head="sentences", **BODY)),
     "transformer": ("seq2seq", TransformerConfig(vocab_size=V, **BODY)),
+    "bart": ("seq2seq", TransformerConfig("bart", V, context=16, activation="exact_gelu", **{**BODY, "layers": 1})),
     "t5": ("seq2seq", TransformerConfig("t5", V, norm="pre", activation="gated_gelu", tied=False, **BODY)),
     "vit": ("classification", ViTConfig(**IMAGE, patch=4, **BODY, dropout=0.1)),
     "clip": ("contrastive", CLIPConfig(**CLIP)),

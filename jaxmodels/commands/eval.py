@@ -23,7 +23,8 @@ _OWNERS: tuple[type[DataConfig], ...] = (FilesConfig, SplitsConfig, TFDS, Record
 
 @dataclass(frozen=True)
 class EvalOptions(Section):
-    """Metrics of a run on held-out data, its own or other data; for a translation run, also BLEU."""
+    """Metrics of a run on held-out data, its own or other data; for a translation run, also BLEU, for one that sums
+    up, ROUGE."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
@@ -39,7 +40,7 @@ class EvalOptions(Section):
     """A classifier's run, which judges 1,000 images that a generative model generates, and compares them with the
     data's."""
     beams: Beams | None = None
-    """Width of the beam search for translations; default 4; 1: greedy."""
+    """Width of the beam search for translations and summaries; default 4; 1: greedy."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def evaluate(given: OtherData, options: EvalOptions) -> None:
         judged = judge.judge_images(run, options.classifier, real=real)
     found = evaluation.measure()
     if translates:
-        found |= judge.judge_translations(run, 4 if options.beams is None else options.beams)
+        found |= judge.judge_texts(run, 4 if options.beams is None else options.beams)
     found |= judged
     print(printable(f"{options.run}, step {run.step}, on {evaluation.source.describe()}\n{table(found)}"))
     if options.json is not None:

@@ -44,7 +44,7 @@ def export_run(
 
 def _huggingface(run: Path, directory: Path, best: bool, limit: int, codes: bool) -> None:
     from jaxmodels.hf import beside, save
-    from jaxmodels.models.families import create, family_of
+    from jaxmodels.models.families import create
     from jaxmodels.train import saved
 
     cfg, _ = configs.read(run)
@@ -54,7 +54,7 @@ def _huggingface(run: Path, directory: Path, best: bool, limit: int, codes: bool
             "expected one with a section compress and no adapter, try --format huggingface"
         )
     model = create(cfg.model)
-    form = hf.format_of(family_of(cfg.model).name)
+    form = hf.format_for(cfg.model)
     form.describe(cfg.model)  # before anything is read
     with save.complete(directory) as part:
         kept = saved.read_kept(run)

@@ -112,11 +112,11 @@ def sample(
     model, params = opened.model, opened.params["model"]
     prompt = None if prompt is None else prompt.removeprefix("\ufeff")  # a byte order mark is not part of the text
     if cfg.task.answers == "translation":
-        from jaxmodels.generate import translate_texts
+        from jaxmodels.generate.translation import translated
 
         assert prompt is not None
         asked.say_what_is_left_out(Path(run), asked.asked_of(Path(run)))
-        _show(translate_texts(model, params, tokenizer, [prompt])[0])
+        _show(translated(opened, [prompt])[0])
         return
     prompt = opening(tokenizer) if prompt is None else prompt
     if tokens is None:

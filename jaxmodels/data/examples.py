@@ -34,6 +34,7 @@ _RECORDS = ("input_field", "bad_records")
 _TEXT = ("tokenizer", "seq_len")
 _LANGUAGE = (*_TEXT, "pack", *_RECORDS)
 _LABELLED = (*_RECORDS, "label_field", "group_field", "balance")
+_SOME: tuple[Kind, ...] = ("text", "texts")
 _IMAGE = ("threads", "pixels", "augment")
 """The shared fields that each sort of example depends on; "augment" stands for that whole section."""
 
@@ -121,7 +122,7 @@ class Readers:
         def documents(split: Split) -> Iterator[str]:
             for field in texts:
                 for rows in self.of(split).all():
-                    yield from (row[field] for row in rows)
+                    yield from (text for row in rows for text in several(row[field]))
 
         return corpora.Corpus(f"{self.train.label} {' and '.join(texts)}", documents, self.train.whole)
 
@@ -155,14 +156,22 @@ def _end(tokenizer: Tokenizer) -> int:
     return tokenizer.end
 
 
-def pairs(opening: Opening) -> Source:
-    """Make pairs of texts and their translations, one per row or as many as fit."""
+def several(value: str | Sequence[str]) -> Sequence[str]:
+    """Return the texts of a field that holds one, or several."""
+    return (value,) if isinstance(value, str) else value
+
+
+def pairs(opening: Opening, target_length: int | None = None) -> Source:
+    """Make pairs of texts and their translations, one per row or as many as fit.
+
+    A source may be the list of its sentences, and have several translations, each of which makes a pair.
+    """
     cfg: Any = opening.data
     split = opening.split
     opening.check((*_LANGUAGE, "target_field"), "pairs of texts")
     train = open_records(cfg, "train")
     if not cfg.input_field or not cfg.target_field:
-        known = sorted(name for name, field in train.fields.items() if field.kind == "text")
+        known = sorted(name for name, field in train.fields.items() if field.kind in _SOME)
         a, b = (*(name for name in known if name not in (cfg.input_field, cfg.target_field)), "SOURCE", "TARGET")[:2]
         source = cfg.input_field or a
         raise UserError(
@@ -171,8 +180,8 @@ def pairs(opening: Opening) -> Source:
             f"try --data.input-field {source} --data.target-field {cfg.target_field or (a if cfg.input_field else b)}"
         )
     fields = [
-        named_field(train, "input_field", cfg.input_field, ("text",), [cfg.target_field]),
-        named_field(train, "target_field", cfg.target_field, ("text",), [cfg.input_field]),
+        named_field(train, "input_field", cfg.input_field, _SOME, [cfg.target_field]),
+        named_field(train, "target_field", cfg.target_field, _SOME, [cfg.input_field]),
     ]
     if cfg.input_field == cfg.target_field:
         raise UserError(
@@ -182,17 +191,22 @@ def pairs(opening: Opening) -> Source:
     readers = Readers(cfg, train, fields)
     tokenizer = readers.tokenizer(opening.vocab_size, *fields)
     rows = readers.rows(split)
-    sources, targets = (tokenizer.encode_many([row[field] for row in rows]) for field in fields)
-    arrays = texts.translations(sources, targets, cfg.seq_len, _end(tokenizer), cfg.pack, tokenizer.special.start)
-    what = f"rows with {len(rows):,} pairs" if cfg.pack else "pairs"
+    sources = tokenizer.encode_many([" ".join(several(row[fields[0]])) for row in rows])
+    own = [(source, text) for source, row in zip(sources, rows, strict=True) for text in several(row[fields[1]])]
+    targets, special = tokenizer.encode_many([text for _, text in own]), tokenizer.special
+    arrays = texts.translations(
+        [source for source, _ in own], targets, cfg.seq_len, _end(tokenizer), cfg.pack, special.start,
+        before=special.before, target_length=target_length,
+    )  # fmt: skip
+    what = f"rows with {len(own):,} pairs" if cfg.pack else "pairs"
     return texts.Rows(arrays, split=split, label=readers.label(split), tokenizer=tokenizer, what=what)
 
 
-def open_pairs(data: Any, split: Split) -> tuple[list[str], list[str]]:
-    """Read the sources and the translations of a split as text."""
+def open_pairs(data: Any, split: Split) -> tuple[list[str], list[Sequence[str]]]:
+    """Read the sources of a split, and the translations of each, as text."""
     fields = (data.input_field, data.target_field)
     rows = [row for some in Reader(open_records(data, split), fields, data.bad_records).all() for row in some]
-    return [row[data.input_field] for row in rows], [row[data.target_field] for row in rows]
+    return [" ".join(several(row[fields[0]])) for row in rows], [several(row[fields[1]]) for row in rows]
 
 
 def captioned(opening: Opening) -> Source:

@@ -15,6 +15,8 @@ FILE = "special_tokens.json"
 """The file beside a run's tokenizer.json."""
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """Their names in config.json and generation_config.json of transformers."""
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+"""Those of the tokens that transformers' `generate` puts first, and last in a target that would be too long."""
 
 # what transformers assumes if the config.json of this model_type names none
 _LLAMA = {"bos_token_id": 1, "eos_token_id": 2}
@@ -22,6 +24,7 @@ _UNSAID: Mapping[Any, Mapping[str, int]] = {
     "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
     **dict.fromkeys(("llama", "mistral", "mixtral"), _LLAMA),
     "t5": {"eos_token_id": 1, "pad_token_id": 0},
+    "bart": {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "decoder_start_token_id": 2},
 }
 _GUESSES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
@@ -34,8 +37,15 @@ class Special:
     """Closes a document, and the source and target of a translation."""
     ends: tuple[int, ...] = ()
     """Generated text stops at any of these."""
-    start: int | None = None
-    """Precedes the target of a translation; `end` if None."""
+    start: tuple[int, ...] = ()
+    """Precede the target of a translation; `end` if there are none."""
+    before: tuple[int, ...] = ()
+    """Precede its source."""
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What precedes the target of a translation."""
+        return self.start or (() if self.end is None else (self.end,))
 
     def save(self, directory: Path) -> None:
         """Write `special_tokens.json`, which `find_special` reads."""
@@ -61,7 +71,8 @@ def find_special(directory: Path | None, vocabulary: Mapping[str, int]) -> Speci
         return Special(
             _id(own, "end", value.get("end")),
             _ids(own, "ends", value.get("ends")),
-            _id(own, "start", value.get("start")),
+            _ids(own, "start", value.get("start")),
+            _ids(own, "before", value.get("before")),
         )
     named = text_of(directory, "eos_token")
     end = guess if named is None else vocabulary.get(named)
@@ -75,11 +86,12 @@ def find_special(directory: Path | None, vocabulary: Mapping[str, int]) -> Speci
         return Special(end, () if end is None else (end,))
     if named is None:
         end = next((i for i in said["eos_token_id"] if i in vocabulary.values()), guess)
-    return Special(end, said["eos_token_id"], said["decoder_start_token_id"])
+    return Special(end, said["eos_token_id"], said["start"], said["before"])
 
 
 def stated(directory: Path) -> dict[str, Any] | None:
-    """Read the ids that a transformers model states, by their names there; those that end a text are a tuple.
+    """Read the ids that a transformers model states, by their names there; those that end a text are a tuple, as are
+    those that precede a target (`start`) and its source (`before`).
 
     None for a directory without such a model.
     """
@@ -88,15 +100,23 @@ def stated(directory: Path) -> dict[str, Any] | None:
     if "model_type" not in config:
         return None
     unsaid = _UNSAID.get(config["model_type"] if isinstance(config["model_type"], str) else None, {})
-    values = {name: config[name] if name in config else unsaid.get(name) for name in NAMES}
+    names = (*NAMES, FORCED[0])
+    values = {name: config[name] if name in config else unsaid.get(name) for name in names}
     if (generation := directory / "generation_config.json").is_file():
         path, told = generation, objects(generation)
         values |= {name: told.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        values |= {name: told[name] for name in NAMES if name in told}
-    single = {name: _id(path, name, values[name]) for name in NAMES if name != "eos_token_id"}
+        values |= {name: told[name] for name in names if name in told}
+    single = {name: _id(path, name, values[name]) for name in names if name != "eos_token_id"}
     if single["decoder_start_token_id"] is None and config["model_type"] == "t5":
         single["decoder_start_token_id"] = single["pad_token_id"]  # what T5 was trained with
-    return {**single, "eos_token_id": _ids(path, "eos_token_id", values["eos_token_id"])}
+    bart = config["model_type"] == "bart"  # whose texts all begin with <s>, whether that is forced or not
+    first, begin = single["decoder_start_token_id"], single[FORCED[0]]
+    begin = single["bos_token_id"] if bart and begin is None else begin
+    told = {
+        "start": tuple(i for i in (first, begin) if i is not None) if first is not None else (),
+        "before": tuple(i for i in (single["bos_token_id"],) if bart and i is not None),
+    }
+    return {**single, **told, "eos_token_id": _ids(path, "eos_token_id", values["eos_token_id"])}
 
 
 def text_of(directory: Path, name: str) -> str | None:

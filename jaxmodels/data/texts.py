@@ -137,20 +137,26 @@ def translations(
     length: int,
     end: int,
     pack: bool,
-    start: int | None = None,
+    start: Sequence[int] = (),
+    *,
+    before: Sequence[int] = (),
+    target_length: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Lay out pairs for teacher forcing: source + end token, start token + target, target + end token.
+    """Lay out pairs for teacher forcing: `before` + source + end token, `start` + target, and the tokens that follow
+    those.
 
-    Without `start`, a target starts with the end token. Longer texts are cut. Packed pairs share a row on both sides.
+    Without `start`, a target starts with the end token. Longer texts are cut. Packed pairs share a row on both sides;
+    those that are not may have rows of another length for targets.
     """
-    stop, first = np.array([end], np.int32), np.array([end if start is None else start], np.int32)
-    inputs = [np.concatenate([x[: length - 1], stop]) for x in sources]
-    tokens = [np.concatenate([first, y[: length - 1]]) for y in targets]
-    follow = [np.concatenate([y[: length - 1], stop]) for y in targets]
+    stop, first, opening = (np.array(x, np.int32) for x in ([end], start or [end], before))
+    most = target_length or length
+    inputs = [np.concatenate([opening, x[: length - 1 - len(opening)], stop]) for x in sources]
+    tokens = [np.concatenate([first, y[: most - len(first)]]) for y in targets]
+    follow = [np.concatenate([x[1:], stop]) for x in tokens]
     sizes = np.array([max(len(x), len(y)) for x, y in zip(inputs, tokens, strict=True)])
     rows = plan(sizes, length) if pack else [[i] for i in range(len(inputs))]
     first = lay(rows, length, [(x,) for x in inputs], {"inputs": 0}, "segment_ids")
-    second = lay(rows, length, list(zip(tokens, follow, strict=True)), _PREDICTED, "target_segment_ids")
+    second = lay(rows, most, list(zip(tokens, follow, strict=True)), _PREDICTED, "target_segment_ids")
     del first["positions"], second["positions"]  # an encoder-decoder derives them from the segment ids
     return first | second
 

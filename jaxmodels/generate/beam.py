@@ -34,15 +34,15 @@ def decode(
     *,
     end: int | Sequence[int],
     limit: Any,
-    start: int | None = None,
+    start: int | Sequence[int] | None = None,
     segment_ids: Any = None,
     beams: int = 1,
     alpha: float = 1.0,
 ) -> Decoded:
     """Find the target with the highest log-probability / ((5 + length) / 6)^alpha by beam search.
 
-    A target follows the token `start` (`end` when not given), ends with `end`, or with any of several, and has at most
-    `limit` tokens, the last of which is forced to be an end.
+    A target follows the token `start`, or several that are given and not chosen (`end` when not given), ends with
+    `end`, or with any of several, and has at most `limit` tokens, the last of which is forced to be an end.
     A row is done when as many targets have ended as there are beams, or when no beam can overtake the best of those;
     with one beam the search is greedy. With the paper's alpha of 0.6, a model trained with label smoothing, which gives
     each token some probability, ends the targets of long sources at once; an alpha of 1 nearly divides by the length.
@@ -51,7 +51,7 @@ def decode(
     Source: Wu et al. 2016, section 7 (without the coverage penalty).
 
     Raises:
-        UserError: an option out of range.
+        UserError: an option out of range, or more tokens than the model takes.
     """
     sources = np.asarray(sources, np.int32)
     ids = np.ones_like(sources) if segment_ids is None else np.asarray(segment_ids, np.int32)
@@ -63,7 +63,14 @@ def decode(
         )
     room = -(-int(limits.max(initial=1)) // 16) * 16  # rounded up, so that similar limits share a compiled program
     ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
-    marks = (ends[0] if start is None else jnp.int32(start), ends)
+    begin = jnp.atleast_1d(jnp.asarray(ends[0] if start is None else start, jnp.int32))
+    most = len(begin) + int(limits.max(initial=1)) - 1
+    if model.longest is not None and most > model.longest:
+        raise UserError(
+            f"got targets of up to {most} tokens, expected at most the model's context of {model.longest}, "
+            "try a smaller limit"
+        )
+    marks = (begin, ends)
     found = search(with_cache(model), params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
     return Decoded(*jax.tree.map(np.asarray, found))
 
@@ -141,7 +148,8 @@ def search(
     T: int,
     K: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`decode` for arrays alone: the best targets (B, T) of K beams, and their log-probabilities (B,)."""
+    """`decode` for arrays alone, with the tokens `begin` (P,) before each target: the best targets (B, T) of K beams,
+    and their log-probabilities (B,)."""
     B = sources.shape[0]  # `len` would want a number, where the number of rows may be known later
 
     def step(carry: tuple[Search, Any]) -> tuple[Search, Any]:
@@ -155,8 +163,8 @@ def search(
             cache = {**cache, "layers": moved}
         return s, cache
 
-    first = jnp.full((B, 1), begin)
-    logits, cache = model.apply(params, sources, first, segment_ids=ids, cache=model.cache(B, T))
+    first = jnp.broadcast_to(begin, (B, len(begin)))
+    logits, cache = model.apply(params, sources, first, segment_ids=ids, cache=model.cache(B, T + len(begin) - 1))
     repeat = functools.partial(jnp.repeat, repeats=K)
     stacked = {name: jax.tree.map(lambda leaf: repeat(leaf, axis=1), cache[name]) for name in ("layers", "cross")}
     cache = stacked | {name: repeat(cache[name], axis=0) for name in ("segment_ids", "length")}
@@ -171,6 +179,6 @@ def search(
         ended=jnp.zeros((B,), jnp.int32),
         done=~ids.any(1),
     )
-    s, _ = grow(s, repeat(logits, axis=1), ends, limits, alpha)
+    s, _ = grow(s, repeat(logits[:, -1:], axis=1), ends, limits, alpha)
     s, _ = jax.lax.while_loop(lambda carry: ~carry[0].done.all(), step, (s, cache))
     return s.best, s.best_score

@@ -12,20 +12,25 @@ import numpy as np
 
 from jaxmodels import data
 from jaxmodels.errors import UserError
-from jaxmodels.generate import bleu, translate_texts
+from jaxmodels.generate import bleu
+from jaxmodels.generate.translation import translated
+from jaxmodels.tasks.extraction import ROUGE
 from jaxmodels.tasks.metrics import frechet_distance, inception_score
+from jaxmodels.tasks.overlap import judge_summary
 from jaxmodels.tasks.task import normalized, tasks_that_answer
 from jaxmodels.train.saved import Run, load_run
 
 _AT_ONCE = 100
 
 
-def judge_translations(run: Run, beams: int = 4) -> dict[str, float]:
-    """Compute the BLEU score of a translation run on the evaluation set that its config names."""
-    assert run.tokenizer is not None
+def judge_texts(run: Run, beams: int = 4) -> dict[str, float]:
+    """Compute BLEU of a run's translations, or ROUGE of its summaries, on the evaluation set that its config names."""
     sources, references = data.open_pairs(run.config.data, "eval")
-    found = translate_texts(run.model, run.params["model"], run.tokenizer, sources, beams=beams)
-    return {"bleu": bleu(found, references)}
+    found = translated(run, sources, beams=beams)
+    if getattr(run.config.task, "target", "") != "summary":
+        return {"bleu": bleu(found, references)}
+    judged = np.mean([judge_summary(*each) for each in zip(found, references, strict=True)], axis=0)
+    return dict(zip(ROUGE, judged.tolist(), strict=True))
 
 
 def judge_images(run: Run, classifier: Path, count: int = 1000, real: Iterable[np.ndarray] = ()) -> dict[str, float]:

@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.generate import asked
 from jaxmodels.generate.prepare import Answer, Answers, text_of, tokenizer_of
 from jaxmodels.generate.sample import sample
-from jaxmodels.generate.translation import translate_texts
+from jaxmodels.generate.translation import translated
 from jaxmodels.train.saved import Run
 
 LIKELIEST = 5
@@ -21,11 +21,15 @@ MASK = "[MASK]"
 
 
 def source(run: Run) -> Callable[[Any], Any]:
-    """Return the function that checks a text to translate."""
-    tokenizer = tokenizer_of(run)
+    """Return the function that checks a text to translate or sum up; a list is that of its sentences."""
+    tokenizer, longest = tokenizer_of(run), run.model.longest
+    sums_up = getattr(run.config.task, "target", "") == "summary"
 
     def ready(value: Any) -> Any:
-        count, longest = len(tokenizer.encode(text_of(value))) + 1, run.model.longest
+        value = " ".join(map(text_of, value)) if isinstance(value, list) and value else text_of(value)
+        if sums_up:
+            return value  # and cut, as in training
+        count = len(tokenizer.special.before) + len(tokenizer.encode(value)) + 1
         if longest is not None and count > longest:
             raise UserError(f"has {count} tokens, expected at most the model's context of {longest}")
         return value
@@ -34,13 +38,12 @@ def source(run: Run) -> Callable[[Any], Any]:
 
 
 def translator(run: Run, beams: int) -> Answers:
-    """Answer with a text's translation."""
-    tokenizer = tokenizer_of(run)
+    """Answer with a text's translation, or its summary."""
+    name = getattr(run.config.task, "target", "translation")
     asked.say_what_is_left_out(run.directory, asked.asked_of(run.directory))
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
-        found = translate_texts(run.model, run.params["model"], tokenizer, ready, beams=beams, batch_size=len(ready))
-        return [{"translation": text} for text in found]
+        return [{name: text} for text in translated(run, ready, beams=beams, batch_size=len(ready))]
 
     return answers
 

@@ -1,4 +1,4 @@
-"""Translate texts with a trained encoder-decoder, and compare translations with references."""
+"""Translate or sum up texts with a trained encoder-decoder, and compare what it says with references."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 from jaxmodels.generate.beam import decode
 from jaxmodels.models.model import Model
+from jaxmodels.train.saved import Run
 
 MULTIPLE = 8
 """Sources are padded to a multiple of this many tokens, so that few programs are compiled."""
 SHORTEST = 16
 """A translation may have this many tokens, however short its source."""
+_UNLIMITED = 1 << 30
 
 
 def translate_texts(
@@ -29,8 +31,13 @@ def translate_texts(
     alpha: float = 1.0,
     batch_size: int = 64,
     max_ratio: float = 2.0,
+    most: int | None = None,
+    source_length: int | None = None,
 ) -> list[str]:
     """Translate texts, in their order; `max_ratio` is the most tokens of a translation for each token of its source.
+
+    `most` is the most tokens of any translation, and `source_length` of a source, which is cut; both are at most the
+    model's context.
 
     Raises:
         UserError: the tokenizer has no end token, or an option is out of range.
@@ -46,24 +53,42 @@ def translate_texts(
             "try batch_size 64, max_ratio 2"
         )
     ends = tokenizer.special.ends or (end,)
-    start = end if tokenizer.special.start is None else tokenizer.special.start
-    rows = [np.append(ids, end) for ids in tokenizer.encode_many(sources)]
+    start, before = tokenizer.special.opening, np.array(tokenizer.special.before, np.int32)
+    context = _UNLIMITED if model is None or model.longest is None else model.longest
+    most, longest = min(most or _UNLIMITED, context + 1 - len(start)), min(source_length or _UNLIMITED, context)
+    room = longest - len(before) - 1
+    rows = [np.concatenate([before, ids[:room], [end]]) for ids in tokenizer.encode_many(sources)]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     size, texts = min(batch_size, len(rows)), [""] * len(rows)
     for first in range(0, len(order), size or 1):
         chosen = order[first : first + size]
-        width = -(-len(rows[chosen[0]]) // MULTIPLE) * MULTIPLE
+        width = min(-(-len(rows[chosen[0]]) // MULTIPLE) * MULTIPLE, context)
         inputs, segment_ids = np.zeros((2, size, width), np.int32)
         limits = np.ones(size, np.int32)
         for row, i in enumerate(chosen):
             inputs[row, : len(rows[i])] = rows[i]
             segment_ids[row, : len(rows[i])] = 1
-            limits[row] = limit(len(rows[i]), max_ratio)
+            limits[row] = min(limit(len(rows[i]), max_ratio), most)
         how = {"segment_ids": segment_ids, "beams": beams, "alpha": alpha, "start": start}
         found = decode(model, params, inputs, end=ends, limit=limits, **how)
         for row, i in enumerate(chosen):
             texts[i] = tokenizer.decode(upto(found.tokens[row], ends))
     return texts
+
+
+def translated(run: Run, sources: Sequence[str], **how: Any) -> list[str]:
+    """Translate or sum up texts with a run, within the lengths that it was trained with.
+
+    Raises:
+        UserError: as `translate_texts` does, or the run has no tokenizer.
+    """
+    if run.tokenizer is None:
+        raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
+    task, data = run.config.task, run.config.data
+    lengths = {"most": getattr(task, "target_len", None)}
+    if getattr(task, "target", "") == "summary":
+        lengths |= {"source_length": data.seq_len, "max_ratio": 1.0}  # sources were cut in training too
+    return translate_texts(run.model, run.params["model"], run.tokenizer, sources, **{**lengths, **how})
 
 
 def limit(length: int, max_ratio: float) -> int:
@@ -77,8 +102,8 @@ def upto(tokens: np.ndarray, ends: Sequence[int]) -> np.ndarray:
     return tokens[: stops[0]] if len(stops) else tokens
 
 
-def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU of a whole set from 0 to 100, with one reference each, by sacreBLEU's defaults (13a, mixed case).
+def bleu(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -> float:
+    """BLEU of a whole set from 0 to 100, with one reference each or several, by sacreBLEU's defaults (13a, mixed case).
 
     Source: Papineni et al. 2002; Post 2018.
 
@@ -93,4 +118,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
         import sacrebleu
     except ModuleNotFoundError as error:
         raise UserError("got no package sacrebleu, expected it for BLEU, try pip install 'jaxmodels[text]'") from error
-    return sacrebleu.corpus_bleu(list(hypotheses), [list(references)]).score
+    several = [[each] if isinstance(each, str) else list(each) for each in references]
+    # in sacreBLEU's order, the first ones of all texts, then the second ones
+    streams = [[(each + [None] * n)[n] for each in several] for n in range(max(map(len, several)))]
+    return sacrebleu.corpus_bleu(list(hypotheses), streams).score

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxmodels.hf.formats import TYPES, family_of, format_of, supported
+from jaxmodels.hf.formats import TYPES, family_of, format_for, format_of, supported
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxmodels.models.model import Model
 
-__all__ = ["TYPES", "family_of", "format_of", "load_pretrained", "supported"]
+__all__ = ["TYPES", "family_of", "format_for", "format_of", "load_pretrained", "supported"]
 
 
 def load_pretrained(directory: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> tuple[Model, Any]:

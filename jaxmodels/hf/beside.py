@@ -93,7 +93,13 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
         for path in {*kept.iterdir()} - left - {kept / "config.json"}:  # written last, with the weights
             shutil.copyfile(path, part / path.name)
         # these describe the weights as they came, not as they are exported
-        how = {"dtype", "torch_dtype", "auto_map", "transformers_version", *(special.NAMES if own else ())}
+        how = {
+            "dtype",
+            "torch_dtype",
+            "auto_map",
+            "transformers_version",
+            *((*special.NAMES, *special.FORCED) if own else ()),
+        }
         if len(special.objects(kept / "config.json").get("id2label") or ()) != getattr(cfg.model, "classes", None):
             how |= {*_NAMES}
         if getattr(cfg.model, "classes", 1) != 1 and cfg.task.answers == "class":

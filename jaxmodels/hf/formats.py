@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxmodels.errors import UserError, nearest
+from jaxmodels.models import families
 
 if TYPE_CHECKING:
     from jaxmodels.hf.table import Format
@@ -15,7 +16,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "gpt2": ("gpt2",),
     "llama": ("llama", "mistral", "qwen2", "qwen3"),
     "mixtral": ("mixtral",),
-    "transformer": ("t5",),
+    "transformer": ("t5", "bart"),
     "bert": ("bert",),
     "vit": ("vit",),
     "resnet": ("resnet",),
@@ -26,6 +27,8 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "multimodal": ("llava", "idefics3", "smolvlm", "qwen2_audio"),
 }
 """Each family, which is also the name of a module here, and the `model_type`s of config.json that it reads."""
+_OWN = ("bart",)
+"""Those with a table in a module of their own; they are also variants of their family."""
 
 
 def supported() -> dict[str, tuple[str, ...]]:
@@ -33,8 +36,17 @@ def supported() -> dict[str, tuple[str, ...]]:
     return dict(TYPES)
 
 
-def format_of(family: str) -> Format:
-    """Return the format of one of our families.
+def format_for(config: Any) -> Format:
+    """Return the format of a model with this config.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    return format_of(families.family_of(config).name, getattr(config, "variant", ""))
+
+
+def format_of(family: str, kind: str = "") -> Format:
+    """Return the format of one of our families, or of a kind of it: a `model_type`, or a variant.
 
     Raises:
         UserError: transformers has no such model.
@@ -43,7 +55,7 @@ def format_of(family: str) -> Format:
         raise UserError(
             f"got a model of family {family}, which transformers does not have, expected one of {', '.join(TYPES)}"
         )
-    return importlib.import_module(f"jaxmodels.hf.{family}").FORMAT
+    return importlib.import_module(f"jaxmodels.hf.{kind if kind in _OWN else family}").FORMAT
 
 
 def family_of(model_type: Any) -> str:

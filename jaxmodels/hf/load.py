@@ -68,7 +68,8 @@ def described(directory: Path) -> tuple[Format, Any]:
         UserError: names all settings that are not computed here.
     """
     settings = Settings.read(directory)
-    form = formats.format_of(formats.family_of(settings.values["model_type"]))
+    kind = settings.values["model_type"]
+    form = formats.format_of(formats.family_of(kind), kind)
     compressed.check(settings)
     try:
         config = form.config(settings.renamed(form.names))
@@ -147,10 +148,11 @@ def match(
     known: dict[str, list[tuple[str, files.Tensor]]] = {}
     copies: dict[str, list[tuple[str, files.Tensor]]] = {}
     unknown, kinds = [], []
-    names = {*every, *form.copies}
+    zeros = form.zeros(model.config)
+    names = {*every, *form.copies, *zeros}
     for name, tensor in tensors:
         plain = form.canonical(name, names)
-        if plain not in slots and (plain in every or form.skips(plain)):
+        if plain not in slots and (plain in every or plain in zeros or form.skips(plain)):
             continue
         if plain not in slots and form.copies.get(plain) not in slots:
             unknown.append(name)
@@ -176,6 +178,11 @@ def match(
     ]
     missing = [name for name in slots if name not in known] if not damaged else []
     different = []
+    filled = [
+        name
+        for name, tensor in tensors
+        if form.canonical(name, names) in zeros and tensor.dtype in files.DTYPES and np.any(tensor.read())
+    ]
     if not (damaged or kinds or twice or shapes):
         different = [
             f"{name} differs from {known[original][0][0]}"
@@ -191,6 +198,7 @@ def match(
         "of another shape": shapes,
         "of a type that is no number with a fraction": kinds,
         "tied to another, but different": different,
+        "not zero, and not computed here": filled,
     }
     if any(problems.values()):
         said = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)

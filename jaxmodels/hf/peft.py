@@ -23,7 +23,7 @@ from jaxmodels.hf import formats
 from jaxmodels.hf.load import leaves_of
 from jaxmodels.hf.table import Format, Slot
 from jaxmodels.models.adapted import sides
-from jaxmodels.models.families import create, family_of
+from jaxmodels.models.families import create
 from jaxmodels.models.parameters import Axes
 
 CONFIG, WEIGHTS, ROOT = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -145,7 +145,7 @@ class Modules:
         Raises:
             UserError: transformers has no such model.
         """
-        form, model = formats.format_of(family_of(config).name), create(config)
+        form, model = formats.format_for(config), create(config)
         form.describe(config)
         shapes = {path: leaf.shape for path, leaf in leaves_of(model).items()}
         axes = {

@@ -15,13 +15,12 @@ from jaxmodels.data import special
 from jaxmodels.errors import UserError
 from jaxmodels.hf import compressed_save, files, formats
 from jaxmodels.hf.load import flatten, leaves_of
-from jaxmodels.models.families import family_of
 from jaxmodels.models.model import Model
 from jaxmodels.parts import MARK, filled
 
 SHARD = 5_000_000_000
 """The largest file of weights in bytes, as in transformers."""
-OVERRIDE = ("id2label", "label2id", *special.NAMES)
+OVERRIDE = ("id2label", "label2id", *special.NAMES, *special.FORCED)
 """Settings in which `more` of `save_pretrained` takes precedence over the model's config."""
 
 
@@ -75,7 +74,7 @@ def save_pretrained(
     Raises:
         UserError: transformers has no such model, or compressed-tensors no such codes.
     """
-    form = formats.format_of(family_of(model.config).name)
+    form = formats.format_for(model.config)
     settings = {**form.describe(model.config), "torch_dtype": "float32"}
     settings |= {key: value for key, value in (more or {}).items() if key not in settings or key in OVERRIDE}
     rows = form.slots(model.config, {path: leaf.shape for path, leaf in leaves_of(model).items()})
@@ -86,6 +85,8 @@ def save_pretrained(
         tensors = {
             slot.name: files.Written(slot.shape, lambda slot=slot: slot.theirs(leaves)) for row in rows for slot in row
         }
+    for name, shape in form.zeros(model.config).items():
+        tensors[name] = files.Written(shape, lambda shape=shape: np.zeros(shape, np.float32))
     tensors = dict(sorted(tensors.items()))
     dtypes = {name: each.dtype for name, each in tensors.items()}
     shards = files.sharded({name: each.shape for name, each in tensors.items()}, shard_size)

@@ -96,6 +96,9 @@ class Format:
     """Names of tensors that may be missing, and the tensor that is then used in their place."""
     skipped: tuple[str, ...] = ()
     """Patterns of names that hold no weights: masks, counters, computed tables."""
+    zeros: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    """The shapes by name of tensors that are no part of our model, because they are zero: they are written as such, and
+    read only to see whether they are."""
     counters: Mapping[str, str] = field(default_factory=dict)
     """Endings of tensors' names, and the ending of the counter that is written as 0 beside each."""
     aliases: tuple[tuple[str, str], ...] = ()

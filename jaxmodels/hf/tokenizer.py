@@ -77,12 +77,13 @@ def save(tokenizer: Tokenizer, directory: Path, translates: bool = False) -> Non
 def ids(tokenizer: Tokenizer, translates: bool) -> dict[str, Any]:
     """Return the ids in config.json with which transformers begins, ends and pads texts; None where there is none."""
     end, ends = tokenizer.special.end, list(tokenizer.special.ends)
-    start = tokenizer.special.start if tokenizer.special.start is not None else end
+    first, *forced = tokenizer.special.opening or (None,)
     return {
         "bos_token_id": tokenizer.before[-1] if tokenizer.before else end,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": end,
-        **({"decoder_start_token_id": start} if translates else {}),
+        **({"decoder_start_token_id": first} if translates else {}),
+        **({"forced_bos_token_id": forced[0]} if translates and forced else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer (Vaswani et al. 2017) and T5 (Raffel et al. 2020)."""
+"""The encoder-decoder Transformer (Vaswani et al. 2017), BART (Lewis et al. 2019) and T5 (Raffel et al. 2020)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Depth, Dim, Dropped, Positive
@@ -25,19 +24,25 @@ from jaxmodels.models.heads import MultiHead
 from jaxmodels.models.inputs import token_inputs
 from jaxmodels.models.kernels.kernel import Attention
 from jaxmodels.models.model import Dtype, Family, Remat
+from jaxmodels.models.positions import bucket, segment_positions, sinusoids
 
-ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu, "gated_gelu": layers.gelu}
+ACTIVATIONS = {"relu": nn.relu, "gelu": layers.gelu, "gated_gelu": layers.gelu, "exact_gelu": layers.exact_gelu}
+UNUSED = 2
+"""Rows at the beginning of BART's tables of positions that no position has, but its files."""
 
 
 @dataclass(frozen=True)
 class TransformerConfig(ModelConfig):
     """An encoder and a decoder; the defaults are the base model of Vaswani et al."""
 
-    variant: Literal["original", "t5"] = "original"
-    """original: sinusoids added to scaled embeddings, LayerNorm, biases; t5: a learned bias of the scores by distance,
-    RMSNorm, no biases, and scores that are not scaled."""
+    variant: Literal["original", "bart", "t5"] = "original"
+    """original: sinusoids added to scaled embeddings, LayerNorm, biases; bart: the same with learned positions, and
+    embeddings that are not scaled but normalized; t5: a learned bias of the scores by distance, RMSNorm, no biases, and
+    scores that are not scaled."""
     vocab_size: Dim = 37000
     """Rows of the embedding, shared by encoder and decoder (V)."""
+    context: Dim = 1024
+    """Learned positions: the most tokens of a source, and of a target (bart)."""
     layers: Depth = 6
     """Blocks of the encoder."""
     decoder_layers: Depth | None = None
@@ -54,8 +59,8 @@ class TransformerConfig(ModelConfig):
     """post: after each residual sum; pre: before each sublayer, and once after the last block."""
     norm_eps: Positive = 1e-6
     """Added to the variance, or to the mean square, in a norm."""
-    activation: Literal["relu", "gelu", "gated_gelu"] = "relu"
-    """Activation of the MLP; GELU in its tanh form."""
+    activation: Literal["relu", "gelu", "gated_gelu", "exact_gelu"] = "relu"
+    """Activation of the MLP; GELU in its tanh form, or exact."""
     relative_buckets: Dim = 32
     """Buckets of distances, each with a bias (t5); in the encoder half of them for each direction."""
     relative_distance: Dim = 128
@@ -92,6 +97,11 @@ class TransformerConfig(ModelConfig):
     def t5(self) -> bool:
         return self.variant == "t5"
 
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of a source, and of a target; None: no limit."""
+        return self.context if self.variant == "bart" else None
+
 
 def xavier(inputs: int, outputs: int) -> layers.Init:
     """Uniform with the variance 2 / (inputs + outputs) (Glorot & Bengio 2010)."""
@@ -107,43 +117,16 @@ class Initializers(NamedTuple):
 
     @staticmethod
     def of(c: TransformerConfig) -> Initializers:
-        """Source: `torch.nn.Transformer`, to which q, k and v are one matrix; T5, `_init_weights` of transformers."""
+        """Source: `torch.nn.Transformer`, to which q, k and v are one matrix; for BART and T5, `_init_weights` of
+        transformers."""
         D, F, inner = c.width, c.mlp_width, c.heads * c.head_size
+        if c.variant == "bart":
+            return Initializers((layers.normal(0.02),) * 4, (layers.normal(0.02),) * 2)
         if not c.t5:
             first = xavier(D, F)
             return Initializers((xavier(D, 3 * inner),) * 3 + (xavier(inner, D),), (first, first))
         q, narrow = layers.normal((D * c.head_size) ** -0.5), layers.normal(D**-0.5)
         return Initializers((q, narrow, narrow, layers.normal(inner**-0.5)), (narrow, layers.normal(F**-0.5)))
-
-
-def sinusoids(positions: jax.Array, width: int) -> jax.Array:
-    """Positions (…) as (…, D) float32: alternating sin and cos, of wavelengths from 2π to 10000·2π (section 3.5)."""
-    freq = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[..., None].astype(jnp.float32) * freq
-    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return waves.reshape(*positions.shape, -1)[..., :width]
-
-
-def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Positions (B, T) that start at 0 in each run of equal segment ids."""
-    index = jnp.arange(segment_ids.shape[1])[None]
-    fresh = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    return index - jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
-
-
-def bucket(buckets: int, distance: int, both: bool) -> np.ndarray:
-    """The bucket of each key position less query position from -distance to distance, (2·distance + 1,).
-
-    Half of the buckets hold one distance each, the others a range that grows as the logarithm. `both`: keys after the
-    query have buckets of their own; otherwise they are those of distance 0.
-    """
-    ahead = np.arange(-distance, distance + 1)
-    count = buckets // 2 if both else buckets
-    apart = np.abs(ahead) if both else np.maximum(-ahead, 0)
-    exact = count // 2
-    share = np.log(np.maximum(apart, 1).astype(np.float32) / exact) / math.log(distance / exact)
-    far = np.minimum(exact + (share * (count - exact)).astype(np.int32), count - 1)
-    return np.where(apart < exact, apart, far) + (count * (ahead > 0) if both else 0)
 
 
 def relative_bias(c: TransformerConfig, table: layers.Embed, T: int, S: int, offset: Any, both: bool) -> jax.Array:
@@ -268,6 +251,11 @@ class Stack(nn.Module):
                 c.relative_buckets, c.heads, ("positions", "heads"), init, before_stack=True, name="relative"
             )
             bias = relative_bias(c, table, T, S, offset, both=not self.decoder)
+        elif c.variant == "bart":
+            axes, rows = ("positions", "embed"), c.context + UNUSED
+            places = layers.Embed(rows, c.width, axes, dtype=c.dtype, before_stack=True, name="positions")
+            x = x + places(ctx.positions + UNUSED)
+            x = layers.LayerNorm(c.norm_eps, before_stack=True, name="embed_norm")(x)
         else:
             x = x * c.width**0.5 + sinusoids(ctx.positions, c.width).astype(x.dtype)
         x = layers.shard(drop(x, self.train), "batch", "seq", None)
@@ -316,13 +304,12 @@ class Transformer(nn.Module):
             raise UserError(
                 "got segment_ids and no sources, expected those that came with the sources, try leaving them out"
             )
-        init = layers.normal(1.0 if c.t5 else c.width**-0.5)
+        init = layers.normal({"original": c.width**-0.5, "bart": 0.02, "t5": 1.0}[c.variant])
         embed = layers.Embed(c.vocab_size, c.width, initializer=init, dtype=c.dtype, before_stack=True, name="embed")
 
         def begin(tokens: jax.Array, ids: jax.Array | None, cache: Any = None) -> tuple[jax.Array, Context]:
-            return embed(tokens), Context.of(
-                tokens, cache, None if ids is None or c.t5 else segment_positions(ids), ids
-            )
+            positions = None if ids is None or c.t5 else segment_positions(ids)
+            return embed(tokens), Context.of(tokens, cache, positions, ids, c.longest)
 
         if inputs is not None:
             memory, _ = Stack(c, c.layers, False, train, name="encoder")(*begin(inputs, segment_ids))
@@ -362,6 +349,12 @@ def t5(layers: int, heads: int, width: int, mlp_width: int, head_dim: int = 64, 
     return TransformerConfig(variant="t5", vocab_size=32128, norm="pre", **sizes, **more)
 
 
+def bart(layers: int, heads: int, width: int, vocab_size: int) -> TransformerConfig:
+    """A size of BART."""
+    sizes = {"layers": layers, "heads": heads, "width": width, "mlp_width": 4 * width, "vocab_size": vocab_size}
+    return TransformerConfig(variant="bart", activation="exact_gelu", norm_eps=1e-5, **sizes)  # type: ignore[arg-type]
+
+
 later = {"activation": "gated_gelu", "tied": False}
 
 register(
@@ -374,10 +367,14 @@ register(
             c.decoder_layers or c.layers, batch, length, c.heads, c.head_size, c.dtype
         ),
         unembedding=output_table,
+        longest=lambda c: c.longest,
         presets={
             # Vaswani et al. 2017, table 3
             "transformer-base": base,
             "transformer-big": dataclasses.replace(base, heads=16, width=1024, mlp_width=4096, dropout=0.3),
+            "bart-base": bart(6, 12, 768, 50265),
+            "bart-large": bart(12, 16, 1024, 50265),
+            "bart-large-cnn": bart(12, 16, 1024, 50264),
             "t5-small": t5(6, 8, 512, 2048),
             "t5-base": t5(12, 12, 768, 3072),
             "t5-large": t5(24, 16, 1024, 4096),

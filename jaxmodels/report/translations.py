@@ -1,4 +1,4 @@
-"""A run's translations beside the reference translations."""
+"""A run's translations or summaries beside the references."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ BEAMS = 4
 def pieces(evaluation: Evaluation) -> list[Piece]:
     """Tabulate source, reference and hypothesis of the first held-out pairs."""
     run = evaluation.run
-    tokenizer = evaluation.source.tokenizer
-    if run.config.task.answers != "translation" or tokenizer is None:
+    if run.config.task.answers != "translation" or evaluation.source.tokenizer is None:
         return []
-    from jaxmodels.generate.translation import translate_texts
+    from jaxmodels.generate.translation import translated
 
     sources, references = (texts[:COUNT] for texts in data.open_pairs(run.config.data, "eval"))
-    hypotheses = translate_texts(run.model, run.params["model"], tokenizer, sources, beams=BEAMS)
-    rows = list(zip(sources, references, hypotheses, strict=True))
+    hypotheses = translated(run, sources, beams=BEAMS)
+    rows = list(zip(sources, map(" / ".join, references), hypotheses, strict=True))
     return [Table(("source", "reference", "hypothesis"), rows, f"The first held-out pairs; {BEAMS} beams.")]

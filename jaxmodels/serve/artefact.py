@@ -233,12 +233,16 @@ def about(run: Run, folder: Path) -> dict[str, Any]:
     tokenizer = run.tokenizer
     if tokenizer is not None:
         tokenizer.save(folder)
+        translates, longest = answers == "translation", run.model.longest if "model" in run.networks else None
+        context = None if longest is None else longest + 1 - len(tokenizer.special.opening)
+        room = [n for n in (getattr(run.config.task, "target_len", None), context) if n is not None]
         told["text"] = {
-            "before": list(tokenizer.before),
+            "before": list(tokenizer.special.before if translates else tokenizer.before),
             "after": list(tokenizer.after),
             "end": tokenizer.end,
-            "ends": list(tokenizer.special.ends or (() if answers != "translation" else (tokenizer.end,))),
+            "ends": list(tokenizer.special.ends or ((tokenizer.end,) if translates else ())),
             "length": section.seq_len,
+            **({"most": min(room, default=10**9)} if translates else {}),
             "repetition_penalty": asked.repetition_penalty(run.directory) if answers == "continuation" else 1.0,
         }
     return told

@@ -187,12 +187,12 @@ def _translate(run: Run) -> Function:
     if tokenizer is None or tokenizer.end is None:
         raise UserError(f"got {run.directory} without a tokenizer that has an end token, expected one, try another run")
     ends = jnp.asarray(tokenizer.special.ends or (tokenizer.end,), jnp.int32)
-    start = tokenizer.end if tokenizer.special.start is None else tokenizer.special.start
+    start = jnp.asarray(tokenizer.special.opening, jnp.int32)
 
     def compute(run: Run, given: Arrays) -> Arrays:
         sources, marks = given["inputs"], given["segment_ids"]
         room = 2 * sources.shape[1]  # as many as `limit` gives a source of this length
-        how = given["limits"], jnp.int32(start), ends, jnp.float32(1), room, 4
+        how = given["limits"], start, ends, jnp.float32(1), room, 4
         tokens, scores = beam.search(run.model, run.params["model"], sources, marks, *how)
         return {"tokens": tokens, "scores": scores}
 

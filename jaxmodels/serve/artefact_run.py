@@ -170,10 +170,11 @@ class Artefact:
 
     def translate(self, ids):
         """Translate token ids by beam search, as `jaxmodels sample` does."""
-        how, ids = self.manifest["text"], [*ids, self.manifest["text"]["end"]]
+        how = self.manifest["text"]
+        ids = [*how["before"], *ids, how["end"]]
         inputs, segment_ids = np.zeros((2, 1, -(-len(ids) // 8) * 8), np.int32)
         inputs[0, : len(ids)], segment_ids[0, : len(ids)] = ids, 1
-        limits = np.array([max(2 * len(ids), 16)], np.int32)
+        limits = np.array([min(max(2 * len(ids), 16), how["most"])], np.int32)
         found = np.asarray(self("translate", inputs=inputs, segment_ids=segment_ids, limits=limits)["tokens"][0])
         return found[: np.append(np.isin(found, how["ends"]), True).argmax()].tolist()
 

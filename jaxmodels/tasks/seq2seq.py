@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from jaxmodels.data.recordings import dictated
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Positive
+from jaxmodels.fields import Dim, Positive
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
@@ -43,15 +44,28 @@ class Seq2Seq(ScoredConfig):
     (B, T), for padding and packing. With `task.seconds` sources are sounds (B, N), padded with silence.
     """
 
+    target: Literal["translation", "summary"] = "translation"
+    """What it makes of texts. Translations are judged by BLEU, summaries by ROUGE-1, ROUGE-2 and ROUGE-L, each with the
+    best of several references."""
+    target_len: Dim | None = None
+    """Tokens of a target of texts; as many as `data.seq_len`, those of a source, when not given."""
     seconds: Positive | None = None
     """Length of sources that are sounds: shorter ones are padded, and longer ones left out. None: sources are texts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seconds is not None and (self.target_len is not None or self.target != "translation"):
+            raise UserError(
+                f"got task.target {self.target} and task.target_len {self.target_len} with task.seconds, expected "
+                "neither for sounds, whose texts have data.seq_len tokens, try --task.seconds None"
+            )
 
     @property
     def answers(self) -> Answers:  # pyright: ignore[reportIncompatibleVariableOverride]
         return "translation" if self.seconds is None else "transcript"
 
     def examples(self, opening: Opening) -> Source:
-        return examples.pairs(opening) if self.seconds is None else dictated(opening)
+        return examples.pairs(opening, self.target_len) if self.seconds is None else dictated(opening)
 
     def build(self, model: Model, data: DataConfig) -> Task:
         unembedding = model.unembedding
@@ -65,6 +79,18 @@ class Seq2Seq(ScoredConfig):
         def given(batch: Batch) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
             sources = batch["inputs"] if self.seconds is None else floats(batch["inputs"])
             return (sources, batch["tokens"]), {name: batch[name] for name in packing if name in batch}
+
+        length = data.seq_len if self.target_len is None else self.target_len
+        if model.longest is not None and (most := max(data.seq_len, length)) > model.longest:
+            raise UserError(
+                f"got texts of up to {most} tokens, expected at most model.context {model.longest}, "
+                f"try --model.context {most}"
+            )
+        if data.pack and length != data.seq_len:
+            raise UserError(
+                f"got task.target_len {length} with data.pack, expected rows of data.seq_len {data.seq_len} on both "
+                "sides, try --data.pack False"
+            )
 
         def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
             inputs, packed = given(batch)
@@ -80,12 +106,13 @@ class Seq2Seq(ScoredConfig):
             inputs, packed = given(batch)
             return forward(("model", model), params, stats, *inputs, **packed)[0]
 
-        ids, segments = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True, usual=True)
+        ids, marks = tokens(data, getattr(model.config, "vocab_size", None)), tokens(data, optional=True, usual=True)
+        own, own_marks = (dataclasses.replace(field, shape=(length,)) for field in (ids, marks))
         fields = {
             "inputs": self._sources(model, ids),
-            "tokens": ids,
-            "targets": ids,
-            **dict.fromkeys(packing, segments),
+            "tokens": own,
+            "targets": own,
+            **dict(zip(packing, (marks, own_marks), strict=False)),
         }
         loss, metrics = scored(score)
         return language_task(model, Loss("loss", "model", loss), metrics, fields, outputs=outputs, ask=ask)

@@ -25,10 +25,10 @@ from jaxmodels.data.contract import check_batch
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
-from jaxmodels.hf import beside, format_of
+from jaxmodels.hf import beside, format_for
 from jaxmodels.models.adapted import merge
 from jaxmodels.models.coded import plain
-from jaxmodels.models.families import create, family_of
+from jaxmodels.models.families import create
 from jaxmodels.models.model import Model
 from jaxmodels.parallel import mesh, progress
 from jaxmodels.tasks.task import Task, normalized
@@ -226,7 +226,7 @@ def read_run(directory: str | Path, *, best: bool = False) -> Run:
 
 def _without_task(directory: Path, cfg: Config) -> bool:
     """Whether a run was imported with a model that no task trains (such as one without a head), only to be exported."""
-    return (directory / "pretrained").is_dir() and not format_of(family_of(cfg.model).name).task(cfg.model)
+    return (directory / "pretrained").is_dir() and not format_for(cfg.model).task(cfg.model)
 
 
 def _task(cfg: Config) -> Task:

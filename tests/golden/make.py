@@ -89,6 +89,22 @@ def t5():
     return tf.T5ForConditionalGeneration(config), run
 
 
+def bart():
+    config = tf.BartConfig(
+        vocab_size=V, max_position_embeddings=9, d_model=12, encoder_layers=2, decoder_layers=1,
+        encoder_attention_heads=3, decoder_attention_heads=3, encoder_ffn_dim=20, decoder_ffn_dim=20,
+    )  # fmt: skip
+
+    def run(model):
+        source, target, mask = tokens(length=6), tokens(), np.ones((B, 6), np.int32)
+        mask[1, -2:] = 0  # padding
+        given = {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
+        logits = model(**{name: torch.from_numpy(x).long() for name, x in given.items()}).logits
+        return {"0": source, "1": target, "segment_ids": mask}, {"logits": logits}
+
+    return tf.BartForConditionalGeneration(config), run
+
+
 def bert(model):
     ids, types = tokens(), rng.integers(0, 2, (B, T)).astype(np.int32)
     mask = np.ones((B, T), np.int32)
@@ -243,8 +259,8 @@ def qwen2_audio():
 
 
 MODELS = (
-    gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bert_masked_lm, bert_classifier, vit, resnet, segformer, clip,
-    wav2vec2, whisper, llava, idefics3, smolvlm, qwen2_audio,
+    gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bart, bert_masked_lm, bert_classifier, vit, resnet, segformer,
+    clip, wav2vec2, whisper, llava, idefics3, smolvlm, qwen2_audio,
 )  # fmt: skip
 
 

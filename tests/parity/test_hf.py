@@ -30,6 +30,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 GPT2 = {"vocab_size": V, "n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 17, **EAGER, **IDS}
+BART = {
+    "vocab_size": V, "max_position_embeddings": 24, "d_model": 20, "encoder_layers": 2, "decoder_layers": 3,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 29, "decoder_ffn_dim": 29,
+}  # fmt: skip
 T5 = {"vocab_size": V, "d_model": 20, "d_kv": 7, "d_ff": 29, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 3}
 TEXT = {**SIZES, **EAGER, "vocab_size": V, "max_position_embeddings": 17}
 IMAGE = {**SIZES, **EAGER, "image_size": 15, "patch_size": 5}
@@ -79,6 +83,7 @@ CASES = {
         "Mixtral", intermediate_size=52, num_local_experts=3, sliding_window=4, tie_word_embeddings=True
     ),
     "t5": t5(relative_attention_num_buckets=6, relative_attention_max_distance=9),
+    "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
     "t5-v1.1": t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "bert-masked-lm": bert("ForMaskedLM", type_vocab_size=3),
     "bert-classifier": bert("ForSequenceClassification", num_labels=5),
@@ -119,7 +124,7 @@ def inputs_of(model):
             return (images,), {}, {"pixel_values": tensor(images)}
         ids[range(B), [12, 5, 8]] = V - 1 if config.text_config.eos_token_id == 2 else 1
         return (images, ids), {}, {"pixel_values": tensor(images), "input_ids": tensor(ids)}
-    if config.model_type == "t5":
+    if config.model_type in ("t5", "bart"):
         targets = rng.integers(2, V, (B, 11)).astype(np.int32)
         return (ids, targets), {}, {"input_ids": tensor(ids), "decoder_input_ids": tensor(targets)}
     if config.model_type == "bert":

@@ -26,6 +26,9 @@ UNLIKE = {
     "t5": tf.T5Config(vocab_size=97, d_model=20, d_kv=7, d_ff=29, num_layers=2, num_decoder_layers=3, num_heads=3,
                       relative_attention_num_buckets=6, relative_attention_max_distance=9, dropout_rate=0.3,
                       feed_forward_proj="gated-gelu", tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    "bart": tf.BartConfig(vocab_size=97, max_position_embeddings=17, d_model=20, encoder_layers=2, decoder_layers=3,
+                          encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=29, decoder_ffn_dim=29,
+                          dropout=0.3),
     "bert": tf.BertConfig(**TEXT, type_vocab_size=3, hidden_dropout_prob=0.3, num_labels=5,
                           architectures=["BertForSequenceClassification"]),
     "vit": tf.ViTConfig(**IMAGE, hidden_dropout_prob=0.3, num_labels=5),
@@ -61,7 +64,9 @@ WITHOUT_EFFECT = {
 def converted(values):
     """Our config, or what is wrong with theirs."""
     try:
-        return hf.format_of(hf.family_of(values["model_type"])).config(Settings(values, "config.json"))
+        return hf.format_of(hf.family_of(values["model_type"]), values["model_type"]).config(
+            Settings(values, "config.json")
+        )
     except UserError as error:
         return str(error)
 
@@ -115,7 +120,7 @@ def told(values):
     """Our config with the remarks on theirs, or what is wrong with theirs."""
     settings = Settings(values, "config.json")
     try:
-        return hf.format_of(hf.family_of(values["model_type"])).config(settings), settings.remarks
+        return hf.format_of(hf.family_of(values["model_type"]), values["model_type"]).config(settings), settings.remarks
     except UserError as error:
         return str(error)
 
