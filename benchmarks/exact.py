@@ -52,6 +52,7 @@ CASES = {
     "vae": Case(("vae_mnist",)),
     "gan": Case(("gan_mnist",)),
     "wgan": Case(("wgan_mnist",)),
+    "bart": Case(("bart_cnn_dailymail", *XLA)),
     "bert": Case(("bert_base_wikipedia",)),
     "bert-classes": Case(("bert_sst2",)),
     "bert-sentences": Case(("bert_scitldr",)),

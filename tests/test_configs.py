@@ -8,6 +8,7 @@ from jaxmodels import config as configs
 from jaxmodels.train.job import assemble
 
 FULL = (
+    "bart_cnn_dailymail",
     "bert_base_wikipedia",
     "bert_scitldr",
     "bert_squad",

@@ -170,7 +170,7 @@ def dictated(opening: Opening) -> Dictations:
         raise UserError(
             f"got tokenizer {tokenizer} without a token that ends a text, expected one, try --data.tokenizer bpe:8000"
         )
-    first = (tokenizer.end if tokenizer.special.start is None else tokenizer.special.start,)
+    first = tokenizer.special.opening
     return Dictations(records, opening, first=first, end=tokenizer.end, **found)
 
 
