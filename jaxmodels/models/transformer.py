@@ -41,8 +41,6 @@ class TransformerConfig(ModelConfig):
     scores that are not scaled."""
     vocab_size: Dim = 37000
     """Rows of the embedding, shared by encoder and decoder (V)."""
-    context: Dim = 1024
-    """Learned positions: the most tokens of a source, and of a target (bart)."""
     layers: Depth = 6
     """Blocks of the encoder."""
     decoder_layers: Depth | None = None
@@ -65,6 +63,8 @@ class TransformerConfig(ModelConfig):
     """Buckets of distances, each with a bias (t5); in the encoder half of them for each direction."""
     relative_distance: Dim = 128
     """Distances from this many tokens on share the last bucket (t5)."""
+    context: Dim = 1024
+    """Learned positions: the most tokens of a source, and of a target (bart)."""
     tied: bool = True
     """Whether the output layer is the embedding."""
     dropout: Dropped = 0.1

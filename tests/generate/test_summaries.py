@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     cfg = Config(
         model=MODEL,
         task=Seq2Seq(target="summary", target_len=6),
-        data=Table(**files, tokenizer="words:40", seq_len=12, batch_size=4),
+        data=Table(**files, tokenizer="words:40", seq_len=12, batch_size=8),
         train=Train(steps=2),
         eval=Eval(batches=1),
         checkpoint=Checkpoint(every=0),
