@@ -115,7 +115,7 @@ def sample(
         from jaxmodels.generate.translation import translated
 
         assert prompt is not None
-        asked.say_what_is_left_out(Path(run), asked.asked_of(Path(run)))
+        asked.say_what_no_search_follows(Path(run))
         _show(translated(opened, [prompt])[0])
         return
     prompt = opening(tokenizer) if prompt is None else prompt

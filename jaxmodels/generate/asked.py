@@ -70,6 +70,11 @@ def repetition_penalty(run: Path) -> float:
     return penalty
 
 
+def say_what_no_search_follows(run: Path) -> None:
+    """Log the settings that a search for targets, which begin and end with the forced tokens, does not follow."""
+    say_what_is_left_out(run, {name: x for name, x in asked_of(run).items() if name not in special.FORCED})
+
+
 def say_what_is_left_out(run: Path, settings: dict[str, Any]) -> None:
     """Log the settings that are asked for and not applied, in one line."""
     if settings:

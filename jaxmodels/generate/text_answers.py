@@ -40,7 +40,7 @@ def source(run: Run) -> Callable[[Any], Any]:
 def translator(run: Run, beams: int) -> Answers:
     """Answer with a text's translation, or its summary."""
     name = getattr(run.config.task, "target", "translation")
-    asked.say_what_is_left_out(run.directory, asked.asked_of(run.directory))
+    asked.say_what_no_search_follows(run.directory)
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
         return [{name: text} for text in translated(run, ready, beams=beams, batch_size=len(ready))]
