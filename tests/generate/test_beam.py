@@ -22,7 +22,7 @@ SOURCES = np.random.default_rng(3).integers(0, V, IDS.shape).astype(np.int32) * 
 class Toy:
     """Stands for a model: its logits are a table's row for each source and each sequence of tokens so far."""
 
-    config = None
+    config = longest = None
 
     def __init__(self, vocab, hurry=0.0):
         self.vocab, self.hurry, self.calls = vocab, hurry, []

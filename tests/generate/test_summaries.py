@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmodels import cli, data
-from jaxmodels.config import Checkpoint, Config, Eval, Metrics, Seq2Seq, Synthetic, Table, Train
+from jaxmodels.config import AdamW, Checkpoint, Config, Eval, Metrics, Seq2Seq, Synthetic, Table, Train
 from jaxmodels.errors import UserError
 from jaxmodels.generate import bleu
 from jaxmodels.generate.judge import judge_texts
@@ -36,7 +36,8 @@ def run(tmp_path_factory):
         model=MODEL,
         task=Seq2Seq(target="summary", target_len=6),
         data=Table(**files, tokenizer="words:40", seq_len=12, batch_size=8),
-        train=Train(steps=2),
+        optim=AdamW(peak_lr=1e-2),
+        train=Train(steps=40),
         eval=Eval(batches=1),
         checkpoint=Checkpoint(every=0),
         metrics=Metrics(progress="none", loggers=()),
