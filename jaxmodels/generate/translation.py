@@ -118,7 +118,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -
         import sacrebleu
     except ModuleNotFoundError as error:
         raise UserError("got no package sacrebleu, expected it for BLEU, try pip install 'jaxmodels[text]'") from error
-    several = [[each] if isinstance(each, str) else list(each) for each in references]
+    several: list[Any] = [[each] if isinstance(each, str) else list(each) for each in references]
     # in sacreBLEU's order, the first ones of all texts, then the second ones
-    streams = [[(each + [None] * n)[n] for each in several] for n in range(max(map(len, several)))]
+    streams: Any = [[(each + [None] * n)[n] for each in several] for n in range(max(map(len, several)))]
     return sacrebleu.corpus_bleu(list(hypotheses), streams).score

@@ -121,7 +121,8 @@ class Initializers(NamedTuple):
         transformers."""
         D, F, inner = c.width, c.mlp_width, c.heads * c.head_size
         if c.variant == "bart":
-            return Initializers((layers.normal(0.02),) * 4, (layers.normal(0.02),) * 2)
+            init = layers.normal(0.02)
+            return Initializers((init,) * 4, (init, init))
         if not c.t5:
             first = xavier(D, F)
             return Initializers((xavier(D, 3 * inner),) * 3 + (xavier(inner, D),), (first, first))
