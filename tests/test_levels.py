@@ -17,7 +17,7 @@ LEVELS = (
     "data",
     "tasks",
     "train.sections train.optim train.schedules train.groups train.adafactor compress.adapters "
-    "compress.codes compress.coding compress.distillation compress.patterns compress.sparse",
+    "compress.codes compress.coding compress.distillation compress.patterns compress.rounded compress.sparse",
     "config",
     "hf",
     "train",

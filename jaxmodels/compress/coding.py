@@ -21,7 +21,11 @@ from jaxmodels.registry import Registry
 COMPRESSIONS = Registry(
     "compress",
     "jaxmodels.compressions",
-    {"quantized": "jaxmodels.compress.coding:Quantized", "sparse": "jaxmodels.compress.sparse:Sparse"},
+    {
+        "quantized": "jaxmodels.compress.coding:Quantized",
+        "rounded": "jaxmodels.compress.rounded:Rounded",
+        "sparse": "jaxmodels.compress.sparse:Sparse",
+    },
 )
 _KINDS = ("matrix", "embedding")
 
@@ -38,10 +42,17 @@ class CompressConfig(Section, section="compress", kinds=COMPRESSIONS):
         """Return the optimizer of a network whose parameters have these logical axes, over a run of so many steps."""
         return optimizer
 
+    def check(self, adapter: bool, ema: float | None) -> None:
+        """Refuse to be beside an adapter, or beside averages of the parameters.
+
+        Raises:
+            UserError: it cannot be.
+        """
+
 
 @dataclass(frozen=True)
-class Quantized(CompressConfig):
-    """Parameters as codes of few bits with scales. Patterns are of paths below the network, such as layers/attn/q/w."""
+class CodesConfig(CompressConfig):
+    """Which parameters have codes. Patterns are of paths below the network, such as layers/attn/q/w."""
 
     codes: Kind = "int8"
     """int8; int4, two a byte; float8 (E4M3); or nf4, the 16 values of QLoRA (Dettmers et al. 2023), two a byte."""
@@ -55,6 +66,44 @@ class Quantized(CompressConfig):
     """Patterns of embeddings and output layers that are coded too: embed, head."""
     kept: tuple[str, ...] = ()
     """Patterns of parameters that stay as they are."""
+
+    def __post_init__(self) -> None:
+        if not self.symmetric and self.codes not in RANGES:
+            raise UserError(
+                f"got compress.symmetric False for {self.codes}, which has no zero points, expected int8 or int4, "
+                "try --compress.codes int4"
+            )
+
+    @property
+    def spec(self) -> Spec:
+        """How each of them is coded."""
+        return Spec(self.codes, self.group, self.symmetric)
+
+    def chosen(self, names: Mapping[str, Axes], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Return those that have codes, of parameters by network and path.
+
+        Raises:
+            UserError: a pattern matches nothing that it could, or a parameter cannot be coded so.
+        """
+        every, of = list(names), {kind: [name for name in names if names[name].kind == kind] for kind in _KINDS}
+        chosen = {
+            *matched("compress.targets", self.targets, every, of["matrix"], "matrix"),
+            *matched("compress.embeddings", self.embeddings, every, of["embedding"], "embedding"),
+        } - {*matched("compress.kept", self.kept, every, every, "parameter")}
+        for name in sorted(chosen):
+            try:
+                layout(shapes[name], names[name], self.spec)
+            except UserError as error:
+                path = name.partition("/")[2]
+                said = str(error).replace("a parameter", path, 1)
+                raise UserError(said.replace("with its path", f"'{path.removesuffix('/w')}'")) from None
+        return [name for name in names if name in chosen]
+
+
+@dataclass(frozen=True)
+class Quantized(CodesConfig):
+    """Parameters as codes of few bits with scales. Patterns are of paths below the network, such as layers/attn/q/w."""
+
     factors: bool = False
     """Whether each input has a factor beside the scales, as `jaxmodels compress` finds it by AWQ and SmoothQuant."""
     activations: Activations | None = None
@@ -75,33 +124,19 @@ class Quantized(CompressConfig):
                 "got compress.embeddings beside compress.factors or compress.activations, which matrices alone have, "
                 "expected one of them, try without --compress.embeddings"
             )
-        if not self.symmetric and self.codes not in RANGES:
-            raise UserError(
-                f"got compress.symmetric False for {self.codes}, which has no zero points, expected int8 or int4, "
-                "try --compress.codes int4"
-            )
+        super().__post_init__()
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.codes, self.group, self.symmetric, self.factors, self.activations)
 
     def specs(self, networks: Mapping[str, Model]) -> dict[str, Spec]:
-        names = named(networks)
-        spec = Spec(self.codes, self.group, self.symmetric, self.factors, self.activations)
         shapes = {
             f"{network}/{_path(path)}": leaf.shape
             for network, model in networks.items()
             for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes())
         }
-        every, of = list(names), {kind: [name for name in names if names[name].kind == kind] for kind in _KINDS}
-        chosen = {
-            *matched("compress.targets", self.targets, every, of["matrix"], "matrix"),
-            *matched("compress.embeddings", self.embeddings, every, of["embedding"], "embedding"),
-        } - {*matched("compress.kept", self.kept, every, every, "parameter")}
-        for name in sorted(chosen):
-            try:
-                layout(shapes[name], names[name], spec)
-            except UserError as error:
-                path = name.partition("/")[2]
-                said = str(error).replace("a parameter", path, 1)
-                raise UserError(said.replace("with its path", f"'{path.removesuffix('/w')}'")) from None
-        return {name: spec for name in names if name in chosen}
+        return dict.fromkeys(self.chosen(named(networks), shapes), self.spec)
 
 
 @dataclass(frozen=True)

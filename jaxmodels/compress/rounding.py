@@ -40,8 +40,7 @@ class CodesConfig(MatrixMethod):
 
     @property
     def spec(self) -> Spec:
-        section = self.section
-        return Spec(section.codes, section.group, section.symmetric, section.factors, section.activations)
+        return self.section.spec
 
     def changed(self, config: Config, left: Sequence[str] = ()) -> Config:
         kept = (*self.kept, *(name.partition("/")[2].removesuffix("/w") for name in left))

@@ -55,6 +55,17 @@ class Sparse(CompressConfig):
                 "try --compress.sparsity 0.8"
             )
 
+    def check(self, adapter: bool, ema: float | None) -> None:
+        if adapter:
+            raise UserError(
+                "got compress sparse with an adapter, which trains none of the weights, expected one of the two"
+            )
+        if self.sparsity is not None and ema is not None:
+            raise UserError(
+                f"got compress.sparsity with train.ema {ema}, whose averages are not 0 where weights became so, "
+                "expected no averages, try --train.ema None"
+            )
+
     def trained(
         self, optimizer: optax.GradientTransformation, steps: int, axes: Mapping[str, Any], updates: int = 1
     ) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxmodels.compress.adapters import AdapterConfig, DoRA, LoRA
 from jaxmodels.compress.coding import CompressConfig, Quantized
 from jaxmodels.compress.distillation import Distill
+from jaxmodels.compress.rounded import Rounded
 from jaxmodels.compress.sparse import Sparse
 from jaxmodels.config.explain import differences, docs, documentation, flatten, provenance
 from jaxmodels.config.files import from_json, load, read, save, to_json
@@ -95,6 +96,7 @@ __all__ = [
     "Quantized",
     "QuestionAnswering",
     "RMSprop",
+    "Rounded",
     "SQuAD",
     "ScheduleConfig",
     "Segmentation",

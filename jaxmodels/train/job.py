@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from jaxmodels import data, tasks
 from jaxmodels.compress.adapters import Adaptation
 from jaxmodels.compress.distillation import Teaching
-from jaxmodels.compress.sparse import Sparse
 from jaxmodels.config import Config
 from jaxmodels.data.contract import check_batch, check_lengths
 from jaxmodels.errors import UserError
@@ -212,15 +211,8 @@ def check_options(cfg: Config) -> None:
     if train.strategy == "pmap" and (cfg.optim.offload or train.xla):
         name = "optim.offload" if cfg.optim.offload else "train.xla"
         raise UserError(f"got {name} with train.strategy pmap, expected jit, try --train.strategy jit")
-    if isinstance(cfg.compress, Sparse) and cfg.adapter is not None:
-        raise UserError(
-            "got compress sparse with an adapter, which trains none of the weights, expected one of the two"
-        )
-    if isinstance(cfg.compress, Sparse) and cfg.compress.sparsity is not None and train.ema is not None:
-        raise UserError(
-            f"got compress.sparsity with train.ema {train.ema}, whose averages are not 0 where weights became so, "
-            "expected no averages, try --train.ema None"
-        )
+    if cfg.compress is not None:
+        cfg.compress.check(cfg.adapter is not None, train.ema)
     loop.profile_steps(cfg.profile.steps, train.steps)
     often = max(1, train.steps // 10)
     idle = {
