@@ -18,6 +18,7 @@ from jaxmodels.data.tokenizer import Bytes
 from jaxmodels.data.waves import wav
 from jaxmodels.errors import UserError
 from jaxmodels.models.multimodal import ImageTower, MultimodalConfig, SoundTower, merged
+from jaxmodels.report import replies
 from jaxmodels.tasks.multimodal_lm import exactly, media
 from tests.sections import untrained
 from tests.zoo import arrays
@@ -129,6 +130,9 @@ def test_a_run_replies_with_what_its_model_finds_likeliest(table, tmp_path, caps
     first = int((batch["targets"][0] >= 0).argmax())
     logits = run.model.apply(run.params["model"], batch["tokens"], *media(batch, cfg.data))
     assert rows[0]["reply"].startswith(run.tokenizer.decode([int(logits[0, first].argmax())]).strip())
+    (picture,) = replies.pieces(run.evaluation())
+    titles = [axis.get_title(loc="left").splitlines() for axis in picture.figure.axes[::2]]
+    assert titles[0][0].startswith("what 0") and titles[0][1].endswith("not no 0") and titles[0][2].endswith("% image")
 
 
 def test_other_models_and_models_without_towers_are_refused(table):
