@@ -3,7 +3,8 @@
     python -m jaxmodels train configs/multimodal_digits_fusion.py --data.path DIR    # at the root of the repository
 
 DIR is a folder with digits_fusion, spoken_digits and raw/mnist. Both towers are trained from nothing, by the answers
-alone. To reach: 95 % of 1,500 answers; the best by the picture alone is 48.7 %, by the sound alone 49.7 %.
+alone. Reached on 1,500 pairs: 94.9 % of the answers after 1,300 steps, 25 minutes of two cores of which it had a small
+part; benchmarks/results/applications.md. The best by the picture alone is 48.7 %, by the sound alone 49.7 %.
 """
 
 from examples.digits_fusion import DigitsFusion
@@ -49,6 +50,6 @@ def get_config() -> Config:
         ),
         augment=Augment(shift=2, rotate=10),
         optim=Muon(peak_lr=2e-3, warmup_steps=100, schedule=Cosine(final_lr_fraction=0.01)),
-        train=Train(steps=1500),
+        train=Train(steps=1700),
         eval=Eval(every=500, batch_size=300, metric="eval/exact_match", mode="max"),
     )

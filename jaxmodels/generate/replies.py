@@ -31,6 +31,11 @@ def asker(run: Run, tokens: int) -> Callable[[Any], Any]:
             "that is derived from it"
         )
     layout = Layout.of(run.task.fields, tokenizer_of(run), task.template)
+    if "image" in layout.media and not run.config.data.real and not run.config.data.mean:
+        raise UserError(
+            f"got run {run.directory}, which was imported and does not say how images are normalized, expected one "
+            "that was trained on images, try jaxmodels.load_pretrained, and sample with media=(images,)"
+        )
     library, crop = run.config.data.pixels, Augment(crop=run.config.augment.crop)
 
     def image(value: Any, shape: Any) -> np.ndarray:

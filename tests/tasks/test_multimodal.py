@@ -1,5 +1,6 @@
 """Questions about media: rows of tokens, what is learned of them, and replies of a run."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,12 +12,13 @@ from PIL import Image
 import jaxmodels
 from jaxmodels import load_run, tasks
 from jaxmodels.cli import main
-from jaxmodels.config import Config, Eval, MultimodalLM, Stdlib, Table, Train
+from jaxmodels.config import Config, Eval, MultimodalLM, Stdlib, Synthetic, Table, Train
 from jaxmodels.data import open_source
 from jaxmodels.data.replies import Layout
 from jaxmodels.data.tokenizer import Bytes
 from jaxmodels.data.waves import wav
 from jaxmodels.errors import UserError
+from jaxmodels.generate.replies import asker
 from jaxmodels.models.multimodal import ImageTower, MultimodalConfig, SoundTower, merged
 from jaxmodels.report import replies
 from jaxmodels.tasks.multimodal_lm import exactly, media
@@ -130,6 +132,9 @@ def test_a_run_replies_with_what_its_model_finds_likeliest(table, tmp_path, caps
     first = int((batch["targets"][0] >= 0).argmax())
     logits = run.model.apply(run.params["model"], batch["tokens"], *media(batch, cfg.data))
     assert rows[0]["reply"].startswith(run.tokenizer.decode([int(logits[0, first].argmax())]).strip())
+    imported = dataclasses.replace(run, config=dataclasses.replace(run.config, data=Synthetic()))
+    with pytest.raises(UserError, match="does not say how images are normalized"):
+        asker(imported, 3)
     (picture,) = replies.pieces(run.evaluation())
     titles = [axis.get_title(loc="left").splitlines() for axis in picture.figure.axes[::2]]
     assert titles[0][0].startswith("what 0") and titles[0][1].endswith("not no 0") and titles[0][2].endswith("% image")
