@@ -62,6 +62,7 @@ CASES = {
     "sasrec": Case(("sasrec_movielens",)),
     "dit": Case(("dit_imagenet",)),
     "yolox": Case(("yolox_s_coco",)),
+    "detr": Case(("detr_resnet50_coco",)),
     "transformer": Case(("transformer_wmt14",)),
     "gpt2": Case(GPT2, ("h100",)),
     "gpt2-tensor": Case((*GPT2, *XLA, "--mesh.tensor", "2", "--mesh.sequence", "True")),

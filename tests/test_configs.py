@@ -12,6 +12,7 @@ FULL = (
     "bert_base_wikipedia",
     "bert_scitldr",
     "bert_squad",
+    "detr_resnet50_coco",
     "dit_imagenet",
     "gpt2_openwebtext",
     "llama3_8b_c4",

@@ -23,7 +23,7 @@ from tests.sections import data_of, task_of
 
 ALL = tuple(TASKS.names())
 LANGUAGE = ("causal_lm", "masked_lm", "seq2seq")
-MARKED = ("segmentation", "detection")
+MARKED = ("segmentation", "detection", "set_detection")
 LABELED = ("classification", "verification")
 EXAMPLES = (*LABELED, *MARKED, "contrastive", "vae", "gan", "diffusion")
 OF_A_FIELD = (*LANGUAGE, *EXAMPLES)

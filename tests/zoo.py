@@ -7,6 +7,7 @@ import numpy as np
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.clip import CLIPConfig
 from jaxmodels.models.cnn import CNNConfig
+from jaxmodels.models.detr import DETRConfig
 from jaxmodels.models.dit import DiTConfig
 from jaxmodels.models.gan import GANConfig
 from jaxmodels.models.gpt2 import GPT2Config
@@ -16,6 +17,7 @@ from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.multimodal import ImageTower, MultimodalConfig, SoundTower
 from jaxmodels.models.resnet import ResNetConfig
+from jaxmodels.models.rt_detr import RTDETRConfig
 from jaxmodels.models.sasrec import SASRecConfig
 from jaxmodels.models.segformer import SegFormerConfig
 from jaxmodels.models.transformer import TransformerConfig
@@ -46,6 +48,19 @@ SOUND = {
 SEEING = ImageTower(1, unread=False, input_shape=(8, 8, 3), patch=2, heads=4, width=16, mlp_width=24, token=2)
 HEARING = SoundTower(1, sample_rate=400, mels=8, places=24, heads=4, width=16, mlp_width=24, token=3)
 RESNET = {**IMAGE, "stem": "small", "stem_width": 8}
+DETR = {"depths": (1,), "widths": (8,), "bottleneck": False, "stem_width": 8, "decoder_layers": 2}
+RTDETR = {
+    "depths": (1, 1, 1, 1),
+    "widths": (8, 8, 16, 16),
+    "bottleneck": False,
+    "stem_width": 8,
+    "decoder_layers": 1,
+    "heads": 2,
+    "width": 16,
+    "mlp_width": 32,
+    "expansion": 0.5,
+    "points": 2,
+}
 SEGFORMER = {
     "depths": (2, 1),
     "widths": (8, 16),
@@ -113,6 +128,8 @@ ZOO = {
     "dcgan": ("gan", GANConfig(input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
     "dcgan-discriminator": ("gan", GANConfig("discriminator", input_shape=(8, 8, 1), latents=6, channels=(8, 16))),
     "yolox": ("detection", YOLOXConfig((64, 64, 3), 5, depth=0.1, width=0.125)),
+    "detr": ("set_detection", DETRConfig((16, 8, 3), 5, 4, **DETR, **BODY)),
+    "rt-detr": ("set_detection", RTDETRConfig((64, 32, 3), 5, 4, **RTDETR)),
     "wgan": ("gan", GANConfig(kind="wgan-gp", input_shape=(8, 8, 1), latents=6, channels=(8, 16), hidden=8)),
 }
 """Name -> the task it is trained on, and its config."""

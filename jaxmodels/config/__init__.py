@@ -40,6 +40,7 @@ from jaxmodels.tasks.next_item import NextItem
 from jaxmodels.tasks.question_answering import QuestionAnswering
 from jaxmodels.tasks.segmentation import Segmentation
 from jaxmodels.tasks.seq2seq import Seq2Seq
+from jaxmodels.tasks.set_detection import SetDetection
 from jaxmodels.tasks.task import TaskConfig
 from jaxmodels.tasks.transcription import Transcription
 from jaxmodels.tasks.vae import VAE
@@ -101,6 +102,7 @@ __all__ = [
     "ScheduleConfig",
     "Segmentation",
     "Seq2Seq",
+    "SetDetection",
     "Sparse",
     "Stdlib",
     "Synthetic",

@@ -125,7 +125,7 @@ def _of_images(run: Path, part: Path, cfg: Config) -> None:
         shape, file = cfg.model.input_shape, part / pixels.FILE  # pyright: ignore
         came = pixels.read(part, family, shape) if file.is_file() else None
         if not (came and pixels.alike(came, cfg) and came.central == (cfg.augment.crop is not None)):
-            file.write_text(json.dumps(pixels.describe(cfg, shape), indent=2) + "\n")
+            file.write_text(json.dumps(pixels.describe(cfg, shape, family), indent=2) + "\n")
             if cfg.augment.crop is not None and shape[0] != shape[1]:
                 log.warning("%s: the central 7/8 of images that are not square is not in %s", run, pixels.FILE)
 

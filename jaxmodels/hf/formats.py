@@ -21,6 +21,8 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "vit": ("vit",),
     "resnet": ("resnet",),
     "segformer": ("segformer",),
+    "detr": ("detr",),
+    "rt_detr": ("rt_detr",),
     "clip": ("clip",),
     "wav2vec2": ("wav2vec2",),
     "whisper": ("whisper",),

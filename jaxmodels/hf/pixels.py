@@ -25,7 +25,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "vit": {**_STANDARD, "resample": 2},
     "resnet": {**_STANDARD, "resample": 3, "crop_pct": CENTER},
     "clip": {**_CLIP, "resample": 3, "do_center_crop": True},
+    "detr": {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2},
+    "rt_detr": {"do_normalize": False, "resample": 2},
 }
+_PROCESSORS = {"detr": "DetrImageProcessor", "rt_detr": "RTDetrImageProcessor"}
+"""transformers' classes that turn outputs into boxes too, by family."""
 _BILINEAR = 2
 _CROP = 0.08
 """`augment.crop` of a run whose evaluation uses the central 7/8; the value itself matters in training only."""
@@ -154,12 +158,12 @@ def alike(pixels: Pixels, cfg: Config) -> bool:
     return all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7) for a, b in zip(ours, theirs, strict=True))
 
 
-def describe(cfg: Config, shape: tuple[int, int, int]) -> dict[str, Any]:
+def describe(cfg: Config, shape: tuple[int, int, int], family: str = "vit") -> dict[str, Any]:
     """Return the file's settings for a run: what its evaluation does with an image of any size."""
     height, width, channels = shape
     mean, std = (list(x) * (channels if len(x) == 1 else 1) for x in (cfg.data.mean, cfg.data.std))
     settings: dict[str, Any] = {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": _PROCESSORS.get(family, "ViTImageProcessor"),
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": _BILINEAR,
@@ -169,7 +173,9 @@ def describe(cfg: Config, shape: tuple[int, int, int]) -> dict[str, Any]:
         "image_mean": mean or [0.0] * channels,
         "image_std": std or [1.0] * channels,
     }
-    if channels == 3:
+    if family in _PROCESSORS:
+        settings["do_pad"] = False
+    elif channels == 3:
         settings["do_convert_rgb"] = True
     if cfg.augment.crop is not None and height == width:
         settings |= {

@@ -36,6 +36,8 @@ FAMILIES = Registry(
         "wav2vec2": "jaxmodels.models.wav2vec2:Wav2Vec2Config",
         "whisper": "jaxmodels.models.whisper:WhisperConfig",
         "yolox": "jaxmodels.models.yolox:YOLOXConfig",
+        "detr": "jaxmodels.models.detr:DETRConfig",
+        "rt_detr": "jaxmodels.models.rt_detr:RTDETRConfig",
         "two_tower": "jaxmodels.models.two_tower:TwoTowerConfig",
         "multimodal": "jaxmodels.models.multimodal:MultimodalConfig",
     },

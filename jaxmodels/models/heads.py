@@ -57,8 +57,13 @@ class MultiHead(nn.Module):
         memory: Array | KeyValues | None = None,
         frequencies: Array | None = None,
         bias: Array | None = None,
+        places: tuple[Array, Array] | None = None,
     ) -> tuple[Array, KeyValues | None]:
-        """`frequencies` turn on rotary positions; `bias` is added to the scores, (1 or B, H, T, S)."""
+        """`frequencies` turn on rotary positions; `bias` is added to the scores, (1 or B, H, T, S).
+
+        `places`, of queries (…, T, D) and of keys (…, S, D'), are added to what these are projected from, and not to
+        what values are (Carion et al. 2020).
+        """
 
         def project(name: str, source: Array) -> Array:
             heads, axis = (self.heads, "heads") if name == "q" or not self.kv_heads else (self.kv_heads, "kv_heads")
@@ -75,12 +80,12 @@ class MultiHead(nn.Module):
                 y = layers.RMSNorm(self.norm_eps, name=f"{name}_norm")(y)
             return y if frequencies is None else rotate(y, ctx.positions, frequencies)
 
-        q = compare("q", x)
+        q = compare("q", x if places is None else x + places[0])
         if isinstance(memory, dict):
             k, v = memory["k"], memory["v"]
         else:
             source = x if memory is None else memory
-            k, v = compare("k", source), project("v", source)
+            k, v = compare("k", source if places is None else source + places[1]), project("v", source)
         kept = inner.wanted(self) and memory is None
         if kv is not None and ctx.pages and ctx.offset is not None and x.shape[1] == 1 and bias is None and not kept:
             layer, kv = kv["layer"], {"k": k, "v": v}

@@ -314,6 +314,21 @@ class BatchNorm(nn.Module):
         return (y * factor + (bias - mean * factor)).astype(x.dtype)
 
 
+class FrozenNorm(nn.Module):
+    """Batch normalization whose averages, scale and shift are constants, all in the `stats` tree."""
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        constants = {"mean": jnp.zeros, "var": jnp.ones, "scale": jnp.ones, "bias": jnp.zeros}
+        mean, var, scale, bias = (
+            self.variable("stats", name, of, x.shape[-1:]).value for name, of in constants.items()
+        )
+        factor = jax.lax.rsqrt(var + self.eps) * scale
+        return (x.astype(jnp.float32) * factor + (bias - mean * factor)).astype(x.dtype)
+
+
 class Dropout(nn.Module):
     """Zero a share `rate` of x while training, and scale the rest to keep the mean."""
 

@@ -1,6 +1,7 @@
 """ResNet v1.5: residual convolutions with batch normalization (He et al. 2015).
 
-v1.5 is the variant of PyTorch and NVIDIA: a bottleneck's stride is in its 3×3 convolution, not in the first 1×1.
+v1.5 is the variant of PyTorch and NVIDIA: a bottleneck's stride is in its 3×3 convolution, not in the first 1×1. He et
+al. 2019 call it ResNet-B, and add ResNet-D.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ class ResNetConfig(ModelConfig):
     """imagenet: a 7×7 convolution with stride 2 and a pooling; small: a 3×3 convolution, for images such as 32×32."""
     stem_width: Dim = 64
     """Channels that the stem gives."""
+    variant: Literal["b", "d"] = "b"
+    """b: ResNet v1.5; d: three 3×3 convolutions for the stem's 7×7, and shortcuts that average before they convolve."""
+    frozen: bool = False
+    """Whether normalization is by constants, which come with trained weights, rather than by statistics of a batch."""
     stochastic_depth: Dropped = 0.0
     """Share of examples that skip the last block while training; earlier blocks in proportion (Huang et al. 2016)."""
     dtype: Dtype = "float32"
@@ -72,6 +77,7 @@ class ConvNorm(nn.Module):
     train: bool
     dtype: Dtype
     inputs: str = "channels_in"
+    frozen: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,7 +92,7 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        return layers.BatchNorm(name="norm")(x, self.train)
+        return layers.FrozenNorm(name="norm")(x) if self.frozen else layers.BatchNorm(name="norm")(x, self.train)
 
 
 class Block(nn.Module):
@@ -97,13 +103,15 @@ class Block(nn.Module):
     stride: int
     train: bool
     skipped: float = 0.0
+    first: bool = False
+    """Whether its shortcut is a convolution even where no shape changes."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, width = self.config, self.features
 
         def unit(x: jax.Array, name: str, features: int, window: int, stride: int = 1) -> jax.Array:
-            return ConvNorm(features, window, stride, self.train, c.dtype, name=name)(x)
+            return ConvNorm(features, window, stride, self.train, c.dtype, frozen=c.frozen, name=name)(x)
 
         if c.bottleneck:
             y = nn.relu(unit(x, "unit0", width // 4, 1))
@@ -112,7 +120,9 @@ class Block(nn.Module):
         else:
             y = nn.relu(unit(x, "unit0", width, 3, self.stride))
             y = unit(y, "unit1", width, 3)
-        if x.shape[-1] != width or self.stride != 1:
+        if c.variant == "d" and self.stride != 1:
+            x = unit(halved(x), "shortcut", width, 1)
+        elif x.shape[-1] != width or self.stride != 1 or self.first:
             x = unit(x, "shortcut", width, 1, self.stride)
         y = layers.StochasticDepth()(y, self.skipped, self.train)
         return layers.shard(nn.relu(x + y), "batch", None, None, "channels_out")
@@ -131,8 +141,9 @@ class Stage(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if c.remat == "full" else Block
         for i in range(c.depths[self.index]):
             stride = 2 if self.index and not i else 1
-            share = (sum(c.depths[: self.index]) + i + 1) / sum(c.depths)
-            x = block(c, c.widths[self.index], stride, self.train, share * c.stochastic_depth, name=str(i))(x)
+            skipped = c.stochastic_depth * (sum(c.depths[: self.index]) + i + 1) / sum(c.depths)
+            first = c.variant == "d" and not c.bottleneck and not i  # as in the published ResNet-D of 18 and 34 layers
+            x = block(c, c.widths[self.index], stride, self.train, skipped, first, name=str(i))(x)
         return x
 
 
@@ -141,10 +152,57 @@ class Stages(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        found = []
         for i in range(len(self.config.depths)):
             x = Stage(self.config, i, self.train, name=str(i))(x)
+            found.append(x)
+        return found
+
+
+class Stem(nn.Module):
+    """The three convolutions of ResNet-D, the first with stride 2."""
+
+    config: ResNetConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, half = self.config, self.config.stem_width // 2
+        for i, (width, stride) in enumerate(((half, 2), (half, 1), (c.stem_width, 1))):
+            inputs = "channels_in" if i else "features"
+            x = nn.relu(ConvNorm(width, 3, stride, self.train, c.dtype, inputs, c.frozen, name=str(i))(x))
         return x
+
+
+def halved(x: jax.Array) -> jax.Array:
+    """Averages of 2×2 places of (B, H, W, C); what an odd side lacks is not counted."""
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
+    return (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+
+
+def features(c: ResNetConfig, images: jax.Array, train: bool) -> list[jax.Array]:
+    """What each stage gives (B, H, W, C), for the `__call__` of a network, whose submodules `stem` and `stages` are."""
+    if c.stem == "imagenet" and c.variant == "d":
+        x = Stem(c, train, name="stem")(images)
+    else:
+        window, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
+        stem = ConvNorm(c.stem_width, window, stride, train, c.dtype, "features", c.frozen, name="stem")
+        x = nn.relu(stem(images))
+    if c.stem == "imagenet":
+        x = layers.max_pool(x, 3, 2, 1)
+    return Stages(c, train, name="stages")(layers.shard(x, "batch", None, None, "channels_out"))
+
+
+class Backbone(nn.Module):
+    """Images (B, H, W, C) to what each stage gives, for a network that sees more than classes."""
+
+    config: ResNetConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> list[jax.Array]:
+        return features(self.config, images, self.train)
 
 
 class ResNet(nn.Module):
@@ -156,12 +214,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False, head: bool = True) -> jax.Array:
         c = self.config
         check_shape(images, c.input_shape)
-        window, stride = (7, 2) if c.stem == "imagenet" else (3, 1)
-        x = nn.relu(ConvNorm(c.stem_width, window, stride, train, c.dtype, "features", name="stem")(images))
-        if c.stem == "imagenet":
-            x = layers.max_pool(x, 3, 2, 1)
-        x = Stages(c, train, name="stages")(layers.shard(x, "batch", None, None, "channels_out"))
-        x = x.mean((1, 2))
+        x = features(c, images, train)[-1].mean((1, 2))
         if not head:
             return x
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # up to 1 / sqrt(inputs), as PyTorch

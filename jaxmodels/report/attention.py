@@ -56,6 +56,8 @@ def of_images(run: Run, inputs: np.ndarray, apply: Callable[..., Any]) -> list[P
     """Show which patches the output draws on, overlaid on the images."""
     inputs = inputs[:IMAGES]
     kept = weights(apply, normalized(jnp.asarray(inputs), run.config.data))
+    # a detector's queries, or merged patches, are no patches of the image
+    kept = [each for each in kept if each.shape[-2:] == (kept[0].shape[-1],) * 2]
     found = patches(inputs.shape[1:3], kept[0].shape[-1]) if kept else None
     if found is None:
         return []

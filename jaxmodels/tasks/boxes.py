@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 CANDIDATES = 10
 """How many of the best overlaps with an object say how many anchors it is given (Ge et al. 2021, section 2.2)."""
@@ -93,6 +94,20 @@ def _near(anchors: jax.Array, truth: jax.Array) -> jax.Array:
     return (jnp.abs(anchors[None, :, :2] - middle) < NEAR * anchors[None, :, 2:]).all(-1)
 
 
+def pairs(costs: jax.Array, real: jax.Array) -> jax.Array:
+    """Give each object of one image a query of its own, so that their costs add up to the least, (G,).
+
+    Shapes: costs (Q, G) with G ≤ Q, real (G,). An object that is not there is given Q, which is no query.
+    Source: the Hungarian algorithm, as DETR matches (Carion et al. 2020, section 3.1).
+    """
+    count, objects = costs.shape
+    costs = jnp.where(real, jnp.nan_to_num(costs, nan=_NEVER, posinf=_NEVER, neginf=_NEVER), _NEVER)
+    # an object that is not there has a place of its own, at once: to find one among queries took ten times as long
+    beside = jnp.where(jnp.eye(objects, dtype=bool) & ~real, 0.0, _NEVER)
+    chosen, which = optax.assignment.hungarian_algorithm(jnp.concatenate([costs, beside]))
+    return jnp.minimum(jnp.zeros(objects, chosen.dtype).at[which].set(chosen), count)
+
+
 def kept(boxes: jax.Array, classes: jax.Array, overlap: float) -> jax.Array:
     """Which boxes (K, 4), by falling score, do not overlap one of their class that is kept and better, bool (K,).
 
@@ -120,11 +135,11 @@ def tell(outputs: jax.Array, overlap: float, least: float, most: int) -> Found:
     scores, which = jax.lax.top_k(sure, min(SORTED, len(sure)))
     boxes, classes = outputs[which, :4], outputs[which, 5:].argmax(-1)
     scores = jnp.where(kept(boxes, classes, overlap) & (scores >= least), scores, 0.0)
-    scores, order = _first(scores, most)
+    scores, order = first(scores, most)
     return Found(boxes[order], scores, jnp.where(scores > 0, classes[order], -1))
 
 
-def _first(scores: jax.Array, most: int) -> Any:
+def first(scores: jax.Array, most: int) -> Any:
     """The highest `most` scores and where they are; zeros fill up what an image with few anchors lacks."""
     scores, order = jax.lax.top_k(scores, min(most, len(scores)))
     lack = (0, most - len(scores))

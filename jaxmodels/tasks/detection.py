@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ from jaxmodels.tasks.task import (
 )
 
 PRECISIONS = ("ap", "ap50", "ap75")
+SETS = (*boxes.Found._fields, "truth", "labels", "weight")
+"""What precisions are computed from."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,17 @@ class Detection(TaskConfig):
     reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
     def examples(self, opening: Opening) -> Source:
-        source = examples.marked(opening, "boxes", lambda field: Boxes(field, self.objects))
-        check_classes(source, opening.num_classes)
-        return source
+        return images(opening, self.objects)
 
     def build(self, model: Model, data: DataConfig) -> Task:
         if not hasattr(model.config, "anchors"):
             raise UserError(
-                f"got task detection with {type(model.config).__name__}, expected a detector, try --model yolox-nano"
+                f"got task detection with {type(model.config).__name__}, expected a detector that has places of its "
+                "own for objects, try --model yolox-nano, or --task set_detection for --model detr"
             )
         anchors, classes = jnp.asarray(model.config.anchors()), model.config.classes
         assign = jax.vmap(boxes.assign, in_axes=(0, 0, 0, None, 0, 0))
         similar = boxes.overlaps if self.box_loss == "iou" else boxes.generalized
-
-        def apply(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[jax.Array, Params]:
-            return forward(("model", model), params, stats, normalized(batch["inputs"], data), **how)
 
         def parts(outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
             """The losses of each image (B,), and what they are divided by."""
@@ -112,47 +110,77 @@ class Detection(TaskConfig):
             count = found["count"].sum()
             return {name: (x.sum(), count) for name, x in found.items() if name != "count"}
 
-        def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-            outputs, stats = apply(params, stats, batch, train=True, rng=rng)
-            found = sums(parts(outputs, batch))
-            total, count = found["loss"]
-            return total, Aux(count, found, stats)
+        def tell(outputs: jax.Array) -> boxes.Found:
+            return boxes.tell(outputs, self.overlap, self.score, self.found)
 
-        def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-            return sums(parts(apply(params, stats, batch)[0], batch))
+        return finding(model, data, self.objects, Scoring(parts, sums, tell))
 
-        def tell(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
-            return boxes.tell(apply(params, stats, batch)[0], self.overlap, self.score, self.found)._asdict()
 
-        def keep(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
-            outputs, _ = apply(params, stats, batch)
-            found = boxes.tell(outputs, self.overlap, self.score, self.found)._asdict()
-            own = {"truth": corners(batch["boxes"]), "labels": batch["classes"], "weight": counted(batch)}
-            return {**parts(outputs, batch), **found, **own}
+class Scoring(NamedTuple):
+    """How a detector's outputs are judged: what differs from one kind of detector to another."""
 
-        def measured(kept: Mapping[str, np.ndarray], source: Source) -> dict[str, tuple[Any, float]]:
-            losses = {
-                name: x.astype(np.float64) for name, x in kept.items() if name == "count" or name.endswith("loss")
-            }
-            return {**sums(losses), "precisions": (average_precisions(kept, classes), 1.0)}
+    parts: Callable[[Any, Batch], dict[str, jax.Array]]
+    """(outputs, batch) -> what the loss is made of, of each image (B, …); 0 of one that does not count."""
+    sums: Callable[[Mapping[str, Any]], dict[str, tuple[Any, Any]]]
+    """parts of any number of images -> the loss, and what it is made of, each a sum and what it is divided by."""
+    tell: Callable[[Any], boxes.Found]
+    """outputs -> the boxes that are told of each image."""
+    how: Mapping[str, Any] = {}
+    """What the model is asked beside its outputs."""
 
-        fields = {
-            "inputs": numbers(model.config.input_shape),
-            "boxes": BatchField((self.objects, 4), np.float32),
-            "classes": BatchField((self.objects,), below=classes),
-            "known": BatchField((), below=2, optional=True, usual=True),
-        }
-        return Task(
-            {"model": model},
-            (Loss("loss", "model", loss),),
-            metrics,
-            fields,
-            needs="an image",
-            summarize=summarize,
-            whole=Whole(keep, measured, PRECISIONS),
-            predicts=tell,
-            better=dict.fromkeys(PRECISIONS, "max"),
-        )
+
+def images(opening: Opening, objects: int) -> Source:
+    """Make examples of images with up to so many objects."""
+    source = examples.marked(opening, "boxes", lambda field: Boxes(field, objects))
+    check_classes(source, opening.num_classes)
+    return source
+
+
+def finding(model: Model, data: DataConfig, objects: int, scoring: Scoring) -> Task:
+    """Join a detector with its losses, with precisions over the whole set, and with what it predicts."""
+    classes, (parts, sums, tell, how) = model.config.classes, scoring
+
+    def apply(params: Params, stats: Params, batch: Batch, **more: Any) -> tuple[Any, Params]:
+        return forward(("model", model), params, stats, normalized(batch["inputs"], data), **how, **more)
+
+    def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
+        outputs, stats = apply(params, stats, batch, train=True, rng=rng)
+        found = sums(parts(outputs, batch))
+        total, count = found["loss"]
+        return total, Aux(count, found, stats)
+
+    def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
+        return sums(parts(apply(params, stats, batch)[0], batch))
+
+    def predicts(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
+        return tell(apply(params, stats, batch)[0])._asdict()
+
+    def keep(params: Params, stats: Params, batch: Batch) -> dict[str, jax.Array]:
+        outputs, _ = apply(params, stats, batch)
+        own = {"truth": corners(batch["boxes"]), "labels": batch["classes"], "weight": counted(batch)}
+        return {**parts(outputs, batch), **tell(outputs)._asdict(), **own}
+
+    def measured(kept: Mapping[str, np.ndarray], source: Source) -> dict[str, tuple[Any, float]]:
+        found = {name: x.astype(np.float64) for name, x in kept.items() if name not in SETS}
+        return {**sums(found), "precisions": (average_precisions(kept, classes), 1.0)}
+
+    fields = {
+        "inputs": numbers(model.config.input_shape),
+        "boxes": BatchField((objects, 4), np.float32),
+        "classes": BatchField((objects,), below=classes),
+        "known": BatchField((), below=2, optional=True, usual=True),
+    }
+    return Task(
+        {"model": model},
+        (Loss("loss", "model", loss),),
+        metrics,
+        fields,
+        needs="an image",
+        summarize=summarize,
+        whole=Whole(keep, measured, PRECISIONS),
+        predicts=predicts,
+        better=dict.fromkeys(PRECISIONS, "max"),
+    )
 
 
 def counted(batch: Batch) -> jax.Array:

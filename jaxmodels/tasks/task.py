@@ -161,6 +161,7 @@ TASKS = Registry(
         "verification": "jaxmodels.tasks.verification:Verification",
         "segmentation": "jaxmodels.tasks.segmentation:Segmentation",
         "detection": "jaxmodels.tasks.detection:Detection",
+        "set_detection": "jaxmodels.tasks.set_detection:SetDetection",
         "contrastive": "jaxmodels.tasks.contrastive:Contrastive",
         "vae": "jaxmodels.tasks.vae:VAE",
         "gan": "jaxmodels.tasks.gan:GAN",

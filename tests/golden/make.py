@@ -258,9 +258,48 @@ def qwen2_audio():
     return tf.Qwen2AudioForConditionalGeneration(config), listen
 
 
+def detr():
+    config = tf.DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=tf.ResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 6], depths=[1, 2], layer_type="basic", out_features=["stage2"]
+        ),
+        d_model=8, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=6, decoder_ffn_dim=6, num_queries=3, **CLASSES,
+    )  # fmt: skip
+    config.image_size = 32  # ours is made for one size
+
+    def detect(model):
+        x = images(32)
+        out = model(torch.from_numpy(x).permute(0, 3, 1, 2))
+        return {"0": x}, {"found": torch.cat([out.pred_boxes, out.logits], -1)}
+
+    return tf.DetrForObjectDetection(config), detect
+
+
+def rt_detr():
+    config = tf.RTDetrConfig(
+        backbone_config=tf.RTDetrResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1], layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        encoder_in_channels=[6, 8, 10], decoder_in_channels=[8, 8, 8], encoder_hidden_dim=8, d_model=8,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=6, decoder_ffn_dim=6,
+        decoder_n_points=2, hidden_expansion=0.5, num_queries=3, num_denoising=0, **CLASSES,
+    )  # fmt: skip
+    config.image_size = 32  # ours is made for one size
+
+    def detect(model):
+        x = images(32)
+        out = model(torch.from_numpy(x).permute(0, 3, 1, 2))
+        return {"0": x}, {"found": torch.cat([out.pred_boxes, out.logits], -1)}
+
+    return tf.RTDetrForObjectDetection(config), detect
+
+
 MODELS = (
     gpt2, llama, mistral, qwen2, qwen3, mixtral, t5, bart, bert_masked_lm, bert_classifier, vit, resnet, segformer,
-    clip, wav2vec2, whisper, llava, idefics3, smolvlm, qwen2_audio,
+    clip, wav2vec2, whisper, llava, idefics3, smolvlm, qwen2_audio, detr, rt_detr,
 )  # fmt: skip
 
 
