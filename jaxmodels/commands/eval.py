@@ -24,7 +24,7 @@ _OWNERS: tuple[type[DataConfig], ...] = (FilesConfig, SplitsConfig, TFDS, Record
 @dataclass(frozen=True)
 class EvalOptions(Section):
     """Metrics of a run on held-out data, its own or other data; for a translation run, also BLEU, for one that sums
-    up, ROUGE."""
+    up, ROUGE, and for one whose decoder transcribes sounds, word and character error rates."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
@@ -135,6 +135,8 @@ def evaluate(given: OtherData, options: EvalOptions) -> None:
         real = (batch[name] for batch in evaluation.batches() for name in images)
         judged = judge.judge_images(run, options.classifier, real=real)
     found = evaluation.measure()
+    if run.config.task.answers == "transcript" and run.task.predicts is None:
+        found |= judge.judge_transcripts(evaluation)
     if translates:
         found |= judge.judge_texts(run, 4 if options.beams is None else options.beams)
     found |= judged

@@ -64,7 +64,7 @@ def import_run(directory: Path, /, out: Path) -> None:
             saved.write_kept(part, saved.Kept(classes=names))
         if tokenizer is not None and cfg.task.answers == "gaps":
             cfg = replace(cfg, task=masking(cfg.task, directory, tokenizer))
-        if cfg.task.answers == "transcript":
+        if hasattr(cfg.task, "blank"):
             cfg = replace(cfg, task=recognizing(cfg.task, directory, tokenizer))
         meta = {"config": configs.to_json(cfg), "versions": runs.versions(), "metric": None}
         checkpointer = Checkpointer(part / "checkpoints")
@@ -81,6 +81,8 @@ def experiment(model: Any, task: str, tokenizer: Path | None) -> Config:
     if task not in tasks.TASKS.names():
         return Config(model=model)  # it can only be exported again, because no task trains it
     made = tasks.TASKS.find(task)()
+    if hasattr(model, "longest_sound"):
+        made = replace(made, seconds=model.longest_sound / model.sample_rate)
     data: DataConfig = Synthetic()
     if made.answers == "continuation" or (made.answers == "gaps" and tokenizer):
         data = Stdlib(tokenizer=str(tokenizer / FILE)) if tokenizer else Stdlib()

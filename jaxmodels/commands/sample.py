@@ -1,4 +1,4 @@
-"""`jaxmodels sample RUN`: texts, translations, sounds or pictures of a run."""
+"""`jaxmodels sample RUN`: texts, translations, transcripts, sounds or pictures of a run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ def sample(
     out: Path | None = None,
     best: bool = False,
 ) -> None:
-    """Generate with a run: text that continues the prompt, its translation (by 4 beams), a sound, or pictures.
+    """Generate with a run: text that continues the prompt, its translation (by 4 beams), the transcript of a sound, a
+    sound, or pictures.
 
     Args:
         run: run directory.
-        prompt: how the text begins (default: a line end), the text to translate, or what the sound is to be of, such as
-            'seven, george' if it was trained with labels and groups; of pictures a class or a text (default: all
-            classes in turn, or anything).
+        prompt: how the text begins (default: a line end), the text to translate, the file of the sound to transcribe,
+            or what the sound is to be of, such as 'seven, george' if it was trained with labels and groups; of pictures
+            a class or a text (default: all classes in turn, or anything).
         tokens: how many tokens to add; default 200, or as many as fit into the model's context.
         temperature: 0 takes the likeliest token each time; higher is more varied; default 0.8.
         top_k: choose among the k likeliest tokens only.
@@ -92,19 +93,27 @@ def sample(
     if opened is not None and kind == "pictures":
         _pictures(opened, prompt, count or 16, seed or 0, out, {"guidance": guidance, "sample_steps": steps})
         return
-    if cfg.task.answers not in ("continuation", "translation"):
+    if cfg.task.answers not in ("continuation", "translation", "transcript"):
         instead = "predict" if cfg.task.answers else "report"
         files = " FILE" if instead == "predict" else ""
         raise UserError(
-            f"got a run of task {cfg.task.kind}, expected {tasks_that_answer('continuation', 'translation')}, "
+            f"got a run of task {cfg.task.kind}, expected "
+            f"{tasks_that_answer('continuation', 'translation', 'transcript')}, "
             f"try jaxmodels {instead} {run}{files}"
         )
-    if cfg.task.answers == "translation":
+    if cfg.task.answers != "continuation":
+        heard = cfg.task.answers == "transcript"
         if given:
-            flag = next(iter(given)).replace("_", "-")
-            raise UserError(f"got --{flag} for a translator, expected a --prompt alone, try it without --{flag}")
+            flag, who = next(iter(given)).replace("_", "-"), "recognizer" if heard else "translator"
+            raise UserError(f"got --{flag} for a {who}, expected a --prompt alone, try it without --{flag}")
         if not prompt:
-            raise UserError(f"got no prompt, expected a text to translate, try jaxmodels sample {run} --prompt TEXT")
+            what = "sound to transcribe" if heard else "text to translate"
+            raise UserError(
+                f"got no prompt, expected a {what}, try jaxmodels sample {run} --prompt {'FILE' if heard else 'TEXT'}"
+            )
+        if heard:
+            _transcript(load_run(run, best=best), Path(prompt))
+            return
     opened = load_run(run, best=best)
     tokenizer, _ = opened.tokenizer, opened.task  # an imported model may have none
     if tokenizer is None:
@@ -126,6 +135,21 @@ def sample(
     penalty = asked.repetition_penalty(Path(run))
     given.setdefault("repetition_penalty", penalty)
     _show(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
+
+
+def _transcript(run: Run, file: Path) -> None:
+    import numpy as np
+
+    from jaxmodels.data.sounds import Unreadable
+    from jaxmodels.generate.speech import listener, transcriber
+
+    try:
+        heard = listener(run)(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"got {file}, which cannot be read ({error.strerror}), expected a sound") from error
+    except (Unreadable, UserError) as error:
+        raise UserError(f"got {file}, which {error}") from error
+    _show(transcriber(run)({name: np.asarray(x)[None] for name, x in heard.items()})[0].text)
 
 
 def _sound(run: Run, prompt: str | None, seconds: float, out: Path | None, given: dict[str, Any]) -> None:

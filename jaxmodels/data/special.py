@@ -116,7 +116,28 @@ def stated(directory: Path) -> dict[str, Any] | None:
         "start": tuple(i for i in (first, begin) if i is not None) if first is not None else (),
         "before": tuple(i for i in (single["bos_token_id"],) if bart and i is not None),
     }
+    if config["model_type"] == "whisper" and first is not None:
+        told["start"] = (first, *_transcribing(path, objects(path)))
     return {**single, **told, "eos_token_id": _ids(path, "eos_token_id", values["eos_token_id"])}
+
+
+def _transcribing(path: Path, told: Mapping[str, Any]) -> tuple[int, ...]:
+    """Read what Whisper is told behind the first token: a language and a task if it has several, no timestamps.
+
+    The language is English where the file names none.
+    """
+    forced = told.get("forced_decoder_ids")
+    ids = [each[1] for each in forced if isinstance(each, list) and len(each) == 2] if isinstance(forced, list) else []
+    if isinstance(languages := told.get("lang_to_id"), dict):
+        codes, code = {name.strip("<|>"): i for name, i in languages.items()}, str(told.get("language") or "en")
+        if code.strip("<|>") not in codes:
+            raise UserError(f"got language {code!r} in {path}, expected a code such as {', '.join([*codes][:5])}")
+        tasks = told.get("task_to_id")
+        task = tasks.get(told.get("task") or "transcribe") if isinstance(tasks, dict) else None
+        ids = [codes[code.strip("<|>")], task]
+    if (untimed := told.get("no_timestamps_token_id")) is not None and untimed not in ids:
+        ids.append(untimed)
+    return _ids(path, "forced_decoder_ids", ids)
 
 
 def text_of(directory: Path, name: str) -> str | None:

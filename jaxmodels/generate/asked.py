@@ -14,6 +14,8 @@ log = logging.getLogger("jaxmodels")
 
 PENALTY = "repetition_penalty"
 """The one setting that `sample` applies."""
+REFUSED = {"never": "suppress_tokens", "not_first": "begin_suppress_tokens"}
+"""What a decoder of sounds applies: tokens that are in no transcript, and those that do not begin one."""
 _NEUTRAL: dict[str, Any] = {
     PENALTY: 1,
     "no_repeat_ngram_size": 0,

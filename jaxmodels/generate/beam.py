@@ -38,6 +38,8 @@ def decode(
     segment_ids: Any = None,
     beams: int = 1,
     alpha: float = 1.0,
+    never: Sequence[int] = (),
+    not_first: Sequence[int] = (),
 ) -> Decoded:
     """Find the target with the highest log-probability / ((5 + length) / 6)^alpha by beam search.
 
@@ -46,15 +48,19 @@ def decode(
     A row is done when as many targets have ended as there are beams, or when no beam can overtake the best of those;
     with one beam the search is greedy. With the paper's alpha of 0.6, a model trained with label smoothing, which gives
     each token some probability, ends the targets of long sources at once; an alpha of 1 nearly divides by the length.
-    A source whose `segment_ids` are all 0 is padding of the batch, and gets only end tokens.
-    Shapes: sources and segment_ids (B, S) integers, 0 for padding; limit () or (B,).
+    A source whose `segment_ids` are all 0 is padding of the batch, and gets only end tokens. Tokens in `never` are not
+    chosen, and those in `not_first` do not begin a target.
+    Shapes: sources and segment_ids (B, S) integers, 0 for padding, or sounds (B, N); limit () or (B,).
     Source: Wu et al. 2016, section 7 (without the coverage penalty).
 
     Raises:
         UserError: an option out of range, or more tokens than the model takes.
     """
-    sources = np.asarray(sources, np.int32)
-    ids = np.ones_like(sources) if segment_ids is None else np.asarray(segment_ids, np.int32)
+    sources = np.asarray(sources)
+    ids = None
+    if not np.issubdtype(sources.dtype, np.floating):  # and no sounds
+        sources = sources.astype(np.int32)
+        ids = np.ones_like(sources) if segment_ids is None else np.asarray(segment_ids, np.int32)
     limits = np.broadcast_to(np.asarray(limit, np.int32), len(sources))
     if beams < 1 or alpha < 0 or limits.min(initial=1) < 1:
         raise UserError(
@@ -71,8 +77,18 @@ def decode(
             "try a smaller limit"
         )
     marks = (begin, ends)
-    found = search(with_cache(model), params, sources, ids, limits, *marks, jnp.float32(alpha), room, beams)
+    how = (jnp.float32(alpha), room, beams, refusals(model, never, not_first))
+    found = search(with_cache(model), params, sources, ids, limits, *marks, *how)
     return Decoded(*jax.tree.map(np.asarray, found))
+
+
+def refusals(model: Model, never: Sequence[int], not_first: Sequence[int]) -> np.ndarray | None:
+    """Return which tokens are not the first of a target, and no later one, (2, V); None if all may be."""
+    if not (never or not_first):
+        return None
+    refused = np.zeros((2, model.config.vocab_size), bool)
+    refused[:, [*never]], refused[0, [*not_first]] = True, True
+    return refused
 
 
 class Search(NamedTuple):
@@ -101,11 +117,20 @@ def penalty(length: Any, alpha: jax.Array) -> jax.Array:
 
 
 def grow(
-    s: Search, logits: jax.Array, ends: jax.Array, limits: jax.Array, alpha: jax.Array
+    s: Search,
+    logits: jax.Array,
+    ends: jax.Array,
+    limits: jax.Array,
+    alpha: jax.Array,
+    refused: jax.Array | None = None,
 ) -> tuple[Search, jax.Array]:
-    """Extend each beam by one token, from logits (B, K, V); also returns the parents of the new beams, (B, K)."""
+    """Extend each beam by one token that is not `refused` (V,), from logits (B, K, V).
+
+    Also returns the parents of the new beams, (B, K).
+    """
     (B, K, V), count = logits.shape, s.at + 1
     last = (count >= limits)[:, None, None] & ~jnp.isin(jnp.arange(V), ends)
+    last = last if refused is None else last | refused
     # a beam can end in as many ways as there are ends, so this many candidates include K that continue
     most = K * (1 + len(ends))
     width = min(most, V)
@@ -140,23 +165,27 @@ def search(
     model: Model,
     params: Any,
     sources: jax.Array,
-    ids: jax.Array,
+    ids: jax.Array | None,
     limits: jax.Array,
     begin: jax.Array,
     ends: jax.Array,
     alpha: jax.Array,
     T: int,
     K: int,
+    refused: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`decode` for arrays alone, with the tokens `begin` (P,) before each target: the best targets (B, T) of K beams,
-    and their log-probabilities (B,)."""
+    """`decode` for arrays alone: the best targets (B, T) of K beams, and their log-probabilities (B,).
+
+    Shapes: begin (P,), the tokens before each target; refused (2, V), those that are not its first one, and no later
+    one; ids are None where sources are sounds.
+    """
     B = sources.shape[0]  # `len` would want a number, where the number of rows may be known later
 
     def step(carry: tuple[Search, Any]) -> tuple[Search, Any]:
         s, cache = carry
         new = jax.lax.dynamic_index_in_dim(s.tokens, s.at - 1, axis=2, keepdims=False)
         logits, cache = model.apply(params, None, new.reshape(B * K, 1), cache=cache)
-        s, parents = grow(s, logits.reshape(B, K, -1), ends, limits, alpha)
+        s, parents = grow(s, logits.reshape(B, K, -1), ends, limits, alpha, None if refused is None else refused[1])
         if K > 1:
             rows = (jnp.arange(B)[:, None] * K + parents).reshape(-1)
             moved = jax.tree.map(lambda leaf: leaf.at[:, rows].get(mode="promise_in_bounds"), cache["layers"])
@@ -164,10 +193,11 @@ def search(
         return s, cache
 
     first = jnp.broadcast_to(begin, (B, len(begin)))
-    logits, cache = model.apply(params, sources, first, segment_ids=ids, cache=model.cache(B, T + len(begin) - 1))
+    marks = {} if ids is None else {"segment_ids": ids}
+    logits, cache = model.apply(params, sources, first, **marks, cache=model.cache(B, T + len(begin) - 1))
     repeat = functools.partial(jnp.repeat, repeats=K)
     stacked = {name: jax.tree.map(lambda leaf: repeat(leaf, axis=1), cache[name]) for name in ("layers", "cross")}
-    cache = stacked | {name: repeat(cache[name], axis=0) for name in ("segment_ids", "length")}
+    cache = stacked | {name: repeat(each, axis=0) for name, each in cache.items() if name not in stacked}
     none = jnp.full((B,), -jnp.inf)
     s = Search(
         at=jnp.int32(0),
@@ -177,8 +207,8 @@ def search(
         best_score=none,
         rank=none,
         ended=jnp.zeros((B,), jnp.int32),
-        done=~ids.any(1),
+        done=jnp.zeros((B,), bool) if ids is None else ~ids.any(1),
     )
-    s, _ = grow(s, repeat(logits[:, -1:], axis=1), ends, limits, alpha)
+    s, _ = grow(s, repeat(logits[:, -1:], axis=1), ends, limits, alpha, None if refused is None else refused[0])
     s, _ = jax.lax.while_loop(lambda carry: ~carry[0].done.all(), step, (s, cache))
     return s.best, s.best_score

@@ -13,12 +13,13 @@ import numpy as np
 from jaxmodels import data
 from jaxmodels.errors import UserError
 from jaxmodels.generate import bleu
+from jaxmodels.generate.speech import error_rates, spelled, transcriber
 from jaxmodels.generate.translation import translated
 from jaxmodels.tasks.extraction import ROUGE
 from jaxmodels.tasks.metrics import frechet_distance, inception_score
 from jaxmodels.tasks.overlap import judge_summary
 from jaxmodels.tasks.task import normalized, tasks_that_answer
-from jaxmodels.train.saved import Run, load_run
+from jaxmodels.train.saved import Evaluation, Run, load_run
 
 _AT_ONCE = 100
 
@@ -31,6 +32,19 @@ def judge_texts(run: Run, beams: int = 4) -> dict[str, float]:
         return {"bleu": bleu(found, references)}
     judged = np.mean([judge_summary(*each) for each in zip(found, references, strict=True)], axis=0)
     return dict(zip(ROUGE, judged.tolist(), strict=True))
+
+
+def judge_transcripts(evaluation: Evaluation) -> dict[str, float]:
+    """Compute the word and character error rates of what a run's decoder transcribes."""
+    transcribe, texts, found = transcriber(evaluation.run), [], []
+    size = 0
+    for batch in evaluation.batches():
+        size = max(size, count := len(batch["inputs"]))
+        padded = {name: np.resize(x, (size, *x.shape[1:])) for name, x in batch.items()}  # one program for all batches
+        found += [heard.text for heard in transcribe(padded)[:count]]
+        texts += spelled(evaluation, batch)
+    kept = [pair for pair in zip(found, texts, strict=True) if pair[1]]
+    return error_rates(*map(list, zip(*kept, strict=True))) if kept else {}
 
 
 def judge_images(run: Run, classifier: Path, count: int = 1000, real: Iterable[np.ndarray] = ()) -> dict[str, float]:

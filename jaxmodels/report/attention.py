@@ -30,8 +30,8 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     """Map the attention of each layer (mean over heads) and of the last layer's heads, for one example; empty if
     none."""
     run = evaluation.run
-    # items are no pieces of a text, and replies have a picture of their own
-    if "model" not in run.networks or run.config.task.answers in ("items", "reply"):
+    # items are no pieces of a text, and replies and transcripts have pictures of their own
+    if "model" not in run.networks or run.config.task.answers in ("items", "reply", "transcript"):
         return []
     batch, answers, fields = evaluation.examples(0, LOOKED_AT), run.config.task.answers, run.task.fields
     if answers == "translation":

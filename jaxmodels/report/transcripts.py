@@ -1,4 +1,4 @@
-"""A recognizer's transcripts beside the texts, and where it heard each character."""
+"""A recognizer's transcripts beside the texts, and where it heard each character or token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.models.spectrogram import hop, log_mel
-from jaxmodels.report.pieces import Picture, Piece, Table, figure
+from jaxmodels.report.attention import weights
+from jaxmodels.report.pieces import Picture, Piece, Table, figure, pieces_of
 from jaxmodels.tasks import ctc
 from jaxmodels.tasks.task import floats
 from jaxmodels.train.saved import Evaluation
 
 LOOKED_AT = 256
 """The first held-out sounds, of which the worst are shown."""
+DECODED = 32
+"""As many of a decoder, which writes token by token."""
 LISTED = 24
 DRAWN = 3
 _BANDS = 40
@@ -26,6 +29,8 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     run, tokenizer = evaluation.run, evaluation.source.tokenizer
     if run.config.task.answers != "transcript" or tokenizer is None:
         return []
+    if run.task.predicts is None:
+        return decoded(evaluation)
     config: Any = run.config.task
     blank = run.model.config.vocab_size - 1 if config.blank is None else config.blank
     assert run.task.outputs is not None
@@ -57,6 +62,57 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
         said = f"Frames of “{spelled(text)}”, read as “{spelled(read)}”; below, where each character is the likeliest."
         shown.append(Picture(f"alignment-{name}", picture, said))
     return shown
+
+
+def decoded(evaluation: Evaluation) -> list[Piece]:
+    """Tabulate the transcripts of a decoder with the most errors, and draw where it listened in a sound."""
+    from jaxmodels.generate.speech import error_rates, spelled, transcriber
+
+    run, last = evaluation.run, min(DECODED, len(evaluation.source))
+    transcribe, size, rows = transcriber(run), min(run.config.eval.batch_size or run.config.data.batch_size, last), []
+    for first in range(0, last - last % size, size):
+        batch = evaluation.examples(first, first + size)
+        heard = [each.text for each in transcribe(batch)]
+        rows += [(*pair, batch["inputs"][i], batch["tokens"][i], batch["targets"][i])
+                 for i, pair in enumerate(zip(spelled(evaluation, batch), heard, strict=True)) if pair[0]]  # fmt: skip
+    wrong = [error_rates([heard], [text]).get("wer", 0.0) for text, heard, *_ in rows]
+    order = sorted(range(len(rows)), key=lambda i: -wrong[i])
+    listed = [(*rows[i][:2], f"{wrong[i]:.0%}") for i in order[:LISTED]]
+    caption = f"The transcripts with the most errors a word, of the first {len(rows):,} held-out sounds."
+    shown: list[Piece] = [Table(("text", "transcript", "errors"), listed, caption)]
+    if rows:
+        text, _, *arrays = rows[order[len(order) // 2]]
+        shown += listening(evaluation, text, *arrays)
+    return shown
+
+
+def listening(
+    evaluation: Evaluation, text: str, sound: np.ndarray, tokens: np.ndarray, targets: np.ndarray
+) -> list[Piece]:
+    """Draw log-mel frames of a sound (N,), and what the decoder attends to as it is to predict each token of a text."""
+    run, tokenizer = evaluation.run, evaluation.source.tokenizer
+    at = np.flatnonzero(targets >= 0)
+    samples = floats(jnp.asarray(sound))[None]
+    kept = weights(run.apply, samples, jnp.asarray(tokens[: at[-1] + 1])[None])
+    rate = run.task.fields["inputs"].rate or 1
+    depth, places = run.model.config.decoder_layers or run.model.config.layers, kept[0].shape[-1]
+    # of the upper half of the decoder's layers, which align better than the lower
+    looks = [each[0] for each in kept if each.shape[-2:] == (at[-1] + 1, places)][-(-depth // 2) :]
+    if not looks:
+        return []
+    heat = np.mean(looks, (0, 1))[at]
+    mels, seconds = np.asarray(log_mel(samples, rate, _BANDS))[0], len(sound) / rate
+    whole = figure(10.0, 2.4 + 0.18 * len(at))
+    above, below = whole.subplots(2, 1, sharex=True, height_ratios=(2, max(1.0, 0.25 * len(at))))
+    above.imshow(mels.T, aspect="auto", origin="lower", extent=(0, seconds, 0, rate / 2000), cmap="magma")
+    above.set_ylabel("mel bands")
+    above.set_yticks([])
+    extent = (0, seconds, len(at) - 0.5, -0.5)
+    below.imshow(heat / heat.max(1, keepdims=True), aspect="auto", extent=extent, cmap="Blues", vmin=0)
+    below.set_yticks(range(len(at)), pieces_of(tokenizer, targets[at]), fontsize=7.5, parse_math=False)
+    below.set_xlabel("seconds")
+    said = f"Frames of “{text}”; below, what the decoder attends to as it predicts each token: mean over upper layers."
+    return [Picture("listening", whole, said)]
 
 
 def draw(sound: np.ndarray, evaluation: Evaluation, logits: np.ndarray, text: np.ndarray, blank: int) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.generate import beam
 from jaxmodels.generate.prepare import kind_of
+from jaxmodels.generate.speech import decoding
 from jaxmodels.models.families import create
 from jaxmodels.models.model import Model, quantized
 from jaxmodels.tasks.task import Task
@@ -87,6 +88,8 @@ def functions(run: Run) -> dict[str, Function]:
         return _decoder(run)
     if answers == "translation":
         return {"translate": _translate(run)}
+    if answers == "transcript" and task.predicts is None:
+        return {"transcribe": _transcribe(run)}
     if answers == "gaps":
         return {"fill": _fill(run)}
     if task.predicts is not None:
@@ -113,13 +116,14 @@ def _read(run: Run) -> dict[str, Input]:
     if kind == "text":
         return {"inputs": _ids(run), "segment_ids": MARKS}
     if kind == "audio":
-        (samples,) = run.task.fields["inputs"].shape or (0,)
-        return {
-            "inputs": Input((BATCH, samples), "float32"),
-            "lengths": Input((BATCH,), least=1, below=samples + 1),
-        }
+        sounds = _sounds(run)
+        return {"inputs": sounds, "lengths": Input((BATCH,), least=1, below=int(sounds.shape[1]) + 1)}
     shape = run.networks[next(iter(run.networks))].inputs(1)[0].shape[1:]
     return {"inputs": Input((BATCH, *shape), "uint8" if kind == "image" else "float32")}
+
+
+def _sounds(run: Run) -> Input:
+    return Input((BATCH, *(run.task.fields["inputs"].shape or (0,))), "float32")
 
 
 def _classify(several: bool) -> Compute:
@@ -280,3 +284,18 @@ def example(inputs: Mapping[str, Input], most: int | None, cache: Arrays) -> Arr
         return rng.integers(want.least or 0, below, shape).astype(want.dtype)
 
     return {name: one(name, want) for name, want in inputs.items()}
+
+
+def _transcribe(run: Run) -> Function:
+    how = decoding(run)
+    begin, ends = (jnp.asarray(how[name], jnp.int32) for name in ("start", "end"))
+    refused = beam.refusals(run.model, how["never"], how["not_first"])
+
+    def compute(run: Run, given: Arrays) -> Arrays:
+        sounds = given["inputs"]
+        limits = jnp.full(sounds.shape[:1], how["limit"])
+        rest = (limits, begin, ends, jnp.float32(1), how["limit"], 1, refused)
+        tokens, scores = beam.search(run.model, run.params["model"], sounds, None, *rest)
+        return {"tokens": tokens, "scores": scores}
+
+    return Function(compute, {"inputs": _sounds(run)})

@@ -1,12 +1,19 @@
-"""Whisper equals transformers': logits coming in and going out, and the sizes of the published models."""
+"""Whisper equals transformers': logits coming in and going out, what it transcribes, and the published sizes."""
+
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import jaxmodels
+from jaxmodels.cli import main
 from jaxmodels.errors import UserError
+from jaxmodels.generate.beam import decode
+from jaxmodels.generate.speech import decoding
 from jaxmodels.hf import save
+from jaxmodels.train import load_run
+from tests.data.test_sounds import wav
 from tests.hf.small import change
 
 pytestmark = pytest.mark.parity
@@ -83,6 +90,71 @@ def test_with_a_cache_it_says_the_same_token_by_token(pair):
         np.testing.assert_allclose(found[:, -1], whole[:, at - 1], rtol=0, atol=1e-5)
         found, cache = step(ids[:, at : at + 1], cache)
     np.testing.assert_allclose(found[:, -1], whole[:, 8], rtol=0, atol=1e-5)
+
+
+END, START, ENGLISH, GERMAN, TRANSCRIBE, TRANSLATE, UNTIMED = range(V - 7, V)
+SPOKEN = {
+    "decoder_start_token_id": START, "bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "max_length": 20,
+    "lang_to_id": {"<|en|>": ENGLISH, "<|de|>": GERMAN}, "no_timestamps_token_id": UNTIMED, "is_multilingual": True,
+    "task_to_id": {"transcribe": TRANSCRIBE, "translate": TRANSLATE}, "return_timestamps": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def speaker(pair, tmp_path_factory):
+    """The folder of `pair` with a tokenizer and tokens that it must not say, its run, and what is said of sounds."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    theirs, folder, _, _ = pair
+    letters = {chr(ord("A") + i): i for i in range(V - 7)}
+    rust = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    names = ("endoftext", "startoftranscript", "en", "de", "transcribe", "translate", "notimestamps")
+    rust.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
+    rust.decoder = decoders.Fuse()
+    rust.save(str(folder / "tokenizer.json"))
+    seen = frames(x := sounds(3))
+
+    def generate(**more):
+        theirs.generation_config = tf.GenerationConfig(**SPOKEN, **more)
+        return theirs.generate(seen, language="en", task="transcribe").numpy()
+
+    free = generate()
+    never, not_first = [int(free[0, 6]), *range(END + 1, V)], [END, int(free[1, 4])]
+    said = generate(suppress_tokens=never, begin_suppress_tokens=not_first)
+    assert not np.array_equal(said[0], free[0]) and not np.array_equal(said[1], free[1])
+    theirs.generation_config.save_pretrained(folder)
+    tf.WhisperFeatureExtractor(chunk_length=1).save_pretrained(folder)
+    run = tmp_path_factory.mktemp("runs") / "whisper"
+    assert main(["import", str(folder), "--out", str(run)]) == 0
+    return folder, run, x, said
+
+
+def test_a_run_says_what_transformers_generates(speaker):
+    _, run, x, said = speaker
+    opened = load_run(run)
+    how = decoding(opened)
+    assert how["start"] == (START, ENGLISH, TRANSCRIBE, UNTIMED)
+    found = decode(opened.model, opened.params["model"], x, **how).tokens
+    np.testing.assert_array_equal(found[:, : said.shape[1]], said)
+
+
+def test_files_are_transcribed_and_the_run_is_exported_with_all_that_came_with_it(speaker, tmp_path, capsys):
+    folder, run, x, said = speaker
+    text = load_run(run).tokenizer.decode(said[0][said[0] < END])
+    (tmp_path / "x.wav").write_bytes(wav(x[0], RATE))
+    (tmp_path / "long.wav").write_bytes(wav(np.zeros(2 * RATE), RATE))
+    capsys.readouterr()
+    assert main(["predict", str(run), *(str(tmp_path / name) for name in ("x.wav", "long.wav"))]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["transcript"] == text and 0 < first["confidence"] < 1
+    assert "lasts 2.0 s, expected at most task.seconds, 1" in second["error"]
+    assert main(["sample", str(run), "--prompt", str(tmp_path / "x.wav")]) == 0
+    assert capsys.readouterr().out.strip() == text
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    for name in ("tokenizer.json", "generation_config.json", "preprocessor_config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes(), name
+    again = tf.WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(again.generate(frames(x), language="en", task="transcribe"), said)
 
 
 @pytest.mark.parametrize("name", SIZES)
