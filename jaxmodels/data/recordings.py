@@ -170,8 +170,7 @@ def dictated(opening: Opening) -> Dictations:
         raise UserError(
             f"got tokenizer {tokenizer} without a token that ends a text, expected one, try --data.tokenizer bpe:8000"
         )
-    first = tokenizer.special.opening
-    return Dictations(records, opening, first=first, end=tokenizer.end, **found)
+    return Dictations(records, opening, first=tokenizer.special.opening, end=tokenizer.end, **found)
 
 
 def _opened(opening: Opening) -> tuple[Records, dict[str, Any]]:

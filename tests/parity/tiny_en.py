@@ -108,7 +108,7 @@ def write(folder):
         suppress_tokens=said["suppress_ids"], begin_suppress_tokens=said["suppress_ids_begin"],
         no_timestamps_token_id=UNTIMED, is_multilingual=False, return_timestamps=False,
     )  # fmt: skip
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # which makes the folder
     tf.WhisperFeatureExtractor().save_pretrained(folder)
     shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     return model.eval()
