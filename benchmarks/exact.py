@@ -59,6 +59,7 @@ CASES = {
     "bert-spans": Case(("bert_squad",)),
     "clip": Case(("clip_digits",)),
     "wav2vec2": Case(("wav2vec2_librispeech",)),
+    "whisper": Case(("whisper_librispeech",)),
     "sasrec": Case(("sasrec_movielens",)),
     "dit": Case(("dit_imagenet",)),
     "yolox": Case(("yolox_s_coco",)),

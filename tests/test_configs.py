@@ -23,6 +23,7 @@ FULL = (
     "vit_b16_imagenet",
     "yolox_s_coco",
     "wav2vec2_librispeech",
+    "whisper_librispeech",
 )
 """Configs of sets that are too large to be here."""
 

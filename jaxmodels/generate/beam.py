@@ -193,7 +193,7 @@ def search(
         return s, cache
 
     first = jnp.broadcast_to(begin, (B, len(begin)))
-    marks = {} if ids is None else {"segment_ids": ids}
+    marks: dict[str, Any] = {} if ids is None else {"segment_ids": ids}
     logits, cache = model.apply(params, sources, first, **marks, cache=model.cache(B, T + len(begin) - 1))
     repeat = functools.partial(jnp.repeat, repeats=K)
     stacked = {name: jax.tree.map(lambda leaf: repeat(leaf, axis=1), cache[name]) for name in ("layers", "cross")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmodels.data import sounds
 from jaxmodels.data.files import shown
+from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
 from jaxmodels.generate import asked
 from jaxmodels.generate.beam import decode
@@ -41,6 +42,10 @@ def listener(run: Run) -> Callable[[Any], Any]:
     return ready
 
 
+Sounding = Mapping[str, Any]
+"""A batch of sounds, on the host."""
+
+
 class Heard(NamedTuple):
     """The transcript of a sound."""
 
@@ -49,7 +54,7 @@ class Heard(NamedTuple):
     """The mean probability of its frames, or of its tokens and their end by the geometric mean."""
 
 
-def transcriber(run: Run) -> Callable[[Batch], list[Heard]]:
+def transcriber(run: Run) -> Callable[[Sounding], list[Heard]]:
     """Return the function that transcribes a batch of sounds.
 
     Raises:
@@ -63,7 +68,7 @@ def transcriber(run: Run) -> Callable[[Batch], list[Heard]]:
     def read(params: Params, stats: Params, batch: Batch) -> Any:
         return predicts(params, stats, batch)
 
-    def transcribe(batch: Batch) -> list[Heard]:
+    def transcribe(batch: Sounding) -> list[Heard]:
         found = jax.device_get(read(run.params, run.stats, {name: batch[name] for name in ("inputs", "lengths")}))
         rows = zip(found["tokens"], found["confidence"], strict=True)
         return [Heard(tokenizer.decode(ids[ids >= 0]).strip(), float(sure)) for ids, sure in rows]
@@ -79,7 +84,7 @@ def decoding(run: Run) -> dict[str, Any]:
         UserError: the tokenizer has no token that ends a text, or the files refuse tokens that the model does not have.
     """
     model, special, settings = run.model, tokenizer_of(run).special, asked.asked_of(run.directory)
-    ends = special.ends or ((special.end,) if special.end is not None else ())
+    ends = ends_of(tokenizer_of(run))
     if not ends or model.longest is None:
         raise UserError(f"got {run.directory}, whose tokenizer has no token that ends a text, expected one")
     refused = {name: settings.pop(asked_for, []) for name, asked_for in asked.REFUSED.items()}
@@ -92,11 +97,17 @@ def decoding(run: Run) -> dict[str, Any]:
     return {"start": special.opening, "end": ends, "limit": model.longest + 1 - len(special.opening), **refused}
 
 
-def _decoder(run: Run) -> Callable[[Batch], list[Heard]]:
+def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end a text."""
+    special = tokenizer.special
+    return special.ends or ((special.end,) if special.end is not None else ())
+
+
+def _decoder(run: Run) -> Callable[[Sounding], list[Heard]]:
     """Transcribe by greedy decoding."""
     tokenizer, how = tokenizer_of(run), decoding(run)
 
-    def transcribe(batch: Batch) -> list[Heard]:
+    def transcribe(batch: Sounding) -> list[Heard]:
         found = decode(run.model, run.params["model"], np.asarray(floats(batch["inputs"])), **how)
         rows = [upto(tokens, how["end"]) for tokens in found.tokens]
         sure = np.exp(found.scores / [len(row) + 1 for row in rows])
@@ -121,10 +132,10 @@ def recognizer(run: Run) -> Answers:
     return answers
 
 
-def spelled(evaluation: Evaluation, batch: Batch) -> list[str]:
+def spelled(evaluation: Evaluation, batch: Sounding) -> list[str]:
     """Return the texts that the sounds of a batch have, empty where they do not count."""
     tokenizer = tokenizer_of(evaluation.run)
-    ends = tokenizer.special.ends or (tokenizer.end,)
+    ends = ends_of(tokenizer)
     return [tokenizer.decode(upto(row[row >= 0], ends)).strip() for row in np.asarray(batch["targets"])]
 
 

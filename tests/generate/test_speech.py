@@ -104,7 +104,7 @@ def test_tokens_that_are_refused_are_in_no_target_or_do_not_begin_one():
 def test_a_model_that_came_in_says_what_precedes_its_texts(told, start, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "whisper", "decoder_start_token_id": 3}))
     (tmp_path / "generation_config.json").write_text(json.dumps({**told, "decoder_start_token_id": 3}))
-    assert stated(tmp_path)["start"] == start
+    assert (stated(tmp_path) or {})["start"] == start
     if "language" in told:
         (tmp_path / "generation_config.json").write_text(json.dumps({**told, "language": "fr"}))
         with pytest.raises(UserError, match="got language 'fr' .*, expected a code such as en, de"):
