@@ -106,9 +106,8 @@ class Recordings(Source):
         except UserError as error:  # a character that no training text has
             return str(error)
         if len(ids) > self._room:
-            return (
-                f"{self._target} has {len(ids)} tokens, expected at most {self._room} of data.seq_len, {self._length}"
-            )
+            before = "" if self._room == self._length else f", less the {self._length - self._room} that precede a text"
+            return f"{self._target} has {len(ids)} tokens, expected at most data.seq_len, {self._length}{before}"
         if self._blank is not None and self._blank in ids:
             return f"{self._target} has the token {self._blank}, which task.blank says is none of a text"
         return samples, ids

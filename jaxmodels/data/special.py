@@ -133,7 +133,7 @@ def _transcribing(path: Path, told: Mapping[str, Any]) -> tuple[int, ...]:
         if code.strip("<|>") not in codes:
             raise UserError(f"got language {code!r} in {path}, expected a code such as {', '.join([*codes][:5])}")
         tasks = told.get("task_to_id")
-        task = tasks.get(told.get("task") or "transcribe") if isinstance(tasks, dict) else None
+        task = tasks.get(str(told.get("task") or "transcribe")) if isinstance(tasks, dict) else None
         ids = [codes[code.strip("<|>")], task]
     if (untimed := told.get("no_timestamps_token_id")) is not None and untimed not in ids:
         ids.append(untimed)

@@ -110,7 +110,9 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
     if cfg.task.answers == "classes":
         settings[PROBLEM] = SEVERAL  # otherwise transformers would take the likeliest alone
     if own and tokenizer is not None:
-        translates = cfg.task.answers == "translation"
+        # a transcript that no blanks are in is written token by token
+        heard = cfg.task.answers == "transcript" and not hasattr(cfg.task, "blank")
+        translates = heard or cfg.task.answers == "translation"
         tokenizers.save(tokenizer, part, translates)
         return settings | tokenizers.ids(tokenizer, translates)
     if not kept.is_dir() and cfg.task.answers in ("continuation", "translation"):
