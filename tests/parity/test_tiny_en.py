@@ -1,6 +1,7 @@
 """Whisper tiny.en, as published: the tokens that transformers generates of spoken prompts."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +23,14 @@ if tiny_en.found() is None:
 
 def test_spoken_prompts_are_read_as_transformers_reads_them(shared_data, tmp_path):
     """All 54 of the split test were, too, with 9.5 % of wrong words (12.0 % where a 4 is not four)."""
-    theirs = tiny_en.write(tmp_path / "hf")
+    theirs: Any = tiny_en.write(tmp_path / "hf")
     assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "run")]) == 0
     prompts = shared_data / "spoken_prompts"
     rows = [row for row in map(json.loads, (prompts / "index.jsonl").open()) if row["split"] == "test"][:3]
     heard = [sounds.samples_of((prompts / row["file"]).read_bytes(), 16000) / np.float32(32768) for row in rows]
     seen = tf.WhisperFeatureExtractor()(heard, sampling_rate=16000, return_tensors="pt").input_features
     wanted = theirs.generate(seen).numpy()
-    run = load_run(tmp_path / "run")
+    run: Any = load_run(tmp_path / "run")
     padded = np.stack([np.pad(x, (0, 480_000 - len(x))) for x in heard])
     found = decode(run.model, run.params["model"], padded, **decoding(run)).tokens
     np.testing.assert_array_equal(found[:, : wanted.shape[1]], wanted)

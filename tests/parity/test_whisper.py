@@ -1,6 +1,7 @@
 """Whisper equals transformers': logits coming in and going out, what it transcribes, and the published sizes."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -140,7 +141,8 @@ def test_a_run_says_what_transformers_generates(speaker):
 
 def test_files_are_transcribed_and_the_run_is_exported_with_all_that_came_with_it(speaker, tmp_path, capsys):
     folder, run, x, said = speaker
-    text = load_run(run).tokenizer.decode(said[0][said[0] < END])
+    opened: Any = load_run(run)
+    text = opened.tokenizer.decode(said[0][said[0] < END])
     (tmp_path / "x.wav").write_bytes(wav(x[0], RATE))
     (tmp_path / "long.wav").write_bytes(wav(np.zeros(2 * RATE), RATE))
     capsys.readouterr()

@@ -96,6 +96,7 @@ def write(folder):
     import transformers as tf
 
     source = found()
+    assert source is not None, f"needs the package {PACKAGE}"
     said = json.loads((source / "config.json").read_text())
     config = tf.WhisperConfig(vocab_size=51864, pad_token_id=END, bos_token_id=START, eos_token_id=END,
                               decoder_start_token_id=START)  # fmt: skip
