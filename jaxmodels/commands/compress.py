@@ -44,6 +44,8 @@ class TableOptions(Section):
     """Batches of the first run's evaluation data to measure on."""
     json: Path | None = None
     """Also write the rows to this file."""
+    picture: Path | None = None
+    """Also draw quality over size, memory and speed, as a PNG in this file."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,18 @@ def compress(given: Chosen, options: CompressOptions) -> None:
     method, data = given.method, given.data
     if method is None:
         asked: Any = options
-        if asked.json is not None:
-            check_place(asked.json, "--json")
+        for place, option in ((asked.json, "--json"), (asked.picture, "--picture")):
+            if place is not None:
+                check_place(place, option)
         found = table.compare([Path(each) for each in asked.table], asked.batches)
         print(printable(table.formatted(found)))
         if asked.json is not None:
             asked.json.write_text(dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}) + "\n")
+        if asked.picture is not None:
+            from jaxmodels.report import pareto
+
+            pareto.draw(asked.picture, found)
+            print(f"picture: {printable(str(asked.picture))}")
         return
     record = runs.compress(
         Path(options.run),

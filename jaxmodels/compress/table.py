@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ class Row(NamedTuple):
     """Its speed divided by that of the first run."""
     quality: float
     """The value of `metric`."""
+    peak: int
+    """Bytes of the memory of its evaluation of a batch on a device at their peak, by the compiler."""
 
 
 class Table(NamedTuple):
@@ -43,6 +45,8 @@ class Table(NamedTuple):
 
     unit: str
     metric: str
+    better: str | None
+    """Whether a lower ("min") or a higher ("max") value of it is better; None: the task does not say."""
     device: str
     rows: list[Row]
 
@@ -64,7 +68,7 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
     mesh, evaluation = make_mesh(Mesh()), first.evaluation()
     given = list(evaluation.loader(mesh).once(batches))
     times: list[list[float]] = [[] for _ in runs]
-    found, programs = [], []
+    found, programs, peaks = [], [], []
     for run in runs:
         task = run.task
         source = evaluation.source
@@ -72,8 +76,10 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
         found.append(measure(run.params, run.stats, given) or {})
         program = jax.jit(task.metrics)
         with jax.set_mesh(mesh):
-            jax.block_until_ready(program(run.params, run.stats, given[0]))
-        programs.append((program, run))
+            compiled = program.lower(run.params, run.stats, given[0]).compile()
+            jax.block_until_ready(compiled(run.params, run.stats, given[0]))
+        programs.append((compiled, run))
+        peaks.append(peak(compiled))
     for _ in range(ROUNDS):
         for (program, run), own in zip(programs, times, strict=True):
             began = time.perf_counter()
@@ -93,10 +99,29 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
             speed,
             speed / speeds[0],
             float(values.get(metric, np.nan)),
+            highest,
         )
-        for each, run, speed, values in zip(directories, runs, speeds, found, strict=True)
+        for each, run, speed, values, highest in zip(directories, runs, speeds, found, peaks, strict=True)
     ]
-    return Table(first.task.unit, metric, f"{mesh.size} {mesh.devices.flat[0].device_kind}", rows)
+    better = first.task.better_of(metric)
+    return Table(first.task.unit, metric, better, f"{mesh.size} {mesh.devices.flat[0].device_kind}", rows)
+
+
+def peak(compiled: Any) -> int:
+    """Return the bytes of a device's memory that a program needs: arguments, results and what lies between."""
+    used = compiled.memory_analysis()
+    most = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
+    return max(getattr(used, "peak_memory_in_bytes", 0), most - used.alias_size_in_bytes)
+
+
+def best(rows: Sequence[Row], better: str | None, cost: Callable[[Row], float]) -> list[Row]:
+    """Return those than which no other is as good and costs less, by their cost: the Pareto front."""
+    good = lambda row: -row.quality if better == "min" else row.quality  # noqa: E731
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (cost(row), -good(row))):
+        if np.isfinite(row.quality) and (not front or good(row) > good(front[-1])):
+            front.append(row)
+    return front
 
 
 def nbytes(tree: Any) -> int:
@@ -106,11 +131,12 @@ def nbytes(tree: Any) -> int:
 
 def formatted(table: Table) -> str:
     """Format a table, and say which runs are not faster than the first one."""
-    heads = ("run", "MB", "parameters", "zeros", f"{table.unit}/s", "×", table.metric)
+    heads = ("run", "MB", "peak MB", "parameters", "zeros", f"{table.unit}/s", "×", table.metric)
     cells = [heads] + [
         (
             row.run,
             f"{row.bytes / 1e6:.2f}",
+            f"{row.peak / 1e6:.2f}",
             f"{row.parameters:,}",
             f"{row.zeros / row.parameters:.1%}",
             f"{row.speed:,.0f}",

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxmodels import cli
 from jaxmodels.compress.codes import Spec
 from jaxmodels.compress.coding import Coding, coding
 from jaxmodels.compress.rounding import GPTQ, RTN
+from jaxmodels.compress.table import Row, best
 from jaxmodels.models.coded import Coded, dequantize
 from jaxmodels.models.observed import Sums
 from jaxmodels.train.saved import load_run
@@ -120,14 +122,27 @@ def test_groups_that_do_not_divide_are_refused(trained: Path, capsys: pytest.Cap
     assert "groups of 5 for layers" in error and "--compress" not in error
 
 
+def test_of_runs_that_are_as_good_the_smaller_one_is_on_the_front():
+    rows = [
+        Row(name, size, 1, 0, 1.0, 1.0, quality, size)
+        for name, size, quality in (("a", 9, 1.0), ("b", 5, 1.1), ("c", 6, 1.2), ("d", 2, 1.5), ("e", 5, 1.4))
+    ]
+    names = lambda better: [row.run for row in best(rows, better, lambda row: row.bytes)]  # noqa: E731
+    assert names("min") == ["d", "b", "a"] and names("max") == ["d"]
+
+
 def test_runs_beside_each_other_are_told_apart(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """What they take, how good they are, and that zeros alone make no run faster."""
     sparse = tmp_path / "sparse"
     assert cli.main(["compress", str(trained / "run"), "magnitude", "--sparsity", "0.9", "--out", str(sparse)]) == 0
     rows = tmp_path / "rows.json"
     argv = ["compress", "--table", str(trained / "run"), str(sparse), "--batches", "1", "--json", str(rows)]
+    argv += ["--picture", str(tmp_path / "pareto.png")]
     assert cli.main(argv) == 0
     first, second = json.loads(rows.read_text())["rows"]
     assert first["bytes"] == second["bytes"] == 4 * first["parameters"]
+    assert first["peak"] > first["bytes"]
+    with Image.open(tmp_path / "pareto.png") as picture:
+        assert min(picture.size) > 300
     assert first["faster"] == 1 and second["zeros"] > 0.5 * second["parameters"] > first["zeros"]
     assert str(sparse) in capsys.readouterr().out
