@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
 from jaxmodels.compress.table import Row, Table, best
 from jaxmodels.report import pieces
 from jaxmodels.report.pieces import COLORS
@@ -28,10 +30,13 @@ def draw(out: Path, table: Table) -> None:
         for index, row in enumerate(table.rows):
             panel.plot(at(row), row.quality, "o", color=COLORS[index % len(COLORS)], label=_name(row))
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.08 * max(at(row) for row in table.rows))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     arrow = {"min": "lower is better", "max": "higher is better"}.get(table.better or "", "")
+    panels[0].yaxis.get_major_formatter().set_useOffset(False)
     panels[0].set_ylabel(f"{table.metric}{f' ({arrow})' if arrow else ''}")
     panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(out, dpi=110, bbox_inches="tight")
