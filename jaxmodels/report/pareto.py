@@ -20,8 +20,8 @@ def draw(out: Path, table: Table) -> None:
     figure = pieces.figure(13, 4.6)
     panels: Any = figure.subplots(1, 3, sharey=True)
     shown = (
-        (f"weights, MB (the first run: {table.rows[0].bytes / 1e6:.2f})", lambda row: row.bytes / 1e6, 1),
-        ("memory of an evaluation at its peak, MB", lambda row: row.peak / 1e6, 1),
+        ("bytes of weights", lambda row: row.bytes, 1),
+        ("bytes of an evaluation at its peak", lambda row: row.peak, 1),
         (f"{table.unit} / s on {table.device}", lambda row: row.speed, -1),
     )
     for panel, (label, at, sign) in zip(panels, shown, strict=True):
