@@ -21,9 +21,11 @@ def config(s: Settings) -> TransformerConfig:
     s.only("static_position_embeddings", False)
     s.only("add_bias_logits", False)
     s.only("extra_pos_embeddings", UNUSED)
-    heads, width = s.whole("encoder_attention_heads", 16), s.whole("encoder_ffn_dim", 4096)
-    s.only("decoder_attention_heads", heads)
-    s.only("decoder_ffn_dim", width)
+
+    def both(name: str, default: int) -> int:
+        one, other = (s.whole(f"{stack}_{name}", default) for stack in ("encoder", "decoder"))
+        return one if one == other else s.wrong(f"decoder_{name}", other, f"{one}, as in the encoder", default)
+
     dropout = s.number("dropout", 0.1)
     s.training("attention_dropout", 0.0, dropout)
     s.training("activation_dropout", 0.0, dropout)
@@ -34,9 +36,9 @@ def config(s: Settings) -> TransformerConfig:
         "context": s.whole("max_position_embeddings", 1024),
         "layers": (layers := s.whole("encoder_layers", 12)),
         "decoder_layers": None if (more := s.whole("decoder_layers", 12)) == layers else more,
-        "heads": heads,
+        "heads": both("attention_heads", 16),
         "width": s.whole("d_model", 1024),
-        "mlp_width": width,
+        "mlp_width": both("ffn_dim", 4096),
         "dropout": dropout,
     }
     s.check()

@@ -46,15 +46,20 @@ WITHOUT_EFFECT = {
     "how transformers cuts or rounds a product that is the same": (
         "chunk_size_feed_forward", "pretraining_tp", "reorder_and_upcast_attn",
     ),
-    "only weights that are not in the file": ("initializer_range", "initializer_factor", "logit_scale_init_value"),
-    "read where tokens are made or drawn": ("bos_token_id", "eos_token_id", "pad_token_id"),
+    "only weights that are not in the file": (
+        "initializer_range", "initializer_factor", "logit_scale_init_value", "init_std",
+    ),
+    "read where tokens are made or drawn": (
+        "bos_token_id", "eos_token_id", "pad_token_id", "bart.decoder_start_token_id", "bart.forced_eos_token_id",
+    ),
     "read with the names of the classes": ("problem_type", "id2label", "label2id"),
     "a part that a model with these weights has not": (
         "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
         "pooler_act", "pooler_output_size", "encoder_stride", "out_features", "out_indices", "stage_names",
-        "t5.classifier_dropout", "text_config.projection_dim", "vision_config.projection_dim",
+        "t5.classifier_dropout", "bart.classifier_dropout", "text_config.projection_dim",
+        "vision_config.projection_dim",
     ),
-    "what the family is in any case": ("is_encoder_decoder", "t5.is_decoder"),
+    "what the family is in any case": ("is_encoder_decoder", "t5.is_decoder", "bart.is_decoder"),
     "layer_types beside it counts": ("max_window_layers",),
     "the file has another embedding or not": ("t5.tie_word_embeddings",),
 }  # fmt: skip
