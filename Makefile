@@ -1,5 +1,5 @@
 # make train    a virtual environment, the package, and the default model trained on this machine
-# make test     the same environment, all tests
+# make test     the same environment, all tests but the slowest (tests/slow.txt), which CI runs too: ARGS="-m slow"
 # make lint     ruff's rules and format, and pyright, as pre-commit and CI run them, and hadolint's of the container
 # make docs     the documentation as a site, in build/site; every warning is an error
 # make kit      wheels in build/kit, for a machine with an accelerator and no network
@@ -24,7 +24,7 @@ train: $(VENV)/.installed-train$(with)
 	@PATH="$(abspath $(BIN)):$$PATH" jaxmodels train $(CONFIG) --run-dir $(RUN) $(ARGS)
 
 test: $(VENV)/.installed-test$(with)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-m "not slow")
 
 lint: $(VENV)/.installed-lint$(with)
 	$(BIN)/ruff check .

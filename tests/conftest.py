@@ -33,7 +33,12 @@ import pytest
 from jaxmodels.registry import Registry
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = tuple(line for line in (ROOT / "tests" / "slow.txt").read_text().splitlines() if line[:1] not in ("", "#"))
+    for item in items:
+        if item.nodeid.startswith(slow):
+            item.add_marker(pytest.mark.slow)
     order = {ROOT / "tests" / name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(LONG)))
 

@@ -47,3 +47,11 @@ def test_the_commands_it_names_exist(root):
     assert set(re.findall(r"python -m benchmarks (\w+)", text)) <= set(BENCHMARKS)
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
         assert (root / path.partition("#")[0]).exists(), path
+
+
+def test_the_slowest_tests_that_are_named_are_there(root: Path):
+    lines = (root / "tests" / "slow.txt").read_text().splitlines()
+    for line in (line for line in lines if not line.startswith("#")):
+        file, _, function = line.partition("::")
+        assert (root / file).exists(), line
+        assert f"def {function.partition('[')[0]}" in ((root / file).read_text() if function else "def "), line
