@@ -49,7 +49,7 @@ def test_the_commands_it_names_exist(root):
         assert (root / path.partition("#")[0]).exists(), path
 
 
-def test_the_slowest_tests_that_are_named_are_there(root: Path):
+def test_the_slowest_tests_that_are_named_are_there(root):
     lines = (root / "tests" / "slow.txt").read_text().splitlines()
     for line in (line for line in lines if not line.startswith("#")):
         file, _, function = line.partition("::")
