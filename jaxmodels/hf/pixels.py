@@ -83,7 +83,8 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
     mean, std = (tuple(x / factor for x in (row * size if len(row) < size else row)) for row in (mean, std))
     central, remarks = _size(values, own if there else None, family, shape)
     if not there:
-        said = f"mean {_listed(mean)} and std {_listed(std)} are transformers' defaults"
+        said = f"mean {_listed(mean)} and std {_listed(std)} are" if mean else "pixels from 0 to 1 are"
+        said += " transformers' defaults"
         return Pixels(mean, std, central, (f"there is no {FILE}: {said}",))
     if values.get("do_resize", True) and values["resample"] != _BILINEAR:
         remarks.append(f"resample {values['resample']} (here images are resized bilinearly, {_BILINEAR})")

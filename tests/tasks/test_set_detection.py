@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from jaxmodels import tasks
-from jaxmodels.config import COCO, Detection, Mesh, SetDetection, Synthetic
+from jaxmodels.config import COCO, Config, Detection, Mesh, SetDetection, Synthetic
 from jaxmodels.data import open_source
 from jaxmodels.errors import UserError
+from jaxmodels.hf import pixels
 from jaxmodels.models.detr import DETRConfig
 from jaxmodels.models.families import create
 from jaxmodels.models.yolox import YOLOXConfig
@@ -140,3 +141,14 @@ def test_rt_detr_multiplies_in_bfloat16_where_it_is_told_to_and_gives_float32():
     assert out.shape == (8, 4, 4 + 5) and out.dtype == jnp.float32
     text = str(jax.make_jaxpr(lambda params: model.apply(params, *inputs, stats=stats)[0])(model.shapes()))
     assert text.count("bf16") > 100
+
+
+def test_pixels_are_prepared_as_transformers_prepares_them_for_each_detector(tmp_path):
+    seen = pixels.read(tmp_path, "rt_detr", (32, 32, 3))
+    assert (seen.mean, seen.std) == ((), ()) and "pixels from 0 to 1 are transformers' defaults" in seen.remarks[0]
+    assert pixels.read(tmp_path, "detr", (32, 32, 3)).mean == (0.485, 0.456, 0.406)
+    for family, config in (("detr", CONFIG), ("rt_detr", ZOO["rt-detr"][1])):
+        cfg = Config(model=config, task=SetDetection(), data=Synthetic())
+        made = pixels.describe(cfg, config.input_shape, family)
+        assert made["image_processor_type"].lower() == f"{family.replace('_', '')}imageprocessor"
+        assert made["do_pad"] is False and "do_convert_rgb" not in made
