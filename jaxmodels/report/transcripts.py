@@ -109,6 +109,7 @@ def listening(
     above.set_yticks([])
     extent = (0, seconds, len(at) - 0.5, -0.5)
     below.imshow(heat / heat.max(1, keepdims=True), aspect="auto", extent=extent, cmap="Blues", vmin=0)
+    below.set_xlim(0, min(seconds, 1.05 * (1 + np.flatnonzero(sound).max(initial=0)) / rate))  # without the padding
     below.set_yticks(range(len(at)), pieces_of(tokenizer, targets[at]), fontsize=7.5, parse_math=False)
     below.set_xlabel("seconds")
     said = f"Frames of “{text}”; below, what the decoder attends to as it predicts each token: mean over upper layers."
