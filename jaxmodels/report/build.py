@@ -37,7 +37,7 @@ PARTS: dict[str, Callable[[Evaluation], list[Piece]]] = {
     "Confusion": confusion.pieces,
     "Masks": masks.pieces,
     "Boxes": boxes.pieces,
-    "Translations": translations.pieces,
+    "Translations and summaries": translations.pieces,
     "Recommendations": recommendations.pieces,
     "Answers": answers.pieces,
     "Replies": replies.pieces,

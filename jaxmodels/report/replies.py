@@ -8,7 +8,7 @@ import numpy as np
 from jaxmodels.models.attention import recording
 from jaxmodels.report.attention import overlay
 from jaxmodels.report.pieces import Picture, Piece, grid, pixels, show
-from jaxmodels.tasks.multimodal_lm import MultimodalLM, media
+from jaxmodels.tasks.multimodal_lm import media
 from jaxmodels.train.saved import Evaluation
 
 LOOKED_AT, PAIRS = 64, 4
@@ -19,7 +19,7 @@ SHOWN = 8
 def pieces(evaluation: Evaluation) -> list[Piece]:
     """Show images with questions and replies, beside what the token that comes before the reply attends to."""
     run, tokenizer = evaluation.run, evaluation.source.tokenizer
-    if not isinstance(run.config.task, MultimodalLM) or "images" not in run.task.fields or tokenizer is None:
+    if run.config.task.answers != "reply" or "images" not in run.task.fields or tokenizer is None:
         return []
     batch, tower = evaluation.examples(0, LOOKED_AT), run.model.config.image
     tokens, targets = batch["tokens"], batch["targets"]

@@ -17,7 +17,8 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
         return []
     from jaxmodels.generate.translation import translated
 
-    sources, references = (texts[:COUNT] for texts in data.open_pairs(run.config.data, "eval"))
+    pairs = data.open_pairs(run.config.data, "eval")
+    sources, references = pairs[0][:COUNT], pairs[1][:COUNT]
     hypotheses = translated(run, sources, beams=BEAMS)
     rows = list(zip(sources, map(" / ".join, references), hypotheses, strict=True))
     return [Table(("source", "reference", "hypothesis"), rows, f"The first held-out pairs; {BEAMS} beams.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -123,7 +124,7 @@ class MultimodalLM(ScoredConfig):
         )
 
 
-def media(batch: Batch, data: DataConfig) -> list[Any]:
+def media(batch: Mapping[str, Any], data: DataConfig) -> list[Any]:
     """Return what a model takes behind its tokens: images, and sounds with their lengths if the batch has them."""
     found: list[Any] = [normalized(batch["images"], data)] if "images" in batch else []
     if "sounds" in batch:
