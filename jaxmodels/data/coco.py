@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,6 +144,7 @@ def _read(
     wrong: dict[Any, str] = {}
     left_out: Counter[str] = Counter()
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    _check_ids(path, "images", content["images"])
     for each in content["annotations"]:
         image = each["image_id"]
         if image not in sizes:
@@ -198,6 +199,7 @@ def _content(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _classes(path: Path, categories: Sequence[dict[str, Any]], names: tuple[str, ...]) -> dict[Any, tuple[str, int]]:
     """The name and number of each category's id."""
+    _check_ids(path, "categories", categories)
     ordered = sorted(categories, key=lambda each: each["id"])
     own = [str(each["name"]) for each in ordered]
     if twice := [name for name, count in Counter(own).items() if count > 1]:
@@ -211,8 +213,14 @@ def _classes(path: Path, categories: Sequence[dict[str, Any]], names: tuple[str,
     return {each["id"]: (name, known.index(name)) for each, name in zip(ordered, own, strict=True)}
 
 
+def _check_ids(path: Path, part: str, entries: Sequence[dict[str, Any]]) -> None:
+    """Refuse entries with one id, of which annotations do not say which they mean."""
+    if twice := [each for each, count in Counter(each["id"] for each in entries).items() if count > 1]:
+        raise UserError(f"got the id {shown(twice[0])} of two {part} in {path}, expected ids that differ")
+
+
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _inside(box: Sequence[float], size: tuple[int, int]) -> tuple[float, ...] | None:

@@ -24,6 +24,9 @@ from jaxmodels.errors import UserError, nearest
 
 _log = logging.getLogger("jaxmodels")
 
+_LATEST = 253_402_300_800.0
+"""The year 10,000: a time beyond it is in milliseconds or in nanoseconds."""
+
 
 @dataclass(frozen=True)
 class Interactions(RecordsConfig):
@@ -60,8 +63,8 @@ class Interactions(RecordsConfig):
         until, first, last = (
             _seconds(name, getattr(self, name)) for name in ("train_until", "eval_from", "eval_until")
         )
-        if first is None and (until or last):
-            name, day = ("train_until", self.train_until) if until else ("eval_until", self.eval_until)
+        if first is None and (self.train_until or self.eval_until):
+            name, day = ("train_until", self.train_until) if self.train_until else ("eval_until", self.eval_until)
             raise UserError(f"got data.{name} {day} without data.eval_from, expected both, try --data.eval-from {day}")
         if first is not None and until is not None and first < until:
             raise UserError(
@@ -134,7 +137,7 @@ class Histories(Records):
         self.fields = {
             "user": Field("label", names=log.users),
             "items": Field("labels", names=log.items),
-            "times": Field("array", shape=(None,), dtype="int64"),
+            "times": Field("array", shape=(None,), dtype=log.time.dtype.name),
             "held": Field("labels", names=log.items),
         }
         parts = [split.encode(), repr((log.users, log.items)).encode(), users.tobytes()]
@@ -168,7 +171,7 @@ def histories(log: Log, cfg: Interactions, split: Split) -> Histories:
     """
     starts = np.searchsorted(log.user, np.arange(len(log.users) + 1))
     first, last = (_seconds(name, getattr(cfg, name)) for name in ("eval_from", "eval_until"))
-    until = _seconds("train_until", cfg.train_until) or first
+    until = first if (found := _seconds("train_until", cfg.train_until)) is None else found
     users: list[int] = []
     past: list[np.ndarray] = []
     held: list[np.ndarray] = []
@@ -247,7 +250,9 @@ def _read(
         np.array(list(map({name: at for at, name in enumerate(order)}.__getitem__, found)), np.int32)
         for order, found in ((known, users), (names, taken))
     )
-    time = np.array(times, np.int64)
+    time = np.array(times)
+    if (time == np.trunc(time)).all():
+        time = time.astype(np.int64)
     order = np.lexsort((item, time, user))
     return Log(label, tuple(known), tuple(distinct(list(names.values()))), user[order], item[order], time[order])
 
@@ -265,7 +270,7 @@ def _names(tables: Sequence[File], columns: _Columns, bad: list[Bad]) -> dict[st
                 )
                 bad.append(Bad(f"{table.path}:{table.line(row)}", reason))
             else:
-                names[item] = _text(values.get(columns.name)).strip() or item
+                names[item] = _text(values.get(columns.name)) or item
     return names
 
 
@@ -281,24 +286,32 @@ def _check(table: File, wanted: Sequence[str]) -> None:
             )
 
 
-def _one(values: dict[str, Any] | str, columns: _Columns, names: Mapping[str, str] | None) -> tuple[str, str, str, int]:
+def _one(
+    values: dict[str, Any] | str, columns: _Columns, names: Mapping[str, str] | None
+) -> tuple[str, str, str, float]:
     """Return why a row is no interaction, or nothing; and its user, item and time."""
     if isinstance(values, str):
         return values, "", "", 0
     user, item = _text(values.get(columns.user)), _text(values.get(columns.item))
+    told = values.get(columns.time, "")
     try:
-        time = float(values.get(columns.time, ""))
-    except (TypeError, ValueError):
+        time = math.nan if isinstance(told, bool) else float(told)
+    except (TypeError, ValueError, OverflowError):
         time = math.nan
     reason = ""
     if not user or not item:
-        reason = f"{columns.item if user else columns.user} is missing"
-    elif not abs(time) < 2**53:
-        reason = f"{columns.time} is {shown(values.get(columns.time))}, expected seconds since 1970"
+        name = columns.item if user else columns.user
+        absent = values.get(name) is None or values[name] != values[name] or not str(values[name]).strip()
+        reason = f"{name} is {'missing' if absent else f'{shown(values[name])}, expected a text or a number'}"
+    elif not abs(time) < _LATEST:
+        reason = f"{columns.time} is {shown(told)}, expected seconds since 1970"
     elif names is not None and item not in names:
         reason = f"{columns.item} is {item!r}, which is not among the items"
-    return reason, user, item, 0 if reason else int(time)
+    return reason, user, item, 0 if reason else time
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    """Return a text or a number as text, the same for 5 and 5.0; empty if it is neither."""
+    if value is None or isinstance(value, bool | list | dict) or value != value:  # the last is NaN
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -63,7 +63,7 @@ def test_boxes_without_an_area_and_those_around_crowds_are_left_out_and_told(tmp
 
 
 def test_an_image_whose_boxes_cannot_be_meant_is_left_out_by_name(tmp_path, caplog):
-    path = written(tmp_path, boxes=[*USUAL, (2, 9, [1, 2, float("nan"), 3])])
+    path = written(tmp_path, boxes=[*USUAL, (2, 9, [1, 2, float("nan"), 3]), (0, 9, [0, 0, 10**400, 1])])
     source = opened(path)
     batch = source.batch(np.array([2, 3]), np.zeros(2, int))
     np.testing.assert_array_equal(batch["classes"][0], batch["classes"][1])
@@ -83,11 +83,13 @@ def test_an_image_whose_boxes_cannot_be_meant_is_left_out_by_name(tmp_path, capl
         ({"boxes": [(0, 3, [0, 0, 1, 1])]}, "category 3"),
         ({"categories": ("cat", "cat")}, "two categories 'cat'"),
         ({"images": 0}, "0 records to train on"),
+        ({"images": [{"id": 0, "file_name": "a.png", "width": 3, "height": 3}] * 2}, "the id 0 of two images"),
+        ({"categories": [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}]}, "the id 3 of two categories"),
         ({"images": [{"id": 1, "file_name": "a.png", "width": 3}]}, r"None as images\[0\].height, expected int"),
     ],
 )
 def test_a_file_that_is_not_cocos_is_refused_by_what_is_wrong(tmp_path, changes, said):
-    if isinstance(changes.get("images"), list):
+    if any(isinstance(changes.get(part), list) for part in ("images", "categories")):
         path = written(tmp_path)
         content = json.loads((tmp_path / "train.json").read_text())
         (tmp_path / "train.json").write_text(json.dumps({**content, **changes}))

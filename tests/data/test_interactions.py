@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_rows_that_are_no_interaction_are_named_and_counted(tmp_path, shop, capl
         open_records(shop(path=(path,), bad_records=2), "train")
     with pytest.raises(UserError, match="without the column 'customer'"):
         open_records(shop(user_field="customer"), "train")
+
+
+def test_users_are_told_apart_by_value_and_times_by_fractions(tmp_path):
+    rows = [(7, "a", 1.25), (7.0, "b ", 1.5), ("7", "c", 1.75), (float("nan"), "a", 1), ([7], "a", 1), (True, "a", 1)]
+    rows += [("7", "a", 1_320_105_600_000), ("7", "a", True), ("7", "a", 10**400)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(dict(zip(("user", "item", "time"), row, strict=True))) + "\n" for row in rows))
+    records = open_records(Interactions(path=(str(path),), bad_records=6), "eval")
+    assert records.fields["user"].names == ("7",) and records.fields["items"].names == ("a", "b", "c")
+    (row,) = records.read([0], ("items", "times", "held"))
+    assert (row["items"], row["times"].tolist(), row["held"]) == ((0, 1), [1.25, 1.5], (2,))
+    with pytest.raises(UserError, match="6 bad rows"):
+        open_records(Interactions(path=(str(path),), bad_records=5), "eval")
 
 
 @pytest.mark.parametrize(
