@@ -86,6 +86,11 @@ def extracted(opening: Opening, most: int) -> Source:
     text = named_field(train, "input_field", cfg.input_field, ("texts",), [cfg.target_field])
     summaries = named_field(train, "target_field", cfg.target_field, ("texts",), [cfg.input_field])
     label = named_field(train, "label_field", cfg.label_field, ("labels",))
+    if odd := [name for name in train.fields[label].names if name not in ("0", "1")]:
+        raise UserError(
+            f"got {label} with the mark {odd[0]!r} in {train.label}, expected 1 for each sentence of the summary and 0 "
+            "for the others"
+        )
     readers = Readers(cfg, train, [text, summaries, label])
     records, kept = readers.of(split).records, []
     for row in readers.rows(split):
@@ -101,7 +106,7 @@ def extracted(opening: Opening, most: int) -> Source:
         _log.warning("%s are longer than a row, which has no place for their last sentences", of)
     arrays["labels"] = np.full((len(kept), most), IGNORED, np.int32)
     for row, marks, there in zip(kept, arrays["labels"], arrays.pop("there"), strict=True):
-        marks[there] = [int(train.fields[label].names[mark] != "0") for mark in row[label][: int(there.sum())]]
+        marks[there] = [int(train.fields[label].names[mark]) for mark in row[label][: int(there.sum())]]
     if split == "eval":
         arrays["document"] = np.arange(len(kept), dtype=np.int32)
     documents = [Document(row[text], row[summaries]) for row in kept]

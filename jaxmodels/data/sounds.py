@@ -17,6 +17,8 @@ from jaxmodels.errors import UserError
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 """Endings of files that are taken for sounds, in lower case."""
 _FULL = 32768.0
+_LOUDEST = 4.0
+"""What a sound of floats may have at most, 12 dB above full scale: with more, its numbers mean something else."""
 _SLOWEST, _FASTEST = 1_000, 400_000
 
 
@@ -37,6 +39,8 @@ def samples_of(value: bytes | Sound, rate: int) -> np.ndarray:
         samples = samples[:, 0] if whole else floats(samples).mean(1)
     if not _SLOWEST <= own <= _FASTEST:  # a filter between such rates would take minutes to make
         raise Unreadable(f"has {own:,} samples a second, expected {_SLOWEST:,} to {_FASTEST:,}")
+    if samples.dtype != np.int16 and (peak := float(np.abs(samples).max(initial=0))) > _LOUDEST:
+        raise Unreadable(f"holds samples of up to {peak:g}, expected -1 to 1")
     if own != rate:
         samples = resampled(floats(samples), own, rate)
     if not samples.size:
@@ -81,7 +85,9 @@ def decode(value: bytes) -> Sound:
             samples = file.read(dtype="int16" if small else "float32", always_2d=True)
             rate, told = file.samplerate, file.frames
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
-        raise Unreadable(f"is no sound that can be decoded ({str(error).splitlines()[0]})") from error
+        raise Unreadable(
+            f"is no sound that can be decoded ({str(error).splitlines()[0].rpartition('>: ')[2]})"
+        ) from error
     if len(samples) < told < 1 << 62:  # a stream does not know its length
         raise Unreadable(f"ends after {len(samples):,} of {told:,} samples")
     if samples.dtype != np.int16 and not np.isfinite(samples).all():

@@ -86,6 +86,9 @@ class Asked(Records):
         try:
             known = {**values, "context": context, "title": title}
             if "answers" in fields:  # each once, as annotators often agree
+                if "is_impossible" in values and bool(values["is_impossible"]) == bool(values["answers"]):
+                    told = f"{len(values['answers'])} answers"
+                    return Bad(where, f"has {told} and is_impossible {shown(values['is_impossible'])}, which differ")
                 known["answers"] = tuple(dict.fromkeys(Span(x["text"], x["answer_start"]) for x in values["answers"]))
             return {name: known[name] for name in fields}
         except KeyError as missing:

@@ -74,7 +74,8 @@ def test_another_rate_keeps_a_tone_and_takes_away_what_it_cannot_hold():
         (lambda data: data[:20], "is no WAV file that can be decoded"),
         (lambda data: wav(np.zeros(0)), "holds no samples"),
         (lambda data: wav(tone(0.1), 1 << 30), "has 1,073,741,824 samples a second, expected 1,000 to 400,000"),
-        (lambda data: b"no sound", "is no sound that can be decoded"),
+        (lambda data: b"no sound", r"is no sound that can be decoded \(Format not"),
+        (lambda data: Sound(500 * np.ones((9, 1), np.float32), RATE), "holds samples of up to 500, expected -1 to 1"),
         (lambda data: flac()[:-300], "is no sound that can be decoded|ends after"),
     ],
 )

@@ -77,6 +77,14 @@ def test_a_text_with_another_number_of_marks_is_left_out_and_named(folder, tmp_p
     assert len(source) == 13 and "has 1 marks in source_labels for 2 sentences" in caplog.text
 
 
+def test_marks_that_are_neither_0_nor_1_are_refused(folder, tmp_path):
+    rows = [{**row, "source_labels": ["no" if mark == 0 else "yes" for mark in row["source_labels"]]}
+            for row in rows_of(folder)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="the mark 'no'.*expected 1 for each sentence of the summary and 0"):
+        open_source(data_of(tmp_path / "rows.jsonl"), "train", TASK)
+
+
 def test_the_likeliest_sentences_are_chosen_in_the_order_of_the_text():
     assert TASK.chosen(np.array([0.0, 2.0, 1.0, 2.0])) == [1, 3]
     assert TASK.chosen(np.array([0.5])) == [0]

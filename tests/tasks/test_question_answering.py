@@ -152,6 +152,7 @@ def test_an_answer_that_no_window_holds_is_not_learned_and_told(file, tmp_path, 
         ({"answers": []}, "has no answer, which --task.unanswerable True allows"),
         ({"answers": [{"text": "x"}]}, "has no answer_start"),
         ({"answers": [{"text": "x", "answer_start": "3"}]}, "expected a part of a text and a number"),
+        ({"is_impossible": True}, "has 1 answers and is_impossible True, which differ"),
         ({"question": 5}, "question is 5, expected text"),
     ],
 )
