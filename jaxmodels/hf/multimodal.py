@@ -21,6 +21,12 @@ CLIP: dict[str, Any] = {
     "patch_size": 14,
     "layer_norm_eps": 1e-5,
 }
+"""The defaults of transformers for the image tower of a LLaVA whose config.json says nothing of it."""
+PARTLY: dict[str, Any] = {
+    **CLIP, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32,
+}  # fmt: skip
+"""Those of the settings that are left out where it says something."""
 SIGLIP: dict[str, Any] = {
     "hidden_size": 1152,
     "intermediate_size": 3072,
@@ -30,14 +36,15 @@ SIGLIP: dict[str, Any] = {
     "patch_size": 32,
     "layer_norm_eps": 1e-6,
 }
-"""The defaults of transformers for an image tower, which differ from those for a CLIP or a SigLIP alone."""
+"""The defaults of transformers for the image tower of an Idefics3, which differ from those for a SigLIP alone."""
 
 
 def decoder(s: Settings) -> dict[str, Any]:
     """Return the fields of the decoder."""
     kind, text = s.values["model_type"], s.section("text_config")
     unsaid = {"model_type": "qwen2" if kind == "qwen2_audio" else "llama"}
-    unsaid |= {"rms_norm_eps": 1e-5} if kind in ("idefics3", "smolvlm") else {}
+    if kind in ("idefics3", "smolvlm") and not text.values:
+        unsaid |= {"rms_norm_eps": 1e-5}
     text = Settings({**unsaid, **text.values}, s.where, s)
     text.only("model_type", "llama", "mistral", "qwen2", "qwen3")
     own = llama.config(text)
@@ -92,7 +99,12 @@ def config(s: Settings) -> MultimodalConfig:
         s.only("multimodal_projector_bias", True)
         s.only("vision_feature_select_strategy", "default")
         unread = s.only("vision_feature_layer", -2, -1) == -2
-        image = {**tower(s, CLIP), "kind": "clip", "unread": unread, "token": s.whole("image_token_index", 32000, 0)}
+        image = {
+            **tower(s, PARTLY if seen.values else CLIP),
+            "kind": "clip",
+            "unread": unread,
+            "token": s.whole("image_token_index", 32000, 0),
+        }
         image["layers"] -= unread
     else:
         seen.only("hidden_act", "gelu_pytorch_tanh")

@@ -1,5 +1,7 @@
 """LLaVA, Idefics3, SmolVLM and Qwen2-Audio equal transformers': logits both ways, and the sizes of published models."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import jaxmodels
 from jaxmodels.errors import UserError
 from jaxmodels.generate import sample
 from jaxmodels.hf import save
+from jaxmodels.hf.multimodal import FORMAT
+from jaxmodels.hf.table import Settings
 from jaxmodels.models.multimodal import ImageTower
 from tests.hf.small import change, filled
 
@@ -148,6 +152,23 @@ def test_what_is_not_computed_here_is_refused(tmp_path):
     change(tmp_path, vision_feature_layer=-3)
     with pytest.raises(UserError, match="vision_feature_layer -3"):
         jaxmodels.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "smolvlm", "qwen2_audio"])
+def test_what_is_left_out_is_taken_as_transformers_takes_it(name):
+    kind = {"llava": tf.LlavaConfig, "qwen2_audio": tf.Qwen2AudioConfig}.get(name) or (
+        tf.SmolVLMConfig if name == "smolvlm" else tf.Idefics3Config
+    )
+
+    def converted(values):
+        return FORMAT.config(Settings(values, "config.json").renamed(FORMAT.names))
+
+    medium = "audio_config" if name == "qwen2_audio" else "vision_config"
+    token = {f"{medium[:5]}_token_index" if name == "qwen2_audio" else "image_token_id": TOKEN, "scale_factor": 1}
+    for part in ({}, {"text_config": {"attention_bias": False}}, {medium: {"num_channels": 3}}):
+        said = {"model_type": name, **token, **part}
+        whole = json.loads(kind.from_dict(said).to_json_string(use_diff=False))
+        assert converted(said) == converted(whole), part
 
 
 def test_published_sizes_are_those_of_transformers():
