@@ -284,13 +284,19 @@ def marked(opening: Opening, kind: Kind, marks: Callable[[str], Marks]) -> Sourc
     if len(known) == 1 and named == default(cfg, "label_field"):
         named = known[0]
     label = named_field(train, "label_field", named, (kind,), [field])
+    own = train.fields[label].names
+    if own and cfg.class_names and len(cfg.class_names) != len(own):
+        raise UserError(
+            f"got {len(cfg.class_names)} data.class_names for the {len(own)} classes of {train.label} "
+            f"({', '.join(own[:5])}{', ...' * (len(own) > 5)}), expected one each, try without --data.class-names"
+        )
     records = train if opening.split == "train" else open_records(cfg, opening.split, opening.classes)
     from jaxmodels.data import images
 
     source = images.Pictures(records, opening, field=field, label=None, marks=marks(label))
     source.field, source.kind = field, "image"
-    source.class_names = tuple(opening.classes) or cfg.class_names or train.fields[label].names
-    source.num_classes = len(train.fields[label].names) or None
+    source.class_names = tuple(opening.classes) or cfg.class_names or own
+    source.num_classes = len(own) or None
     return source
 
 

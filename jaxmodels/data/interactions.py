@@ -63,6 +63,11 @@ class Interactions(RecordsConfig):
         until, first, last = (
             _seconds(name, getattr(self, name)) for name in ("train_until", "eval_from", "eval_until")
         )
+        if self.name_field != type(self).name_field and not self.items:
+            raise UserError(
+                f"got data.name_field {self.name_field} without data.items, expected the tables that have the column, "
+                "try --data.items items.csv"
+            )
         if first is None and (self.train_until or self.eval_until):
             name, day = ("train_until", self.train_until) if self.train_until else ("eval_until", self.eval_until)
             raise UserError(f"got data.{name} {day} without data.eval_from, expected both, try --data.eval-from {day}")

@@ -54,6 +54,14 @@ class Extraction(TaskConfig):
     """The most sentences of a text; those behind them are left out."""
     answers: ClassVar[Answers] = "extract"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sentences > self.most:
+            raise UserError(
+                f"got task.sentences {self.sentences}, expected at most task.most {self.most}, "
+                f"try --task.sentences {self.most}"
+            )
+
     def examples(self, opening: Opening) -> Source:
         return sentences.extracted(opening, self.most)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.data.opening import Opening
-from jaxmodels.data.section import DataConfig
+from jaxmodels.data.section import DataConfig, default
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Dim, Share, Weight
@@ -65,6 +65,11 @@ class SetDetection(TaskConfig):
             raise UserError(
                 f"got task set_detection with {type(c).__name__}, expected a detector with queries, "
                 "try --model detr, or --task detection for --model yolox"
+            )
+        if not c.exclusive and self.nothing != (usual := default(self, "nothing")):
+            raise UserError(
+                f"got task.nothing {self.nothing} with {type(c).__name__}, each of whose classes has a probability, "
+                f"expected a detector that learns of queries without an object, try --task.nothing {usual}"
             )
         objects = self.objects or c.queries
         if objects > c.queries:

@@ -67,6 +67,11 @@ class VAE(TaskConfig):
         super().__post_init__()
         if self.binarise and self.pixels != "bernoulli":
             raise UserError("got task.binarise with task.pixels gaussian, expected one, try --task.pixels bernoulli")
+        if self.beta_warmup_steps and not self.beta:
+            raise UserError(
+                f"got task.beta_warmup_steps {self.beta_warmup_steps} with task.beta 0, expected a weight to grow to, "
+                "try --task.beta-warmup-steps 0"
+            )
 
     def examples(self, opening: Opening) -> Source:
         return examples.labeled(opening, ("image", "array"), optional=True)

@@ -110,6 +110,13 @@ def test_held_out_classes_are_numbered_as_those_of_training_by_name(tmp_path):
     assert run.batch(np.zeros(1, int), np.zeros(1, int))["classes"][0, 0] == 1, "the classes of a run"
 
 
+def test_names_of_classes_are_as_many_as_the_files(tmp_path):
+    path = written(tmp_path, boxes=USUAL)
+    assert opened(path, class_names=("a", "b")).class_names == ("a", "b")
+    with pytest.raises(UserError, match=r"3 data.class_names for the 2 classes of .* \(dog, cat\)"):
+        opened(path, class_names=("a", "b", "c"))
+
+
 def test_more_objects_than_the_task_has_room_for_are_no_silent_loss(tmp_path, caplog):
     source = opened(written(tmp_path, boxes=[*USUAL, *[(0, 9, [k, 0, 3, 3]) for k in range(3)]]))
     source.batch(np.arange(6), np.zeros(6, int))

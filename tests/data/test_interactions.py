@@ -93,6 +93,11 @@ def test_rows_that_are_no_interaction_are_named_and_counted(tmp_path, shop, capl
         open_records(shop(user_field="customer"), "train")
 
 
+def test_a_column_of_names_without_items_is_refused(shop):
+    with pytest.raises(UserError, match="got data.name_field title without data.items"):
+        shop(items=(), name_field="title")
+
+
 def test_users_are_told_apart_by_value_and_times_by_fractions(tmp_path):
     rows = [(7, "a", 1.25), (7.0, "b ", 1.5), ("7", "c", 1.75), (float("nan"), "a", 1), ([7], "a", 1), (True, "a", 1)]
     rows += [("7", "a", 1_320_105_600_000), ("7", "a", True), ("7", "a", 10**400)]

@@ -127,6 +127,8 @@ def test_a_report_marks_the_sentences_that_are_chosen(run, folder):
 def test_what_does_not_fit_is_refused(folder):
     with pytest.raises(UserError, match="try BERTConfig with head sentences"):
         tasks.build(TASK, BERTConfig(), Stdlib(seq_len=T))
+    with pytest.raises(UserError, match="got task.sentences 5, expected at most task.most 4"):
+        Extraction(sentences=5, most=4)
     with pytest.raises(UserError, match="try --data.input-field source"):
         open_source(data_of(folder / "rows.jsonl", input_field=""), "train", TASK)
     with pytest.raises(UserError, match="begins a text with a token of its own"):

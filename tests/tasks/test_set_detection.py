@@ -16,6 +16,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf import pixels
 from jaxmodels.models.detr import DETRConfig
 from jaxmodels.models.families import create
+from jaxmodels.models.rt_detr import RTDETRConfig
 from jaxmodels.models.yolox import YOLOXConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.report import attention
@@ -120,6 +121,8 @@ def test_models_of_the_other_kind_and_too_many_objects_are_refused():
         tasks.build(Detection(), CONFIG, Synthetic())
     with pytest.raises(UserError, match="up to 7 objects of an image for 6 queries, expected no more"):
         tasks.build(SetDetection(objects=7), CONFIG, Synthetic())
+    with pytest.raises(UserError, match="got task.nothing 0.5 with RTDETRConfig.*try --task.nothing 0.1"):
+        tasks.build(SetDetection(nothing=0.5), RTDETRConfig(), Synthetic())
 
 
 def test_the_attention_of_a_detectors_queries_is_no_map_of_the_image(monkeypatch):

@@ -245,6 +245,8 @@ def test_gaussian_pixels_cost_half_their_squared_error_and_a_constant():
     assert found["elbo"] == -found["loss"] and found["loss"] == pytest.approx(found["reconstruction"] + found["kl"])
     with pytest.raises(UserError, match="got task.binarise with task.pixels gaussian"):
         build("vae-mlp", pixels="gaussian", binarise=True)
+    with pytest.raises(UserError, match="got task.beta_warmup_steps 5 with task.beta 0"):
+        build("vae-mlp", beta=0.0, beta_warmup_steps=5)
 
 
 @pytest.mark.parametrize("name", ["vae-conv", "dcgan"])
