@@ -97,6 +97,10 @@ def compress(given: Chosen, options: CompressOptions) -> None:
     method, data = given.method, given.data
     if method is None:
         asked: Any = options
+        if not asked.table:
+            raise UserError(
+                "got --table without a run, expected some to compare, try jaxmodels compress --table RUN RUN2"
+            )
         for place, option in ((asked.json, "--json"), (asked.picture, "--picture")):
             if place is not None:
                 check_place(place, option)

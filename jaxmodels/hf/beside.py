@@ -54,9 +54,10 @@ def keep(directory: Path, run: Path) -> None:
     for path in found:
         if path.is_file():  # a model does not come with folders or pipes
             try:
-                shutil.copyfile(path, run / KEPT / path.name)
+                content = path.read_bytes()
             except OSError as error:
                 raise UserError(f"got {path}, which cannot be read ({error.strerror}), expected a file") from error
+            (run / KEPT / path.name).write_bytes(content)
 
 
 def carry(source: Path, run: Path, fresh: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ def draw(out: Path, table: Table) -> None:
     panels[0].yaxis.get_major_formatter().set_useOffset(False)
     panels[0].set_ylabel(f"{table.metric}{f' ({arrow})' if arrow else ''}")
     panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(out, dpi=110, bbox_inches="tight")
+    figure.savefig(out, format="png", dpi=110, bbox_inches="tight")
 
 
 def _name(row: Row) -> str:

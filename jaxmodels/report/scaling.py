@@ -63,4 +63,4 @@ def draw(
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, format="png", dpi=110)

@@ -1,8 +1,10 @@
 """Each mistake in a directory of Hugging Face's format is named in one line, before anything is read."""
 
 import dataclasses
+import errno
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import jaxmodels
 from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
-from jaxmodels.hf import files, save
+from jaxmodels.hf import beside, files, save
 from jaxmodels.parallel.mesh import make_mesh
 from tests.hf.small import GPT2, LLAMA, change, saved
 
@@ -20,6 +22,17 @@ from tests.hf.small import GPT2, LLAMA, change, saved
 def folder(tmp_path):
     saved(GPT2, tmp_path / "gpt2")
     return tmp_path / "gpt2"
+
+
+def test_a_full_disk_is_no_fault_of_the_file_that_is_copied(folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (folder / "generation_config.json").write_text("{}")
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        beside.keep(folder, tmp_path / "run")
 
 
 def test_all_that_is_wrong_is_named_at_once_before_anything_is_read(folder, monkeypatch):
