@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +28,16 @@ NOT_IMPORTABLE = (
 )
 Check = Callable[[Any], str]
 """Says what is wrong with something from outside, as the end of "got task my.tasks:Mine, …"; empty if nothing is."""
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back a Ctrl-C until a module is imported: extensions print one as a traceback and raise an ImportError."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Registry:
@@ -73,7 +85,8 @@ class Registry:
         if name in self._registered:
             return self._checked(name, self._registered[name])
         if name in self.builtin:
-            return self._load(self.builtin[name])
+            with _uninterrupted():
+                return self._load(self.builtin[name])
         if (entry := self._entry_points().get(name)) is not None:
             return self._checked(name, self._load(entry.value))
         if OUTSIDE.fullmatch(name):

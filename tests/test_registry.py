@@ -371,3 +371,17 @@ def test_a_field_called_name_is_no_kind():
     assert cfg.data.name == "table"
     with pytest.raises(UserError, match="try optim=adamw,muon"):
         tune.parse_choice("optim.name=adamw,muon", cfg)
+
+
+def test_a_ctrl_c_waits_until_a_module_is_imported(tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(1000):\n    pass\nmine = 1\n"
+    )
+    code = (  # in a process without other threads, which would receive it
+        "import sys\nfrom jaxmodels.registry import Registry\ntry:\n"
+        "    Registry('thing', 'things', {'mine': 'interrupted:mine'}).find('mine')\n"
+        "except KeyboardInterrupt:\n    print(sys.modules['interrupted'].mine)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.stdout == b"1\n", done.stderr
