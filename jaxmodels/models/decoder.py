@@ -128,6 +128,7 @@ class Decoder(nn.Module, ABC):
         c = self.config
         return layers.Embed(c.vocab_size, c.width, dtype=c.dtype, before_stack=name == "embed", name=name)
 
+    @nn.nowrap  # no scope of its own in the names of operations
     def embedded(self, embed: layers.Embed, tokens: jax.Array, *, train: bool) -> jax.Array:
         """The embedded tokens (B, T, D); a family that reads other media too takes them behind the tokens."""
         return embed(tokens)

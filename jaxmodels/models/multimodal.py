@@ -281,6 +281,7 @@ class Multimodal(Llama):
 
     config: MultimodalConfig
 
+    @nn.nowrap
     def embedded(self, embed: layers.Embed, tokens: Array, *media: Array, train: bool) -> Array:
         x, towers = embed(tokens), self.config.towers
         if media and len(media) != len(towers):
