@@ -12,9 +12,11 @@ from tests.zoo import arrays
 
 def task_of(name="causal_lm", **fields):
     """The task of that name; behind a colon it may have a field, as in `seq2seq:seconds=2`."""
-    name, _, field = name.partition(":")
-    key, _, value = field.partition("=")
-    return tasks.TASKS.find(name)(**({key: float(value)} if key else {}), **fields)
+    if "=" in name:  # and not package.module:Name
+        name, _, field = name.partition(":")
+        key, _, value = field.partition("=")
+        fields = {key: float(value), **fields}
+    return tasks.TASKS.find(name)(**fields)
 
 
 def data_of(source="stdlib", **fields):

@@ -1,4 +1,4 @@
-"""`jaxmodels sample RUN`: texts, translations, transcripts, sounds or pictures of a run."""
+"""`jaxmodels sample RUN`: texts, transcripts, sounds or pictures of a run."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 
 from jaxmodels import cli, tasks
 from jaxmodels.config import (
@@ -20,12 +19,10 @@ from jaxmodels.config import (
     Synthetic,
     Train,
 )
-from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
-from jaxmodels.plan import compile, topology
 from jaxmodels.train import run, state, step
 from jaxmodels.train.metrics import read
 from jaxmodels.train.state import HOST
@@ -92,6 +89,3 @@ def test_what_cannot_be_is_refused(root, capsys):
     config = str(root / "configs" / "gpt_stdlib.py")
     assert cli.main(["train", config, "--optim.offload", "True", "--train.strategy", "pmap"]) == 2
     assert "try --train.strategy jit" in capsys.readouterr().err
-    cfg = Config(model=MODEL, optim=dataclasses.replace(AdamW(), offload=True))
-    with pytest.raises(UserError, match="got optim.offload on v7"):
-        compile.compiled(cfg, topology.parse("v7:4x4x4"))
