@@ -195,5 +195,11 @@ def named(networks: Mapping[str, Model]) -> dict[str, Axes]:
     }
 
 
+def leaves_of(axes: Any) -> tuple[dict[str, Axes], Any]:
+    """Return the logical axes of one network's parameters by name, as patterns match them, and the tree's structure."""
+    leaves, form = jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    return {f"network/{_path(path)}": leaf for path, leaf in leaves}, form
+
+
 def _path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

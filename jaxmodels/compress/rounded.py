@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmodels.compress.codes import quantize
-from jaxmodels.compress.coding import CodesConfig
+from jaxmodels.compress.coding import CodesConfig, leaves_of
 from jaxmodels.errors import UserError
 from jaxmodels.models.coded import dequantize
 
@@ -53,8 +53,7 @@ class Rounded(CodesConfig):
     def trained(
         self, optimizer: optax.GradientTransformation, steps: int, axes: Mapping[str, Any], updates: int = 1
     ) -> optax.GradientTransformation:
-        leaves, form = jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
-        names = {f"network/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf for path, leaf in leaves}
+        names, form = leaves_of(axes)
 
         def init(params: Any) -> Behind:
             weights = dict(zip(names, form.flatten_up_to(params), strict=True))

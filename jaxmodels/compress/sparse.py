@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmodels.compress.coding import CompressConfig
+from jaxmodels.compress.coding import CompressConfig, leaves_of
 from jaxmodels.compress.patterns import matched
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Count, Dropped, Natural
@@ -69,8 +69,7 @@ class Sparse(CompressConfig):
     def trained(
         self, optimizer: optax.GradientTransformation, steps: int, axes: Mapping[str, Any], updates: int = 1
     ) -> optax.GradientTransformation:
-        leaves, form = jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
-        names = {f"network/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf for path, leaf in leaves}
+        names, form = leaves_of(axes)
         able = [name for name, leaf in names.items() if leaf.kind == "matrix"]
         chosen = {*matched("compress.targets", self.targets, list(names), able, "matrix")} - {
             *matched("compress.kept", self.kept, list(names), able, "matrix")

@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from scipy import optimize
 
 import jaxmodels
 from jaxmodels.config import Synthetic
@@ -21,7 +22,6 @@ from jaxmodels.tasks.set_detection import SetDetection
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
-optimize = pytest.importorskip("scipy.optimize", reason="needs the parity extra: scipy")
 
 # at these shapes LLVM's optimizations take longer than all else
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -22,7 +22,7 @@ if tiny_en.found() is None:
 
 
 def test_spoken_prompts_are_read_as_transformers_reads_them(shared_data, tmp_path):
-    """All 54 of the split test were, too, with 9.5 % of wrong words (12.0 % where a 4 is not four)."""
+    """All 54 of the split test were, too, once; benchmarks/results/applications.md has their word error rate."""
     theirs: Any = tiny_en.write(tmp_path / "hf")
     assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "run")]) == 0
     prompts = shared_data / "spoken_prompts"
