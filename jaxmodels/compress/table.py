@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmodels.compress.runs import count, zeros
 from jaxmodels.errors import UserError
+from jaxmodels.parallel.hardware import needed
 from jaxmodels.parallel.mesh import Mesh, make_mesh
 from jaxmodels.train import evaluate
 from jaxmodels.train.saved import load_run
@@ -79,7 +80,7 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
             compiled = program.lower(run.params, run.stats, given[0]).compile()
             jax.block_until_ready(compiled(run.params, run.stats, given[0]))
         programs.append((compiled, run))
-        peaks.append(peak(compiled))
+        peaks.append(needed(compiled.memory_analysis(), jax.default_backend()))
     for _ in range(ROUNDS):
         for (program, run), own in zip(programs, times, strict=True):
             began = time.perf_counter()
@@ -105,13 +106,6 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
     ]
     better = first.task.better_of(metric)
     return Table(first.task.unit, metric, better, f"{mesh.size} {mesh.devices.flat[0].device_kind}", rows)
-
-
-def peak(compiled: Any) -> int:
-    """Return the bytes of a device's memory that a program needs: arguments, results and what lies between."""
-    used = compiled.memory_analysis()
-    most = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
-    return max(getattr(used, "peak_memory_in_bytes", 0), most - used.alias_size_in_bytes)
 
 
 def best(rows: Sequence[Row], better: str | None, cost: Callable[[Row], float]) -> list[Row]:

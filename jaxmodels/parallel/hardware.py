@@ -275,3 +275,12 @@ def find(name: str) -> Hardware:
     if name not in known:
         raise UserError(f"got hardware {name!r}, expected one of {', '.join(known)}{nearest(name, known)}")
     return known[name]
+
+
+def needed(memory: Any, platform: str) -> int:
+    """Bytes that a device must have for a program, from the compiler's `memory_analysis()` of it."""
+    if platform == "tpu":  # a TPU's compiler knows which buffers are alive at the same time
+        return memory.peak_memory_in_bytes
+    # a GPU allocates all temporaries as one block
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh)

@@ -29,6 +29,7 @@ import jaxmodels
 from jaxmodels import config as configs
 from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.parallel import hardware
 from jaxmodels.plan import cache as caches
 from jaxmodels.plan import topology as topologies
 from jaxmodels.plan.roofline import Places
@@ -221,7 +222,7 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
         facts["shortage"] = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)[:300]
     else:
         text, memory = program.as_text(), program.memory_analysis()
-        needed = peak(memory, topology.hardware.platform)
+        needed = hardware.needed(memory, topology.hardware.platform)
         facts |= {"arguments": memory.argument_size_in_bytes, "peak": needed, "shortage": "", "largest": []}
     facts["seconds"] = round(time.monotonic() - begun, 1)
     facts["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -229,15 +230,6 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
         caches.leave(folder, facts, text)
     except OSError as error:
         raise caches.unwritable(folder.parent, error) from None
-
-
-def peak(memory: Any, platform: str) -> int:
-    """Bytes that a device must have for a program, from the compiler's `memory_analysis()` of it."""
-    if platform == "tpu":  # a TPU's compiler knows which buffers are alive at the same time
-        return memory.peak_memory_in_bytes
-    # a GPU allocates all temporaries as one block
-    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh)
 
 
 def shortage(message: str) -> tuple[int, list[list[Any]]]:

@@ -20,6 +20,7 @@ from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
+from jaxmodels.parallel import hardware
 from jaxmodels.plan import compile, figures, products, program, topology
 from tests.sections import task_of
 from tests.zoo import ZOO
@@ -363,8 +364,8 @@ def test_what_a_tpu_s_compiler_accepts_fits_and_what_is_too_much_for_a_gpu_does_
         alias_size_in_bytes=8 * GIB,
         peak_memory_in_bytes=int(13.88 * GIB),
     )
-    assert compile.peak(analysis, "tpu") == int(13.88 * GIB)
-    assert compile.peak(analysis, "cuda") == int(18.25 * GIB)
+    assert hardware.needed(analysis, "tpu") == int(13.88 * GIB)
+    assert hardware.needed(analysis, "cuda") == int(18.25 * GIB)
     made = compiled("h100:1x8")
     assert dataclasses.replace(made, peak=80 * 10**9).fits
     assert not dataclasses.replace(made, peak=86 * 10**9).fits
