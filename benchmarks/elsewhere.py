@@ -13,7 +13,6 @@ from jaxmodels.models.attention import choose
 from jaxmodels.parallel import hardware
 from jaxmodels.parallel.mesh import Mesh, make_mesh
 from jaxmodels.parallel.platform import platform
-from jaxmodels.plan import compile as compiling
 from jaxmodels.plan import program as programs
 from jaxmodels.plan import roofline
 from jaxmodels.plan import topology as topologies
@@ -63,7 +62,7 @@ def _estimate(cell: Cell, kernel: str, part: str, where: Any, mesh: Any) -> dict
     text = made.as_text() or ""
     memory: Any = made.memory_analysis()
     read = programs.parse(text)
-    held = compiling.peak(memory, where.hardware.platform) - memory.argument_size_in_bytes
+    held = hardware.needed(memory, where.hardware.platform) - memory.argument_size_in_bytes
     found: dict[str, Any] = {"memory_mib": max(held, 0) / 2**20}
     if cycles := [int(each) for each in re.findall(r'"estimated_cycles":"?(\d+)', text)]:
         found["cycles"] = sum(cycles)

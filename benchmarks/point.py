@@ -112,7 +112,7 @@ def _run(job: Job, compiled: Any, mine: Sequence[Any], steps: int) -> dict[str, 
     analysis = compiled.memory_analysis()
     return {
         "times": times,
-        "memory": _memory(mine[0], before, compiling.peak(analysis, mine[0].platform)),
+        "memory": _memory(mine[0], before, hardware.needed(analysis, mine[0].platform)),
         "arguments": _bytes((state, batch)),
         "seen": [{"counts": each.counts, **collectives.times(each, TRACED)} for each in seen.values()],
         "held": {each: vars(one) for each, one in own.items()},
