@@ -220,6 +220,21 @@ def test_an_option_that_does_not_exist_is_called_unknown_however_often_it_is_giv
     assert "'--optim.beta3', expected an option of" in said and "twice" not in said
 
 
+@pytest.mark.parametrize(
+    "argv", [["data", "clean", "x", "--out", "y"], ["launch", "slurm"], ["doctor"], ["train", FILE], ["eval", "x"]]
+)
+def test_options_are_those_that_the_help_shows(argv, capsys, monkeypatch):
+    seen = {}
+    real = parsing.options
+    monkeypatch.setattr(parsing, "options", lambda kind, default=None: seen.setdefault("found", real(kind, default)))
+    assert main([*argv, "--no.such.option", "1"]) == 2
+    capsys.readouterr()
+    main([*argv, "--help", *(["all"] if argv[0] == "train" else [])])
+    lines = re.findall(r"(?m)^[^\w-]*(--[a-z].*)", capsys.readouterr().out)
+    shown = {name for line in lines for name in re.match(r"--[\w.-]+(, --[\w.-]+)*", line)[0].split(", ")}
+    assert shown - {"--help"} == set(seen["found"])
+
+
 def test_a_flag_given_twice_is_refused(capsys):
     assert main(["eval", "no/such/run", "--best", "--best"]) == 2
     assert "got --best twice" in capsys.readouterr().err

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import functools
 import inspect
 import io
 import os
 import re
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self, Union, get_args, get_origin, get_type_hints
 
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import check_call
@@ -49,7 +51,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, about:
     given: dict[str, Any] = {"description": about}
     if default is not None:
         given |= {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
-    argv = once(kind, argv, prog, given)
+    argv = once(kind, argv, prog, default)
     said = io.StringIO()
     try:
         # help is wrapped for the reader's terminal, an error is one line
@@ -61,11 +63,7 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, about:
             raise
         raise UserError(_one_line(said.getvalue(), prog)) from None
     if unknown:
-        usage = io.StringIO()
-        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(usage):
-            tyro.cli(kind, args=["--help"], **given)
-        known = sorted(set(re.findall(r"--[a-z][\w.-]*", usage.getvalue())))
-        raise UserError(_unknown(unknown[0].split("=")[0], known, prog))
+        raise UserError(_unknown(unknown[0].split("=")[0], sorted({"--help", *options(kind, default)}), prog))
     return value
 
 
@@ -81,14 +79,40 @@ def bind(function: Callable[..., Any], argv: Sequence[str], prog: str) -> Callab
     return functools.partial(function, *found.args, **found.kwargs)
 
 
-def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> list[str]:
+def options(kind: Any, default: Any = None) -> dict[str, bool]:
+    """Return the options that tyro makes of a dataclass or a function: whether each takes any number of values."""
+    return dict(_options(kind, default, "--", pairs=default is None))
+
+
+def _options(kind: Any, default: Any, prefix: str, pairs: bool) -> Iterator[tuple[str, bool]]:
+    from tyro.conf import Positional
+
+    hints = get_type_hints(kind, include_extras=True)
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        if parameter.kind is parameter.POSITIONAL_ONLY or Positional in marks:
+            continue
+        path = prefix + name
+        for mark in marks:  # tyro.conf.arg(name=…, prefix_name=False)
+            if getattr(mark, "name", None) is not None:
+                path = (prefix if mark.prefix_name is not False else "--") + mark.name
+        value = getattr(default, name, parameter.default)
+        owner = type(value) if dataclasses.is_dataclass(value) else hint  # a kind of section, by its default
+        if dataclasses.is_dataclass(owner):
+            yield from _options(owner, value, f"{path}." if path != prefix else prefix, pairs)
+            continue
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        yield path.replace("_", "-"), any(get_origin(each) is tuple and ... in get_args(each) for each in kinds)
+        if hint is bool and pairs:
+            yield f"{path[: -len(name)]}no-{name}".replace("_", "-"), False
+
+
+def once(kind: Any, argv: Sequence[str], prog: str, default: Any = None) -> list[str]:
     """Merge repeated options: several values of one option that are given in parts are put together.
 
     Raises:
         UserError: an option that takes one value is given twice.
     """
-    import tyro
-
     parts: list[list[str]] = [[]]
     for arg in argv:
         name, equals, value = arg.partition("=")
@@ -99,11 +123,10 @@ def once(kind: Any, argv: Sequence[str], prog: str, given: dict[str, Any]) -> li
     names = [part[0].replace("_", "-") for part in parts[1:]]
     if len(set(names)) == len(names):
         return list(argv)
-    known = tyro.extras.get_parser(kind, **given)._option_string_actions
-    actions = {name.replace("_", "-"): action for name, action in known.items()}
-    if not set(names) <= set(actions):  # the one that does not exist is refused as that
+    known = options(kind, default)
+    if not set(names) <= set(known):  # the one that does not exist is refused as that
         return list(argv)
-    several = {name for name, action in actions.items() if action.nargs in ("*", "+")}
+    several = {name for name in known if known[name]}
     merged: dict[str, list[str]] = {}
     for name, part in zip(names, parts[1:], strict=True):
         if name in merged and name not in several:
