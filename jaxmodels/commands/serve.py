@@ -1,4 +1,4 @@
-"""`jaxmodels serve RUN`: a language model or a classifier over HTTP."""
+"""`jaxmodels serve RUN`: a language model, an encoder of texts or a classifier over HTTP."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def serve(
     best: bool = False,
     adapter: tuple[str, ...] = (),
 ) -> None:
-    """Serve a language model by OpenAI's API (/v1), or a classifier by the Open Inference Protocol (/v2).
+    """Serve a language model or an encoder by OpenAI's API (/v1), or a classifier by the Open Inference Protocol (/v2).
 
     All programs are compiled before the server is ready. SIGTERM answers what was taken, and refuses the rest with 503.
 
     Args:
-        model: run directory, or a language model's in Hugging Face's format.
+        model: run directory, or that of a language model or an encoder in Hugging Face's format.
         name: the model's name in requests; that of the directory by default.
         host: address to listen at; this machine alone by default.
         port: port to listen at; 0 takes a free one.
@@ -76,7 +76,9 @@ def serve(
     everything = [opened, *open_adapters(adapter, opened.name, best)]
     if any(each.writer is None for each in everything) and (length or cache_gib):
         given = "length" if length else "cache-gib"
-        raise UserError(f"got --{given} for a classifier, expected it for a language model, try it without")
+        raise UserError(
+            f"got --{given} for a model that writes no texts, expected it for one that does, try it without"
+        )
 
     def engine(writer: Writer) -> Engine:
         room = None if cache_gib is None else pages_of(writer.model, int(cache_gib * 2**30))

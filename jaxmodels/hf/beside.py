@@ -15,7 +15,7 @@ from jaxmodels.data import special
 from jaxmodels.data.records import distinct
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
-from jaxmodels.hf import pixels
+from jaxmodels.hf import pixels, sentences
 from jaxmodels.hf import tokenizer as tokenizers
 from jaxmodels.models.families import family_of
 
@@ -27,7 +27,7 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 """Files of a tokenizer."""
 TEXT = (*TOKENIZER, "chat_template*", "generation_config.json")
 """Files that depend on the ids of a tokenizer."""
-FILES = (*TEXT, "preprocessor_config.json", "processor_config.json", "config.json")
+FILES = (*TEXT, *sentences.FILES, "preprocessor_config.json", "processor_config.json", "config.json")
 _NAMES = ("id2label", "label2id")
 PROBLEM, SEVERAL = "problem_type", "multi_label_classification"
 """The setting that says what a classifier's outputs are, and its value for classes independent of each other."""
@@ -57,7 +57,9 @@ def keep(directory: Path, run: Path) -> None:
                 content = path.read_bytes()
             except OSError as error:
                 raise UserError(f"got {path}, which cannot be read ({error.strerror}), expected a file") from error
-            (run / KEPT / path.name).write_bytes(content)
+            copy = run / KEPT / path.relative_to(directory)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(content)
 
 
 def carry(source: Path, run: Path, fresh: Sequence[str]) -> None:
@@ -91,8 +93,11 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
     own = tokenizer is not None and not (came is not None and same(tokenizer, came))
     if kept.is_dir():
         left = {path for pattern in TEXT for path in kept.glob(pattern)} if own else set()
-        for path in {*kept.iterdir()} - left - {kept / "config.json"}:  # written last, with the weights
-            shutil.copyfile(path, part / path.name)
+        files = {path for path in kept.rglob("*") if path.is_file()}
+        for path in files - left - {kept / "config.json"}:  # written last, with the weights
+            copy = part / path.relative_to(kept)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         # these describe the weights as they came, not as they are exported
         how = {
             "dtype",

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxmodels.serve import inference, openai
+from jaxmodels.serve import embeddings, inference, openai
 from jaxmodels.serve.errors import Refused, response
 from jaxmodels.serve.hall import Hall
 
@@ -39,6 +39,7 @@ def build(hall: Hall) -> ASGIApp:
         Route("/v1/models/{name:path}", openai.model),
         Route("/v1/completions", openai.completions, methods=["POST"]),
         Route("/v1/chat/completions", openai.chats, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
         Route("/v2", inference.server),
         *(
             Route(path + end, function, methods=[method])

@@ -7,7 +7,8 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from jaxmodels.errors import UserError, nearest
 from jaxmodels.fields import Count, Range, Section, shown
@@ -16,27 +17,61 @@ from jaxmodels.serve.errors import Refused
 
 IDLE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields that say nothing about the answer."""
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": ({},),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-}
-"""Fields that are not computed here, and the values (null too) with which nothing is asked."""
 SAID = ("role", "content", "name")
 """The fields of a message that a chat template may read."""
 MOST = 16
+INPUTS = 2048
+"""As many texts as OpenAI embeds at once."""
 
 
 @dataclass(frozen=True)
-class Asked(Section):
-    """What completions and chats have in common."""
+class Body(Section):
+    """What all requests have in common."""
 
     model: str
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
+    """Fields that are not computed here, and the values (null too) with which nothing is asked."""
+
+    @classmethod
+    def read(cls, body: bytes) -> Self:
+        """Read a request's body.
+
+        Raises:
+            Refused: it is no JSON object, or a field is not what it should be.
+        """
+        values = {name: value for name, value in objects(body).items() if value is not None and name not in IDLE}
+        for name, allowed in cls.neutral.items():
+            if name in values and values.pop(name) not in allowed:
+                raise Refused(400, f"got {name}, which is not computed here, expected a request without it")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise Refused(400, f"got field {shown(name)}, expected one of {', '.join(known)}{nearest(name, known)}")
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise Refused(400, f"got no {field.name}, expected it in the request")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise Refused.of(error) from None
+
+
+@dataclass(frozen=True)
+class Asked(Body):
+    """What completions and chats have in common."""
+
+    neutral = MappingProxyType(
+        {
+            "logit_bias": ({},),
+            "echo": (False,),
+            "suffix": ("",),
+            "tools": ([],),
+            "tool_choice": ("none", "auto"),
+            "functions": ([],),
+            "response_format": ({"type": "text"},),
+            "modalities": (["text"],),
+        }
+    )
     max_tokens: Count | None = None
     temperature: Annotated[float, Range(0, 2)] = 1.0
     top_p: Annotated[float, Range(above=0, most=1)] = 1.0
@@ -78,29 +113,6 @@ class Asked(Section):
     def told(self) -> int:
         """How many of the likeliest tokens' log-probabilities are asked for; -1: none."""
         return -1
-
-    @classmethod
-    def read(cls, body: bytes) -> Self:
-        """Read a request's body.
-
-        Raises:
-            Refused: it is no JSON object, or a field is not what it should be.
-        """
-        values = {name: value for name, value in objects(body).items() if value is not None and name not in IDLE}
-        for name, allowed in NEUTRAL.items():
-            if name in values and values.pop(name) not in allowed:
-                raise Refused(400, f"got {name}, which is not computed here, expected a request without it")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise Refused(400, f"got field {shown(name)}, expected one of {', '.join(known)}{nearest(name, known)}")
-        for field in dataclasses.fields(cls):
-            if field.default is dataclasses.MISSING and field.name not in values:
-                raise Refused(400, f"got no {field.name}, expected it in the request")
-        try:
-            return cls(**values)
-        except UserError as error:
-            raise Refused.of(error) from None
 
     def draws(self, penalty: float, fresh: int) -> list[Draw]:
         """How each of the n answers is drawn; `fresh` is the seed where none is given.
@@ -184,6 +196,27 @@ class Chat(Asked):
         """The messages, with their contents as one text each."""
         told = [{key: message[key] for key in SAID if key in message} for message in self.messages]
         return [{**message, "content": text_of(message["content"])} for message in told]
+
+
+@dataclass(frozen=True)
+class Embed(Body):
+    """Texts to embed: a text or token ids, or several of them."""
+
+    neutral = MappingProxyType({"dimensions": ()})
+    input: Any = ""
+    encoding_format: Literal["float", "base64"] = "float"
+
+    def __post_init__(self) -> None:
+        wrong = not self.inputs or len(self.inputs) > INPUTS
+        if wrong or not all((isinstance(each, str) and each) or tokens(each) for each in self.inputs):
+            raise UserError(
+                f"got input {shown(self.input)}, expected a text, a list of token ids, or a list of up to "
+                f"{INPUTS:,} of either, none empty"
+            )
+
+    @property
+    def inputs(self) -> list[Any]:
+        return self.input if isinstance(self.input, list) and not tokens(self.input) else [self.input]
 
 
 def tokens(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A classifier's requests, put together into batches of few sizes, which are compiled ahead of time."""
+"""Requests for a model's outputs, put together into batches of few shapes, which are compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -22,10 +23,11 @@ log = logging.getLogger("jaxmodels")
 SIZES = (1, 8, 32, 128)
 """Numbers of rows that are compiled; a batch with fewer is padded."""
 Row = dict[str, np.ndarray]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Waiting(NamedTuple):
-    """Rows of one request, and where their probabilities go."""
+    """Rows of one request, and where their outputs go."""
 
     rows: Sequence[Row]
     loop: asyncio.AbstractEventLoop
@@ -33,36 +35,40 @@ class Waiting(NamedTuple):
 
 
 class Batches:
-    """Runs a classifier in a thread of its own: what has arrived while a batch was computed makes the next one."""
+    """Runs a function in a thread of its own: what has arrived while a batch was computed makes the next one."""
 
-    def __init__(self, run: Run, sizes: Sequence[int] = SIZES) -> None:
-        self.run, self.sizes = run, sorted(sizes)
-        self.names, self.several = class_names(run), run.config.task.answers == "classes"
-        self.kind, self.read = kind_of(run), reader(run)
+    what: ClassVar[str]
+    """What it serves, in words."""
+    path: ClassVar[str]
+    """Where requests for it go."""
+
+    def __init__(
+        self, function: Callable[[Any, Any], jax.Array], params: Any, examples: Sequence[Row], sizes: Sequence[int]
+    ) -> None:
+        """`function` takes parameters and a batch to an array with a row for each of it; `examples` have the shapes
+        that rows may have."""
+        self.sizes = sorted(sizes)
         self.error: Exception | None = None
         self.rows = 0
         """Rows that were computed, without padding."""
         self.calls = 0
-        self._compiled: dict[int, Any] = {}
+        self._function, self._params, self._examples = function, params, examples
+        self._compiled: dict[tuple[int, Shapes], Any] = {}
         self._orders: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one example; that of a text is ()."""
-        return () if self.kind == "text" else tuple(self.run.model.inputs(1)[0].shape[1:])
 
     @property
     def waiting(self) -> int:
         return self._orders.qsize()
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Compile for all sizes; `say` is told each before."""
-        example, shares = self._example(), class_shares(self.run)
-        for size in self.sizes:
-            say(f"batches of {size}")
-            batch = {name: np.stack([x] * size) for name, x in example.items()}
-            self._compiled[size] = jax.jit(shares).lower(self.run.params["model"], batch).compile()
+        """Compile for all shapes and sizes; `say` is told each before."""
+        for example in self._examples:
+            for size in self.sizes:
+                shapes = _shapes(example)
+                say(f"batches of {size}, {' and '.join(map(str, shapes))} each")
+                batch = {name: np.stack([x] * size) for name, x in example.items()}
+                self._compiled[size, shapes] = jax.jit(self._function).lower(self._params, batch).compile()
 
     def start(self) -> None:
         self._thread.start()
@@ -72,8 +78,8 @@ class Batches:
         self._orders.put(None)
         self._thread.join(timeout=60)
 
-    async def shares(self, rows: Sequence[Row]) -> np.ndarray:
-        """The probabilities of rows, (B, classes).
+    async def compute(self, rows: Sequence[Row]) -> np.ndarray:
+        """The outputs of rows, (B, …).
 
         Raises:
             Broken: the model cannot be run.
@@ -82,12 +88,6 @@ class Batches:
         asked = Waiting(rows, loop, loop.create_future())
         self._orders.put(asked)
         return await asked.found
-
-    def _example(self) -> Row:
-        if self.kind == "text":
-            return self.read("a")
-        dtype = np.uint8 if self.kind == "image" else np.float32
-        return {"inputs": np.zeros(self.shape, dtype)}
 
     def _work(self) -> None:
         while (first := self._orders.get()) is not None:
@@ -103,7 +103,7 @@ class Batches:
                 asked.append(more)
             asked = [each for each in asked if not each.found.cancelled()]
             try:
-                found: Any = list(self._computed([row for each in asked for row in each.rows]))
+                found: Any = self._computed([row for each in asked for row in each.rows])
             except Exception as error:  # whatever it is, nobody may wait for an answer that does not come
                 log.exception("a batch has failed")
                 self.error, found = error, None
@@ -113,14 +113,44 @@ class Batches:
                 at += len(each.rows)
                 _tell(each, told)
 
-    def _computed(self, rows: Sequence[Row]) -> Iterator[np.ndarray]:
-        for first in range(0, len(rows), self.sizes[-1]):
-            part = rows[first : first + self.sizes[-1]]
-            size = next(size for size in self.sizes if size >= len(part))
-            padded = [*part, *[part[0]] * (size - len(part))]
-            batch = {name: np.stack([row[name] for row in padded]) for name in part[0]}
-            yield from np.asarray(self._compiled[size](self.run.params["model"], batch))[: len(part)]
-            self.rows, self.calls = self.rows + len(part), self.calls + 1
+    def _computed(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """The outputs of rows, in their order; those of one shape make batches."""
+        found: list[Any] = [None] * len(rows)
+        alike: dict[Shapes, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            alike[_shapes(row)].append(i)
+        for shapes, numbers in alike.items():
+            for first in range(0, len(numbers), self.sizes[-1]):
+                part = numbers[first : first + self.sizes[-1]]
+                size = next(size for size in self.sizes if size >= len(part))
+                padded = [rows[i] for i in (*part, *[part[0]] * (size - len(part)))]
+                batch = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
+                for i, out in zip(part, np.asarray(self._compiled[size, shapes](self._params, batch)), strict=False):
+                    found[i] = out
+                self.rows, self.calls = self.rows + len(part), self.calls + 1
+        return found
+
+
+class Classifier(Batches):
+    """A classifier, whose outputs are the probabilities of classes, (B, classes)."""
+
+    what, path = "a classifier", "/v2/models/{name}/infer"
+
+    def __init__(self, run: Run, sizes: Sequence[int] = SIZES) -> None:
+        self.run, self.names, self.several = run, class_names(run), run.config.task.answers == "classes"
+        self.kind, self.read = kind_of(run), reader(run)
+        dtype = np.uint8 if self.kind == "image" else np.float32
+        example = self.read("a") if self.kind == "text" else {"inputs": np.zeros(self.shape, dtype)}
+        super().__init__(class_shares(run), run.params["model"], [example], sizes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example; that of a text is ()."""
+        return () if self.kind == "text" else tuple(self.run.model.inputs(1)[0].shape[1:])
+
+
+def _shapes(row: Row) -> Shapes:
+    return tuple(x.shape for x in row.values())
 
 
 def _tell(asked: Waiting, found: np.ndarray | None) -> None:

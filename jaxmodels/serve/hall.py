@@ -25,6 +25,7 @@ from jaxmodels.serve.opened import Opened, Writer
 from jaxmodels.serve.worker import Worker
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Batches)
 BODY = 60
 """Seconds within which a request's body must be there."""
 log = logging.getLogger("jaxmodels")
@@ -52,7 +53,7 @@ class Served:
     worker: Worker | None = None
     """That of a language model."""
     batches: Batches | None = None
-    """That of a classifier."""
+    """That of any other."""
 
     @property
     def engine(self) -> Engine:
@@ -126,21 +127,19 @@ class Hall:
         """
         served = self.find(name)
         if served.worker is None:
-            raise Refused(
-                400, f"got model {name}, a classifier, expected a language model, try /v2/models/{name}/infer"
-            )
+            raise _other(served, Worker.what)
         return served
 
-    def classifier(self, name: str) -> Batches:
-        """The classifier of that name.
+    def batches(self, name: str, kind: type[B]) -> B:
+        """What runs the model of that name, which is of a kind.
 
         Raises:
             Refused: there is none.
         """
-        batches = self.find(name).batches
-        if batches is None:
-            raise Refused(400, f"got model {name}, which writes texts, expected a classifier, try /v1/completions")
-        return batches
+        served = self.find(name)
+        if not isinstance(served.batches, kind):
+            raise _other(served, kind.what)
+        return served.batches
 
     async def body(self, request: Request) -> bytes:
         """Read a request's body.
@@ -249,6 +248,13 @@ class Hall:
         while self.inside and time.monotonic() < end:
             await asyncio.sleep(0.02)
         return not self.inside
+
+
+def _other(served: Served, wanted: str) -> Refused:
+    """The refusal of a request for a model of another kind."""
+    name, runs = served.opened.name, served.worker or served.batches
+    assert runs is not None
+    return Refused(400, f"got model {name}, {runs.what}, expected {wanted}, try {runs.path.format(name=name)}")
 
 
 def _noted(request: Request) -> dict[str, Any]:

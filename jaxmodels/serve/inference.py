@@ -16,7 +16,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import shown
 from jaxmodels.serve import tensors
 from jaxmodels.serve.asked import objects
-from jaxmodels.serve.batches import Batches, Row
+from jaxmodels.serve.batches import Classifier, Row
 from jaxmodels.serve.errors import Refused
 from jaxmodels.serve.hall import Hall
 
@@ -78,10 +78,10 @@ async def infer(request: Request) -> Response:
     )
 
 
-def _found(request: Request) -> Batches:
+def _found(request: Request) -> Classifier:
     hall: Hall = request.app.state.hall
     _version(request)
-    return hall.classifier(request.path_params["name"])
+    return hall.batches(request.path_params["name"], Classifier)
 
 
 def _version(request: Request) -> None:
@@ -113,7 +113,7 @@ def _input(asked: dict[str, Any], rest: memoryview) -> np.ndarray:
     return tensor
 
 
-def _wanted(asked: dict[str, Any], batches: Batches) -> dict[str, bool]:
+def _wanted(asked: dict[str, Any], batches: Classifier) -> dict[str, bool]:
     """The outputs to give, and whether each goes behind the JSON as bytes."""
     known, outputs = ("probabilities", _labels(batches)), asked.get("outputs")
     overall = asked.get("parameters") or {}
@@ -130,12 +130,12 @@ def _wanted(asked: dict[str, Any], batches: Batches) -> dict[str, bool]:
     return wanted
 
 
-async def _computed(batches: Batches, tensor: np.ndarray) -> np.ndarray:
+async def _computed(batches: Classifier, tensor: np.ndarray) -> np.ndarray:
     rows = await asyncio.to_thread(_rows, batches, tensor)
-    return await batches.shares(rows)
+    return await batches.compute(rows)
 
 
-def _rows(batches: Batches, tensor: np.ndarray) -> list[Row]:
+def _rows(batches: Classifier, tensor: np.ndarray) -> list[Row]:
     """The rows of a tensor, as the model reads records in training.
 
     Raises:
@@ -156,7 +156,7 @@ def _rows(batches: Batches, tensor: np.ndarray) -> list[Row]:
     return [{"inputs": row} for row in tensor]
 
 
-def _value(batches: Batches, value: bytes) -> Any:
+def _value(batches: Classifier, value: bytes) -> Any:
     if batches.kind == "image":
         return value
     try:
@@ -165,18 +165,18 @@ def _value(batches: Batches, value: bytes) -> Any:
         raise Refused(400, "got BYTES that are no UTF-8, expected texts") from None
 
 
-def _record(batches: Batches, number: int, value: Any) -> Row:
+def _record(batches: Classifier, number: int, value: Any) -> Row:
     try:
         return batches.read(value)
     except (UserError, pixels.Unreadable) as error:
         raise Refused(400, f"got record {number}, which {error}".partition(", try --")[0]) from None
 
 
-def _labels(batches: Batches) -> str:
+def _labels(batches: Classifier) -> str:
     return "labels" if batches.several else "label"
 
 
-def _named(batches: Batches, shares: np.ndarray) -> np.ndarray:
+def _named(batches: Classifier, shares: np.ndarray) -> np.ndarray:
     """The name of each row's class; with classes that do not exclude each other, a JSON list of those above 1/2."""
     found = np.empty(len(shares), object)
     for i, row in enumerate(shares):

@@ -104,7 +104,7 @@ class _Models:
         yield counter("vllm:generation_tokens", "Tokens that were drawn.", lambda e: e.totals.new_tokens)
         yield counter("jaxmodels:steps", "Steps of all rows by a token each.", lambda e: e.totals.steps)
         of = self.batches()
-        yield counter("jaxmodels:batches", "Batches that a classifier has computed.", lambda b: b.calls, of)
+        yield counter("jaxmodels:batches", "Batches of classifiers and encoders.", lambda b: b.calls, of)
         yield counter("jaxmodels:batch_rows", "Rows in them, without padding.", lambda b: b.rows, of)
         compiled = CounterMetricFamily("jaxmodels:compilations", "Programs that were compiled in this process.")
         compiled.add_metric([], compilations())

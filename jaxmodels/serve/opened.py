@@ -16,12 +16,14 @@ from jaxmodels import data
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
 from jaxmodels.generate import asked
-from jaxmodels.hf import load
+from jaxmodels.hf import load, sentences
 from jaxmodels.hf.beside import KEPT
+from jaxmodels.hf.sentences import Sentences
+from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.model import Model
 from jaxmodels.serve.errors import Refused
 from jaxmodels.tasks.task import tasks_that_answer
-from jaxmodels.train.saved import Run, load_run
+from jaxmodels.train.saved import Run, imported, load_run
 
 log = logging.getLogger("jaxmodels")
 
@@ -72,16 +74,50 @@ class Writer:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """An encoder of texts beside its tokenizer, and how one vector is made of a text."""
+
+    model: Model
+    params: Any
+    tokenizer: data.Tokenizer
+    sentences: Sentences
+    length: int
+    """The most tokens of a text."""
+
+    @staticmethod
+    def of(model: Model, params: Any, tokenizer: data.Tokenizer, how: Sentences, longest: int) -> Encoder:
+        """Texts are as long as the model takes, and the files beside it say."""
+        return Encoder(model, params, tokenizer, how, min(longest, how.length or longest))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of whole texts, with the special ones around them.
+
+        Raises:
+            UserError: the tokenizer cannot read one.
+        """
+        how = self.sentences
+        whole = [how.prefix + text for text in texts]
+        ids = self.tokenizer.encode_many([text.lower() for text in whole] if how.lower else whole, special=True)
+        return [np.asarray(each).tolist() for each in ids]
+
+
+@dataclass(frozen=True)
 class Opened:
-    """A model to serve, under a name."""
+    """A model to serve, under a name: of a kind of its own, or a run that is a classifier."""
 
     name: str
     writer: Writer | None = None
     run: Run | None = None
+    encoder: Encoder | None = None
+
+
+def embeds(config: Any) -> bool:
+    """Whether a model's features are served: it reads texts, and its head is for no other use."""
+    return isinstance(config, BERTConfig) and config.head in ("masked_lm", "pretraining", "none")
 
 
 def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
-    """Open a run, or a language model in Hugging Face's format.
+    """Open a run, or a language model or an encoder in Hugging Face's format.
 
     Raises:
         UserError: there is none, or it is of a kind that is not served.
@@ -89,6 +125,8 @@ def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
     name = name or directory.resolve().name
     if (directory / "checkpoints").is_dir():
         cfg, _ = configs.read(directory)
+        if embeds(cfg.model):
+            return Opened(name, encoder=_encoder_of(load_run(directory, best=best)))
         if cfg.task.answers not in ("continuation", "class", "classes"):
             raise UserError(
                 f"got a run of task {cfg.task.kind}, expected {tasks_that_answer('continuation', 'class', 'classes')}, "
@@ -108,14 +146,26 @@ def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
             f"got {directory}, expected a run directory or one with config.json and model.safetensors, try runs/NAME"
         )
     form, config = load.described(directory)
-    if form.task(config) != "causal_lm":
+    if form.task(config) != "causal_lm" and not embeds(config):
         raise UserError(
-            f"got {directory} with a {type(config).__name__}, expected a language model, "
+            f"got {directory} with a {type(config).__name__}, expected a language model or an encoder of texts, "
             f"try jaxmodels import {directory} --out runs/{name}"
         )
     tokenizer = data.load_tokenizer(directory)
+    how = sentences.read(directory) if embeds(config) else None
     model, params = load.load_pretrained(directory, None, {})
+    if how is not None:
+        return Opened(name, encoder=Encoder.of(model, params, tokenizer, how, config.context))
     return Opened(name, Writer(model, params, tokenizer, 1.0, *chat_template(directory)))
+
+
+def _encoder_of(run: Run) -> Encoder:
+    """The encoder of a run, for texts as long as it was trained on."""
+    if run.tokenizer is None:
+        raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
+    cfg, how = run.config, sentences.read(run.directory / KEPT)
+    trained = run.model.longest if imported(run.directory, run.kept) else cfg.data.seq_len
+    return Encoder.of(run.model, run.params["model"], run.tokenizer, how, min(cfg.model.context, trained))
 
 
 def open_adapters(given: Sequence[str], taken: str, best: bool = False) -> list[Opened]:

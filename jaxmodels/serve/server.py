@@ -15,7 +15,8 @@ import uvicorn
 from jaxmodels.errors import UserError
 from jaxmodels.generate.engine import Engine
 from jaxmodels.serve.app import build
-from jaxmodels.serve.batches import Batches
+from jaxmodels.serve.batches import Classifier
+from jaxmodels.serve.embeddings import Embedder
 from jaxmodels.serve.hall import Hall, Served
 from jaxmodels.serve.opened import Opened, Writer
 from jaxmodels.serve.worker import Worker
@@ -27,8 +28,10 @@ def make_served(opened: Opened, make: Callable[[Writer], Engine]) -> Served:
     """A model and what runs it, not yet compiled; `make` makes the engine of a language model."""
     if opened.writer is not None:
         return Served(opened, worker=Worker(make(opened.writer)))
+    if opened.encoder is not None:
+        return Served(opened, batches=Embedder(opened.encoder))
     assert opened.run is not None
-    return Served(opened, batches=Batches(opened.run))
+    return Served(opened, batches=Classifier(opened.run))
 
 
 def prepare(hall: Hall, say: Callable[[str], None]) -> None:

@@ -26,6 +26,8 @@ class Owner(NamedTuple):
 class Worker:
     """Runs an engine in a thread of its own, which alone touches it."""
 
+    what, path = "a language model", "/v1/completions"
+
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.error: Exception | None = None
