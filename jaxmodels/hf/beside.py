@@ -15,7 +15,7 @@ from jaxmodels.data import special
 from jaxmodels.data.records import distinct
 from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
-from jaxmodels.hf import pixels, sentences
+from jaxmodels.hf import pixels, processors, sentences
 from jaxmodels.hf import tokenizer as tokenizers
 from jaxmodels.models.families import family_of
 
@@ -27,7 +27,7 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 """Files of a tokenizer."""
 TEXT = (*TOKENIZER, "chat_template*", "generation_config.json")
 """Files that depend on the ids of a tokenizer."""
-FILES = (*TEXT, *sentences.FILES, "preprocessor_config.json", "processor_config.json", "config.json")
+FILES = (*TEXT, *sentences.FILES, processors.FILE, processors.WHOLE, "config.json")
 _NAMES = ("id2label", "label2id")
 PROBLEM, SEVERAL = "problem_type", "multi_label_classification"
 """The setting that says what a classifier's outputs are, and its value for classes independent of each other."""
@@ -127,15 +127,15 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
 
 
 def _of_images(run: Path, part: Path, cfg: Config) -> None:
-    """Write how a run turns images into inputs, unless its file says so already."""
+    """Write how a run turns images into inputs, unless its files say so already."""
     family = family_of(cfg.model).name
     if pixels.known(family):
-        shape, file = cfg.model.input_shape, part / pixels.FILE  # pyright: ignore
-        came = pixels.read(part, family, shape) if file.is_file() else None
-        if not (came and pixels.alike(came, cfg) and came.central == (cfg.augment.crop is not None)):
-            file.write_text(json.dumps(pixels.describe(cfg, shape, family), indent=2) + "\n")
-            if cfg.augment.crop is not None and shape[0] != shape[1]:
-                log.warning("%s: the central 7/8 of images that are not square is not in %s", run, pixels.FILE)
+        shape = cfg.model.input_shape  # pyright: ignore
+        came = pixels.read(part, family, shape) if processors.said_of(part, processors.IMAGES) else None
+        if not (came and pixels.alike(came, cfg) and came.central == pixels.crops(cfg, family)):
+            processors.write_images(part, pixels.describe(cfg, shape, family))
+            if pixels.crops(cfg, family) and shape[0] != shape[1]:
+                log.warning("%s: the central 7/8 of images that are not square is not in %s", run, processors.FILE)
 
 
 def _names_of(cfg: Config, classes: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxmodels.compress.codes import encoded_on_host
 from jaxmodels.errors import UserError
-from jaxmodels.hf import compressed, files, formats
+from jaxmodels.hf import compressed, files, formats, processors
 from jaxmodels.hf.table import Format, Settings, Slot
 from jaxmodels.models.coded import Coded, is_coded
 from jaxmodels.models.families import create
@@ -76,6 +76,7 @@ def described(directory: Path) -> tuple[Format, Any]:
     except UserError as error:  # the files set this field, so the message must not suggest an option
         raise UserError(f"{settings.where}: {str(error).partition(', try --')[0]}") from None
     settings.check()
+    processors.check_sounds(directory, form.sounds(config))
     for remark in settings.remarks:
         log.warning("%s: %s", settings.where, remark)
     return form, config

@@ -258,5 +258,6 @@ FORMAT = Format(
     },
     skipped=(r"rotary_emb\.inv_freq$", r"\.embeddings\.position_ids$", r"^vision_tower\.post_layernorm\."),
     aliases=((r"^vision_tower\.vision_model\.", "vision_tower."),),  # before version 5 of transformers
+    sounds=lambda c: whisper.frames(c.sound.mels, c.sound.sample_rate) if c.sound.layers else {},
     task=lambda config: "multimodal_lm",
 )

@@ -1,4 +1,4 @@
-"""Convert preprocessor_config.json, which says how images become inputs, to fields of a run's config and back."""
+"""Convert what is said of how images become inputs, as in preprocessor_config.json, to a run's config and back."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ from jaxmodels.config import Config
 from jaxmodels.data.special import objects
 from jaxmodels.data.transforms import CENTER
 from jaxmodels.errors import UserError
+from jaxmodels.hf.processors import FILE, IMAGES, said_of
 
-FILE = "preprocessor_config.json"
 # the defaults of transformers' image processor of each family (for ResNet, that of ConvNeXT)
 _STANDARD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 _CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 # what transformers calls ImageNet's standard mean and deviation, 0.5, is the default of both ViT and ConvNeXT
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "vit": {**_STANDARD, "resample": 2},
-    "resnet": {**_STANDARD, "resample": 3, "crop_pct": CENTER},
-    "clip": {**_CLIP, "resample": 3, "do_center_crop": True},
-    "detr": {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2},
-    "rt_detr": {"do_normalize": False, "resample": 2},
+    "vit": {**_STANDARD, "resample": 2, "size": 224},
+    "resnet": {**_STANDARD, "resample": 3, "size": 384, "crop_pct": CENTER},
+    "clip": {**_CLIP, "resample": 3, "size": 224, "do_center_crop": True},
+    "segformer": {**_IMAGENET, "resample": 2, "size": 512},
+    "detr": {**_IMAGENET, "resample": 2, "size": {"shortest_edge": 800, "longest_edge": 1333}},
+    "rt_detr": {"do_normalize": False, "resample": 2, "size": 640},
 }
-_PROCESSORS = {"detr": "DetrImageProcessor", "rt_detr": "RTDetrImageProcessor"}
-"""transformers' classes that turn outputs into boxes too, by family."""
+_SQUARE = ("vit", "segformer", "rt_detr")
+"""Families for which a size that is one number is that of both sides, and not of the shorter one."""
+_PROCESSORS = {
+    "segformer": "SegformerImageProcessor",
+    "detr": "DetrImageProcessor",
+    "rt_detr": "RTDetrImageProcessor",
+}
+"""transformers' classes that turn outputs into masks or boxes too, by family."""
 _BILINEAR = 2
 _CROP = 0.08
 """`augment.crop` of a run whose evaluation uses the central 7/8; the value itself matters in training only."""
@@ -53,19 +61,23 @@ class Pixels:
 
 
 def known(family: str) -> bool:
-    """Whether transformers prepares the images of a family's models by this file."""
+    """Whether transformers prepares the images of a family's models by such settings."""
     return family in _DEFAULTS
 
 
+def crops(cfg: Config, family: str) -> bool:
+    """Whether a run sees the central 7/8 of an image; a mask is one of all of it, whatever training crops."""
+    return cfg.augment.crop is not None and family != "segformer"
+
+
 def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
-    """Read how images become inputs of `shape`, from the directory's file or, without one, transformers' defaults.
+    """Read how images become inputs of `shape`, from the directory's files or, without any, transformers' defaults.
 
     Raises:
         UserError: the file is damaged, or its numbers do not fit the model's channels.
     """
-    path, channels = directory / FILE, shape[-1]
-    there = path.is_file()
-    own = objects(path) if there else {}
+    channels, found = shape[-1], said_of(directory, IMAGES)
+    path, own = found or (directory / FILE, {})
     # the defaults of a family are for three channels
     unsaid = _DEFAULTS[family] if channels == 3 else {**_DEFAULTS[family], **{k: v[:1] for k, v in _STANDARD.items()}}
     values = {**unsaid, **{name: value for name, value in own.items() if value is not None}}
@@ -81,8 +93,8 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
         mean, std = (), ()
     size = max(len(mean), len(std))
     mean, std = (tuple(x / factor for x in (row * size if len(row) < size else row)) for row in (mean, std))
-    central, remarks = _size(values, own if there else None, family, shape)
-    if not there:
+    central, remarks = _size(values, found is not None, family, shape)
+    if not found:
         said = f"mean {_listed(mean)} and std {_listed(std)} are" if mean else "pixels from 0 to 1 are"
         said += " transformers' defaults"
         return Pixels(mean, std, central, (f"there is no {FILE}: {said}",))
@@ -92,19 +104,17 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
     return Pixels(mean, std, central, tuple(remarks))
 
 
-def _size(
-    values: dict[str, Any], own: dict[str, Any] | None, family: str, shape: tuple[int, int, int]
-) -> tuple[bool, list[str]]:
+def _size(values: dict[str, Any], there: bool, family: str, shape: tuple[int, int, int]) -> tuple[bool, list[str]]:
     """Return whether the central 7/8 is used, and how resizing and cropping differ from transformers."""
     seen = f"{shape[0]}x{shape[1]}"
-    if own is None:  # the model determines the size
+    if not there:  # the model determines the size
         return family == "resnet" and shape[0] == shape[1] < 384, []
     if not values.get("do_resize", True):
         return False, [f"do_resize false (here images are resized to {seen})"]
-    given = own.get("size", 224 if family != "resnet" else 384)
-    size = given if isinstance(given, dict) else {"shortest_edge" if family != "vit" else "height": given}
+    given = values["size"]
+    size = given if isinstance(given, dict) else {"height" if family in _SQUARE else "shortest_edge": given}
     edge = size.get("shortest_edge")
-    cut = own.get("crop_size", 224) if values.get("do_center_crop") else None
+    cut = values.get("crop_size", 224) if values.get("do_center_crop") else None
     cut = cut if isinstance(cut, dict) else {"height": cut, "width": cut}
     whole = {"height": size.get("height"), "width": size.get("width", size.get("height"))}
     warped = edge is None and cut["height"] is None
@@ -115,10 +125,10 @@ def _size(
         edge = edge if warped else int(edge / values["crop_pct"])
     final = whole if warped else cut
     if (final["height"], final["width"]) != shape[:2]:
-        return False, [f"size {json.dumps(given)}, crop {json.dumps(own.get('crop_size'))} (here {seen})"]
+        return False, [f"size {json.dumps(given)}, crop {json.dumps(values.get('crop_size'))} (here {seen})"]
     if warped:
         return False, []
-    if edge is not None and shape[0] == shape[1] and abs(shape[0] / edge - CENTER) < 0.01:
+    if family != "segformer" and edge is not None and shape[0] == shape[1] and abs(shape[0] / edge - CENTER) < 0.01:
         return True, []
     of = f"resized to {json.dumps(given)} and its center cut out" if edge != shape[0] else "its central square"
     return False, [f"an image is {of} (here the whole is resized to {seen})"]
@@ -178,7 +188,7 @@ def describe(cfg: Config, shape: tuple[int, int, int], family: str = "vit") -> d
         settings["do_pad"] = False
     elif channels == 3:
         settings["do_convert_rgb"] = True
-    if cfg.augment.crop is not None and height == width:
+    if crops(cfg, family) and height == width:
         settings |= {
             "image_processor_type": "CLIPImageProcessor",
             "size": {"shortest_edge": round(height / CENTER)},

@@ -103,6 +103,8 @@ class Format:
     """Endings of tensors' names, and the ending of the counter that is written as 0 beside each."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Patterns of old names, and their replacements."""
+    sounds: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    """The settings of preprocessor_config.json with which transformers turns sounds into what is computed here."""
     task: Callable[[Any], str] = lambda config: "causal_lm"
     """Returns the name of the task that trains a model with this config; empty where there is none."""
 

@@ -141,5 +141,6 @@ FORMAT = Format(
         (r"conv\.weight_g$", "conv.parametrizations.weight.original0"),
         (r"conv\.weight_v$", "conv.parametrizations.weight.original1"),
     ),
+    sounds=lambda config: {"sampling_rate": config.sample_rate, "feature_size": 1, "do_normalize": True},
     task=lambda config: "transcription",
 )

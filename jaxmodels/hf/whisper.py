@@ -74,6 +74,11 @@ def describe(c: WhisperConfig) -> dict[str, Any]:
     }
 
 
+def frames(mels: int, rate: int) -> dict[str, Any]:
+    """Return the settings with which transformers makes the frames that are made here."""
+    return {"feature_size": mels, "sampling_rate": rate, "n_fft": 400, "hop_length": 160, "dither": 0.0}
+
+
 def encoder(theirs: str, ours: str) -> list[Weight]:
     """Return the rows of the encoder, with what stands before the names of its tensors and the paths of its leaves."""
     rows = []
@@ -123,5 +128,6 @@ FORMAT = Format(
     },
     prefix="model.",
     copies={"proj_out.weight": "model.decoder.embed_tokens.weight"},
+    sounds=lambda config: frames(config.mels, config.sample_rate),
     task=lambda config: "seq2seq",
 )

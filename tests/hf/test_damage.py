@@ -204,6 +204,29 @@ def test_a_config_that_trains_otherwise_is_remarked(folder, caplog):
     assert "attention_dropout 0.25 (computed here, in training alone: 0)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("wav2vec2", {"do_normalize": False}, "do_normalize false (computed here: true)"),
+        ("wav2vec2", {"sampling_rate": 8000}, "sampling_rate 8000 (computed here: 16000)"),
+        ("whisper", {"hop_length": 80, "n_fft": 512, "feature_size": 6}, "hop_length 80 (computed here: 160)"),
+        ("qwen2_audio", {"dither": 0.1, "feature_size": 6}, "dither 0.1 (computed here: 0.0)"),
+    ],
+)
+def test_sounds_that_are_prepared_otherwise_than_here_are_refused(kind, settings, said, root, tmp_path):
+    for path in (root / "tests" / "golden" / kind).glob("[cm]*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    alone = tmp_path / "preprocessor_config.json"
+    alone.write_text(json.dumps(settings))
+    refused(tmp_path, str(alone), said)
+    whole = tmp_path / "processor_config.json"
+    whole.write_text(json.dumps({"feature_extractor": {"padding_value": 0.0}}))  # which counts first
+    jaxmodels.load_pretrained(tmp_path)
+    whole.write_text(json.dumps({"feature_extractor": settings}))
+    alone.unlink()
+    refused(tmp_path, str(whole), said)
+
+
 def test_dropouts_of_gpt2_are_three(folder):
     change(folder, embd_pdrop=0.3, attn_pdrop=0.1, resid_pdrop=0.2)
     model, params = jaxmodels.load_pretrained(folder)

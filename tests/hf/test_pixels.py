@@ -59,7 +59,12 @@ def test_an_import_takes_normalization_and_names_and_predicts_with_them(given, t
 
 @pytest.mark.parametrize(
     "family, mean",
-    [("vit", (0.5,) * 3), ("resnet", (0.5,) * 3), ("clip", (0.48145466, 0.4578275, 0.40821073))],
+    [
+        ("vit", (0.5,) * 3),
+        ("resnet", (0.5,) * 3),
+        ("clip", (0.48145466, 0.4578275, 0.40821073)),
+        ("segformer", (0.485, 0.456, 0.406)),
+    ],
 )
 def test_without_a_file_the_defaults_of_transformers_hold_and_are_said(family, mean, tmp_path):
     found = pixels.read(tmp_path, family, SHAPE)
@@ -83,6 +88,26 @@ def test_any_rescale_is_part_of_mean_and_std(settings, mean, std, tmp_path):
     found = pixels.read(tmp_path, "vit", SHAPE)
     np.testing.assert_allclose(found.mean, mean)
     np.testing.assert_allclose(found.std, std)
+
+
+def test_what_stands_in_the_file_of_a_whole_processor_counts_and_is_written_anew_where_it_is_no_longer_so(
+    given, tmp_path
+):
+    """As transformers has it since version 5, which no longer writes a file of the images alone."""
+    inner = json.loads((given / pixels.FILE).read_text())
+    write(given, **{**inner, "image_mean": [0.9, 0.9, 0.9]})  # of before
+    whole = given / "processor_config.json"
+    whole.write_text(json.dumps({"image_processor": inner, "processor_class": "X"}))
+    assert cli.main(["import", str(given), "--out", str(tmp_path / "run")]) == 0
+    assert configs.read(tmp_path / "run")[0].data.mean == (0.1, 0.2, 0.3)
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "same")]) == 0
+    assert (tmp_path / "same" / whole.name).read_bytes() == whole.read_bytes()
+    saved = tmp_path / "run" / "config.json"
+    saved.write_text(saved.read_text().replace("0.1,", "0.7,"))
+    assert configs.read(tmp_path / "run")[0].data.mean == (0.7, 0.2, 0.3)
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "other")]) == 0
+    assert pixels.read(tmp_path / "other", "vit", SHAPE).mean == (0.7, 0.2, 0.3)
+    assert json.loads((tmp_path / "other" / whole.name).read_text()) == {"processor_class": "X"}
 
 
 def test_the_central_crop_of_7_8_is_that_of_evaluation(tmp_path):

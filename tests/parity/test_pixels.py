@@ -21,8 +21,6 @@ CASES = {
     "vit": ViTConfig((16, 16, 3), 8, classes=3, layers=1, heads=2, width=8, mlp_width=8),
     "resnet": ResNetConfig((32, 32, 3), 3, (1,), (8,), bottleneck=False, stem_width=4),
 }
-
-
 EXPERIMENT = """
 from jaxmodels.config import Classification, Config, Images, Train
 from jaxmodels.models.vit import ViTConfig
@@ -76,6 +74,40 @@ def test_predict_equals_their_processor_and_model_before_and_after(family, tmp_p
     compare(own, theirs(given, image))
     assert cli.main(["export", str(run), str(out)]) == 0
     compare(own, theirs(out, image))
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_mean": [0.2, 0.6, 0.9], "image_std": [0.3, 0.1, 0.2]}])
+def test_masks_are_those_of_their_processor_and_model_before_and_after(settings, tmp_path, capsys):
+    given, run, out, image = (tmp_path / name for name in ("given", "run", "out", "x.png"))
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 12], depths=[1, 1], num_attention_heads=[1, 2], sr_ratios=[2, 1], patch_sizes=[7, 3],
+        strides=[4, 2], mlp_ratios=[2, 2], num_encoder_blocks=2, decoder_hidden_size=8, image_size=32, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.SegformerForSemanticSegmentation(config)
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * p[0].numel() ** -0.5 if p.ndim > 1 else p.data
+    model.save_pretrained(given)
+    if settings:
+        transformers.SegformerImageProcessor(size={"height": 32, "width": 32}, **settings).save_pretrained(given)
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)).save(image)
+
+    def wanted(folder):
+        processor = transformers.SegformerImageProcessor(size={"height": 32, "width": 32})
+        if (folder / "preprocessor_config.json").exists():
+            processor = transformers.AutoImageProcessor.from_pretrained(folder)
+        model = transformers.SegformerForSemanticSegmentation.from_pretrained(folder).eval()
+        with torch.no_grad():
+            found = model(**processor(Image.open(image), return_tensors="pt"))
+        return processor.post_process_semantic_segmentation(found, [(32, 32)])[0].numpy()
+
+    assert cli.main(["import", str(given), "--out", str(run)]) == 0
+    assert cli.main(["predict", str(run), str(image), "--out", str(tmp_path / "masks")]) == 0
+    mask = np.asarray(Image.open(tmp_path / "masks" / "x.png"))
+    assert len(np.unique(mask)) == 3
+    np.testing.assert_array_equal(mask, wanted(given))
+    assert cli.main(["export", str(run), str(out)]) == 0
+    np.testing.assert_array_equal(mask, wanted(out))
 
 
 def test_a_run_that_was_trained_here_takes_its_pixels_and_names_along(tmp_path, capsys):
