@@ -7,6 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxmodels.models.kernels.product import recomputed
+
 INNER = "inner"
 """The collection of variables that inner states are put into."""
 
@@ -23,15 +25,19 @@ def keep(module: nn.Module, name: str, x: jax.Array) -> None:
         module.sow(INNER, name, x, **last)
 
 
-def with_hidden(block: Any) -> Any:
-    """A subclass of a block (a Flax module) that keeps its output, the residual stream, as `hidden`."""
+def with_hidden(block: Any, again: bool) -> Any:
+    """A subclass of a block (a Flax module) that keeps its output, the residual stream, as `hidden`.
+
+    `again`: whether the backward pass computes the block again.
+    """
     # the method below flax's own wrapper, which would put its scope twice into names of operations
     call = getattr(block.__call__, "__wrapped__", block.__call__)
 
     class Keeping(block):
         @nn.compact
         def __call__(self, x: jax.Array, *rest: Any) -> Any:
-            y, outputs = call(self, x, *rest)
+            with recomputed(again):
+                y, outputs = call(self, x, *rest)
             keep(self, "hidden", y)
             return y, outputs
 

@@ -26,11 +26,11 @@ from jaxmodels.models.kernels.convolution import convolve, overlap
 from jaxmodels.models.kernels.dropout import drop
 from jaxmodels.models.kernels.lookup import lookup
 from jaxmodels.models.kernels.normalize import layer_norm, rms_norm
-from jaxmodels.models.kernels.product import PRODUCT, gathered_product, product
+from jaxmodels.models.kernels.product import PRODUCT, product, weight_product
 from jaxmodels.models.kernels.quantized import coded_product, kind_of, quantized_product
 from jaxmodels.models.observed import matrix_rows, observe, patch_rows, unobserved
 from jaxmodels.models.parameters import Init, contracted_dimensions, leaf, parameter, weight
-from jaxmodels.parallel.rules import REPLICAS, constrain, gather, pieces
+from jaxmodels.parallel.rules import REPLICAS, constrain, gather
 
 normal = nn.initializers.normal
 zeros = nn.initializers.zeros
@@ -59,7 +59,7 @@ class Linear(nn.Module):
         given = leaf(self, "w", self.initializer, self.axes, inputs + self.shape, "matrix", self.before_stack)
         x, given = observe(x, given, functools.partial(matrix_rows, contracted), x.ndim - contracted)
         how, kind = (tuple(self.axes), contracted, self.dtype), kind_of(self.axes)
-        multiply: Any = gathered_product if pieces("embed") > 1 else product
+        multiply = weight_product()
         whole: Any = lambda w: multiply(x, w, *how) if kind is None else quantized_product(x, w, *how, kind)  # noqa: E731
         base = base_of(given)
         if isinstance(base, Coded) and base.activations:
@@ -361,7 +361,7 @@ def scan_layers(block: type[nn.Module], layers: int, remat: str, unroll: int = 1
     `remat`: "none" keeps all activations, "dots" only the results of weight products, "full" only block inputs, and
     "offload" keeps those in the memory of the host.
     """
-    kept = with_hidden(block)
+    kept = with_hidden(block, remat != "none")
     if remat != "none":
         named = remats.with_named_input(kept) if remat == "offload" else kept
         kept = nn.remat(named, policy=remats.policy(remat), prevent_cse=False)

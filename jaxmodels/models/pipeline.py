@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmodels.errors import UserError
 from jaxmodels.models import remat as remats
-from jaxmodels.models.kernels.product import PRODUCT
+from jaxmodels.models.kernels.product import PRODUCT, recomputed
 from jaxmodels.models.remat import INPUT
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.rules import Stages, constrain, pin
@@ -67,7 +67,8 @@ def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Ca
 
         def one(params: Any, x: Array, carried: Any, shared: Any, key: Array | None) -> tuple[Array, Any]:
             rngs = None if key is None else {"dropout": key}
-            return block(*args, parent=None).apply({"params": params}, x, carried, *shared, rngs=rngs)
+            with recomputed(remat != "none"):
+                return block(*args, parent=None).apply({"params": params}, x, carried, *shared, rngs=rngs)
 
         def run(x: Array, carried: Any, *shared: Any) -> tuple[Array, Any]:
             if any(leaf.ndim > 1 for leaf in jax.tree.leaves(carried)):  # a cache, which stays where its layers are

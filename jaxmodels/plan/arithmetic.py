@@ -322,7 +322,7 @@ class Arithmetic:
         # each stage receives all rows, passes them on, and passes their gradients back
         handed = 2 * self.seconds(sizes, stages, "collective-permute", sizes[stages] * stream * embed)
         return {
-            "parameters": times * (gather * (again + 1) + reduced) + once + 3 * around,
+            "parameters": times * (2 * gather + reduced) + once + 3 * around,
             "activations": added * (2 if remat == "none" else 3) + experts + handed,
             "least": max(2 * gather, reduced, once, 2 * added),
         }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmodels.parallel.rules import Names, gather
+from jaxmodels.parallel.rules import Names, gather, pieces
 
 Array = jax.Array
 PRODUCT = "product"
@@ -34,3 +38,24 @@ def _backward(axes: Names, contracted: int, dtype: str, kept: tuple[Array, Array
 
 
 gathered_product.defvjp(_forward, _backward)
+
+_recomputed: contextvars.ContextVar[bool] = contextvars.ContextVar("whether a block is recomputed", default=False)
+
+
+@contextlib.contextmanager
+def recomputed(yes: bool) -> Iterator[None]:
+    """A context in which blocks are traced whose backward pass computes them again, or, inside such a block, not."""
+    token = _recomputed.set(yes)
+    try:
+        yield
+    finally:
+        _recomputed.reset(token)
+
+
+def weight_product() -> Callable[..., Any]:
+    """The product for weights here: the one that keeps no gathered weights, unless the block keeps nothing anyway.
+
+    A block that is recomputed has gathered its weights when its gradients need them. A TPU's compiler would find a
+    second gather equal to the first, a GPU's would not.
+    """
+    return gathered_product if pieces("embed") > 1 and not _recomputed.get() else product
