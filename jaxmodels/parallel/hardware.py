@@ -43,6 +43,8 @@ class Hardware:
     """Devices that JAX sees per chip (TPUs)."""
     compiler: tuple[str, str] = ("", "default")
     """The compiler's name for the chip, if it differs, and how its cores are used (TPUs)."""
+    host_memory: float = 0.0
+    """Bytes of host memory for each device; 0: not published."""
     cores: int = 0
     """Streaming multiprocessors (GPUs)."""
     target: str = ""
@@ -56,6 +58,7 @@ class Hardware:
 
 _CLOUD = "docs.cloud.google.com/tpu/docs"
 _XLA = "XLA's target_config/specs"
+_VM = "host memory: docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus"
 _HOST = "host: How to Scale Your Model (Austin et al. 2025), chapter 2"
 
 HOPPER = (
@@ -82,7 +85,8 @@ TABLE = (
         link=300e9,
         network=25e9,
         host=32e9,
-        source=f"NVIDIA A100 data sheet (SXM, 80 GB); DGX A100: 8 x 200 Gb/s; PCIe 4.0 x16; {_XLA}/a100_sxm_80",
+        host_memory=256 * GIB,
+        source=f"NVIDIA A100 data sheet (SXM, 80 GB); DGX A100: 8 x 200 Gb/s, 2 TB; PCIe 4.0 x16; {_XLA}/a100_sxm_80",
         cores=108,
         target=AMPERE,
     ),
@@ -96,7 +100,8 @@ TABLE = (
         link=450e9,
         network=50e9,
         host=64e9,
-        source=f"NVIDIA H100 data sheet (SXM5); DGX H100: 8 x 400 Gb/s; PCIe 5.0 x16; {_XLA}/h100_sxm",
+        host_memory=256 * GIB,
+        source=f"NVIDIA H100 data sheet (SXM5); DGX H100: 8 x 400 Gb/s, 2 TB; PCIe 5.0 x16; {_XLA}/h100_sxm",
         cores=132,
         target=HOPPER,
     ),
@@ -124,7 +129,8 @@ TABLE = (
         link=450e9,
         network=50e9,
         host=64e9,
-        source=f"NVIDIA H200 data sheet; DGX H200: 8 x 400 Gb/s; PCIe 5.0 x16; {_XLA}/h200",
+        host_memory=256 * GIB,
+        source=f"NVIDIA H200 data sheet; DGX H200: 8 x 400 Gb/s, 2 TB; PCIe 5.0 x16; {_XLA}/h200",
         cores=132,
         target=HOPPER,
     ),
@@ -138,7 +144,8 @@ TABLE = (
         link=900e9,
         network=50e9,
         host=64e9,
-        source=f"NVIDIA DGX B200 data sheet (its eighth part, dense); 8 x 400 Gb/s; PCIe 5.0 x16; {_XLA}/b200",
+        host_memory=256 * GIB,
+        source=f"NVIDIA DGX B200 data sheet (its eighth part, dense); 8 x 400 Gb/s, 2 TB; PCIe 5.0 x16; {_XLA}/b200",
         cores=148,
         target=BLACKWELL,
     ),
@@ -152,7 +159,8 @@ TABLE = (
         link=900e9,
         network=50e9,
         host=225e9,
-        source=f"NVIDIA GB200 NVL72 data sheet (one GPU, dense); 400 Gb/s a GPU; half of NVLink-C2C; {_XLA}/gb200",
+        host_memory=240e9,
+        source=f"NVIDIA GB200 NVL72 data sheet (one GPU, dense); 400 Gb/s a GPU; half of C2C, of 480 GB; {_XLA}/gb200",
         node=72,
         cores=152,
         target=BLACKWELL,
@@ -167,7 +175,8 @@ TABLE = (
         link=70e9,
         network=1.5625e9,
         host=0.0,
-        source=f"{_CLOUD}/v3, half a chip, which is two devices; links: Jouppi et al. 2023, table 4",
+        host_memory=340 / 8 * GIB,
+        source=f"{_CLOUD}/v3, half a chip, which is two devices; links: Jouppi et al. 2023, table 4; {_VM}",
         node=8,
         dimensions=2,
         wraps=16,
@@ -183,7 +192,8 @@ TABLE = (
         link=50e9,
         network=6.25e9,
         host=16e9,
-        source=f"{_CLOUD}/v4; links: Jouppi et al. 2023, table 4; network: as v5p; {_HOST}",
+        host_memory=407 / 4 * GIB,
+        source=f"{_CLOUD}/v4; links: Jouppi et al. 2023, table 4; network: as v5p; {_HOST}; {_VM}",
         node=4,
         dimensions=3,
         wraps=4,
@@ -199,7 +209,8 @@ TABLE = (
         link=50e9,
         network=3.125e9,
         host=16e9,
-        source=f"{_CLOUD}/v5e: 400 GB/s both ways over 4 links; 4 chips share a host's 100 Gb/s; {_HOST}",
+        host_memory=192 / 4 * GIB,
+        source=f"{_CLOUD}/v5e: 400 GB/s both ways over 4 links; 4 chips share a host's 100 Gb/s; {_HOST}; {_VM}",
         node=4,
         dimensions=2,
         wraps=16,
@@ -214,7 +225,8 @@ TABLE = (
         link=100e9,
         network=6.25e9,
         host=16e9,
-        source=f"{_CLOUD}/v5p: 1200 GB/s both ways over 6 links, 50 Gb/s a chip; {_HOST}",
+        host_memory=448 / 4 * GIB,
+        source=f"{_CLOUD}/v5p: 1200 GB/s both ways over 6 links, 50 Gb/s a chip; {_HOST}; {_VM}",
         node=4,
         dimensions=3,
         wraps=4,
@@ -229,7 +241,8 @@ TABLE = (
         link=100e9,
         network=12.5e9,
         host=32e9,
-        source=f"{_CLOUD}/v6e: 800 GB/s both ways over 4 links, 100 Gb/s a chip; {_HOST}",
+        host_memory=720 / 4 * GIB,
+        source=f"{_CLOUD}/v6e: 800 GB/s both ways over 4 links, 100 Gb/s a chip; {_HOST}; {_VM}",
         node=4,
         dimensions=2,
         wraps=16,
@@ -244,7 +257,8 @@ TABLE = (
         link=50e9,
         network=6.25e9,
         host=0.0,
-        source=f"{_CLOUD}/tpu7x, half a chip, which is two devices: 1200 GB/s both ways over 6 links, 100 Gb/s",
+        host_memory=960 / 8 * GIB,
+        source=f"{_CLOUD}/tpu7x, half a chip, which is two devices: 1200 GB/s both ways over 6 links, 100 Gb/s; {_VM}",
         node=8,
         dimensions=3,
         wraps=4,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -49,6 +50,8 @@ class Compiled:
     """Bytes of parameters, optimizer, average, statistics, batch and the rest, computed from shapes."""
     hosted: int
     """Bytes of the optimizer that are in host memory instead of device memory."""
+    saved: int
+    """Bytes in host memory of what the backward pass needs, as the compiler reports them."""
     gradients: int
     """Bytes of the gradients, which are among the temporaries."""
     arguments: int
@@ -83,6 +86,11 @@ class Compiled:
         return not self.shortage and (
             self.topology.hardware.platform == "tpu" or self.peak <= self.topology.hardware.memory
         )
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether the hosts can hold what the step keeps there; taken for granted where their memory is unknown."""
+        return self.hosted + self.saved <= (self.topology.hardware.host_memory or math.inf)
 
 
 def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program: str = "") -> Compiled:
@@ -218,12 +226,13 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
             raise
         used, largest = shortage(str(error))
         arguments = sum(held.values())
-        facts |= {"arguments": arguments, "peak": max(used, arguments), "largest": largest}
+        facts |= {"arguments": arguments, "peak": max(used, arguments), "largest": largest, "saved": 0}
         facts["shortage"] = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)[:300]
     else:
         text, memory = program.as_text(), program.memory_analysis()
         needed = hardware.needed(memory, topology.hardware.platform)
         facts |= {"arguments": memory.argument_size_in_bytes, "peak": needed, "shortage": "", "largest": []}
+        facts["saved"] = memory.host_temp_size_in_bytes
     facts["seconds"] = round(time.monotonic() - begun, 1)
     facts["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     try:

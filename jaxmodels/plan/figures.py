@@ -38,17 +38,20 @@ def figures(cfg: Config, made: Compiled) -> dict[str, Any]:
         "mesh": made.mesh,
         "parameters": made.parameters["all"],
         "trained": made.parameters["trained"],
-        "fits": made.fits,
+        "fits": made.fits and made.fits_host,
+        "fits_host": made.fits_host,
         "memory": {
             "device": int(row.memory),
             "peak": made.peak,
             **made.held,
             "host": made.hosted,
+            "host_saved": made.saved,
+            "host_size": int(row.host_memory),
             "gradients": made.gradients,
             "activations": max(0, made.temporaries - made.gradients),
             "arguments": made.arguments,
         },
-        "shortage": made.shortage,
+        "shortage": made.shortage or shortage_of_host(made),
         "largest": made.largest,
         "model_flops": made.flops["model"],
         "compile_seconds": made.seconds,
@@ -66,6 +69,14 @@ def figures(cfg: Config, made: Compiled) -> dict[str, Any]:
     dtype = dtype if dtype in row.flops else "bfloat16"
     found |= speed(cfg, made, roofline.estimate(compiled, made.places, dtype), dtype)
     return found | {"excess": excess(compiled, found["hardware_flops"] / max(found["model_flops_causal"], 1))}
+
+
+def shortage_of_host(made: Compiled) -> str:
+    """What a step needs of its hosts if they do not have it; else empty."""
+    if made.fits_host:
+        return ""
+    needed, has = made.hosted + made.saved, made.topology.hardware.host_memory
+    return f"needs {needed / 2**30:.2f} GiB of host memory a device, of which there are {has / 2**30:.2f}"
 
 
 def check_counts(on: str, computed: float, needed: float, mfu: float) -> None:
@@ -161,8 +172,8 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
         for name in shown
         if memory[name]
     ]
-    lines += [f"  {'on the host':<24}{memory['host'] / 2**30:>12.2f}   (optimizer)"] * bool(memory["host"])
     lines.append(f"  {'peak':<24}{memory['peak'] / 2**30:>12.2f}   of {memory['device'] / 2**30:.2f}, by the compiler")
+    lines += hosted(memory)
     if plan["fits"]:
         # JAX allocates .75 of a GPU by default
         share = memory["peak"] / memory["device"] if plan["platform"] == "cuda" else 0.0
@@ -211,9 +222,23 @@ def figures_table(cfg: Config, plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def hosted(memory: dict[str, Any]) -> list[str]:
+    """Lines on what lies in host memory, for each device."""
+    parts = {"optimizer": memory["host"], "inputs of blocks": memory["host_saved"]}
+    if not (total := sum(parts.values())):
+        return []
+    told = f"of {memory['host_size'] / 2**30:.2f}" if memory["host_size"] else "of an unknown size"
+    parts = {name: size for name, size in parts.items() if size}
+    each = ", ".join(f"{name} {size / 2**30:.2f}" if len(parts) > 1 else name for name, size in parts.items())
+    return [f"  {'on its host':<24}{total / 2**30:>12.2f}   {told} a device ({each})"]
+
+
 def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:
     """Options that may make a step fit."""
     memory = plan["memory"]
+    if not plan["fits_host"] and memory["peak"] <= memory["device"]:
+        tried = ["--model.remat full"] * bool(memory["host_saved"]) + ["--optim.offload False"] * bool(memory["host"])
+        return [f"  the host is full: try {' or '.join(tried)}, or more devices"]
     kept = sum(memory[name] for name in ("base", "teacher", "parameters", "optimizer", "average", "gradients"))
     if kept > 0.8 * memory["device"]:
         return [

@@ -147,6 +147,8 @@ def compiled(point: Point) -> Point:
         return dataclasses.replace(point, failure=" ".join(str(error).split())[-300:].partition(", try ")[0])
     memory = plan["memory"]
     told = "" if plan["fits"] else f"needs {memory['peak'] / _GIB:.0f} of {memory['device'] / _GIB:.0f} GiB"
+    if not plan["fits_host"]:
+        told = plan["shortage"]
     if plan["fits"] and "step_seconds" not in plan:
         told = f"no time is given for {', '.join(plan['uncounted'])}"
     return dataclasses.replace(point, plan=plan, failure=told)

@@ -93,9 +93,11 @@ class Found:
         """
         if front := self.frontier:
             return front[0]
-        sizes = [each.plan["memory"]["peak"] for each in self.tried if each.plan is not None]
-        if sizes:
+        plans = [each.plan for each in self.tried if each.plan is not None]
+        if sizes := [plan["memory"]["peak"] for plan in plans if plan["fits_host"]]:
             needed = f"the least needs {min(sizes) / _GIB:.1f} of {self.topology.hardware.memory / _GIB:.1f} GiB"
+        elif plans:
+            needed = plans[0]["shortage"]
         elif self.tried:
             needed = self.tried[0].failure
         else:
@@ -239,7 +241,7 @@ def hopeless(candidate: Candidate, tried: Sequence[Tried]) -> bool:
     """Whether compiled candidates show that this one cannot win.
 
     Either its products or collectives alone take longer than the fastest step, or a candidate with the same mesh and
-    fewer activations did not fit.
+    fewer activations did not fit on its devices.
     """
     best = min((each.cost[0] for each in tried if each.fits), default=None)
     if best is not None and candidate.guess.least >= best:
@@ -247,6 +249,7 @@ def hopeless(candidate: Candidate, tried: Sequence[Tried]) -> bool:
     return any(
         each.plan is not None
         and not each.plan["fits"]
+        and each.plan["fits_host"]
         and each.candidate.mesh == candidate.mesh
         and getattr(each.candidate.cfg.model, "attention", "") == getattr(candidate.cfg.model, "attention", "")
         and each.candidate.guess.activations <= candidate.guess.activations

@@ -205,6 +205,36 @@ def test_blocks_whose_inputs_are_on_the_host_need_less_of_the_device(planned, on
     copied = sum(each["bytes"] for each in plans[1]["transfers"] if each["link"] == "host")
     # there and back; a TPU's peeled loop copies one more
     assert 2 * inputs <= copied <= 2 * inputs + inputs / layers
+    assert [plan["memory"]["host_saved"] for plan in plans] == [0, inputs]
+
+
+def test_a_block_that_is_computed_again_gathers_its_weights_no_more_often_than_one_that_is_not(planned):
+    model = dataclasses.replace(CONFIG.model, layers=8, remat="full")
+    gathered = sent(planned("h100:1x8", dataclasses.replace(CONFIG, model=model)))["all-gather", ("fsdp",)]
+    blocks = 8 * (PARAMETERS - 2 * 4096 * 512 - 5 * 512)  # twice the layers, and two bytes for each number
+    assert 2 * blocks <= gathered < 2.4 * blocks
+
+
+def test_a_step_whose_hosts_have_too_little_memory_does_not_fit_and_says_by_how_much(planned, compiled):
+    model = dataclasses.replace(CONFIG.model, context=512, layers=8, remat="offload")
+    cfg = dataclasses.replace(CONFIG, model=model, optim=AdamW(offload=True))
+    made = compiled("h100:1x8", cfg)
+    needed = planned("h100:1x8", cfg)["memory"]["host"] + 8 * (64 // 8) * 512 * 512 * 2
+
+    def on(host):
+        row = dataclasses.replace(made.topology.hardware, host_memory=host)
+        there = dataclasses.replace(made, topology=dataclasses.replace(made.topology, hardware=row))
+        plan = figures.figures(cfg, there)
+        return plan, figures.figures_table(cfg, plan)
+
+    plan, text = on(needed - 1)
+    assert not plan["fits"] and plan["shortage"].startswith(f"needs {needed / GIB:.2f} GiB of host memory a device")
+    assert "IT DOES NOT FIT: needs" in text
+    assert "the host is full: try --model.remat full or --optim.offload False" in text
+    plan, text = on(needed)
+    assert plan["fits"] and "it fits" in text and re.search(r"on its host .* \(optimizer .*, inputs of blocks", text)
+    plan, text = on(0.0)
+    assert plan["fits"] and "of an unknown size a device" in text
 
 
 def test_where_no_rate_of_the_link_to_the_host_is_published_memory_is_told_and_no_time(compiled):

@@ -53,6 +53,7 @@ def fake(monkeypatch):
             sent = roofline.Transfer("all-reduce", ("data",), "network", cfg.mesh.data, 2.0**30, 3, waits(cfg, n))
             return {
                 "fits": peak(cfg, n) <= topology.hardware.memory,
+                "fits_host": True,
                 "memory": {"peak": peak(cfg, n), "device": topology.hardware.memory},
                 "mesh": dataclasses.asdict(cfg.mesh),
                 "parameters": 10**6,
@@ -194,7 +195,8 @@ def test_a_first_size_on_which_nothing_runs_is_told(fake):
 
 def test_a_first_size_without_a_time_is_told(fake, monkeypatch):
     fake()
-    untimed = {"fits": True, "memory": {"peak": 1e9, "device": 1e10}, "uncounted": ["the kernel mine"]}
+    untimed = {"fits": True, "fits_host": True, "uncounted": ["the kernel mine"]}
+    untimed["memory"] = {"peak": 1e9, "device": 1e10}
     monkeypatch.setattr(scaling, "figures", lambda cfg, made: untimed)
     with pytest.raises(UserError, match=r"got h100:1x8, expected a first size .*no time is given for the kernel mine"):
         curves()

@@ -79,6 +79,7 @@ def fake(monkeypatch):
             seconds, peak = judge(cfg)
             return {
                 "fits": peak <= topology.hardware.memory,
+                "fits_host": True,
                 "memory": {"peak": peak, "device": topology.hardware.memory},
                 "step_seconds": seconds,
                 "compile_seconds": 0.0,
@@ -179,7 +180,7 @@ def test_nothing_that_fits_is_one_line_with_what_is_missing(judged):
     found = search.Found(ON, candidates.Drawn([], reasons, {}))
     with pytest.raises(UserError, match=r"got h100:4x8, .*\(70 ways: parameters.* do not fit\), try more"):
         found.winner  # noqa: B018
-    plan = {"fits": False, "memory": {"peak": 3 * 2**36}}
+    plan = {"fits": False, "fits_host": True, "memory": {"peak": 3 * 2**36}}
     each = candidates.Candidate(CONFIG, CONFIG.mesh, "", judged.guess(CONFIG))
     found.tried = [search.Tried(each, plan), search.Tried(each, None, "it broke")]
     with pytest.raises(UserError, match=r"the least needs 192.0 of 79.1 GiB"):
@@ -234,10 +235,11 @@ def test_what_compiled_steps_show_to_be_hopeless_is_not_compiled(drawn, judged):
         cfg = dataclasses.replace(CONFIG, model=model, train=train, mesh=mesh)
         return candidates.Candidate(cfg, candidates.settled(mesh, judged), "", judged.guess(cfg))
 
-    def tried(each, fits, seconds=1.0):
-        return search.Tried(each, {"fits": fits, "step_seconds": seconds, "memory": {"peak": 1}})
+    def tried(each, fits, seconds=1.0, host=True):
+        return search.Tried(each, {"fits": fits, "fits_host": host, "step_seconds": seconds, "memory": {"peak": 1}})
 
     large = [tried(candidate("dots", 1), False)]
+    assert not search.hopeless(candidate("none", 1), [tried(candidate("offload", 1), False, host=False)])
     assert search.hopeless(candidate("none", 1), large), "more is kept"
     assert search.hopeless(candidate("none", 1, Mesh(data=1, fsdp=32)), large), "the same mesh, written out"
     assert not search.hopeless(candidate("full", 1), large)
