@@ -145,7 +145,7 @@ def _read(
     left_out: Counter[str] = Counter()
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     _check_ids(path, "images", content["images"])
-    for each in content["annotations"]:
+    for at, each in enumerate(content["annotations"]):
         image = each["image_id"]
         if image not in sizes:
             raise UserError(
@@ -154,7 +154,10 @@ def _read(
         if each["category_id"] not in classes:
             known = ", ".join(map(str, classes))
             raise UserError(f"got an annotation of category {each['category_id']!r} in {path}, expected one of {known}")
-        if each.get("iscrowd"):
+        crowd = each.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise UserError(f"got {path} with {shown(crowd)} as annotations[{at}].iscrowd, expected 0 or 1")
+        if crowd:
             left_out["boxes around crowds"] += 1
             continue
         box = each["bbox"]

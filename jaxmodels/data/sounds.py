@@ -20,6 +20,8 @@ _FULL = 32768.0
 _LOUDEST = 4.0
 """What a sound of floats may have at most, 12 dB above full scale: with more, its numbers mean something else."""
 _SLOWEST, _FASTEST = 1_000, 400_000
+_UNKNOWN = 0x7FFF0000
+"""A length of a WAV file's samples that is none: sox writes about 0x7FFFF000 to a pipe, ffmpeg 0xFFFFFFFF."""
 
 
 class Unreadable(Exception):
@@ -70,8 +72,10 @@ def decode(value: bytes) -> Sound:
         Unreadable: it is no sound, damaged or cut off.
         UserError: its format needs a package that is not installed.
     """
-    if value[:4] == b"RIFF" and (found := _wav(value)) is not None:
-        return found
+    if value[:4] == b"RIFF":
+        value = _measured(value)
+        if (found := _wav(value)) is not None:
+            return found
     try:
         import soundfile
     except (ModuleNotFoundError, OSError) as error:  # OSError: without its library of C
@@ -93,6 +97,24 @@ def decode(value: bytes) -> Sound:
     if samples.dtype != np.int16 and not np.isfinite(samples).all():
         raise Unreadable("holds samples that are not finite")
     return Sound(samples, rate)
+
+
+def _measured(value: bytes) -> bytes:
+    """A WAV file with the length of its samples, where a program could not go back to write it, as in a pipe.
+
+    It is then 0xFFFFFFFF, 0x7FFFF000 or, in a file that is longer than it says, 0; the samples go on to the end.
+    """
+    at, short = 12, int.from_bytes(value[4:8], "little") + 8 < len(value)
+    while at + 8 <= len(value):
+        size = int.from_bytes(value[at + 4 : at + 8], "little")
+        if value[at : at + 4] == b"data":
+            rest = len(value) - at - 8
+            if (rest < size and size >= _UNKNOWN) or (size == 0 and short):
+                lengths = [(len(value) - 8).to_bytes(4, "little"), rest.to_bytes(4, "little")]
+                return value[:4] + lengths[0] + value[8 : at + 4] + lengths[1] + value[at + 8 :]
+            return value
+        at += 8 + size + size % 2
+    return value
 
 
 def _wav(value: bytes) -> Sound | None:

@@ -161,7 +161,12 @@ def objects(path: Path, expected: str = "JSON") -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"got {path}, which cannot be read ({reason}), expected {expected}, try another copy"
+        ) from error
+    except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise UserError(f"got {path}, expected {expected} ({reason}), try another copy") from error
     if not isinstance(value, dict):

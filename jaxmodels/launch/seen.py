@@ -79,6 +79,8 @@ class Seen:
 def stacks(folder: Path, processes: dict[int, int]) -> dict[int, list[Frame]]:
     """Return the frames of each rank's main thread, innermost first; none for a rank that does not answer.
 
+    A main thread that waits for what a thread of a pool makes, as for a batch, has the frames of that thread.
+
     Args:
         folder: where ranks write their stacks on SIGUSR1.
         processes: the process id of each rank.
@@ -95,10 +97,28 @@ def stacks(folder: Path, processes: dict[int, int]) -> dict[int, list[Frame]]:
         with contextlib.suppress(OSError):
             text = (folder / f"{rank}.stack").read_text(errors="replace")
             main, _, _ = text.partition("\n")
+            others: list[list[Frame]] = []
             for thread in re.split(r"\n(?=(?:Current thread|Thread) 0x)", "\n" + text[size:]):
+                frames = _FRAME.findall(thread)
                 if re.match(rf"(Current thread|Thread) {main}\b", thread):
-                    found[rank] = _FRAME.findall(thread)
+                    found[rank] = frames
+                else:
+                    others.append(frames)
+            if _waits_for_thread(found[rank]):
+                found[rank] = next((each for each in others if _works(each)), found[rank])
     return found
+
+
+def _waits_for_thread(stack: Sequence[Frame]) -> bool:
+    """Whether a thread waits for the result of another one, of a pool."""
+    return any(file.endswith("concurrent/futures/_base.py") and name == "result" for file, _, name in stack[:4])
+
+
+def _works(stack: Sequence[Frame]) -> bool:
+    """Whether a thread of a pool makes data, and does not wait for another thread in turn."""
+    runs = any(file.endswith("concurrent/futures/thread.py") and name == "run" for file, _, name in stack)
+    makes = any("/jaxmodels/data/" in file for file, _, _ in stack)
+    return runs and makes and not _waits_for_thread(stack)
 
 
 def waits_for_device(stack: Sequence[Frame]) -> bool:

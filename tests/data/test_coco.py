@@ -62,6 +62,13 @@ def test_boxes_without_an_area_and_those_around_crowds_are_left_out_and_told(tmp
     assert "left out 2 boxes without an area" in caplog.text and "left out 1 boxes around crowds" in caplog.text
 
 
+@pytest.mark.parametrize("crowd", ["no", 2, None, [0]])
+def test_a_crowd_that_is_neither_0_nor_1_is_refused(tmp_path, crowd):
+    path = written(tmp_path, boxes=[*USUAL, (1, 9, [0, 0, 4, 4], {"iscrowd": crowd})])
+    with pytest.raises(UserError, match=rf"as annotations\[{len(USUAL)}\].iscrowd, expected 0 or 1"):
+        opened(path)
+
+
 def test_an_image_whose_boxes_cannot_be_meant_is_left_out_by_name(tmp_path, caplog):
     path = written(tmp_path, boxes=[*USUAL, (2, 9, [1, 2, float("nan"), 3]), (0, 9, [0, 0, 10**400, 1])])
     source = opened(path)

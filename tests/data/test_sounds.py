@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import struct
 import sys
 import wave
 from pathlib import Path
@@ -46,6 +47,21 @@ def test_whole_numbers_of_any_width_are_read_by_the_standard_library(width, monk
     assert samples_of(wav(x, width=width), RATE).tolist() == [0, 16384, -8192, -32768]
     two = samples_of(wav(np.stack([x, [0.5] * 4], 1), width=width), RATE)
     assert two.tolist() == [8192, 16384, 4096, -8192], "the mean of the channels"
+
+
+@pytest.mark.parametrize("whole, samples", [(0xFFFFFFFF, 0xFFFFFFFF), (0x7FFFF024, 0x7FFFF000), (0, 0), (36, 0)])
+def test_a_wav_file_of_unknown_length_as_pipes_write_it_is_read_to_its_end(whole, samples):
+    for more in (b"", b"LIST\x04\0\0\0INFO"):  # ffmpeg's comes before the samples
+        piped = wav(tone(0.1))
+        piped = b"RIFF" + struct.pack("<I", whole + len(more) * (whole == 36)) + piped[8:36] + more
+        piped += b"data" + struct.pack("<I", samples) + wav(tone(0.1))[44:]
+        np.testing.assert_array_equal(samples_of(piped, RATE), samples_of(wav(tone(0.1)), RATE))
+
+
+def test_a_wav_file_without_samples_is_not_taken_for_one_of_unknown_length():
+    listed = wav(np.zeros(0)) + b"LIST\x04\0\0\0INFO"
+    with pytest.raises(Unreadable, match="holds no samples"):
+        samples_of(b"RIFF" + struct.pack("<I", len(listed) - 8) + listed[8:], RATE)
 
 
 def test_flac_is_what_wav_is_and_needs_a_package(monkeypatch):

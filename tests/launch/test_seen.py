@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxmodels import cli
+from jaxmodels.data.loader import Loader, ahead
 from jaxmodels.launch import seen as module
 from jaxmodels.launch.pauses import Pauses
 from jaxmodels.launch.seen import Frame, Seen, grouped, held_up_by, stacks
@@ -89,6 +95,37 @@ def test_a_process_says_how_far_it_is_and_where(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "3.error").exists()
     (stack,) = stacks(tmp_path, {3: os.getpid()}).values()
     assert any(function == "test_a_process_says_how_far_it_is_and_where" for _, _, function in stack)
+
+
+def test_a_rank_whose_data_worker_is_stuck_is_where_its_worker_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXMODELS_PROGRESS_DIR", str(tmp_path))
+    monkeypatch.setenv("JAXMODELS_PROCESS_ID", "0")
+    monkeypatch.setattr(progress, "_report", None)
+    progress.begin()
+    done = threading.Event()
+
+    def batch_that_hangs(indices: Any, epochs: Any) -> dict[str, Any]:
+        done.wait(30)
+        return {}
+
+    rows: Any = lambda step: np.zeros(1)  # noqa: E731
+    source, order = SimpleNamespace(batch=batch_that_hangs), SimpleNamespace(indices=rows, epochs=rows)
+    some: Any = SimpleNamespace(source=source, order=order, rows=slice(None))
+
+    found: list[list[Frame]] = []
+
+    def look() -> None:
+        time.sleep(0.3)
+        found.extend(stacks(tmp_path, {0: os.getpid()}).values())
+        done.set()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    list(ahead(functools.partial(Loader.local, some), range(1), 1))
+    looker.join()
+    assert "batch_that_hangs" in [function for _, _, function in found[0]]
 
 
 @pytest.mark.parametrize("words", [["eval", "nowhere"], ["tune", "configs/mlp_mnist.py"]])
