@@ -36,6 +36,9 @@ from jaxmodels.plan import topology as topologies
 from jaxmodels.plan.roofline import Places
 from jaxmodels.plan.topology import Topology
 
+LIMIT = 3600.0
+"""Seconds after which a compiler is taken to hang; the slowest step known takes minutes."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -137,7 +140,7 @@ def _compile(folder: Path, topology: Topology) -> None:
     """Run the child process on a folder with `asked.json`.
 
     Raises:
-        UserError: the child failed; the message is its own, in one line.
+        UserError: the child failed, and the message is its own, in one line; or it took longer than `LIMIT`.
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no process uses a TPU here, so several may compile at once
@@ -145,14 +148,21 @@ def _compile(folder: Path, topology: Topology) -> None:
     # a folder named like the package in the working directory must not shadow it
     package = str(Path(jaxmodels.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "jaxmodels.plan.compile", str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "jaxmodels.plan.compile", str(folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"got {topology.name}, expected its compiler to finish within {LIMIT / 60:.0f} min, but it did not and was "
+            "ended, try another --model.remat or --model.attention, or a compiler of another version"
+        ) from None
     if done.returncode:
         raise UserError(failure(topology, done.returncode, done.stderr))
 

@@ -68,3 +68,9 @@ def test_an_error_of_the_child_is_one_line(error, told):
     line = compile.told(error, {"on": "v5e:2x2"})
     assert line.startswith(told)
     assert "\n" not in line
+
+
+def test_a_compiler_that_hangs_is_ended_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile, "LIMIT", 0.01)
+    with pytest.raises(UserError, match=r"got v5e:2x2, expected its compiler to finish within 0 min, .*try another"):
+        compile._compile(tmp_path, topology.parse("v5e:2x2"))
