@@ -176,8 +176,12 @@ def test_images_of_a_folder_and_by_path(tmp_path, capsys):
     (tmp_path / "names.txt").write_text(f"{new / 'light' / '3.png'}\n/nowhere.png\n")
     found, _ = lines(capsys, run, tmp_path / "names.txt")
     assert found[0]["label"] == "light" and found[1]["error"] == "No such file or directory"
-    (tmp_path / "paths.csv").write_text("id,file\n1,a.png\n")
-    assert main(["predict", str(run), str(tmp_path / "paths.csv")]) == 2
+    (new / "paths.csv").write_text("id,file\n1,light/3.png\n2,dark/nowhere.png\n")  # from the folder of the table
+    again, _ = lines(capsys, run, new / "paths.csv", "--input-field", "file")
+    assert again[0]["probabilities"] == found[0]["probabilities"]
+    assert again[1]["error"] == "file is 'dark/nowhere.png', which cannot be read (No such file or directory)"
+    (tmp_path / "names.csv").write_text("id,name\n1,three\n")
+    assert main(["predict", str(run), str(tmp_path / "names.csv")]) == 2
     error = capsys.readouterr().err
     assert "without a column of images" in error and "folders of images" in error and "--input-field" not in error
     assert main(["eval", str(run), "--data.path", str(new)]) == 0

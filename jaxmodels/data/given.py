@@ -16,6 +16,7 @@ from jaxmodels.data.files import TABLES, File, open_file, shown
 from jaxmodels.data.folders import SUFFIXES
 from jaxmodels.data.records import Bad
 from jaxmodels.data.sounds import SUFFIXES as SOUNDS
+from jaxmodels.data.tables import Unfit, content_of
 from jaxmodels.errors import UserError, nearest
 
 Kind = Literal["text", "image", "audio", "array", "record"]
@@ -25,11 +26,13 @@ _FILES: dict[Kind, tuple[str, ...]] = {"image": SUFFIXES, "audio": SOUNDS}
 """The suffixes of files that are one record each."""
 _GIVES: dict[Kind, str] = {
     "text": "a table with a column of texts (CSV, JSON lines, Parquet), a file of lines, or - for the standard input",
-    "image": "images, folders of images, a file of their paths, or Parquet with a column of images",
-    "audio": "sound files, folders of them, a file of their paths, or Parquet with a column of sounds",
+    "image": "images, folders of images, or a table or a file of lines with their paths",
+    "audio": "sound files, folders of them, or a table or a file of lines with their paths",
     "array": "a table with a column of numbers (JSON lines, Parquet), a file of lists of numbers, or -",
     "record": "a table (CSV, JSON lines, Parquet), a file of lines of JSON objects, or -",
 }
+_MEDIA = ("image", "sound", "audio")
+"""The columns of a row that may hold the path of a file."""
 STDIN = "-"
 _MARK = "\ufeff"  # the byte order mark with which some programs begin a text
 
@@ -54,7 +57,8 @@ def records(paths: Sequence[str], kind: Kind, field: str, known: str = "") -> It
     file.
 
     A line is a text, the path of an image or a sound, or numbers in JSON; `-` reads the lines of standard input.
-    `field` is the table column to read; by default it is `known`, or the only suitable one.
+    `field` is the table column to read; by default it is `known`, or the only suitable one. Paths in a table are as in
+    training (`data.files`): absolute, or from the folder of the table.
 
     Raises:
         UserError: a file does not exist or holds nothing of that kind. Raised before anything is read.
@@ -120,6 +124,8 @@ def _inside(folder: Path) -> str:
 def _holds(value: Any, kind: Kind) -> bool:
     """Whether a table's value may be what a model of this kind reads."""
     if kind in _FILES:
+        if isinstance(value, str):
+            return Path(value).suffix.lower() in _FILES[kind]
         return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
     return isinstance(value, str if kind == "text" else list | tuple | np.ndarray)
 
@@ -151,7 +157,7 @@ def _read(places: Sequence[_Place], kind: Kind, tables: dict[Path, File], column
         if how == "whole":
             yield Given(name, _bytes(path, name))
         elif how == "table":
-            yield from _rows(name, tables[path], columns[path])
+            yield from _rows(name, tables[path], columns[path], kind)
         elif path == Path(STDIN):
             yield from _lines(name, sys.stdin.buffer, kind)
         else:
@@ -168,14 +174,16 @@ def _bytes(path: Path, where: str) -> bytes | Bad:
         return Bad(where, error.strerror or "cannot be read")
 
 
-def _rows(name: str, table: File, column: str) -> Iterator[Given]:
+def _rows(name: str, table: File, column: str, kind: Kind) -> Iterator[Given]:
+    folder = table.path.parent
     for row, (values, _) in enumerate(table.rows()):
         where = f"{name}:{table.line(row)}"
         if isinstance(values, str):
             yield Given(where, Bad(where, values))
             continue
         if not column:
-            yield Given(where, values)
+            paths = {each: str(folder / values[each]) for each in _MEDIA if isinstance(values.get(each), str)}
+            yield Given(where, {**values, **paths})
             continue
         value = values.get(column)
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):  # as datasets stores images and sounds
@@ -183,6 +191,10 @@ def _rows(name: str, table: File, column: str) -> Iterator[Given]:
         if isinstance(value, str):
             value = value.removeprefix(_MARK)
         missing = value is None or (isinstance(value, str) and not value)
+        try:
+            value = content_of(column, value, folder) if kind in _FILES and isinstance(value, str) and value else value
+        except Unfit as error:
+            value = Bad(where, str(error))
         yield Given(where, Bad(where, f"{column} is missing") if missing else value)
 
 

@@ -167,13 +167,13 @@ class _Rows(Records):
         try:
             folder = self._files[self._which[index]].path.parent
             return {name: self._value(name, row.get(name), folder) for name in fields}
-        except _Unfit as unfit:
+        except Unfit as unfit:
             return Bad(self.where(index), str(unfit))
 
     def _value(self, name: str, value: Any, folder: Path) -> Any:
         field = self.fields[name]
         if value is None or (value == "" and field.kind != "text"):
-            raise _Unfit(f"{name} is missing")
+            raise Unfit(f"{name} is missing")
         if field.kind == "label":
             return self._class(name, value)
         if field.kind == "texts" and isinstance(value, list):
@@ -185,41 +185,45 @@ class _Rows(Records):
                 with np.errstate(over="ignore"):  # too large for float32: becomes infinite, which is bad
                     return np.asarray(value, field.dtype)
             except (ValueError, TypeError, OverflowError):
-                raise _Unfit(f"{name} is {shown(value)}, expected numbers") from None
+                raise Unfit(f"{name} is {shown(value)}, expected numbers") from None
         if name in self._scan.read.paths:
-            return _content(name, value, folder)
+            return content_of(name, value, folder)
         if (field.kind == "text" and isinstance(value, str)) or (field.kind == "image" and isinstance(value, bytes)):
             return value
-        raise _Unfit(f"{name} is {shown(value)}, expected {field.kind}")
+        raise Unfit(f"{name} is {shown(value)}, expected {field.kind}")
 
     def _class(self, name: str, value: Any) -> int:
         key, ids = name_of(value), self._ids[name]
         if key is None:
-            raise _Unfit(f"{name} is missing")
+            raise Unfit(f"{name} is missing")
         if key in ids:
             return ids[key]
         if not ids and whole(key):
             return int(key)
-        raise _Unfit(f"{name} is {shown(value)}, expected {f'one of {listed(list(ids))}' if ids else 'a whole number'}")
+        raise Unfit(f"{name} is {shown(value)}, expected {f'one of {listed(list(ids))}' if ids else 'a whole number'}")
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """A value does not fit the kind of its column."""
 
 
-def _content(name: str, value: Any, folder: Path) -> bytes:
-    """Read the file that a column names."""
+def content_of(name: str, value: Any, folder: Path) -> bytes:
+    """Read the file that a column names: by an absolute path, or by one from the folder of the table.
+
+    Raises:
+        Unfit: there is no such file, or nothing in it.
+    """
     if not isinstance(value, str):
-        raise _Unfit(f"{name} is {shown(value)}, expected the path of a file")
+        raise Unfit(f"{name} is {shown(value)}, expected the path of a file")
     try:
         if not stat.S_ISREG(os.stat(folder / value).st_mode):  # reading a pipe would wait
-            raise _Unfit(f"{name} is {shown(value)}, which is not a regular file")
+            raise Unfit(f"{name} is {shown(value)}, which is not a regular file")
         content = (folder / value).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise _Unfit(f"{name} is {shown(value)}, which cannot be read ({reason})") from None
+        raise Unfit(f"{name} is {shown(value)}, which cannot be read ({reason})") from None
     if not content:
-        raise _Unfit(f"{name} is {shown(value)}, which is empty")
+        raise Unfit(f"{name} is {shown(value)}, which is empty")
     return content
 
 

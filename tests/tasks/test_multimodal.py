@@ -119,11 +119,10 @@ def test_squares_of_patches_are_merged_row_by_row():
     assert found[0, 3].tolist() == [12, 13, 18, 19]
 
 
-def test_a_run_replies_with_what_its_model_finds_likeliest(table, tmp_path, capsys, monkeypatch):
+def test_a_run_replies_with_what_its_model_finds_likeliest(table, tmp_path, capsys):
     words = data_of(table, tokenizer="words:290")
     cfg = Config(model=MODEL, task=TASK, data=words, train=Train(steps=1), eval=Eval(every=0))
     run = load_run(untrained(cfg, tmp_path / "run"))
-    monkeypatch.chdir(table.parent)
     assert main(["predict", str(run.directory), str(table), "--tokens", "3"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row.get("question") for row in rows[:2]] == ["what 0", "what 1"] and "lasts 0.30 s" in rows[6]["error"]
