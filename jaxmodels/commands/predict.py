@@ -43,7 +43,7 @@ def predict(
         files: images, folders of images, tables (CSV, JSON lines, Parquet), text files, or -.
         input_field: table column to read, if its name differs from that in training.
         tokens: largest number of tokens to continue a text by, or of a reply, for a language model; default 100.
-        beams: width of the beam search, for a translator; default 4.
+        beams: width of the beam search, for a translator; default: what the files of an imported model ask for, or 4.
         captions: texts of an image's class, one or several, such as 'a photo of a {label}', for a model of images and
             texts; those of the training when not given.
         class_names: names of the classes that captions are of; those of the training when not given.
@@ -75,7 +75,7 @@ def predict(
         section = section if section.real else section.of_kind("images")  # an imported model has no data of its own
         seen = {"captions": captions or section.captions, "class_names": class_names or section.class_names}
         opened = replace(opened, config=replace(opened.config, data=replace(section, **seen)))
-    ready, answers = predictor(opened, Asked(tokens or 100, beams or 4))
+    ready, answers = predictor(opened, Asked(tokens or 100, beams))
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)
     size = opened.config.eval.batch_size or opened.config.data.batch_size

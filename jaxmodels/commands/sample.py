@@ -40,7 +40,8 @@ def sample(
             or what the sound is to be of, such as 'seven, george' if it was trained with labels and groups; of pictures
             a class or a text (default: all classes in turn, or anything).
         tokens: how many tokens to add; default 200, or as many as fit into the model's context.
-        temperature: 0 takes the likeliest token each time; higher is more varied; default 0.8.
+        temperature: 0 takes the likeliest token each time; higher is more varied; default: what the files of an
+            imported model ask for, as for the next two, or 0.8.
         top_k: choose among the k likeliest tokens only.
         top_p: choose among the likeliest tokens that together have this probability.
         repetition_penalty: above 1 makes tokens that the text already has less likely; default: what the files of an
@@ -125,7 +126,7 @@ def sample(
 
         assert prompt is not None
         asked.say_what_no_search_follows(Path(run))
-        _show(translated(opened, [prompt])[0])
+        _show(translated(opened, [prompt], beams=asked.beams(Path(run)))[0])
         return
     prompt = opening(tokenizer) if prompt is None else prompt
     if tokens is None:
@@ -134,7 +135,8 @@ def sample(
         given["tokens"] = max(min(200, room), 1)
     penalty = asked.repetition_penalty(Path(run))
     given.setdefault("repetition_penalty", penalty)
-    _show(continued(model, params, tokenizer, prompt, **{"temperature": 0.8, **given}))
+    drawn_as = {} if temperature == 0 else {"temperature": 0.8, **asked.drawing(Path(run))}
+    _show(continued(model, params, tokenizer, prompt, **{**drawn_as, **given}))
 
 
 def _transcript(run: Run, file: Path) -> None:

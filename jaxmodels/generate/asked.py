@@ -13,7 +13,14 @@ from jaxmodels.hf.beside import KEPT
 log = logging.getLogger("jaxmodels")
 
 PENALTY = "repetition_penalty"
-"""The one setting that `sample` applies."""
+"""The one setting that `sample` applies, whether it draws or not."""
+_BEAMS = 4
+_DRAWN: dict[str, tuple[float, float, float]] = {
+    "temperature": (1.0, 0.0, float("inf")), "top_k": (50, 0, 2**31 - 1), "top_p": (1.0, 0.0, 1.0),
+}  # fmt: skip
+"""Settings of files that ask for tokens to be drawn: transformers' defaults, the least value and the highest."""
+_SEARCHED: dict[str, Any] = {"length_penalty": 1, "early_stopping": False, "max_length": None, "max_new_tokens": None}
+"""Settings of a search for targets, which has another penalty here, and the values with which they ask nothing."""
 REFUSED = {"never": "suppress_tokens", "not_first": "begin_suppress_tokens"}
 """What a decoder of sounds applies: tokens that are in no transcript, and those that do not begin one."""
 _NEUTRAL: dict[str, Any] = {
@@ -44,6 +51,13 @@ _NEUTRAL: dict[str, Any] = {
 """Settings that change which tokens are generated, and the values (None too) with which they change nothing."""
 
 
+def _told(run: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that says how an imported run generates, and what it says; nothing where there is none."""
+    files = [run / KEPT / name for name in ("generation_config.json", "config.json")]
+    path = next((path for path in files if path.is_file()), files[0])
+    return path, special.objects(path) if path.is_file() else {}
+
+
 def asked_of(run: Path) -> dict[str, Any]:
     """The settings with an effect that an imported run's files ask for, by their names in transformers.
 
@@ -52,11 +66,7 @@ def asked_of(run: Path) -> dict[str, Any]:
     Raises:
         UserError: a file is damaged, or its repetition penalty is not a positive number.
     """
-    files = (run / KEPT / name for name in ("generation_config.json", "config.json"))
-    path = next((path for path in files if path.is_file()), None)
-    if path is None:
-        return {}
-    told = special.objects(path)
+    path, told = _told(run)
     found = {name: told[name] for name, neutral in _NEUTRAL.items() if told.get(name) not in (None, neutral)}
     penalty = found.get(PENALTY, 1)
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
@@ -72,9 +82,44 @@ def repetition_penalty(run: Path) -> float:
     return penalty
 
 
+def drawing(run: Path) -> dict[str, Any]:
+    """How `sample` draws for an imported run whose files ask it to draw: temperature, top_k and top_p, as in
+    transformers.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    path, told = _told(run)
+    if told.get("do_sample") is not True:
+        return {}
+    found = {}
+    for name, (usual, least, most) in _DRAWN.items():
+        value = usual if told.get(name) is None else told[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise UserError(f"got {name} {value!r} in {path}, expected a number from {least:g} to {most:g}")
+        found[name] = int(value) if name == "top_k" else float(value)
+    return {name: value for name, value in found.items() if value or name == "temperature"}  # a top_k of 0 means all
+
+
+def beams(run: Path) -> int:
+    """The width of the search for targets that an imported run's files ask for, or the usual one.
+
+    Raises:
+        UserError: it is no number of beams.
+    """
+    path, told = _told(run)
+    value = _BEAMS if told.get("num_beams") is None else told["num_beams"]
+    if type(value) is not int or not 1 <= value <= 1000:
+        raise UserError(f"got num_beams {value!r} in {path}, expected a whole number from 1, try 4")
+    return value
+
+
 def say_what_no_search_follows(run: Path) -> None:
     """Log the settings that a search for targets, which begin and end with the forced tokens, does not follow."""
-    say_what_is_left_out(run, {name: x for name, x in asked_of(run).items() if name not in special.FORCED})
+    told = _told(run)[1]
+    found = {name: x for name, x in asked_of(run).items() if name not in special.FORCED}
+    found |= {name: told[name] for name, neutral in _SEARCHED.items() if told.get(name) not in (None, neutral)}
+    say_what_is_left_out(run, found)
 
 
 def say_what_is_left_out(run: Path, settings: dict[str, Any]) -> None:

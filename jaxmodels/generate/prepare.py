@@ -28,8 +28,8 @@ class Asked(NamedTuple):
 
     tokens: int
     """Largest number of tokens to continue a text by."""
-    beams: int
-    """Width of the beam search."""
+    beams: int | None = None
+    """Width of the beam search; by default that of the imported files, or 4."""
 
 
 def kind_of(run: Run) -> given.Kind:

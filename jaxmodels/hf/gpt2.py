@@ -11,6 +11,7 @@ from jaxmodels.models.gpt2 import GPT2Config
 def config(s: Settings) -> GPT2Config:
     s.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     s.only("layer_norm_epsilon", 1e-5)
+    s.only("is_causal", True)
     s.only("scale_attn_weights", True)
     s.only("scale_attn_by_inverse_layer_idx", False)
     s.only("add_cross_attention", False)

@@ -29,12 +29,14 @@ UNSAID: dict[str, dict[str, Any]] = {
 
 def rope(s: Settings) -> dict[str, Any]:
     """Return the base and scaling of rotary wavelengths, as written by transformers before or since version 5."""
-    inner = Settings({**s.section("rope_scaling").values, **s.section("rope_parameters").values}, s.where, s)
+    # what is written in the way of before counts, as in transformers: cards ask to add it to files of either kind
+    old = s.section("rope_scaling")
+    inner = old if old.values else s.section("rope_parameters")
     base = s.number("rope_theta", 1e4)
     found: dict[str, Any] = {"rope_theta": float(inner.number("rope_theta", base))}
     # rope_type was once called type
-    old = inner.values.get("type", "default")
-    kind = Settings({"rope_type": old, **inner.values}, s.where, s).only("rope_type", "default", "llama3")
+    told = {"rope_type": inner.values.get("type", "default"), **inner.values}
+    kind = Settings(told, s.where, s).only("rope_type", "default", "llama3")
     if kind == "llama3":
         # beside the others rather than among them, as in files of Phi3, it counts
         original = s.whole("original_max_position_embeddings", None)
@@ -70,6 +72,7 @@ def common(s: Settings) -> dict[str, Any]:
     """Return the fields that LLaMA and Mixtral share."""
     s = Settings({**UNSAID[s.values["model_type"]], **s.values}, s.where, s)  # null is not left out
     s.only("hidden_act", "silu")
+    s.only("is_causal", True)
     s.training("attention_dropout", 0.0, 0.0)
     heads, width = s.whole("num_attention_heads", 32), s.whole("hidden_size", 4096)
     groups, size = s.whole("num_key_value_heads", None), s.whole("head_dim", None)

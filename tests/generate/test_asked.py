@@ -40,3 +40,29 @@ def test_settings_of_config_json_count_where_there_is_no_other_file(tmp_path):
 def test_a_penalty_that_is_no_positive_number_is_refused(value, tmp_path):
     with pytest.raises(UserError, match="got repetition_penalty .* expected a number above 0"):
         asked.repetition_penalty(run_with(tmp_path, repetition_penalty=value))
+
+
+def test_a_file_that_asks_for_draws_says_how_and_one_that_does_not_says_nothing(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    told = {"temperature": 0.6, "top_p": 0.9}
+    assert asked.drawing(run_with(tmp_path / "a", do_sample=True, **told)) == {**told, "top_k": 50}
+    assert asked.drawing(run_with(tmp_path / "b", do_sample=True, top_k=0)) == {"temperature": 1.0, "top_p": 1.0}
+    assert asked.drawing(run_with(tmp_path / "c", **told)) == {} == asked.drawing(tmp_path / "trained here")
+    with pytest.raises(UserError, match="got top_p 3 .* expected a number from 0 to 1"):
+        asked.drawing(run_with(tmp_path / "d", do_sample=True, top_p=3))
+
+
+def test_a_search_is_as_wide_as_the_file_asks_and_what_it_does_not_follow_is_named(tmp_path, caplog):
+    assert asked.beams(tmp_path / "trained here") == 4
+    run = run_with(
+        tmp_path, num_beams=6, length_penalty=2.0, early_stopping=True, max_length=142, forced_bos_token_id=0
+    )
+    assert asked.beams(run) == 6
+    with caplog.at_level(logging.WARNING, "jaxmodels"):
+        asked.say_what_no_search_follows(run)
+    [line] = [record.message for record in caplog.records]
+    assert line.endswith("ask for it: length_penalty 2.0, early_stopping True, max_length 142")
+    (run / KEPT / "generation_config.json").write_text('{"num_beams": 0}')
+    with pytest.raises(UserError, match="got num_beams 0"):
+        asked.beams(run)

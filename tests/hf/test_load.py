@@ -193,6 +193,28 @@ def test_rotary_settings_of_before_version_5_are_read(tmp_path):
         assert (config.rope_theta, config.rope_scaling) == (500.0, scaling)
 
 
+def test_rotary_settings_of_before_count_where_a_file_of_version_5_has_both(tmp_path):
+    """As in transformers: cards of models ask to add rope_scaling to config.json, whatever else is there."""
+    saved(LLAMA, tmp_path)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    change(tmp_path, rope_theta=500.0, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    assert jaxmodels.load_pretrained(tmp_path)[0].config.rope_theta == 77.0
+    change(tmp_path, rope_scaling={**scaling, "original_max_position_embeddings": 32})
+    config = jaxmodels.load_pretrained(tmp_path)[0].config
+    assert (config.rope_theta, config.rope_scaling) == (500.0, RopeScaling(8.0, 1.0, 4.0, 32))
+    change(tmp_path, rope_scaling={"type": "yarn", "factor": 4.0})
+    with pytest.raises(UserError, match='rope_type "yarn"'):
+        jaxmodels.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mixtral"])
+def test_a_decoder_that_sees_what_comes_is_refused(kind, root):
+    values = json.loads((root / "tests" / "golden" / kind / "config.json").read_text())
+    settings = Settings({**values, "is_causal": False}, "config.json")
+    with pytest.raises(UserError, match="is_causal false .computed here: true"):
+        hf.format_of(hf.family_of(kind), kind).config(settings)
+
+
 def test_settings_are_read_under_the_other_names_that_transformers_gives_them(tmp_path):
     """Heads above all, since no tensor's shape depends on their number."""
     saved(GPT2, tmp_path)
