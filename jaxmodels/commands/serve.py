@@ -29,6 +29,7 @@ def serve(
     log_prompts: bool = False,
     best: bool = False,
     adapter: tuple[str, ...] = (),
+    speculate: Annotated[int, Range(0, 64)] = 0,
 ) -> None:
     """Serve a language model or an encoder by OpenAI's API (/v1), or a classifier by the Open Inference Protocol (/v2).
 
@@ -51,6 +52,8 @@ def serve(
         best: use the best checkpoint instead of the newest.
         adapter: NAME=DIR of runs with an adapter, which are served beside the model by their names, each merged into
             weights, with a cache of its own.
+        speculate: tokens that each step guesses from the text itself, and checks; answers stay the same. It pays where
+            answers repeat what was said before, and few are made at once.
     """
     try:
         import prometheus_client  # noqa: F401
@@ -82,7 +85,7 @@ def serve(
 
     def engine(writer: Writer) -> Engine:
         room = None if cache_gib is None else pages_of(writer.model, int(cache_gib * 2**30))
-        return Engine(writer.model, writer.params, rows=rows, length=length, pages=room)
+        return Engine(writer.model, writer.params, rows=rows, length=length, pages=room, drafts=speculate)
 
     limits = Limits(int(body_mib * 2**20), timeout, queue, known)
     served = {each.name: make_served(each, engine) for each in everything}

@@ -19,7 +19,7 @@ import numpy as np
 from jaxmodels.errors import UserError
 from jaxmodels.generate.draw import Draw, Drawn, Draws
 from jaxmodels.generate.pages import Pages, digests
-from jaxmodels.generate.programs import Call, Chunk, Programs, Shape, cache_bytes, chunked
+from jaxmodels.generate.programs import Call, Chunk, Moved, Programs, Shape, cache_bytes, chunked
 from jaxmodels.generate.sample import with_cache
 from jaxmodels.models.model import Model
 
@@ -68,11 +68,11 @@ class Text:
     """Its row; -1: it has none."""
     pages: list[int] = field(default_factory=list)
     written: int = 0
-    """Tokens that the cache has, or will have after the calls that are under way."""
+    """The most tokens that the cache has, or will have after the calls that are under way."""
     reading: bool = True
     """Whether a part of it has to be read before it is continued."""
     ahead: int = 0
-    """Tokens that were drawn and are not known yet."""
+    """The most tokens that were drawn and are not known yet."""
     finish: str | None = None
     shared: int = 0
     """Tokens of the prompt that another text had read."""
@@ -80,7 +80,7 @@ class Text:
 
     @property
     def made(self) -> int:
-        """Tokens of the continuation, those included that are not known yet."""
+        """Tokens of the continuation, and the most that are not known yet."""
         return len(self.tokens) - len(self.prompt) + self.ahead
 
 
@@ -96,6 +96,10 @@ class Totals:
     """Those that were found there."""
     preemptions: int = 0
     steps: int = 0
+    guessed: int = 0
+    """Tokens that were guessed and checked."""
+    right: int = 0
+    """Those that were what the model draws."""
 
 
 def pages_of(model: Model, size: int, page: int = PAGE) -> int:
@@ -121,8 +125,9 @@ class Engine:
         pages: int | None = None,
         chunks: Sequence[int] = CHUNKS,
         budget: int = BUDGET,
+        drafts: int = 0,
     ) -> None:
-        """Make an engine of so many rows, for texts of up to `length` tokens.
+        """Make an engine of so many rows, for texts of up to `length` tokens, which guesses `drafts` of them in a step.
 
         Raises:
             UserError: the model is not one that this engine can run, or a size is out of range.
@@ -144,7 +149,7 @@ class Engine:
                 f"got room for {pages * page} tokens in the cache, expected at least that of one text, {width * page}, "
                 f"try a smaller length than {length}"
             )
-        self.shape = Shape(rows, length, page, pages, chunked(sorted(chunks), length))
+        self.shape = Shape(rows, length, page, pages, chunked(sorted(chunks), length), drafts)
         self.programs = Programs(with_cache(model), params, self.shape)
         self.pages = Pages(pages, page)
         self.totals = Totals()
@@ -155,7 +160,8 @@ class Engine:
         self._slots = list(range(rows))[::-1]
         self._drawing: tuple[list[Text], int, Any] = ([], 0, None)
         """The options of the last call, which stay on the device while its texts do."""
-        self._under_way: deque[tuple[list[Text], Drawn]] = deque()
+        self._under_way: deque[tuple[list[Text], int, Moved]] = deque()
+        """The texts of each call, the most tokens that it gives to each, and what it did."""
 
     def prepare(self, say: Callable[[str], None] = lambda _: None) -> None:
         """Compile all programs; `say` is told the name of each before."""
@@ -261,6 +267,8 @@ class Engine:
         chunk = Chunk(tokens, np.array([text.written], np.int32), np.array([count], np.int32))
         if last and text.draw.penalizes:
             self._tell(text)
+        if last and self.shape.drafts:
+            self.programs.remember(text.slot, text.tokens)
         drawn = self.programs.prefill(self._call([text], 1, text.written + count), chunk)
         text.written += count
         self.totals.prompt_tokens += count
@@ -270,7 +278,7 @@ class Engine:
         if last:
             text.reading = False
             text.ahead += 1
-            self._under_way.append(([text], drawn))
+            self._under_way.append(([text], 1, drawn))
         return size
 
     def _tell(self, text: Text) -> None:
@@ -292,6 +300,10 @@ class Engine:
                     steps += self._collect(len(self._under_way))  # some may have ended
                 else:
                     self._give_way(self.running[-1])
+        for text in self.running if self.shape.drafts else ():
+            most = min(self.shape.width, -(-(text.written + 1 + self.shape.drafts) // self.shape.page))
+            if not text.reading and self.pages.free and len(text.pages) < most:
+                text.pages += self.pages.take(1)  # without it, fewer tokens are guessed
         return steps
 
     def _give_way(self, text: Text) -> None:
@@ -302,25 +314,29 @@ class Engine:
 
     def _step(self, texts: list[Text]) -> None:
         rows = next(rows for rows in self.shape.batches() if rows >= len(texts))
-        drawn = self.programs.step(self._call(texts, rows, max(text.written for text in texts) + 1))
+        most = 1 + self.shape.drafts
+        tokens = min(max(text.written for text in texts) + most, self.shape.width * self.shape.page)
+        moved = self.programs.step(self._call(texts, rows, tokens))
         for text in texts:
-            text.written += 1
-            text.ahead += 1
-        self._under_way.append((texts, drawn))
+            text.written += most
+            text.ahead += most
+        self._under_way.append((texts, most, moved))
         self.totals.steps += 1
 
     def _call(self, texts: list[Text], rows: int, tokens: int) -> Call:
         """The arrays of a call after which these texts have up to so many tokens in the cache."""
         slots = np.full(rows, self.shape.rows, np.int32)
         table = np.zeros((rows, self._width(-(-tokens // self.shape.page))), np.int32)
+        room = np.zeros(rows, np.int32)
         for row, text in enumerate(texts):
             slots[row] = text.slot
             pages = text.pages[: table.shape[1]]
             table[row, : len(pages)] = pages
+            room[row] = len(pages) * self.shape.page
         if self._drawing[:2] != (texts, rows):
             made = Draws.of([*(text.draw for text in texts), *[None] * (rows - len(texts))])
             self._drawing = texts, rows, jax.device_put(made)
-        return Call(slots, table, self._drawing[2])
+        return Call(slots, table, room, self._drawing[2])
 
     def _width(self, pages: int) -> int:
         if not self.programs.paged:
@@ -331,21 +347,27 @@ class Engine:
         """Read the results of the calls that have been under way for longest."""
         steps: list[Step] = []
         for _ in range(count):
-            texts, drawn = self._under_way.popleft()
+            texts, most, moved = self._under_way.popleft()
             told = any(text.draw.told >= 0 for text in texts)
-            found: Drawn = jax.device_get(drawn) if told else drawn._replace(token=jax.device_get(drawn.token))
+            token, got, guessed = jax.device_get((moved.drawn.token, moved.count, moved.guessed))
+            drawn = jax.device_get(moved.drawn) if told else moved.drawn._replace(token=token)
             for row, text in enumerate(texts):
-                text.ahead -= 1
+                text.ahead -= most
+                text.written -= most - int(got[row])
                 if text.finish is None:
-                    steps.append(self._know(text, found, row))
+                    self.totals.guessed += int(guessed[row])
+                    self.totals.right += int(got[row]) - 1
+                for at in range(int(got[row])):
+                    if text.finish is None:
+                        steps.append(self._know(text, drawn, (row, at)))
         return steps
 
-    def _know(self, text: Text, found: Drawn, row: int) -> Step:
+    def _know(self, text: Text, found: Drawn, at: tuple[int, int]) -> Step:
         """Take note of a text's new token."""
-        token, more = int(found.token[row]), {}
+        token, more = int(found.token[at]), {}
         if (told := text.draw.told) >= 0:
-            pairs = zip(found.likeliest[row][:told].tolist(), found.logprobs[row][:told].tolist(), strict=True)
-            more = {"logprob": float(found.logprob[row]), "likeliest": tuple(pairs)}
+            pairs = zip(found.likeliest[at][:told].tolist(), found.logprobs[at][:told].tolist(), strict=True)
+            more = {"logprob": float(found.logprob[at]), "likeliest": tuple(pairs)}
             if not math.isfinite(more["logprob"]):
                 more["logprob"] = -math.inf
         self.totals.new_tokens += 1

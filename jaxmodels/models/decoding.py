@@ -1,7 +1,7 @@
 """What a decoder's blocks need beside the residual stream: positions, masks, and the key-value cache.
 
 Dims: B rows, T new tokens, S places of the cache, L layers, H heads of keys and values, K head size; in pages: N
-pages of P places, and M pages of a row.
+pages of P places, and M pages of a row, Q heads of queries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jaxmodels.errors import UserError
 
 KeyValues = dict[str, jax.Array]
+FEW = 8
+"""The most new tokens of a row that attend to pages as they lie."""
 
 
 class Pages(NamedTuple):
@@ -41,29 +43,33 @@ class Pages(NamedTuple):
     def attend(
         self, q: jax.Array, new: KeyValues, layer: jax.Array, offset: jax.Array, scale: float, window: int | None
     ) -> jax.Array:
-        """Attention of one new token of each row (B, 1, Q, K) to those before it and to itself, page by page.
+        """Attention of new tokens of each row (B, T, Q, K) to those before and to each other, page by page.
 
         Pages are multiplied as they lie. Joined to one row of keys, as `read` does, they would be copied three times,
         which on a CPU takes longer than all else that a step computes.
         """
-        B, M = self.table.shape
+        (B, M), T = self.table.shape, q.shape[1]
         H, P, K = self.pools["k"].shape[2:]
-        q = q.reshape(B, H, -1, K)
+        q = q.reshape(B, T, H, -1, K)
+        at = jnp.repeat(jnp.arange(T), q.shape[3])  # which of the new tokens each query is
+        q = q.swapaxes(1, 2).reshape(B, H, -1, K)
         keys, values = (self.pools[name][layer, self.table] for name in ("k", "v"))
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         scores = scale * dot("bhrk,bmhpk->bmhrp", q, keys)
-        place = jnp.arange(M * P).reshape(M, P)
-        seen = place < offset[:, None, None]
+        place = jnp.arange(M * P).reshape(M, 1, 1, P)
+        offset = offset[:, None, None, None, None]
+        seen, near = place < offset, at[:, None] >= jnp.arange(T)
         if window is not None:
-            seen &= place > offset[:, None, None] - window
-        scores = jnp.where(seen[:, :, None, None], scores, -jnp.inf)
-        own = scale * dot("bhrk,bhk->bhr", q, new["k"][:, 0])
-        top = jnp.maximum(scores.max((1, 4)), own)
-        p, mine = jnp.exp(scores - top[:, None, ..., None]), jnp.exp(own - top)
-        total = p.sum((1, 4)) + mine
-        p, mine = (p / total[:, None, ..., None]).astype(values.dtype), mine / total
-        y = dot("bmhrp,bmhpk->bmhrk", p, values).sum(1) + mine[..., None] * new["v"][:, 0, :, None]
-        return y.reshape(B, 1, -1, K).astype(q.dtype)
+            seen &= place > offset + at[:, None] - window
+            near &= at[:, None] - jnp.arange(T) < window
+        scores = jnp.where(seen, scores, -jnp.inf)
+        own = jnp.where(near, scale * dot("bhrk,bshk->bhrs", q, new["k"]), -jnp.inf)
+        top = jnp.maximum(scores.max((1, 4)), own.max(-1))
+        p, mine = jnp.exp(scores - top[:, None, ..., None]), jnp.exp(own - top[..., None])
+        total = p.sum((1, 4)) + mine.sum(-1)
+        p, mine = (p / total[:, None, ..., None]).astype(values.dtype), mine / total[..., None]
+        y = dot("bmhrp,bmhpk->bmhrk", p, values).sum(1) + dot("bhrs,bshk->bhrk", mine, new["v"].astype(mine.dtype))
+        return y.reshape(B, H, T, -1, K).swapaxes(1, 2).reshape(B, T, -1, K).astype(q.dtype)
 
     def write(self, new: KeyValues, offset: jax.Array) -> KeyValues:
         """The pools with the new keys and values of all layers (L, B, T, H, K)."""

@@ -10,7 +10,7 @@ import jax
 
 from jaxmodels.models import inner, layers
 from jaxmodels.models.attention import attention
-from jaxmodels.models.decoding import Context, KeyValues, update
+from jaxmodels.models.decoding import FEW, Context, KeyValues, update
 from jaxmodels.models.kernels import xla
 from jaxmodels.models.rotary import rotate
 
@@ -87,7 +87,7 @@ class MultiHead(nn.Module):
             source = x if memory is None else memory
             k, v = compare("k", source if places is None else source + places[1]), project("v", source)
         kept = inner.wanted(self) and memory is None
-        if kv is not None and ctx.pages and ctx.offset is not None and x.shape[1] == 1 and bias is None and not kept:
+        if kv is not None and ctx.pages and ctx.offset is not None and x.shape[1] <= FEW and bias is None and not kept:
             layer, kv = kv["layer"], {"k": k, "v": v}
             scale = self.head_dim**-0.5 if self.scale is None else self.scale
             y = ctx.pages.attend(q, kv, layer, ctx.offset, scale, self.window)
