@@ -131,7 +131,7 @@ def test_a_damaged_file_is_named(folder, damage, words):
     assert "missing" not in str(error.value).replace("is missing", "")
 
 
-def test_what_is_no_such_directory_is_named(tmp_path, folder):
+def test_what_is_no_such_directory_is_named(tmp_path, folder, monkeypatch):
     with pytest.raises(UserError, match=r"got 'openai/gpt2', expected a directory.*try hf download openai/gpt2"):
         jaxmodels.load_pretrained("openai/gpt2")
     with pytest.raises(UserError, match=r"expected a directory with config.json"):
@@ -144,6 +144,13 @@ def test_what_is_no_such_directory_is_named(tmp_path, folder):
         jaxmodels.load_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json, expected JSON"):
+        jaxmodels.load_pretrained(folder)
+
+    def locked(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", locked)
+    with pytest.raises(UserError, match=r"config.json, which cannot be read \(Permission denied\), expected JSON"):
         jaxmodels.load_pretrained(folder)
 
 

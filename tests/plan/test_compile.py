@@ -142,6 +142,15 @@ def test_a_block_is_summed_over_tensor_twice_in_each_direction(planned):
     assert plan["memory"]["parameters"] == 4 * (PARAMETERS - 5 * 512) / 2 + 4 * 5 * 512
 
 
+def test_sums_over_tensor_of_int8_products_are_counted_as_integers_of_32_bits(planned):
+    """Each product's partial sums are added up by themselves: q, k, v, gate and up backward, o and down forward."""
+    cfg = dataclasses.replace(CONFIG, mesh=Mesh(data=4, tensor=2))
+    plans = [planned("h100:1x8", one) for one in (cfg, dataclasses.replace(cfg, train=Train(quantize="int8")))]
+    plain, quantized = (sent(plan)["all-reduce", ("tensor",)] for plan in plans)
+    stream = 64 * 512 * 512 / 4  # numbers of a device's residual stream
+    assert quantized - plain == pytest.approx(2 * (7 * 4 - 4 * 2) * stream, rel=0.02)
+
+
 @pytest.mark.parametrize("on", ["h100:2x4", "v5e:2x2x2"])
 def test_with_a_replica_on_each_node_or_slice_only_gradients_go_between_them(planned, on):
     cfg = dataclasses.replace(CONFIG, mesh=Mesh(data=2, fsdp=4))
