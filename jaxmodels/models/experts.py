@@ -6,6 +6,7 @@ another; N tokens of a device, R = N · k rows that it sends, S devices that sha
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -24,10 +25,10 @@ Array = jax.Array
 Activation = Callable[[Array], Array]
 Weights = tuple[Array, Array, Array]
 """Gate and up (E, D, F), and down (E, F, D), of gated MLPs."""
-How = tuple[Callable[[Array, Array], Array], Callable[[Array, Array], Array]]
+How = tuple[Callable[[Array, Array], Array], Callable[..., Array]]
 """How inputs are multiplied by weights, and how the products with gate and up become hidden units."""
-Kept = tuple[Array, Array, Array]
-"""Inputs, and their products with gate and up, from which the backward pass recomputes the rest."""
+Kept = tuple[Array, ...]
+"""Inputs, and what hidden units are made of: products with gate and up, and the rows' shares where they have some."""
 
 WIDE, NARROW = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
 AXES = WIDE, WIDE, NARROW
@@ -85,9 +86,9 @@ class Round(NamedTuple):
     sizes: Array
     """(E / S,): the number of rows that each expert here receives."""
     send: Callable[[Array], Array]
-    """(N or R, D) -> (S · C, D): send rows to their experts; returns those received by expert, unused places last."""
-    bring: Callable[[Array, Array], Array]
-    """(S · C, D), (R, D) -> (R, D): send results back, and put them among those of other rounds."""
+    """(N or R, …) -> (S · C, …): send rows to their experts; returns those received by expert, unused places last."""
+    bring: Callable[[Array], list[Array]]
+    """(S · C, …) -> k of (N, …): send results back to each choice of a token, 0 where it is not of this round."""
 
 
 def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation: Activation) -> Array:
@@ -103,8 +104,8 @@ def dropless(x: Array, chosen: Array, share: Array, weights: Weights, activation
     def local(axes: MeshAxes, x: Array, chosen: Array, share: Array, weights: Weights) -> Array:
         k, D = chosen.shape[-1], x.shape[-1]
         exchange, route = _route(axes, chosen.reshape(-1, k), len(weights[0]))
-        y: Any = _apply_experts(exchange, activation, x.reshape(-1, D), route, weights)
-        return (y.reshape(*chosen.shape, D) * share.astype(y.dtype)[..., None]).sum(-2)
+        y: Any = _apply_experts(exchange, activation, x.reshape(-1, D), share.reshape(-1, k), route, weights)
+        return y.reshape(x.shape)
 
     if mesh is None or any(x.shape[i] % rules.pieces(name) for i, name in enumerate(tokens)):
         return local(MeshAxes(), x, chosen, share, weights)
@@ -148,7 +149,7 @@ def _exchange_of(exchange: Exchange, route: Route, number: Any) -> Round:
     at = number * C + jnp.arange(C)
     source = route.order.at[((jnp.cumsum(route.sent) - route.sent)[:, None] + at).ravel()].get(mode="clip")
     slot = route.rank - number * C
-    now, slot = ((slot >= 0) & (slot < C))[:, None], route.device * C + slot
+    now, slot = ((slot >= 0) & (slot < C)).reshape(-1, k), (route.device * C + slot).reshape(-1, k)
     ends = jnp.cumsum(route.received, 1)
     sizes = jnp.diff(jnp.clip(ends - number * C, 0, C).sum(0), prepend=0)
     by_expert = jnp.argsort((ends[:, None] <= at[:, None]).sum(-1).ravel(), stable=True)
@@ -159,65 +160,82 @@ def _exchange_of(exchange: Exchange, route: Route, number: Any) -> Round:
         return rows.at[at].get(mode="clip")  # places outside of this round may point anywhere
 
     def send(rows: Array) -> Array:
-        rows = take(rows, source if rows.shape[0] == slot.shape[0] else source // k)
+        rows = take(rows, source if rows.shape[0] == slot.size else source // k)
         return take(move(rows), by_expert) if axes.expert else rows
 
-    def bring(rows: Array, others: Array) -> Array:
-        rows = take(move(take(rows, by_device)) if axes.expert else rows, slot)
-        return jnp.where(now, rows, others) if most > 1 else rows
+    def bring(rows: Array) -> list[Array]:
+        rows = move(take(rows, by_device)) if axes.expert else rows
+        # one choice after the other: to add up (N, k, D) over k, TPUs would lay it out anew
+        found = [take(rows, slot[:, choice]) for choice in range(k)]
+        mine = [now[:, choice].reshape(-1, *(1,) * (rows.ndim - 1)) for choice in range(k)]
+        return [jnp.where(own, each, 0) for own, each in zip(mine, found, strict=True)] if most > 1 else found
 
     return Round(sizes, send, bring)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply_experts(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Array:
-    """Apply to each row its expert; the k rows of a token follow each other.
+def _apply_experts(
+    exchange: Exchange, activation: Activation, x: Array, share: Array, route: Route, weights: Weights
+) -> Array:
+    """Apply to each token its experts, and add up their results by their shares.
 
-    The backward pass gathers weights again, and has saved the rows of the first round only: others are sent again.
-    There are as many further rounds as it takes, so that even choices pay nothing for uneven ones. A loop of unknown
-    length has no automatic gradient, hence this one. Bringing back is the transpose of sending, so no pass scatters.
-    Shapes: x (N, D), returns (R, D).
+    Hidden units are multiplied by the shares, not results: the shares' gradients then need no results, which would have
+    to be computed and sent back a second time. The backward pass gathers weights again, and has saved the rows of the
+    first round only: others are sent again. There are as many further rounds as it takes, so that even choices pay
+    nothing for uneven ones. A loop of unknown length has no automatic gradient, hence this one. Bringing back is the
+    transpose of sending, so no pass scatters.
+    Shapes: x (N, D), share (N, k), returns (N, D).
     """
-    return _experts_forward(exchange, activation, x, route, weights)[0]
+    return _experts_forward(exchange, activation, x, share, route, weights)[0]
 
 
-def _experts_forward(exchange: Exchange, activation: Activation, x: Array, route: Route, weights: Weights) -> Any:
+def _experts_forward(
+    exchange: Exchange, activation: Activation, x: Array, share: Array, route: Route, weights: Weights
+) -> Any:
     whole = _gathered(weights, x.dtype, exchange.axes.fsdp)
 
-    def go(number: Any, y: Array) -> tuple[Array, Any]:
+    def go(number: Any) -> tuple[Array, Kept]:
         now = _exchange_of(exchange, route, number)
-        rows, kept = _gated(_ragged(now.sizes, activation), now.send(x), whole)
-        return now.bring(rows, y), kept
+        rows, kept = _gated(_ragged(now.sizes, activation), now.send(x), whole, now.send(share.ravel()))
+        return _sum(now.bring(rows)), kept
 
-    y, first = go(0, jnp.zeros((route.order.shape[0], x.shape[1]), x.dtype))
+    y, first = go(0)
     if exchange.most > 1:
         with jax.named_scope(FURTHER):
-            y = jax.lax.fori_loop(1, route.rounds, lambda number, y: go(number, y)[0], y)
-    return _named(y), (x if exchange.most > 1 else None, route, weights, first)
+            y = jax.lax.fori_loop(1, route.rounds, lambda number, y: y + go(number)[0], y)
+    return y, ((x, share) if exchange.most > 1 else None, route, weights, first)
 
 
-def _experts_backward(exchange: Exchange, activation: Activation, saved: Any, dy: Array) -> tuple[Array, None, Weights]:
-    x, route, weights, first = saved
+def _experts_backward(
+    exchange: Exchange, activation: Activation, saved: Any, dy: Array
+) -> tuple[Array, Array, None, Weights]:
+    given, route, weights, first = saved
     whole, scatter = jax.vjp(lambda weights: _gathered(weights, dy.dtype, exchange.axes.fsdp), weights)
 
-    def go(number: Any, dx: Array, kept: Kept | None = None) -> tuple[Array, Weights]:
+    def go(number: Any, kept: Kept | None = None) -> tuple[Array, Array, Weights]:
         now = _exchange_of(exchange, route, number)
         how = _ragged(now.sizes, activation)
-        rows, dweights = _gated_gradients(how, kept or _gated(how, now.send(x), whole)[1], whole, now.send(dy))
-        return now.bring(rows, dx), dweights
+        if kept is None:
+            x, share = given
+            kept = _gated(how, now.send(x), whole, now.send(share.ravel()))[1]
+        (rows, shares), dweights = _gated_gradients(how, kept, whole, now.send(dy))
+        return _sum(now.bring(rows)), jnp.stack(now.bring(shares), -1), dweights
 
-    def further(number: Array, sums: tuple[Array, Weights]) -> tuple[Array, Weights]:
-        dx, dweights = go(number, sums[0])
-        return dx, jax.tree.map(jnp.add, sums[1], dweights)
-
-    dx, dweights = go(0, jnp.zeros_like(dy), first)
+    gradients = go(0, first)
     if exchange.most > 1:
         with jax.named_scope(FURTHER):
-            dx, dweights = jax.lax.fori_loop(1, route.rounds, further, (dx, dweights))
-    return dx.reshape(-1, exchange.k, dx.shape[1]).sum(1), None, *scatter(dweights)
+            add = partial(jax.tree.map, jnp.add)
+            gradients = jax.lax.fori_loop(1, route.rounds, lambda number, sums: add(sums, go(number)), gradients)
+    dx, dshare, dweights = gradients
+    return dx, dshare, None, *scatter(dweights)
 
 
 _apply_experts.defvjp(_experts_forward, _experts_backward)
+
+
+def _sum(rows: list[Array]) -> Array:
+    """Add up rows in float32, as a reduction does."""
+    return functools.reduce(jnp.add, (each.astype(jnp.float32) for each in rows)).astype(rows[0].dtype)
 
 
 def _gathered(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weights:
@@ -233,8 +251,9 @@ def _gathered(weights: Weights, dtype: Any, fsdp: tuple[str, ...] = ()) -> Weigh
 def _ragged(sizes: Array, activation: Activation) -> How:
     """Return how to compute rows that are sorted by expert; those behind the last expert's may be nan, and become 0."""
 
-    def hidden(gate: Array, up: Array) -> Array:
-        return jnp.where((jnp.arange(gate.shape[0]) < sizes.sum())[:, None], activation(gate) * up, 0)
+    def hidden(gate: Array, up: Array, share: Array) -> Array:
+        rows = (activation(gate) * up * share[:, None]).astype(gate.dtype)
+        return jnp.where((jnp.arange(gate.shape[0]) < sizes.sum())[:, None], rows, 0)
 
     return partial(grouped, sizes=sizes), hidden
 
@@ -248,21 +267,22 @@ def _padded(activation: Activation) -> How:
     return partial(jnp.einsum, "ebci,eio->ebco"), hidden
 
 
-def _gated(how: How, x: Array, weights: Weights) -> tuple[Array, Kept]:
+def _gated(how: How, x: Array, weights: Weights, *share: Array) -> tuple[Array, Kept]:
     """Gated MLPs: their outputs, and what their gradients need."""
     (multiply, hidden), (gate, up, down) = how, weights
-    products = _named(multiply(x, gate)), _named(multiply(x, up))
-    return multiply(hidden(*products), down), (x, *products)
+    units = _named(multiply(x, gate)), _named(multiply(x, up)), *share
+    return multiply(hidden(*units), down), (x, *units)
 
 
-def _gated_gradients(how: How, kept: Kept, weights: Weights, dy: Array) -> tuple[Array, Weights]:
-    (multiply, hidden), (x, *products), (gate, up, down) = how, kept, weights
-    inner, pull = jax.vjp(hidden, *products)
+def _gated_gradients(how: How, kept: Kept, weights: Weights, dy: Array) -> tuple[list[Array], Weights]:
+    """The gradients of x and of the shares, if there are some, and those of the weights."""
+    (multiply, hidden), (x, *units), (gate, up, down) = how, kept, weights
+    inner, pull = jax.vjp(hidden, *units)
     dinner, ddown = jax.vjp(multiply, inner, down)[1](dy)
-    dgate, dup = pull(dinner)
+    dgate, dup, *dshare = pull(dinner)
     dx, dgate = jax.vjp(multiply, x, gate)[1](dgate)
     more, dup = jax.vjp(multiply, x, up)[1](dup)
-    return dx + more, (dgate, dup, ddown)
+    return [dx + more, *dshare], (dgate, dup, ddown)
 
 
 def assign_places(chosen: Array, real: Array | None, experts: int, capacity: int) -> Array:
@@ -318,7 +338,7 @@ def _buffered_forward(activation: Activation, x: Array, weights: Weights) -> tup
 def _buffered_backward(activation: Activation, saved: tuple[Weights, Kept], dy: Array) -> tuple[Array, Weights]:
     weights, kept = saved
     whole, scatter = jax.vjp(lambda weights: _gathered(weights, dy.dtype), weights)
-    dx, dweights = _gated_gradients(_padded(activation), kept, whole, dy)
+    (dx,), dweights = _gated_gradients(_padded(activation), kept, whole, dy)
     return dx, *scatter(dweights)
 
 

@@ -13,6 +13,7 @@ from jaxmodels.models.kernels import grouped
 from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.parallel import rules
 from jaxmodels.parallel.mesh import make_mesh
+from jaxmodels.plan import program
 
 B, T = 2, 12
 
@@ -72,6 +73,29 @@ def test_every_token_gets_all_its_experts_however_unbalanced(sent):
     alone = np.asarray(jnp.einsum("btef,efd->bted", hidden, down))
     expected = np.take_along_axis(alone, chosen[..., None], 2) * np.asarray(share)[..., None]
     close(y, expected.sum(2), 1e-4)
+
+
+def test_a_backward_pass_that_computes_again_needs_no_results_of_experts():
+    """Shares have their gradients from hidden units: of the three products of a row, those with gate and up are made
+    again, and that with down is not.
+    """
+    E, k, D, F = 4, 2, 16, 32
+    x, share = jnp.ones((B, 64, D)), jnp.ones((B, 64, k))
+    weights = (jnp.ones((E, D, F)),) * 2 + (jnp.ones((E, F, D)),)
+    chosen = jnp.asarray(np.random.default_rng(0).integers(0, E, share.shape))
+
+    def forward(x, share, weights, chosen):
+        return experts.dropless(x, chosen, share, weights, jax.nn.silu)
+
+    def flops(fn):
+        text = jax.jit(fn).lower(x, share, weights, chosen).compile().as_text()
+        return sum(program.parse(text).parts().values())
+
+    def gradient(fn):
+        return jax.grad(lambda *args: jnp.sin(fn(*args)).sum(), (0, 1, 2))
+
+    again = flops(gradient(jax.checkpoint(forward))) - flops(gradient(forward))
+    assert again == 2 / 3 * flops(forward) > 0
 
 
 def test_places_are_given_in_the_order_of_tokens_until_there_are_none():

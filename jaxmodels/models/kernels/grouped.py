@@ -54,7 +54,7 @@ def _product(x: Array, w: Array, sizes: Array) -> Array:
 
 @jax.custom_batching.sequential_vmap
 def _outer_product(x: Array, dy: Array, sizes: Array) -> Array:
-    """The sum over each expert's rows of x ⊗ dy: (E, D, F) float32."""
+    """The sum over each expert's rows of x ⊗ dy: (E, D, F), added up in float32."""
     blocks = BLOCKS if RAGGED_OUTER else (*BLOCKS, "tpu")
     return jax.lax.platform_dependent(x, dy, sizes, **dict.fromkeys(blocks, _block_outer), default=_ragged_outer)
 
@@ -95,7 +95,8 @@ def _blocks(x: Array, w: Array, sizes: Array) -> Array:
 
 def _ragged_outer(x: Array, dy: Array, sizes: Array) -> Array:
     numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    return jax.lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=jnp.float32)
+    # the kernel adds up in float32 and rounds once; rounded outside of it, all experts' gradients would be held twice
+    return jax.lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=x.dtype)
 
 
 def _block_outer(x: Array, dy: Array, sizes: Array) -> Array:
@@ -111,4 +112,5 @@ def _block_outer(x: Array, dy: Array, sizes: Array) -> Array:
         return jax.lax.dynamic_update_index_in_dim(dw, own, expert[i], 0)
 
     with jax.named_scope(name):
-        return jax.lax.fori_loop(0, count, body, jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.float32))
+        zeros = jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.float32)
+        return jax.lax.fori_loop(0, count, body, zeros).astype(x.dtype)
