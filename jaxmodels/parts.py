@@ -14,6 +14,8 @@ from jaxmodels.errors import UserError
 
 MARK = ".jaxmodels-part"
 """A file that marks a folder as still being written, and whose lock its writer holds."""
+_TRIES = 100
+"""How often a holder may remove a file that is about to be locked."""
 
 
 @contextlib.contextmanager
@@ -44,8 +46,12 @@ def locked(path: Path, whole: Path) -> Iterator[None]:
         UserError: another process holds it, or it cannot be made.
     """
     with contextlib.ExitStack() as stack:
-        while not _hold(path, whole, stack):
+        for _ in range(_TRIES):
+            if _hold(path, whole, stack):
+                break
             stack.close()
+        else:  # as in /proc, which says that a new file is "not found"
+            raise UserError(f"got {whole}, where no file can be made, expected a place to write to, try another")
         yield
 
 

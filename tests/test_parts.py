@@ -15,7 +15,7 @@ from jaxmodels.commands.data_prepare import together
 from jaxmodels.data import clean
 from jaxmodels.errors import UserError
 from jaxmodels.hf import save
-from jaxmodels.parts import MARK, filled
+from jaxmodels.parts import MARK, filled, locked
 
 
 @pytest.mark.parametrize("kind", [save.complete, together])
@@ -28,6 +28,12 @@ def test_the_first_of_two_writers_is_not_hurt(tmp_path: Path, kind: Callable[[Pa
         assert (part / "a.bin").read_text() == "first"
     assert {path.name: path.read_text() for path in out.iterdir()} == {"a.bin": "first"}
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("part", [Path("/proc/part"), Path("/proc/part/lock")])
+def test_where_nothing_can_be_made_nobody_waits_for_it(part: Path):
+    with pytest.raises(UserError, match="got out, where no file can be made"):
+        locked(part, Path("out")).__enter__()
 
 
 def test_what_a_killed_process_left_is_removed_and_its_lock_is_free(tmp_path: Path, root: Path):

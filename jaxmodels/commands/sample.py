@@ -86,7 +86,7 @@ def sample(
         kind = "sounds" if opened.task.sounds is not None else "pictures" if opened.task.samples is not None else kind
     for name in [*given, *wanted]:
         if name not in kinds[kind]:
-            flag, where = f"--{name.replace('_', '-')}", next(each for each in kinds if name in kinds[each])
+            flag, where = f"--{name.replace('_', '-')}", " or ".join(each for each in kinds if name in kinds[each])
             raise UserError(f"got {flag} for a run of {cfg.task.kind}, expected it for one of {where}, try it without")
     if opened is not None and kind == "sounds":
         _sound(opened, prompt, seconds or 1.0, out, given)

@@ -142,4 +142,4 @@ def _draw(images: np.ndarray, titles: Sequence[str], out: Path) -> None:
             tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
             page.paste(tile, (_GAP + across * column, top + _LINE))
     out.parent.mkdir(parents=True, exist_ok=True)
-    page.save(out)
+    page.save(out, "PNG")

@@ -194,14 +194,17 @@ def corners(boxes: jax.Array) -> jax.Array:
 
 
 def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
-    """Average the precisions over classes that occur: over ten overlaps (`ap`), at 0.5 and 0.75, and each class's."""
+    """Average the precisions over classes that occur: over ten overlaps (`ap`), at 0.5 and 0.75, and each class's.
+
+    Where no class occurs, there is no precision to report.
+    """
     found = divide({name: total for name, total in totals.items() if name != "precisions"})
     if "precisions" not in totals:  # of a batch
         return found
     every, _ = totals["precisions"]
     there = ~np.isnan(every[:, 0])
     of = {"ap": every.mean(1), "ap50": every[:, 0], "ap75": every[:, 5]}
-    found |= {name: float(values[there].mean()) if there.any() else 0.0 for name, values in of.items()}
+    found |= {name: float(values[there].mean()) for name, values in of.items() if there.any()}
     if len(every) <= LISTED:
         names = unique([*classes, *map(str, range(len(classes), len(every)))])
         found |= {f"{name}/{names[i]}": float(of[name][i]) for name in ("ap", "ap50") for i in np.flatnonzero(there)}

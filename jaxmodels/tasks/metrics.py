@@ -76,7 +76,8 @@ def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     """Compute precision, recall and F1 (macro, micro, per class) and calibration error, and divide all other sums.
 
     The macro mean is over classes that occur or were chosen or, with independent classes, over all; ratios without a
-    denominator are 0. These are scikit-learn's conventions.
+    denominator are 0. These are scikit-learn's conventions. A class that is left out of the mean has no metrics of its
+    own either, or a group without it would seem to be served badly.
     """
     rest = {name: total for name, total in totals.items() if name not in ("counts", "calibration")}
     found = divide(rest)
@@ -84,16 +85,17 @@ def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
     each = ratios(counts)
     occurs = (counts.sum(-1) > 0) | ("calibration" not in totals)
     for name, values in each.items():
-        found[name] = float(values[occurs].mean()) if occurs.any() else 0.0
-    for name, value in ratios(counts.sum(0)).items():
+        if occurs.any():
+            found[name] = float(values[occurs].mean())
+    for name, value in ratios(counts.sum(0)).items() if occurs.any() else ():
         found[f"{name}_micro"] = float(value)
-    if "calibration" in totals:
-        bins, count = totals["calibration"]
-        found["calibration_error"] = float(np.abs(bins[:, 0] - bins[:, 1]).sum() / max(count, 1))
+    if (calibration := totals.get("calibration")) is not None and calibration[1] > 0:
+        bins, count = calibration
+        found["calibration_error"] = float(np.abs(bins[:, 0] - bins[:, 1]).sum() / count)
     if len(counts) <= LISTED:
         names = unique([*classes, *map(str, range(len(classes), len(counts)))])
         for name, values in each.items():
-            found |= {f"{name}/{names[k]}": float(value) for k, value in enumerate(values)}
+            found |= {f"{name}/{names[k]}": float(values[k]) for k in np.flatnonzero(occurs)}
     return found
 
 

@@ -61,7 +61,7 @@ class Segmentation(ScoredConfig):
         assert classes is not None and opening.inputs_shape is not None, "build refuses such a model"
         source = examples.marked(opening, "mask", lambda field: Masks(field, classes, self.ignored))
         source.num_classes = classes
-        if len(source.class_names) > classes:
+        if source.class_names and len(source.class_names) != classes:
             raise UserError(
                 f"got {len(source.class_names)} names of classes for a model of {classes} classes, expected one each, "
                 f"try --model.classes {len(source.class_names)}"
@@ -139,17 +139,18 @@ def confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def summarize(totals: Totals, classes: Sequence[str] = ()) -> dict[str, float]:
-    """Compute the IoU of each class, and their mean over those that occur or were predicted, from a confusion matrix.
+    """Compute the IoU of each class that occurs or was predicted, and their mean, from a confusion matrix.
 
     Source: Everingham et al. 2015, section 4.2; the mean is scikit-learn's `jaccard_score` with the average macro.
     """
     found = divide({name: total for name, total in totals.items() if name != "confusion"})
     each = intersection_over_union(np.asarray(totals["confusion"][0], np.float64))
     occurs = np.isfinite(each)
-    found["miou"] = float(each[occurs].mean()) if occurs.any() else 0.0
+    if occurs.any():
+        found["miou"] = float(each[occurs].mean())
     if len(each) <= LISTED:
         names = unique([*classes, *map(str, range(len(classes), len(each)))])
-        found |= {f"iou/{name}": float(value) for name, value in zip(names, np.nan_to_num(each), strict=True)}
+        found |= {f"iou/{names[k]}": float(each[k]) for k in np.flatnonzero(occurs)}
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxmodels.data.opening import Opening
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
-from jaxmodels.fields import Positive, Weight
+from jaxmodels.fields import Positive, Range
 from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.task import (
@@ -49,7 +49,7 @@ class Verification(TaskConfig):
     Source: Deng et al. 2019, equation 3; the logit of an angle that the margin would carry beyond π falls on linearly.
     """
 
-    margin: Weight = 0.5
+    margin: Annotated[float, Range(0, below=math.pi)] = 0.5
     """Added to the angle between an example and its class, in radians."""
     scale: Positive = 16.0
     """Factor of all cosines, which makes them logits."""

@@ -139,7 +139,7 @@ def compare_groups(
         if any(count > 0 for _, count in own.values()):
             each[name] = task.summarize(own, classes)
     found = {f"group/{name}/{metric}": value for name, values in each.items() for metric, value in values.items()}
-    for metric in next(iter(each.values()), {}):
+    for metric in dict.fromkeys(metric for values in each.values() for metric in values):
         values = [value[metric] for value in each.values() if math.isfinite(value.get(metric, math.nan))]
         if len(values) > 1:
             found[f"gap/{metric}"] = max(values) - min(values)

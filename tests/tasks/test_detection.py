@@ -113,3 +113,5 @@ def test_classes_that_do_not_occur_are_left_out_of_the_mean():
     found = summarize({"loss": (4.0, 2.0), "precisions": (precisions, 1.0)}, ("a", "b", "c"))
     assert found["loss"] == 2 and found["ap50"] == 0.75 and found["ap"] == pytest.approx((0.5 + 0.55) / 2)
     assert found["ap75"] == pytest.approx((0.5 + 0.5) / 2) and "ap/b" not in found and found["ap50/c"] == 1
+    nowhere = {"loss": (4.0, 2.0), "precisions": (np.full((2, 10), np.nan), 1.0)}
+    assert summarize(nowhere) == {"loss": 2.0}, "without an object there is no precision, not one of 0"

@@ -31,6 +31,11 @@ def test_the_margin_is_added_to_the_angle_of_the_own_class_alone():
     assert np.isfinite(jax.grad(lambda c: angular(c, labels, margin).sum())(jnp.ones((6, 4)))).all()
 
 
+def test_a_margin_beyond_half_a_turn_is_refused():
+    with pytest.raises(UserError, match=r"got task\.margin 4\.0, expected below 3\.14"):
+        Verification(margin=4.0)
+
+
 def pairs(ties):
     rng = np.random.default_rng(0)
     labels = rng.integers(-1, 5, 60)

@@ -104,6 +104,17 @@ def test_a_gap_is_the_largest_difference_between_groups(whole):
     assert whole["gap/loss"] > 0
 
 
+def test_a_class_that_a_group_lacks_makes_no_gap(classifier):
+    counts = np.zeros((3, CLASSES, 3))  # true positives, false positives, false negatives of each group's classes
+    counts[:, 0], counts[0, 1], counts[1:, 2] = [3, 0, 1], [4, 0, 0], [[1, 0, 0], [1, 0, 1]]
+    none = np.zeros(3)
+    totals = {"loss": (np.ones(3), np.ones(3)), "counts": (counts, np.full(3, 4.0)), "calibration": (none, none)}
+    found = evaluate.compare_groups(classifier[0], totals, "abcdefg", ("one", "two", "three"))
+    assert found["gap/recall/a"] == 0 and found["group/one/recall/b"] == 1
+    assert not {"gap/recall/b", "group/two/recall/b"} & set(found)
+    assert found["gap/recall/c"] == 0.5, "of the groups that have the class"
+
+
 def test_without_groups_there_is_nothing_of_them(classifier):
     found = measured(classifier, examples(group=False))
     assert not any(name.startswith(("group/", "gap/")) for name in found)
