@@ -1,4 +1,4 @@
-"""What a model's matrices are given, measured on batches of data: sums over their inputs, matrix by matrix."""
+"""Calibration: sums over the inputs of a model's matrices, measured on batches of data, matrix by matrix."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class CompressConfig(Section, section="compress", kinds=COMPRESSIONS):
         return optimizer
 
     def check(self, adapter: bool, ema: float | None) -> None:
-        """Refuse to be beside an adapter, or beside averages of the parameters.
+        """Refuse a config that also has an adapter, or averages of the parameters.
 
         Raises:
             UserError: it cannot be.

@@ -1,4 +1,4 @@
-"""Distillation: a frozen teacher is given what the model is given, and the model learns its outputs too.
+"""Distillation: a frozen teacher gets the model's inputs, and the model learns its outputs beside the labels.
 
 Dims: B rows, T tokens, D width, H heads, G heads of values, K head size, V vocabulary, N layers of the student and M of
 the teacher.

@@ -55,7 +55,7 @@ class Work(NamedTuple):
     calibration: Calibration | None
     """None: the method asks for none."""
     report: Callable[[str], Any] = lambda line: None
-    """Is told what is being done."""
+    """Called with a line about what is being done."""
 
 
 class Compressed(NamedTuple):

@@ -1,4 +1,4 @@
-"""Runs beside each other: what their weights take, how fast they are on this hardware, and how good."""
+"""Compare runs: the bytes of their weights, peak memory, speed on this hardware, and quality."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def compare(directories: Sequence[Path], batches: int) -> Table:
 
 
 def best(rows: Sequence[Row], better: str | None, cost: Callable[[Row], float]) -> list[Row]:
-    """Return those than which no other is as good and costs less, by their cost: the Pareto front."""
+    """Return the Pareto front, by cost: those that no other one matches at a lower cost."""
     good = lambda row: -row.quality if better == "min" else row.quality  # noqa: E731
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (cost(row), -good(row))):

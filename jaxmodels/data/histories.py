@@ -160,7 +160,7 @@ class Sequences(Source):
 
 
 class Drawn:
-    """Which of n examples stand in an epoch's n places, each as often as its weight says, rounded by chance."""
+    """Which of n examples fill an epoch's n places: each as often as its weight says, rounded at random."""
 
     def __init__(self, weights: np.ndarray, seed: int) -> None:
         self._ends, self._seed = np.cumsum(weights) / weights.sum(), seed

@@ -1,4 +1,4 @@
-"""Questions about images and sounds, with their answers: rows of tokens beside the media that they speak of."""
+"""Questions about images and sounds, with their answers: rows of tokens beside the media that they refer to."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def stated(directory: Path) -> dict[str, Any] | None:
 
 
 def _transcribing(path: Path, told: Mapping[str, Any]) -> tuple[int, ...]:
-    """Read what Whisper is told behind the first token: a language and a task if it has several, no timestamps.
+    """Read what follows the first token in Whisper's prompt: a language and a task if it has several, no timestamps.
 
     The language is English where the file names none.
     """

@@ -1,4 +1,4 @@
-"""What a saved run answers to questions about texts."""
+"""Answer questions about texts with a saved run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a saved run says of records as classes: of a classifier, or by the captions of classes."""
+"""Classify records with a saved run: by a classifier's outputs, or by the captions of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes that a detector finds in images, in their own pixels."""
+"""Detect objects in images with a saved run: boxes in the images' own pixels."""
 
 from __future__ import annotations
 

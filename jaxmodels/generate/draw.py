@@ -1,6 +1,6 @@
 """How the next token of each row is drawn, with options of its own for each row, on the device.
 
-Dims: B rows, V vocabulary, K tokens whose log-probabilities are told.
+Dims: B rows, V vocabulary, K tokens whose log-probabilities are reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmodels.fields import Range, Section, Seed
 from jaxmodels.generate.sample import SMALLEST
 
 TOLD = 20
-"""The most tokens whose log-probabilities are told beside the one that was drawn."""
+"""The most tokens whose log-probabilities are reported beside the one that was drawn."""
 PENALTIES = ("repetition", "presence", "frequency")
 DIVISORS = ("temperature", "repetition_penalty")
 """Options by which logits are divided, so that they would be infinite if these were smaller than `SMALLEST`."""
@@ -45,7 +45,7 @@ class Draw(Section):
     """Is taken from them as often as they were generated."""
     seed: Seed = 0
     told: Annotated[int, Range(-1, TOLD)] = -1
-    """How many of the likeliest tokens' log-probabilities are told beside that of the token; -1: none at all."""
+    """How many of the likeliest tokens' log-probabilities are reported beside that of the token; -1: none at all."""
 
     @functools.cached_property
     def values(self) -> tuple[float, ...]:

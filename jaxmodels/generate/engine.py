@@ -164,7 +164,7 @@ class Engine:
         """The texts of each call, the most tokens that it gives to each, and what it did."""
 
     def prepare(self, say: Callable[[str], None] = lambda _: None) -> None:
-        """Compile all programs; `say` is told the name of each before."""
+        """Compile all programs; `say` is called with the name of each before."""
         for name in self.programs.prepare():
             say(name)
 

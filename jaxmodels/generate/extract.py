@@ -1,4 +1,4 @@
-"""The sentences of texts that a saved run chooses for their summaries."""
+"""Summarize texts by the sentences that a saved run chooses from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a saved run says of an image's pixels: a mask of the image's own size, and the file that it becomes."""
+"""Segment images with a saved run: masks of an image's own size, and the files that they are written to."""
 
 from __future__ import annotations
 

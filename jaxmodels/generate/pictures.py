@@ -23,7 +23,7 @@ def draw(run: Run, prompt: str | None = None, count: int = 16, seed: int = 0) ->
     Without a prompt they are of all classes in turn, or of anything.
 
     Raises:
-        UserError: the run makes no images, is not told what to draw, or does not know the class.
+        UserError: the run makes no images, does not take what to draw, or does not know the class.
     """
     samples, asks = run.task.samples, run.task.asks
     if samples is None:

@@ -1,4 +1,4 @@
-"""Which items a saved run recommends after a history of them, by name."""
+"""Recommend items after a history of them, by name, with a saved run."""
 
 from __future__ import annotations
 

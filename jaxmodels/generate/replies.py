@@ -1,4 +1,4 @@
-"""What a saved run replies to questions about images and sounds."""
+"""Answer questions about images and sounds with a saved run."""
 
 from __future__ import annotations
 

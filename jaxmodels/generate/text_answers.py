@@ -1,4 +1,4 @@
-"""What a saved run says of texts: translations, continuations, masked tokens."""
+"""Answer texts with a saved run: translations, continuations, masked tokens."""
 
 from __future__ import annotations
 

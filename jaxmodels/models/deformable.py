@@ -1,4 +1,4 @@
-"""Attention to a few places of features of several strides, each between four of them (Zhu et al. 2020).
+"""Attention to a few sampled points of feature maps of several strides, interpolated bilinearly (Zhu et al. 2020).
 
 Dims: B rows, Q queries, S features of all strides, D width, H heads, K head size, N strides, P points.
 """

@@ -1,4 +1,4 @@
-"""DETR: a transformer that tells an image's objects as a set, one for each of its queries (Carion et al. 2020).
+"""DETR: a transformer that predicts an image's objects as a set, one for each of its queries (Carion et al. 2020).
 
 A ResNet whose last features an encoder compares with each other, and a decoder whose queries look for one object each.
 Dims: B rows, S places of the last features, Q queries, D width, C classes, L layers.
@@ -213,7 +213,7 @@ class DETR(nn.Module):
         at = places(seen, c.width).astype(c.dtype)
 
         def masks(count: int) -> Context:
-            """Whom `count` queries of an image attend to."""
+            """What `count` queries of an image attend to."""
             if pixel_mask is None:
                 return ctx
             return Context(segment_ids=(jnp.ones((B, count), jnp.int32), seen.reshape(B, -1).astype(jnp.int32)))

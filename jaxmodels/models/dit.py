@@ -1,4 +1,4 @@
-"""DiT: a transformer of image patches that removes noise, told the time and a class or a text (Peebles & Xie 2022)."""
+"""DiT: a transformer of image patches that removes noise, given the time and a class or a text (Peebles & Xie 2022)."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class DiT(nn.Module):
         return join(head(normalize(c, x, shift, scale)), rows).astype(jnp.float32)
 
     def what(self, given: jax.Array | None, segment_ids: jax.Array | None, rows: int) -> jax.Array:
-        """The embedding (B, D) of what pictures are asked for."""
+        """The embedding (B, D) of the class or the text that images are conditioned on."""
         c = self.config
         if not c.vocab_size:
             axes = ("classes", "embed")

@@ -35,7 +35,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class ImageTower(Section, section="model.image"):
-    """What reads images, and projects them to the decoder's width; the defaults are LLaVA 1.5's."""
+    """An encoder of images, and its projection to the decoder's width; the defaults are LLaVA 1.5's."""
 
     layers: Natural = 23
     """Blocks up to the one whose outputs are read. 0: the model reads no images."""
@@ -106,7 +106,7 @@ class ImageTower(Section, section="model.image"):
 
 @dataclass(frozen=True)
 class SoundTower(Section, section="model.sound"):
-    """What hears sounds, and projects them to the decoder's width; the other defaults are Qwen2-Audio's."""
+    """An encoder of sounds, and its projection to the decoder's width; the other defaults are Qwen2-Audio's."""
 
     layers: Natural = 0
     """Blocks. 0: the model hears no sounds."""

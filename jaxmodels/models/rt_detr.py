@@ -1,4 +1,4 @@
-"""RT-DETR: a DETR without a slow encoder, whose decoder looks at a few places of three strides (Zhao et al. 2023).
+"""RT-DETR: a DETR without a slow encoder, whose decoder samples a few points of three strides (Zhao et al. 2023).
 
 A ResNet-D; attention on its last features alone; a pyramid whose features pass down and up again; the most promising
 places of all strides as queries; and a decoder that refines their boxes block by block. Dims: B rows, S places of all
@@ -245,7 +245,7 @@ class Mixer(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Features of three strides, each with what the others know: coarse ones pass down, then fine ones up."""
+    """Fuse features of three strides: first from the coarsest to the finest, then back."""
 
     config: RTDETRConfig
     train: bool
@@ -336,7 +336,7 @@ class RTDETR(nn.Module):
 
 
 class Where(nn.Module):
-    """Two linear layers from boxes (…, 4) to what queries and keys are told of them (…, D)."""
+    """Two linear layers from boxes (…, 4) to the position embeddings of queries and keys (…, D)."""
 
     width: int
     dtype: Dtype

@@ -1,4 +1,4 @@
-"""YOLOX: a detector without anchor boxes, whose head says of each place what is there and where (Ge et al. 2021).
+"""YOLOX: a detector without anchor boxes, whose head predicts a class and a box at each place (Ge et al. 2021).
 
 A backbone of cross-stage partial blocks (Darknet), a pyramid whose features pass down and up again (PAFPN), and heads
 at three strides that tell the class apart from the box. Dims: B rows, A places of all three strides, C classes.
@@ -186,7 +186,7 @@ class Backbone(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Features of three strides, each with what the others know: coarse ones pass down, then fine ones up."""
+    """Fuse features of three strides: first from the coarsest to the finest, then back."""
 
     config: YOLOXConfig
     train: bool

@@ -20,7 +20,7 @@ HIT, FALSE, MISSED = "#18e06a", "#ff3b30", "#ffd60a"
 
 
 def pieces(evaluation: Evaluation) -> list[Piece]:
-    """Draw the images of which a detector tells the most wrong, and as many of the others."""
+    """Draw the images with most of a detector's mistakes, and as many of the others."""
     run = evaluation.run
     if run.config.task.answers != "boxes" or run.task.predicts is None:
         return []

@@ -57,7 +57,7 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     caption = (
         f"Questions and replies: the first of {len(maps[True])} right and {len(maps[False])} wrong ones of "
         f"{len(maps[True]) + len(maps[False])}, each token by what the right ones before it make likeliest. At the "
-        "right: how the token that the reply is told from attends to each region of the image, mean over heads and "
+        "right: how the token before the reply attends to each region of the image, mean over heads and "
         "layers, from the minimum to the maximum of each map. Above: how much of its attention the image has in all."
     )
     return [Picture("replies", figure, caption)] if chosen else []

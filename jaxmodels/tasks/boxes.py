@@ -1,4 +1,4 @@
-"""Boxes on the device: how far two overlap, which anchor is to find which object, and which of its finds are told.
+"""Boxes on the device: overlaps, the assignment of anchors or queries to objects, and non-maximum suppression.
 
 Boxes are their corners (left, top, right, bottom) in pixels. Dims: A anchors, G objects, C classes.
 """
@@ -22,7 +22,7 @@ _OUTSIDE, _NEVER = 1e5, 1e9
 
 
 class Found(NamedTuple):
-    """The boxes that are told of one image, by falling score; behind the last the scores are 0, the classes -1."""
+    """The detections of one image, by falling score; places without one have the score 0 and the class -1."""
 
     boxes: jax.Array
     scores: jax.Array
@@ -56,7 +56,7 @@ def _intersection(a: jax.Array, b: jax.Array) -> jax.Array:
 def assign(
     boxes: jax.Array, objectness: jax.Array, classes: jax.Array, anchors: jax.Array, truth: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Choose for each anchor of one image the object that it is to find, by SimOTA; also return their overlap (A,).
+    """Assign an object, or none, to each anchor of one image by SimOTA; also return their overlap (A,).
 
     Shapes: boxes (A, 4), logits of objectness (A,) and classes (A, C), anchors (A, 3) of centers and strides, truth
     (G, 4), labels (G,) that are below 0 where there is no object. Returns indices (A,) of objects, -1 for none.
@@ -95,7 +95,7 @@ def _near(anchors: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def pairs(costs: jax.Array, real: jax.Array) -> jax.Array:
-    """Give each object of one image a query of its own, so that their costs add up to the least, (G,).
+    """Match each object of one image with a query of its own at the least total cost, (G,).
 
     Shapes: costs (Q, G) with G ≤ Q, real (G,). An object that is not there is given Q, which is no query.
     Source: the Hungarian algorithm, as DETR matches (Carion et al. 2020, section 3.1).
@@ -109,7 +109,7 @@ def pairs(costs: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def kept(boxes: jax.Array, classes: jax.Array, overlap: float) -> jax.Array:
-    """Which boxes (K, 4), by falling score, do not overlap one of their class that is kept and better, bool (K,).
+    """Which boxes (K, 4), by falling score, overlap no kept box of their class with a higher score, bool (K,).
 
     Greedy suppression, reached from all boxes at once: when a round changes nothing, each box is kept if and only if no
     better one that is kept covers it, which has a single solution.
@@ -126,10 +126,10 @@ def kept(boxes: jax.Array, classes: jax.Array, overlap: float) -> jax.Array:
 
 @functools.partial(jax.vmap, in_axes=(0, None, None, None))
 def tell(outputs: jax.Array, overlap: float, least: float, most: int) -> Found:
-    """Return the boxes that a detector tells of each image: of the likeliest class, and no two of the same thing.
+    """Return each image's detections: boxes with their likeliest class, after non-maximum suppression.
 
     Shapes: outputs (B, A, 5 + C): boxes, logits of objectness and classes. A score is the product of both
-    probabilities; `least` is the lowest that is told.
+    probabilities; `least` is the lowest that is reported.
     """
     sure = jax.nn.sigmoid(outputs[:, 4]) * jax.nn.sigmoid(outputs[:, 5:].max(-1))
     scores, which = jax.lax.top_k(sure, min(SORTED, len(sure)))
@@ -140,7 +140,7 @@ def tell(outputs: jax.Array, overlap: float, least: float, most: int) -> Found:
 
 
 def first(scores: jax.Array, most: int) -> Any:
-    """The highest `most` scores and where they are; zeros fill up what an image with few anchors lacks."""
+    """The highest `most` scores and their indices, padded with zeros where an image has fewer anchors."""
     scores, order = jax.lax.top_k(scores, min(most, len(scores)))
     lack = (0, most - len(scores))
     return jnp.pad(scores, lack), jnp.pad(order, lack)

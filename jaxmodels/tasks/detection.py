@@ -66,11 +66,11 @@ class Detection(TaskConfig):
     box_weight: Weight = 5.0
     """Factor of that loss beside the cross-entropies of objects and classes."""
     score: Share = 0.01
-    """Lowest score with which a box is told."""
+    """Lowest score of a box that is reported."""
     overlap: Share = 0.65
-    """Of two boxes of a class whose intersection over union is above this, only the better one is told."""
+    """Of two boxes of a class whose intersection over union is above this, the one with the lower score is dropped."""
     found: Dim = 100
-    """Most boxes that are told of an image."""
+    """Most boxes that are reported of an image."""
     answers: ClassVar[Answers] = "boxes"
     reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
@@ -124,7 +124,7 @@ class Scoring(NamedTuple):
     sums: Callable[[Mapping[str, Any]], dict[str, tuple[Any, Any]]]
     """parts of any number of images -> the loss, and what it is made of, each a sum and what it is divided by."""
     tell: Callable[[Any], boxes.Found]
-    """outputs -> the boxes that are told of each image."""
+    """outputs -> each image's detections."""
     how: Mapping[str, Any] = {}
     """What the model is asked beside its outputs."""
 

@@ -1,4 +1,4 @@
-"""Pictures from noise: diffusion and flow matching, asked for by class or by text."""
+"""Image generation from noise, by diffusion or flow matching, conditioned on a class or a text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Steps = Annotated[int, Range(1, 100_000)]
 
 @dataclass(frozen=True)
 class Diffusion(TaskConfig):
-    """Train a network to take noise from images in [0, 1]; rows with a label below 0 are ignored.
+    """Train a network to remove noise from images in [0, 1]; rows with a label below 0 are ignored.
 
     The images `inputs` (B, H, W, C) come with `labels` (B,) where the model has classes. With a vocabulary they are
     `images`, with `tokens` and `segment_ids` (B, T). The loss is the squared error of what is predicted, averaged over
@@ -59,9 +59,9 @@ class Diffusion(TaskConfig):
     noise_steps: Steps = 1000
     """Steps from image to noise, by which diffusion counts time."""
     label_dropout: Dropped = 0.1
-    """Share of examples whose class or text is withheld while training, so that pictures can be guided."""
+    """Share of examples whose class or text is withheld while training, which classifier-free guidance needs."""
     guidance: Weight = 1.0
-    """How far sampling moves from pictures of anything to those asked for (Ho & Salimans 2022); 1: no guidance."""
+    """Scale of classifier-free guidance in sampling (Ho & Salimans 2022); 1: no guidance."""
     sample_steps: Steps = 50
     """Steps of sampling, in each of which the network is applied once, or twice with guidance."""
     eta: Share = 0.0
@@ -111,7 +111,7 @@ class Diffusion(TaskConfig):
             )
 
         def predict(params: Params, stats: Params, x: Any, times: Any, asked: Any, counts: Any, **how: Any) -> Any:
-            """What the network predicts, of anything in the rows where what is asked for does not count (B,)."""
+            """What the network predicts; unconditionally in the rows where `counts` (B,) is false."""
             words: dict[str, Any] = {}
             if by_text:
                 given = asked["tokens"]
@@ -125,7 +125,7 @@ class Diffusion(TaskConfig):
         ) -> tuple[Sums, Params]:
             images, time = 2 * floats(batch[image]) - 1, process.time(share)
             x, target = process.mix(images, noise, time), process.target(images, noise, time)
-            found, stats = predict(params, stats, x, process.told(time), batch, **how)
+            found, stats = predict(params, stats, x, process.timestep(time), batch, **how)
             counts = rows(batch)
             return {"loss": ((counts * jnp.square(found - target).mean((1, 2, 3))).sum(), counts.sum())}, stats
 
@@ -133,8 +133,8 @@ class Diffusion(TaskConfig):
             count, keys = len(batch[image]), jax.random.split(rng, 4)
             noise = shard(jax.random.normal(keys[0], (count, *shape)), "batch", None, None, None)
             share = shard(jax.random.uniform(keys[1], (count,)), "batch")
-            told = shard(jax.random.bernoulli(keys[2], 1 - self.label_dropout, (count,)), "batch")
-            how: dict[str, Any] = {"counts": told, "train": True, "rng": keys[3]}
+            conditional = shard(jax.random.bernoulli(keys[2], 1 - self.label_dropout, (count,)), "batch")
+            how: dict[str, Any] = {"counts": conditional, "train": True, "rng": keys[3]}
             found, stats = errors(params, stats, batch, share, noise, **how)
             return found["loss"][0], Aux(found["loss"][1], found, stats)
 

@@ -130,7 +130,7 @@ class NextItem(ranking.Recommends):
 
 
 def features(model: Model, params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:
-    """Return what the model has behind its blocks at each place of the histories, (B, T, D), and the statistics."""
+    """Return the features (B, T, D) behind the model's blocks at each position of the histories, and the statistics."""
     rows = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
     return forward(("model", model), params, stats, batch["tokens"], **rows, head=False, **how)
 

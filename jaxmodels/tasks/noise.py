@@ -1,4 +1,4 @@
-"""How noise takes an image over, and how it is taken away again: diffusion, and the straight paths of flow matching.
+"""Adding noise to images, and removing it again: diffusion, and the straight paths of flow matching.
 
 Everywhere x = signal · image + noise · ε, with ε standard normal. Time goes from 0, the image, to `steps`, the noise.
 """
@@ -17,7 +17,7 @@ import numpy as np
 Objective = Literal["epsilon", "v", "flow"]
 Schedule = Literal["linear", "cosine"]
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
-"""(x (B, H, W, C), times (B,) as the network is told them) -> what is predicted."""
+"""(x (B, H, W, C), timesteps (B,) of the network) -> what it predicts."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Process:
         signal, noise = (x[time.astype(int)] for x in factors)
         return signal, noise
 
-    def told(self, time: jax.Array) -> jax.Array:
-        """Return times as the network is told them: diffusion counts from 0, and both end near 1000."""
+    def timestep(self, time: jax.Array) -> jax.Array:
+        """Convert times to the network's timesteps: those of diffusion begin with 0, and both end near 1000."""
         return time.astype(jnp.float32) * (1000 / self.steps) if self.objective == "flow" else time - 1.0
 
     def time(self, share: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ class Process:
         return jnp.asarray(times if self.objective == "flow" else times.round(), jnp.float32)
 
     def mix(self, images: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-        """Return what is left of images (B, …) at times (B,)."""
+        """Return the mixtures of images and noise (B, …) at times (B,)."""
         a, s = (_beside(x, images) for x in self.level(time))
         return a * images + s * noise
 
@@ -77,7 +77,7 @@ class Process:
         return a * noise - s * images
 
     def parts(self, found: jax.Array, x: jax.Array, time: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the image and the noise that a prediction for x at one time means."""
+        """Return the image and the noise that a prediction for x at this time implies."""
         a, s = self.level(time)
         if self.objective == "epsilon":
             return (x - s * found) / a, found
@@ -105,11 +105,11 @@ class Process:
     def sample(
         self, predict: Predict, x: jax.Array, key: jax.Array, count: int, eta: float = 0.0, kept: bool = False
     ) -> Any:
-        """Take noise x (B, …) to images in `count` steps; with `kept`, what is there after each, (count, B, …)."""
+        """Turn noise x (B, …) into images in `count` steps; with `kept`, return the states of all, (count, B, …)."""
 
         def one(x: jax.Array, now: Any) -> tuple[jax.Array, jax.Array | None]:
             time, after, key = now
-            found = predict(x, jnp.broadcast_to(self.told(time), x.shape[:1]))
+            found = predict(x, jnp.broadcast_to(self.timestep(time), x.shape[:1]))
             drawn = jax.random.normal(key, x.shape) if eta else x
             x = self.step(found, x, time, after, eta, drawn)
             return x, x if kept else None
@@ -120,9 +120,9 @@ class Process:
 
 
 def guided(predict: Callable[..., jax.Array], scale: float) -> Callable[..., jax.Array]:
-    """Move predictions away from those of anything, by classifier-free guidance (Ho & Salimans 2022).
+    """Move predictions away from the unconditional ones, by classifier-free guidance (Ho & Salimans 2022).
 
-    `predict(x, times, asked)` is told for each row whether what was asked for counts. A scale of 1 changes nothing.
+    `predict(x, times, conditional)` gets a boolean for each row. A scale of 1 changes nothing.
     """
 
     def both(x: jax.Array, times: jax.Array) -> jax.Array:
@@ -130,8 +130,8 @@ def guided(predict: Callable[..., jax.Array], scale: float) -> Callable[..., jax
         if scale == 1:
             return predict(x, times, jnp.ones(B, bool))
         found = predict(*(jnp.concatenate([each, each]) for each in (x, times)), jnp.arange(2 * B) < B)
-        asked, anything = found[:B], found[B:]
-        return anything + scale * (asked - anything)
+        conditional, unconditional = found[:B], found[B:]
+        return unconditional + scale * (conditional - unconditional)
 
     return both
 

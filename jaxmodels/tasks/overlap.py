@@ -1,4 +1,4 @@
-"""How much of a text another one says: the measures by which answers and summaries are judged."""
+"""Overlap of two texts: exact match and F1 of answers, ROUGE of summaries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plain_words(text: str) -> list[str]:
 
 
 def judge_answer(answer: str, right: Sequence[str]) -> tuple[float, float]:
-    """Return exact match and F1 of an answer, each with the right answer with which it is highest.
+    """Return exact match and F1 of an answer, each the highest over the reference answers.
 
     Without right answers there is none, and an empty answer is right. F1 is that of two bags of words; where one of
     them is empty, it says whether both are.
@@ -44,7 +44,7 @@ def _f1(said: Sequence[Hashable], right: Sequence[Hashable]) -> float:
 
 
 def judge_summary(summary: str, references: Sequence[str]) -> tuple[float, float, float]:
-    """Return ROUGE-1, ROUGE-2 and ROUGE-L of a summary, each with the reference with which it is highest.
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L of a summary, each the highest over the references.
 
     Each is the F1 of words, of pairs of words, and of the longest common subsequence of words, which are stemmed.
     Source: Lin 2004; equal to the package rouge-score with `use_stemmer=True`.

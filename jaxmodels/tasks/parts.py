@@ -1,4 +1,4 @@
-"""The parts that a task is joined of: losses with their sums, and what it says of its models to other modules."""
+"""The parts of a task: losses with their sums, and what it states about its models for other modules."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Loss:
 
 
 class Asked(NamedTuple):
-    """What a loss gives its network for a batch, and how it scores the answer; a teacher is asked the same."""
+    """What a loss feeds its network for a batch, and how it scores the output; a teacher is fed the same."""
 
     inputs: tuple[Any, ...]
     """What the network is applied to, such as a text in which tokens are masked."""

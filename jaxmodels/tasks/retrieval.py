@@ -61,7 +61,7 @@ class Retrieval(ranking.Recommends):
             return forward(("model", model), params, stats, batch["user"], history, batch["item"], *words, **how)
 
         def pairs(users: jax.Array, items: jax.Array, batch: Batch) -> Sums:
-            """The cross-entropy of each item among those of the global batch, and how often it is the first."""
+            """The cross-entropy of each item among those of the global batch, and how often it ranks first."""
             counts = rows(batch) > 0
             others, item, log_q = (everywhere(x) for x in (counts, batch["item"], batch["log_q"]))
             own = first(len(counts)) + jnp.arange(len(counts))
@@ -73,7 +73,7 @@ class Retrieval(ranking.Recommends):
             return {"loss": (s.loss, s.count), "accuracy": (s.correct, s.count)}
 
         def above(users: jax.Array, items: jax.Array, others: jax.Array, batch: Batch) -> Sums:
-            """How far each item is above another, as the negative logarithm of the chance that it is."""
+            """BPR's loss: the negative logarithm of the probability that each item ranks above another one."""
             counts = rows(batch) * (batch["item"] != batch["other"])
             margin = (users * (items - others)).sum(-1)
             found = {"loss": jax.nn.softplus(-margin), "accuracy": (margin > 0).astype(margin.dtype)}
@@ -98,7 +98,7 @@ class Retrieval(ranking.Recommends):
             return {"users": users, "items": items, "item": batch["item"], "weight": rows(batch), **kept}
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
-            """Those of the whole set, if it were a batch."""
+            """Compute the metrics of a batch as if it were the whole set."""
             kept = keep(params, stats, batch)
             table = jnp.zeros((c.vocab_size, kept["items"].shape[1]))
             table = table.at[jnp.where(batch["item"] < 0, c.vocab_size, batch["item"])].set(kept["items"], mode="drop")

@@ -49,9 +49,9 @@ class SetDetection(TaskConfig):
     auxiliary: bool = True
     """Whether every block of the decoder learns, rather than the last alone."""
     score: Share = 0.01
-    """Lowest score with which a box is told."""
+    """Lowest score of a box that is reported."""
     found: Dim = 100
-    """Most boxes that are told of an image."""
+    """Most boxes that are reported of an image."""
     answers: ClassVar[Answers] = "boxes"
     reads: ClassVar[tuple[str, ...]] = ("mean", "std")
 
@@ -81,12 +81,12 @@ class SetDetection(TaskConfig):
 
         def one(outputs: jax.Array, truth: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
             """What the outputs of one block (Q, 4 + …) cost for one image with objects (G, 4)."""
-            boxes_told, logits, real = outputs[:, :4], outputs[:, 4:], labels >= 0
-            apart, overlap = compared(boxes_told[:, None], truth)
+            predicted, logits, real = outputs[:, :4], outputs[:, 4:], labels >= 0
+            apart, overlap = compared(predicted[:, None], truth)
             unlike = -jax.nn.softmax(logits)[:, labels] if c.exclusive else focal(logits)[:, labels]
             costs = unlike + self.box_weight * apart - self.overlap_weight * overlap
             query = boxes.pairs(jax.lax.stop_gradient(costs), real)
-            mine = boxes_told[query]
+            mine = predicted[query]
             apart, overlap = compared(mine, truth)
             if c.exclusive:
                 name = jnp.full(len(outputs), c.classes).at[query].set(jnp.where(real, labels, c.classes))
@@ -127,7 +127,7 @@ class SetDetection(TaskConfig):
         def tell(outputs: jax.Array) -> boxes.Found:
             outputs = outputs[-1] if self.auxiliary else outputs
             sure = jax.nn.softmax(outputs[..., 4:])[..., :-1] if c.exclusive else jax.nn.sigmoid(outputs[..., 4:])
-            of_image = functools.partial(told, least=self.score, most=self.found, exclusive=c.exclusive)
+            of_image = functools.partial(detections, least=self.score, most=self.found, exclusive=c.exclusive)
             return jax.vmap(of_image)(corners_of(outputs[..., :4]) * scale, sure)
 
         return finding(model, data, objects, Scoring(parts, sums, tell, {"every": self.auxiliary}))
@@ -150,7 +150,7 @@ def compared(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def focal(logits: jax.Array) -> jax.Array:
-    """What it costs to pair an object of each class with a query, whose classes each have a probability."""
+    """The cost of matching an object of each class with a query, from the query's class probabilities."""
     p = jax.nn.sigmoid(logits)
     found, other = 0.25 * (1 - p) ** 2 * -jnp.log(p + 1e-8), 0.75 * p**2 * -jnp.log(1 - p + 1e-8)
     return 2 * (found - other)
@@ -168,8 +168,8 @@ def varifocal(logits: jax.Array, query: jax.Array, labels: jax.Array, overlap: j
     return weight * binary_cross_entropy(logits, score)
 
 
-def told(boxes_told: jax.Array, sure: jax.Array, least: float, most: int, exclusive: bool) -> boxes.Found:
-    """Return the boxes (Q, 4) that are told of an image, by the probabilities of classes (Q, C).
+def detections(predicted: jax.Array, sure: jax.Array, least: float, most: int, exclusive: bool) -> boxes.Found:
+    """Return an image's detections, from its boxes (Q, 4) and their class probabilities (Q, C).
 
     A query tells of its likeliest class where it can have one alone, and of each class otherwise.
     """
@@ -179,4 +179,4 @@ def told(boxes_told: jax.Array, sure: jax.Array, least: float, most: int, exclus
     else:
         scores, (which, classes) = sure.reshape(-1), jnp.divmod(jnp.arange(sure.size), count)
     scores, order = boxes.first(jnp.where(scores >= least, scores, 0.0), most)
-    return boxes.Found(boxes_told[which[order]], scores, jnp.where(scores > 0, classes[order], -1))
+    return boxes.Found(predicted[which[order]], scores, jnp.where(scores > 0, classes[order], -1))

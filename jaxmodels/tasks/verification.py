@@ -1,4 +1,4 @@
-"""Verification: embeddings whose angles say whether two examples are of the same class, of classes never seen too."""
+"""Verification: embeddings whose angles tell whether two examples share a class, also one never seen in training."""
 
 from __future__ import annotations
 

@@ -41,13 +41,13 @@ from jaxmodels.tasks.task import (
 class Waveform(TaskConfig):
     """Train a model of sounds on µ-law codes of 8 bits: `codes` (B, T), and `targets` (B, T), the codes that follow.
 
-    `label_condition` and `group_condition` (B,) are what it is told of each sound.
+    `label_condition` and `group_condition` (B,) are the conditions of each sound.
     """
 
     rate: Annotated[int, Range(100, 1_000_000)] = 8000
     """Samples a second; sounds of another rate are resampled."""
     conditions: tuple[Literal["label", "group"], ...] = ()
-    """What the model is told of each sound: its `data.label_field`, its `data.group_field`, or both."""
+    """What the model is conditioned on: a sound's `data.label_field`, its `data.group_field`, or both."""
     context: Natural = 512
     """Samples at the beginning of a window of evaluation that do not count, because the model does not see all that is
     before them. They count at the beginning of a sound."""

@@ -102,7 +102,7 @@ def test_each_step_of_diffusion_is_that_of_diffusers(objective, schedule, eta):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 4, 4, 1)).astype(np.float32)
     times = process.grid(count)
-    assert [int(process.told(time)) for time in times[:-1]] == scheduler.timesteps.tolist()
+    assert [int(process.timestep(time)) for time in times[:-1]] == scheduler.timesteps.tolist()
     step = jax.jit(process.step, static_argnums=4)
     for time, after in itertools.pairwise(times):
         found = predicted(objective)(x, float(time)).astype(np.float32)
@@ -126,7 +126,7 @@ def test_each_step_of_a_flow_is_that_of_diffusers():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 4, 4, 1)).astype(np.float32)
     times = process.grid(count)
-    np.testing.assert_allclose(process.told(times[:-1]), scheduler.timesteps.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(process.timestep(times[:-1]), scheduler.timesteps.numpy(), rtol=1e-6)
     for told, time, after in zip(scheduler.timesteps, times[:-1], times[1:], strict=True):
         found = predicted("flow")(x, float(time)).astype(np.float32)
         expected = scheduler.step(torch.tensor(found), told, torch.tensor(x)).prev_sample.numpy()

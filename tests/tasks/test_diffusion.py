@@ -104,7 +104,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_rows_that_count(objective):
     noise, share = jax.random.normal(keys[0], (6, *SHAPE)), jax.random.uniform(keys[1], (6,))
     images, time = rows["inputs"] / 127.5 - 1, process.time(share)
     x = process.mix(images, noise, time)
-    found = task.networks["model"].apply(params["model"], x, process.told(time), rows["labels"])
+    found = task.networks["model"].apply(params["model"], x, process.timestep(time), rows["labels"])
     each = np.square(found - (noise - images if objective == "flow" else noise)).mean((1, 2, 3))
     np.testing.assert_allclose(total, each.sum(), rtol=1e-4)
     assert aux.weight == 6

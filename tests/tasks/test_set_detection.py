@@ -20,7 +20,7 @@ from jaxmodels.models.rt_detr import RTDETRConfig
 from jaxmodels.models.yolox import YOLOXConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.report import attention
-from jaxmodels.tasks.set_detection import told
+from jaxmodels.tasks.set_detection import detections
 from jaxmodels.train.evaluate import build_evaluate
 from tests.zoo import ZOO, example
 
@@ -86,11 +86,11 @@ def test_what_is_measured_does_not_depend_on_the_size_of_batches(data):
 
 def test_a_query_tells_of_its_likeliest_class_or_of_each_that_is_likely_enough():
     boxes, sure = np.arange(12.0).reshape(3, 4), np.array([[0.5, 0.4], [0.1, 0.7], [0.05, 0.02]])
-    one = told(boxes, sure, 0.06, 4, exclusive=True)
+    one = detections(boxes, sure, 0.06, 4, exclusive=True)
     np.testing.assert_allclose(one.scores, [0.7, 0.5, 0, 0])
     np.testing.assert_array_equal(one.classes, [1, 0, -1, -1])
     np.testing.assert_array_equal(one.boxes[:2], boxes[[1, 0]])
-    each = told(boxes, sure, 0.06, 5, exclusive=False)
+    each = detections(boxes, sure, 0.06, 5, exclusive=False)
     np.testing.assert_allclose(each.scores, [0.7, 0.5, 0.4, 0.1, 0], atol=1e-7)
     np.testing.assert_array_equal(each.classes, [1, 0, 1, 0, -1])
     np.testing.assert_array_equal(each.boxes[:4], boxes[[1, 0, 0, 1]])
