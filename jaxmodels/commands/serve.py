@@ -13,7 +13,7 @@ Rows = Annotated[int, Range(1, 4096)]
 
 
 def serve(
-    model: Path,
+    models: tuple[str, ...],
     /,
     name: str = "",
     host: str = "127.0.0.1",
@@ -36,13 +36,14 @@ def serve(
     All programs are compiled before the server is ready. SIGTERM answers what was taken, and refuses the rest with 503.
 
     Args:
-        model: run directory, or that of a language model or an encoder in Hugging Face's format.
-        name: the model's name in requests; that of the directory by default.
+        models: run directories, or those of language models and encoders in Hugging Face's format; NAME=DIR gives one a
+            name in requests, which is that of the directory by default.
+        name: the name of a single model.
         host: address to listen at; this machine alone by default.
         port: port to listen at; 0 takes a free one.
         rows: answers that are made at once.
         length: most tokens of a prompt with its answer; the model's context by default, or 4096.
-        cache_gib: GiB of the key-value cache; by default enough for all rows, but at most 1.
+        cache_gib: GiB of each key-value cache; by default enough for all rows, but at most 1.
         queue: answers that may wait for a row; beyond that, requests are refused with 429.
         timeout: seconds that an answer may take.
         drain: seconds after SIGTERM in which what was taken is answered.
@@ -66,7 +67,7 @@ def serve(
 
     from jaxmodels.generate.engine import Engine, pages_of
     from jaxmodels.serve.hall import Hall, Limits
-    from jaxmodels.serve.opened import Writer, open_adapters, open_model
+    from jaxmodels.serve.opened import Writer, open_adapters, open_models
     from jaxmodels.serve.server import bound, make_served, say
     from jaxmodels.serve.server import serve as run
     from jaxmodels.train.run import compilation_cache
@@ -74,10 +75,9 @@ def serve(
     known = read_keys(keys) if keys else ()
     listening = bound(host, port)
     compilation_cache()
-    opened = open_model(model, name, best)
-
-    everything = [opened, *open_adapters(adapter, opened.name, best)]
-    if any(each.writer is None for each in everything) and (length or cache_gib):
+    opened = open_models(models, name, best)
+    opened += open_adapters(adapter, [each.name for each in opened], best)
+    if all(each.writer is None for each in opened) and (length or cache_gib):
         given = "length" if length else "cache-gib"
         raise UserError(
             f"got --{given} for a model that writes no texts, expected it for one that does, try it without"
@@ -88,7 +88,7 @@ def serve(
         return Engine(writer.model, writer.params, rows=rows, length=length, pages=room, drafts=speculate)
 
     limits = Limits(int(body_mib * 2**20), timeout, queue, known)
-    served = {each.name: make_served(each, engine) for each in everything}
+    served = {each.name: make_served(each, engine) for each in opened}
     hall = Hall(served, limits, prompts=log_prompts)
     at = listening.getsockname()
     where = f"http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}"

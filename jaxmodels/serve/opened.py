@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,27 @@ def _encoder_of(run: Run) -> Encoder:
     return Encoder.of(run.model, run.params["model"], run.tokenizer, how, min(cfg.model.context, trained))
 
 
-def open_adapters(given: Sequence[str], taken: str, best: bool = False) -> list[Opened]:
+def open_models(given: Sequence[str], name: str = "", best: bool = False) -> list[Opened]:
+    """Open models by NAME=DIR or DIR, whose name is then that of the directory; `name` is for a single one.
+
+    Raises:
+        UserError: one cannot be served, or two have one name.
+    """
+    if name and len(given) > 1:
+        raise UserError(f"got --name {name} for {len(given)} models, expected one model, try {name}={given[0]}")
+    found: dict[str, Opened] = {}
+    for each in given:
+        own, _, place = ("", "", each) if Path(each).exists() else each.partition("=")
+        if not place or "/" in own:  # of a path that has no such directory, the name is no part
+            own, place = "", each
+        own = own or name or Path(place).resolve().name
+        if own in found:
+            raise UserError(f"got two models of the name {own}, expected names of their own, try other={place}")
+        found[own] = open_model(Path(place), own, best)
+    return list(found.values())
+
+
+def open_adapters(given: Sequence[str], taken: Collection[str], best: bool = False) -> list[Opened]:
     """Open runs with an adapter, each merged into its base, by the names in NAME=DIR.
 
     Raises:
@@ -179,7 +199,7 @@ def open_adapters(given: Sequence[str], taken: str, best: bool = False) -> list[
         name, _, place = each.partition("=")
         if not name or not place:
             raise UserError(f"got --adapter {each}, expected NAME=DIR, try --adapter mine={each or 'runs/mine'}")
-        if name == taken or name in found:
+        if name in taken or name in found:
             raise UserError(f"got --adapter {each}, whose name another model has, expected one of its own")
         if (Path(place) / "checkpoints").is_dir() and configs.read(Path(place))[0].adapter is not None:
             found[name] = open_model(Path(place), name, best)

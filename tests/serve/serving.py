@@ -8,7 +8,7 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,18 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(directory: Path | Opened, limits: Limits | None = None, ready: bool = True, **engine: Any) -> Iterator[Live]:
-    """Serve a directory, or what was opened, for as long as the context lasts."""
+def live(
+    directory: Path | Opened,
+    limits: Limits | None = None,
+    ready: bool = True,
+    more: Sequence[Opened] = (),
+    **engine: Any,
+) -> Iterator[Live]:
+    """Serve a directory, or what was opened, as "tiny", and others by their names, for as long as the context lasts."""
     made = {"rows": 4, "length": 96, "page": 8, "chunks": (16, 64), **engine}
     opened = open_model(directory, "tiny") if isinstance(directory, Path) else directory
-    served = make_served(opened, lambda writer: Engine(writer.model, writer.params, **made))
-    hall = Hall({"tiny": served}, limits or Limits())
+    make = lambda each: make_served(each, lambda writer: Engine(writer.model, writer.params, **made))  # noqa: E731
+    hall = Hall({"tiny": make(opened), **{each.name: make(each) for each in more}}, limits or Limits())
     listening = bound("127.0.0.1", 0)
     server = Server(hall, drain=60)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
@@ -113,4 +119,5 @@ def live(directory: Path | Opened, limits: Limits | None = None, ready: bool = T
         server.should_exit = True
         thread.join(60)
         if hall.ready:
-            served.stop()
+            for served in hall.served.values():
+                served.stop()

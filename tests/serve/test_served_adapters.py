@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_base_and_its_adapter_each_answer_as_sample_does_with_their_run(folder):
-    opened = [open_model(folder / "base"), *open_adapters([f"mine={folder / 'mine'}"], "base")]
+    opened = [open_model(folder / "base"), *open_adapters([f"mine={folder / 'mine'}"], ["base"])]
     small = {"rows": 1, "length": 32, "chunks": (16,)}
     with live(opened[0], **small) as running:
         hall: Hall = running.hall
