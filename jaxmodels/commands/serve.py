@@ -66,10 +66,10 @@ def serve(
         ) from error
 
     from jaxmodels.generate.engine import Engine, pages_of
-    from jaxmodels.serve.hall import Hall, Limits
     from jaxmodels.serve.opened import Writer, open_adapters, open_models
     from jaxmodels.serve.server import bound, make_served, say
     from jaxmodels.serve.server import serve as run
+    from jaxmodels.serve.service import Limits, Service
     from jaxmodels.train.run import compilation_cache
 
     known = read_keys(keys) if keys else ()
@@ -89,12 +89,12 @@ def serve(
 
     limits = Limits(int(body_mib * 2**20), timeout, queue, known)
     served = {each.name: make_served(each, engine) for each in opened}
-    hall = Hall(served, limits, prompts=log_prompts)
+    service = Service(served, limits, prompts=log_prompts)
     at = listening.getsockname()
     where = f"http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}"
     if not known and host not in ("127.0.0.1", "localhost", "::1"):
         say(f"{where} can be reached from elsewhere, and asks for no key: --keys FILE would")
-    run(hall, listening, drain, lambda: say(f"ready: {', '.join(served)} at {where}"))
+    run(service, listening, drain, lambda: say(f"ready: {', '.join(served)} at {where}"))
 
 
 def read_keys(file: Path) -> tuple[str, ...]:

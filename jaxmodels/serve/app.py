@@ -16,18 +16,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxmodels.serve import embeddings, inference, openai
 from jaxmodels.serve.errors import Refused, response
-from jaxmodels.serve.hall import Hall
+from jaxmodels.serve.service import Service
 
 log = logging.getLogger("jaxmodels")
 OPEN = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready")
 """Paths that need no key and are answered while the server drains."""
 
 
-def build(hall: Hall) -> ASGIApp:
-    """The application of a hall."""
-    hall.metrics.watch(
-        lambda: [(each.opened.name, each.worker.engine) for each in hall.served.values() if each.worker],
-        lambda: [(each.opened.name, each.batches) for each in hall.served.values() if each.batches],
+def build(service: Service) -> ASGIApp:
+    """Build the application of a service."""
+    service.metrics.watch(
+        lambda: [(each.opened.name, each.worker.engine) for each in service.served.values() if each.worker],
+        lambda: [(each.opened.name, each.batches) for each in service.served.values() if each.batches],
     )
     named = "/v2/models/{name}"
     routes = [
@@ -53,34 +53,34 @@ def build(hall: Hall) -> ASGIApp:
     ]
     handlers: Any = {Refused: _refuse, HTTPException: _http, ClientDisconnect: _gone, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    app.state.hall = hall
-    return Around(app, hall, routes)
+    app.state.service = service
+    return Around(app, service, routes)
 
 
 async def health(request: Request) -> Response:
     """Whether the server takes requests."""
-    hall: Hall = request.app.state.hall
-    said = "ready" if hall.ready else "loading"
-    said = "draining" if hall.draining else _broken(hall) or said
+    service: Service = request.app.state.service
+    said = "ready" if service.ready else "loading"
+    said = "draining" if service.draining else _broken(service) or said
     return JSONResponse({"status": said}, 200 if said == "ready" else 503)
 
 
 async def live(request: Request) -> Response:
     """Whether the process is of use; if not, a scheduler starts another one."""
-    said = _broken(request.app.state.hall)
+    said = _broken(request.app.state.service)
     return JSONResponse({"status": said or "live"}, 503 if said else 200)
 
 
-def _broken(hall: Hall) -> str:
+def _broken(service: Service) -> str:
     """Say whose engine has failed; empty if none has."""
-    broken = [name for name, each in hall.served.items() if each.error is not None]
+    broken = [name for name, each in service.served.items() if each.error is not None]
     return f"failed: {', '.join(broken)}" if broken else ""
 
 
 async def metrics(request: Request) -> Response:
     """All metrics, for Prometheus."""
-    hall: Hall = request.app.state.hall
-    return Response(hall.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    service: Service = request.app.state.service
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _refuse(request: Request, error: Any) -> Response:
@@ -103,14 +103,14 @@ async def _gone(_: Request, __: Any) -> Response:
 class Around:
     """Around every request: keys, draining, counts, a line of the log, and an answer whatever goes wrong."""
 
-    def __init__(self, app: ASGIApp, hall: Hall, routes: Sequence[Route]) -> None:
-        self.app, self.hall, self.routes = app, hall, routes
+    def __init__(self, app: ASGIApp, service: Service, routes: Sequence[Route]) -> None:
+        self.app, self.service, self.routes = app, service, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        hall, began, status = self.hall, time.monotonic(), 499
+        service, began, status = self.service, time.monotonic(), 499
         scope.setdefault("state", {})
         request = Request(scope, receive)
         path, inside = scope["path"], scope["path"] not in OPEN
@@ -122,7 +122,7 @@ class Around:
             await send(message)
 
         try:
-            hall.inside += inside
+            service.inside += inside
             if inside and (refused := self._refusal(request)):
                 await response(path, refused)(scope, receive, sent)
             else:
@@ -131,18 +131,18 @@ class Around:
             log.exception("a request has failed")
         finally:
             known = next((route.path for route in self.routes if route.matches(scope)[0] != Match.NONE), "other")
-            hall.metrics.request(known, status)
+            service.metrics.request(known, status)
             if inside:
-                hall.log(request, status, time.monotonic() - began)
-            hall.inside -= inside
+                service.log(request, status, time.monotonic() - began)
+            service.inside -= inside
 
     def _refusal(self, request: Request) -> Refused | None:
-        hall = self.hall
-        if hall.draining or not hall.ready:
-            said = "is stopping" if hall.draining else "is not ready"
+        service = self.service
+        if service.draining or not service.ready:
+            said = "is stopping" if service.draining else "is not ready"
             return Refused(503, f"the server {said}", headers={"Retry-After": "5", "Connection": "close"})
         try:
-            hall.check_key(request)
+            service.check_key(request)
         except Refused as refused:
             return refused
         return None

@@ -1,5 +1,5 @@
-"""What requests ask for: their bodies as checked objects. A field that is not known, or would not be heeded, is
-refused."""
+"""What requests ask for: their bodies as checked objects. A field that is unknown, or would have no
+effect, is refused."""
 
 from __future__ import annotations
 

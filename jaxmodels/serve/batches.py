@@ -62,7 +62,7 @@ class Batches:
         return self._orders.qsize()
 
     def prepare(self, say: Callable[[str], None]) -> None:
-        """Compile for all shapes and sizes; `say` is told each before."""
+        """Compile for all shapes and sizes; `say` is called with each before."""
         for example in self._examples:
             for size in self.sizes:
                 shapes = _shapes(example)

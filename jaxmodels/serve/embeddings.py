@@ -17,8 +17,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.serve.asked import Embed
 from jaxmodels.serve.batches import Batches, Row
 from jaxmodels.serve.errors import Refused
-from jaxmodels.serve.hall import Hall
 from jaxmodels.serve.opened import Encoder
+from jaxmodels.serve.service import Service
 
 SIZES = (1, 8, 32)
 LENGTHS = 32, 128, 512, 2048
@@ -57,20 +57,20 @@ class Embedder(Batches):
 
 async def embeddings(request: Request) -> Response:
     """`POST /v1/embeddings`."""
-    hall: Hall = request.app.state.hall
-    asked = Embed.read(await hall.body(request))
-    embedder = hall.batches(asked.model, Embedder)
+    service: Service = request.app.state.service
+    asked = Embed.read(await service.body(request))
+    embedder = service.batches(asked.model, Embedder)
     texts = await asyncio.to_thread(_ids, embedder.encoder, asked.inputs)
     count = -(-len(texts) // embedder.sizes[-1])  # batches, since texts that come together are computed together
-    hall.admit(hall.find(asked.model), count)
+    service.admit(service.find(asked.model), count)
     try:
-        found = await hall.unless_gone(request, embedder.compute([embedder.row(ids) for ids in texts]))
+        found = await service.unless_gone(request, embedder.compute([embedder.row(ids) for ids in texts]))
     finally:
-        hall.leave(count)
+        service.leave(count)
     if not np.isfinite(found).all():
         raise Refused(422, "got texts for which the model gives no finite numbers, expected others")
     read = sum(map(len, texts))
-    hall.note(request, {"prompt_tokens": read, "completion_tokens": 0})
+    service.note(request, {"prompt_tokens": read, "completion_tokens": 0})
     data = [
         {"object": "embedding", "index": i, "embedding": written(row, asked.encoding_format)}
         for i, row in enumerate(found)

@@ -18,7 +18,7 @@ from jaxmodels.serve import tensors
 from jaxmodels.serve.asked import objects
 from jaxmodels.serve.batches import Classifier, Row
 from jaxmodels.serve.errors import Refused
-from jaxmodels.serve.hall import Hall
+from jaxmodels.serve.service import Service
 
 HEADER = "inference-header-content-length"
 VERSION = "1"
@@ -44,24 +44,24 @@ async def model(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """`GET /v2/models/NAME/ready`."""
-    hall: Hall = request.app.state.hall
+    service: Service = request.app.state.service
     _version(request)
-    served = hall.find(request.path_params["name"])
+    served = service.find(request.path_params["name"])
     return JSONResponse({"name": served.opened.name, "ready": served.error is None}, 503 if served.error else 200)
 
 
 async def infer(request: Request) -> Response:
     """`POST /v2/models/NAME/infer`."""
-    hall: Hall = request.app.state.hall
+    service: Service = request.app.state.service
     batches = _found(request)
-    asked, rest = _split(await hall.body(request), request.headers.get(HEADER))
+    asked, rest = _split(await service.body(request), request.headers.get(HEADER))
     tensor = _input(asked, rest)
     wanted = _wanted(asked, batches)
-    hall.admit(hall.find(request.path_params["name"]), len(tensor))
+    service.admit(service.find(request.path_params["name"]), len(tensor))
     try:
-        shares = await hall.unless_gone(request, _computed(batches, tensor))
+        shares = await service.unless_gone(request, _computed(batches, tensor))
     finally:
-        hall.leave(len(tensor))
+        service.leave(len(tensor))
     if not np.isfinite(shares).all():
         raise Refused(422, "got inputs for which the model gives no finite numbers, expected others")
     given = {"probabilities": shares, _labels(batches): _named(batches, shares)}
@@ -79,9 +79,9 @@ async def infer(request: Request) -> Response:
 
 
 def _found(request: Request) -> Classifier:
-    hall: Hall = request.app.state.hall
+    service: Service = request.app.state.service
     _version(request)
-    return hall.batches(request.path_params["name"], Classifier)
+    return service.batches(request.path_params["name"], Classifier)
 
 
 def _version(request: Request) -> None:

@@ -19,8 +19,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.generate.engine import Step, Text
 from jaxmodels.serve.asked import Asked, Chat, Completion
 from jaxmodels.serve.errors import Broken, Refused, body
-from jaxmodels.serve.hall import Hall, Served, gone
 from jaxmodels.serve.opened import finite
+from jaxmodels.serve.service import Served, Service, gone
 from jaxmodels.serve.words import UNKNOWN, Words
 
 FINISH = {"stop": "stop", "length": "length"}
@@ -58,12 +58,12 @@ class Answer:
     count: int = 0
     length: int = 0
 
-    async def pieces(self, hall: Hall) -> AsyncGenerator[Piece]:
+    async def pieces(self, service: Service) -> AsyncGenerator[Piece]:
         """Yield the answer piece by piece; the last one says why it ended."""
         waiting: list[Told] = []
         began, finish = time.monotonic(), None
         try:
-            async with contextlib.aclosing(hall.follow(self.served, self.text)) as steps:
+            async with contextlib.aclosing(service.follow(self.served, self.text)) as steps:
                 async for step in steps:
                     new = "" if step.token is None else self.words.add(step.token)
                     if step.token is not None:
@@ -80,7 +80,7 @@ class Answer:
                     if finish:
                         return
         finally:
-            hall.metrics.done(finish or "abort", time.monotonic() - began, len(self.text.prompt), self.count)
+            service.metrics.done(finish or "abort", time.monotonic() - began, len(self.text.prompt), self.count)
 
     def _told(self, step: Step) -> Told:
         name = self.served.writer.tokenizer.decode
@@ -90,12 +90,12 @@ class Answer:
 
 async def completions(request: Request) -> Response:
     """`POST /v1/completions`."""
-    hall: Hall = request.app.state.hall
-    asked = Completion.read(await hall.body(request))
-    served = hall.writer(asked.model)
+    service: Service = request.app.state.service
+    asked = Completion.read(await service.body(request))
+    served = service.writer(asked.model)
     prompts = [await _encoded(served, prompt) for prompt in asked.prompts]
-    answers = _answers(hall, served, asked, prompts, asked.max_tokens or 16)
-    return await _respond(request, hall, asked, answers, _Form(f"cmpl-{secrets.token_hex(12)}", asked.model, False))
+    answers = _answers(service, served, asked, prompts, asked.max_tokens or 16)
+    return await _respond(request, service, asked, answers, _Form(f"cmpl-{secrets.token_hex(12)}", asked.model, False))
 
 
 async def _encoded(served: Served, prompt: Any) -> list[int]:
@@ -109,34 +109,36 @@ async def _encoded(served: Served, prompt: Any) -> list[int]:
 
 async def chats(request: Request) -> Response:
     """`POST /v1/chat/completions`."""
-    hall: Hall = request.app.state.hall
-    asked = Chat.read(await hall.body(request))
-    served = hall.writer(asked.model)
+    service: Service = request.app.state.service
+    asked = Chat.read(await service.body(request))
+    served = service.writer(asked.model)
     prompt = served.writer.chat(asked.texts)
     room = max(served.engine.shape.length - len(prompt), 1)
-    answers = _answers(hall, served, asked, [prompt], asked.max_completion_tokens or asked.max_tokens or room)
-    return await _respond(request, hall, asked, answers, _Form(f"chatcmpl-{secrets.token_hex(12)}", asked.model, True))
+    answers = _answers(service, served, asked, [prompt], asked.max_completion_tokens or asked.max_tokens or room)
+    return await _respond(
+        request, service, asked, answers, _Form(f"chatcmpl-{secrets.token_hex(12)}", asked.model, True)
+    )
 
 
 async def models(request: Request) -> Response:
     """`GET /v1/models`."""
-    hall: Hall = request.app.state.hall
-    return JSONResponse({"object": "list", "data": [_card(hall, served) for served in hall.served.values()]})
+    service: Service = request.app.state.service
+    return JSONResponse({"object": "list", "data": [_card(service, served) for served in service.served.values()]})
 
 
 async def model(request: Request) -> Response:
     """`GET /v1/models/NAME`."""
-    hall: Hall = request.app.state.hall
-    return JSONResponse(_card(hall, hall.find(request.path_params["name"])))
+    service: Service = request.app.state.service
+    return JSONResponse(_card(service, service.find(request.path_params["name"])))
 
 
-def _card(hall: Hall, served: Served) -> dict[str, Any]:
-    owner = {"object": "model", "created": hall.began, "owned_by": "jaxmodels"}
+def _card(service: Service, served: Served) -> dict[str, Any]:
+    owner = {"object": "model", "created": service.began, "owned_by": "jaxmodels"}
     longest = {} if served.worker is None else {"max_model_len": served.engine.shape.length}
     return {"id": served.opened.name, **owner, **longest}
 
 
-def _answers(hall: Hall, served: Served, asked: Asked, prompts: list[list[int]], limit: int) -> list[Answer]:
+def _answers(service: Service, served: Served, asked: Asked, prompts: list[list[int]], limit: int) -> list[Answer]:
     """The texts that a request asks for, before the engine has them."""
     writer = served.writer
     draws, made = asked.draws(writer.penalty, secrets.randbits(32)), []
@@ -151,7 +153,7 @@ def _answers(hall: Hall, served: Served, asked: Asked, prompts: list[list[int]],
         for draw in draws:
             text = Text(prompt, limit, draw, writer.tokenizer.special.ends)
             made.append(Answer(len(made), text, Words(writer.tokenizer, prompt, asked.stops), served))
-    hall.admit(served, len(made))
+    service.admit(served, len(made))
     return made
 
 
@@ -202,22 +204,22 @@ def _usage(answers: list[Answer]) -> dict[str, Any]:
     return {**counts, "prompt_tokens_details": {"cached_tokens": min(shared, read)}}
 
 
-async def _respond(request: Request, hall: Hall, asked: Asked, answers: list[Answer], form: _Form) -> Response:
+async def _respond(request: Request, service: Service, asked: Asked, answers: list[Answer], form: _Form) -> Response:
     if asked.stream:
-        return Stream(_events(request, hall, asked, answers, form), lambda: hall.leave(len(answers)))
+        return Stream(_events(request, service, asked, answers, form), lambda: service.leave(len(answers)))
 
     async def whole(answer: Answer) -> dict[str, Any]:
-        async with contextlib.aclosing(answer.pieces(hall)) as pieces:
+        async with contextlib.aclosing(answer.pieces(service)) as pieces:
             found = [piece async for piece in pieces]
         joined = Piece("".join(p.text for p in found), [told for p in found for told in p.told], found[-1].finish)
         return form.choice(answer.index, joined, asked.told >= 0, stream=False)
 
     try:
-        choices = await hall.unless_gone(request, asyncio.gather(*(whole(answer) for answer in answers)))
+        choices = await service.unless_gone(request, asyncio.gather(*(whole(answer) for answer in answers)))
     finally:
-        hall.leave(len(answers))
+        service.leave(len(answers))
     usage = _usage(answers)
-    hall.note(request, usage)
+    service.note(request, usage)
     return JSONResponse({**form.head(False), "choices": choices, "usage": usage})
 
 
@@ -243,7 +245,7 @@ class Stream(StreamingResponse):
 
 
 async def _events(
-    request: Request, hall: Hall, asked: Asked, answers: list[Answer], form: _Form
+    request: Request, service: Service, asked: Asked, answers: list[Answer], form: _Form
 ) -> AsyncGenerator[str]:
     """The events of a stream: pieces of all answers as they come, the counts if asked for, and the end."""
     pieces: asyncio.Queue[tuple[Answer, Piece | Exception]] = asyncio.Queue()
@@ -252,7 +254,7 @@ async def _events(
 
     async def read(answer: Answer) -> None:
         try:
-            async with contextlib.aclosing(answer.pieces(hall)) as found:
+            async with contextlib.aclosing(answer.pieces(service)) as found:
                 async for piece in found:
                     pieces.put_nowait((answer, piece))
         except Exception as error:
@@ -265,7 +267,7 @@ async def _events(
                 first = {"index": answer.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                 yield event({**form.head(True), "choices": [{**first, "logprobs": None}], **more})
         left = len(answers)
-        async with asyncio.timeout(hall.limits.seconds):
+        async with asyncio.timeout(service.limits.seconds):
             while left:
                 answer, piece = await pieces.get()
                 if isinstance(piece, Exception):
@@ -274,13 +276,13 @@ async def _events(
                 choice = form.choice(answer.index, piece, asked.told >= 0, stream=True)
                 yield event({**form.head(True), "choices": [choice], **more})
         usage = _usage(answers)
-        hall.note(request, usage)
+        service.note(request, usage)
         if asked.counted:
             yield event({**form.head(True), "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
     except (Broken, TimeoutError) as error:
         late = isinstance(error, TimeoutError)
-        said = f"took longer than {hall.limits.seconds:g} s" if late else "could not be finished"
+        said = f"took longer than {service.limits.seconds:g} s" if late else "could not be finished"
         yield event(body(503, f"the answer {said}"))
     finally:
         for task in tasks:

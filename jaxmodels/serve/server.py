@@ -17,8 +17,8 @@ from jaxmodels.generate.engine import Engine
 from jaxmodels.serve.app import build
 from jaxmodels.serve.batches import Classifier
 from jaxmodels.serve.embeddings import Embedder
-from jaxmodels.serve.hall import Hall, Served
 from jaxmodels.serve.opened import Opened, Writer
+from jaxmodels.serve.service import Served, Service
 from jaxmodels.serve.worker import Worker
 
 log = logging.getLogger("jaxmodels")
@@ -34,11 +34,11 @@ def make_served(opened: Opened, make: Callable[[Writer], Engine]) -> Served:
     return Served(opened, batches=Classifier(opened.run))
 
 
-def prepare(hall: Hall, say: Callable[[str], None]) -> None:
+def prepare(service: Service, say: Callable[[str], None]) -> None:
     """Compile all that will run, and start the threads."""
-    for served in hall.served.values():
+    for served in service.served.values():
         served.prepare(say)
-    hall.ready = True
+    service.ready = True
 
 
 class Stopped(Exception):
@@ -48,10 +48,10 @@ class Stopped(Exception):
 class Server(uvicorn.Server):
     """Uvicorn, which at the first signal stops taking requests, answers those it has, and ends."""
 
-    def __init__(self, hall: Hall, drain: float) -> None:
+    def __init__(self, service: Service, drain: float) -> None:
         super().__init__(
             uvicorn.Config(
-                build(hall),
+                build(service),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -59,14 +59,14 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=1,
             )
         )
-        self.hall, self._drain = hall, drain
+        self.service, self._drain = service, drain
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.hall.draining:
+        if self.service.draining:
             self.force_exit = self.should_exit = True  # a second signal waits for nobody
             return
-        self.hall.draining = True
+        self.service.draining = True
         if self._loop is None:
             self.should_exit = True
         else:
@@ -82,10 +82,10 @@ class Server(uvicorn.Server):
         self._tasks.add(asyncio.ensure_future(self._leave()))
 
     async def _leave(self) -> None:
-        if self.hall.inside:
-            say(f"stopping: {self.hall.inside} requests to answer")
-        if not await self.hall.drained(self._drain):
-            say(f"stopping: {self.hall.inside} requests were not answered in {self._drain:g} s")
+        if self.service.inside:
+            say(f"stopping: {self.service.inside} requests to answer")
+        if not await self.service.drained(self._drain):
+            say(f"stopping: {self.service.inside} requests were not answered in {self._drain:g} s")
         self.should_exit = True
 
 
@@ -113,23 +113,23 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def serve(hall: Hall, listening: socket.socket, drain: float, ready: Callable[[], None] = lambda: None) -> None:
+def serve(service: Service, listening: socket.socket, drain: float, ready: Callable[[], None] = lambda: None) -> None:
     """Listen at once, be ready once everything is compiled, and return after a signal.
 
     Raises:
         Exception: what went wrong while programs were compiled.
     """
     failed: list[BaseException] = []
-    server = Server(hall, drain)
+    server = Server(service, drain)
 
     def compiling(name: str) -> None:
         log.info("compiling %s", name)
-        if hall.draining or server.should_exit:
+        if service.draining or server.should_exit:
             raise Stopped
 
     def compile_all() -> None:
         try:
-            prepare(hall, compiling)
+            prepare(service, compiling)
             ready()
         except Stopped:
             pass
@@ -141,8 +141,8 @@ def serve(hall: Hall, listening: socket.socket, drain: float, ready: Callable[[]
     preparing.start()
     asyncio.run(server.serve([listening]))
     preparing.join()
-    if hall.ready:
-        for served in hall.served.values():
+    if service.ready:
+        for served in service.served.values():
             served.stop()
     if failed:
         raise failed[0]

@@ -18,7 +18,7 @@ def test_requests_are_answered_in_their_order_and_have_the_lengths_that_were_ask
     assert len(asked) == 4 and all(4 <= len(each["prompt"]) <= 8 and 2 <= each["count"] <= 6 for each in asked)
     assert len({tuple(each["prompt"][:4]) for each in asked}) == 4
     with live(published(tmp_path / "tiny"), rows=2, chunks=(16,), length=32) as running:
-        running.hall.served["model"] = running.hall.served["tiny"]
+        running.service.served["model"] = running.service.served["tiny"]
         found = serve.texts(running.port, 2, asked)
         for each, text in zip(asked, found["answers"], strict=True):
             body = {"prompt": each["prompt"], "max_tokens": each["count"], "temperature": 0}

@@ -19,9 +19,9 @@ from jaxmodels import create
 from jaxmodels.generate.engine import Engine
 from jaxmodels.hf.save import save_pretrained
 from jaxmodels.models.llama import LlamaConfig
-from jaxmodels.serve.hall import Hall, Limits
 from jaxmodels.serve.opened import Opened, open_model
 from jaxmodels.serve.server import Server, bound, make_served, prepare
+from jaxmodels.serve.service import Limits, Service
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
@@ -62,13 +62,13 @@ def published(where: Path) -> Path:
 class Live:
     """A server that runs in a thread."""
 
-    hall: Hall
+    service: Service
     server: Server
     port: int
 
     @property
     def engine(self) -> Engine:
-        return next(iter(self.hall.served.values())).engine
+        return next(iter(self.service.served.values())).engine
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """Send a request; returns its status, its JSON (or text, or bytes), and its headers."""
@@ -104,20 +104,20 @@ def live(
     made = {"rows": 4, "length": 96, "page": 8, "chunks": (16, 64), **engine}
     opened = open_model(directory, "tiny") if isinstance(directory, Path) else directory
     make = lambda each: make_served(each, lambda writer: Engine(writer.model, writer.params, **made))  # noqa: E731
-    hall = Hall({"tiny": make(opened), **{each.name: make(each) for each in more}}, limits or Limits())
+    service = Service({"tiny": make(opened), **{each.name: make(each) for each in more}}, limits or Limits())
     listening = bound("127.0.0.1", 0)
-    server = Server(hall, drain=60)
+    server = Server(service, drain=60)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
     if ready:
-        prepare(hall, lambda _: None)
+        prepare(service, lambda _: None)
     thread.start()
-    running = Live(hall, server, listening.getsockname()[1])
+    running = Live(service, server, listening.getsockname()[1])
     try:
         running.until(lambda: server.started)
         yield running
     finally:
         server.should_exit = True
         thread.join(60)
-        if hall.ready:
-            for served in hall.served.values():
+        if service.ready:
+            for served in service.served.values():
                 served.stop()

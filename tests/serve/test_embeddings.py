@@ -18,9 +18,9 @@ from jaxmodels.hf import sentences
 from jaxmodels.hf.save import save_pretrained
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.serve.embeddings import Embedder
-from jaxmodels.serve.hall import Limits
 from jaxmodels.serve.metrics import compilations
 from jaxmodels.serve.opened import open_model
+from jaxmodels.serve.service import Limits
 from tests.serve.serving import live
 
 CONFIG = BERTConfig(vocab_size=32, context=48, layers=2, heads=2, width=16, mlp_width=24, head="none")
@@ -79,7 +79,7 @@ def vectors(told):
 
 
 def test_a_vector_is_the_mean_of_the_tokens_of_a_text_whatever_comes_with_it(running):
-    opened = running.hall.served["tiny"].opened
+    opened = running.service.served["tiny"].opened
     status, told = running.post("/v1/embeddings", input=TEXTS)
     assert status == 200 and told["object"] == "list" and told["model"] == "tiny"
     assert {each["object"] for each in told["data"]} == {"embedding"}
@@ -94,7 +94,7 @@ def test_a_vector_is_the_mean_of_the_tokens_of_a_text_whatever_comes_with_it(run
 
 
 def test_requests_at_once_share_batches_and_compile_nothing(running):
-    before, batches = compilations(), running.hall.served["tiny"].batches
+    before, batches = compilations(), running.service.served["tiny"].batches
     rows = batches.rows
     many = [[TEXTS[i % 5]] * (1 + 13 * i) for i in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

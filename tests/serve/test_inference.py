@@ -19,9 +19,9 @@ from jaxmodels.config import Classification, Config, Synthetic
 from jaxmodels.generate.predict import predictor
 from jaxmodels.generate.prepare import Asked
 from jaxmodels.models.mlp import MLPConfig
-from jaxmodels.serve.hall import Limits
 from jaxmodels.serve.metrics import compilations
 from jaxmodels.serve.opened import Opened
+from jaxmodels.serve.service import Limits
 from jaxmodels.train.saved import Kept, Run, write_kept
 from tests.serve.serving import live
 
@@ -120,7 +120,7 @@ def test_bytes_behind_the_json(running, run):
 
 def test_requests_of_many_clients_share_batches_and_compile_nothing(running, run):
     sizes = [1, 3, 7, 2, 140, 1, 1, 5]
-    before, batches = compilations(), running.hall.served["tiny"].batches
+    before, batches = compilations(), running.service.served["tiny"].batches
     calls, rows = batches.calls, batches.rows
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda i: running.ask("POST", PATH, asked(images(sizes[i], i))), range(len(sizes))))

@@ -11,9 +11,9 @@ from jaxmodels.cli import main
 from jaxmodels.config import AdamW, CausalLM, Config, Init, LoRA, Metrics, Text, Train
 from jaxmodels.generate.sample import sample
 from jaxmodels.models.gpt2 import GPT2Config
-from jaxmodels.serve.hall import Hall
 from jaxmodels.serve.opened import open_adapters, open_model
 from jaxmodels.serve.server import make_served
+from jaxmodels.serve.service import Service
 from jaxmodels.train import load_run
 from jaxmodels.train import run as runs
 from tests.serve.serving import Engine, live
@@ -41,9 +41,9 @@ def test_a_base_and_its_adapter_each_answer_as_sample_does_with_their_run(folder
     opened = [open_model(folder / "base"), *open_adapters([f"mine={folder / 'mine'}"], ["base"])]
     small = {"rows": 1, "length": 32, "chunks": (16,)}
     with live(opened[0], **small) as running:
-        hall: Hall = running.hall
-        hall.served["mine"] = make_served(opened[1], lambda writer: Engine(writer.model, writer.params, **small))
-        hall.served["mine"].prepare(lambda _: None)
+        service: Service = running.service
+        service.served["mine"] = make_served(opened[1], lambda writer: Engine(writer.model, writer.params, **small))
+        service.served["mine"].prepare(lambda _: None)
         said = {}
         for name, run in (("tiny", "base"), ("mine", "mine")):
             body = {"model": name, "prompt": "one", "max_tokens": 20, "temperature": 0}
@@ -54,7 +54,7 @@ def test_a_base_and_its_adapter_each_answer_as_sample_does_with_their_run(folder
             said[name] = found
             assert found == own.tokenizer.decode(np.asarray(want))
         assert said["tiny"] != said["mine"]
-        hall.served["mine"].stop()
+        service.served["mine"].stop()
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxmodels.generate.sample import sample
-from jaxmodels.serve.hall import Limits
 from jaxmodels.serve.metrics import compilations
+from jaxmodels.serve.service import Limits
 from tests.serve.serving import live, published
 
 
@@ -30,7 +30,7 @@ def running(directory):
 
 def greedy(running, prompt, tokens):
     """What `sample` adds to a text."""
-    writer = running.hall.served["tiny"].writer
+    writer = running.service.served["tiny"].writer
     ids = writer.encode(prompt) if isinstance(prompt, str) else prompt
     ends = writer.tokenizer.special.ends
     row = sample(writer.model, writer.params, [ids], tokens, temperature=0, ends=ends)[0].tolist()
@@ -39,7 +39,7 @@ def greedy(running, prompt, tokens):
 
 
 def decoded(running, tokens):
-    return running.hall.served["tiny"].writer.tokenizer.decode(tokens)
+    return running.service.served["tiny"].writer.tokenizer.decode(tokens)
 
 
 def test_a_completion_is_what_sample_gives(running):
@@ -219,7 +219,7 @@ def hang(running, **body):
 def hold(running):
     """Keep the engine from doing a turn, until the returned event is set."""
     go, held = threading.Event(), threading.Event()
-    running.hall.served["tiny"].worker._orders.put(lambda: (held.set(), go.wait(120)))
+    running.service.served["tiny"].worker._orders.put(lambda: (held.set(), go.wait(120)))
     assert held.wait(120)
     return go
 
@@ -228,23 +228,23 @@ def test_a_client_that_hangs_up_frees_its_pages(running):
     connection = hang(running, prompt="a", max_tokens=90)
     go = hold(running)  # so that the text cannot end by itself
     connection.close()
-    running.until(lambda: running.hall.inside == 0)
+    running.until(lambda: running.service.inside == 0)
     turns = running.engine.totals.steps
     go.set()
     running.until(lambda: running.engine.pages.free == running.engine.pages.count)
-    assert running.engine.totals.steps <= turns + 1 and running.hall.answers == 0
+    assert running.engine.totals.steps <= turns + 1 and running.service.answers == 0
 
 
 def test_too_many_are_told_to_come_again(running):
     go = hold(running)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         full = pool.submit(running.post, "/v1/completions", prompt=["a"] * 10, max_tokens=2)
-        running.until(lambda: running.hall.answers == 10)
+        running.until(lambda: running.service.answers == 10)
         status, told, headers = running.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "a"})
         go.set()
         assert full.result()[0] == 200
     assert status == 429 and int(headers["retry-after"]) >= 1 and told["error"]["code"] == "overloaded"
-    assert running.hall.answers == 0
+    assert running.service.answers == 0
 
 
 def test_metrics_have_the_names_that_dashboards_know(running):
@@ -262,7 +262,7 @@ def test_metrics_have_the_names_that_dashboards_know(running):
 
 def test_a_log_has_no_prompts(running, capfd):
     running.post("/v1/completions", prompt="a secret", max_tokens=3)
-    running.until(lambda: running.hall.inside == 0)  # the line is written behind the answer
+    running.until(lambda: running.service.inside == 0)  # the line is written behind the answer
     said = capfd.readouterr().err
     line = json.loads(said.strip().splitlines()[-1])
     assert line["path"] == "/v1/completions" and line["status"] == 200 and line["completion_tokens"] <= 3
@@ -279,9 +279,9 @@ def test_keys_readiness_and_the_end(directory):
         assert server.ask("GET", "/health")[0] == server.ask("GET", "/v2/health/ready")[0] == 503
         assert server.ask("GET", "/v2/health/live")[0] == 200
         assert server.ask("POST", "/v1/completions", body, **key)[0] == 503
-        prepare(server.hall, lambda _: None)
+        prepare(server.service, lambda _: None)
         assert server.ask("GET", "/health")[0] == 200
-        (served,) = server.hall.served.values()
+        (served,) = server.service.served.values()
         served.worker.error = RuntimeError("the device is gone")
         for path in ("/health", "/v2/health/ready", "/v2/health/live"):
             assert server.ask("GET", path)[:2] == (503, {"status": "failed: tiny"})
@@ -290,7 +290,7 @@ def test_keys_readiness_and_the_end(directory):
         go = hold(server)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             taken = [pool.submit(server.ask, "POST", "/v1/completions", body, **key) for _ in range(2)]
-            server.until(lambda: server.hall.answers == 2)
+            server.until(lambda: server.service.answers == 2)
             server.server.handle_exit(signal.SIGTERM, None)
             assert server.ask("POST", "/v1/completions", body, **key)[0] == server.ask("GET", "/health")[0] == 503
             go.set()

@@ -1,4 +1,4 @@
-"""What all endpoints share: the models and their engines, limits, who is inside, and what is told of requests."""
+"""What all endpoints share: the models and their engines, limits, admission, keys, and the log of requests."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class Served:
 
 
 @dataclass
-class Hall:
-    """What all endpoints share."""
+class Service:
+    """What all endpoints share: models by name, and the state of the process."""
 
     served: dict[str, Served]
     limits: Limits = Limits()
