@@ -1,4 +1,4 @@
-"""`jaxmodels serve RUN`: a language model, an encoder of texts or a classifier over HTTP."""
+"""`jaxmodels serve RUN`: a language model, encoder or classifier over HTTP."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_a_run_that_lost_the_names_of_its_classes_says_so(moved, tmp_path, caplo
     run.evaluation({"path": (csv(tmp_path / "new.csv", rows(20)),)})
     assert caplog.messages[-1].endswith("those of table are taken for 0 to 1 in this order: bad, good")
     (moved / "data.json").mkdir()
-    with pytest.raises(UserError, match="data.json, expected facts about a run's data"):
+    with pytest.raises(UserError, match=r"data.json, which cannot be read \(.*\), expected facts about a run's data"):
         load_run(moved).class_name(0)
 
 
