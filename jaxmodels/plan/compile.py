@@ -8,6 +8,7 @@ atomically: two processes may plan the same step at a time, and a damaged result
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -99,7 +100,8 @@ class Compiled:
 def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program: str = "") -> Compiled:
     """The compiled step of a config for a topology, from the cache if possible.
 
-    With `program`, a hash of the lowered step, a cached one is taken however the package's code has changed.
+    With `program`, a hash of the lowered step, a cached one is taken however the package's code has changed, unless it
+    has other facts than `Compiled` has now.
 
     Raises:
         UserError: the config does not fit the topology, or its compiler is not installed.
@@ -113,6 +115,7 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program
         "teacher": teachers.stated(cfg),
         "versions": caches.versions(),
         "source": program or caches.source(),
+        "facts": sorted(field.name for field in dataclasses.fields(Compiled)),
     }
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
     base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "plan"

@@ -1,10 +1,13 @@
 """Compiled steps on disk: what is damaged is not read, and two that finish together do not collide."""
 
+import dataclasses
 import signal
 
 import pytest
 
+from jaxmodels.config import Config
 from jaxmodels.errors import UserError
+from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.plan import cache, compile, topology
 
 FACTS = {"mesh": {"data": 2}, "peak": 7}
@@ -38,6 +41,18 @@ def test_the_second_of_two_leaves_the_first_and_replaces_a_damaged_one(tmp_path)
     (place / "facts.json").write_text("{")
     cache.publish(left(tmp_path / "third", "anew"), place)
     assert cache.intact(place) == {**FACTS, "text": "anew"}
+
+
+def test_a_result_that_has_other_facts_than_are_known_now_is_not_read(tmp_path, monkeypatch):
+    """The hash of a lowered step stays the same where code changes that says what is known of it."""
+    places = []
+    monkeypatch.setattr(compile.topologies, "check_compiler", lambda topology: None)
+    monkeypatch.setattr(compile, "_read", lambda folder, topology: places.append(folder.name) or "found")
+    changed = dataclasses.make_dataclass("Compiled", ["more"])
+    for known in (compile.Compiled, compile.Compiled, changed):
+        monkeypatch.setattr(compile, "Compiled", known)
+        compile.compiled(Config(model=MLPConfig()), topology.parse("h100:1x2"), tmp_path, program="the same")
+    assert places[0] == places[1] != places[2]
 
 
 @pytest.mark.parametrize(
