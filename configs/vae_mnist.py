@@ -3,7 +3,7 @@
     jaxmodels train configs/vae_mnist.py
     jaxmodels train configs/vae_mnist.py --data.dir DIR     # a TFDS data directory
 
-Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: ELBO -105.11 in 0.9 minutes, on
+Reached on 8,500 training and 1,500 test digits, cut from MNIST's own test set: ELBO -105.06 in 1.1 minutes, on
 two CPU cores; benchmarks/results/quality.md. On a full set: not run.
 """
 
