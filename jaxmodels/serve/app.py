@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxmodels.serve import embeddings, inference, openai
+from jaxmodels.serve import answers, asked, embeddings, inference, openai, openapi
+from jaxmodels.serve.batches import Classifier
 from jaxmodels.serve.errors import Refused, response
+from jaxmodels.serve.openapi import Endpoint
 from jaxmodels.serve.service import Service
+from jaxmodels.serve.worker import Worker
 
 log = logging.getLogger("jaxmodels")
-OPEN = ("/health", "/metrics", "/v2/health/live", "/v2/health/ready")
-"""Paths that need no key and are answered while the server drains."""
 
 
 def build(service: Service) -> ASGIApp:
@@ -29,31 +31,10 @@ def build(service: Service) -> ASGIApp:
         lambda: [(each.opened.name, each.worker.engine) for each in service.served.values() if each.worker],
         lambda: [(each.opened.name, each.batches) for each in service.served.values() if each.batches],
     )
-    named = "/v2/models/{name}"
-    routes = [
-        Route("/health", health),
-        Route("/v2/health/live", live),
-        Route("/v2/health/ready", health),
-        Route("/metrics", metrics),
-        Route("/v1/models", openai.models),
-        Route("/v1/models/{name:path}", openai.model),
-        Route("/v1/completions", openai.completions, methods=["POST"]),
-        Route("/v1/chat/completions", openai.chats, methods=["POST"]),
-        Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
-        Route("/v2", inference.server),
-        *(
-            Route(path + end, function, methods=[method])
-            for path in (named, named + "/versions/{version}")
-            for end, function, method in (
-                ("", inference.model, "GET"),
-                ("/ready", inference.ready, "GET"),
-                ("/infer", inference.infer, "POST"),
-            )
-        ),
-    ]
+    routes = [Route(each.path, each.handler, methods=[each.method]) for each in ENDPOINTS]
     handlers: Any = {Refused: _refuse, HTTPException: _http, ClientDisconnect: _gone, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    app.state.service = service
+    app.state.service, app.state.document = service, openapi.document(service, ENDPOINTS)
     return Around(app, service, routes)
 
 
@@ -83,13 +64,50 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+ENDPOINTS = [
+    Endpoint("GET", "/health", health, answers.Status, fails=answers.Status, open=True),
+    Endpoint("GET", "/metrics", metrics, open=True),
+    Endpoint("GET", "/openapi.json", openapi.described, dict[str, Any]),
+    Endpoint("GET", "/v1/models", openai.models, answers.Models),
+    Endpoint("GET", "/v1/models/{name:path}", openai.model, answers.Model),
+    Endpoint(
+        "POST", "/v1/completions", openai.completions, answers.CompletionAnswer, asked.Completion.schema, Worker,
+        part=answers.CompletionAnswer,
+    ),
+    Endpoint(
+        "POST", "/v1/chat/completions", openai.chats, answers.ChatAnswer, asked.Chat.schema, Worker,
+        part=answers.ChatChunk,
+    ),
+    Endpoint(
+        "POST", "/v1/embeddings", embeddings.embeddings, answers.Embeddings, asked.Embed.schema, embeddings.Embedder
+    ),
+    Endpoint("GET", "/v2", inference.server, answers.Server, fails=answers.InferenceFailure),
+    Endpoint("GET", "/v2/health/live", live, answers.Status, fails=answers.Status, open=True),
+    Endpoint("GET", "/v2/health/ready", health, answers.Status, fails=answers.Status, open=True),
+    *(
+        dataclasses.replace(
+            each, path=path + each.path, fails=answers.InferenceFailure, values={"version": (inference.VERSION,)}
+        )
+        for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
+        for each in (
+            Endpoint("GET", "", inference.model, answers.InferenceModel, of=Classifier),
+            Endpoint("GET", "/ready", inference.ready, answers.Readiness),
+            Endpoint("POST", "/infer", inference.infer, answers.Inference, inference.schema, Classifier, openapi.BYTES),
+        )
+    ),
+]  # fmt: skip
+"""All paths, what answers them, and the forms of what they take and give."""
+OPEN = [each.path for each in ENDPOINTS if each.open]
+
+
 async def _refuse(request: Request, error: Any) -> Response:
     return response(request.url.path, error)
 
 
 async def _http(request: Request, error: Any) -> Response:
     what = {404: "no such path", 405: f"method {request.method} for this path"}.get(error.status_code, error.detail)
-    return response(request.url.path, Refused(error.status_code, f"got {what}, expected one of the API", None))
+    said = f"got {what}, expected one of those in /openapi.json"
+    return response(request.url.path, Refused(error.status_code, said, headers=error.headers))
 
 
 async def _failed(request: Request, _: Any) -> Response:

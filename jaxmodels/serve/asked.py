@@ -4,16 +4,18 @@ effect, is refused."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 from jaxmodels.errors import UserError, nearest
-from jaxmodels.fields import Count, Range, Section, shown
+from jaxmodels.fields import Count, Range, Section, docs, shown
 from jaxmodels.generate.draw import TOLD, Draw, seeded
 from jaxmodels.serve.errors import Refused
+from jaxmodels.serve.forms import Form, Schema, fits, schema
 
 IDLE = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 """Fields that say nothing about the answer."""
@@ -23,8 +25,50 @@ MOST = 16
 INPUTS = 2048
 """As many texts as OpenAI embeds at once."""
 
+TEXT: Schema = {"type": "string"}
+NOT_EMPTY: Schema = {"type": "string", "minLength": 1}
+TOKENS: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, "minItems": 1}
 
-@dataclass(frozen=True)
+
+def _some(*kinds: Schema, most: int) -> Schema:
+    """A value of one of some kinds, or a list of up to so many; of numbers, there are none without a list."""
+    several = {"type": "array", "items": {"anyOf": kinds}, "minItems": 1, "maxItems": most}
+    return {"anyOf": [*kinds, several]}
+
+
+_STOP = {**NOT_EMPTY, "maxLength": 1000}
+STOP = Form(
+    f"a text, or up to {MOST}, none empty",
+    {"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MOST}]},
+)
+STREAM = Form(
+    "an object with include_usage, true or false",
+    {"type": "object", "properties": {"include_usage": {"type": "boolean"}}, "additionalProperties": False},
+)
+PROMPT = Form("a text, a list of token ids, or a list of up to 256 of either", _some(TEXT, TOKENS, most=256))
+INPUT = Form(
+    f"a text, a list of token ids, or a list of up to {INPUTS:,} of either, none empty",
+    _some(NOT_EMPTY, TOKENS, most=INPUTS),
+)
+_PART = {"type": "object", "properties": {"type": {"enum": ["text"]}, "text": TEXT}, "required": ["type", "text"]}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": TEXT,
+        "content": {"anyOf": [TEXT, {"type": "array", "items": _PART, "minItems": 1}]},
+        "name": {"anyOf": [TEXT, {"type": "null"}]},
+    },
+    "required": ["role", "content"],
+    # an answer that a client sends back has fields of its own, with nothing in them
+    "additionalProperties": {"enum": [None, False, 0, "", [], {}]},
+}
+MESSAGES = Form(
+    "a list of messages, each an object with a role and a content of text",
+    {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4096},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Body(Section):
     """What all requests have in common."""
 
@@ -41,7 +85,7 @@ class Body(Section):
         """
         values = {name: value for name, value in objects(body).items() if value is not None and name not in IDLE}
         for name, allowed in cls.neutral.items():
-            if name in values and values.pop(name) not in allowed:
+            if name in values and not fits({"enum": allowed}, values.pop(name)):
                 raise Refused(400, f"got {name}, which is not computed here, expected a request without it")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -50,13 +94,37 @@ class Body(Section):
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise Refused(400, f"got no {field.name}, expected it in the request")
+        for name, form in _forms(cls).items():
+            if name in values and not fits(form.schema, values[name]):
+                raise Refused(400, f"got {name} {shown(values[name])}, expected {form.said}")
         try:
             return cls(**values)
         except UserError as error:
             raise Refused.of(error) from None
 
+    @classmethod
+    def schema(cls, models: Sequence[str]) -> Schema:
+        """The JSON schema of a body for one of some models; a value of null is that of a field that is not there."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        hints, about = get_type_hints(cls, include_extras=True), docs(cls)
+        properties: dict[str, Any] = {}
+        for name, field in fields.items():
+            form = {"enum": list(models)} if name == "model" else schema(hints[name], {})
+            if field.default is not dataclasses.MISSING:
+                form = form if field.default is None else {"anyOf": [form, {"type": "null"}], "default": field.default}
+            properties[name] = form | ({"description": about[name]} if name in about else {})
+        properties |= {name: {"enum": [*allowed, None]} for name, allowed in cls.neutral.items()}
+        required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+        properties |= {name: {"description": "ignored"} for name in IDLE}
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": required,
+            "additionalProperties": {"type": "null"},
+        }
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Asked(Body):
     """What completions and chats have in common."""
 
@@ -83,21 +151,13 @@ class Asked(Body):
     presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
     frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] | None = None
-    stop: Any = None
+    stop: Annotated[Any, STOP] | None = None
     n: Annotated[int, Range(1, MOST)] = 1
     stream: bool = False
-    stream_options: Any = None
+    stream_options: Annotated[Any, STREAM] | None = None
 
     def __post_init__(self) -> None:
-        stops = self.stops
-        if len(stops) > MOST or not all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops):
-            raise UserError(f"got stop {shown(self.stop)}, expected a text, or up to {MOST}, none empty")
-        options = self.stream_options
-        if options is not None and (not isinstance(options, dict) or set(options) - {"include_usage"}):
-            raise UserError(f"got stream_options {shown(options)}, expected an object with include_usage")
-        if options is not None and not isinstance(options.get("include_usage", False), bool):
-            raise UserError(f"got stream_options {shown(options)}, expected include_usage to be true or false")
-        if options is not None and not self.stream:
+        if self.stream_options is not None and not self.stream:
             raise UserError("got stream_options without stream, expected it with stream true alone")
 
     @property
@@ -138,11 +198,11 @@ class Asked(Body):
         return [dataclasses.replace(made, seed=seeded(seed, i)) for i in range(self.n)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Completion(Asked):
     """A prompt to continue: a text or token ids, or several of them."""
 
-    prompt: Any = ""
+    prompt: Annotated[Any, PROMPT]
     logprobs: Annotated[int, Range(0, TOLD)] | None = None
     best_of: Annotated[int, Range(1, MOST)] | None = None
 
@@ -150,12 +210,6 @@ class Completion(Asked):
         Asked.__post_init__(self)
         if self.best_of not in (None, self.n):
             raise UserError(f"got best_of {self.best_of}, expected it to be n, {self.n}")
-        wrong = not self.prompts or len(self.prompts) > 256
-        if wrong or not all(isinstance(prompt, str) or tokens(prompt) for prompt in self.prompts):
-            raise UserError(
-                f"got prompt {shown(self.prompt)}, expected a text, a list of token ids, or a list of up to 256 of "
-                "either"
-            )
 
     @property
     def told(self) -> int:
@@ -163,14 +217,14 @@ class Completion(Asked):
 
     @property
     def prompts(self) -> list[Any]:
-        return self.prompt if isinstance(self.prompt, list) and not tokens(self.prompt) else [self.prompt]
+        return several(self.prompt)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chat(Asked):
     """Messages to answer."""
 
-    messages: Any = ()
+    messages: Annotated[Any, MESSAGES]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Range(0, TOLD)] | None = None
@@ -179,13 +233,6 @@ class Chat(Asked):
         Asked.__post_init__(self)
         if self.top_logprobs is not None and not self.logprobs:
             raise UserError("got top_logprobs without logprobs, expected it with logprobs true alone")
-        if not isinstance(self.messages, list) or not 0 < len(self.messages) <= 4096:
-            raise UserError(f"got messages {shown(self.messages)}, expected a list of at least one message")
-        for message in self.messages:
-            # an answer that a client sends back has fields of its own, with nothing in them
-            known = isinstance(message, dict) and all(key in SAID or not value for key, value in message.items())
-            if not known or not isinstance(message.get("role"), str) or text_of(message.get("content")) is None:
-                raise UserError(f"got message {shown(message)}, expected an object with a role and a content of text")
 
     @property
     def told(self) -> int:
@@ -198,41 +245,41 @@ class Chat(Asked):
         return [{**message, "content": text_of(message["content"])} for message in told]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Embed(Body):
     """Texts to embed: a text or token ids, or several of them."""
 
     neutral = MappingProxyType({"dimensions": ()})
-    input: Any = ""
+    input: Annotated[Any, INPUT]
     encoding_format: Literal["float", "base64"] = "float"
-
-    def __post_init__(self) -> None:
-        wrong = not self.inputs or len(self.inputs) > INPUTS
-        if wrong or not all((isinstance(each, str) and each) or tokens(each) for each in self.inputs):
-            raise UserError(
-                f"got input {shown(self.input)}, expected a text, a list of token ids, or a list of up to "
-                f"{INPUTS:,} of either, none empty"
-            )
 
     @property
     def inputs(self) -> list[Any]:
-        return self.input if isinstance(self.input, list) and not tokens(self.input) else [self.input]
+        return several(self.input)
 
 
-def tokens(value: Any) -> bool:
-    """Whether a value is a list of token ids."""
-    return isinstance(value, list) and bool(value) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+def several(value: Any) -> list[Any]:
+    """Texts or lists of token ids: one of them as a list."""
+    return value if isinstance(value, list) and not isinstance(value[0], int) else [value]
 
 
-def text_of(content: Any) -> str | None:
-    """The text of a message's content, which may come in parts; None if it is something else."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        return None
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-    return "\n".join(map(str, texts)) if whole else None
+def text_of(content: str | list[dict[str, str]]) -> str:
+    """The text of a message's content, which may come in parts."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+@functools.cache
+def _forms(kind: type[Body]) -> Mapping[str, Form]:
+    """The fields of a body whose forms no type of Python says."""
+    notes = {name: list(_notes(hint)) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return {name: note for name, found in notes.items() for note in found if isinstance(note, Form)}
+
+
+def _notes(hint: Any) -> Iterator[Any]:
+    """What is noted at a type, and at those inside it."""
+    yield from getattr(hint, "__metadata__", ())
+    for inner in get_args(hint):
+        yield from _notes(inner)
 
 
 def objects(body: bytes) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Embedder(Batches):
 
 
 async def embeddings(request: Request) -> Response:
-    """`POST /v1/embeddings`."""
+    """A vector for each text."""
     service: Service = request.app.state.service
     asked = Embed.read(await service.body(request))
     embedder = service.batches(asked.model, Embedder)

@@ -18,20 +18,54 @@ from jaxmodels.serve import tensors
 from jaxmodels.serve.asked import objects
 from jaxmodels.serve.batches import Classifier, Row
 from jaxmodels.serve.errors import Refused
+from jaxmodels.serve.forms import Schema, fits
 from jaxmodels.serve.service import Service
 
 HEADER = "inference-header-content-length"
 VERSION = "1"
 TENSORS = {"image": "UINT8", "array": "FP32", "text": "BYTES"}
+_PARAMETERS: Schema = {"anyOf": [{"type": "object"}, {"type": "null"}]}
+_INPUT: Schema = {
+    "type": "object",
+    "properties": {"name": {"enum": ["inputs"]}, **tensors.FORM, "data": {}, "parameters": _PARAMETERS},
+    "required": ["name", "shape", "datatype"],
+}
+_OUTPUT: Schema = {
+    "type": "object",
+    "properties": {"name": {"enum": ["probabilities", "label", "labels"]}, "parameters": _PARAMETERS},
+    "required": ["name"],
+}
+FORM: Schema = {
+    "type": "object",
+    "properties": {
+        "id": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "inputs": {"type": "array", "items": _INPUT, "minItems": 1, "maxItems": 1},
+        "outputs": {"anyOf": [{"type": "array", "items": _OUTPUT}, {"type": "null"}]},
+        "parameters": _PARAMETERS,
+    },
+    "required": ["inputs"],
+    "additionalProperties": False,
+}
+"""What a request to infer is."""
+SAID = {
+    "id": "a text",
+    "outputs": "a list of objects, each one of the name probabilities or label",
+    "parameters": "an object",
+}
+
+
+def schema(_: list[str]) -> Schema:
+    """The JSON schema of a request, which has the model's name in its path."""
+    return FORM
 
 
 async def server(_: Request) -> Response:
-    """`GET /v2`."""
+    """The server, by the Open Inference Protocol."""
     return JSONResponse({"name": "jaxmodels", "version": jaxmodels.__version__, "extensions": ["binary_tensor_data"]})
 
 
 async def model(request: Request) -> Response:
-    """`GET /v2/models/NAME`: what it takes and gives."""
+    """What a model takes and gives."""
     batches = _found(request)
     outputs = [
         {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(batches.names)]},
@@ -43,7 +77,7 @@ async def model(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """`GET /v2/models/NAME/ready`."""
+    """Whether a model takes requests."""
     service: Service = request.app.state.service
     _version(request)
     served = service.find(request.path_params["name"])
@@ -51,12 +85,12 @@ async def ready(request: Request) -> Response:
 
 
 async def infer(request: Request) -> Response:
-    """`POST /v2/models/NAME/infer`."""
+    """Classify the rows of a tensor."""
     service: Service = request.app.state.service
     batches = _found(request)
     asked, rest = _split(await service.body(request), request.headers.get(HEADER))
-    tensor = _input(asked, rest)
     wanted = _wanted(asked, batches)
+    tensor = _input(asked, rest)
     service.admit(service.find(request.path_params["name"]), len(tensor))
     try:
         shares = await service.unless_gone(request, _computed(batches, tensor))
@@ -99,13 +133,11 @@ def _split(body: bytes, size: str | None) -> tuple[dict[str, Any], memoryview]:
 
 
 def _input(asked: dict[str, Any], rest: memoryview) -> np.ndarray:
-    if unknown := [name for name in asked if name not in ("id", "inputs", "outputs", "parameters")]:
-        raise Refused(400, f"got field {shown(unknown[0])}, expected id, inputs, outputs or parameters")
     inputs = asked.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise Refused(400, f"got inputs {shown(inputs)}, expected a list of one tensor")
     told = inputs[0]
-    if told.get("name") != "inputs" or not isinstance(told.get("parameters") or {}, dict):
+    if told.get("name") != "inputs" or not fits(_PARAMETERS, told.get("parameters")):
         raise Refused(400, f"got an input {shown(told.get('name'))}, expected one of the name inputs")
     tensor, used = tensors.read(told, rest)
     if used != len(rest):
@@ -114,19 +146,21 @@ def _input(asked: dict[str, Any], rest: memoryview) -> np.ndarray:
 
 
 def _wanted(asked: dict[str, Any], batches: Classifier) -> dict[str, bool]:
-    """The outputs to give, and whether each goes behind the JSON as bytes."""
+    """The outputs to give, and whether each goes behind the JSON as bytes; checks all that is asked but the input."""
+    if unknown := [name for name in asked if name not in ("id", "inputs", "outputs", "parameters")]:
+        raise Refused(400, f"got field {shown(unknown[0])}, expected id, inputs, outputs or parameters")
+    for name, form in FORM["properties"].items():
+        if name in asked and name != "inputs" and not fits(form, asked[name]):
+            raise Refused(400, f"got {name} {shown(asked[name])}, expected {SAID[name]}")
     known, outputs = ("probabilities", _labels(batches)), asked.get("outputs")
-    overall = asked.get("parameters") or {}
-    usual = isinstance(overall, dict) and overall.get("binary_data_output") is True
-    if outputs is None or outputs == []:
+    usual = (asked.get("parameters") or {}).get("binary_data_output") is True
+    if not outputs:
         return dict.fromkeys(known, usual)
     wanted = {}
-    for each in outputs if isinstance(outputs, list) else [outputs]:
-        name = each.get("name") if isinstance(each, dict) else None
-        parameters = (each.get("parameters") or {}) if isinstance(each, dict) else None
-        if name not in known or not isinstance(parameters, dict):
+    for each in outputs:
+        if each["name"] not in known:
             raise Refused(400, f"got output {shown(each)}, expected one of the name {' or '.join(known)}")
-        wanted[name] = bool(parameters.get("binary_data", usual))
+        wanted[each["name"]] = bool((each.get("parameters") or {}).get("binary_data", usual))
     return wanted
 
 

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from jaxmodels.errors import UserError
 from jaxmodels.generate.engine import Step, Text
+from jaxmodels.serve.answers import Model, Usage
 from jaxmodels.serve.asked import Asked, Chat, Completion
 from jaxmodels.serve.errors import Broken, Refused, body
 from jaxmodels.serve.opened import finite
@@ -89,7 +90,7 @@ class Answer:
 
 
 async def completions(request: Request) -> Response:
-    """`POST /v1/completions`."""
+    """Continue a text, or several."""
     service: Service = request.app.state.service
     asked = Completion.read(await service.body(request))
     served = service.writer(asked.model)
@@ -108,7 +109,7 @@ async def _encoded(served: Served, prompt: Any) -> list[int]:
 
 
 async def chats(request: Request) -> Response:
-    """`POST /v1/chat/completions`."""
+    """Answer messages, by the model's chat template."""
     service: Service = request.app.state.service
     asked = Chat.read(await service.body(request))
     served = service.writer(asked.model)
@@ -121,21 +122,22 @@ async def chats(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """`GET /v1/models`."""
+    """The models that are served."""
     service: Service = request.app.state.service
     return JSONResponse({"object": "list", "data": [_card(service, served) for served in service.served.values()]})
 
 
 async def model(request: Request) -> Response:
-    """`GET /v1/models/NAME`."""
+    """A model that is served."""
     service: Service = request.app.state.service
     return JSONResponse(_card(service, service.find(request.path_params["name"])))
 
 
-def _card(service: Service, served: Served) -> dict[str, Any]:
-    owner = {"object": "model", "created": service.began, "owned_by": "jaxmodels"}
-    longest = {} if served.worker is None else {"max_model_len": served.engine.shape.length}
-    return {"id": served.opened.name, **owner, **longest}
+def _card(service: Service, served: Served) -> Model:
+    card: Model = {"id": served.opened.name, "object": "model", "created": service.began, "owned_by": "jaxmodels"}
+    if served.worker is not None:
+        card["max_model_len"] = served.engine.shape.length
+    return card
 
 
 def _answers(service: Service, served: Served, asked: Asked, prompts: list[list[int]], limit: int) -> list[Answer]:
@@ -196,12 +198,16 @@ class _Form:
         }
 
 
-def _usage(answers: list[Answer]) -> dict[str, Any]:
+def _usage(answers: list[Answer]) -> Usage:
     prompts = {id(answer.text.prompt): len(answer.text.prompt) for answer in answers}
     read, made = sum(prompts.values()), sum(answer.count for answer in answers)
     shared = max((answer.text.shared for answer in answers), default=0)
-    counts = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-    return {**counts, "prompt_tokens_details": {"cached_tokens": min(shared, read)}}
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": made,
+        "total_tokens": read + made,
+        "prompt_tokens_details": {"cached_tokens": min(shared, read)},
+    }
 
 
 async def _respond(request: Request, service: Service, asked: Asked, answers: list[Answer], form: _Form) -> Response:

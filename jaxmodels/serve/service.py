@@ -10,7 +10,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -229,7 +229,7 @@ class Service:
         if not any([hmac.compare_digest(given, known.encode()) for known in self.limits.keys]):
             raise Refused(401, "got no valid API key, expected one as Authorization: Bearer KEY", "invalid_api_key")
 
-    def note(self, request: Request, usage: dict[str, Any]) -> None:
+    def note(self, request: Request, usage: Mapping[str, Any]) -> None:
         """Add counts of tokens to what the log says of a request."""
         counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
         request.state.noted = {**_noted(request), **counts}

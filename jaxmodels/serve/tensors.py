@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxmodels.fields import shown
 from jaxmodels.serve.errors import Refused
+from jaxmodels.serve.forms import Schema, fits
 
 TYPES: Mapping[str, Any] = {
     "BOOL": np.bool_,
@@ -22,6 +23,11 @@ TYPES: Mapping[str, Any] = {
 }
 """The datatypes of the protocol."""
 LARGEST = 1 << 28
+FORM: Schema = {
+    "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1, "maxItems": 8},
+    "datatype": {"enum": list(TYPES)},
+}
+"""What a tensor of a request says of itself."""
 
 
 def read(told: Mapping[str, Any], rest: memoryview) -> tuple[np.ndarray, int]:
@@ -31,9 +37,9 @@ def read(told: Mapping[str, Any], rest: memoryview) -> tuple[np.ndarray, int]:
         Refused: it is not what its shape and datatype say.
     """
     name, shape, datatype = told["name"], told.get("shape"), told.get("datatype")
-    if not isinstance(datatype, str) or datatype not in TYPES:
+    if not isinstance(datatype, str) or not fits(FORM["datatype"], datatype):
         raise Refused(400, f"got datatype {shown(datatype)} of input {name}, expected one of {', '.join(TYPES)}")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape) or len(shape) > 8:
+    if not isinstance(shape, list) or not fits(FORM["shape"], shape):
         raise Refused(400, f"got shape {shown(shape)} of input {name}, expected a list of numbers above 0")
     count = math.prod(shape)
     if count > LARGEST:

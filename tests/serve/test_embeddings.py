@@ -121,7 +121,7 @@ def test_base64_has_the_same_numbers_and_the_official_client_reads_it(running):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({}, "got input '', expected a text"),
+        ({"input": ""}, "got input '', expected a text"),
         ({"input": []}, "got input []"),
         ({"input": ["a", ""]}, "none empty"),
         ({"input": ["a", 3]}, "got input ['a', 3]"),

@@ -169,8 +169,8 @@ def tensor(**changed):
         (tensor(datatype="BYTES", shape=[1], data=["no image"]), "got record 0"),
         (tensor(parameters={"binary_data_size": 16}), "got binary_data_size 16"),
         (tensor(parameters=[1]), "got an input"),
-        ({**asked(images(1)), "outputs": [{"name": "logits"}]}, "expected one of the name probabilities or label"),
-        ({**asked(images(1)), "outputs": 3}, "got output 3"),
+        ({**asked(images(1)), "outputs": [{"name": "logits"}]}, "each one of the name probabilities or label"),
+        ({**asked(images(1)), "outputs": 3}, "got outputs 3"),
     ],
     ids=lambda value: repr(value)[:30],
 )
