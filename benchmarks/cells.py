@@ -252,8 +252,8 @@ def _prepare(
             expected[part] = reference(cell, part, arrays)
         found["error"] = error([_share(x, cell) for x in jax.tree.leaves(out)], expected[part])
     except jax.errors.JaxRuntimeError as failure:
-        said = " ".join(str(failure).split())
-        return "out of memory" if "RESOURCE_EXHAUSTED" in said else f"failed: {said[:160]}"
+        message = " ".join(str(failure).split())
+        return "out of memory" if "RESOURCE_EXHAUSTED" in message else f"failed: {message[:160]}"
     fns[name, part] = lambda: fn(arrays)
     return None
 
@@ -342,9 +342,9 @@ def overtaken(rows: Sequence[Mapping[str, Any]], most: float = 1.05) -> list[str
                 raise UserError("got a row without its call, expected a record of benchmarks attention")
             cells.setdefault((each.get("key", each["T"]), each["pass"]), []).append(each)
     for (key, part), measured in cells.items():
-        told = measured[0]["call"]
-        taken, _ = choose(measured[0]["platform"], Call(**{**told, "features": frozenset(told["features"]),
-                                                            "capability": tuple(told["capability"])}))  # fmt: skip
+        recorded = measured[0]["call"]
+        taken, _ = choose(measured[0]["platform"], Call(**{**recorded, "features": frozenset(recorded["features"]),
+                                                            "capability": tuple(recorded["capability"])}))  # fmt: skip
         mine = next((each["ms"] for each in measured if each["kernel"] == taken), None)
         best = min(measured, key=lambda each: each["ms"])
         if mine is not None and mine > most * best["ms"]:

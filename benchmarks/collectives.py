@@ -115,9 +115,9 @@ def read(folder: Path, program: Program, collectives: Mapping[str, Collective]) 
     import jax
 
     instructions, inside = _named(program.computations)
-    told: dict[str, list[str]] = defaultdict(list)
+    named: dict[str, list[str]] = defaultdict(list)
     for name in collectives:
-        told[name.partition(" ")[0]].append(name)
+        named[name.partition(" ")[0]].append(name)
     seen: dict[int, Seen] = defaultdict(Seen)
     for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -147,7 +147,7 @@ def read(folder: Path, program: Program, collectives: Mapping[str, Collective]) 
                     elif each.opcode not in AROUND:
                         device.others.append(span)
                     if line.name != "Async XLA Ops":
-                        device.counts.update(told.get(name, ()))
+                        device.counts.update(named.get(name, ()))
     return dict(seen)
 
 

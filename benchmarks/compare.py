@@ -80,10 +80,10 @@ def run(options: Options) -> int:
                     return compared(options, arguments, before, after, where)
 
             found, blocks = against(rest[0] if rest else "")
-            told = f"{base[:12]} against {rest[0][:12] if rest else 'the tree as it is'}: {found.line()}"
+            summary = f"{base[:12]} against {rest[0][:12] if rest else 'the tree as it is'}: {found.line()}"
             if options.out is not None:
-                write(options, blocks, found, told)
-            print(told)
+                write(options, blocks, found, summary)
+            print(summary)
             if found.slower and options.bisect:
                 first = bisected(between, lambda each: against(each)[0])
                 print(f"slower since {first[:12]} {git('log', '-1', '--format=%s', first)}")
@@ -98,8 +98,8 @@ def git(*arguments: str) -> str:
     """
     done = subprocess.run(["git", *arguments], cwd=record.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"got {said!r} of git {arguments[0]}, expected two commits of this repository")
+        message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"got {message!r} of git {arguments[0]}, expected two commits of this repository")
     return done.stdout.strip()
 
 
@@ -151,7 +151,7 @@ def compared(
             found = paired.verdict(blocks)
             if late or found.fine or len(blocks) >= MOST:
                 return found, blocks
-        print(f"block {len(blocks)}: {said(blocks[-1])}", flush=True)
+        print(f"block {len(blocks)}: {in_words(blocks[-1])}", flush=True)
 
 
 def block(options: Options, arguments: Sequence[str], before: Path, after: Path, folder: Path) -> list[Turn]:
@@ -175,7 +175,7 @@ def block(options: Options, arguments: Sequence[str], before: Path, after: Path,
             each.end()
 
 
-def said(turns: Sequence[Turn]) -> str:
+def in_words(turns: Sequence[Turn]) -> str:
     """A block in one line."""
     row = rows([turns], 1)[0]
     return f"head {row['slowdown']:+.1f} %, the base against itself {row['noise']:+.1f} %"
@@ -199,9 +199,9 @@ def rows(blocks: Sequence[Sequence[Turn]], steps: int) -> list[dict[str, Any]]:
     return found
 
 
-def write(options: Options, blocks: Sequence[Sequence[Turn]], found: Verdict, told: str) -> None:
+def write(options: Options, blocks: Sequence[Sequence[Turn]], found: Verdict, summary: str) -> None:
     """Write the record, in which `verdict` has the numbers."""
-    notes = [told, f"{options.config} with {options.override}; medians over {options.rounds} rounds of a block"]
+    notes = [summary, f"{options.config} with {options.override}; medians over {options.rounds} rounds of a block"]
     table = rows(blocks, options.steps)
     for each in table:
         each["verdict"] = {**found._asdict(), "slower": found.slower}

@@ -34,7 +34,7 @@ def judged(rows: Sequence[Row]) -> list[Row]:
             more["efficiency"] = efficiency(first, row)
             more["planned_efficiency"] = efficiency(*map(as_planned, (first, row)))
             more["difference"] = difference(row)
-            more["said"] = said(row, more["difference"])
+            more["said"] = verdict(row, more["difference"])
         found.append({**row, **more})
     return found
 
@@ -59,18 +59,20 @@ def difference(row: Row) -> str:
         return ""
     ran, planned = ({(each["kind"], each["axes"]): each for each in of["collectives"]} for of in (row, plan))
     none = {"count": 0.0, "bytes": 0.0}
-    told = []
+    differences = []
     for key in dict.fromkeys([*planned, *ran]):
         was, now = planned.get(key, none), ran.get(key, none)
         if any(abs(was[name] - now[name]) > SAME * max(was[name], now[name]) for name in none):
             one, other = (f"{each['count']:.6g} of {_size(each['bytes'])}" for each in (now, was))
-            told.append(f"{' '.join(key)}: {one} ran, {other} were planned")
+            differences.append(f"{' '.join(key)}: {one} ran, {other} were planned")
     if "arguments" in plan and plan["arguments"] != row["arguments"]:
-        told.append(f"state and batch have {_size(row['arguments'])} a device, planned were {_size(plan['arguments'])}")
-    return "; ".join(told)
+        differences.append(
+            f"state and batch have {_size(row['arguments'])} a device, planned were {_size(plan['arguments'])}"
+        )
+    return "; ".join(differences)
 
 
-def said(row: Row, differs: str) -> str:
+def verdict(row: Row, differs: str) -> str:
     """Say in a line how a point is against its plan, and what the trace could not tell."""
     plan = row["plan"]
     if "step_seconds" in plan:

@@ -66,26 +66,26 @@ def run(options: Options) -> int:
     base = {"hardware": about["hardware"], "versions": about["versions"], "code": caches.source()}
     stem = f"device_{record.slug(about['hardware'])}"
     kept = rows = record.kept(folder / f"{stem}.json", base, "a device")
-    asked = [name for name in NAMES if name in options.parts]
+    wanted = [name for name in NAMES if name in options.parts]
     try:
-        for rows in done(asked, kept, base, folder, begun + options.budget):
-            write(folder, stem, about, rows, asked)
+        for rows in done(wanted, kept, base, folder, begun + options.budget):
+            write(folder, stem, about, rows, wanted)
     except KeyboardInterrupt:
         print("interrupted: what is done is kept, and the same command goes on from there", flush=True)
         return 130
-    path = write(folder, stem, about, rows, asked)
+    path = write(folder, stem, about, rows, wanted)
     print(path.read_text())
     return 1 if any(row["failure"] and not row["late"] for row in rows) else 0
 
 
 def done(
-    asked: Sequence[str], rows: list[dict[str, Any]], base: Mapping[str, Any], folder: Path, end: float
+    wanted: Sequence[str], rows: list[dict[str, Any]], base: Mapping[str, Any], folder: Path, end: float
 ) -> Iterator[list[dict[str, Any]]]:
     """Do the parts that are not among the rows; yield all rows whenever there is another one.
 
     The attention table takes a share of the time, and goes on at the end with what is left.
     """
-    rest = [name for name in asked if name not in {row["part"] for row in rows}]
+    rest = [name for name in wanted if name not in {row["part"] for row in rows}]
     queue = [(name, PARTS[name].share) for name in rest]
     while queue:
         name, share = queue.pop(0)
@@ -97,11 +97,11 @@ def done(
         if found["late"] and share < 1.0:
             queue.append((name, 1.0))
         rows = [*(row for row in rows if row["part"] != name), {"part": name, "base": dict(base), **found}]
-        print(f"{name}: {found['failure'] or said(found['figures'])} ({found['seconds']:.0f} s)", flush=True)
+        print(f"{name}: {found['failure'] or in_words(found['figures'])} ({found['seconds']:.0f} s)", flush=True)
         yield rows
 
 
-def said(figures: Mapping[str, Any]) -> str:
+def in_words(figures: Mapping[str, Any]) -> str:
     """Return figures as one line."""
     return ", ".join(f"{name} {record.show(value)}" for name, value in figures.items())
 
@@ -161,7 +161,7 @@ def work(name: str, folder: Path, answer: Path) -> None:
 
 
 def write(
-    folder: Path, stem: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], asked: Sequence[str]
+    folder: Path, stem: str, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], wanted: Sequence[str]
 ) -> Path:
     """Write the record: a line for each figure, with the goal where there is one."""
     rows = sorted(rows, key=lambda row: NAMES.index(row["part"]))
@@ -175,11 +175,11 @@ def write(
             line = {"part": row["part"], "figure": name, "value": value, "goal": goal, "seconds": row["seconds"]}
             listed.append(line)
     done = {row["part"] for row in rows if not row["late"]}
-    left = [name for name in asked if name not in done]
+    left = [name for name in wanted if name not in done]
     notes = ["each part ran in a process of its own, in the order of this table"]
     if about["platform"] == "cpu":
         notes.append("on a CPU all sizes are small: IT SHOWS THAT THE PARTS RUN, AND NO SECONDS MEAN ANYTHING")
-    if "attention" in asked:
+    if "attention" in wanted:
         notes.append(f"the attention table is in attention_{record.slug(about['hardware'])}.md")
     notes += [f"no time was left for {', '.join(left)}: the same command does them"] if left else []
     title, about = f"What {about['hardware']} does", {**about, "command": record.command()}

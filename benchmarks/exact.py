@@ -101,14 +101,14 @@ def run(options: Options) -> int:
         UserError: there is no such case, or its records are of other versions of the compilers.
     """
     record.check("case", options.cases, [*CASES, *NAMES])
-    asked = [name for name in NAMES if not options.cases or {name, name.rpartition("-")[0]} & set(options.cases)]
+    chosen = [name for name in NAMES if not options.cases or {name, name.rpartition("-")[0]} & set(options.cases)]
     folder = options.records or RECORDS
     if options.check and options.accept:
         raise UserError("got --check and --accept, expected one of them, try --check first")
     if not options.check and not options.accept:
-        print(table(folder, asked))
+        print(table(folder, chosen))
         return 0
-    before = {name: read(folder, name) for name in asked}
+    before = {name: read(folder, name) for name in chosen}
     if options.check:
         check_versions(before)
     changed = []
@@ -124,13 +124,13 @@ def run(options: Options) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     if not changed:
-        print(f"{len(asked)} of {len(asked)} steps are as recorded")
+        print(f"{len(chosen)} of {len(chosen)} steps are as recorded")
         return 0
     if options.accept:
-        print(f"{len(changed)} of {len(asked)} records changed; the difference that git shows is what to commit")
+        print(f"{len(changed)} of {len(chosen)} records changed; the difference that git shows is what to commit")
         return 0
     print(
-        f"{len(changed)} of {len(asked)} steps changed: if that is meant, commit the records that "
+        f"{len(changed)} of {len(chosen)} steps changed: if that is meant, commit the records that "
         f"{shlex.join(['python', '-m', 'benchmarks', 'exact', '--accept', *changed[:4]])}"
         f"{' ...' if len(changed) > 4 else ''} writes"
     )
@@ -168,8 +168,8 @@ def check_versions(before: Mapping[str, dict[str, Any]]) -> None:
     """
     for name, old in before.items():
         if old and old["versions"] != (here := versions(name)):
-            said = (", ".join(" ".join(pair) for pair in found.items()) for found in (old["versions"], here))
-            raise UserError("got a record of {} of {}, expected {}, ".format(name, *said) + "try these, or --accept")
+            both = (", ".join(" ".join(pair) for pair in found.items()) for found in (old["versions"], here))
+            raise UserError("got a record of {} of {}, expected {}, ".format(name, *both) + "try these, or --accept")
 
 
 def measured(before: Mapping[str, dict[str, Any]], workers: int) -> Iterator[tuple[str, dict[str, Any] | str]]:

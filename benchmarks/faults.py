@@ -206,8 +206,8 @@ def judge(trials: Sequence[Trial], options: Options) -> list[str]:
     lost = [row["lost"] for row in rows if row["lost"] is not None]
     stayed, left = sum(row["left"] for row in rows), sum(len(one.left) for one in trials)
     warned = sum(row["other_warnings"] for row in rows)
-    said = {True: "the bits", False: "NOT the bits", None: "bits that were not compared with those"}
-    ends = [f"after {one.saved:,} steps {said[one.same]}" for one in trials]
+    verdicts = {True: "the bits", False: "NOT the bits", None: "bits that were not compared with those"}
+    ends = [f"after {one.saved:,} steps {verdicts[one.same]}" for one in trials]
     short = [f"it ended after {len(rows)} of {options.faults} faults"] if len(rows) < options.faults else []
     return [
         *short,
@@ -240,9 +240,9 @@ def account(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
     if not pairs or not failures:
         return []
     step = statistics.fmean((a[name] - b[name]) / EVERY for b, a in pairs for name in ("step", "data")) * 2
-    saved, asked = job.events("saved", "unsaved"), {row["step"]: row["time"] for row in every}
+    saved, requested = job.events("saved", "unsaved"), {row["step"]: row["time"] for row in every}
     blocked = found["seconds"]["save"] / max(1, len(saved))
-    ended = [row["time"] - asked[row["step"]] for row in saved if row["step"] in asked] or [blocked]
+    ended = [row["time"] - requested[row["step"]] for row in saved if row["step"] in requested] or [blocked]
     pending = max(0.0, statistics.median(ended) - blocked)
     first = every[0]
     began = first["time"] - first["began"] - sum(first["seconds"][name] for name in ("step", "data", "save"))

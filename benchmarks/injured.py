@@ -114,7 +114,7 @@ class Job:
         """All that it has printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def said(self, pattern: str, since: int) -> str:
+    def line_like(self, pattern: str, since: int) -> str:
         """What it has printed since its output was so long, as far as it matches."""
         found = re.search(pattern, self.output()[since:])
         return found[0] if found else ""

@@ -45,8 +45,8 @@ def run(options: Options) -> None:
     """Plan and train each job by the commands that a user types; record all jobs, or print those that were named."""
     record.check("job", options.jobs, JOBS)
     # a process that asks for its devices holds their memory, so a child does
-    asked = [sys.executable, "-c", "import jax; print(*(each.device_kind for each in jax.devices()), sep='\\n')"]
-    kinds = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    listing = [sys.executable, "-c", "import jax; print(*(each.device_kind for each in jax.devices()), sep='\\n')"]
+    kinds = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
     row = hardware.of_device(kinds[-1])
     if row is None or row.platform != "cuda" or len(kinds) > 1:
         raise UserError(f"got {', '.join(kinds)}, expected one GPU that is described, try CUDA_VISIBLE_DEVICES=0")

@@ -51,7 +51,7 @@ def measure(name: str, cfg: Config, devices: Sequence[Any], hosts: Sequence[str]
     """
     job = assemble(cfg, devices)
     mine = [device for device in devices if device.process_index == jax.process_index()]
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     lowered = compiled = None
     progress.phase("compile")
     begun = time.perf_counter()
@@ -60,15 +60,15 @@ def measure(name: str, cfg: Config, devices: Sequence[Any], hosts: Sequence[str]
             lowered = job.lower()
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        told = _exhausted(error)
+        report = _exhausted(error)
     took = time.perf_counter() - begun
     distributed.barrier("scaling: compiled")  # the first collective fails if processes reach it far apart
     try:
         if compiled is not None:
-            told = {"program": _hash(lowered), "compile_seconds": took, **_run(job, compiled, mine, steps)}
+            report = {"program": _hash(lowered), "compile_seconds": took, **_run(job, compiled, mine, steps)}
     except jax.errors.JaxRuntimeError as error:
-        told = _exhausted(error)
-    distributed.publish(f"scaling: {name}", json.dumps(told))
+        report = _exhausted(error)
+    distributed.publish(f"scaling: {name}", json.dumps(report))
     if not distributed.is_main():
         distributed.barrier("scaling: measured")
         return {}

@@ -143,8 +143,8 @@ def measure(name: str, data_dir: Path, runs: Path) -> dict[str, Any]:
     met = None if recipe.aim is None else (reached <= recipe.aim if recipe.lower else reached >= recipe.aim)
     shown = {"accuracy": "{:.2%}", "image_to_text": "{:.2%}"}.get(recipe.metric, "{:.2f}")
     side = "≤" if recipe.lower else "≥"
-    told = [recipe.note] if recipe.note else []
-    told += [f"{key} {value:.4g}" for key, value in extra.items()]
+    parts = [recipe.note] if recipe.note else []
+    parts += [f"{key} {value:.4g}" for key, value in extra.items()]
     return {
         "name": name,
         "value": reached,
@@ -157,7 +157,7 @@ def measure(name: str, data_dir: Path, runs: Path) -> dict[str, Any]:
             ["jaxmodels", "train", f"configs/{recipe.config}.py", "--data.dir", "DIR", *recipe.arguments]
         ),
         "commit": f"{record.git('rev-parse', '--short=12', 'HEAD')}, {datetime.now():%Y-%m-%d}",
-        "note": "; ".join(told),
+        "note": "; ".join(parts),
     }
 
 

@@ -286,11 +286,11 @@ def damage(run: Run, options: Options) -> Run:
         run.start()
         run.wait(run.step, "first step")
         row = run.end(f"{how.__doc__} in {newest.name}, then kill -9", signal.SIGKILL)
-        said = f"CHECKPOINT DAMAGED: step {newest.name}" in run.output()
+        printed = f"CHECKPOINT DAMAGED: step {newest.name}" in run.output()
         run.claims.append(
             (
                 f"{how.__doc__}: detected, said, step {before.name} used instead of {newest.name}",
-                said and row["from"] == int(before.name),
+                printed and row["from"] == int(before.name),
             )
         )
     run.start()
@@ -325,11 +325,11 @@ def fill(run: Run, size: int) -> Run:
     run.wait(lambda: "NOT saved" in run.output(), "failed save")
     row = run.end("disk full")
     good, bad = run.checkpoints()
-    said = re.search(r"error: checkpoint of step \d+ NOT saved: No space left on device", run.output())
+    printed = re.search(r"error: checkpoint of step \d+ NOT saved: No space left on device", run.output())
     run.claims.append(
         (
             f"disk full: said, exit code 1, the last good checkpoint (step {good[-1] if good else None}) survives",
-            bool(said and good and not bad and row["code"] == 1),
+            bool(printed and good and not bad and row["code"] == 1),
         )
     )
     ballast.unlink()

@@ -243,7 +243,7 @@ def measured(
     results = {row["key"]: row for row in rows}
     if distributed.is_main():
         distributed.announce("scaling: asked", json.dumps([key for key in keys if key not in results]))
-    asked = set(json.loads(distributed.heard("scaling: asked", 600.0) or "[]"))
+    wanted = set(json.loads(distributed.heard("scaling: asked", 600.0) or "[]"))
     found = {(row["curve"], row["devices"], row["key"]): row for row in rows}
     for number, (key, each) in enumerate(zip(keys, points, strict=True), 1):
         name = f"{each.curve}{several} at {each.devices}"
@@ -263,11 +263,11 @@ def measured(
             "accumulate": each.config.train.accumulate,
             "commit": results.get(key, {}).get("commit") or record.git("rev-parse", "HEAD"),
         }
-        if not each.failure and key in asked:
+        if not each.failure and key in wanted:
             if distributed.is_main():
                 print(f"[{number}/{len(points)}] {name} ...", flush=True)
             results[key] = point.measure(key, each.config, used, hosts, base["steps"])
-            asked.remove(key)
+            wanted.remove(key)
         result = results.get(key, {})
         row["failure"] = each.failure or result.get("failure", "")
         found[row["curve"], each.devices, key] = {**result, **row}

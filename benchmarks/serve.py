@@ -90,7 +90,7 @@ class Options:
     """Folder for the results; by default, benchmarks/results."""
 
 
-Asked = dict[str, Any]
+Prompt = dict[str, Any]
 """`prompt`, the ids of its tokens, and `count`, how many are to be added."""
 
 
@@ -102,11 +102,11 @@ def serving(model: Path) -> Iterator[int]:
         process = subprocess.Popen([*command, "--queue", "100000"], stderr=log, cwd=record.ROOT)
         try:
             while True:
-                said = Path(log.name).read_text()
-                if found := re.search(r"^ready: .*:(\d+)$", said, re.M):
+                printed = Path(log.name).read_text()
+                if found := re.search(r"^ready: .*:(\d+)$", printed, re.M):
                     break
                 if process.poll() is not None:
-                    raise UserError(f"got {model}, which cannot be served: {said.strip()[-300:]}")
+                    raise UserError(f"got {model}, which cannot be served: {printed.strip()[-300:]}")
                 time.sleep(0.1)
             yield int(found[1])
         finally:
@@ -134,32 +134,32 @@ async def _post(port: int, path: str, body: bytes, head: str = "") -> tuple[byte
     return whole, first
 
 
-def texts(port: int, clients: int, asked: list[Asked]) -> dict[str, Any]:
+def texts(port: int, clients: int, prompted: list[Prompt]) -> dict[str, Any]:
     """Have all of it answered over HTTP, as streams."""
 
-    async def one(each: Asked) -> tuple[str, float]:
-        told = {"model": "model", "prompt": each["prompt"], "max_tokens": each["count"], "temperature": 0}
-        raw, first = await _post(port, "/v1/completions", json.dumps({**told, "stream": True}).encode())
+    async def one(each: Prompt) -> tuple[str, float]:
+        body = {"model": "model", "prompt": each["prompt"], "max_tokens": each["count"], "temperature": 0}
+        raw, first = await _post(port, "/v1/completions", json.dumps({**body, "stream": True}).encode())
         events = re.findall(rb"^data: (\{.*\})", raw, re.M)
         return "".join(json.loads(event)["choices"][0]["text"] for event in events), first
 
-    async def client(waiting: Iterator[tuple[int, Asked]], found: dict[int, tuple[str, float]]) -> None:
+    async def client(waiting: Iterator[tuple[int, Prompt]], found: dict[int, tuple[str, float]]) -> None:
         for i, each in waiting:
             found[i] = await one(each)
 
     async def together() -> dict[int, tuple[str, float]]:
-        waiting, found = enumerate(asked), {}
+        waiting, found = enumerate(prompted), {}
         await asyncio.gather(*(client(waiting, found) for _ in range(clients)))
         return found
 
     begin = time.perf_counter()
     found = asyncio.run(together())
     seconds = time.perf_counter() - begin
-    ordered = [found[i] for i in range(len(asked))]
+    ordered = [found[i] for i in range(len(prompted))]
     return {"seconds": seconds, "first": [at for _, at in ordered], "answers": [text for text, _ in ordered]}
 
 
-def prompts(options: Options, clients: int, seed: int, vocabulary: int) -> list[Asked]:
+def prompts(options: Options, clients: int, seed: int, vocabulary: int) -> list[Prompt]:
     """Requests of random lengths, no two of which begin in the same way."""
     rng, found = np.random.default_rng(seed), []
     for _ in range(clients * options.requests):
@@ -189,27 +189,27 @@ def language(options: Options, folder: Path) -> tuple[list[dict[str, Any]], list
 
         chosen: dict[int, int] = {}
 
-        def with_threads(threads: int, clients: int, asked: list[Asked]) -> dict[str, Any]:
-            print(json.dumps([clients, threads, asked]), file=peer.stdin, flush=True)
-            told = json.loads(peer.stdout.readline())  # pyright: ignore[reportOptionalMemberAccess]
-            return {**told, "answers": [tokenizer.decode(row) for row in told["answers"]]}
+        def with_threads(threads: int, clients: int, prompted: list[Prompt]) -> dict[str, Any]:
+            print(json.dumps([clients, threads, prompted]), file=peer.stdin, flush=True)
+            answered = json.loads(peer.stdout.readline())  # pyright: ignore[reportOptionalMemberAccess]
+            return {**answered, "answers": [tokenizer.decode(row) for row in answered["answers"]]}
 
-        def theirs(clients: int, asked: list[Asked]) -> dict[str, Any]:
+        def theirs(clients: int, prompted: list[Prompt]) -> dict[str, Any]:
             if clients not in chosen:
-                tried = {n: with_threads(n, clients, asked)["seconds"] for n in (1, os.cpu_count() or 1)}
+                tried = {n: with_threads(n, clients, prompted)["seconds"] for n in (1, os.cpu_count() or 1)}
                 chosen[clients] = min(tried, key=lambda n: tried[n])
-            return with_threads(chosen[clients], clients, asked)
+            return with_threads(chosen[clients], clients, prompted)
 
         with serving(options.run) as port:
-            ways: dict[str, Callable[[int, list[Asked]], dict[str, Any]]] = {
-                "jaxmodels serve": lambda clients, asked: texts(port, clients, asked),
+            ways: dict[str, Callable[[int, list[Prompt]], dict[str, Any]]] = {
+                "jaxmodels serve": lambda clients, prompted: texts(port, clients, prompted),
                 "transformers generate": theirs,
             }
             for turn in range(options.rounds + 1):
                 for clients in options.clients:
-                    asked = prompts(options, clients, 1000 * turn + clients, vocabulary)
-                    tokens = sum(each["count"] for each in asked)
-                    found = {name: way(clients, asked) for name, way in ways.items()}
+                    prompted = prompts(options, clients, 1000 * turn + clients, vocabulary)
+                    tokens = sum(each["count"] for each in prompted)
+                    found = {name: way(clients, prompted) for name, way in ways.items()}
                     same = np.mean([a == b for a, b in zip(*(each["answers"] for each in found.values()), strict=True)])
                     for name, each in found.items() if turn else ():  # the first turn warms up
                         speed = tokens / each["seconds"]

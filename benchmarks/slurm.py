@@ -134,8 +134,8 @@ def _running(
         for node in nodes:
             _start([*node.inside, "slurmd", "-N", node.name], environ)
         for _ in range(300):
-            asked = [*head.inside, "sinfo", "-h", "-N", "-o", "%N %T"]
-            states = subprocess.run(asked, env=environ, capture_output=True, text=True)
+            listing = [*head.inside, "sinfo", "-h", "-N", "-o", "%N %T"]
+            states = subprocess.run(listing, env=environ, capture_output=True, text=True)
             if sorted(set(states.stdout.splitlines())) == sorted(f"{node.name} idle" for node in nodes):
                 break
             time.sleep(0.1)

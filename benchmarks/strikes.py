@@ -36,7 +36,7 @@ class Found:
     rank: int | None = None
     seconds: float | None = None
     """From the fault, or from when SLURM told of it, to its name."""
-    said: str = ""
+    line: str = ""
     since: float = 0.0
     """When the job stopped making steps for it, where that was not at once."""
 
@@ -71,7 +71,7 @@ def strike(job: Job, kind: str, rng: random.Random) -> dict[str, Any]:
         and (found.kind, found.rank) == (kind, at)
         and len(failed) <= (kind in LOSSES)
         and (found.seconds or 0.0) < IN_TIME,
-        "said": found.said.replace(f"{record.ROOT}/", "").replace(f"{job.folder}/", "")[:300],
+        "said": found.line.replace(f"{record.ROOT}/", "").replace(f"{job.folder}/", "")[:300],
     }
 
 
@@ -125,7 +125,7 @@ def fill_disk(job: Job, kind: str, rank: int) -> Found:
 
     # the event itself may not fit on the disk
     line = r"checkpoint of step \d+ NOT saved: .*No space left on device"
-    missed = job.wait(lambda: job.said(line, since) or unsaved())
+    missed = job.wait(lambda: job.line_like(line, since) or unsaved())
     seconds, saved = time.time() - began, job.saved()
     path.unlink()
     good = missed and job.wait(lambda: job.saved() > saved and unsaved())
@@ -155,24 +155,24 @@ def preempt(job: Job, kind: str, rank: int) -> Found:
 
 def told(job: Job, since: int, kind: str, pattern: str) -> Found:
     """What the job has said when SLURM told it to save, and how long it took to have saved."""
-    if not job.wait(lambda: job.said(pattern, since)):
+    if not job.wait(lambda: job.line_like(pattern, since)):
         return Found()
     began = time.time()
     found = by_event(job, began - 1, "preempted")
     if found.seconds is None:
         return Found()
-    return Found(kind, None, found.seconds - 1, job.said(pattern, since), began - 1 + found.seconds)
+    return Found(kind, None, found.seconds - 1, job.line_like(pattern, since), began - 1 + found.seconds)
 
 
 def kill_supervisor(job: Job, kind: str, rank: int) -> Found:
     """The supervisor of a node is killed."""
     began, since = time.time(), len(job.output())
     os.kill(job.supervisors()[rank], signal.SIGKILL)
-    if not job.wait(lambda: job.said("launch: a supervisor was killed", since)):
+    if not job.wait(lambda: job.line_like("launch: a supervisor was killed", since)):
         return Found()
     seconds = time.time() - began
     for node, pattern in enumerate((r"node 0 \(h1\) is gone", r"supervisor of node 1 \(h2\) is gone")):
-        if line := job.said(pattern, since):
+        if line := job.line_like(pattern, since):
             return Found(kind, node, seconds, line)
     return Found(kind, None, seconds)
 

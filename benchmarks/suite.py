@@ -132,9 +132,9 @@ def one(name: str, title: str, arguments: Sequence[str], gate: bool, folder: Pat
         "told": done.stdout if not out else "",
     }
     if done.returncode:
-        said = ((done.stderr if done.returncode == 2 else done.stdout).strip().splitlines() or ["no message"])[-1]
+        message = ((done.stderr if done.returncode == 2 else done.stdout).strip().splitlines() or ["no message"])[-1]
         fell = gate and done.returncode == 1
-        row |= {"state": FELL if fell else NOT_RUN, "said": f"{FELL if fell else NOT_RUN}: {said[:300]}"}
+        row |= {"state": FELL if fell else NOT_RUN, "said": f"{FELL if fell else NOT_RUN}: {message[:300]}"}
     elif name == "attention" and not quick:  # by times of small calls on a busy machine it would fall at random
         slower = [line for stem in row["records"] for line in cells.overtaken(_rows(folder, stem))]
         if slower:

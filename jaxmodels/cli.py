@@ -100,8 +100,8 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return text, ExitCode.MISTAKE
     if type(error).__name__ in ("NotFinite", "CheckpointError"):
         return text, 1
-    if isinstance(error, OSError) and (said := _of_files(error)) is not None:
-        return said
+    if isinstance(error, OSError) and (of_files := _of_files(error)) is not None:
+        return of_files
     # errors of libraries written in C or C++
     if re.search(r"No space left on device|Disk quota exceeded|database or disk is full", text):
         return f"the disk is full: {text[:200]}; try again when there is room, nothing that was saved is lost", 1

@@ -54,8 +54,8 @@ class Range:
 
     def __str__(self) -> str:
         named = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        said = " and ".join(f"{word} {bound}" for word, bound in named.items() if bound not in (None, MOST))
-        return said if self.also is None else f"{said}, or {self.also}"
+        bounds = " and ".join(f"{word} {bound}" for word, bound in named.items() if bound not in (None, MOST))
+        return bounds if self.also is None else f"{bounds}, or {self.also}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,10 +193,10 @@ def incomplete(kind: type) -> str:
 
 def _unlike(kind: type, base: type) -> str:
     """Say which method of a class cannot be called like that of its base; empty if all can."""
-    for name, asked in inspect.getmembers(base, inspect.isfunction):
+    for name, declared in inspect.getmembers(base, inspect.isfunction):
         own = getattr(kind, name)
-        if not name.startswith("_") and own is not asked and not _can_be_called(own, _named(asked)):
-            return f"whose {name} takes {_parameters(own)}, expected {name}{_parameters(asked)}"
+        if not name.startswith("_") and own is not declared and not _can_be_called(own, _named(declared)):
+            return f"whose {name} takes {_parameters(own)}, expected {name}{_parameters(declared)}"
     return ""
 
 
@@ -204,8 +204,8 @@ def instance_of(kind: type, form: str) -> Check:
     """Check that something is an object of a class; `form` shows how to create one."""
 
     def check(found: Any) -> str:
-        said = f"{kind.__module__}.{kind.__qualname__}"
-        return "" if isinstance(found, kind) else f"which is {_sort(found)}, expected a {said}, try {form}"
+        shown_name = f"{kind.__module__}.{kind.__qualname__}"
+        return "" if isinstance(found, kind) else f"which is {_sort(found)}, expected a {shown_name}, try {form}"
 
     return check
 

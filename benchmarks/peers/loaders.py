@@ -218,7 +218,7 @@ def main(name: str, kind: str, path: str, settings: str) -> None:
 def version() -> str:
     """Of the libraries that this contestant has loaded."""
     known = {"tensorflow": "TensorFlow", "torch": "torch", "PIL": "Pillow", "cv2": "OpenCV", "simplejpeg": "simplejpeg"}
-    return ", ".join(f"{said} {sys.modules[name].__version__}" for name, said in known.items() if name in sys.modules)
+    return ", ".join(f"{title} {sys.modules[name].__version__}" for name, title in known.items() if name in sys.modules)
 
 
 def used() -> float:

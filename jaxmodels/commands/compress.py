@@ -96,23 +96,23 @@ def compress(given: Chosen, options: CompressOptions) -> None:
     compilation_cache()
     method, data = given.method, given.data
     if method is None:
-        asked: Any = options
-        if not asked.table:
+        chosen: Any = options
+        if not chosen.table:
             raise UserError(
                 "got --table without a run, expected some to compare, try jaxmodels compress --table RUN RUN2"
             )
-        for place, option in ((asked.json, "--json"), (asked.picture, "--picture")):
+        for place, option in ((chosen.json, "--json"), (chosen.picture, "--picture")):
             if place is not None:
                 check_place(place, option)
-        found = table.compare([Path(each) for each in asked.table], asked.batches)
+        found = table.compare([Path(each) for each in chosen.table], chosen.batches)
         print(printable(table.formatted(found)))
-        if asked.json is not None:
-            asked.json.write_text(dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}) + "\n")
-        if asked.picture is not None:
+        if chosen.json is not None:
+            chosen.json.write_text(dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}) + "\n")
+        if chosen.picture is not None:
             from jaxmodels.report import pareto
 
-            pareto.draw(asked.picture, found)
-            print(f"picture: {printable(str(asked.picture))}")
+            pareto.draw(chosen.picture, found)
+            print(f"picture: {printable(str(chosen.picture))}")
         return
     record = runs.compress(
         Path(options.run),
@@ -123,10 +123,10 @@ def compress(given: Chosen, options: CompressOptions) -> None:
         data=data.fields,
         kind=data.kind,
     )
-    print(printable(f"{options.out}: {said(record)}"))
+    print(printable(f"{options.out}: {in_words(record)}"))
 
 
-def said(record: dict[str, Any]) -> str:
+def in_words(record: dict[str, Any]) -> str:
     """Say in a few lines what was done."""
     zeros, parameters = record["zeros"], record["compressed"]
     lines = [

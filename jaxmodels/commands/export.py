@@ -73,9 +73,9 @@ def _artefact(run: Path, directory: Path, best: bool) -> None:
     from jaxmodels.train import saved
 
     with save.complete(directory) as part:
-        told = artefact.write(saved.read_run(run, best=best), part)
-    names = ", ".join(told["functions"])
-    print(f"{directory}: step {told['step']} of {run}, {told['parameters']:,} parameters, functions {names}")
+        manifest = artefact.write(saved.read_run(run, best=best), part)
+    names = ", ".join(manifest["functions"])
+    print(f"{directory}: step {manifest['step']} of {run}, {manifest['parameters']:,} parameters, functions {names}")
 
 
 def _adapter(run: Path, directory: Path, best: bool) -> None:

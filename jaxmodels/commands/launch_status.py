@@ -19,12 +19,12 @@ def status(name: str | None = None, /) -> None:
     width = max(map(len, names), default=0)
     for each in names:
         try:
-            said = str(_status(record.read(each)))
+            shown = str(_status(record.read(each)))
         except UserError as error:
             if name is not None:
                 raise
-            said = f"unknown: {error}"
-        print(printable(f"{each:{width}}  {said}"))
+            shown = f"unknown: {error}"
+        print(printable(f"{each:{width}}  {shown}"))
 
 
 def _status(found: record.Record) -> Status:

@@ -82,19 +82,19 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
     Raises:
         UserError: no config is named, or an option is wrong.
     """
-    asked = next((i for i, arg in enumerate(argv) if arg in HELP), None)
-    if not argv or (argv[0].startswith("-") and asked != 0):
+    helped = next((i for i, arg in enumerate(argv) if arg in HELP), None)
+    if not argv or (argv[0].startswith("-") and helped != 0):
         raise UserError(
             f"got {argv[0] if argv else 'no config'}, expected a config file first, try {prog} configs/gpt_stdlib.py"
         )
     from tyro.conf import FlagConversionOff
 
-    config = load(argv[0]) if asked != 0 else Config(model=AnyModel())
-    file = argv[0] if asked != 0 else usage.FILE
+    config = load(argv[0]) if helped != 0 else Config(model=AnyModel())
+    file = argv[0] if helped != 0 else usage.FILE
     config, rest = take_kinds(config, argv[1:], f"{prog} {file}")
     argv = [*argv[:1], *rest]
-    asked = next((i for i, arg in enumerate(argv) if arg in HELP), None)
-    topic = None if asked is None else "".join(argv[asked + 1 : asked + 2])
+    helped = next((i for i, arg in enumerate(argv) if arg in HELP), None)
+    topic = None if helped is None else "".join(argv[helped + 1 : helped + 2])
     if topic is not None and (not topic or topic.startswith("-")):
         print(usage.short(prog, file, config, more))
         raise SystemExit(0)
@@ -120,6 +120,6 @@ def configured(argv: list[str], prog: str, more: Any) -> tuple[Config, Any]:
         parse(only, ["--help"], f"{prog} {file}", only())
     both = dataclasses.make_dataclass("Options", fields, bases=(more,), frozen=True)
     both.__doc__ = more.__doc__
-    value = parse(both, argv[1:] if asked is None else ["--help"], f"{prog} {file}", both())
+    value = parse(both, argv[1:] if helped is None else ["--help"], f"{prog} {file}", both())
     own = more(**{f.name: getattr(value, f.name) for f in dataclasses.fields(more)})
     return Config(**{name: getattr(value, name) for name in sections}), own

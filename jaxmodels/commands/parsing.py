@@ -52,16 +52,16 @@ def parse(kind: Any, argv: Sequence[str], prog: str, default: Any = None, about:
     if default is not None:
         given |= {"default": default, "config": (tyro.conf.FlagCreatePairsOff,)}
     argv = once(kind, argv, prog, default)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
         # help is wrapped for the reader's terminal, an error is one line
         width = contextlib.nullcontext() if HELP & set(argv) else _wide_terminal()
-        with contextlib.redirect_stderr(said), width:
+        with contextlib.redirect_stderr(printed), width:
             value, unknown = tyro.cli(kind, prog=prog, args=list(argv), return_unknown_args=True, **given)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(said.getvalue(), prog)) from None
+        raise UserError(_one_line(printed.getvalue(), prog)) from None
     if unknown:
         raise UserError(_unknown(unknown[0].split("=")[0], sorted({"--help", *options(kind, default)}), prog))
     return value

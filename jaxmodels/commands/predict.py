@@ -14,8 +14,8 @@ from jaxmodels.data import given
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Beams, Count
 from jaxmodels.generate.masks import Folder
-from jaxmodels.generate.predict import predictor, said
-from jaxmodels.generate.prepare import Answer, Asked, kind_of
+from jaxmodels.generate.predict import answered, predictor
+from jaxmodels.generate.prepare import Answer, Options, kind_of
 from jaxmodels.tasks.task import Answers, tasks_that_answer
 from jaxmodels.train.saved import load_run
 
@@ -75,14 +75,14 @@ def predict(
         section = section if section.real else section.of_kind("images")  # an imported model has no data of its own
         seen = {"captions": captions or section.captions, "class_names": class_names or section.class_names}
         opened = replace(opened, config=replace(opened.config, data=replace(section, **seen)))
-    ready, answers = predictor(opened, Asked(tokens or 100, beams))
+    ready, answers = predictor(opened, Options(tokens or 100, beams))
     known = opened.kept.field or opened.config.data.input_field
     found = given.records(files, kind_of(opened), input_field or "", known)
     size = opened.config.eval.batch_size or opened.config.data.batch_size
     keep = (lambda answer: answer) if out is None else Folder(out).keep
     count, bad = 0, []
     with ThreadPoolExecutor(opened.config.data.threads) as threads:
-        for answer in said(found, ready, answers, size, threads):
+        for answer in answered(found, ready, answers, size, threads):
             count += 1
             if "error" in answer:
                 bad.append(f"{answer['where']}: {answer['error']}")

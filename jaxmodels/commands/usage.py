@@ -78,11 +78,11 @@ def _listed(title: str, rows: list[tuple[str, str]], width: int, whole: bool = F
     lines = [title] if title else []
     for name, text in rows:
         room = width - column
-        said = textwrap.wrap(text, room) if whole else [_cut(text, room)]
+        wrapped = textwrap.wrap(text, room) if whole else [_cut(text, room)]
         if len(name) + 3 > column:
             lines.append(f"  {name}")
             name = ""
-        lines += [f"{f'  {name}' if i == 0 and name else '':{column}}{line}" for i, line in enumerate(said)]
+        lines += [f"{f'  {name}' if i == 0 and name else '':{column}}{line}" for i, line in enumerate(wrapped)]
     return "\n".join(lines)
 
 

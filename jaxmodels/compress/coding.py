@@ -95,8 +95,8 @@ class CodesConfig(CompressConfig):
                 layout(shapes[name], names[name], self.spec)
             except UserError as error:
                 path = name.partition("/")[2]
-                said = str(error).replace("a parameter", path, 1)
-                raise UserError(said.replace("with its path", f"'{path.removesuffix('/w')}'")) from None
+                message = str(error).replace("a parameter", path, 1)
+                raise UserError(message.replace("with its path", f"'{path.removesuffix('/w')}'")) from None
         return [name for name in names if name in chosen]
 
 

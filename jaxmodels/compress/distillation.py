@@ -21,7 +21,7 @@ from jaxmodels.models.families import create
 from jaxmodels.models.model import Dtype, Model
 from jaxmodels.parallel import rules
 from jaxmodels.tasks.losses import divergence, in_pieces, logits_of
-from jaxmodels.tasks.task import Asked, Aux, Batch, Params, Task, forward
+from jaxmodels.tasks.task import Aux, Batch, ModelCall, Params, Task, forward
 
 INNER = ("hidden", "attention", "relations")
 """What may be learned of a teacher besides its outputs."""
@@ -132,21 +132,21 @@ class Teaching:
         section, teacher, inside = self.section, self.model, bool(self.section.inner)
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-            asked: Asked = ask(batch, rng)
-            how: dict[str, Any] = {**asked.options, **({"keep": True} if inside else {})}
+            call: ModelCall = ask(batch, rng)
+            how: dict[str, Any] = {**call.options, **({"keep": True} if inside else {})}
             extra = {"auxiliary": True} if student.auxiliary else {}
-            own = {**how, **extra, "train": True, "rng": asked.rng}
-            out, stats = forward(("model", student), params, stats, *asked.inputs, **own)
+            own = {**how, **extra, "train": True, "rng": call.rng}
+            out, stats = forward(("model", student), params, stats, *call.inputs, **own)
             frozen = params["teacher"]
             known = {"teacher": frozen["stats"]} if frozen["stats"] else {}
-            theirs, _ = forward(("teacher", teacher), {"teacher": frozen["params"]}, known, *asked.inputs, **how)
+            theirs, _ = forward(("teacher", teacher), {"teacher": frozen["params"]}, known, *call.inputs, **how)
             out, mine = out if inside else (out, {})
             theirs, others = theirs if inside else (theirs, {})
             out, added = out if extra else (out, {})
             models = ((student, params["model"]), (teacher, frozen["params"]))
-            scores, soft = compared(asked, out, theirs, models, section.temperature)
+            scores, soft = compared(call, out, theirs, models, section.temperature)
             count = scores.count
-            parts = {"hard": scores.objective, "soft": soft, **matched(section, asked, mine, others)}
+            parts = {"hard": scores.objective, "soft": soft, **matched(section, call, mine, others)}
             weights = {"hard": 1 - section.alpha, "soft": section.alpha, **section.inner}
             total: Any = sum(weights[name] * value for name, value in parts.items())
             parts |= {name: count * value for name, value in added.items()}
@@ -157,37 +157,39 @@ class Teaching:
         return loss
 
 
-def compared(asked: Asked, out: Any, theirs: Any, models: Any, temperature: float) -> Any:
+def compared(call: ModelCall, out: Any, theirs: Any, models: Any, temperature: float) -> Any:
     """Return the student's scores, and the sum of its divergences from the teacher.
 
     Of features the logits are made a piece at a time, if there are many; the teacher's may have another width.
     """
 
     def both(targets: jax.Array, logits: jax.Array, others: jax.Array) -> Any:
-        return asked.score(logits, targets), divergence(logits, others, targets, temperature)
+        return call.score(logits, targets), divergence(logits, others, targets, temperature)
 
-    if asked.options.get("head", True):
-        return both(asked.targets, out, theirs)
+    if call.options.get("head", True):
+        return both(call.targets, out, theirs)
     # float32, in which the gradient of the student's table adds up over pieces
     tables: Any = [rules.gather(model.unembedding(params), ("vocab", "embed")) for model, params in models]
 
     def piece(targets: jax.Array, *features: jax.Array) -> Any:
         return both(targets, *(logits_of(h, w.astype(h.dtype)) for h, w in zip(features, tables, strict=True)))
 
-    return in_pieces(piece, tables[0].shape[0], asked.targets, out, theirs)
+    return in_pieces(piece, tables[0].shape[0], call.targets, out, theirs)
 
 
-def matched(section: Distill, asked: Asked, mine: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, jax.Array]:
+def matched(
+    section: Distill, call: ModelCall, mine: Mapping[str, Any], others: Mapping[str, Any]
+) -> dict[str, jax.Array]:
     """Return the sums of what is learned inside: each row's mean over its tokens, as often as it has targets."""
     if not section.inner:
         return {}
     a, b = mine["layers"], others["layers"]
-    targets = (asked.targets >= 0).reshape(len(asked.targets), -1).sum(-1)
+    targets = (call.targets >= 0).reshape(len(call.targets), -1).sum(-1)
     N, M = len(a["hidden"]), len(b["hidden"])
     at = pairs(N, M)
     tokens = a["hidden"].shape[1:3]
     real = jnp.ones(tokens, bool)
-    if (segments := asked.options.get("segment_ids")) is not None:
+    if (segments := call.options.get("segment_ids")) is not None:
         real = segments > 0
 
     def rows(each: jax.Array, seen: jax.Array) -> jax.Array:

@@ -159,7 +159,7 @@ class MatrixMethod(MethodConfig):
                     f"got targets {' '.join(self.targets)}, of which no inputs can be measured, expected matrices of "
                     "linear layers or convolutions, try magnitude"
                 )
-        params, said, parts = work.params, {}, {name: [] for name in order}
+        params, figures, parts = work.params, {}, {name: [] for name in order}
         for stage in stages(order, named(work.task.networks), {name: shapes[name][0] for name in order}):
             names = [name for name, _ in stage]
             sums: Mapping[str, Sums] = {}
@@ -170,12 +170,12 @@ class MatrixMethod(MethodConfig):
                     left[name] = "no result that is differentiated depends on it in the data, as on a router of one"
                     continue
                 params, facts = self._one(params, name, chosen[name], layer, sums.get(name), parts[name])
-                said.setdefault(name, []).append(facts)
+                figures.setdefault(name, []).append(facts)
             work.report(", ".join(name.partition("/")[2] for name in names))
         leaves = {name: get(work.params, name) for name in left}
-        for name in said.keys() - left.keys():
+        for name in figures.keys() - left.keys():
             leaves[name] = self.leaf(chosen[name], shapes[name], get(params, name), parts[name])
-        facts = {name: _joined(each) for name, each in said.items() if name not in left}
+        facts = {name: _joined(each) for name, each in figures.items() if name not in left}
         return Compressed(self.changed(work.config, list(left)), put(params, leaves), work.stats, facts, left)
 
     def _one(

@@ -116,8 +116,8 @@ class _Pictured(Records):
             except pixels.Unreadable as error:
                 return Bad(str(image.path), str(error))
             if size != image.size:
-                said = "×".join(map(str, image.size))
-                return Bad(str(image.path), f"is {size[0]}×{size[1]}, expected {said} as its boxes are for")
+                real = "×".join(map(str, image.size))
+                return Bad(str(image.path), f"is {size[0]}×{size[1]}, expected {real} as its boxes are for")
         return record
 
 

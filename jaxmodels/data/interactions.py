@@ -298,9 +298,9 @@ def _one(
     if isinstance(values, str):
         return values, "", "", 0
     user, item = _text(values.get(columns.user)), _text(values.get(columns.item))
-    told = values.get(columns.time, "")
+    text = values.get(columns.time, "")
     try:
-        time = math.nan if isinstance(told, bool) else float(told)
+        time = math.nan if isinstance(text, bool) else float(text)
     except (TypeError, ValueError, OverflowError):
         time = math.nan
     reason = ""
@@ -309,7 +309,7 @@ def _one(
         absent = values.get(name) is None or values[name] != values[name] or not str(values[name]).strip()
         reason = f"{name} is {'missing' if absent else f'{shown(values[name])}, expected a text or a number'}"
     elif not abs(time) < _LATEST:
-        reason = f"{columns.time} is {shown(told)}, expected seconds since 1970"
+        reason = f"{columns.time} is {shown(text)}, expected seconds since 1970"
     elif names is not None and item not in names:
         reason = f"{columns.item} is {item!r}, which is not among the items"
     return reason, user, item, 0 if reason else time

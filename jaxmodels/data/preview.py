@@ -50,8 +50,8 @@ def show(example: Mapping[str, np.ndarray], source: Source, fields: Contract) ->
     return "\n".join(parts)
 
 
-def _titled(name: str, said: bool) -> list[str]:
-    return [f"    {name}:"] if said else []
+def _titled(name: str, titled: bool) -> list[str]:
+    return [f"    {name}:"] if titled else []
 
 
 def _label(example: Mapping[str, np.ndarray], source: Source) -> str:
@@ -61,11 +61,11 @@ def _label(example: Mapping[str, np.ndarray], source: Source) -> str:
     names = source.class_names
     if label.ndim:
         chosen = [names[c] if c < len(names) else str(c) for c in np.flatnonzero(label > 0).tolist()]
-        said = f"labels {', '.join(chosen) or 'none'}" if (label >= 0).all() else "labels ignored"
+        line = f"labels {', '.join(chosen) or 'none'}" if (label >= 0).all() else "labels ignored"
     else:
         at = int(label)
-        said = f"label {at}" + (f" ({names[at]})" if 0 <= at < len(names) and names[at] != str(at) else "")
-    return said + (f", group {source.groups[int(example['group'])]}" if "group" in example else "")
+        line = f"label {at}" + (f" ({names[at]})" if 0 <= at < len(names) and names[at] != str(at) else "")
+    return line + (f", group {source.groups[int(example['group'])]}" if "group" in example else "")
 
 
 def _text(ids: np.ndarray, source: Source, marks: np.ndarray | None = None) -> str:
@@ -91,15 +91,15 @@ def _numbers(x: np.ndarray) -> str:
 
 
 def _image(x: np.ndarray) -> str:
-    said = f"    {x.shape} {x.dtype}, {x.min()} to {x.max()}"
+    summary = f"    {x.shape} {x.dtype}, {x.min()} to {x.max()}"
     if max(x.shape) > _SMALL:
-        return said
+        return summary
     gray = x.astype(np.float32).mean(-1)
     step = -(-max(gray.shape) // _WIDTH)
     gray = gray[::step, ::step] - gray.min()
     shade = (gray / max(float(gray.max()), 1e-9) * (len(_SHADES) - 1)).astype(int)
     rows = ("".join(_SHADES[v] * 2 for v in row) for row in shade)
-    return "\n".join([said, *(f"    | {row}".rstrip() for row in rows)])
+    return "\n".join([summary, *(f"    | {row}".rstrip() for row in rows)])
 
 
 def grid(source: Source, indices: Sequence[int] | np.ndarray, out: Path, fields: Contract) -> bool:

@@ -221,8 +221,8 @@ def _check_tokens(tokenizer: Tokenizer, vocab_size: int, blank: int | None, spac
     except UserError:  # none of its texts has one
         own = []
     if space is not None and own != [space] and len(own) < 2:
-        told = own[0] if own else None
+        own_rate = own[0] if own else None
         raise UserError(
-            f"got task.space {space} with tokenizer {tokenizer}, expected the id of the space in it, {told}, "
-            f"try --task.space {told}"
+            f"got task.space {space} with tokenizer {tokenizer}, expected the id of the space in it, {own_rate}, "
+            f"try --task.space {own_rate}"
         )

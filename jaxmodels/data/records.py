@@ -189,9 +189,11 @@ class Known(Records):
         places = [at if at < 0 else self._to[at] if at < len(self._to) else None for at in each]  # below 0: ignored
         if None in places:
             at = each[places.index(None)]
-            said = repr(self._names[at]) if at < len(self._names) else at
+            own_name = repr(self._names[at]) if at < len(self._names) else at
             known = ", ".join(self._classes[:10]) + (", ..." if len(self._classes) > 10 else "")
-            return Bad(self.where(index), f"{self._label} is {said}, expected one of {known}, which were trained on")
+            return Bad(
+                self.where(index), f"{self._label} is {own_name}, expected one of {known}, which were trained on"
+            )
         if boxes:
             return {**value, self._label: np.column_stack([label[:, :4], np.array(places, label.dtype)])}
         return {**value, self._label: tuple(places) if several else places[0]}

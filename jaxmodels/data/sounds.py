@@ -87,13 +87,13 @@ def decode(value: bytes) -> Sound:
         with soundfile.SoundFile(io.BytesIO(value)) as file:
             small = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
             samples = file.read(dtype="int16" if small else "float32", always_2d=True)
-            rate, told = file.samplerate, file.frames
+            rate, frames = file.samplerate, file.frames
     except (soundfile.SoundFileError, RuntimeError, TypeError) as error:
         raise Unreadable(
             f"is no sound that can be decoded ({str(error).splitlines()[0].rpartition('>: ')[2]})"
         ) from error
-    if len(samples) < told < 1 << 62:  # a stream does not know its length
-        raise Unreadable(f"ends after {len(samples):,} of {told:,} samples")
+    if len(samples) < frames < 1 << 62:  # a stream does not know its length
+        raise Unreadable(f"ends after {len(samples):,} of {frames:,} samples")
     if samples.dtype != np.int16 and not np.isfinite(samples).all():
         raise Unreadable("holds samples that are not finite")
     return Sound(samples, rate)
@@ -121,14 +121,14 @@ def _wav(value: bytes) -> Sound | None:
     """Decode a WAV file of whole numbers; None if its numbers are others."""
     try:
         with wave.open(io.BytesIO(value)) as file:
-            channels, width, rate, told = file.getparams()[:4]
-            data = file.readframes(told)
+            channels, width, rate, frames = file.getparams()[:4]
+            data = file.readframes(frames)
     except (wave.Error, EOFError, ZeroDivisionError) as error:
         if "unknown format" in str(error):
             return None
         raise Unreadable(f"is no WAV file that can be decoded ({str(error) or 'it is cut off'})") from error
-    if len(data) < told * channels * width:
-        raise Unreadable(f"ends after {len(data) // (channels * width):,} of {told:,} samples")
+    if len(data) < frames * channels * width:
+        raise Unreadable(f"ends after {len(data) // (channels * width):,} of {frames:,} samples")
     raw = np.frombuffer(data, np.uint8).reshape(-1, channels, width)
     if width == 1:  # unsigned
         return Sound(((raw[..., 0].astype(np.int16) - 128) << 8).astype(np.int16), rate)

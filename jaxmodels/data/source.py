@@ -210,5 +210,5 @@ def unigram_loss(train: Windows, held_out: Windows) -> float:
     parts = [[block for a in source.arrays for block in blocks(a) if a.size] for source in (train, held_out)]
     size = 1 + max(int(block.max()) for group in parts for block in group)
     counts = [sum((np.bincount(b, minlength=size) for b in group), np.zeros(size, np.int64)) for group in parts]
-    seen, asked = counts[0] + 1, counts[1]
-    return float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())
+    seen, limit = counts[0] + 1, counts[1]
+    return float(-(limit * np.log(seen / seen.sum())).sum() / limit.sum())

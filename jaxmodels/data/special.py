@@ -81,12 +81,12 @@ def find_special(directory: Path | None, vocabulary: Mapping[str, int]) -> Speci
             f"got eos_token {named!r} for {directory}, expected a token in the vocabulary of tokenizer.json, "
             "try another copy"
         )
-    said = stated(directory)
-    if said is None:
+    stated_ids = stated(directory)
+    if stated_ids is None:
         return Special(end, () if end is None else (end,))
     if named is None:
-        end = next((i for i in said["eos_token_id"] if i in vocabulary.values()), guess)
-    return Special(end, said["eos_token_id"], said["start"], said["before"])
+        end = next((i for i in stated_ids["eos_token_id"] if i in vocabulary.values()), guess)
+    return Special(end, stated_ids["eos_token_id"], stated_ids["start"], stated_ids["before"])
 
 
 def stated(directory: Path) -> dict[str, Any] | None:
@@ -103,39 +103,39 @@ def stated(directory: Path) -> dict[str, Any] | None:
     names = (*NAMES, FORCED[0])
     values = {name: config[name] if name in config else unsaid.get(name) for name in names}
     if (generation := directory / "generation_config.json").is_file():
-        path, told = generation, objects(generation)
-        values |= {name: told.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        values |= {name: told[name] for name in names if name in told}
+        path, generates = generation, objects(generation)
+        values |= {name: generates.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        values |= {name: generates[name] for name in names if name in generates}
     single = {name: _id(path, name, values[name]) for name in names if name != "eos_token_id"}
     if single["decoder_start_token_id"] is None and config["model_type"] == "t5":
         single["decoder_start_token_id"] = single["pad_token_id"]  # what T5 was trained with
     bart = config["model_type"] == "bart"  # whose texts all begin with <s>, whether that is forced or not
     first, begin = single["decoder_start_token_id"], single[FORCED[0]]
     begin = single["bos_token_id"] if bart and begin is None else begin
-    told = {
+    generates = {
         "start": tuple(i for i in (first, begin) if i is not None) if first is not None else (),
         "before": tuple(i for i in (single["bos_token_id"],) if bart and i is not None),
     }
     if config["model_type"] == "whisper" and first is not None:
-        told["start"] = (first, *_transcribing(path, objects(path)))
-    return {**single, **told, "eos_token_id": _ids(path, "eos_token_id", values["eos_token_id"])}
+        generates["start"] = (first, *_transcribing(path, objects(path)))
+    return {**single, **generates, "eos_token_id": _ids(path, "eos_token_id", values["eos_token_id"])}
 
 
-def _transcribing(path: Path, told: Mapping[str, Any]) -> tuple[int, ...]:
+def _transcribing(path: Path, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """Read what follows the first token in Whisper's prompt: a language and a task if it has several, no timestamps.
 
     The language is English where the file names none.
     """
-    forced = told.get("forced_decoder_ids")
+    forced = settings.get("forced_decoder_ids")
     ids = [each[1] for each in forced if isinstance(each, list) and len(each) == 2] if isinstance(forced, list) else []
-    if isinstance(languages := told.get("lang_to_id"), dict):
-        codes, code = {name.strip("<|>"): i for name, i in languages.items()}, str(told.get("language") or "en")
+    if isinstance(languages := settings.get("lang_to_id"), dict):
+        codes, code = {name.strip("<|>"): i for name, i in languages.items()}, str(settings.get("language") or "en")
         if code.strip("<|>") not in codes:
             raise UserError(f"got language {code!r} in {path}, expected a code such as {', '.join([*codes][:5])}")
-        tasks = told.get("task_to_id")
-        task = tasks.get(str(told.get("task") or "transcribe")) if isinstance(tasks, dict) else None
+        tasks = settings.get("task_to_id")
+        task = tasks.get(str(settings.get("task") or "transcribe")) if isinstance(tasks, dict) else None
         ids = [codes[code.strip("<|>")], task]
-    if (untimed := told.get("no_timestamps_token_id")) is not None and untimed not in ids:
+    if (untimed := settings.get("no_timestamps_token_id")) is not None and untimed not in ids:
         ids.append(untimed)
     return _ids(path, "forced_decoder_ids", ids)
 

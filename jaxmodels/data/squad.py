@@ -58,12 +58,12 @@ def records(cfg: SQuAD, split: Split) -> Records:
         held = {title: hash_fraction(title.encode()) < cfg.eval_fraction for title in {title for _, title, _ in found}}
         found = [one for one in found if held[one[1]] == (split == "eval")]
     names = [path.name for path in files]
-    made = Asked(found, f"questions of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    made = Questions(found, f"questions of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
     check_some(made, split)
     return made
 
 
-class Asked(Records):
+class Questions(Records):
     """Questions held in memory, each with its place and its article's title."""
 
     fields = FIELDS
@@ -87,8 +87,8 @@ class Asked(Records):
             known = {**values, "context": context, "title": title}
             if "answers" in fields:  # each once, as annotators often agree
                 if "is_impossible" in values and bool(values["is_impossible"]) == bool(values["answers"]):
-                    told = f"{len(values['answers'])} answers"
-                    return Bad(where, f"has {told} and is_impossible {shown(values['is_impossible'])}, which differ")
+                    count = f"{len(values['answers'])} answers"
+                    return Bad(where, f"has {count} and is_impossible {shown(values['is_impossible'])}, which differ")
                 known["answers"] = tuple(dict.fromkeys(Span(x["text"], x["answer_start"]) for x in values["answers"]))
             return {name: known[name] for name in fields}
         except KeyError as missing:

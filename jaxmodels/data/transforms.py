@@ -76,7 +76,7 @@ def together(cfg: Augment) -> bool:
 
 def describe(cfg: Augment) -> list[str]:
     """Describe each augmentation in a few words."""
-    said = {
+    settings = {
         f"crop {cfg.crop}": cfg.crop,
         "flip": cfg.flip,
         f"shift {cfg.shift}": cfg.shift,
@@ -85,7 +85,7 @@ def describe(cfg: Augment) -> list[str]:
         f"randaugment {cfg.randaugment} of {cfg.magnitude:g}": cfg.randaugment,
         f"cutout {cfg.cutout}": cfg.cutout,
     }
-    return [text for text, on in said.items() if on] + list(cfg.transforms)
+    return [text for text, on in settings.items() if on] + list(cfg.transforms)
 
 
 def apply_own(images: np.ndarray, cfg: Augment, seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:

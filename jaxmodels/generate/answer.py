@@ -16,7 +16,7 @@ from jaxmodels.tasks.question_answering import QuestionAnswering, best
 from jaxmodels.train.saved import Run
 
 
-class Asked(NamedTuple):
+class Question(NamedTuple):
     """A question in windows of its context."""
 
     id: str
@@ -29,7 +29,7 @@ def question(run: Run) -> Callable[[Any], Any]:
     """Return the function that makes windows of a row with a question and its context."""
     windows = windower(tokenizer_of(run), _task(run).windowing(run.config.data))
 
-    def ready(value: Any) -> Asked:
+    def ready(value: Any) -> Question:
         texts = []
         for name in ("question", "context"):
             if value.get(name) is None:
@@ -39,7 +39,7 @@ def question(run: Run) -> Callable[[Any], Any]:
             except UserError as error:
                 raise UserError(f"{name} {error}") from None
         (made,) = windows([(texts[0], texts[1])])
-        return Asked(str(value.get("id") or ""), texts[0], texts[1], made)
+        return Question(str(value.get("id") or ""), texts[0], texts[1], made)
 
     return ready
 
@@ -53,7 +53,7 @@ def answerer(run: Run) -> Answers:
         named = {name: batch[name] for name in ("types", "segment_ids")}
         return best(run.apply(batch["tokens"], params=params, **named), may, task.longest)
 
-    def answers(ready: Sequence[Asked]) -> list[prepare.Answer]:
+    def answers(ready: Sequence[Question]) -> list[prepare.Answer]:
         flat = [window for each in ready for window in each.windows]
         of = np.repeat(np.arange(len(ready)), [len(each.windows) for each in ready])
         arrays = rows(flat, length)
@@ -64,13 +64,13 @@ def answerer(run: Run) -> Answers:
         for at in range(0, len(flat), len(ready)):  # as many windows at a time as there are questions
             here = np.minimum(np.arange(at, at + len(ready)), len(flat) - 1)
             batch = {name: x[here] for name, x in arrays.items()}
-            said = jax.device_get(find(run.params["model"], batch, batch.pop("may")))
-            found.append({name: x[: len(flat) - at] for name, x in said._asdict().items()})
+            best_spans = jax.device_get(find(run.params["model"], batch, batch.pop("may")))
+            found.append({name: x[: len(flat) - at] for name, x in best_spans._asdict().items()})
         whole = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
         joined = task.join({**whole, "window": np.arange(len(flat))}, of)
         return [one(each, flat, joined[number]) for number, each in enumerate(ready)]
 
-    def one(each: Asked, flat: Sequence[Window], answer: Answer) -> prepare.Answer:
+    def one(each: Question, flat: Sequence[Window], answer: Answer) -> prepare.Answer:
         named = {**({"id": each.id} if each.id else {}), "question": each.question}
         if not np.isfinite(answer.probability):
             return {**named, "error": "the model's probabilities are no finite numbers"}

@@ -21,7 +21,7 @@ from jaxmodels.generate.masks import masker, whole
 from jaxmodels.generate.prepare import (
     Answer,
     Answers,
-    Asked,
+    Options,
     Predictor,
     images,
     kind_of,
@@ -35,7 +35,7 @@ from jaxmodels.generate.text_answers import filler, gaps, prompt, source, transl
 from jaxmodels.train.saved import Run
 
 
-def said(
+def answered(
     records: Iterable[given.Given],
     ready: Callable[[Any], Any],
     answers: Answers,
@@ -63,7 +63,7 @@ def said(
                 yield {"where": where, **({"text": value} if isinstance(value, str) else {}), **next(found)}
 
 
-def predictor(run: Run, how: Asked) -> Predictor:
+def predictor(run: Run, how: Options) -> Predictor:
     """Return the function that prepares a value, and the one that answers a batch of them."""
     predicts = run.task.predicts  # refuses a model that no task trains
     answers = run.config.task.answers
@@ -83,12 +83,12 @@ def _own(run: Run, predicts: Callable[..., Any]) -> Answers:
     """Answer with what the run's task itself predicts, by the task's names."""
 
     @jax.jit
-    def said(params: Any, stats: Any, batch: Any) -> Any:
+    def outputs(params: Any, stats: Any, batch: Any) -> Any:
         return predicts(params, stats, batch)
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
         batch = {name: np.stack([each[name] for each in ready]) for name in ready[0]}
-        found = {name: np.asarray(x) for name, x in said(run.params, run.stats, batch).items()}
+        found = {name: np.asarray(x) for name, x in outputs(run.params, run.stats, batch).items()}
         return [one({name: x[i] for name, x in found.items()}) for i in range(len(ready))]
 
     def one(values: dict[str, np.ndarray]) -> Answer:
@@ -100,7 +100,7 @@ def _own(run: Run, predicts: Callable[..., Any]) -> Answers:
     return answers
 
 
-PREDICTORS: dict[str, Callable[[Run, Asked], Predictor]] = {
+PREDICTORS: dict[str, Callable[[Run, Options], Predictor]] = {
     "class": lambda run, how: (reader(run), classifier(run)),
     "classes": lambda run, how: (reader(run), classifier(run)),
     "mask": lambda run, how: (whole(run), masker(run)),

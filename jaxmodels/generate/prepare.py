@@ -23,7 +23,7 @@ Predictor = tuple[Callable[[Any], Any], Answers]
 """The function that prepares a value, and the one that answers a batch of them."""
 
 
-class Asked(NamedTuple):
+class Options(NamedTuple):
     """Options of the command that some answers depend on."""
 
     tokens: int

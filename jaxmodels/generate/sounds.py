@@ -62,9 +62,9 @@ def conditions_of(run: Run, prompt: str | None) -> list[tuple[str, ...]]:
     given = tuple(part.strip() for part in prompt.split(",")) if prompt is not None else ()
     if len(given) != len(names):
         example = f"--prompt '{', '.join(each[0] for each in names)}'" if names else "it without"
-        said = f"--prompt {prompt!r}" if prompt is not None else "no --prompt"
+        prompted = f"--prompt {prompt!r}" if prompt is not None else "no --prompt"
         raise UserError(
-            f"got {said} for {run.directory}, expected {len(names)} name(s) of what is to be drawn, try {example}"
+            f"got {prompted} for {run.directory}, expected {len(names)} name(s) of what is to be drawn, try {example}"
         )
     return [given] if names else []
 

@@ -214,8 +214,8 @@ def scan(directory: Path) -> tuple[list[tuple[str, Tensor]], list[str]]:
     if where is not None and not problems:
         for name, tensor in found:
             if where.get(name) != tensor.file.name:
-                said = f"says {where[name]}" if name in where else "does not name it"
-                problems.append(f"{name} is in {tensor.file.name}, but {INDEX} {said}")
+                message = f"says {where[name]}" if name in where else "does not name it"
+                problems.append(f"{name} is in {tensor.file.name}, but {INDEX} {message}")
         here = {name for name, _ in found}
         problems += [
             f"{name} is not in {file}, where {INDEX} says it is" for name, file in where.items() if name not in here
@@ -228,7 +228,7 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[np.ndarray],
     counters: Mapping[str, int] | None = None,
-    said: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     dtypes: Mapping[str, str] | None = None,
 ) -> Iterator[int]:
     """Write tensors in the order of `shapes`, one at a time; yield the bytes of each once it is written.
@@ -237,7 +237,7 @@ def write(
     `counters` are scalar int64 tensors, which are written first, as the format puts wider types first; `said` is more
     that the file says of itself.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(said or {})}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     counted, end = counters or {}, 0
     for name in counted:
         start, end = end, end + 8

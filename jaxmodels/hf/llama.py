@@ -35,8 +35,8 @@ def rope(s: Settings) -> dict[str, Any]:
     base = s.number("rope_theta", 1e4)
     found: dict[str, Any] = {"rope_theta": float(inner.number("rope_theta", base))}
     # rope_type was once called type
-    told = {"rope_type": inner.values.get("type", "default"), **inner.values}
-    kind = Settings(told, s.where, s).only("rope_type", "default", "llama3")
+    scaled = {"rope_type": inner.values.get("type", "default"), **inner.values}
+    kind = Settings(scaled, s.where, s).only("rope_type", "default", "llama3")
     if kind == "llama3":
         # beside the others rather than among them, as in files of Phi3, it counts
         original = s.whole("original_max_position_embeddings", None)

@@ -202,9 +202,9 @@ def match(
         "not zero, and not computed here": filled,
     }
     if any(problems.values()):
-        said = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+        message = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
         raise UserError(
-            f"got weights in {directory} that do not fit {type(model.config).__name__}: {said}; expected the "
+            f"got weights in {directory} that do not fit {type(model.config).__name__}: {message}; expected the "
             f"{len(slots)} tensors that config.json describes, try a complete copy, with no override of a shape"
         )
     return {name: ones[0][1] for name, ones in known.items()}

@@ -196,8 +196,8 @@ def sorted_out(
             (copies if copy else whole)[plain] = tensor
         else:
             unknown.append(name)
-    said = [f"{listed(unknown)} of no layer here that can have factors"] if unknown else []
-    return given, whole, copies, said + kinds
+    problem = [f"{listed(unknown)} of no layer here that can have factors"] if unknown else []
+    return given, whole, copies, problem + kinds
 
 
 def misfits(place: Place, parts: Mapping[str, files.Tensor], rank: int, lengths: bool) -> list[str]:

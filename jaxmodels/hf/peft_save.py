@@ -95,7 +95,7 @@ def write(
             tensors[ROOT + modules.live(name)] = np.ascontiguousarray(slot.theirs(own))
     names = sorted(tensors)
     shapes = {name: tensors[name].shape for name in names}
-    for _ in files.write(directory / WEIGHTS, shapes, (tensors[name] for name in names), said={HASH: named[1]}):
+    for _ in files.write(directory / WEIGHTS, shapes, (tensors[name] for name in names), metadata={HASH: named[1]}):
         pass
     text = json.dumps(settings(modules, section, written, whole, named[0], answers), indent=2, sort_keys=True)
     (directory / CONFIG).write_text(text + "\n")

@@ -95,9 +95,9 @@ def read(directory: Path, family: str, shape: tuple[int, int, int]) -> Pixels:
     mean, std = (tuple(x / factor for x in (row * size if len(row) < size else row)) for row in (mean, std))
     central, remarks = _size(values, found is not None, family, shape)
     if not found:
-        said = f"mean {_listed(mean)} and std {_listed(std)} are" if mean else "pixels from 0 to 1 are"
-        said += " transformers' defaults"
-        return Pixels(mean, std, central, (f"there is no {FILE}: {said}",))
+        message = f"mean {_listed(mean)} and std {_listed(std)} are" if mean else "pixels from 0 to 1 are"
+        message += " transformers' defaults"
+        return Pixels(mean, std, central, (f"there is no {FILE}: {message}",))
     if values.get("do_resize", True) and values["resample"] != _BILINEAR:
         remarks.append(f"resample {values['resample']} (here images are resized bilinearly, {_BILINEAR})")
     remarks += [f"{name} (not done here)" for name in ("do_pad", "rescale_offset") if values.get(name)]

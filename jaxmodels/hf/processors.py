@@ -30,8 +30,8 @@ def said_of(directory: Path, section: str) -> tuple[Path, dict[str, Any]] | None
     if inner is None:
         return (alone, objects(alone)) if alone.is_file() else None
     if not isinstance(inner, dict):
-        said = json.dumps(inner)[:60]
-        raise UserError(f"got {whole} with {section} {said}, expected an object, try another copy")
+        shown = json.dumps(inner)[:60]
+        raise UserError(f"got {whole} with {section} {shown}, expected an object, try another copy")
     return whole, inner
 
 

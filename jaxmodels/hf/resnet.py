@@ -38,9 +38,9 @@ def sizes(s: Settings) -> dict[str, Any]:
 
 def describe(c: ResNetConfig) -> dict[str, Any]:
     if c.stem != "imagenet" or c.variant != "b":
-        said = f"stem {c.stem!r} and variant {c.variant!r}"
+        message = f"stem {c.stem!r} and variant {c.variant!r}"
         raise UserError(
-            f"got a ResNet with {said}, which transformers does not have, expected stem imagenet, variant b"
+            f"got a ResNet with {message}, which transformers does not have, expected stem imagenet, variant b"
         )
     return {
         "architectures": ["ResNetForImageClassification"],

@@ -56,12 +56,12 @@ def read(directory: Path) -> Sentences:
     prefix = "" if name is None else (prompts.get("prompts") or {}).get(name)
     if not isinstance(prefix, str):
         raise UserError(f"got default_prompt_name {str(name)[:40]!r} in {directory}, expected one of its prompts")
-    told = _read(directory / steps[1][1] / "config.json")
-    if prefix and told.get("include_prompt") is False:
+    config = _read(directory / steps[1][1] / "config.json")
+    if prefix and config.get("include_prompt") is False:
         raise UserError(
             f"got {directory} with include_prompt false, expected true, since pooling takes all tokens here"
         )
-    return Sentences(_pool(directory, told), "Normalize" in kinds, how.get("do_lower_case") is True, prefix, length)
+    return Sentences(_pool(directory, config), "Normalize" in kinds, how.get("do_lower_case") is True, prefix, length)
 
 
 def _steps(path: Path) -> list[tuple[str, Any]]:
@@ -83,14 +83,14 @@ def _read(path: Path) -> dict[str, Any]:
     return special.objects(path) if path.is_file() else {}
 
 
-def _pool(directory: Path, told: dict[str, Any]) -> Pool:
-    named = [name for name, value in told.items() if name.startswith("pooling_mode_") and value is True]
+def _pool(directory: Path, config: dict[str, Any]) -> Pool:
+    named = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
     found = next(
-        (pool for pool in get_args(Pool) if named == [_SWITCHES[pool]] or told.get("pooling_mode") == pool), None
+        (pool for pool in get_args(Pool) if named == [_SWITCHES[pool]] or config.get("pooling_mode") == pool), None
     )
     if found is None:
-        asked = ", ".join(named) or told.get("pooling_mode")
+        pooling = ", ".join(named) or config.get("pooling_mode")
         raise UserError(
-            f"got pooling {asked} in {directory}, expected one of {', '.join(_SWITCHES)}, which are computed here"
+            f"got pooling {pooling} in {directory}, expected one of {', '.join(_SWITCHES)}, which are computed here"
         )
     return found

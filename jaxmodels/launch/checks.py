@@ -252,6 +252,6 @@ def local(run_dir: Path, rank: int) -> dict[str, Any]:
                 "copies": copies(device),
             }
         except Exception as error:  # whatever it is, rank 0 must report it
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            devices[str(device)] = {"kind": device.device_kind, "platform": device.platform, "problem": said}
+            message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            devices[str(device)] = {"kind": device.device_kind, "platform": device.platform, "problem": message}
     return {**surroundings(), "devices": devices, "disk": disk(run_dir, f".doctor-{os.getpid()}-{rank}")}

@@ -36,24 +36,24 @@ def follow(here: Here, where: Cluster) -> int:
     here.node = where.node
     events: Events[Any] = Events()
     here.ended = lambda: events.put(None)
-    said: Message | None = None
+    last_ping: Message | None = None
     with handled(lambda number, _: events.put(number)):
-        while (link := _join(here, where, events, JOIN_SECONDS if said is None else RETURN_SECONDS)) is not None:
-            said = {}
-            code = _serve(here, link, events, said)
+        while (link := _join(here, where, events, JOIN_SECONDS if last_ping is None else RETURN_SECONDS)) is not None:
+            last_ping = {}
+            code = _serve(here, link, events, last_ping)
             kind = "link" if link.silent() > LOST_SECONDS else "died"
             here.kill()
             link.close()
             if code is not None:
                 return code
             here.console.say(f"node 0 ({where.host}) is gone: the ranks here were ended, and it is looked for anew")
-            if said.get("heir") and said.get("run"):
+            if last_ping.get("heir") and last_ping.get("run"):
                 what = "has not been heard of: its link is down" if kind == "link" else "is gone"
                 message = f"the supervisor of node 0 ({where.host}) {what}, seen from node {where.node}"
                 with contextlib.suppress(OSError):
-                    append(Path(said["run"]), "failed", kind=kind, leader=True, message=message)
+                    append(Path(last_ping["run"]), "failed", kind=kind, leader=True, message=message)
     here.console.say(f"no supervisor of node 0 at {where.host}:{where.port + 1}")
-    if said is None:
+    if last_ping is None:
         return ExitCode.FAILED
     here.console.say("the job has to be started again, and goes on from its last checkpoint")
     return ExitCode.SAVED
@@ -78,7 +78,7 @@ def _join(here: Here, where: Cluster, events: Events[Any], patience: float) -> L
     return None
 
 
-def _serve(here: Here, link: Link, events: Events[Any], said: Message) -> int | None:
+def _serve(here: Here, link: Link, events: Events[Any], last_ping: Message) -> int | None:
     """Follow node 0's messages until the end; return None if it is gone, with its last ping in `said`."""
     attempt = -1
     due = 0.0
@@ -93,7 +93,7 @@ def _serve(here: Here, link: Link, events: Events[Any], said: Message) -> int | 
                 if event[1] is None:
                     return None
                 if event[1].get("do") == "ping":
-                    said.update(event[1])
+                    last_ping.update(event[1])
                 attempt, code = _obey(here, link, event[1], attempt)
                 if code is not None:
                     return code

@@ -139,11 +139,11 @@ class Kubernetes(Place):
         return f"{self.namespace}/{job.name}"
 
     def status(self, job: Job, handle: str) -> Status:
-        said = self._kubectl("get", self.kind.lower(), job.name, "--output=json", "--ignore-not-found")
-        if not said.strip():
+        answer = self._kubectl("get", self.kind.lower(), job.name, "--output=json", "--ignore-not-found")
+        if not answer.strip():
             cancelled = (job.directory / "cancelled").exists()
             return Status(State.CANCELLED if cancelled else State.GONE)
-        return read(json.loads(said))
+        return read(json.loads(answer))
 
     def logs(self, job: Job, handle: str, follow: bool = False) -> Iterator[str]:
         command = ["logs", f"--selector={self._label}={job.name}", f"--container={_CONTAINER}", "--prefix", "--tail=-1"]

@@ -51,7 +51,7 @@ class Leader:
         self.remotes: dict[int, Remote] = {}
         self.planned = 0
         """Number of ranks when no node is missing."""
-        self.told = False
+        self.stopping = False
         self.growing = False
         """Whether the current attempt was told to stop because a node has come back."""
         self.cancelled = False
@@ -80,7 +80,7 @@ class Leader:
             crew = self._gather(JOIN_SECONDS, least)
             self.growing = False
             if crew is None:
-                if self.told:  # the last checkpoint has all progress
+                if self.stopping:  # the last checkpoint has all progress
                     self.story.tell("preempted")
                     return ExitCode.SAVED
                 self.story.tell("failed", kind="link", message="nodes are missing")
@@ -126,8 +126,8 @@ class Leader:
         while True:
             self.remotes = {node: one for node, one in self.remotes.items() if not one.lost}
             crew: list[Here | Remote] = [self.here, *(self.remotes[node] for node in sorted(self.remotes))]
-            if len(crew) >= least or self.told:
-                return None if self.told else crew
+            if len(crew) >= least or self.stopping:
+                return None if self.stopping else crew
             left = deadline - time.monotonic()
             if left <= 0:
                 missing = sorted({*range(1, self.where.nodes)} - set(self.remotes))
@@ -146,7 +146,7 @@ class Leader:
             self._ping()
             return None
         if isinstance(event, int):
-            self.told = self.told or event > 0
+            self.stopping = self.stopping or event > 0
             return event
         if event is not None:
             self._hear(*event)
@@ -212,13 +212,13 @@ class Leader:
                 self.story.tell("done", step=_step(seen))
                 return _Outcome(ExitCode.DONE)
             self.story.tell("preempted", step=_step(seen))
-            if self.growing and not self.told:
+            if self.growing and not self.stopping:
                 return _Outcome(None)
             self.here.console.say("saved and stopped; the same command goes on from there")
             return _Outcome(ExitCode.SAVED)
         rank = failure.rank
         stopped = rank is None or rank.code in (None, -signal.SIGTERM)
-        if self.told and stopped and not any(one.polls for one in seen):  # nothing to save yet
+        if self.stopping and stopped and not any(one.polls for one in seen):  # nothing to save yet
             self.story.tell("preempted", rank)
             self.here.console.say("stopped before the first step; the same command goes on from the last checkpoint")
             return _Outcome(ExitCode.SAVED)
@@ -230,11 +230,11 @@ class Leader:
             return _Outcome(ExitCode.MISTAKE, failure)
         self.here.console.say(failure.message(moment))
         self.story.tell("failed", rank, kind=failure.kind, message=failure.why, stacks=grouped(found))
-        return _Outcome(ExitCode.FAILED if self.told else None, failure)
+        return _Outcome(ExitCode.FAILED if self.stopping else None, failure)
 
     def _watch(self, crew: Sequence[Here | Remote]) -> tuple[str, Failure | None]:
         """Wait until all ranks have ended, or one has failed or is stuck; return why it is stuck, and what failed."""
-        deadline, late, told = math.inf, "", False
+        deadline, late, stopping = math.inf, "", False
         noted: set[int] = set()
         leaving: set[str] = set()
         size = len(crew)
@@ -244,10 +244,10 @@ class Leader:
             now = time.monotonic()
             if number is not None:
                 # schedulers send SIGTERM twice: the second one must not interrupt the save that the first one started
-                if told and number == signal.SIGINT:
+                if stopping and number == signal.SIGINT:
                     self.cancelled = True
                     return "", None
-                told = True
+                stopping = True
                 for one in crew:
                     one.tell()
                 deadline, late = _sooner(
@@ -286,7 +286,7 @@ class Leader:
             self.story.unsaved(self.here.unsaved(), seen)
             if self._hopeless(0):
                 return "", Failure("died", "attempts before this one ended without a newer checkpoint")
-            if noted or told:
+            if noted or stopping:
                 continue
             overdue = self.limits.overdue(seen)
             if overdue is None:

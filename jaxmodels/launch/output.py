@@ -48,9 +48,9 @@ def stream(command: Sequence[str]) -> Iterator[str]:
     try:
         for line in process.stdout:
             yield line.rstrip("\n")
-        said = " ".join(process.stderr.read().split())
+        message = " ".join(process.stderr.read().split())
         if process.wait():
-            raise UserError(f"got a refusal from {' '.join(command[:2])}: {said[-500:] or process.returncode}")
+            raise UserError(f"got a refusal from {' '.join(command[:2])}: {message[-500:] or process.returncode}")
     finally:
         process.kill()
         process.wait()

@@ -100,10 +100,10 @@ class Status:
         return cls(states.get(code, State.FAILED), detail, code, restarts)  # type: ignore[call-overload]
 
     def __str__(self) -> str:
-        said = [self.state.value]
-        said += [f"exit code {self.code}"] if self.code is not None else []
-        said += [f"{self.restarts} restart{'s' * (self.restarts != 1)}"] if self.restarts else []
-        return ", ".join([*said, self.detail] if self.detail else said)
+        parts = [self.state.value]
+        parts += [f"exit code {self.code}"] if self.code is not None else []
+        parts += [f"{self.restarts} restart{'s' * (self.restarts != 1)}"] if self.restarts else []
+        return ", ".join([*parts, self.detail] if self.detail else parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +212,8 @@ def call(command: Sequence[str], stdin: str = "", seconds: float = 60.0) -> str:
             f"got no answer from {command[0]} in {seconds:g} s, expected one, try {' '.join(command)}"
         ) from late
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())[-500:]
-        raise UserError(f"got a refusal from {' '.join(command[:2])}: {said or f'exit code {done.returncode}'}")
+        message = " ".join((done.stderr or done.stdout).split())[-500:]
+        raise UserError(f"got a refusal from {' '.join(command[:2])}: {message or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -275,19 +275,19 @@ def seconds(time_limit: str) -> int | None:
 def _asked(number: str) -> tuple[str, str]:
     """What SLURM calls the job's state, and why; empty where it knows the job no more."""
     try:
-        said = call(["squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T|%r"])
+        answer = call(["squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T|%r"])
     except UserError as refusal:
         if "Invalid job id" not in str(refusal):
             raise
-        said = ""
-    if said.strip():
-        state, _, reason = said.splitlines()[0].strip().partition("|")
+        answer = ""
+    if answer.strip():
+        state, _, reason = answer.splitlines()[0].strip().partition("|")
         return state, "" if reason == "None" else reason
     try:
-        said = call(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={number}", "--format=State"])
+        answer = call(["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={number}", "--format=State"])
     except UserError:  # a cluster without accounting
         return "", ""
-    return (said.split() or [""])[0], ""  # "CANCELLED by 1000"
+    return (answer.split() or [""])[0], ""  # "CANCELLED by 1000"
 
 
 def _attempts(job: Job) -> list[tuple[str, str]]:

@@ -171,12 +171,12 @@ class TPU(Place):
     def _state(self, job: Job) -> tuple[str, str]:
         """Return the state of the queued resource and the service's message; empty if it does not exist."""
         try:
-            said = call(self._gcloud("queued-resources", "describe", job.name, "--format=json"))
+            answer = call(self._gcloud("queued-resources", "describe", job.name, "--format=json"))
         except UserError as refusal:
             if "NOT_FOUND" in str(refusal):
                 return "", ""
             raise
-        state: dict[str, Any] = json.loads(said).get("state", {})
+        state: dict[str, Any] = json.loads(answer).get("state", {})
         why = state.get("failedData", {}).get("error", {}).get("message", "")
         return state.get("state", "STATE_UNSPECIFIED"), why
 
@@ -278,12 +278,12 @@ class TPU(Place):
         ]
         for reader in readers:
             reader.start()
-        told, deadline = False, float("inf")
+        stopped, deadline = False, float("inf")
         try:
             while any(process.poll() is None for process in running):
                 time.sleep(min(0.2, _POLL_SECONDS))
-                if stop.is_set() and not told:
-                    told, deadline = True, time.monotonic() + self.grace + 60
+                if stop.is_set() and not stopped:
+                    stopped, deadline = True, time.monotonic() + self.grace + 60
                     self._tell(job)
                 if deadline == float("inf") and any(process.poll() for process in running):
                     deadline = time.monotonic() + self.grace + 60  # the other slices notice, save and stop

@@ -41,12 +41,12 @@ class Failure:
         if self.rank is None:
             return f"failed {moment:.1f} s after the start: {self.why}"
         tail = [line for line in self.rank.tail if line.strip()]
-        said = "".join(f"\n    {line}" for line in tail[-LAST_LINES:]) or " nothing"
+        printed = "".join(f"\n    {line}" for line in tail[-LAST_LINES:]) or " nothing"
         at = f" in {self.rank.phase}" + (f" after step {self.rank.step}" if self.rank.step >= 0 else "")
         device = f" ({self.rank.device})" if self.rank.device else ""
         return (
             f"rank {self.rank.rank} failed first, {moment:.1f} s after the start{at}, on {self.rank.host}{device}: "
-            f"{self.why}\n  its last lines:{said}"
+            f"{self.why}\n  its last lines:{printed}"
         )
 
 

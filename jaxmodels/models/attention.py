@@ -152,7 +152,7 @@ def describe_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
     """The call, as a kernel is chosen by it."""
     q, k, offset = arrays["q"], arrays["k"], arrays["q_offset"]
     whole, windowed = isinstance(offset, int), options["window"] is not None
-    asked = {
+    uses = {
         "causal": options["causal"],
         "window": windowed and options["causal"],
         "two-sided window": windowed and not options["causal"],
@@ -167,7 +167,7 @@ def describe_call(arrays: dict[str, Any], options: dict[str, Any]) -> Call:
         "kv_length": arrays["kv_length"] is not None,
         "float32": q.dtype == jnp.float32,
     }
-    features = frozenset(name for name, wanted in asked.items() if wanted)
+    features = frozenset(name for name, wanted in uses.items() if wanted)
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     cut = rules.pieces("seq"), rules.pieces("heads")
     return Call(B, T, S, H, G, K, q.dtype.name, features, offset if whole else 0, *cut, capability())

@@ -292,10 +292,10 @@ def assign_places(chosen: Array, real: Array | None, experts: int, capacity: int
     one, would let a later token take an earlier one's place. Tokens that are not `real` take no place.
     Shapes: chosen (B, T, k), real (B, T), returns (B, T, k).
     """
-    asked = jax.nn.one_hot(chosen, experts, dtype=jnp.int32).sum(-2)
+    wanted = jax.nn.one_hot(chosen, experts, dtype=jnp.int32).sum(-2)
     if real is not None:
-        asked = jnp.where(real[..., None], asked, 0)
-    before = jnp.take_along_axis(jnp.cumsum(asked, 1) - asked, chosen, -1)
+        wanted = jnp.where(real[..., None], wanted, 0)
+    before = jnp.take_along_axis(jnp.cumsum(wanted, 1) - wanted, chosen, -1)
     room = before < capacity
     if real is not None:
         room &= real[..., None]

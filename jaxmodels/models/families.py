@@ -33,8 +33,8 @@ def register(family: Family) -> None:
             raise UserError(f"got {shown(part)} as a part of model family {family.name!r}, expected a function")
     for name, preset in family.presets.items():
         if type(preset) is not family.config:
-            said = f"preset {name!r} of model family {family.name!r}"
-            raise UserError(f"got {shown(preset)} as {said}, expected a {family.config.__name__}")
+            whose = f"preset {name!r} of model family {family.name!r}"
+            raise UserError(f"got {shown(preset)} as {whose}, expected a {family.config.__name__}")
     if FAMILIES.builtin.get(family.name) != f"{family.config.__module__}:{family.config.__qualname__}":
         FAMILIES.register(family.name)(family.config)
     _registered[family.config] = family

@@ -163,9 +163,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        said: Any = (("norm",), x.shape[-1:], "norm", self.before_stack)
-        scale = parameter(self, "scale", ones, *said)
-        bias = parameter(self, "bias", zeros, *said) if self.bias else None
+        description: Any = (("norm",), x.shape[-1:], "norm", self.before_stack)
+        scale = parameter(self, "scale", ones, *description)
+        bias = parameter(self, "bias", zeros, *description) if self.bias else None
         return layer_norm(x, scale, bias, self.eps)
 
 

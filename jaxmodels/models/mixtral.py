@@ -120,10 +120,10 @@ def router_sums(logits: jax.Array, chosen: jax.Array, real: jax.Array | None) ->
     """
     counts = jnp.ones(logits.shape[:2]) if real is None else real.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, -1)
-    asked = jax.nn.one_hot(chosen, logits.shape[-1]).sum(-2)
+    per_expert = jax.nn.one_hot(chosen, logits.shape[-1]).sum(-2)
     return {
         "tokens": counts.sum(),
-        "asked": (asked * counts[..., None]).sum((0, 1)),
+        "asked": (per_expert * counts[..., None]).sum((0, 1)),
         "probability": (jnp.exp(logits - log_z[..., None]) * counts[..., None]).sum((0, 1)),
         "log_z_squared": (jnp.square(log_z) * counts).sum(),
     }

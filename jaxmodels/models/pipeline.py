@@ -85,8 +85,8 @@ def staged(scanned: Any, block: Any, layers: int, remat: str, unroll: int) -> Ca
 def microbatches(stages: Stages, rows: int, shards: int) -> int | None:
     """Return the number of microbatches of `rows` rows, each sharded over `shards`; None if they do not divide."""
     chosen = [stages.stages * n for n in range(CHOSEN, 0, -1)]
-    asked = [stages.microbatches] if stages.microbatches else chosen
-    return next((count for count in asked if rows % (count * shards) == 0), None)
+    choices = [stages.microbatches] if stages.microbatches else chosen
+    return next((count for count in choices if rows % (count * shards) == 0), None)
 
 
 def run_pipeline(

@@ -229,7 +229,7 @@ class Head(nn.Module):
                 x = Wide(c, features, self.train, name=f"{name}{i}")(x)
             return x
 
-        def told(name: str, x: jax.Array, count: int, bias: float = 0.0) -> jax.Array:
+        def head(name: str, x: jax.Array, count: int, bias: float = 0.0) -> jax.Array:
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             return layers.Linear(
                 (count,), ("embed", "classes"), True, uniform, c.dtype, nn.initializers.constant(bias), name=name
@@ -238,7 +238,7 @@ class Head(nn.Module):
         rare = -math.log((1 - PRIOR) / PRIOR)
         x = Unit(c, features, self.train, name="narrow")(x)
         kind, place = towers("kind", x), towers("place", x)
-        found = [told("box", place, 4), told("object", place, 1, rare), told("class", kind, c.classes, rare)]
+        found = [head("box", place, 4), head("object", place, 1, rare), head("class", kind, c.classes, rare)]
         return jnp.concatenate(found, -1).reshape(len(x), -1, 5 + c.classes)
 
 

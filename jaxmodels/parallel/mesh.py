@@ -72,8 +72,8 @@ def sizes(cfg: Mesh, devices: int) -> dict[str, int]:
         raise UserError(f"got mesh {shown} = {fixed} device(s), expected {devices}, try --mesh.data -1")
     stages = rules.Stages(got[rules.STAGE], cfg.rounds, cfg.microbatches)
     if stages.stages == 1 and stages.axes():
-        asked = ", ".join(stages.axes())
-        raise UserError(f"got {asked} on a mesh with stage=1, expected more stages, try --mesh.stage 2")
+        staged = ", ".join(stages.axes())
+        raise UserError(f"got {staged} on a mesh with stage=1, expected more stages, try --mesh.stage 2")
     if stages.microbatches % stages.stages:
         better = -(-stages.microbatches // stages.stages) * stages.stages
         raise UserError(

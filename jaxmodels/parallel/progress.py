@@ -124,8 +124,8 @@ def unsaved(step: int, message: str) -> None:
 
 def failed(error: BaseException, message: str | None = None) -> None:
     """Report the exception that this process ends with."""
-    said = message or " ".join("".join(traceback.format_exception_only(error)).split())
-    _note("error", {"kind": type(error).__name__, "message": said[:500]})
+    message = message or " ".join("".join(traceback.format_exception_only(error)).split())
+    _note("error", {"kind": type(error).__name__, "message": message[:500]})
 
 
 def _note(name: str, value: Any) -> None:

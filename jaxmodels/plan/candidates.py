@@ -81,17 +81,17 @@ def draw(arithmetic: Arithmetic) -> Drawn:
         try:
             guess = arithmetic.guess(each)
         except UserError as error:
-            reason, told = "the mesh does not divide a parameter, the batch or its tokens", str(error)
+            reason, detail = "the mesh does not divide a parameter, the batch or its tokens", str(error)
         else:
             if guess.arguments > memory:  # how much else is in memory at a time only the compiler knows
                 reason = "parameters and optimizer do not fit"
-            told = f"{reason}: {guess.arguments / 2**30:.0f} of {memory / 2**30:.0f} GiB" if reason else ""
+            detail = f"{reason}: {guess.arguments / 2**30:.0f} of {memory / 2**30:.0f} GiB" if reason else ""
         if not reason:
             drawn.kept.append(Candidate(each, mesh, origin, guess))
             continue
         drawn.dropped[reason] += 1
         if origin:
-            drawn.refused[" ".join(arguments(overrides(cfg, each)))] = told
+            drawn.refused[" ".join(arguments(overrides(cfg, each)))] = detail
     order = {"as configured": 0, "usual": 1, "": 2}
     drawn.kept.sort(key=lambda each: (order[each.origin], each.guess.seconds, each.guess.peak))
     return drawn
@@ -139,7 +139,7 @@ def inner(topology: Topology) -> int:
 def usual(arithmetic: Arithmetic) -> list[Mesh]:
     """Up to ten meshes that an expert would try first and that fit the devices and the model."""
     devices, node = arithmetic.topology.devices, inner(arithmetic.topology)
-    asked: list[dict[str, Any]] = [
+    requests: list[dict[str, Any]] = [
         dict(data=1, fsdp=devices),
         dict(data=devices),
         dict(data=devices // node, fsdp=node),
@@ -151,15 +151,15 @@ def usual(arithmetic: Arithmetic) -> list[Mesh]:
     ]
     if "expert" in arithmetic.logical:
         most = max(s[n.index("expert")] for s, n in arithmetic.parameters if "expert" in n)
-        asked += [dict(data=1, expert=e, fsdp=devices // e) for e in (most, node) if devices % e == most % e == 0]
-    asked += [
+        requests += [dict(data=1, expert=e, fsdp=devices // e) for e in (most, node) if devices % e == most % e == 0]
+    requests += [
         dict(data=1, fsdp=devices // 2, context=2),
         dict(data=2, fsdp=devices // 2),
         dict(data=1, fsdp=devices // 8, tensor=8),
         dict(data=4, fsdp=devices // 4),
     ]
     found: list[Mesh] = []
-    for sizes in asked:
+    for sizes in requests:
         parts = [size for size in sizes.values() if not isinstance(size, bool)]
         mesh = Mesh(**sizes) if 0 not in parts else None
         if mesh is None or _product(mesh, arithmetic) != devices or mesh in found:

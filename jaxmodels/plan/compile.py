@@ -109,7 +109,7 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program
     topologies.check_compiler(topology)
     from jaxmodels.train import teachers
 
-    asked = {
+    request = {
         "config": configs.to_json(cfg),
         "on": topology.name,
         "teacher": teachers.stated(cfg),
@@ -117,7 +117,7 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program
         "source": program or caches.source(),
         "facts": sorted(field.name for field in dataclasses.fields(Compiled)),
     }
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
     base = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmodels" / "plan"
     if (found := _read(base / key, topology)) is not None:
         return found
@@ -127,7 +127,7 @@ def compiled(cfg: Config, topology: Topology, cache: Path | None = None, program
     except OSError as error:
         raise caches.unwritable(base, error) from None
     try:
-        (folder / "asked.json").write_text(json.dumps(asked))
+        (folder / "asked.json").write_text(json.dumps(request))
         _compile(folder, topology)
         if (found := _read(folder, topology)) is None:
             raise RuntimeError(f"compiling for {topology.name} left no program that can be read in {folder}")
@@ -170,11 +170,11 @@ def _compile(folder: Path, topology: Topology) -> None:
         raise UserError(failure(topology, done.returncode, done.stderr))
 
 
-def failure(topology: Topology, code: int, said: str) -> str:
+def failure(topology: Topology, code: int, output: str) -> str:
     """One line on a child that failed, from its exit code and stderr."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    if told := [line for line in lines if line.startswith("error: ")]:
-        return told[-1].removeprefix("error: ")
+    lines = [line for line in output.splitlines() if line.strip()]
+    if errors := [line for line in lines if line.startswith("error: ")]:
+        return errors[-1].removeprefix("error: ")
     if code < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
@@ -194,7 +194,7 @@ def _read(folder: Path, topology: Topology) -> Compiled | None:
     return Compiled(topology=topology, places=places, **facts)
 
 
-def child(folder: Path, asked: dict[str, Any]) -> None:
+def child(folder: Path, request: dict[str, Any]) -> None:
     """Compile what is asked for, and write `program.hlo.gz` and `facts.json` to a folder."""
     import resource
 
@@ -202,7 +202,7 @@ def child(folder: Path, asked: dict[str, Any]) -> None:
 
     from jaxmodels.train.job import assemble
 
-    cfg, topology = configs.from_json(asked["config"]), topologies.parse(asked["on"])
+    cfg, topology = configs.from_json(request["config"]), topologies.parse(request["on"])
     begun = time.monotonic()
     job = assemble(cfg, topologies.describe(topology).devices, opened=False)
     layout, counted = job.layout, job.flops()
@@ -290,30 +290,30 @@ def _coordinates(device: Any, topology: Topology) -> list[int]:
     return [device.id // topology.shape[1], device.id % topology.shape[1]]
 
 
-def told(error: Exception, asked: dict[str, Any]) -> str:
+def in_one_line(error: Exception, request: dict[str, Any]) -> str:
     """One line on an error in the child process."""
-    said = " ".join(str(error).split())[:300] or "no message"
+    message = " ".join(str(error).split())[:300] or "no message"
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, MemoryError):
-        return f"the machine is out of memory ({said}), try smaller sizes"
-    if unknown := re.search(r"No such compile option: '(\w+)'", said):
+        return f"the machine is out of memory ({message}), try smaller sizes"
+    if unknown := re.search(r"No such compile option: '(\w+)'", message):
         return f"got train.xla {unknown[1]}, which this compiler does not know, try without it"
     return (
-        f"got {asked.get('on', 'a topology')}, expected a step that its compiler takes "
-        f"({type(error).__name__}: {said}), try other hardware, or fields of the model nearer to its defaults"
+        f"got {request.get('on', 'a topology')}, expected a step that its compiler takes "
+        f"({type(error).__name__}: {message}), try other hardware, or fields of the model nearer to its defaults"
     )
 
 
 def main(folder: Path) -> int:
     """Run as the child process; returns the exit code."""
-    asked: dict[str, Any] = {}
+    request: dict[str, Any] = {}
     try:
-        asked = json.loads((folder / "asked.json").read_text())
-        child(folder, asked)
+        request = json.loads((folder / "asked.json").read_text())
+        child(folder, request)
     except Exception as error:
         traceback.print_exc()
-        print(f"error: {told(error, asked)}", file=sys.stderr)
+        print(f"error: {in_one_line(error, request)}", file=sys.stderr)
         return 2
     return 0
 

@@ -108,13 +108,13 @@ def excess(compiled: Program, times: float) -> str:
         mask, kernel = Mask.of(label), products.attention(label)
         if mask is not None and kernel is not None and mask.share < 1:
             hiding[kernel] += flops / total
-    said = f"computes {times:.1f} x the model's products: "
+    message = f"computes {times:.1f} x the model's products: "
     hidden = sum(hiding.values())
     if hidden > 2 / 3:  # more than the model needs even with full rematerialization
         kernels = ", ".join(sorted(hiding))
-        return f"{said}{hidden:.0%} are attention's (kernel {kernels}), which computes much that its masks hide"
+        return f"{message}{hidden:.0%} are attention's (kernel {kernels}), which computes much that its masks hide"
     label = max(parts, key=lambda name: parts[name])
-    return f"{said}{parts[label] / total:.0%} are of {label or 'instructions without a name'}"
+    return f"{message}{parts[label] / total:.0%} are of {label or 'instructions without a name'}"
 
 
 def speed(cfg: Config, made: Compiled, estimate: Estimate, dtype: str) -> dict[str, Any]:
@@ -227,10 +227,10 @@ def hosted(memory: dict[str, Any]) -> list[str]:
     parts = {"optimizer": memory["host"], "inputs of blocks": memory["host_saved"]}
     if not (total := sum(parts.values())):
         return []
-    told = f"of {memory['host_size'] / 2**30:.2f}" if memory["host_size"] else "of an unknown size"
+    capacity = f"of {memory['host_size'] / 2**30:.2f}" if memory["host_size"] else "of an unknown size"
     parts = {name: size for name, size in parts.items() if size}
     each = ", ".join(f"{name} {size / 2**30:.2f}" if len(parts) > 1 else name for name, size in parts.items())
-    return [f"  {'on its host':<24}{total / 2**30:>12.2f}   {told} a device ({each})"]
+    return [f"  {'on its host':<24}{total / 2**30:>12.2f}   {capacity} a device ({each})"]
 
 
 def remedies(cfg: Config, plan: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ class Program:
 
     def trips(self, loop: Instruction) -> float:
         """How often the body of a `while` runs; 1 if that is not known (see `uncounted`)."""
-        return 1.0 if (told := self._told(loop)) is None else told
+        return 1.0 if (turns := self._told(loop)) is None else turns
 
     def _told(self, loop: Instruction) -> float | None:
         """Trips that the compiler notes, that the loop's name states (`kernel.loop`), or that its condition bounds."""

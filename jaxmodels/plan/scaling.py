@@ -133,8 +133,8 @@ def grown(cfg: Config, arithmetic: Arithmetic, mode: Mode, axis: str, times: int
         return Point(arithmetic.topology, mode, axis, None, failure=str(error).partition(", try ")[0])
     memory = arithmetic.topology.hardware.memory
     if guess.arguments > memory:
-        told = f"parameters and optimizer need {guess.arguments / _GIB:.0f} of {memory / _GIB:.0f} GiB"
-        return Point(arithmetic.topology, mode, axis, None, failure=told)
+        reason = f"parameters and optimizer need {guess.arguments / _GIB:.0f} of {memory / _GIB:.0f} GiB"
+        return Point(arithmetic.topology, mode, axis, None, failure=reason)
     return Point(arithmetic.topology, mode, axis, made_to_fit(now, arithmetic))
 
 
@@ -146,12 +146,12 @@ def compiled(point: Point) -> Point:
     except (UserError, RuntimeError) as error:
         return dataclasses.replace(point, failure=" ".join(str(error).split())[-300:].partition(", try ")[0])
     memory = plan["memory"]
-    told = "" if plan["fits"] else f"needs {memory['peak'] / _GIB:.0f} of {memory['device'] / _GIB:.0f} GiB"
+    reason = "" if plan["fits"] else f"needs {memory['peak'] / _GIB:.0f} of {memory['device'] / _GIB:.0f} GiB"
     if not plan["fits_host"]:
-        told = plan["shortage"]
+        reason = plan["shortage"]
     if plan["fits"] and "step_seconds" not in plan:
-        told = f"no time is given for {', '.join(plan['uncounted'])}"
-    return dataclasses.replace(point, plan=plan, failure=told)
+        reason = f"no time is given for {', '.join(plan['uncounted'])}"
+    return dataclasses.replace(point, plan=plan, failure=reason)
 
 
 def axes_of(points: Sequence[Point]) -> list[str]:
@@ -187,22 +187,22 @@ def why(first: Point, point: Point) -> str:
     before, after = first.plan["seconds"], point.plan["seconds"]
     excess = {name: after[name] - ideal * before[name] for name in after}
     most = max(excess, key=lambda name: excess[name])
-    told = f"{excess[most]:.3g} s more of a step of {point.plan['step_seconds']:.3g} s"
+    reason = f"{excess[most]:.3g} s more of a step of {point.plan['step_seconds']:.3g} s"
     if most == "compute":
         idle = "stages wait for the first and the last microbatch" if point.axis == rules.STAGE else ""
-        return f"since products take {told}: {idle or 'what the axis does not cut is computed by all its devices'}"
+        return f"since products take {reason}: {idle or 'what the axis does not cut is computed by all its devices'}"
     if most == "memory":
         return (
-            f"since bytes between memory and compute take {told}: pieces are small, or what is not cut is read by all"
+            f"since bytes between memory and compute take {reason}: pieces are small, or what is not cut is read by all"
         )
     if most == "launches":
-        return f"since beginning instructions takes {told}: each has too little to do"
+        return f"since beginning instructions takes {reason}: each has too little to do"
     known = {(t["kind"], tuple(t["axes"])): t["seconds"] for t in first.plan["transfers"]}
     sent = max(
         point.plan["transfers"], key=lambda t: t["seconds"] - ideal * known.get((t["kind"], tuple(t["axes"])), 0.0)
     )
     return (
-        f"since links are waited for {told}: {sent['kind']} along {'*'.join(sent['axes']) or 'all'} over "
+        f"since links are waited for {reason}: {sent['kind']} along {'*'.join(sent['axes']) or 'all'} over "
         f"{sent['link']} ({sent['devices']} devices, {sent['bytes'] / _GIB:.3g} GiB, {sent['seconds']:.3g} s)"
     )
 

@@ -75,8 +75,8 @@ def draw(axis: Any, example: dict[str, Any], evaluation: Evaluation) -> None:
     for name, color, style in (("missed", MISSED, "--"), ("hits", HIT, "-"), ("false", FALSE, "-")):
         for (left, top, right, bottom), label, score in example[name]:
             axis.plot([left, right, right, left, left], [top, top, bottom, bottom, top], style, color=color, lw=1.1)
-            said = evaluation.class_name(label) + (f" {score:.2f}" if score else "")
-            axis.text(left, top - 1, said, color=color, fontsize=5, va="bottom", parse_math=False)
+            label_text = evaluation.class_name(label) + (f" {score:.2f}" if score else "")
+            axis.text(left, top - 1, label_text, color=color, fontsize=5, va="bottom", parse_math=False)
     axis.set_xlim(0, example["inputs"].shape[1])
     axis.set_ylim(example["inputs"].shape[0], 0)
     axis.set_title(", ".join(f"{len(example[name])} {name}" for name in ("hits", "false", "missed")), fontsize=8)

@@ -88,7 +88,7 @@ def mistakes(
 ) -> Piece:
     """Show the examples at these indices, with their class and the prediction."""
     batch = evaluation.source.batch(worst, np.zeros_like(worst))
-    said = [
+    guesses = [
         (evaluation.class_name(int(labels[i])), evaluation.class_name(int(predicted[i])), f"{confidence[i]:.1%}")
         for i in worst
     ]
@@ -100,7 +100,7 @@ def mistakes(
         whole, axes = grid(rows, columns, 1.35, 1.6)
         for axis in axes.flat[len(worst) :]:
             axis.set_axis_off()
-        for axis, image, (true, wrong, sure) in zip(axes.flat, pixels(inputs), said, strict=False):
+        for axis, image, (true, wrong, sure) in zip(axes.flat, pixels(inputs), guesses, strict=False):
             show(axis, image)
             axis.set_title(f"{true} → {wrong}\n{sure}", fontsize=8.5, parse_math=False)
         return Picture("mistakes", whole, caption + " Above each: true → predicted, and its confidence.")
@@ -110,7 +110,7 @@ def mistakes(
         else numbers(inputs)
     )
     head = ("text" if len(evaluation.source.texts) else "input", "true", "predicted", "confidence")
-    return Table(head, [(words, *each) for words, each in zip(texts, said, strict=True)], caption)
+    return Table(head, [(words, *each) for words, each in zip(texts, guesses, strict=True)], caption)
 
 
 def shortened(text: str, most: int = 600) -> str:

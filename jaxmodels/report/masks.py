@@ -79,8 +79,8 @@ def picture(
         show(axes[1, column], over(images[column], labels[column]))
         show(axes[2, column], over(images[column], np.where(labels[column] < 0, -1, chosen[index])))
         axes[0, column].set_title(f"IoU {ious[index]:.2f}", fontsize=8.5)
-    for row, said in enumerate(("image", "mask", "predicted")):
-        axes[row, 0].set_ylabel(said, fontsize=8.5)
+    for row, title in enumerate(("image", "mask", "predicted")):
+        axes[row, 0].set_ylabel(title, fontsize=8.5)
     return Picture(name, whole, f"{caption} Above each image: its mean IoU.")
 
 

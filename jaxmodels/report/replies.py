@@ -36,14 +36,14 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
         at = np.flatnonzero(targets[row] >= 0)
         if not at.size:
             continue
-        said, wanted = (tokenizer.decode(ids[:-1]).strip() for ids in (found[row, at], targets[row, at]))
+        reply, wanted = (tokenizer.decode(ids[:-1]).strip() for ids in (found[row, at], targets[row, at]))
         prompt = tokens[row, : at[0] + 1]
         of_image, of_media = prompt == tower.token, np.isin(prompt, ids_of_media)
-        asked = tokenizer.decode(prompt[~of_media][len(tokenizer.before) :])
+        question = tokenizer.decode(prompt[~of_media][len(tokenizer.before) :])
         look = looks[row, at[0], : len(prompt)][of_image]
-        heading = f"{asked.strip()}\n{said}" + ("" if said == wanted else f", not {wanted}")
+        heading = f"{question.strip()}\n{reply}" + ("" if reply == wanted else f", not {wanted}")
         heat = look.reshape(-1, tower.input_shape[1] // side)
-        maps[said == wanted].append((row, f"{heading}\n{look.sum():.0%} image", heat))
+        maps[reply == wanted].append((row, f"{heading}\n{look.sum():.0%} image", heat))
     chosen = [one for right in (True, False) for one in maps[right][:SHOWN]]
     figure, axes = grid(-(-len(chosen) // PAIRS), 2 * PAIRS, 1.25, 1.9)
     for axis in axes.flat[2 * len(chosen) :]:

@@ -28,8 +28,8 @@ def show(runs: Mapping[str, Path]) -> list[Piece]:
     """A picture and a table for each run that has events; of others nothing."""
     found: list[Piece] = []
     for name, run in runs.items():
-        told = (row for row in events.read(run) if row.get("until") is None)  # where a holdup began is enough
-        rows = sorted(told, key=lambda row: row["time"])
+        ended = (row for row in events.read(run) if row.get("until") is None)  # where a holdup began is enough
+        rows = sorted(ended, key=lambda row: row["time"])
         if rows:
             found.append(draw(name if len(runs) > 1 else "", rows))
             if failures := [row for row in rows if row["event"] in ("failed", "slow", "unsaved")]:

@@ -59,8 +59,8 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
     for name, i in zip(("worst", "good", "better"), drawn[:DRAWN], strict=False):
         sound, length, text, logits, frames, read, _ = found[i]
         picture = draw(sound[: int(length)], evaluation, logits[: int(frames)], text[text >= 0], blank)
-        said = f"Frames of “{spelled(text)}”, read as “{spelled(read)}”; below, where each character is the likeliest."
-        shown.append(Picture(f"alignment-{name}", picture, said))
+        words = f"Frames of “{spelled(text)}”, read as “{spelled(read)}”; below, where each character is the likeliest."
+        shown.append(Picture(f"alignment-{name}", picture, words))
     return shown
 
 
@@ -112,8 +112,8 @@ def listening(
     below.set_xlim(0, min(seconds, 1.05 * (1 + np.flatnonzero(sound).max(initial=0)) / rate))  # without the padding
     below.set_yticks(range(len(at)), pieces_of(tokenizer, targets[at]), fontsize=7.5, parse_math=False)
     below.set_xlabel("seconds")
-    said = f"Frames of “{text}”; below, what the decoder attends to as it predicts each token: mean over upper layers."
-    return [Picture("listening", whole, said)]
+    words = f"Frames of “{text}”; below, what the decoder attends to as it predicts each token: mean over upper layers."
+    return [Picture("listening", whole, words)]
 
 
 def draw(sound: np.ndarray, evaluation: Evaluation, logits: np.ndarray, text: np.ndarray, blank: int) -> Any:

@@ -20,11 +20,11 @@ Metric = TypeVar("Metric", bound=Callable[..., Any])
 def better(direction: Better) -> Callable[[Metric], Metric]:
     """Say of a metric from outside whether a lower ("min") or a higher ("max") value is better, as its decorator."""
 
-    def said(metric: Metric) -> Metric:
+    def named(metric: Metric) -> Metric:
         metric.better = direction  # pyright: ignore[reportFunctionMemberAccess]
         return metric
 
-    return said
+    return named
 
 
 def measured(task: Task, names: Sequence[str]) -> Task:
@@ -57,8 +57,8 @@ def measured(task: Task, names: Sequence[str]) -> Task:
             raise UserError(f"got a metric {taken[0]!r}, which the task has already, expected another name")
 
     def each_row(params: Params, stats: Params, batch: Batch) -> Sums:
-        said = outputs(params, stats, batch)
-        return {name: sums_of_rows(name, metric(said, batch), batch) for name, metric in own.items()}
+        out = outputs(params, stats, batch)
+        return {name: sums_of_rows(name, metric(out, batch), batch) for name, metric in own.items()}
 
     def metrics(params: Params, stats: Params, batch: Batch) -> Sums:
         found = task.metrics(params, stats, batch)
@@ -72,9 +72,11 @@ def measured(task: Task, names: Sequence[str]) -> Task:
         check_free(found)
         return {**found, **divide({name: totals[name] for name in own if name in totals})}
 
-    said = {name: metric.better for name, metric in own.items() if hasattr(metric, "better")}
+    directions = {name: metric.better for name, metric in own.items() if hasattr(metric, "better")}
     whole = None if task.whole is None else _also_kept(task.whole, each_row, check_free)
-    return dataclasses.replace(task, metrics=metrics, summarize=summarize, whole=whole, better={**task.better, **said})
+    return dataclasses.replace(
+        task, metrics=metrics, summarize=summarize, whole=whole, better={**task.better, **directions}
+    )
 
 
 _ADDED = "eval.metrics "

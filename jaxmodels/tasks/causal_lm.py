@@ -18,10 +18,10 @@ from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,
-    Asked,
     Aux,
     Batch,
     Loss,
+    ModelCall,
     Params,
     ScoredConfig,
     Sums,
@@ -59,19 +59,19 @@ class CausalLM(ScoredConfig):
                 f"try --model.context {data.seq_len}"
             )
 
-        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
+        def ask(batch: Batch, rng: jax.Array | None = None) -> ModelCall:
             rows = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
             targets = counted(batch, batch["targets"])
-            return Asked((batch["tokens"],), {**rows, "head": False}, targets, self.score, rng)
+            return ModelCall((batch["tokens"],), {**rows, "head": False}, targets, self.score, rng)
 
         def run(
             params: Params, stats: Params, batch: Batch, **kwargs: Any
         ) -> tuple[Scores, Params, dict[str, jax.Array]]:
-            asked, auxiliary = ask(batch), {"auxiliary": True} if model.auxiliary else {}
-            out, stats = forward(("model", model), params, stats, *asked.inputs, **asked.options, **auxiliary, **kwargs)
+            call, auxiliary = ask(batch), {"auxiliary": True} if model.auxiliary else {}
+            out, stats = forward(("model", model), params, stats, *call.inputs, **call.options, **auxiliary, **kwargs)
             features, extra = out if model.auxiliary else (out, {})
             output = unembedding(params["model"])
-            scores = language_cross_entropy(features, output, asked.targets, self.label_smoothing, self.z_loss)
+            scores = language_cross_entropy(features, output, call.targets, self.label_smoothing, self.z_loss)
             return scores, stats, extra
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:

@@ -25,10 +25,10 @@ from jaxmodels.tasks import metrics as measures
 from jaxmodels.tasks.losses import Scores, binary_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,
-    Asked,
     Aux,
     Batch,
     Loss,
+    ModelCall,
     Params,
     ScoredConfig,
     Sums,
@@ -117,10 +117,10 @@ class Classification(ScoredConfig):
                 )
             return logits, stats
 
-        def ask(batch: Batch, rng: jax.Array | None) -> Asked:
+        def ask(batch: Batch, rng: jax.Array | None) -> ModelCall:
             inputs, labels = normalized(batch["inputs"], data), counted(batch, batch["labels"])
             if not blends or rng is None:
-                return Asked((inputs,), packed(batch), labels, scores, rng)
+                return ModelCall((inputs,), packed(batch), labels, scores, rng)
             rng, own = jax.random.split(rng)
             inputs, share = blend(own, inputs, self.mixup, self.cutmix)
 
@@ -128,12 +128,12 @@ class Classification(ScoredConfig):
                 a, b = scores(logits, labels), scores(logits, labels[::-1])
                 return Scores(*(share * x + (1 - share) * y for x, y in zip(a, b, strict=True)))
 
-            return Asked((inputs,), packed(batch), labels, blended, rng)
+            return ModelCall((inputs,), packed(batch), labels, blended, rng)
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-            asked = ask(batch, rng)
-            logits, stats = apply(params, stats, batch, *asked.inputs, train=True, rng=asked.rng)
-            s = asked.score(logits, asked.targets)
+            call = ask(batch, rng)
+            logits, stats = apply(params, stats, batch, *call.inputs, train=True, rng=call.rng)
+            s = call.score(logits, call.targets)
             return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:

@@ -89,11 +89,13 @@ class Detection(TaskConfig):
 
         def parts(outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
             """The losses of each image (B,), and what they are divided by."""
-            told, object_logits, class_logits = outputs[..., :4], outputs[..., 4], outputs[..., 5:]
+            predicted, object_logits, class_logits = outputs[..., :4], outputs[..., 4], outputs[..., 5:]
             truth, labels = corners(batch["boxes"]), batch["classes"]
-            which, overlap = assign(*jax.lax.stop_gradient((told, object_logits, class_logits)), anchors, truth, labels)
+            which, overlap = assign(
+                *jax.lax.stop_gradient((predicted, object_logits, class_logits)), anchors, truth, labels
+            )
             has, which = (which >= 0).astype(jnp.float32), jnp.maximum(which, 0)
-            near = similar(told, jnp.take_along_axis(truth, which[..., None], 1))
+            near = similar(predicted, jnp.take_along_axis(truth, which[..., None], 1))
             name = jnp.take_along_axis(labels, which, 1)
             sure = jax.nn.one_hot(name, classes) * overlap[..., None]
             each = {

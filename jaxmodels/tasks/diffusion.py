@@ -110,14 +110,14 @@ class Diffusion(TaskConfig):
                 f"got class {wrong[0]} in task.draw, expected classes below model.classes {classes}, try without it"
             )
 
-        def predict(params: Params, stats: Params, x: Any, times: Any, asked: Any, counts: Any, **how: Any) -> Any:
+        def predict(params: Params, stats: Params, x: Any, times: Any, conditions: Any, counts: Any, **how: Any) -> Any:
             """What the network predicts; unconditionally in the rows where `counts` (B,) is false."""
             words: dict[str, Any] = {}
             if by_text:
-                given = asked["tokens"]
-                words["segment_ids"] = asked.get("segment_ids", jnp.ones_like(given)) * counts[:, None]
+                given = conditions["tokens"]
+                words["segment_ids"] = conditions.get("segment_ids", jnp.ones_like(given)) * counts[:, None]
             else:
-                given = jnp.where(counts, asked["labels"], classes) if classes else None
+                given = jnp.where(counts, conditions["labels"], classes) if classes else None
             return forward(("model", model), params, stats, x, times, given, **words, **how)
 
         def errors(
@@ -158,7 +158,7 @@ class Diffusion(TaskConfig):
                 found = jnp.concatenate([x[None], found])
             return jnp.clip((found + 1) / 2, 0, 1)
 
-        def asked(count: int, given: Mapping[str, jax.Array] | None) -> Mapping[str, jax.Array]:
+        def conditions(count: int, given: Mapping[str, jax.Array] | None) -> Mapping[str, jax.Array]:
             if by_text and given is None:
                 nothing = jnp.zeros((count, 1), jnp.int32)
                 return {"tokens": nothing, "segment_ids": nothing}
@@ -168,10 +168,10 @@ class Diffusion(TaskConfig):
             return given or {}
 
         def samples(params: Params, stats: Params, count: int = SAMPLES, seed: Any = 0, given: Any = None) -> jax.Array:
-            return drawn(params, stats, count, seed, asked(count, given), kept=False)
+            return drawn(params, stats, count, seed, conditions(count, given), kept=False)
 
         def path(params: Params, stats: Params, count: int, seed: Any = 0, given: Any = None) -> jax.Array:
-            return drawn(params, stats, count, seed, asked(count, given), kept=True)
+            return drawn(params, stats, count, seed, conditions(count, given), kept=True)
 
         if by_text:
             label = BatchField((), optional=True, usual=True)

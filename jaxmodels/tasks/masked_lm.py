@@ -21,9 +21,9 @@ from jaxmodels.tasks.losses import Scores
 from jaxmodels.tasks.task import (
     OF_LANGUAGE,
     Answers,
-    Asked,
     Batch,
     Loss,
+    ModelCall,
     Params,
     ScoredConfig,
     Task,
@@ -86,7 +86,7 @@ class MaskedLM(ScoredConfig):
                 "try those of [PAD], [CLS] and [SEP] alone"
             )
 
-        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
+        def ask(batch: Batch, rng: jax.Array | None = None) -> ModelCall:
             ids = batch["tokens"]
             free = ~jnp.isin(ids, jnp.array(self.keep, ids.dtype)) if self.keep else jnp.ones(ids.shape, bool)
             for name, least in (("segment_ids", 1), ("targets", 0)):
@@ -100,15 +100,15 @@ class MaskedLM(ScoredConfig):
             hide = functools.partial(mask, fraction=self.mask_fraction, gap=gap, vocab_size=config.vocab_size)
             hidden, at, targets = jax.vmap(hide)(keys, ids, free)
             given = {name: batch[name] for name in ("segment_ids", "types", "positions") if name in batch}
-            return Asked((hidden,), {**given, "at": at}, counted(batch, targets), self.score, rng)
+            return ModelCall((hidden,), {**given, "at": at}, counted(batch, targets), self.score, rng)
 
         def score(
             params: Params, stats: Params, batch: Batch, train: bool = False, rng: jax.Array | None = None
         ) -> tuple[Scores, Params]:
-            asked = ask(batch, rng)
-            how: dict[str, Any] = {**asked.options, "train": train, "rng": asked.rng}
-            logits, stats = forward(("model", model), params, stats, *asked.inputs, **how)
-            return asked.score(logits, asked.targets), stats
+            call = ask(batch, rng)
+            how: dict[str, Any] = {**call.options, "train": train, "rng": call.rng}
+            logits, stats = forward(("model", model), params, stats, *call.inputs, **how)
+            return call.score(logits, call.targets), stats
 
         fields = {"tokens": tokens(data, config.vocab_size), "targets": tokens(data, config.vocab_size, not data.pack)}
         fields |= {**packed(data), "types": tokens(data, optional=True)}

@@ -24,9 +24,9 @@ from jaxmodels.tasks.losses import Scores, language_cross_entropy, logits_of
 from jaxmodels.tasks.task import (
     OF_LANGUAGE,
     Answers,
-    Asked,
     Batch,
     Loss,
+    ModelCall,
     Params,
     ScoredConfig,
     Sums,
@@ -72,13 +72,13 @@ class MultimodalLM(ScoredConfig):
         def inputs(batch: Batch) -> tuple[Any, ...]:
             return batch["tokens"], *media(batch, data)
 
-        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
-            return Asked(inputs(batch), {"head": False}, counted(batch, batch["targets"]), self.score, rng)
+        def ask(batch: Batch, rng: jax.Array | None = None) -> ModelCall:
+            return ModelCall(inputs(batch), {"head": False}, counted(batch, batch["targets"]), self.score, rng)
 
         def answered(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Any, Params]:
-            asked = ask(batch)
-            features, stats = forward(("model", model), params, stats, *asked.inputs, **asked.options, **how)
-            return features, asked.targets, stats
+            call = ask(batch)
+            features, stats = forward(("model", model), params, stats, *call.inputs, **call.options, **how)
+            return features, call.targets, stats
 
         def scores(params: Params, features: jax.Array, targets: jax.Array) -> Scores:
             return language_cross_entropy(

@@ -30,17 +30,17 @@ def judge_answer(answer: str, right: Sequence[str]) -> tuple[float, float]:
     them is empty, it says whether both are.
     Source: the script of SQuAD 2.0, which differs from that of 1.1 only where nothing is left of both answers.
     """
-    said = plain_words(answer)
+    found = plain_words(answer)
     # as the script does: a right answer of which nothing is left is none
     expected = [words for each in right if (words := plain_words(each))] or [[]]
-    return float(said in expected), max(
-        _f1(said, words) if said and words else float(said == words) for words in expected
+    return float(found in expected), max(
+        _f1(found, words) if found and words else float(found == words) for words in expected
     )
 
 
-def _f1(said: Sequence[Hashable], right: Sequence[Hashable]) -> float:
+def _f1(found: Sequence[Hashable], right: Sequence[Hashable]) -> float:
     """Return the F1 of two bags of words, or of other parts of texts."""
-    return _ratio(sum((Counter(said) & Counter(right)).values()), len(said), len(right))
+    return _ratio(sum((Counter(found) & Counter(right)).values()), len(found), len(right))
 
 
 def judge_summary(summary: str, references: Sequence[str]) -> tuple[float, float, float]:
@@ -49,10 +49,10 @@ def judge_summary(summary: str, references: Sequence[str]) -> tuple[float, float
     Each is the F1 of words, of pairs of words, and of the longest common subsequence of words, which are stemmed.
     Source: Lin 2004; equal to the package rouge-score with `use_stemmer=True`.
     """
-    said = stems(summary)
+    found = stems(summary)
     expected = [stems(each) for each in references]
-    ones, twos = (max(_f1(_grams(said, n), _grams(each, n)) for each in expected) for n in (1, 2))
-    return ones, twos, max(_ratio(_common(said, each), len(said), len(each)) for each in expected)
+    ones, twos = (max(_f1(_grams(found, n), _grams(each, n)) for each in expected) for n in (1, 2))
+    return ones, twos, max(_ratio(_common(found, each), len(found), len(each)) for each in expected)
 
 
 def stems(text: str) -> list[str]:

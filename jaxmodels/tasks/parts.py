@@ -48,7 +48,7 @@ class Loss:
     """Whether examples of a batch are compared with each other, so that microbatches compute another loss."""
 
 
-class Asked(NamedTuple):
+class ModelCall(NamedTuple):
     """What a loss feeds its network for a batch, and how it scores the output; a teacher is fed the same."""
 
     inputs: tuple[Any, ...]

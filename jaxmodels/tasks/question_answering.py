@@ -156,8 +156,8 @@ class QuestionAnswering(TaskConfig):
         """
         order = np.argsort(of[windows["window"]], kind="stable")
         rows = {name: windows[name][order] for name in (*Best._fields, "window")}
-        asked, begins = np.unique(of[rows["window"]], return_index=True)
-        groups = zip(asked.tolist(), begins.tolist(), [*begins.tolist(), len(order)][1:], strict=True)
+        numbers, begins = np.unique(of[rows["window"]], return_index=True)
+        groups = zip(numbers.tolist(), begins.tolist(), [*begins.tolist(), len(order)][1:], strict=True)
         return {question: self._one({name: x[a:b] for name, x in rows.items()}) for question, a, b in groups}
 
     def _one(self, windows: Mapping[str, np.ndarray]) -> Answer:

@@ -23,11 +23,11 @@ from jaxmodels.registry import named
 from jaxmodels.tasks.metrics import LISTED, unique
 from jaxmodels.tasks.task import (
     Answers,
-    Asked,
     Aux,
     Batch,
     Better,
     Loss,
+    ModelCall,
     Params,
     ScoredConfig,
     Sums,
@@ -90,13 +90,13 @@ class Segmentation(ScoredConfig):
                 )
             return resized(logits, images.shape[1:3]), stats
 
-        def ask(batch: Batch, rng: jax.Array | None) -> Asked:
-            return Asked((normalized(batch["inputs"], data),), {}, counted(batch, batch["labels"]), self.score, rng)
+        def ask(batch: Batch, rng: jax.Array | None) -> ModelCall:
+            return ModelCall((normalized(batch["inputs"], data),), {}, counted(batch, batch["labels"]), self.score, rng)
 
         def loss(params: Params, stats: Params, batch: Batch, rng: jax.Array, step: Any = 0) -> tuple[jax.Array, Aux]:
-            asked = ask(batch, rng)
-            logits, stats = apply(params, stats, *asked.inputs, train=True, rng=asked.rng)
-            s = self.score(logits, asked.targets)
+            call = ask(batch, rng)
+            logits, stats = apply(params, stats, *call.inputs, train=True, rng=call.rng)
+            s = self.score(logits, call.targets)
             return s.objective, Aux(s.count, {"loss": (s.objective, s.count), "accuracy": (s.correct, s.count)}, stats)
 
         def metrics(params: Params, stats: Params, batch: Batch) -> Sums:

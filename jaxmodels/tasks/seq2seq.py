@@ -21,9 +21,9 @@ from jaxmodels.models.model import Model
 from jaxmodels.tasks.losses import Scores, language_cross_entropy
 from jaxmodels.tasks.task import (
     Answers,
-    Asked,
     Batch,
     Loss,
+    ModelCall,
     Params,
     ScoredConfig,
     Task,
@@ -92,15 +92,15 @@ class Seq2Seq(ScoredConfig):
                 "sides, try --data.pack False"
             )
 
-        def ask(batch: Batch, rng: jax.Array | None = None) -> Asked:
+        def ask(batch: Batch, rng: jax.Array | None = None) -> ModelCall:
             inputs, packed = given(batch)
-            return Asked(inputs, {**packed, "head": False}, counted(batch, batch["targets"]), self.score, rng)
+            return ModelCall(inputs, {**packed, "head": False}, counted(batch, batch["targets"]), self.score, rng)
 
         def score(params: Params, stats: Params, batch: Batch, **kwargs: Any) -> tuple[Scores, Params]:
-            asked = ask(batch)
-            features, stats = forward(("model", model), params, stats, *asked.inputs, **asked.options, **kwargs)
+            call = ask(batch)
+            features, stats = forward(("model", model), params, stats, *call.inputs, **call.options, **kwargs)
             output = unembedding(params["model"])
-            return language_cross_entropy(features, output, asked.targets, self.label_smoothing, self.z_loss), stats
+            return language_cross_entropy(features, output, call.targets, self.label_smoothing, self.z_loss), stats
 
         def outputs(params: Params, stats: Params, batch: Batch) -> Any:
             inputs, packed = given(batch)

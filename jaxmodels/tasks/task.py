@@ -24,12 +24,12 @@ from jaxmodels.parallel import rules
 from jaxmodels.registry import Registry, function_of
 from jaxmodels.tasks.losses import Scores, cross_entropy
 from jaxmodels.tasks.parts import (
-    Asked,
     Autoencoder,
     Aux,
     Batch,
     Better,
     Loss,
+    ModelCall,
     Params,
     Sounds,
     Sums,
@@ -77,7 +77,7 @@ class Task:
     outputs: Callable[[Params, Params, Batch], Any] | None = None
     """`outputs(params, stats, batch)`: the model's outputs for a batch in evaluation mode, such as logits, which
     metrics from outside are computed from."""
-    ask: Callable[[Batch, jax.Array | None], Asked] | None = None
+    ask: Callable[[Batch, jax.Array | None], ModelCall] | None = None
     """`ask(batch, rng)`: what the only loss gives the network `model`. None: a teacher cannot be asked the same."""
     teacher: Model | None = None
     """A frozen network that losses find as `params["teacher"]`, {"params": …, "stats": …}. It is none of `networks`."""

@@ -47,7 +47,7 @@ class Waveform(TaskConfig):
     rate: Annotated[int, Range(100, 1_000_000)] = 8000
     """Samples a second; sounds of another rate are resampled."""
     conditions: tuple[Literal["label", "group"], ...] = ()
-    """What the model is conditioned on: a sound's `data.label_field`, its `data.group_field`, or both."""
+    """What the model is own on: a sound's `data.label_field`, its `data.group_field`, or both."""
     context: Natural = 512
     """Samples at the beginning of a window of evaluation that do not count, because the model does not see all that is
     before them. They count at the beginning of a sound."""
@@ -116,9 +116,9 @@ def check_model(model: Model, conditions: tuple[str, ...]) -> int:
     if shape[-1] < LEVELS:
         raise UserError(f"got a model of {shape[-1]} levels, expected {LEVELS}, try --model.levels {LEVELS}")
     if len(model.config.conditions) != len(conditions):
-        said = " ".join(map(str, model.config.conditions)) or "none"
+        own = " ".join(map(str, model.config.conditions)) or "none"
         raise UserError(
-            f"got model.conditions {said} and task.conditions {' '.join(conditions) or 'none'}, expected one number "
+            f"got model.conditions {own} and task.conditions {' '.join(conditions) or 'none'}, expected one number "
             "of values for each condition, try --task.conditions label --model.conditions 10"
         )
     return shape[-1]

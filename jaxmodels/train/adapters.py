@@ -55,8 +55,8 @@ def differs(cfg: Config, section: AdapterConfig, theirs: AdapterConfig) -> str:
     mine, others = (adaptation(each, networks, ["model"]).chosen for each in (section, theirs))
     for name in {**mine, **others}:
         if (a := mine.get(name)) != (b := others.get(name)):
-            said = ("not adapted" if x is None else f"of rank {x.rank}, scale {x.scale:g}" for x in (a, b))
-            return f"{name.partition('/')[2]} ({' here, there '.join(said)})"
+            texts = ("not adapted" if x is None else f"of rank {x.rank}, scale {x.scale:g}" for x in (a, b))
+            return f"{name.partition('/')[2]} ({' here, there '.join(texts)})"
     return ""
 
 

@@ -173,9 +173,9 @@ class _Terminal(logging.Handler):
         loud = "" if record.levelno <= logging.INFO else record.levelname.lower() + ": "
         self.display.say(printable(loud + record.getMessage()), failed=record.levelno >= logging.ERROR)
         if self.display.shows and isinstance(record.args, tuple):
-            for said in record.args:
-                if isinstance(said, CheckpointError):
-                    said.shown = True
+            for argument in record.args:
+                if isinstance(argument, CheckpointError):
+                    argument.shown = True
 
 
 class _Lines(logging.Formatter):

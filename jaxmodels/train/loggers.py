@@ -121,8 +121,8 @@ def guarded(name: str, call: Callable[[], Any]) -> bool:
     try:
         call()
     except (Exception, SystemExit) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        log.error("logger %s failed (%s); the run continues without it, metrics.jsonl has everything", name, said)
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        log.error("logger %s failed (%s); the run continues without it, metrics.jsonl has everything", name, message)
         return False
     return True
 

@@ -206,11 +206,11 @@ def run(cfg: Config, start: Start, hooks: Hooks) -> Result:
                 read()
                 jax.profiler.start_trace(str(hooks.traces))
                 tracing = True
-            asked = time.perf_counter()
+            since = time.perf_counter()
             with phases.during("data"):
                 batch = next(batches)
-            waited = time.perf_counter() - asked
-            idle = starved.wait(asked, pending and pending[1])
+            waited = time.perf_counter() - since
+            idle = starved.wait(since, pending and pending[1])
             phases.move(waited - idle, "data", "step")
             began = time.perf_counter()
             with phases.during("compile") if now == start.step else contextlib.nullcontext():

@@ -260,21 +260,21 @@ class Starved:
             self.pool = self.pool or ThreadPoolExecutor(1, thread_name_prefix="jaxmodels-device")
             self.ended = self.pool.submit(_end_of, metrics)
 
-    def wait(self, asked: float, metrics: Any | None) -> float:
+    def wait(self, since: float, metrics: Any | None) -> float:
         """Return the seconds without work for the devices since the batch that has come now was asked for.
 
         `metrics`: those of the step before; None if they had been waited for.
         """
         now = time.perf_counter()
-        self.noticed = now - asked > _NOTICED
+        self.noticed = now - since > _NOTICED
         if metrics is None or not self.noticed:
-            return now - asked
+            return now - since
         arrays: list[Any] = [leaf for leaf in jax.tree.leaves(metrics) if isinstance(leaf, jax.Array)]
         if not all(array.is_ready() for array in arrays):
             return 0.0
         if self.ended is None:
-            return now - asked
-        return max(0.0, now - max(asked, self.ended.result()))
+            return now - since
+        return max(0.0, now - max(since, self.ended.result()))
 
     def close(self) -> None:
         """End the thread."""

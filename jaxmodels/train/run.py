@@ -352,12 +352,12 @@ def commit() -> str | None:
 
 def launched() -> dict[str, Any]:
     """Return the job of `jaxmodels launch` that this run is part of: name, revision, and uncommitted changes."""
-    said = os.environ.get("JAXMODELS_JOB")
+    written = os.environ.get("JAXMODELS_JOB")
     try:
-        return {"job": json.loads(said)} if said else {}
+        return {"job": json.loads(written)} if written else {}
     except ValueError as error:
         raise UserError(
-            f"got JAXMODELS_JOB={said[:60]!r}, expected JSON as jaxmodels launch sets it, try unset JAXMODELS_JOB"  # type: ignore[index]
+            f"got JAXMODELS_JOB={written[:60]!r}, expected JSON as jaxmodels launch sets it, try unset JAXMODELS_JOB"  # type: ignore[index]
         ) from error
 
 

@@ -196,19 +196,19 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
 
         where = out / "trials" / f"{trial.number:04d}"
         origin = {"file": file, "overrides": given + [f"--{c.field}={c.shown(trial.params)}" for c in choices]}
-        told = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
+        values = " ".join(f"{c.field}={_short(c.shown(trial.params))}" for c in choices)
 
         def refused(reason: str) -> Any:
             """Record an invalid combination as the worst trial; the search continues."""
             trial.set_user_attr(_REFUSED, reason)
-            print(f"trial {trial.number}: refused: {reason}  {told}", flush=True)
+            print(f"trial {trial.number}: refused: {reason}  {values}", flush=True)
             return optuna.TrialPruned(reason)
 
         try:
             chosen = functools.reduce(lambda cfg, field: configs.replaced(cfg, *field), drawn, cfg)
             _, result = runs.train(chosen, where, "never", origin, watch=watch)
         except NotFinite as error:
-            print(f"trial {trial.number}: {error}  {told}", flush=True)
+            print(f"trial {trial.number}: {error}  {values}", flush=True)
             raise optuna.TrialPruned from error
         except UserError as error:
             raise refused(str(error)) from error
@@ -220,7 +220,7 @@ def search(cfg: Config, options: TuneOptions, file: str, argv: Sequence[str]) ->
             trial.set_user_attr("best_step", result.progress.best_step)
         ended = "stopped early" if any(poor) else result.ended
         print(
-            f"trial {trial.number}: {cfg.eval.metric} {_short(result.progress.best)} ({ended})  {told}",
+            f"trial {trial.number}: {cfg.eval.metric} {_short(result.progress.best)} ({ended})  {values}",
             flush=True,
         )
         if result.ended == "preempted":

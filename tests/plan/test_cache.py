@@ -80,7 +80,7 @@ def test_whatever_a_child_ends_with_is_one_line(code, said, told):
     ],
 )
 def test_an_error_of_the_child_is_one_line(error, told):
-    line = compile.told(error, {"on": "v5e:2x2"})
+    line = compile.in_one_line(error, {"on": "v5e:2x2"})
     assert line.startswith(told)
     assert "\n" not in line
 

@@ -17,7 +17,7 @@ from PIL import Image
 import jaxmodels
 from jaxmodels.config import Classification, Config, Synthetic
 from jaxmodels.generate.predict import predictor
-from jaxmodels.generate.prepare import Asked
+from jaxmodels.generate.prepare import Options
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.serve.metrics import compilations
 from jaxmodels.serve.opened import Opened
@@ -60,7 +60,7 @@ def png(image):
 
 def predicted(run, pixels):
     """What `jaxmodels predict` says of images."""
-    ready, answers = predictor(run, Asked(1, 1))
+    ready, answers = predictor(run, Options(1, 1))
     return answers([ready(png(image)) for image in pixels])
 
 

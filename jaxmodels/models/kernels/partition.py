@@ -31,7 +31,7 @@ def run_sharded(attend: Callable[..., Array], inputs: dict[str, Any], tokens: bo
     rows = batch if B % rules.shards(mesh.shape, batch) == 0 else None
     split = heads if G % pieces == 0 else None
     along = rules.RULES["seq"] if tokens and rules.pieces("seq") > 1 else None
-    told = {} if along is None else {"axis": along}
+    options = {} if along is None else {"axis": along}
 
     def spec(name: str, x: Array) -> PartitionSpec:
         first = rows if x.shape[0] > 1 else None
@@ -52,7 +52,7 @@ def run_sharded(attend: Callable[..., Array], inputs: dict[str, Any], tokens: bo
         arrays = dict(arrays)
         ids = arrays.pop("q_segments", None)
         pair = None if ids is None else (ids, arrays.pop("kv_segments", ids))
-        return attend(**arrays, **fixed, **told, segments=pair)
+        return attend(**arrays, **fixed, **options, segments=pair)
 
     specs = {name: spec(name, x) for name, x in arrays.items()}
     out = PartitionSpec(rows, along, split)
