@@ -86,7 +86,7 @@ def planned(cfg: Config, options: PlanOptions, file: str = "") -> None:
         raise UserError(
             "got --failures with --search or --scaling, expected one of them, try --failures with the winner's options"
         )
-    on = hardware_of(options.on)
+    on = topologies_of(options.on)
     made = [args_of(each) for each in on] if options.search else [PICTURE] if options.scaling else []
     places = [("--json", [options.json]), ("--out", [options.out] if options.out else made)]
     for option, paths in places:
@@ -107,7 +107,7 @@ def args_of(topology: Topology) -> Path:
     return Path(f"{topology.name.replace(':', '-')}.args")
 
 
-def hardware_of(on: str) -> list[Topology]:
+def topologies_of(on: str) -> list[Topology]:
     """Parse topologies by their names; a topology without hardware uses that of the one before it."""
     from jaxmodels.plan import topology
 

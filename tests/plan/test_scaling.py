@@ -7,7 +7,7 @@ import json
 import pytest
 from matplotlib import image
 
-from jaxmodels.commands.plan import PlanOptions, asked, planned
+from jaxmodels.commands.plan import PlanOptions, planned, topologies_of
 from jaxmodels.config import Config, Mesh, Tokens, Train
 from jaxmodels.errors import UserError
 from jaxmodels.models.llama import LlamaConfig
@@ -183,7 +183,7 @@ def test_the_command_prints_the_curves_and_draws_them(fake, tmp_path, capsys):
 )
 def test_sizes_that_make_no_curve_are_refused(names, told):
     with pytest.raises(UserError, match="got --scaling on") as refused:
-        scaling.check_sizes(asked(names))
+        scaling.check_sizes(topologies_of(names))
     assert told in str(refused.value)
 
 

@@ -13,7 +13,7 @@ import pytest
 from jaxmodels import cli
 from jaxmodels import config as configs
 from jaxmodels.commands.options import configured
-from jaxmodels.commands.plan import PlanOptions, asked, planned
+from jaxmodels.commands.plan import PlanOptions, planned, topologies_of
 from jaxmodels.config import SGD, Classification, Config, Mesh, Stdlib, Tokens
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
@@ -314,7 +314,7 @@ def test_a_padded_vocabulary_is_suggested_where_it_is_faster_and_never_taken(fak
 
 
 def test_a_shape_alone_is_of_the_hardware_before_it():
-    assert [each.name for each in asked("v5p:4x4x4,8x8x8,h100:1x8,2x8")] == [
+    assert [each.name for each in topologies_of("v5p:4x4x4,8x8x8,h100:1x8,2x8")] == [
         "v5p:4x4x4",
         "v5p:8x8x8",
         "h100:1x8",
