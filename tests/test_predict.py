@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import jax
@@ -121,6 +122,8 @@ def test_a_bad_byte_is_named_and_nothing_that_a_terminal_obeys_is_written(texts,
     ("argv", "said"),
     [
         (["nothing.txt"], "got 'nothing.txt', which does not exist"),
+        (["{folder}/pipe.fifo"], "which is not a file, expected a file, a folder of images or -, try ls"),
+        (["{folder}/dangling.lnk"], "which is a link to nothing, expected a file, a folder of images or -, try ls"),
         (["{folder}"], "for a model that reads texts, expected a table with a column of texts"),
         (["{folder}"], "try '{folder}/*.csv'"),
         (["{folder}/deep"], "try '{folder}/deep/**/*.txt'"),
@@ -139,6 +142,8 @@ def test_a_bad_byte_is_named_and_nothing_that_a_terminal_obeys_is_written(texts,
 def test_what_cannot_be_is_said_in_a_line(texts, tmp_path, argv, said, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "blank.txt").write_text("\n \n")
+    os.mkfifo(tmp_path / "pipe.fifo")
+    (tmp_path / "dangling.lnk").symlink_to("nowhere")
     (tmp_path / "x.png").write_bytes(b"x")
     (tmp_path / "numbers.jsonl").write_text('{"x": [1, 2]}\n')
     (tmp_path / "deep" / "er").mkdir(parents=True)

@@ -40,7 +40,8 @@ class EvalOptions(Section):
     """A classifier's run, which judges 1,000 images that a generative model generates, and compares them with the
     data's."""
     beams: Beams | None = None
-    """Width of the beam search for translations and summaries; default 4; 1: greedy."""
+    """Width of the beam search for translations and summaries; default: what the files of an imported model ask for, or
+    4; 1: greedy."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def evaluate(given: OtherData, options: EvalOptions) -> None:
     if run.config.task.answers == "transcript" and run.task.predicts is None:
         found |= judge.judge_transcripts(evaluation)
     if translates:
-        found |= judge.judge_texts(run, 4 if options.beams is None else options.beams)
+        found |= judge.judge_texts(run, options.beams)
     found |= judged
     print(printable(f"{options.run}, step {run.step}, on {evaluation.source.describe()}\n{table(found)}"))
     if options.json is not None:

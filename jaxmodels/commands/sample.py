@@ -31,8 +31,8 @@ def sample(
     out: Path | None = None,
     best: bool = False,
 ) -> None:
-    """Generate with a run: text that continues the prompt, its translation (by 4 beams), the transcript of a sound, a
-    sound, or pictures.
+    """Generate with a run: text that continues the prompt, its translation (by beam search), the transcript of a sound,
+    a sound, or pictures.
 
     Args:
         run: run directory.
@@ -126,8 +126,12 @@ def sample(
 
         assert prompt is not None
         asked.say_what_no_search_follows(Path(run))
-        _show(translated(opened, [prompt], beams=asked.beams(Path(run)))[0])
+        _show(translated(opened, [prompt])[0])
         return
+    if top_k is not None and top_k > (size := model.config.vocab_size):
+        raise UserError(
+            f"got --top-k {top_k}, expected at most the model's vocabulary of {size}, try it without --top-k"
+        )
     prompt = opening(tokenizer) if prompt is None else prompt
     if tokens is None:
         taken = len(tokenizer.before) + len(tokenizer.encode(prompt))
@@ -154,12 +158,22 @@ def _transcript(run: Run, file: Path) -> None:
     _show(transcriber(run)({name: np.asarray(x)[None] for name, x in heard.items()})[0].text)
 
 
+def _place(usual: Path, out: Path | None) -> Path:
+    """Return the file to write: the usual one, or another whose ending says what it is."""
+    if out is None:
+        return usual
+    if out.suffix.lower() not in ("", usual.suffix):
+        kind = usual.suffix[1:].upper()
+        raise UserError(f"got --out {out}, expected a name for a {kind}, try --out {out.with_suffix(usual.suffix)}")
+    check_place(out, "--out")
+    return out
+
+
 def _sound(run: Run, prompt: str | None, seconds: float, out: Path | None, given: dict[str, Any]) -> None:
     from jaxmodels.data.waves import wav
     from jaxmodels.generate.sounds import conditions_of, draw_sounds
 
-    path = run.directory / "sample.wav" if out is None else out
-    check_place(path, "--out")
+    path = _place(run.directory / "sample.wav", out)
     samples, rate = draw_sounds(run, conditions_of(run, prompt), seconds=seconds, **given)
     path.write_bytes(wav(samples[0], rate))
     print(f"{path}: {len(samples[0]) / rate:.1f} seconds at {rate:,} samples a second")
@@ -169,8 +183,7 @@ def _pictures(run: Run, prompt: str | None, count: int, seed: int, out: Path | N
     """Draw pictures to a PNG, with the task's fields changed where that is asked for."""
     from jaxmodels.generate.pictures import draw, sheet
 
-    path, task = out or run.directory / "sample.png", run.config.task
-    check_place(path, "--out")
+    path, task = _place(run.directory / "sample.png", out), run.config.task
     for name in (changed := {name: value for name, value in changed.items() if value is not None}):
         if not hasattr(task, name):
             flag = "--steps" if name == "sample_steps" else "--guidance"

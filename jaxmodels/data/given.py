@@ -96,7 +96,9 @@ def _places(name: str, kind: Kind) -> list[_Place]:
         return [_Place(str(each), each, "whole") for each in found]
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
-        near = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
+        what = "is a link to nothing" if path.is_symlink() and not path.exists() else what
+        others = [each.name for each in path.parent.iterdir() if each.is_file()] if path.parent.is_dir() else []
+        near = nearest(path.name, others)
         raise UserError(f"got {name!r}, which {what}, expected a file, a folder of images or -{near or ', try ls'}")
     for held, suffixes in _FILES.items():
         if path.suffix.lower() in suffixes:

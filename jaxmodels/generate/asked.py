@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jaxmodels.data import special
 from jaxmodels.errors import UserError
+from jaxmodels.generate.beam import EarlyStopping
 from jaxmodels.hf.beside import KEPT
 
 log = logging.getLogger("jaxmodels")
 
 PENALTY = "repetition_penalty"
 """The one setting that `sample` applies, whether it draws or not."""
-_BEAMS = 4
+_SEARCHED: dict[str, Any] = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False}
+"""Settings of a search for targets, which follows them: transformers' defaults, but for the number of beams."""
 _DRAWN: dict[str, tuple[float, float, float]] = {
     "temperature": (1.0, 0.0, float("inf")), "top_k": (50, 0, 2**31 - 1), "top_p": (1.0, 0.0, 1.0),
 }  # fmt: skip
 """Settings of files that ask for tokens to be drawn: transformers' defaults, the least value and the highest."""
-_SEARCHED: dict[str, Any] = {"length_penalty": 1, "early_stopping": False, "max_length": None, "max_new_tokens": None}
-"""Settings of a search for targets, which has another penalty here, and the values with which they ask nothing."""
+_LIMITS = ("max_length", "max_new_tokens")
+"""Settings of a search for targets that are not followed: how long one may be depends on its source here."""
 REFUSED = {"never": "suppress_tokens", "not_first": "begin_suppress_tokens"}
 """What a decoder of sounds applies: tokens that are in no transcript, and those that do not begin one."""
 _NEUTRAL: dict[str, Any] = {
@@ -101,24 +103,38 @@ def drawing(run: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value or name == "temperature"}  # a top_k of 0 means all
 
 
-def beams(run: Path) -> int:
-    """The width of the search for targets that an imported run's files ask for, or the usual one.
+class Searched(TypedDict):
+    """How targets are searched for, as `beam.decode` takes it."""
+
+    beams: int
+    alpha: float
+    early_stopping: EarlyStopping | None
+
+
+def searching(run: Path) -> Searched:
+    """How targets are searched for: as an imported run's files ask, with transformers' penalty of lengths and its rule
+    of when to stop; by Wu et al. for a run that was trained here.
 
     Raises:
-        UserError: it is no number of beams.
+        UserError: one of the settings is out of range.
     """
     path, told = _told(run)
-    value = _BEAMS if told.get("num_beams") is None else told["num_beams"]
-    if type(value) is not int or not 1 <= value <= 1000:
-        raise UserError(f"got num_beams {value!r} in {path}, expected a whole number from 1, try 4")
-    return value
+    found = {name: usual if told.get(name) is None else told[name] for name, usual in _SEARCHED.items()}
+    beams, alpha, early_stopping = found.values()
+    if type(beams) is not int or not 1 <= beams <= 1000:
+        raise UserError(f"got num_beams {beams!r} in {path}, expected a whole number from 1, try 4")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -100 <= alpha <= 100:
+        raise UserError(f"got length_penalty {alpha!r} in {path}, expected a number from -100 to 100, try 1")
+    if early_stopping not in (True, False, "never") or type(early_stopping) not in (bool, str):
+        raise UserError(f"got early_stopping {early_stopping!r} in {path}, expected true, false or never, try false")
+    return {"beams": beams, "alpha": float(alpha), "early_stopping": early_stopping if told else None}
 
 
 def say_what_no_search_follows(run: Path) -> None:
     """Log the settings that a search for targets, which begin and end with the forced tokens, does not follow."""
     told = _told(run)[1]
     found = {name: x for name, x in asked_of(run).items() if name not in special.FORCED}
-    found |= {name: told[name] for name, neutral in _SEARCHED.items() if told.get(name) not in (None, neutral)}
+    found |= {name: told[name] for name in _LIMITS if told.get(name) is not None}
     say_what_is_left_out(run, found)
 
 

@@ -24,7 +24,7 @@ from jaxmodels.train.saved import Evaluation, Run, load_run
 _AT_ONCE = 100
 
 
-def judge_texts(run: Run, beams: int = 4) -> dict[str, float]:
+def judge_texts(run: Run, beams: int | None = None) -> dict[str, float]:
     """Compute BLEU of a run's translations, or ROUGE of its summaries, on the evaluation set that its config names."""
     sources, references = data.open_pairs(run.config.data, "eval")
     found = translated(run, sources, beams=beams)

@@ -41,10 +41,9 @@ def translator(run: Run, beams: int | None) -> Answers:
     """Answer with a text's translation, or its summary."""
     name = getattr(run.config.task, "target", "translation")
     asked.say_what_no_search_follows(run.directory)
-    width = beams or asked.beams(run.directory)
 
     def answers(ready: Sequence[Any]) -> list[Answer]:
-        return [{name: text} for text in translated(run, ready, beams=width, batch_size=len(ready))]
+        return [{name: text} for text in translated(run, ready, beams=beams, batch_size=len(ready))]
 
     return answers
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxmodels.data.tokenizer import Tokenizer
 from jaxmodels.errors import UserError
-from jaxmodels.generate.beam import decode
+from jaxmodels.generate import asked
+from jaxmodels.generate.beam import EarlyStopping, decode
 from jaxmodels.models.model import Model
 from jaxmodels.train.saved import Run
 
@@ -29,6 +30,7 @@ def translate_texts(
     *,
     beams: int = 4,
     alpha: float = 1.0,
+    early_stopping: EarlyStopping | None = None,
     batch_size: int = 64,
     max_ratio: float = 2.0,
     most: int | None = None,
@@ -69,22 +71,27 @@ def translate_texts(
             inputs[row, : len(rows[i])] = rows[i]
             segment_ids[row, : len(rows[i])] = 1
             limits[row] = min(limit(len(rows[i]), max_ratio), most)
-        how = {"segment_ids": segment_ids, "beams": beams, "alpha": alpha, "start": start}
-        found = decode(model, params, inputs, end=ends, limit=limits, **how)
+        how = {"beams": beams, "alpha": alpha, "early_stopping": early_stopping}
+        marks = {"segment_ids": segment_ids, "start": start, "end": ends}
+        found = decode(model, params, inputs, limit=limits, **marks, **how)
         for row, i in enumerate(chosen):
             texts[i] = tokenizer.decode(upto(found.tokens[row], ends))
     return texts
 
 
-def translated(run: Run, sources: Sequence[str], **how: Any) -> list[str]:
+def translated(run: Run, sources: Sequence[str], beams: int | None = None, **how: Any) -> list[str]:
     """Translate or sum up texts with a run, within the lengths that it was trained with.
 
+    The search is the one that the files of an imported run ask for; `beams` is its width where that is given.
+
     Raises:
-        UserError: as `translate_texts` does, or the run has no tokenizer.
+        UserError: as `translate_texts` does, the run has no tokenizer, or its files ask what cannot be.
     """
     if run.tokenizer is None:
         raise UserError(f"got {run.directory} without a tokenizer, expected a run that was trained on texts")
     task, data = run.config.task, run.config.data
+    searched = asked.searching(run.directory)
+    how = {**searched, "beams": beams or searched["beams"], **how}
     lengths = {"most": getattr(task, "target_len", None)}
     if getattr(task, "target", "") == "summary":
         lengths |= {"source_length": data.seq_len, "max_ratio": 1.0}  # sources were cut in training too

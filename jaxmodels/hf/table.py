@@ -274,7 +274,8 @@ class Settings:
 
 def classes(s: Settings) -> int:
     """Return the number of a classifier's classes: that of the named ones, or two where config.json does not say."""
-    return len(s.section("id2label").values) or s.whole("num_labels", 2)
+    count = s.whole("num_labels", 2)
+    return len(s.section("id2label").values) or count
 
 
 def classifies(config: Any) -> str:

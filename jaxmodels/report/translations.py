@@ -7,7 +7,6 @@ from jaxmodels.report.pieces import Piece, Table
 from jaxmodels.train.saved import Evaluation
 
 COUNT = 12
-BEAMS = 4
 
 
 def pieces(evaluation: Evaluation) -> list[Piece]:
@@ -19,6 +18,6 @@ def pieces(evaluation: Evaluation) -> list[Piece]:
 
     pairs = data.open_pairs(run.config.data, "eval")
     sources, references = pairs[0][:COUNT], pairs[1][:COUNT]
-    hypotheses = translated(run, sources, beams=BEAMS)
+    hypotheses = translated(run, sources)
     rows = list(zip(sources, map(" / ".join, references), hypotheses, strict=True))
-    return [Table(("source", "reference", "hypothesis"), rows, f"The first held-out pairs; {BEAMS} beams.")]
+    return [Table(("source", "reference", "hypothesis"), rows, "The first held-out pairs, by beam search.")]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
-from jaxmodels.generate import beam
+from jaxmodels.generate import asked, beam
 from jaxmodels.generate.prepare import kind_of
 from jaxmodels.generate.speech import decoding
 from jaxmodels.models.families import create
@@ -192,11 +192,12 @@ def _translate(run: Run) -> Function:
         raise UserError(f"got {run.directory} without a tokenizer that has an end token, expected one, try another run")
     ends = jnp.asarray(tokenizer.special.ends or (tokenizer.end,), jnp.int32)
     start = jnp.asarray(tokenizer.special.opening, jnp.int32)
+    beams, alpha, early_stopping = asked.searching(run.directory).values()
 
     def compute(run: Run, given: Arrays) -> Arrays:
         sources, marks = given["inputs"], given["segment_ids"]
         room = 2 * sources.shape[1]  # as many as `limit` gives a source of this length
-        how = given["limits"], start, ends, jnp.float32(1), room, 4
+        how = given["limits"], start, ends, jnp.float32(alpha), room, beams, None, early_stopping
         tokens, scores = beam.search(run.model, run.params["model"], sources, marks, *how)
         return {"tokens": tokens, "scores": scores}
 

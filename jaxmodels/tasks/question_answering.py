@@ -14,7 +14,7 @@ from jaxmodels.data import questions
 from jaxmodels.data.contract import BatchField
 from jaxmodels.data.opening import Opening
 from jaxmodels.data.questions import FIRST, NOWHERE, Answer, Questions, Windowing
-from jaxmodels.data.section import DataConfig
+from jaxmodels.data.section import DataConfig, default
 from jaxmodels.data.source import Source
 from jaxmodels.errors import UserError
 from jaxmodels.fields import Count, Natural, Range
@@ -89,6 +89,11 @@ class QuestionAnswering(TaskConfig):
             raise UserError(
                 f"got data.seq_len {data.seq_len}, expected at most model.context {config.context}, "
                 f"try --model.context {data.seq_len}"
+            )
+        if self.longest > data.seq_len and self.longest != default(self, "longest"):
+            raise UserError(
+                f"got task.longest {self.longest}, expected at most data.seq_len {data.seq_len}, within which an "
+                f"answer lies, try --task.longest {data.seq_len}"
             )
 
         def apply(params: Params, stats: Params, batch: Batch, **how: Any) -> tuple[Any, Params]:

@@ -71,6 +71,12 @@ class SetDetection(TaskConfig):
                 f"got task.nothing {self.nothing} with {type(c).__name__}, each of whose classes has a probability, "
                 f"expected a detector that learns of queries without an object, try --task.nothing {usual}"
             )
+        most = c.queries if c.exclusive else c.queries * c.classes
+        if self.found > most and self.found != default(self, "found"):
+            raise UserError(
+                f"got task.found {self.found} for {c.queries} queries, expected at most the {most} objects that these "
+                f"can find, try --task.found {most}"
+            )
         objects = self.objects or c.queries
         if objects > c.queries:
             raise UserError(

@@ -228,6 +228,10 @@ def check_options(cfg: Config) -> None:
             cfg.checkpoint.best and not evaluation.every,
             f"eval.every 0, expected several evaluations to choose from, try --eval.every {often}",
         ),
+        "data.eval_split": (
+            getattr(cfg.data, "eval_split", None) == getattr(cfg.data, "train_split", ""),
+            "the same data.train_split, expected examples that are not trained on, try --data.eval-split validation",
+        ),
         "init.fresh": (
             bool(cfg.init.fresh) and cfg.init.source is None,
             "no init.source, expected one for the parameters that are not fresh, try --init.source DIR",

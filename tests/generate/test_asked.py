@@ -53,16 +53,16 @@ def test_a_file_that_asks_for_draws_says_how_and_one_that_does_not_says_nothing(
         asked.drawing(run_with(tmp_path / "d", do_sample=True, top_p=3))
 
 
-def test_a_search_is_as_wide_as_the_file_asks_and_what_it_does_not_follow_is_named(tmp_path, caplog):
-    assert asked.beams(tmp_path / "trained here") == 4
-    run = run_with(
-        tmp_path, num_beams=6, length_penalty=2.0, early_stopping=True, max_length=142, forced_bos_token_id=0
-    )
-    assert asked.beams(run) == 6
+def test_a_search_is_what_the_file_asks_and_limits_that_it_does_not_follow_are_named(tmp_path, caplog):
+    assert asked.searching(tmp_path / "trained here") == {"beams": 4, "alpha": 1.0, "early_stopping": None}
+    told = {"num_beams": 6, "length_penalty": 2, "early_stopping": True}
+    run = run_with(tmp_path, max_length=142, forced_bos_token_id=0, **told)
+    assert asked.searching(run) == {"beams": 6, "alpha": 2.0, "early_stopping": True}
     with caplog.at_level(logging.WARNING, "jaxmodels"):
         asked.say_what_no_search_follows(run)
     [line] = [record.message for record in caplog.records]
-    assert line.endswith("ask for it: length_penalty 2.0, early_stopping True, max_length 142")
-    (run / KEPT / "generation_config.json").write_text('{"num_beams": 0}')
-    with pytest.raises(UserError, match="got num_beams 0"):
-        asked.beams(run)
+    assert line.endswith("ask for it: max_length 142")
+    for name, wrong in ("num_beams", 0), ("length_penalty", "long"), ("early_stopping", 1), ("early_stopping", "no"):
+        (run / KEPT / "generation_config.json").write_text(json.dumps({**told, name: wrong}))
+        with pytest.raises(UserError, match=f"got {name} "):
+            asked.searching(run)

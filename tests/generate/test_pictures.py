@@ -108,6 +108,7 @@ def test_the_command_writes_a_png_and_refuses_what_has_no_effect(run_of, tmp_pat
         (["vae", "--top-k", "2"], "got --top-k for a run of vae, expected it for one of texts, try it without"),
         (["vae", "--seconds", "2"], "got --seconds for a run of vae, expected it for one of sounds, try it without"),
         (["vit", "--count", "2"], "got --count for a run of classification, expected it for one of pictures"),
+        (["class", "--out", "a.jpg"], "got --out a.jpg, expected a name for a PNG, try --out a.png"),
         (["class", "--out", "nowhere/a.png"], "got --out nowhere/a.png, whose folder does not exist"),
     ):
         assert cli.main(["sample", *argv]) == 2

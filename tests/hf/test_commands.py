@@ -148,6 +148,8 @@ def test_a_prompt_is_text_and_a_sample_is_written_where_it_goes(imported, capsys
         return capsys.readouterr().out
 
     assert said("\ufeffdef") == said("def")
+    assert cli.main(["sample", str(imported), "--top-k", "99999"]) == 2
+    assert "got --top-k 99999, expected at most the model's vocabulary of " in capsys.readouterr().err
     assert cli.main(["sample", str(imported), "--prompt", "def \udcff"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: got a text with '\\udcff', half of a surrogate pair") and error.count("\n") == 1

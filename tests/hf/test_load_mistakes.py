@@ -14,6 +14,7 @@ import jaxmodels
 from jaxmodels.config import Mesh
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, files, save
+from jaxmodels.models.vit import ViTConfig
 from jaxmodels.parallel.mesh import make_mesh
 from tests.hf.small import GPT2, LLAMA, change, saved
 
@@ -165,6 +166,14 @@ def test_settings_that_are_not_computed_are_named_at_once(tmp_path):
         jaxmodels.load_pretrained(tmp_path)
     for words in ('rope_type "yarn"', 'hidden_act "gelu"', "attention_bias true", 'hidden_size "16"'):
         assert words in str(error.value)
+
+
+def test_a_number_of_labels_is_one_also_where_the_labels_have_names(tmp_path):
+    saved(ViTConfig(classes=3, layers=1, width=16, heads=2, mlp_width=24, patch=16, input_shape=(32, 32, 3)), tmp_path)
+    for wrong in (False, 2.5, "3", 0):
+        change(tmp_path, num_labels=wrong)
+        with pytest.raises(UserError, match="num_labels"):
+            jaxmodels.load_pretrained(tmp_path)
 
 
 def test_a_model_that_transformers_lacks_is_refused_in_one_line(tmp_path):

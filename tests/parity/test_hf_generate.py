@@ -11,6 +11,7 @@ from jaxmodels import cli, data
 from jaxmodels.commands.export import export_run
 from jaxmodels.commands.import_ import import_run
 from jaxmodels.config import AdamW, Checkpoint, Config, Eval, Init, Metrics, Seq2Seq, Table, Text, Train
+from jaxmodels.generate.translation import translated as search
 from jaxmodels.models.transformer import TransformerConfig
 from jaxmodels.train import load_run
 from jaxmodels.train import run as runs
@@ -54,12 +55,12 @@ def llama(folder, **ids):
     fill(tf.LlamaForCausalLM(config)).save_pretrained(folder)
 
 
-def t5(folder, **ids):
+def t5(folder, scale=0.8, **ids):
     config = tf.T5Config(
         vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, relative_attention_num_buckets=8,
         **{"decoder_start_token_id": 4, "eos_token_id": 2, "pad_token_id": 0, **ids}, **EAGER,
     )  # fmt: skip
-    fill(tf.T5ForConditionalGeneration(config), seed=4, scale=0.8).save_pretrained(folder)
+    fill(tf.T5ForConditionalGeneration(config), seed=4, scale=scale).save_pretrained(folder)
 
 
 def theirs(folder, texts, kind, **how):
@@ -191,6 +192,43 @@ def test_an_imported_t5_translates_as_in_transformers_and_learns_behind_its_star
         real = batch["target_segment_ids"][row] > 0
         np.testing.assert_array_equal(batch["tokens"][row][real][1:], batch["targets"][row][real][:-1])
         assert batch["targets"][row][real][-1] == 2
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A T5 as transformers saves it, and sources."""
+    folder = tmp_path_factory.mktemp("searched")
+    tokenizer(folder, "$A </s>")
+    t5(folder, scale=0.5)
+    rng = np.random.default_rng(0)
+    return folder, [" ".join(rng.choice(list("abcdefghijklm"), n)) for n in np.full(12, 5)]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"length_penalty": -1.0},
+        {"early_stopping": True},
+        {"early_stopping": "never", "length_penalty": 0.5},
+        {"eos_token_id": 12, "early_stopping": True, "length_penalty": -1.5},
+    ],
+    ids=str,
+)
+def test_an_imported_t5_searches_as_transformers_does(asked, searched, tmp_path):
+    folder, texts = searched
+    said = {"decoder_start_token_id": 4, "pad_token_id": 0, "eos_token_id": [2, 8, 12], "num_beams": 3, **asked}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    import_run(folder, out=tmp_path / "run")
+    made, words = tf.T5ForConditionalGeneration.from_pretrained(folder, **EAGER), tf.AutoTokenizer
+    words, wanted, ends = words.from_pretrained(folder), [], np.atleast_1d(said["eos_token_id"]).tolist()
+    for text in texts:
+        ids = torch.tensor([words(text)["input_ids"]])
+        wanted.append(made.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15)[0, 1:].tolist())
+    ours = search(load_run(tmp_path / "run"), texts, max_ratio=16, most=16)
+    ended = [i for i, ids in enumerate(wanted) if len(ids) < 15]
+    assert ended
+    assert [ours[i] for i in ended] == [text_of(wanted[i], ends) for i in ended]
 
 
 def test_a_t5_of_several_ends_stops_at_any_of_them_as_in_transformers(tmp_path):

@@ -276,6 +276,7 @@ def test_a_metric_of_a_set_can_choose_the_best_checkpoint(file):
     [
         (TASK, BERTConfig(), "with head masked_lm"),
         (TASK, BERTConfig(head="spans", context=8), "--model.context 14"),
+        (QuestionAnswering(longest=15), BERTConfig(head="spans"), "got task.longest 15, expected at most .*seq_len 14"),
     ],
 )
 def test_models_that_cannot_answer_are_refused(task, model, message):

@@ -121,6 +121,12 @@ def test_models_of_the_other_kind_and_too_many_objects_are_refused():
         tasks.build(Detection(), CONFIG, Synthetic())
     with pytest.raises(UserError, match="up to 7 objects of an image for 6 queries, expected no more"):
         tasks.build(SetDetection(objects=7), CONFIG, Synthetic())
+    with pytest.raises(UserError, match="got task.found 7 for 6 queries, expected at most the 6 objects"):
+        tasks.build(SetDetection(found=7), CONFIG, Synthetic())
+    many = RTDETRConfig(queries=10, classes=3)
+    tasks.build(SetDetection(found=30), many, Synthetic())  # each class of a query may be an object
+    with pytest.raises(UserError, match="got task.found 31 .*, try --task.found 30"):
+        tasks.build(SetDetection(found=31), many, Synthetic())
     with pytest.raises(UserError, match="got task.nothing 0.5 with RTDETRConfig.*try --task.nothing 0.1"):
         tasks.build(SetDetection(nothing=0.5), RTDETRConfig(), Synthetic())
 

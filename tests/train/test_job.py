@@ -9,8 +9,9 @@ from PIL import Image
 
 from jaxmodels import cli, tasks
 from jaxmodels import config as configs
-from jaxmodels.config import Classification, Config, Contrastive, Images, Mesh, Seq2Seq, Synthetic, Table, Text
-from jaxmodels.train.job import assemble, on_fewer
+from jaxmodels.config import TFDS, Classification, Config, Contrastive, Images, Mesh, Seq2Seq, Synthetic, Table, Text
+from jaxmodels.errors import UserError
+from jaxmodels.train.job import assemble, check_options, on_fewer
 from tests import zoo
 
 SMALL = (
@@ -107,6 +108,13 @@ def test_an_option_that_would_change_nothing_is_refused_before_any_work(root, tm
     errors = capsys.readouterr().err
     assert said in errors and "expected" in errors and "try" in errors and errors.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_split_that_is_trained_on_is_not_evaluated_on():
+    table = Table(path=("a.csv",), split_field="split", eval_split="train")
+    for section in table, TFDS(name="mnist", eval_split="train"):
+        with pytest.raises(UserError, match="got data.eval_split train with the same data.train_split"):
+            check_options(Config(model_of("cnn"), Classification(), section))
 
 
 def test_on_fewer_processes_microbatches_keep_the_rows_of_a_device(root):
