@@ -78,6 +78,8 @@ class Named:
         return " ".join(f"`{name}`" for name in (*self.also, *self.registry.builtin)) + " or package.module:Name"
 
 
+KVCache = Literal["int8"]
+"""How a key-value cache is held other than in its model's compute dtype."""
 Count = Annotated[int, Range(1, MOST)]
 Natural = Annotated[int, Range(0, MOST)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxmodels.errors import UserError, check_place, printable
-from jaxmodels.fields import Count, Range, Seed, Weight
+from jaxmodels.fields import Count, KVCache, Range, Seed, Weight
 
 if TYPE_CHECKING:
     from jaxmodels.train.saved import Run
@@ -30,6 +30,7 @@ def sample(
     steps: Count | None = None,
     out: Path | None = None,
     best: bool = False,
+    kv_cache: KVCache | None = None,
 ) -> None:
     """Generate with a run: text that continues the prompt, its translation (by beam search), the transcript of a sound,
     a sound, or pictures.
@@ -53,6 +54,8 @@ def sample(
         steps: steps from noise to picture; default: as in the run's config.
         out: WAV or PNG to write a sound or pictures into; default sample.wav or sample.png in the run directory.
         best: use the best checkpoint instead of the newest.
+        kv_cache: int8 holds keys and values of a text as codes of a byte, a quarter of their memory in float32 and half
+            of it in bfloat16; the text may be another one.
     """
     from jaxmodels import config as configs
     from jaxmodels.generate import asked
@@ -63,7 +66,7 @@ def sample(
 
     compilation_cache()
     options = {"tokens": tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options |= {"repetition_penalty": repetition_penalty}
+    options |= {"repetition_penalty": repetition_penalty, "kv_cache": kv_cache}
     given = {name: value for name, value in options.items() if value is not None}
     idle = [name for name in ("top_k", "top_p", "seed") if name in given]
     if temperature == 0 and idle:

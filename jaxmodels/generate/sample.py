@@ -5,6 +5,7 @@ Dims: B rows, P tokens of a prompt, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmodels.errors import UserError
+from jaxmodels.fields import KVCache
 from jaxmodels.models.families import create
 from jaxmodels.models.kernels.kernel import kernel_of
-from jaxmodels.models.model import Model, quantized
+from jaxmodels.models.model import Model, quantized, with_kv_cache
 
 SMALLEST = 1e-6
 """A temperature or repetition penalty below this is taken for this: logits divided by less may be infinite."""
@@ -55,6 +57,7 @@ def sample(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     cached: bool = True,
+    kv_cache: KVCache | None = None,
     ends: Sequence[int] = (),
     media: Sequence[Any] = (),
 ) -> np.ndarray | list[np.ndarray]:
@@ -64,7 +67,8 @@ def sample(
     takes the likeliest token; `top_k` keeps the k likeliest; `top_p` the smallest set of tokens with that much
     probability (Holtzman et al. 2020). A `repetition_penalty` above 1 makes tokens that a row already has less likely:
     it divides their positive logits and multiplies their negative ones (Keskar et al. 2019, section 4.1).
-    `cached=False` recomputes all tokens for each new one, with the same result. `media` are what the model takes behind
+    `cached=False` recomputes all tokens for each new one, with the same result; `kv_cache="int8"` holds keys and values
+    as codes, which is less exact. `media` are what the model takes behind
     the tokens, such as images, a row for each prompt, in which tokens stand for them.
     Shapes: prompt (B, P) integers, P ≥ 1, or B sequences of integers; returns (B, P + tokens), or B arrays.
 
@@ -85,8 +89,10 @@ def sample(
         )
     if media and not cached:  # where a new token that stands for a medium would be read as one
         raise UserError("got media with cached=False, expected them with a cache, try cached=True")
+    if kv_cache and not cached:
+        raise UserError(f"got kv_cache {kv_cache!r} with cached=False, expected it with a cache, try cached=True")
     longest = int(lengths.max()) + tokens
-    model = with_cache(model) if cached else model
+    model = with_kv_cache(with_cache(model), kv_cache) if cached else model
     # lengths are rounded up, so that prompts of similar length share a compiled program
     room = -(-longest // 64) * 64 if model.longest is None else min(-(-longest // 64) * 64, model.longest)
     padded = np.zeros((len(rows), room), np.int32)
@@ -112,7 +118,7 @@ def with_cache(model: Model) -> Model:
     name = getattr(model.config, "attention", "auto")
     if name == "auto" or kernel_of(name).features >= {"segment_ids", "q_offset array", "kv_length"}:
         return model
-    made = create(model.config, attention="auto")
+    made = dataclasses.replace(create(model.config, attention="auto"), cache=model.cache)
     return quantized(made, model.rule) if model.rule else made
 
 

@@ -2,6 +2,9 @@
 
 Dims: B rows, T new tokens, S places of the cache, L layers, H heads of keys and values, K head size; in pages: N
 pages of P places, and M pages of a row, Q heads of queries.
+
+A cache holds keys and values as numbers, or as int8 codes (`Coded`) with a scale for each head of each token. What is
+new is rounded before anything attends to it, so that a text's tokens are the same however it was cut into calls.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
+from jaxmodels.models.coded import Coded, dequantize
+from jaxmodels.models.kernels.quantized import quantize
 
-KeyValues = dict[str, jax.Array]
+KeyValues = dict[str, Any]
+"""Keys "k" and values "v", each an array or a `Coded`."""
 FEW = 8
 """The most new tokens of a row that attend to pages as they lie."""
 
@@ -35,10 +41,15 @@ class Pages(NamedTuple):
 
     def read(self, name: str, layer: jax.Array, new: jax.Array, offset: jax.Array) -> jax.Array:
         """Keys or values of one layer (B, M * P, H, K), with the new ones (B, T, H, K) behind those of each row."""
-        found = self.pools[name][layer, self.table].swapaxes(2, 3)
-        found = found.reshape(len(found), -1, *found.shape[3:])
-        at = jnp.where(self.real, offset[:, None] + jnp.arange(new.shape[1]), found.shape[1])
-        return found.at[jnp.arange(len(found))[:, None], at].set(new.astype(found.dtype), mode="drop")
+
+        def behind(pool: jax.Array, new: jax.Array) -> jax.Array:
+            found = pool[layer, self.table].swapaxes(2, 3)
+            found = found.reshape(len(found), -1, *found.shape[3:])
+            at = jnp.where(self.real, offset[:, None] + jnp.arange(new.shape[1]), found.shape[1])
+            return found.at[jnp.arange(len(found))[:, None], at].set(new, mode="drop")
+
+        pool = self.pools[name]
+        return numbers(jax.tree.map(behind, pool, stored(pool, new)), new.dtype)
 
     def attend(
         self, q: jax.Array, new: KeyValues, layer: jax.Array, offset: jax.Array, scale: float, window: int | None
@@ -53,7 +64,9 @@ class Pages(NamedTuple):
         q = q.reshape(B, T, H, -1, K)
         at = jnp.repeat(jnp.arange(T), q.shape[3])  # which of the new tokens each query is
         q = q.swapaxes(1, 2).reshape(B, H, -1, K)
-        keys, values = (self.pools[name][layer, self.table] for name in ("k", "v"))
+        here = {name: jax.tree.map(lambda pool: pool[layer, self.table], pool) for name, pool in self.pools.items()}
+        keys, values = (numbers(here[name], new[name].dtype) for name in ("k", "v"))
+        new = {name: numbers(stored(self.pools[name], x), x.dtype) for name, x in new.items()}
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         scores = scale * dot("bhrk,bmhpk->bmhrp", q, keys)
         place = jnp.arange(M * P).reshape(M, 1, 1, P)
@@ -79,10 +92,10 @@ class Pages(NamedTuple):
         page = jnp.where(self.real, page, count)
 
         def put(pool: jax.Array, new: jax.Array) -> jax.Array:
-            new = jnp.moveaxis(new, 0, 2).astype(pool.dtype)  # as indices with a slice between them give it
+            new = jnp.moveaxis(new, 0, 2)  # as indices with a slice between them give it
             return pool.at[:, page, :, at % size].set(new, mode="drop")
 
-        return {name: put(pool, new[name]) for name, pool in self.pools.items()}
+        return {name: jax.tree.map(put, pool, stored(pool, new[name])) for name, pool in self.pools.items()}
 
 
 class Context(NamedTuple):
@@ -107,7 +120,7 @@ class Context(NamedTuple):
         """What each layer of a scan is given of the cache."""
         if cache is None or self.pages is None:
             return None if cache is None else cache["layers"]
-        return {"layer": jnp.arange(len(self.pages.pools["k"]))}
+        return {"layer": jnp.arange(self.pages.pools["k"].shape[0])}
 
     def joined(self, layered: Any) -> Any:
         """The cache's layers after the scan, from what each of them gave."""
@@ -162,7 +175,17 @@ def empty_cache(layers: int, batch: int, length: int, heads: int, head_dim: int,
 
 def pooled(layers: KeyValues) -> KeyValues:
     """The keys and values of a cache of pages (L, N, P, H, K) as pools, in which those of a head are together."""
-    return {name: leaf.swapaxes(2, 3) for name, leaf in layers.items()}
+    return jax.tree.map(lambda leaf: leaf.swapaxes(2, 3), layers)
+
+
+def stored(held: Any, new: jax.Array) -> Any:
+    """New keys or values (…, K) as a cache that holds such a leaf stores them."""
+    return Coded(*quantize(new, "int8", (-1,))) if isinstance(held, Coded) else new.astype(held.dtype)
+
+
+def numbers(held: Any, dtype: Any) -> jax.Array:
+    """Keys or values of a cache as attention takes them; codes become numbers of this type."""
+    return dequantize(held, dtype) if isinstance(held, Coded) else held
 
 
 def update(
@@ -177,7 +200,7 @@ def update(
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         row = lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0, 0))  # noqa: E731
-        return jax.vmap(row)(old, new.astype(old.dtype), ctx.offset)
+        return jax.vmap(row)(old, new, ctx.offset)
 
-    written = {"k": write(cache["k"], k), "v": write(cache["v"], v)}
-    return written["k"], written["v"], written
+    written = {name: jax.tree.map(write, cache[name], stored(cache[name], new)) for name, new in (("k", k), ("v", v))}
+    return numbers(written["k"], k.dtype), numbers(written["v"], v.dtype), written

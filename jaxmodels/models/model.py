@@ -11,14 +11,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxmodels.errors import UserError
-from jaxmodels.fields import shown
+from jaxmodels.fields import KVCache, shown
 from jaxmodels.models.adapted import Adapted, merged
 from jaxmodels.models.coded import Coded, dequantize
 from jaxmodels.models.inner import INNER
@@ -244,3 +244,33 @@ def quantized(model: Model, rule: quantization.Rule) -> Model:
             return model.apply(*args, **kwargs)
 
     return dataclasses.replace(model, apply=apply, rule=rule)
+
+
+@functools.lru_cache(maxsize=8)
+def with_kv_cache(model: Model, kind: KVCache | None) -> Model:
+    """The model with a key-value cache of int8 codes, each head of each token with a scale; None: as it is.
+
+    A cache of a head of K numbers has K + 4 bytes in place of 4 K, or of 2 K in bfloat16. Of a model that reads a
+    source, keys and values of the source stay numbers.
+
+    Raises:
+        UserError: it does not decode, its cache is no keys and values, or there is no such kind.
+    """
+    if kind is None:
+        return model
+    if kind not in get_args(KVCache):
+        raise UserError(f"got kv_cache {kind!r}, expected int8 or None, try kv_cache='int8'")
+    held = jax.eval_shape(lambda: model.cache(1, 8))
+    if set(held) != {"layers", "length"} or set(held["layers"]) != {"k", "v"}:
+        raise UserError(
+            f"got a key-value cache in {kind} for {type(model.config).__name__}, whose cache is a state and no keys "
+            "and values, expected a model with attention, try it without"
+        )
+
+    def cache(batch: int, length: int) -> dict[str, Any]:
+        shapes = jax.eval_shape(lambda: model.cache(batch, length))
+        make = lambda shape, dtype: Coded(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 1)))  # noqa: E731
+        codes = {name: make(leaf.shape, kind) for name, leaf in shapes["layers"].items()}
+        return {"layers": codes, "length": jnp.zeros_like(shapes["length"])}
+
+    return dataclasses.replace(model, cache=cache)

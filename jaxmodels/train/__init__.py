@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxmodels.config import Config
+    from jaxmodels.fields import KVCache
     from jaxmodels.train.directory import Resume
     from jaxmodels.train.saved import Run
 
 
-def load_run(directory: str | Path, *, best: bool = False) -> Run:
+def load_run(directory: str | Path, *, best: bool = False, kv_cache: KVCache | None = None) -> Run:
     """Open a run's newest or best checkpoint, with its config, model, tokenizer and task. Its data need not be present.
+
+    With `kv_cache="int8"` its model decodes with a key-value cache of codes.
 
     Raises:
         UserError: there is no run or no checkpoint there, or the checkpoint does not fit its config.
     """
     from jaxmodels.train import saved
 
-    return saved.load_run(directory, best=best)
+    return saved.load_run(directory, best=best, kv_cache=kv_cache)
 
 
 def train(config: Config, directory: str | Path, *, resume: Resume = "auto") -> Run:

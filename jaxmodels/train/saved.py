@@ -25,11 +25,12 @@ from jaxmodels.data.contract import check_batch
 from jaxmodels.data.section import DataConfig
 from jaxmodels.data.tokenizer import FILE as TOKENIZER
 from jaxmodels.errors import UserError
+from jaxmodels.fields import KVCache
 from jaxmodels.hf import beside, format_for
 from jaxmodels.models.adapted import merge
 from jaxmodels.models.coded import plain
 from jaxmodels.models.families import create
-from jaxmodels.models.model import Model
+from jaxmodels.models.model import Model, with_kv_cache
 from jaxmodels.parallel import mesh, progress
 from jaxmodels.tasks.task import Task, normalized
 from jaxmodels.train import bases, evaluate, metrics
@@ -185,13 +186,17 @@ class Run:
         return _evaluation(self, data or {}, kind)
 
 
-def load_run(directory: str | Path, *, best: bool = False) -> Run:
+def load_run(directory: str | Path, *, best: bool = False, kv_cache: KVCache | None = None) -> Run:
     """Open a run at its newest checkpoint, or its best one, on the default device; a mesh may take it from there.
+
+    With `kv_cache` its model decodes with a key-value cache that is held so, as `with_kv_cache` says.
 
     Raises:
         UserError: there is no run or no checkpoint there, or the checkpoint does not fit its config.
     """
     run = read_run(directory, best=best)
+    if kv_cache is not None:
+        run = dataclasses.replace(run, networks={**run.networks, "model": with_kv_cache(run.model, kv_cache)})
     return dataclasses.replace(run, params=jax.device_put(run.params), stats=jax.device_put(run.stats))
 
 
