@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxmodels.data.contract import IGNORED
 from jaxmodels.models.layers import shard
 from jaxmodels.parallel.platform import platform
-from jaxmodels.parallel.rules import add_up, apart, gather, pieces
+from jaxmodels.parallel.rules import add_up, apart, gather, pieces, without_fsdp
 
 FEW = 2048
 """With a smaller vocabulary all logits are held at once, which is faster and takes little memory."""
@@ -134,6 +134,12 @@ def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[fl
     rows, n = _pieces("batch", B), _pieces("seq", T)
 
     own = functools.partial(apart, rows=rows, along=n)
+    # pieces of D are gathered, and gradients scattered, with D as the outer dimension in memory; there, the loop
+    # holds both that way round, or accelerators would copy them from one layout to the other
+    turned = pieces("embed") > 1
+    table, order, names = unembedding, "vd", ("vocab", "embed")
+    if turned:
+        table, order, names = unembedding.T, "dv", ("embed", "vocab")
 
     def body(carry: Any, part: Any) -> tuple[Any, Any]:
         sums, dw = carry
@@ -144,21 +150,21 @@ def _linear_forward(features: Any, unembedding: Any, targets: Any, how: tuple[fl
             scores = jax.vmap(jax.vmap(each))(own(logits), own(t))
             return scores.objective.sum(), scores
 
-        dlogits, scores = jax.grad(score, has_aux=True)(logits_of(h, unembedding))
+        logits = jnp.einsum(f"btd,{order}->btv", h, table, preferred_element_type=jnp.float32)
+        dlogits, scores = jax.grad(score, has_aux=True)(logits)
         dlogits = dlogits.astype(h.dtype)
-        dh = jnp.einsum("btv,vd->btd", dlogits, unembedding)
-        dw = dw + jnp.einsum("rnbtv,rnbtd->rnvd", own(dlogits), own(h), preferred_element_type=jnp.float32)
+        dh = jnp.einsum(f"btv,{order}->btd", dlogits, table)
+        dw = dw + jnp.einsum(f"rnbtv,rnbtd->rn{order}", own(dlogits), own(h), preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, sums, tuple(scores)), dw), dh
 
     def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-        names = ("batch", "seq", *("vocab", None)[: len(shape)])
-        return shard(jnp.zeros((rows, n, *shape), dtype), *names)
+        return shard(jnp.zeros((rows, n, *shape), dtype), "batch", "seq", *without_fsdp(names)[: len(shape)])
 
     counts = (zeros(), zeros(), zeros(dtype=jnp.int32), zeros(dtype=jnp.int32))
-    start = (counts, zeros(*unembedding.shape))
+    start = (counts, zeros(*table.shape))
     (sums, dw), dh = jax.lax.scan(body, start, (_cut(features, chunk, 0), _cut(targets, chunk, IGNORED)))
-    dw = add_up(dw, ("batch", "seq"), ("vocab", "embed")).astype(unembedding.dtype)
-    return jax.tree.map(jnp.sum, sums), (_join(dh, features.shape), dw)
+    dw = add_up(dw, ("batch", "seq"), names).astype(unembedding.dtype)
+    return jax.tree.map(jnp.sum, sums), (_join(dh, features.shape), dw.T if turned else dw)
 
 
 def _linear_backward(how: Any, gradients: Any, given: Any) -> tuple[Any, Any, None]:

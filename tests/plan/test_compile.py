@@ -20,7 +20,7 @@ from jaxmodels.models.mixtral import MixtralConfig
 from jaxmodels.models.mlp import MLPConfig
 from jaxmodels.models.resnet import ResNetConfig
 from jaxmodels.parallel import hardware
-from jaxmodels.plan import figures, products, program
+from jaxmodels.plan import figures, hlo, products, program
 from tests.sections import task_of
 from tests.zoo import ZOO
 
@@ -94,6 +94,16 @@ def test_parameters_are_gathered_over_fsdp_and_their_gradients_scattered(planned
     scattered = found["reduce-scatter", ("fsdp",)]
     assert tables <= scattered <= 1.01 * (blocks + tables)
     assert scattered + windows >= 0.99 * (blocks + tables)
+
+
+def test_the_loss_never_copies_the_output_layer_or_its_gradient_from_one_layout_to_another(compiled):
+    """XLA gathers pieces of the width as the outer dimension: a loop that holds them otherwise copies both."""
+    found = []
+    for _, each, _ in program.parse(compiled("v5e:2x4", CONFIG).text).walk():
+        sizes = sorted(size for _, dims, _ in hlo.arrays(each.shape) for size in dims if size > 1)
+        if each.opcode == "copy" and sizes == [512, 4096] and "/embed" not in each.label:
+            found.append(f"{each.name} {each.shape} {each.label}")
+    assert found == []
 
 
 def test_options_of_the_compiler_reach_it_and_parameters_are_gathered_over_a_torus_of_three_dimensions(planned):
