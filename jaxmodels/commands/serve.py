@@ -37,8 +37,8 @@ def serve(
     All programs are compiled before the server is ready. SIGTERM answers what was taken, and refuses the rest with 503.
 
     Args:
-        models: run directories, or those of language models and encoders in Hugging Face's format; NAME=DIR gives one a
-            name in requests, which is that of the directory by default.
+        models: run directories, those of language models and encoders in Hugging Face's format, or artefacts of
+            classifiers; NAME=DIR gives one a name in requests, which is that of the directory by default.
         name: the name of a single model.
         host: address to listen at; this machine alone by default.
         port: port to listen at; 0 takes a free one.

@@ -48,12 +48,15 @@ def kind_of(run: Run) -> given.Kind:
 def reader(run: Run) -> Callable[[Any], Any]:
     """Return the function that turns a record into a row of each of a classifier's inputs."""
     kind = kind_of(run)
-    if kind != "text":
-        return images(run) if kind == "image" else array(run)
-    tokenizer = tokenizer_of(run)
+    if kind == "text":
+        return whole_text(tokenizer_of(run), run.config.data.seq_len)
+    return images(run) if kind == "image" else array(shape_of(run))
+
+
+def whole_text(tokenizer: Tokenizer, length: int) -> Callable[[Any], Any]:
+    """Return the function that turns a text into a row of tokens, cut or padded to a length."""
 
     def ready(value: Any) -> Any:
-        length = run.config.data.seq_len
         rows = texts.single(tokenizer.encode_many([text_of(value)], special=True, length=length), length)
         return {name: row[0] for name, row in rows.items()}
 
@@ -61,23 +64,27 @@ def reader(run: Run) -> Callable[[Any], Any]:
 
 
 def images(run: Run) -> Callable[[Any], Any]:
-    """Return the function that turns the bytes of an image file into pixels of the model's shape."""
-    section, crop = run.config.data, Augment(crop=run.config.augment.crop)
-    pixels.check_library(section.pixels)
-    height, width, channels = shape_of(run)
+    """Return the function that turns the bytes of an image file into pixels of a run's shape."""
+    return image(shape_of(run), run.config.data.pixels, run.config.augment.crop is not None)
+
+
+def image(shape: tuple[int, ...], library: pixels.Library, cropped: bool) -> Callable[[Any], Any]:
+    """Return the function that turns the bytes of an image file into pixels of a shape; `cropped`: of its middle."""
+    crop = Augment(crop=1.0 if cropped else None)
+    pixels.check_library(library)
+    height, width, channels = shape
 
     def ready(value: Any) -> Any:
         if not isinstance(value, bytes):
             raise UserError(f"is {shown(value)}, expected an image")
-        image = pixels.decode(value, section.pixels)
-        return {"inputs": transforms.center(image, crop, (height, width, channels), section.pixels)}
+        found = pixels.decode(value, library)
+        return {"inputs": transforms.center(found, crop, (height, width, channels), library)}
 
     return ready
 
 
-def array(run: Run) -> Callable[[Any], Any]:
-    """Return the function that turns numbers, or their JSON, into an array of the model's shape."""
-    shape = shape_of(run)
+def array(shape: tuple[int, ...]) -> Callable[[Any], Any]:
+    """Return the function that turns numbers, or their JSON, into an array of a shape."""
 
     def ready(value: Any) -> Any:
         try:

@@ -13,10 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-from jaxmodels.generate.classes import class_names, class_shares
-from jaxmodels.generate.prepare import kind_of, reader
+from jaxmodels.serve.classes import Classes
 from jaxmodels.serve.errors import Broken
-from jaxmodels.train.saved import Run
 
 log = logging.getLogger("jaxmodels")
 
@@ -136,17 +134,11 @@ class Classifier(Batches):
 
     what, path = "a classifier", "/v2/models/{name}/infer"
 
-    def __init__(self, run: Run, sizes: Sequence[int] = SIZES) -> None:
-        self.run, self.names, self.several = run, class_names(run), run.config.task.answers == "classes"
-        self.kind, self.read = kind_of(run), reader(run)
-        dtype = np.uint8 if self.kind == "image" else np.float32
-        example = self.read("a") if self.kind == "text" else {"inputs": np.zeros(self.shape, dtype)}
-        super().__init__(class_shares(run), run.params["model"], [example], sizes)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one example; that of a text is ()."""
-        return () if self.kind == "text" else tuple(self.run.model.inputs(1)[0].shape[1:])
+    def __init__(self, classes: Classes, sizes: Sequence[int] = SIZES) -> None:
+        self.classes = classes
+        dtype = np.uint8 if classes.kind == "image" else np.float32
+        example = classes.read("a") if classes.kind == "text" else {"inputs": np.zeros(classes.shape, dtype)}
+        super().__init__(classes.shares, classes.params, [example], sizes)
 
 
 def _shapes(row: Row) -> Shapes:

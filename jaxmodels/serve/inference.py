@@ -17,6 +17,7 @@ from jaxmodels.fields import shown
 from jaxmodels.serve import tensors
 from jaxmodels.serve.asked import objects
 from jaxmodels.serve.batches import Classifier, Row
+from jaxmodels.serve.classes import Classes
 from jaxmodels.serve.errors import Refused
 from jaxmodels.serve.forms import Schema, fits
 from jaxmodels.serve.service import Service
@@ -66,12 +67,12 @@ async def server(_: Request) -> Response:
 
 async def model(request: Request) -> Response:
     """What a model takes and gives."""
-    batches = _found(request)
+    classes = _found(request).classes
     outputs = [
-        {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(batches.names)]},
-        {"name": _labels(batches), "datatype": "BYTES", "shape": [-1]},
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(classes.names)]},
+        {"name": _labels(classes), "datatype": "BYTES", "shape": [-1]},
     ]
-    takes = {"name": "inputs", "datatype": TENSORS[batches.kind], "shape": [-1, *batches.shape]}
+    takes = {"name": "inputs", "datatype": TENSORS[classes.kind], "shape": [-1, *classes.shape]}
     told = {"name": request.path_params["name"], "versions": [VERSION], "platform": "jax"}
     return JSONResponse({**told, "inputs": [takes], "outputs": outputs})
 
@@ -88,8 +89,9 @@ async def infer(request: Request) -> Response:
     """Classify the rows of a tensor."""
     service: Service = request.app.state.service
     batches = _found(request)
+    classes = batches.classes
     asked, rest = _split(await service.body(request), request.headers.get(HEADER))
-    wanted = _wanted(asked, batches)
+    wanted = _wanted(asked, classes)
     tensor = _input(asked, rest)
     service.admit(service.find(request.path_params["name"]), len(tensor))
     try:
@@ -98,7 +100,7 @@ async def infer(request: Request) -> Response:
         service.leave(len(tensor))
     if not np.isfinite(shares).all():
         raise Refused(422, "got inputs for which the model gives no finite numbers, expected others")
-    given = {"probabilities": shares, _labels(batches): _named(batches, shares)}
+    given = {"probabilities": shares, _labels(classes): _named(classes, shares)}
     written = [tensors.write(name, given[name], binary) for name, binary in wanted.items()]
     told = {"model_name": request.path_params["name"], "model_version": VERSION, "outputs": [one for one, _ in written]}
     if isinstance(asked.get("id"), str):
@@ -145,14 +147,14 @@ def _input(asked: dict[str, Any], rest: memoryview) -> np.ndarray:
     return tensor
 
 
-def _wanted(asked: dict[str, Any], batches: Classifier) -> dict[str, bool]:
+def _wanted(asked: dict[str, Any], classes: Classes) -> dict[str, bool]:
     """The outputs to give, and whether each goes behind the JSON as bytes; checks all that is asked but the input."""
     if unknown := [name for name in asked if name not in ("id", "inputs", "outputs", "parameters")]:
         raise Refused(400, f"got field {shown(unknown[0])}, expected id, inputs, outputs or parameters")
     for name, form in FORM["properties"].items():
         if name in asked and name != "inputs" and not fits(form, asked[name]):
             raise Refused(400, f"got {name} {shown(asked[name])}, expected {SAID[name]}")
-    known, outputs = ("probabilities", _labels(batches)), asked.get("outputs")
+    known, outputs = ("probabilities", _labels(classes)), asked.get("outputs")
     usual = (asked.get("parameters") or {}).get("binary_data_output") is True
     if not outputs:
         return dict.fromkeys(known, usual)
@@ -165,11 +167,11 @@ def _wanted(asked: dict[str, Any], batches: Classifier) -> dict[str, bool]:
 
 
 async def _computed(batches: Classifier, tensor: np.ndarray) -> np.ndarray:
-    rows = await asyncio.to_thread(_rows, batches, tensor)
+    rows = await asyncio.to_thread(_rows, batches.classes, tensor)
     return await batches.compute(rows)
 
 
-def _rows(batches: Classifier, tensor: np.ndarray) -> list[Row]:
+def _rows(classes: Classes, tensor: np.ndarray) -> list[Row]:
     """The rows of a tensor, as the model reads records in training.
 
     Raises:
@@ -178,20 +180,20 @@ def _rows(batches: Classifier, tensor: np.ndarray) -> list[Row]:
     if tensor.dtype == object:
         if tensor.ndim != 1:
             raise Refused(400, f"got BYTES of shape {list(tensor.shape)}, expected one for each record, [N]")
-        return [_record(batches, i, _value(batches, value)) for i, value in enumerate(tensor)]
-    if batches.kind == "text":
+        return [_record(classes, i, _value(classes, value)) for i, value in enumerate(tensor)]
+    if classes.kind == "text":
         raise Refused(400, "got numbers for a model of texts, expected BYTES of shape [N]")
-    if tensor.shape[1:] != batches.shape:
-        raise Refused(400, f"got shape {list(tensor.shape)}, expected {[-1, *batches.shape]}")
-    if batches.kind == "array":
-        return [_record(batches, i, row) for i, row in enumerate(tensor)]
+    if tensor.shape[1:] != classes.shape:
+        raise Refused(400, f"got shape {list(tensor.shape)}, expected {[-1, *classes.shape]}")
+    if classes.kind == "array":
+        return [_record(classes, i, row) for i, row in enumerate(tensor)]
     if tensor.dtype != np.uint8:
         raise Refused(400, f"got images of {tensor.dtype}, expected UINT8, or BYTES that are files of images")
     return [{"inputs": row} for row in tensor]
 
 
-def _value(batches: Classifier, value: bytes) -> Any:
-    if batches.kind == "image":
+def _value(classes: Classes, value: bytes) -> Any:
+    if classes.kind == "image":
         return value
     try:
         return value.decode()
@@ -199,21 +201,21 @@ def _value(batches: Classifier, value: bytes) -> Any:
         raise Refused(400, "got BYTES that are no UTF-8, expected texts") from None
 
 
-def _record(batches: Classifier, number: int, value: Any) -> Row:
+def _record(classes: Classes, number: int, value: Any) -> Row:
     try:
-        return batches.read(value)
+        return classes.read(value)
     except (UserError, pixels.Unreadable) as error:
         raise Refused(400, f"got record {number}, which {error}".partition(", try --")[0]) from None
 
 
-def _labels(batches: Classifier) -> str:
-    return "labels" if batches.several else "label"
+def _labels(classes: Classes) -> str:
+    return "labels" if classes.several else "label"
 
 
-def _named(batches: Classifier, shares: np.ndarray) -> np.ndarray:
+def _named(classes: Classes, shares: np.ndarray) -> np.ndarray:
     """The name of each row's class; with classes that do not exclude each other, a JSON list of those above 1/2."""
     found = np.empty(len(shares), object)
     for i, row in enumerate(shares):
-        several = json.dumps([batches.names[k] for k in np.flatnonzero(row > 0.5)], ensure_ascii=False)
-        found[i] = several if batches.several else batches.names[int(row.argmax())]
+        several = json.dumps([classes.names[k] for k in np.flatnonzero(row > 0.5)], ensure_ascii=False)
+        found[i] = several if classes.several else classes.names[int(row.argmax())]
     return found

@@ -1,4 +1,4 @@
-"""What is served: a run, or a directory of transformers, with what stands beside its weights."""
+"""What is served: a run, a directory of transformers, or an artefact, with what stands beside its weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from jaxmodels.hf.beside import KEPT
 from jaxmodels.hf.sentences import Sentences
 from jaxmodels.models.bert import BERTConfig
 from jaxmodels.models.model import Model
+from jaxmodels.serve.classes import Classes
 from jaxmodels.serve.errors import Refused
 from jaxmodels.tasks.task import tasks_that_answer
 from jaxmodels.train.saved import Run, imported, load_run
@@ -103,11 +104,11 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to serve, under a name: of a kind of its own, or a run that is a classifier."""
+    """A model to serve, under a name, of one of three kinds."""
 
     name: str
     writer: Writer | None = None
-    run: Run | None = None
+    classes: Classes | None = None
     encoder: Encoder | None = None
 
 
@@ -117,7 +118,7 @@ def embeds(config: Any) -> bool:
 
 
 def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
-    """Open a run, or a language model or an encoder in Hugging Face's format.
+    """Open a run, a language model or an encoder in Hugging Face's format, or an artefact that classifies.
 
     Raises:
         UserError: there is none, or it is of a kind that is not served.
@@ -135,15 +136,18 @@ def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
         run = load_run(directory, best=best)
         run.task  # noqa: B018  an imported model may have none
         if cfg.task.answers != "continuation":
-            return Opened(name, run=run)
+            return Opened(name, classes=Classes.of_run(run))
         if run.tokenizer is None:
             raise UserError(f"got {directory} without a tokenizer, expected a run that was trained on texts")
         penalty = asked.repetition_penalty(directory)
         writer = Writer(run.model, run.params["model"], run.tokenizer, penalty, *chat_template(directory / KEPT))
-        return Opened(name, writer, run)
+        return Opened(name, writer)
+    if (directory / "manifest.json").is_file():
+        return Opened(name, classes=Classes.of_artefact(directory))
     if not (directory / "config.json").is_file():
         raise UserError(
-            f"got {directory}, expected a run directory or one with config.json and model.safetensors, try runs/NAME"
+            f"got {directory}, expected a run directory or one with config.json and model.safetensors, or an artefact, "
+            "try runs/NAME"
         )
     form, config = load.described(directory)
     if form.task(config) != "causal_lm" and not embeds(config):

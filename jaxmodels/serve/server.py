@@ -30,8 +30,8 @@ def make_served(opened: Opened, make: Callable[[Writer], Engine]) -> Served:
         return Served(opened, worker=Worker(make(opened.writer)))
     if opened.encoder is not None:
         return Served(opened, batches=Embedder(opened.encoder))
-    assert opened.run is not None
-    return Served(opened, batches=Classifier(opened.run))
+    assert opened.classes is not None
+    return Served(opened, batches=Classifier(opened.classes))
 
 
 def prepare(service: Service, say: Callable[[str], None]) -> None:

@@ -19,6 +19,7 @@ from jaxmodels.config import Classification, Config, Synthetic
 from jaxmodels.generate.predict import predictor
 from jaxmodels.generate.prepare import Options
 from jaxmodels.models.mlp import MLPConfig
+from jaxmodels.serve.classes import Classes
 from jaxmodels.serve.metrics import compilations
 from jaxmodels.serve.opened import Opened
 from jaxmodels.serve.service import Limits
@@ -44,7 +45,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def running(run):
-    with live(Opened("tiny", run=run), Limits(body=100_000, queue=300)) as server:
+    with live(Opened("tiny", classes=Classes.of_run(run)), Limits(body=100_000, queue=300)) as server:
         yield server
 
 
@@ -187,7 +188,7 @@ def test_a_header_that_lies_is_refused(running):
 
 def test_classes_that_do_not_exclude_each_other_are_a_list(tmp_path):
     run = made(tmp_path, Classification(multi_label=True))
-    with live(Opened("tiny", run=dataclasses.replace(run)), ready=True) as server:
+    with live(Opened("tiny", classes=Classes.of_run(dataclasses.replace(run))), ready=True) as server:
         pixels = images(4, 2)
         found = outputs(server.ask("POST", PATH, asked(pixels))[1])
         expected = predicted(run, pixels)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxmodels.serve.asked import Body, Chat, Completion, Embed
+from jaxmodels.serve.classes import Classes
 from jaxmodels.serve.errors import Refused
 from jaxmodels.serve.forms import fits
 from jaxmodels.serve.inference import FORM
@@ -87,7 +88,7 @@ def bodies(draw, form):
 def running(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     more = [open_model(test_embeddings.published(folder / "words"), "words")]
-    more.append(Opened("pics", run=test_inference.made(tmp_path_factory.mktemp("run"))))
+    more.append(Opened("pics", classes=Classes.of_run(test_inference.made(tmp_path_factory.mktemp("run")))))
     with live(published(folder / "tiny"), Limits(body=100_000, queue=20), more=more, rows=2, chunks=(64,)) as server:
         yield server
 

@@ -1,0 +1,92 @@
+"""What a classifier is made of, whether it is a run or an artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxmodels import data
+from jaxmodels.data import given
+from jaxmodels.data.records import distinct
+from jaxmodels.errors import UserError
+from jaxmodels.generate import prepare
+from jaxmodels.generate.classes import class_names, class_shares
+from jaxmodels.serve import artefact_run
+from jaxmodels.serve.artefact_run import Artefact
+from jaxmodels.train.saved import Run
+
+Function = Callable[[Any, Any], jax.Array]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A classifier: its function, and how records become what it takes."""
+
+    names: list[str]
+    several: bool
+    """Whether a record may be of several classes."""
+    kind: given.Kind
+    """What it reads."""
+    shape: tuple[int, ...]
+    """The shape of one example; that of a text is ()."""
+    read: Callable[[Any], Any]
+    """Turns a record into a row of each input."""
+    shares: Function
+    """The probabilities of classes, (B, classes), by parameters and a batch."""
+    params: Any
+
+    @staticmethod
+    def of_run(run: Run) -> Classes:
+        """That of a run, as `jaxmodels predict` has it."""
+        kind = prepare.kind_of(run)
+        shape = () if kind == "text" else prepare.shape_of(run)
+        several = run.config.task.answers == "classes"
+        params = run.params["model"]
+        return Classes(class_names(run), several, kind, shape, prepare.reader(run), class_shares(run), params)
+
+    @staticmethod
+    def of_artefact(folder: Path) -> Classes:
+        """That in a folder that `jaxmodels export --format stablehlo` has written, whose probe is computed again.
+
+        Raises:
+            UserError: it is damaged, for another version of jax, or no classifier of texts, images or arrays.
+        """
+        try:
+            told = artefact_run.manifest_of(folder)
+            _check(folder, told)
+            model = artefact_run.load(folder)
+        except artefact_run.Refused as refused:
+            raise UserError(str(refused)) from None
+        kind, shape, read = _read(folder, told)
+        names, several = distinct(told["classes"]), told["answers"] == "classes"
+        params = {path: model.weights[path] for path in told["functions"]["classify"]["weights"]}
+        return Classes(names, several, kind, shape, read, _shares(model), params)
+
+
+def _check(folder: Path, told: dict[str, Any]) -> None:
+    """Refuse an artefact that is no classifier, by what it is."""
+    if "classify" not in told["functions"]:
+        raise UserError(
+            f"got {folder}, an artefact of a {told['model']} that has {', '.join(told['functions'])}, expected one "
+            f"that classifies, try its run, or python {folder / 'run.py'}"
+        )
+    if "sounds" in told:
+        raise UserError(f"got {folder}, an artefact that classifies sounds, expected one of texts, images or arrays")
+
+
+def _read(folder: Path, told: dict[str, Any]) -> tuple[given.Kind, tuple[int, ...], Callable[[Any], Any]]:
+    """What an artefact reads, the shape of an example, and how a record becomes one."""
+    shape = tuple(told["functions"]["classify"]["inputs"]["inputs"]["shape"][1:])
+    if "text" in told:
+        return "text", (), prepare.whole_text(data.load_tokenizer(folder), told["text"]["length"])
+    if (images := told.get("images")) is not None:
+        return "image", shape, prepare.image(shape, images["resize"], images["crop"] is not None)
+    return "array", shape, prepare.array(shape)
+
+
+def _shares(model: Artefact) -> Function:
+    return lambda params, batch: model.calls["classify"](params, batch)["probabilities"]
