@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from jaxmodels.data import special, vocabulary
+from jaxmodels.data import special, tokenizer_config, vocabulary
 from jaxmodels.data.special import Special
 from jaxmodels.errors import UserError
 from jaxmodels.registry import OUTSIDE, Registry, subclass_of
@@ -210,7 +210,9 @@ class HuggingFace(BaseTokenizer):
         """`directory`: where the files are that say what tokenizer.json does not, such as what ends a text."""
         from tokenizers import Tokenizer as Rust
 
-        self._rust = Rust.from_str(serialized)
+        settings = tokenizer_config.told(directory)
+        self._rust = Rust.from_str(tokenizer_config.rewritten(serialized, settings, directory))
+        tokenizer_config.add_tokens(self._rust, settings, directory)
         self._rust.no_truncation()
         self._rust.no_padding()
         self._bytewise = (json.loads(serialized).get("decoder") or {}).get("type") == "ByteLevel"
