@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -71,7 +72,7 @@ def run(options: Options) -> int:
     configured(arguments, "python -m benchmarks compare", NoOptions)
     base, *rest = (commit(each) for each in options.commits)
     between = commits(base, rest[0]) if options.bisect else []
-    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    with told_to_end(), tempfile.TemporaryDirectory(prefix="compare-") as folder:
         where = Path(folder)
         with tree(where, base) as before:
 
@@ -131,12 +132,30 @@ def commits(base: str, head: str) -> list[str]:
 def tree(where: Path, name: str) -> Iterator[Path]:
     """A work tree of a commit, which is removed at the end."""
     place = Path(tempfile.mkdtemp(prefix=f"{name[:12]}-", dir=where))
-    git("worktree", "add", "--detach", "--force", str(place), name)
     try:
+        git("worktree", "add", "--detach", "--force", str(place), name)
         yield place
     finally:
         with contextlib.suppress(UserError):
-            git("worktree", "remove", "--force", str(place))
+            # the second --force removes one that is locked, as it is until git has written all of it
+            git("worktree", "remove", "--force", "--force", str(place))
+
+
+@contextlib.contextmanager
+def told_to_end() -> Iterator[None]:
+    """While this lasts, SIGTERM and SIGHUP leave through every `finally`, as Ctrl-C does; a second one is ignored."""
+
+    def leave(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, leave) for each in numbers}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def compared(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 
 import numpy as np
@@ -112,6 +114,20 @@ def test_an_equal_head_ends_with_0_and_without_head_the_tree_as_it_is_is_measure
     (record.ROOT / "number").write_text("7")
     assert main(["compare", repository[0]]) == 0 and seen[-1] == 7
     assert "against the tree as it is: not slower" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_comparison_that_is_told_to_end_removes_its_work_trees(repository, monkeypatch, number):
+    measured(monkeypatch, slow_from=9)
+    monkeypatch.setattr(compare, "block", lambda *_: os.kill(os.getpid(), number))
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", repository[0], "HEAD"])
+        assert ended.value.code == 128 + number and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert len(compare.git("worktree", "list").splitlines()) == 1
 
 
 def test_bisect_finds_each_commit_that_it_could_be():
