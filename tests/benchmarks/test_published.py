@@ -29,6 +29,19 @@ def test_rows_that_are_predicted_again_replace_theirs_in_the_record(tmp_path):
     assert published.merged({}, tmp_path / "none.json") == []
 
 
+def test_a_job_half_way_between_two_steps_takes_the_mean_of_their_times(monkeypatch):
+    kept, full = (published.language(published.LLAMA3, rows, 8, published.V3) for rows in (1, 2))
+    rate = {1: 300.0, 2: 100.0}
+    monkeypatch.setattr(
+        published,
+        "planned",
+        lambda _, cfg: ("tokens", {"per_second_device": rate[cfg.data.batch_size], "memory": {"peak": 0}, "fits": 1}),
+    )
+    found = published.compare("job", published.Row(150.0, "h100:1x8", kept, "source", other=full))
+    assert found["predicted"] == 150.0, "6 tokens take 20 ms in one and 60 ms in the other, 40 ms half-way"
+    assert found["percent"] == "+0.0%" and "half-way to remat full" in found["settings"]
+
+
 def test_the_record_in_the_repository_is_of_jobs_that_there_are():
     rows = json.loads((record.RESULTS / f"{published.RECORD}.json").read_text())["rows"]
     assert {each["name"] for each in rows} <= set(published.ROWS)
