@@ -31,6 +31,9 @@ def serve(
     adapter: tuple[str, ...] = (),
     speculate: Annotated[int, Range(0, 64)] = 0,
     kv_cache: KVCache | None = None,
+    monitor: tuple[str, ...] = (),
+    monitor_rows: Annotated[int, Range(50, 1_000_000)] = 500,
+    monitor_share: Annotated[float, Range(above=0, most=1)] = 1.0,
 ) -> None:
     """Serve a language model or an encoder by OpenAI's API (/v1), or a classifier by the Open Inference Protocol (/v2).
 
@@ -58,6 +61,10 @@ def serve(
             answers repeat what was said before, and few are made at once.
         kv_cache: int8 holds keys and values as codes of a byte, so that `cache_gib` has room for about four times the
             tokens of a float32 model and twice those of a bfloat16 one; answers may be others.
+        monitor: NAME=FILE of records from when all was well, with which those that the classifier NAME is sent are
+            compared, as `jaxmodels monitor` does; /metrics tells.
+        monitor_rows: records of each comparison.
+        monitor_share: the share of records that is taken for it, by chance.
     """
     try:
         import prometheus_client  # noqa: F401
@@ -92,8 +99,13 @@ def serve(
         room = None if cache_gib is None else pages_of(model, int(cache_gib * 2**30))
         return Engine(model, writer.params, rows=rows, length=length, pages=room, drafts=speculate)
 
+    watches = {}
+    if monitor:
+        from jaxmodels.serve.watch import open_watches
+
+        watches = open_watches(monitor, opened, monitor_rows, monitor_share)
     limits = Limits(int(body_mib * 2**20), timeout, queue, known)
-    served = {each.name: make_served(each, engine) for each in opened}
+    served = {each.name: make_served(each, engine, watches.get(each.name)) for each in opened}
     service = Service(served, limits, prompts=log_prompts)
     at = listening.getsockname()
     where = f"http://{f'[{at[0]}]' if ':' in at[0] else at[0]}:{at[1]}"

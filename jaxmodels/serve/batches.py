@@ -8,19 +8,21 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxmodels.serve.classes import Classes
+from jaxmodels.serve.classes import Classes, Row
 from jaxmodels.serve.errors import Broken
+
+if TYPE_CHECKING:  # it draws pictures too, with what takes a second to import
+    from jaxmodels.serve.watch import Watch
 
 log = logging.getLogger("jaxmodels")
 
 SIZES = (1, 8, 32, 128)
 """Numbers of rows that are compiled; a batch with fewer is padded."""
-Row = dict[str, np.ndarray]
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -100,8 +102,9 @@ class Batches:
                     break
                 asked.append(more)
             asked = [each for each in asked if not each.found.cancelled()]
+            rows = [row for each in asked for row in each.rows]
             try:
-                found: Any = self._computed([row for each in asked for row in each.rows])
+                found: Any = self._computed(rows)
             except Exception as error:  # whatever it is, nobody may wait for an answer that does not come
                 log.exception("a batch has failed")
                 self.error, found = error, None
@@ -110,6 +113,11 @@ class Batches:
                 told = None if found is None else np.stack(found[at : at + len(each.rows)])
                 at += len(each.rows)
                 _tell(each, told)
+            if found:
+                self.note(rows, np.stack(found))
+
+    def note(self, rows: Sequence[Row], found: np.ndarray) -> None:
+        """Take note of rows and their outputs, after they have been answered."""
 
     def _computed(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """The outputs of rows, in their order; those of one shape make batches."""
@@ -134,11 +142,25 @@ class Classifier(Batches):
 
     what, path = "a classifier", "/v2/models/{name}/infer"
 
-    def __init__(self, classes: Classes, sizes: Sequence[int] = SIZES) -> None:
-        self.classes = classes
+    def __init__(self, classes: Classes, sizes: Sequence[int] = SIZES, watch: Watch | None = None) -> None:
+        self.classes, self.watch = classes, watch
         dtype = np.uint8 if classes.kind == "image" else np.float32
         example = classes.read("a") if classes.kind == "text" else {"inputs": np.zeros(classes.shape, dtype)}
         super().__init__(classes.shares, classes.params, [example], sizes)
+
+    def start(self) -> None:
+        if self.watch is not None:
+            self.watch.start()
+        super().start()
+
+    def stop(self) -> None:
+        super().stop()
+        if self.watch is not None:
+            self.watch.stop()
+
+    def note(self, rows: Sequence[Row], found: np.ndarray) -> None:
+        if self.watch is not None:
+            self.watch.see(rows, found)
 
 
 def _shapes(row: Row) -> Shapes:

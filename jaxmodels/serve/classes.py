@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmodels import data
 from jaxmodels.data import given
@@ -20,6 +21,8 @@ from jaxmodels.serve.artefact_run import Artefact
 from jaxmodels.train.saved import Run
 
 Function = Callable[[Any, Any], jax.Array]
+Row = dict[str, np.ndarray]
+"""A record as a model takes it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Classes:
     shares: Function
     """The probabilities of classes, (B, classes), by parameters and a batch."""
     params: Any
+    run: Run | None = None
+    """What it is of; None: an artefact."""
 
     @staticmethod
     def of_run(run: Run) -> Classes:
@@ -46,7 +51,7 @@ class Classes:
         shape = () if kind == "text" else prepare.shape_of(run)
         several = run.config.task.answers == "classes"
         params = run.params["model"]
-        return Classes(class_names(run), several, kind, shape, prepare.reader(run), class_shares(run), params)
+        return Classes(class_names(run), several, kind, shape, prepare.reader(run), class_shares(run), params, run)
 
     @staticmethod
     def of_artefact(folder: Path) -> Classes:

@@ -15,7 +15,8 @@ from starlette.responses import JSONResponse, Response
 
 from jaxmodels.errors import UserError
 from jaxmodels.serve.asked import Embed
-from jaxmodels.serve.batches import Batches, Row
+from jaxmodels.serve.batches import Batches
+from jaxmodels.serve.classes import Row
 from jaxmodels.serve.errors import Refused
 from jaxmodels.serve.opened import Encoder
 from jaxmodels.serve.service import Service

@@ -16,8 +16,8 @@ from jaxmodels.errors import UserError
 from jaxmodels.fields import shown
 from jaxmodels.serve import tensors
 from jaxmodels.serve.asked import objects
-from jaxmodels.serve.batches import Classifier, Row
-from jaxmodels.serve.classes import Classes
+from jaxmodels.serve.batches import Classifier
+from jaxmodels.serve.classes import Classes, Row
 from jaxmodels.serve.errors import Refused
 from jaxmodels.serve.forms import Schema, fits
 from jaxmodels.serve.service import Service

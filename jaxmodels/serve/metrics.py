@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from jaxmodels.generate.engine import Engine
-from jaxmodels.serve.batches import Batches
+from jaxmodels.serve.batches import Batches, Classifier
+
+if TYPE_CHECKING:
+    from jaxmodels.serve.watch import Watch
 
 SOON = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -108,6 +111,25 @@ class _Models:
         of = self.batches()
         yield counter("jaxmodels:batches", "Batches of classifiers and encoders.", lambda b: b.calls, of)
         yield counter("jaxmodels:batch_rows", "Rows in them, without padding.", lambda b: b.rows, of)
+        yield from _drift([(model, b.watch) for model, b in of if isinstance(b, Classifier) and b.watch is not None])
         compiled = CounterMetricFamily("jaxmodels:compilations", "Programs that were compiled in this process.")
         compiled.add_metric([], compilations())
         yield compiled
+
+
+def _drift(watches: Sequence[tuple[str, Watch]]) -> Iterator[Any]:
+    """What the last windows of classifiers are like beside their references."""
+    windows = CounterMetricFamily("jaxmodels:drift_windows", "Windows that were compared.", labels=["model_name"])
+    alarms = CounterMetricFamily("jaxmodels:drift_alarms", "Those with an alarm.", labels=["model_name"])
+    of = ["model_name", "what"]
+    value = GaugeMetricFamily("jaxmodels:drift_value", "The statistic or distance of the last window.", labels=of)
+    p = GaugeMetricFamily("jaxmodels:drift_p_value", "Its p-value, corrected for the number of tests.", labels=of)
+    alarm = GaugeMetricFamily("jaxmodels:drift_alarm", "Whether it raises an alarm.", labels=of)
+    for model, watch in watches:
+        windows.add_metric([model], watch.windows)
+        alarms.add_metric([model], watch.alarms)
+        for test in watch.tests:
+            value.add_metric([model, test.name], test.value)
+            p.add_metric([model, test.name], test.corrected)
+            alarm.add_metric([model, test.name], float(test.alarm))
+    yield from (windows, alarms, value, p, alarm)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -21,17 +22,20 @@ from jaxmodels.serve.opened import Opened, Writer
 from jaxmodels.serve.service import Served, Service
 from jaxmodels.serve.worker import Worker
 
+if TYPE_CHECKING:
+    from jaxmodels.serve.watch import Watch
+
 log = logging.getLogger("jaxmodels")
 
 
-def make_served(opened: Opened, make: Callable[[Writer], Engine]) -> Served:
-    """A model and what runs it, not yet compiled; `make` makes the engine of a language model."""
+def make_served(opened: Opened, make: Callable[[Writer], Engine], watch: Watch | None = None) -> Served:
+    """A model and what runs it, not yet compiled; `make` makes a language model's engine, `watch` is a classifier's."""
     if opened.writer is not None:
         return Served(opened, worker=Worker(make(opened.writer)))
     if opened.encoder is not None:
         return Served(opened, batches=Embedder(opened.encoder))
     assert opened.classes is not None
-    return Served(opened, batches=Classifier(opened.classes))
+    return Served(opened, batches=Classifier(opened.classes, watch=watch))
 
 
 def prepare(service: Service, say: Callable[[str], None]) -> None:

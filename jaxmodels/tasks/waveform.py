@@ -47,7 +47,7 @@ class Waveform(TaskConfig):
     rate: Annotated[int, Range(100, 1_000_000)] = 8000
     """Samples a second; sounds of another rate are resampled."""
     conditions: tuple[Literal["label", "group"], ...] = ()
-    """What the model is own on: a sound's `data.label_field`, its `data.group_field`, or both."""
+    """What the model is conditioned on: a sound's `data.label_field`, its `data.group_field`, or both."""
     context: Natural = 512
     """Samples at the beginning of a window of evaluation that do not count, because the model does not see all that is
     before them. They count at the beginning of a sound."""

@@ -22,6 +22,7 @@ from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.serve.opened import Opened, open_model
 from jaxmodels.serve.server import Server, bound, make_served, prepare
 from jaxmodels.serve.service import Limits, Service
+from jaxmodels.serve.watch import Watch
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
@@ -98,12 +99,13 @@ def live(
     limits: Limits | None = None,
     ready: bool = True,
     more: Sequence[Opened] = (),
+    watch: Watch | None = None,
     **engine: Any,
 ) -> Iterator[Live]:
     """Serve a directory, or what was opened, as "tiny", and others by their names, for as long as the context lasts."""
     made = {"rows": 4, "length": 96, "page": 8, "chunks": (16, 64), **engine}
     opened = open_model(directory, "tiny") if isinstance(directory, Path) else directory
-    make = lambda each: make_served(each, lambda writer: Engine(writer.model, writer.params, **made))  # noqa: E731
+    make = lambda each: make_served(each, lambda writer: Engine(writer.model, writer.params, **made), watch)  # noqa: E731
     service = Service({"tiny": make(opened), **{each.name: make(each) for each in more}}, limits or Limits())
     listening = bound("127.0.0.1", 0)
     server = Server(service, drain=60)
