@@ -147,10 +147,8 @@ def sample(
 
 
 def _transcript(run: Run, file: Path) -> None:
-    import numpy as np
-
     from jaxmodels.data.sounds import Unreadable
-    from jaxmodels.generate.speech import listener, transcriber
+    from jaxmodels.generate.speech import listener, recognizer
 
     try:
         heard = listener(run)(file.read_bytes())
@@ -158,7 +156,10 @@ def _transcript(run: Run, file: Path) -> None:
         raise UserError(f"got {file}, which cannot be read ({error.strerror}), expected a sound") from error
     except (Unreadable, UserError) as error:
         raise UserError(f"got {file}, which {error}") from error
-    _show(transcriber(run)({name: np.asarray(x)[None] for name, x in heard.items()})[0].text)
+    (answer,) = recognizer(run)([heard])
+    if "error" in answer:
+        raise UserError(f"got {run.directory}, expected a model that transcribes; {answer['error']}")
+    _show(answer["transcript"])
 
 
 def _place(usual: Path, out: Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,23 +24,39 @@ from jaxmodels.tasks.task import Batch, Params, floats
 from jaxmodels.train.saved import Evaluation, Run
 
 
-def listener(run: Run) -> Callable[[Any], Any]:
-    """Return the function that turns the bytes of a sound file into samples of the run's rate and length."""
+def listener(run: Run) -> Callable[[Any], list[Any]]:
+    """Return the function that turns the bytes of a sound file into samples of the run's rate: the rows of its parts,
+    each padded to the run's length."""
     field = run.task.fields["inputs"]
     (most,), rate = field.shape or (0,), field.rate or 0
 
-    def ready(value: Any) -> Any:
+    def ready(value: Any) -> list[Any]:
         if not isinstance(value, bytes):
             raise UserError(f"is {shown(value)}, expected a sound")
-        samples = sounds.samples_of(value, rate)
-        if len(samples) > most:
-            raise UserError(
-                f"lasts {len(samples) / rate:.1f} s, expected at most task.seconds, {most / rate:g}, try parts of it"
-            )
-        padded = np.pad(samples, (0, most - len(samples)))
-        return {"inputs": padded, "lengths": np.int32(len(samples))}
+        return [
+            {"inputs": np.pad(part, (0, most - len(part))), "lengths": np.int32(len(part))}
+            for part in cut(sounds.samples_of(value, rate), most, rate)
+        ]
 
     return ready
+
+
+def cut(samples: np.ndarray, most: int, rate: int) -> list[np.ndarray]:
+    """Cut a sound (N,) into parts of at most `most` samples, each where the end of what fits is quietest, so that few
+    words are cut: at the middle of the quietest tenth of a second of its last third.
+
+    Source: Bain et al. 2023 (WhisperX), "cut and merge", with loudness in place of a detector of voices.
+    """
+    parts = []
+    while len(samples) > most:
+        end = samples[most - max(1, most // 3) : most].astype(np.float64)
+        span = max(1, min(rate // 10, len(end)))
+        total = np.concatenate([[0.0], np.cumsum(end * end)])
+        loud = total[span:] - total[:-span]
+        at = most - len(end) + int(loud.argmin()) + (span + 1) // 2
+        parts.append(samples[:at])
+        samples = samples[at:]
+    return [*parts, samples]
 
 
 Sounding = Mapping[str, Any]
@@ -117,19 +134,30 @@ def _decoder(run: Run) -> Callable[[Sounding], list[Heard]]:
 
 
 def recognizer(run: Run) -> Answers:
-    """Return the function that answers with the transcripts of sounds, and how sure the model is of them."""
+    """Return the function that answers with the transcripts of sounds, and how sure the model is of them: of a sound in
+    parts, of the one that it is least sure of."""
     transcribe = transcriber(run)
 
-    def answers(ready: Sequence[Any]) -> list[Answer]:
-        batch = {name: np.stack([each[name] for each in ready]) for name in ready[0]}
-        return [
-            {"transcript": text, "confidence": round(sure, 6)}
-            if np.isfinite(sure)
-            else {"error": "the model's probabilities are no finite numbers"}
-            for text, sure in transcribe(batch)
-        ]
+    def answers(ready: Sequence[list[Any]]) -> list[Answer]:
+        known = {id(parts): parts for parts in ready}  # what fills a batch is one of its sounds again
+        rows, heard = [part for parts in known.values() for part in parts], []
+        for at in range(0, len(rows), len(ready)):  # as many parts at a time as there are sounds
+            some = rows[at : at + len(ready)]
+            padded = [*some, *[some[0]] * (len(ready) - len(some))]
+            batch = {name: np.stack([each[name] for each in padded]) for name in padded[0]}
+            heard += transcribe(batch)[: len(some)]
+        rest = iter(heard)
+        answer = {key: _joined(list(itertools.islice(rest, len(parts)))) for key, parts in known.items()}
+        return [answer[id(parts)] for parts in ready]
 
     return answers
+
+
+def _joined(parts: Sequence[Heard]) -> Answer:
+    sure = [part.confidence for part in parts]
+    if not np.isfinite(sure).all():
+        return {"error": "the model's probabilities are no finite numbers"}
+    return {"transcript": " ".join(part.text for part in parts if part.text), "confidence": round(min(sure), 6)}
 
 
 def spelled(evaluation: Evaluation, batch: Sounding) -> list[str]:
