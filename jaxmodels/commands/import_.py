@@ -10,6 +10,7 @@ from typing import Any
 from jaxmodels import config as configs
 from jaxmodels import data, tasks
 from jaxmodels.commands.progress import progress
+from jaxmodels.compress.coding import coding
 from jaxmodels.config import Config
 from jaxmodels.data import special
 from jaxmodels.data.corpus import Stdlib
@@ -20,6 +21,7 @@ from jaxmodels.data.tokenizer import FILE
 from jaxmodels.errors import UserError
 from jaxmodels.hf import beside, load, pixels, save
 from jaxmodels.hf import tokenizer as tokenizers
+from jaxmodels.models.coded import is_coded
 from jaxmodels.models.families import family_of
 from jaxmodels.tasks import TaskConfig
 
@@ -46,9 +48,13 @@ def import_run(directory: Path, /, out: Path) -> None:
         if tokenizer is not None:
             tokenizer.save(part)
         with progress("reading", source.size) as done:
-            params, stats = load.nested(load.read(source, done=done))
+            held = coding(source.section, {"model": source.model})
+            shapes = {} if held is None else load.flatten(held.shapes()["model"])
+            coded = {path: leaf for path, leaf in shapes.items() if is_coded(leaf)}
+            params, stats = load.nested(load.read(source, done=done, coded=coded))
         state = {"params": {"model": params}, "stats": {"model": stats}}
         cfg = experiment(config, source.format.task(config), out if tokenizer else None)
+        cfg = replace(cfg, compress=source.section)
         if cfg.task.answers == "class":
             cfg = classifying(cfg, directory)
         if pixels.known(source.format.family):

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["TYPES", "family_of", "format_for", "format_of", "load_pretrained", "supported"]
 
 
-def load_pretrained(directory: str | Path, *, mesh: Mesh | None = None, **overrides: Any) -> tuple[Model, Any]:
+def load_pretrained(
+    directory: str | Path, *, mesh: Mesh | None = None, codes: bool = False, **overrides: Any
+) -> tuple[Model, Any]:
     """Load a model and its parameters from a directory in Hugging Face's format (config.json, model.safetensors).
 
-    Parameters become float32, whatever their type in the file. With a mesh, each parameter is placed by the table of
+    Parameters become float32, whatever their type in the file, unless `codes` keeps those that files in the format
+    compressed-tensors hold as codes (`models.coded.Coded`). With a mesh, each parameter is placed by the table of
     `parallel.rules`, and each process holds only its own part. `overrides` are config fields that do not change the
     weights (dtype, attention, remat, dropout). `model.stats()` returns loaded batch statistics, where there are any.
 
@@ -27,4 +30,4 @@ def load_pretrained(directory: str | Path, *, mesh: Mesh | None = None, **overri
     """
     from jaxmodels.hf import load
 
-    return load.load_pretrained(Path(directory), mesh, overrides)
+    return load.load_pretrained(Path(directory), mesh, overrides, codes)

@@ -103,6 +103,7 @@ def back(run: Path, part: Path, cfg: Config, classes: Sequence[str] = ()) -> dic
             "dtype",
             "torch_dtype",
             "auto_map",
+            "quantization_config",
             "transformers_version",
             *((*special.NAMES, *special.FORCED) if own else ()),
         }

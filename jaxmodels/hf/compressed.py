@@ -1,4 +1,4 @@
-"""compressed-tensors, Hugging Face's format of quantized weights, read as numbers; `compressed_save` writes it.
+"""compressed-tensors, Hugging Face's format of quantized weights, read as codes or numbers; see `compressed_save`.
 
 Each Linear has codes (out, in), scales (out, groups) and, where they are not symmetric, zero points of that shape.
 Codes of four bits are packed eight to an int32 along the inputs, zero points along the outputs, each 8 higher.
@@ -7,16 +7,23 @@ Source: https://github.com/vllm-project/compressed-tensors, compressors pack_qua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxmodels.compress import coding
+from jaxmodels.compress.codes import layout
 from jaxmodels.errors import UserError
 from jaxmodels.hf import files
-from jaxmodels.hf.table import Settings
+from jaxmodels.hf.table import Settings, Slot, moved
+from jaxmodels.models.coded import Coded, Kind, pack
+from jaxmodels.models.model import Model
 
 METHOD = "compressed-tensors"
 FORMATS = {"int4": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}
@@ -35,7 +42,7 @@ def unpacked(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight of a file in the format, which reads as numbers; it has the fields of `files.Tensor`."""
+    """A weight of a file in the format, which reads as numbers or as codes; it has the fields of `files.Tensor`."""
 
     parts: Mapping[str, files.Tensor]
     bits: int
@@ -57,21 +64,61 @@ class Quantized:
     def size(self) -> int:
         return int(np.prod(self.shape))
 
+    @property
+    def kind(self) -> Kind:
+        """What its codes are."""
+        if self.bits == 4:
+            return "int4"
+        return "float8" if "weight" in self.parts and self.parts["weight"].dtype == "F8_E4M3" else "int8"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it has no zero points."""
+        return "weight_zero_point" not in self.parts
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The shape of its scales, and of its zero points."""
+        rows, columns = self.shape
+        return rows, 1 if self.group is None else columns // self.group
+
+    def codes(self) -> np.ndarray:
+        """Read the codes: signed integers, or float8."""
+        if "weight" in self.parts:
+            return raw(self.parts["weight"])
+        return unpacked(raw(self.parts["weight_packed"]), self.bits, self.shape[1])
+
+    def scales(self) -> np.ndarray:
+        """Read the scales as float32."""
+        return self.parts["weight_scale"].read().astype(np.float32).reshape(self.grid)
+
+    def zeros(self) -> np.ndarray | None:
+        """Read the zero points, if it has any."""
+        if self.symmetric:
+            return None
+        zeros = self.parts["weight_zero_point"]
+        points = raw(zeros)
+        return (points if zeros.dtype == "I8" else unpacked(points.T, self.bits, self.shape[0]).T).reshape(self.grid)
+
     def read(self) -> np.ndarray:
         """Read the weight and multiply its codes by their scales."""
-        rows, columns = self.shape
-        groups = 1 if self.group is None else columns // self.group
-        scales = self.parts["weight_scale"].read().astype(np.float32).reshape(-1, groups)
-        if "weight" in self.parts:
-            codes = raw(self.parts["weight"]).astype(np.float32)
-        else:
-            codes = unpacked(raw(self.parts["weight_packed"]), self.bits, columns).astype(np.float32)
-        blocks = codes.reshape(rows, scales.shape[1], -1)
-        if (zeros := self.parts.get("weight_zero_point")) is not None:
-            points = raw(zeros)
-            points = points if zeros.dtype == "I8" else unpacked(points.T, self.bits, rows).T
-            blocks = blocks - points.reshape(-1, scales.shape[1])[..., None].astype(np.float32)
-        return (blocks * scales[..., None]).reshape(rows, columns)
+        blocks = self.codes().astype(np.float32).reshape(*self.grid, -1)
+        if (zeros := self.zeros()) is not None:
+            blocks = blocks - zeros[..., None].astype(np.float32)
+        return (blocks * self.scales()[..., None]).reshape(self.shape)
+
+    def fits(self, slot: Slot, like: Coded) -> bool:
+        """Say whether a leaf of such codes can hold those of the file as they are."""
+        same = self.kind == like.kind and self.symmetric == (like.zeros is None) and like.factors is like.step is None
+        return same and len(slot.weight.paths) == 1 and moved(slot, like.scales.shape).shape == self.grid
+
+    def coded(self, slot: Slot, like: Coded) -> Coded:
+        """Read the codes as the part of a leaf that the slot says, in host memory."""
+        place, zeros = moved(slot, like.scales.shape), self.zeros()
+        (codes,), (scales,) = slot.ours(self.codes()), place.ours(self.scales())
+        held = codes if like.packed is None else jax.device_get(pack(jnp.asarray(codes), like.packed))
+        points = None if zeros is None else place.ours(zeros)[0]
+        return Coded(held, scales, points, kind=like.kind, packed=like.packed, activations=like.activations)
 
     def read_into(self, out: np.ndarray) -> None:
         """Read the weight into an array."""
@@ -120,7 +167,38 @@ def check(s: Settings) -> None:
             "(computed here: 4 or 8 bits by channel or group, in order)"
         )
     if any(group.get("input_activations") for group in groups):
-        s.remarks.append("quantized activations, which stay as they are here; weights are dequantized")
+        s.remarks.append("quantized activations, which stay as they are here")
+
+
+def section(model: Model, rows: Sequence[Sequence[Slot]], found: Mapping[str, Any]) -> coding.Quantized | None:
+    """Return how a model holds the parameters whose tensors are codes in the files; None: there are none.
+
+    A parameter that is made of other tensors too, or whose groups are none of its own inputs, is read as numbers.
+    """
+    first = next((each for each in found.values() if isinstance(each, Quantized)), None)
+    if first is None:
+        return None
+    made = coding.Quantized(codes=first.kind, group=first.group, symmetric=first.symmetric)
+    names, shapes = coding.named({"": model}), dict(jax.tree_util.tree_leaves_with_path(model.shapes()))
+    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in shapes.items()}
+    chosen: dict[str, list[str]] = {"matrix": [], "embedding": []}
+    for row in rows:
+        path = row[0].weight.paths[0]
+        kind = names[f"/{path}"].kind if path in sizes else ""
+        tensors = [(slot, found[slot.name]) for slot in row]
+        if kind not in chosen or not all(isinstance(each, Quantized) for _, each in tensors):
+            continue
+        try:
+            like = layout(sizes[path], names[f"/{path}"], made.spec)
+        except UserError:
+            continue
+        if all(each.fits(slot, like) for slot, each in tensors):
+            chosen[kind].append(path)
+    if not chosen["matrix"]:
+        return None
+    every = {name[1:] for name, axes in names.items() if axes.kind == "matrix"}
+    targets = ("*",) if every == {*chosen["matrix"]} else tuple(sorted(chosen["matrix"]))
+    return dataclasses.replace(made, targets=targets, embeddings=tuple(sorted(chosen["embedding"])))
 
 
 def joined(s: Settings, found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from jaxmodels.errors import UserError
 from jaxmodels.hf.compressed import FORMATS, METHOD
 from jaxmodels.hf.files import Written
 from jaxmodels.hf.peft import Modules
-from jaxmodels.hf.table import Slot, expand
+from jaxmodels.hf.table import Slot, moved
 from jaxmodels.models.coded import Coded, dequantize, is_coded, unpack
 
 
@@ -95,12 +95,6 @@ def settings(coded: Mapping[str, Coded], modules: Modules, ignored: list[str]) -
         "ignore": sorted(set(ignored)),
         "kv_cache_scheme": None,
     }
-
-
-def moved(slot: Slot, shape: tuple[int, ...]) -> Slot:
-    """Return the place of a tensor whose dimensions are those of a parameter, divided: its scales."""
-    paths = dict.fromkeys(slot.weight.paths, tuple(shape))
-    return next(each for each in expand(slot.weight, paths) if each.index == slot.index)
 
 
 def _parts(stem: str, slot: Slot, leaf: Coded) -> dict[str, Written]:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxmodels.compress.codes import encoded_on_host
+from jaxmodels.compress.coding import Quantized, coding
 from jaxmodels.errors import UserError
 from jaxmodels.hf import compressed, files, formats, processors
 from jaxmodels.hf.table import Format, Settings, Slot
@@ -47,17 +48,28 @@ class Source:
         """Bytes of the parameters as float32."""
         return 4 * sum(tensor.size for tensor in self.found.values())
 
+    @property
+    def section(self) -> Quantized | None:
+        """How parameters are held whose tensors are codes in the files; None: there are none."""
+        return compressed.section(self.model, self.rows, self.found)
 
-def load_pretrained(directory: Path, mesh: Mesh | None, overrides: Mapping[str, Any]) -> tuple[Model, Any]:
+
+def load_pretrained(
+    directory: Path, mesh: Mesh | None, overrides: Mapping[str, Any], codes: bool = False
+) -> tuple[Model, Any]:
     """See `jaxmodels.load_pretrained`."""
     source = open_source(directory, overrides)
     model = source.model
+    held = coding(source.section, {"model": model}) if codes else None
+    shapes, axes = (model.shapes(), model.axes()) if held is None else (held.shapes()["model"], held.axes()["model"])
     where: Any = None
     if mesh is not None:
-        params = rules.shardings_of(mesh, model.axes(), model.shapes())
+        params = rules.shardings_of(mesh, axes, shapes)
         stats = jax.tree.map(lambda _: rules.sharding(mesh, ()), jax.eval_shape(model.stats))
         where = flatten(params, stats)
-    params, stats = nested(read(source, where))
+        shapes = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, params)
+    coded = {path: leaf for path, leaf in flatten(shapes).items() if is_coded(leaf)}
+    params, stats = nested(read(source, where, coded=coded))
     return (dataclasses.replace(model, stats=lambda: stats) if stats else model), params
 
 
@@ -223,7 +235,8 @@ def read(
 ) -> Leaves:
     """Read the leaves, each moved to its devices once it is complete; call `done` with the bytes of each tensor.
 
-    `coded` are the shapes and shardings of those that are quantized as they are read.
+    `coded` are the shapes and shardings of those that are quantized as they are read; codes in the files stay as they
+    are where they are codes of that kind.
     """
     shapes = {path: leaf.shape for path, leaf in leaves_of(source.model).items()}
     device = SingleDeviceSharding(jax.config.jax_default_device or jax.local_devices()[0])  # pyright: ignore
@@ -245,6 +258,12 @@ def read(
 
 def put(slot: Slot, tensor: files.Tensor, parts: Mapping[str, Parts | CodedParts]) -> None:
     """Read a tensor into the leaves that it is a part of."""
+    first = parts[slot.weight.paths[0]]
+    if isinstance(first, CodedParts) and isinstance(tensor, compressed.Quantized) and tensor.fits(slot, first.like):
+        leaf = tensor.coded(slot, first.like)
+        check_finite(slot.name, leaf.scales)
+        first.keep(slot.index, leaf)
+        return
     if not slot.weight.pattern and tensor.dtype == "F32":
         target = parts[slot.weight.paths[0]].whole(slot.index)
         if target is not None:
@@ -318,7 +337,11 @@ class CodedParts:
 
     def put(self, at: tuple[int, ...], view: np.ndarray) -> None:
         """Quantize a tensor, and put its codes and scales in their places along the leading axes."""
-        jax.tree.map(lambda part, x: part.put(at, np.asarray(x)), self.parts, encoded_on_host(view, self.like))
+        self.keep(at, encoded_on_host(view, self.like))
+
+    def keep(self, at: tuple[int, ...], leaf: Coded) -> None:
+        """Put codes and scales in their places along the leading axes."""
+        jax.tree.map(lambda part, x: part.put(at, np.asarray(x)), self.parts, leaf)
 
     def array(self) -> Coded:
         """Return the leaf on its devices."""

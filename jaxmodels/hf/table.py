@@ -154,6 +154,12 @@ def expand(row: Weight, shapes: Shapes) -> Iterable[Slot]:
         yield Slot(row.theirs.format(**dict(zip(counted, index, strict=True))), row, index, shape, sizes)
 
 
+def moved(slot: Slot, shape: tuple[int, ...]) -> Slot:
+    """Return the place of a tensor whose dimensions are those of a parameter, divided: its scales."""
+    paths = dict.fromkeys(slot.weight.paths, tuple(shape))
+    return next(each for each in expand(slot.weight, paths) if each.index == slot.index)
+
+
 class Settings:
     """A config.json; settings that are not computed here are collected, and refused together."""
 

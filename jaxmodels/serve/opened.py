@@ -157,7 +157,7 @@ def open_model(directory: Path, name: str = "", best: bool = False) -> Opened:
         )
     tokenizer = data.load_tokenizer(directory)
     how = sentences.read(directory) if embeds(config) else None
-    model, params = load.load_pretrained(directory, None, {})
+    model, params = load.load_pretrained(directory, None, {}, codes=True)
     if how is not None:
         return Opened(name, encoder=Encoder.of(model, params, tokenizer, how, config.context))
     return Opened(name, Writer(model, params, tokenizer, 1.0, *chat_template(directory)))

@@ -1,21 +1,23 @@
-"""compressed-tensors: our codes in transformers' own decompression, and its files as our numbers."""
+"""compressed-tensors: our codes in transformers' own decompression, and its files as our codes and numbers."""
 
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmodels import create, load_pretrained
+from jaxmodels import cli, create, load_pretrained, load_run
 from jaxmodels.compress.coding import coding
-from jaxmodels.config import Quantized
+from jaxmodels.config import Mesh, Quantized
 from jaxmodels.errors import UserError
-from jaxmodels.hf import files
+from jaxmodels.hf import files, load
 from jaxmodels.hf.save import save_pretrained
-from jaxmodels.models.coded import plain
+from jaxmodels.models.coded import is_coded, pack, plain, unpack
+from jaxmodels.parallel.mesh import make_mesh
 from tests.zoo import arrays
 
 LLAMA = dict(vocab_size=64, context=32, layers=2, width=48, heads=3, kv_heads=1, mlp_width=96)
@@ -97,6 +99,9 @@ def test_files_hold_the_codes_and_read_as_what_they_stand_for(name, out):
     np.testing.assert_allclose(found["model.layers.0.self_attn.o_proj.weight"], o, rtol=1e-6)
     _, back = load_pretrained(folder)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), back, whole)
+    _, back = load_pretrained(folder, codes=True)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
     size = (folder / files.WEIGHTS).stat().st_size
     assert size < 4 * model.count() * (0.75 if SECTIONS[name].kept else 0.6)
 
@@ -106,14 +111,14 @@ def test_files_hold_the_codes_and_read_as_what_they_stand_for(name, out):
 def test_transformers_computes_the_logits_of_the_dequantized_model(name, out):
     pytest.importorskip("compressed_tensors")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    folder, model, params = out(name)
+    folder, model, _ = out(name)
     # decompressed as it is loaded: later, transformers 5.24 takes packed zero points for some of another shape
     how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if name == "pack-zeros" else {}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **how).eval()
     tokens = np.random.default_rng(0).integers(0, 64, (2, 9))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    found = jax.jit(model.apply)(plain(params), tokens)
+    found = jax.jit(model.apply)(load_pretrained(folder, codes=True)[1], tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4 * math.sqrt(float(np.square(expected).max())))
     before = jax.jit(model.apply)(arrays(model), tokens)
     assert np.abs(found - before).max() > 1e-3
@@ -146,3 +151,43 @@ def test_files_that_are_not_computed_here_are_refused(change, said, out, tmp_pat
     with pytest.raises(UserError) as refused:
         load_pretrained(tmp_path / "out")
     assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_codes_that_another_rounding_chose_stay_as_they_are(tmp_path):
+    """A group whose codes do not reach the last one would be rounded to another scale, as GPTQ's or an observer's."""
+    model = create("llama", **LLAMA)
+    params = coding(SECTIONS["pack"], {"model": model}).encode({"model": arrays(model)})["model"]
+
+    def lower(leaf):
+        return replace(leaf, codes=pack(jnp.clip(unpack(leaf), -5, 5), leaf.packed)) if is_coded(leaf) else leaf
+
+    params = jax.tree.map(lower, params, is_leaf=is_coded)
+    (tmp_path / "out").mkdir()
+    save_pretrained(tmp_path / "out", model, params, codes=True)
+    where = make_mesh(Mesh(fsdp=3), jax.devices()[:3])
+    _, found = load_pretrained(tmp_path / "out", codes=True, mesh=where)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    q = found["layers"]["attn"]["q"]["w"]
+    assert q.codes.sharding.spec != jax.P() and q.codes.addressable_shards[0].data.size == q.codes.size // 3
+    # as the base of an adapter is read, whose config says which codes it has
+    wanted = {path: leaf for path, leaf in load.flatten(params).items() if is_coded(leaf)}
+    base = load.read(load.open_source(tmp_path / "out"), coded=jax.eval_shape(lambda: wanted))
+    jax.tree.map(np.testing.assert_array_equal, {path: base[path] for path in wanted}, wanted)
+
+
+@pytest.mark.parametrize("name", ["pack-channel", "int"])
+def test_an_imported_run_has_the_codes_of_its_files_and_writes_them_again(name, out, tmp_path):
+    folder, _, params = out(name)
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "run")]) == 0
+    run = load_run(tmp_path / "run")
+    assert run.config.compress.codes == SECTIONS[name].codes
+    assert jax.tree.structure(run.params["model"]) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, run.params["model"], params)
+    how = ["--format", "compressed-tensors"]
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "again"), *how]) == 0
+    assert (tmp_path / "again" / files.WEIGHTS).read_bytes() == (folder / files.WEIGHTS).read_bytes()
+    # as numbers, nothing says that there are codes
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "numbers")]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "numbers" / "config.json").read_text())
+    _, plainly = load_pretrained(tmp_path / "numbers")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plainly, plain(params))
