@@ -3,6 +3,7 @@ forms that it says, whatever is sent; no answer is a failure of the server."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxmodels.serve import openapi
+from jaxmodels.serve.app import ENDPOINTS
 from jaxmodels.serve.asked import Body, Chat, Completion, Embed
 from jaxmodels.serve.classes import Classes
 from jaxmodels.serve.errors import Refused
@@ -141,6 +144,8 @@ def test_every_path_without_a_body_answers_as_described(document, running):
         "properties"
     ]["model"]["enum"] == ["words"]
     assert "security" not in document and document["paths"]["/health"]["get"]["security"] == []
+    locked = dataclasses.replace(running.service, limits=Limits(keys=("sesame",)))
+    assert openapi.document(locked, ENDPOINTS)["security"] == [{"key": []}]
     assert set(running.ask("POST", "/v1/models")[2]["allow"].split(", ")) == {"GET", "HEAD"}
 
 
