@@ -45,8 +45,9 @@ def decoder(s: Settings) -> dict[str, Any]:
     unsaid = {"model_type": "qwen2" if kind == "qwen2_audio" else "llama"}
     if kind in ("idefics3", "smolvlm") and not text.values:
         unsaid |= {"rms_norm_eps": 1e-5}
-    text = Settings({**unsaid, **text.values}, s.where, s)
-    text.only("model_type", "llama", "mistral", "qwen2", "qwen3")
+    known = dict.fromkeys((unsaid["model_type"], "llama", "mistral", "qwen2", "qwen3"))
+    family = Settings({**unsaid, **text.values}, s.where, s).only("model_type", *known)
+    text = Settings({**unsaid, **text.values, "model_type": family}, s.where, s)
     own = llama.config(text)
     tied = own.tied if kind == "qwen2_audio" else s.flag("tie_word_embeddings", False) or (kind == "llava" and own.tied)
     return {field.name: getattr(own, field.name) for field in dataclasses.fields(own)} | {"tied": tied}

@@ -18,6 +18,7 @@ from jaxmodels.compress.structured import Part, Structured, built
 from jaxmodels.config import CausalLM, Classification, Config, Mesh, Synthetic
 from jaxmodels.errors import UserError
 from jaxmodels.models.gpt2 import GPT2Config
+from jaxmodels.models.llama import LlamaConfig
 from jaxmodels.models.vgg import VGGConfig
 from jaxmodels.parallel.mesh import make_mesh
 from jaxmodels.train.saved import load_run
@@ -100,6 +101,34 @@ def test_the_layer_goes_without_which_the_loss_is_lowest():
         losses.append(float(-(jax.nn.log_softmax(logits) * targets).sum()))
     best = jax.tree.map(lambda w: jnp.delete(w, int(np.argmin(losses)), axis=0), params["layers"])
     jax.tree.map(np.testing.assert_array_equal, found.params["model"]["layers"], best)
+
+
+def llama(dead: Any, **sizes: Any) -> tuple[Work, np.ndarray]:
+    """A LLaMA whose heads of queries `dead`, by layer, add nothing to what comes out of attention."""
+    model = LlamaConfig(vocab_size=32, layers=2, heads=4, width=16, head_dim=6, mlp_width=12, **sizes)
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 8)).astype(np.int32)
+
+    def change(params: Any) -> Any:
+        o = params["model"]["layers"]["attn"]["o"]
+        for layer, heads in enumerate(dead):
+            o["w"] = o["w"].at[layer, jnp.array(heads)].set(0)
+        return params
+
+    return work(model, CausalLM(), {"tokens": tokens, "targets": np.roll(tokens, -1, 1)}, change), tokens
+
+
+def test_heads_of_each_layer_go_on_their_own_with_their_queries_keys_and_values():
+    dead = [(0, 3), (1, 2)]
+    given, tokens = llama(dead)
+    found = Structured(fields=("heads=2",)).apply(given)
+    assert found.config.model == dataclasses.replace(given.config.model, heads=2)
+    before, after = outputs(given, found, tokens)
+    np.testing.assert_allclose(np.asarray(before), np.asarray(after), atol=1e-5)
+    attn, whole = (params["model"]["layers"]["attn"] for params in (found.params, given.params))
+    for layer, heads in enumerate(dead):
+        for name, axis in (("q", 1), ("k", 1), ("v", 1), ("o", 0)):
+            left = np.delete(whole[name]["w"][layer], heads, axis=axis)
+            np.testing.assert_array_equal(attn[name]["w"][layer], left, err_msg=f"{name} of layer {layer}")
 
 
 @pytest.mark.parametrize("outer", [False, True])

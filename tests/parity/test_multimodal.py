@@ -149,8 +149,9 @@ def test_greedy_tokens_about_an_image_are_those_of_transformers(tmp_path):
 
 def test_what_is_not_computed_here_is_refused(tmp_path):
     fill(llava()).save_pretrained(tmp_path)
-    change(tmp_path, vision_feature_layer=-3)
-    with pytest.raises(UserError, match="vision_feature_layer -3"):
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    change(tmp_path, vision_feature_layer=-3, text_config={**text, "model_type": "gemma"})
+    with pytest.raises(UserError, match='vision_feature_layer -3 .*model_type "gemma"'):
         jaxmodels.load_pretrained(tmp_path)
 
 
