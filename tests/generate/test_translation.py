@@ -39,7 +39,7 @@ def case(tokenizer):
 def echo(seen):
     """Stands for `decode`: gives the sources back, and notes what it was given."""
 
-    def decode(model, params, sources, *, end, limit, segment_ids, beams, alpha, start):
+    def decode(model, params, sources, *, end, limit, segment_ids, beams, alpha, early_stopping, start):
         seen.append(SimpleNamespace(sources=sources, limits=limit, ids=segment_ids))
         tokens = np.where(segment_ids, sources, end)
         return Decoded(np.pad(tokens, ((0, 0), (0, 8)), constant_values=end), np.zeros(len(tokens)))
