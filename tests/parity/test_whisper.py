@@ -144,12 +144,14 @@ def test_files_are_transcribed_and_the_run_is_exported_with_all_that_came_with_i
     opened: Any = load_run(run)
     text = opened.tokenizer.decode(said[0][said[0] < END])
     (tmp_path / "x.wav").write_bytes(wav(x[0], RATE))
-    (tmp_path / "long.wav").write_bytes(wav(np.zeros(2 * RATE), RATE))
+    (tmp_path / "silent.wav").write_bytes(wav(np.zeros(RATE), RATE))
+    (tmp_path / "long.wav").write_bytes(wav(np.zeros(2 * RATE), RATE))  # in three silent parts
     capsys.readouterr()
-    assert main(["predict", str(run), *(str(tmp_path / name) for name in ("x.wav", "long.wav"))]) == 0
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert main(["predict", str(run), *(str(tmp_path / f"{name}.wav") for name in ("x", "silent", "long"))]) == 0
+    first, silent, long = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["transcript"] == text and 0 < first["confidence"] < 1
-    assert "lasts 2.0 s, expected at most task.seconds, 1" in second["error"]
+    assert long["transcript"] == " ".join([silent["transcript"]] * 3).strip()
+    assert abs(long["confidence"] - silent["confidence"]) < 1e-5
     assert main(["sample", str(run), "--prompt", str(tmp_path / "x.wav")]) == 0
     assert capsys.readouterr().out.strip() == text
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
