@@ -25,6 +25,7 @@ from benchmarks.step import Contestant, enter
 from jaxmodels.commands.options import NoOptions, configured
 from jaxmodels.errors import UserError, check_place
 from jaxmodels.fields import Count, Range, Section
+from jaxmodels.launch.signals import handled
 
 FEWEST, MOST = 6, 16
 """Blocks of a comparison: so many before a verdict, and after so many there is one whatever the noise."""
@@ -72,7 +73,7 @@ def run(options: Options) -> int:
     configured(arguments, "python -m benchmarks compare", NoOptions)
     base, *rest = (commit(each) for each in options.commits)
     between = commits(base, rest[0]) if options.bisect else []
-    with told_to_end(), tempfile.TemporaryDirectory(prefix="compare-") as folder:
+    with handled(leave), tempfile.TemporaryDirectory(prefix="compare-") as folder:
         where = Path(folder)
         with tree(where, base) as before:
 
@@ -141,21 +142,10 @@ def tree(where: Path, name: str) -> Iterator[Path]:
             git("worktree", "remove", "--force", "--force", str(place))
 
 
-@contextlib.contextmanager
-def told_to_end() -> Iterator[None]:
-    """While this lasts, SIGTERM and SIGHUP leave through every `finally`, as Ctrl-C does; a second one is ignored."""
-
-    def leave(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {each: signal.signal(each, leave) for each in numbers}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def leave(number: int, _: Any) -> None:
+    """Leave through every `finally`, as Ctrl-C does; a second signal of the kind is ignored."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def compared(

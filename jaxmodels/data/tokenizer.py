@@ -210,7 +210,7 @@ class HuggingFace(BaseTokenizer):
         """`directory`: where the files are that say what tokenizer.json does not, such as what ends a text."""
         from tokenizers import Tokenizer as Rust
 
-        settings = tokenizer_config.told(directory)
+        settings = tokenizer_config.settings_of(directory)
         self._rust = Rust.from_str(tokenizer_config.rewritten(serialized, settings, directory))
         tokenizer_config.add_tokens(self._rust, settings, directory)
         self._rust.no_truncation()

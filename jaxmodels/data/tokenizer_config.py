@@ -20,7 +20,7 @@ _SPACED = ("gpt2", "roberta", "bart", "qwen2", "whisper")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
-def told(directory: Path | None) -> dict[str, Any]:
+def settings_of(directory: Path | None) -> dict[str, Any]:
     """Read the settings of a directory's tokenizer; none where there is no file.
 
     Raises:

@@ -61,34 +61,34 @@ class Classes:
             UserError: it is damaged, for another version of jax, or no classifier of texts, images or arrays.
         """
         try:
-            told = artefact_run.manifest_of(folder)
-            _check(folder, told)
+            manifest = artefact_run.manifest_of(folder)
+            _check(folder, manifest)
             model = artefact_run.load(folder)
         except artefact_run.Refused as refused:
             raise UserError(str(refused)) from None
-        kind, shape, read = _read(folder, told)
-        names, several = distinct(told["classes"]), told["answers"] == "classes"
-        params = {path: model.weights[path] for path in told["functions"]["classify"]["weights"]}
+        kind, shape, read = _read(folder, manifest)
+        names, several = distinct(manifest["classes"]), manifest["answers"] == "classes"
+        params = {path: model.weights[path] for path in manifest["functions"]["classify"]["weights"]}
         return Classes(names, several, kind, shape, read, _shares(model), params)
 
 
-def _check(folder: Path, told: dict[str, Any]) -> None:
+def _check(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse an artefact that is no classifier, by what it is."""
-    if "classify" not in told["functions"]:
+    if "classify" not in manifest["functions"]:
         raise UserError(
-            f"got {folder}, an artefact of a {told['model']} that has {', '.join(told['functions'])}, expected one "
-            f"that classifies, try its run, or python {folder / 'run.py'}"
+            f"got {folder}, an artefact of a {manifest['model']} that has {', '.join(manifest['functions'])}, "
+            f"expected one that classifies, try its run, or python {folder / 'run.py'}"
         )
-    if "sounds" in told:
+    if "sounds" in manifest:
         raise UserError(f"got {folder}, an artefact that classifies sounds, expected one of texts, images or arrays")
 
 
-def _read(folder: Path, told: dict[str, Any]) -> tuple[given.Kind, tuple[int, ...], Callable[[Any], Any]]:
+def _read(folder: Path, manifest: dict[str, Any]) -> tuple[given.Kind, tuple[int, ...], Callable[[Any], Any]]:
     """What an artefact reads, the shape of an example, and how a record becomes one."""
-    shape = tuple(told["functions"]["classify"]["inputs"]["inputs"]["shape"][1:])
-    if "text" in told:
-        return "text", (), prepare.whole_text(data.load_tokenizer(folder), told["text"]["length"])
-    if (images := told.get("images")) is not None:
+    shape = tuple(manifest["functions"]["classify"]["inputs"]["inputs"]["shape"][1:])
+    if "text" in manifest:
+        return "text", (), prepare.whole_text(data.load_tokenizer(folder), manifest["text"]["length"])
+    if (images := manifest.get("images")) is not None:
         return "image", shape, prepare.image(shape, images["resize"], images["crop"] is not None)
     return "array", shape, prepare.array(shape)
 

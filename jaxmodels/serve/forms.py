@@ -76,8 +76,8 @@ def _fields(kind: Any, named: dict[str, Schema]) -> Schema:
 
 def _bounds(within: Range) -> dict[str, Any]:
     names = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
-    told = dataclasses.asdict(within)
-    return {name: told[bound] for bound, name in names.items() if told[bound] is not None}
+    bounds = dataclasses.asdict(within)
+    return {name: bounds[bound] for bound, name in names.items() if bounds[bound] is not None}
 
 
 def fits(form: Schema, value: Any) -> bool:
